@@ -1,0 +1,144 @@
+"""Batch and Topology: the static-shape tensors that travel between data, engines and losses.
+
+Legend: ``B`` rows, ``S`` tokens a row, ``R`` response slots a row, ``T`` response positions a row.
+
+A *slot* is one response. Read row by row, the slots of preference data alternate: slot ``2k`` is the
+chosen and slot ``2k + 1`` the rejected response of one pair, whatever the layout, so a loss finds a
+pair by position and never by a data-dependent index. Empty places come in whole pairs too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+IGNORE_LABEL = -100
+"""Label of a response position that holds no response token."""
+
+PADDING_SEGMENT = -1
+"""Segment id of padding. A padding token attends to itself alone."""
+
+SEGMENT_STRIDE = 16
+"""Segment id = example * SEGMENT_STRIDE + part; part 0 is the prompt, 1 and above the responses."""
+
+
+class SlotRole(IntEnum):
+    """What the response of a slot is to the loss."""
+
+    CHOSEN = 0
+    REJECTED = 1
+    SINGLE = 2
+    KL = 3
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands. Data-parallel ranks see different rows; the others share them.
+
+    All fields are plain integers, so that data code needs no process group.
+    """
+
+    world_size: int = 1
+    rank: int = 0
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
+    tensor_parallel_size: int = 1
+    tensor_parallel_rank: int = 0
+    pipeline_parallel_size: int = 1
+    pipeline_parallel_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Every size is static for a bucket; every count is a tensor.
+
+    The global batch is the unit that the loss is a mean over; ``global_pairs`` and
+    ``global_tokens`` are its sizes over all rows, micro-batches and ranks.
+    """
+
+    input_ids: Tensor
+    """(B, S) int64. Padding holds any valid token id."""
+    position_ids: Tensor
+    """(B, S) int64. Restarts with each example; a response goes on from its prompt."""
+    segment_ids: Tensor
+    """(B, S) int64. Which example of the row, and whether prompt or which response of it."""
+    response_positions: Tensor
+    """(B, T) int64. Index into the row from which a response token is predicted."""
+    labels: Tensor
+    """(B, T) int64. The token predicted there (already shifted); IGNORE_LABEL where there is none."""
+    slot_index: Tensor
+    """(B, T) int64. The slot, 0 to R-1, that the response token counts for."""
+    slot_valid: Tensor
+    """(B, R) bool. False for an empty place."""
+    slot_role: Tensor
+    """(B, R) int64, a SlotRole."""
+    desirable: Tensor
+    """(B, R) bool. KTO's label; True for preference data."""
+    record_index: Tensor
+    """(B, R) int64. Which record of the data set a slot belongs to; -1 for an empty place."""
+    global_pairs: Tensor
+    """() float32. Examples (pairs; single responses for SFT and KTO) in the global batch."""
+    global_tokens: Tensor
+    """() float32. Response tokens in the global batch."""
+    reference_logps: Tensor | None = None
+    """(B, R) float32, nats. From the reference store; None where the loss needs none or the engine
+    computes it."""
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    @property
+    def num_tokens(self) -> int:
+        """Slots for tokens, padding included: B * S."""
+        return int(self.input_ids.numel())
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """A batch with ``fn`` applied to every tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: None if v is None else fn(v) for name, v in values.items()})
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self.map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self.map(lambda t: t.pin_memory())
+
+    def with_reference(self, logps: Tensor) -> Batch:
+        """The batch with ``logps``, (B, R), as its reference log-probabilities."""
+        if logps.shape != self.slot_valid.shape:
+            raise ValueError(
+                f"reference log-probs must have the slots' shape {tuple(self.slot_valid.shape)}, "
+                f"but have {tuple(logps.shape)}"
+            )
+        return replace(self, reference_logps=logps)
+
+    def sum_per_slot(self, values: Tensor) -> Tensor:
+        """Sum ``values``, (B, T), over each slot's response tokens: (B, R), in ``values``' dtype.
+
+        A one-hot product rather than a scatter: deterministic, and static on XLA. Values at
+        positions without a label must be finite; they do not count.
+        """
+        slots = torch.arange(self.slot_valid.shape[1], device=values.device)
+        counts_for = (self.slot_index[:, :, None] == slots) & (self.labels != IGNORE_LABEL)[:, :, None]
+        return torch.where(counts_for, values[:, :, None], 0.0).sum(1)
+
+
+def concat_rows(batches: Sequence[Batch]) -> Batch:
+    """One batch of all rows, which must agree in S, T, R and in their global counts."""
+    if not batches:
+        raise ValueError("concat_rows needs at least one batch")
+    merged: dict[str, Tensor | None] = {}
+    for f in fields(Batch):
+        parts = [getattr(b, f.name) for b in batches]
+        if parts[0] is None:
+            merged[f.name] = None
+        elif parts[0].ndim == 0:
+            merged[f.name] = parts[0]
+        else:
+            merged[f.name] = torch.cat(parts, 0)
+    return Batch(**merged)  # type: ignore[arg-type]

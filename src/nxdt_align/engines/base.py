@@ -1,0 +1,133 @@
+"""The engine's contract: what training and the reference pass may ask of the code that runs a model.
+
+An engine owns the policy (and, where asked, a frozen reference), its gradients and its optimizer's
+view of the parameters, and spreads them over devices. It knows no loss, no data set, no Lightning:
+an objective is handed in with each call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nxdt_align.batch import Batch, Topology
+
+
+class EngineError(ValueError):
+    """The engine cannot do what the configuration or a file asks; the message says what would work."""
+
+
+class Objective(Protocol):
+    """A loss with its metrics, as an engine sees it.
+
+    Called with a micro-batch and its per-position log-probabilities, (B, T) float32 with 0 where
+    there is no label. Returns the micro-batch's share of the global-batch loss (a scalar already
+    divided by the global count, so that shares add up), and its shares of the metrics, each a
+    scalar without gradient that adds up in the same way.
+    """
+
+    needs_reference: bool
+    needs_collisions: bool
+
+    def __call__(
+        self, batch: Batch, token_logps: Tensor, collisions: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class WeightSource(Protocol):
+    """Where weights come from: names are those of the plain Llama, tensors are whole."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU, in the dtype it is stored in."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A digest of the weights' content."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """A step's loss and metrics over the global batch, () float32 each, the same on every rank."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Engine(ABC):
+    """A model spread over devices. All ranks make the same calls in the same order."""
+
+    topology: Topology
+    device: torch.device
+
+    @abstractmethod
+    def load_weights(self, source: WeightSource) -> None:
+        """Fill the policy. Raises EngineError naming every missing, surplus or misshapen tensor."""
+
+    @abstractmethod
+    def load_reference(self, source: WeightSource | None) -> None:
+        """Keep a frozen reference: a copy of the present policy for None."""
+
+    @abstractmethod
+    def drop_reference(self) -> None:
+        """Free the frozen reference."""
+
+    @abstractmethod
+    def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        """Forward and backward of this rank's share of one global batch; gradients end up in the
+        parameters, summed over micro-batches and data-parallel ranks. Replaces earlier gradients."""
+
+    @abstractmethod
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        """As ``step``, without gradients."""
+
+    @abstractmethod
+    def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
+        """Each slot's sum of token log-probabilities without gradients: (B, R) float32, this rank's
+        rows. ``reference`` asks the frozen reference instead of the policy."""
+
+    @abstractmethod
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """This rank's trainable parameters under the plain Llama's names."""
+
+    @abstractmethod
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        """The gradients' global L2 norm before clipping, () float32; clips where max_norm is set."""
+
+    @abstractmethod
+    def parameter_norm(self) -> Tensor:
+        """The parameters' global L2 norm, () float32."""
+
+    @abstractmethod
+    def all_gather(self, value: Tensor) -> Tensor:
+        """Values of all data-parallel ranks, stacked on a new first dimension, on every rank."""
+
+    @abstractmethod
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's ``value`` on every rank."""
+
+    @abstractmethod
+    def barrier(self) -> None: ...
+
+    @abstractmethod
+    def save(
+        self, directory: Path, optimizer: torch.optim.Optimizer | None, extra: Mapping[str, Any]
+    ) -> None:
+        """Write a checkpoint folder atomically: it exists under ``directory`` whole or not at all.
+
+        ``extra`` holds tensors, numbers, strings and containers of them.
+        """
+
+    @abstractmethod
+    def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        """Fill policy and optimizer from ``save``'s folder and return ``extra``."""

@@ -1,0 +1,7 @@
+"""Errors that a user can mend."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A fault in what the user gave; the message says what to do."""

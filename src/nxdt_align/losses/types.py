@@ -1,0 +1,163 @@
+"""What a loss receives and returns.
+
+Legend: ``N`` slots of a micro-batch (B * R, row by row), ``P`` examples: pairs (N / 2) for
+preference losses, single responses (N) for SFT and KTO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from nxdt_align.batch import IGNORE_LABEL, Batch
+
+Normaliser = Literal["pairs", "tokens"]
+
+
+@dataclass(frozen=True)
+class ResponseLogps:
+    """Log-probabilities of a micro-batch's responses, one entry a slot.
+
+    An empty slot holds sum -1 and count 1, without gradient: finite in every loss, so that masking
+    its loss afterwards cannot turn a gradient into NaN.
+    """
+
+    sums: Tensor
+    """(N,) float32, nats: sum of the response's token log-probabilities."""
+    counts: Tensor
+    """(N,) float32: the response's tokens, EOS included; at least 1."""
+    valid: Tensor
+    """(N,) bool."""
+    desirable: Tensor
+    """(N,) bool: KTO's label."""
+    roles: Tensor
+    """(N,) int64, a SlotRole."""
+    collisions: Tensor | None = None
+    """(N,) float32: sum over the response's tokens of log(sum of squared probabilities), on request
+    (WPO, https://arxiv.org/abs/2406.11827)."""
+    token_logps: Tensor | None = None
+    """(B, T) float32, nats: a value a response position, on request (LD-DPO)."""
+    token_slots: Tensor | None = None
+    """(B, T) int64: the slot in 0..N-1 that each of ``token_logps`` counts for; -1 for none."""
+
+    @classmethod
+    def from_tokens(
+        cls,
+        batch: Batch,
+        token_logps: Tensor,
+        collisions: Tensor | None = None,
+        keep_tokens: bool = False,
+    ) -> ResponseLogps:
+        """Reduce per-position values, (B, T), to slots.
+
+        ``keep_tokens`` hands the per-position values on to a loss that declares ``needs_tokens``.
+        """
+        valid = batch.slot_valid.reshape(-1)
+        has_label = batch.labels != IGNORE_LABEL
+        counts = batch.sum_per_slot(has_label.to(torch.float32)).reshape(-1)
+        row_offset = torch.arange(batch.num_rows, device=valid.device)[:, None] * batch.slot_valid.shape[1]
+
+        def reduce(values: Tensor) -> Tensor:
+            return torch.where(valid, batch.sum_per_slot(values.float()).reshape(-1), -1.0)
+
+        return cls(
+            sums=reduce(token_logps),
+            counts=torch.where(valid, counts, 1.0),
+            valid=valid,
+            desirable=batch.desirable.reshape(-1),
+            roles=batch.slot_role.reshape(-1),
+            collisions=None if collisions is None else reduce(collisions),
+            token_logps=token_logps if keep_tokens else None,
+            token_slots=torch.where(has_label, batch.slot_index + row_offset, -1) if keep_tokens else None,
+        )
+
+    def with_sums(self, sums: Tensor) -> ResponseLogps:
+        """The same slots with other log-probabilities, e.g. the reference's, (N,) or (B, R)."""
+        flat = sums.reshape(-1).float()
+        return ResponseLogps(
+            sums=torch.where(self.valid, flat, -1.0),
+            counts=self.counts,
+            valid=self.valid,
+            desirable=self.desirable,
+            roles=self.roles,
+        )
+
+    # The names of torchtune's ChosenRejectedOutputs, so that a loss written for it reads the same.
+
+    @property
+    def chosen_logps(self) -> Tensor:
+        """(P,) sums of the chosen responses."""
+        return self.sums[0::2]
+
+    @property
+    def rejected_logps(self) -> Tensor:
+        """(P,) sums of the rejected responses."""
+        return self.sums[1::2]
+
+    @property
+    def chosen_counts(self) -> Tensor:
+        """(P,) tokens of the chosen responses."""
+        return self.counts[0::2]
+
+    @property
+    def rejected_counts(self) -> Tensor:
+        """(P,) tokens of the rejected responses."""
+        return self.counts[1::2]
+
+    @property
+    def chosen_logits(self) -> Tensor:
+        raise _no_logits("chosen_logits")
+
+    @property
+    def rejected_logits(self) -> Tensor:
+        raise _no_logits("rejected_logits")
+
+
+def _no_logits(name: str) -> AttributeError:
+    return AttributeError(
+        f"a loss read {name}, but logits are never kept: log-probabilities are computed in chunks. "
+        "Use chosen_logps / rejected_logps, or declare `needs_logits = True` on the loss class"
+    )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss's answer for one micro-batch, one entry an example."""
+
+    losses: Tensor
+    """(P,) float32. Entries of empty places are dropped by the objective."""
+    chosen_rewards: Tensor | None = None
+    """(P,) without gradient, or None where the objective has no rewards."""
+    rejected_rewards: Tensor | None = None
+    """(P,) without gradient."""
+    normaliser: Normaliser = "pairs"
+    """The mean is over the global batch's examples, or over its response tokens."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further metrics, (P,) each without gradient, reported as means over the global batch."""
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A preference or supervised loss: a pure function of log-probabilities.
+
+    ``policy`` carries gradients; ``reference`` is None where ``needs_reference`` is False.
+    """
+
+    needs_reference: bool
+    """Whether ``reference`` must be given."""
+    paired: bool
+    """True where slots 2k and 2k+1 are one example; False where every slot is one."""
+    needs_tokens: bool
+    """Whether per-position values are wanted (``token_logps``)."""
+    needs_collisions: bool
+    """Whether ``collisions`` is wanted."""
+    needs_logits: bool
+    """Whether the loss reads logits, which no engine here keeps."""
+    couples_examples: bool
+    """Whether an example's loss depends on the other examples of the global batch."""
+
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput: ...
