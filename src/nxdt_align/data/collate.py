@@ -1,0 +1,130 @@
+"""Planned rows -> Batch: the only code that knows where each token of a layout stands.
+
+Legend as in batch.py. In every layout a response segment starts with its prompt's last token and
+lacks its own last token, so the next token is always the next position, and none is seen twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nxdt_align.batch import IGNORE_LABEL, PADDING_SEGMENT, SEGMENT_STRIDE, Batch, SlotRole
+from nxdt_align.data.packing import Bucket, Layout
+from nxdt_align.data.tokenize import Example
+
+
+class Examples(Protocol):
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """Sizes of the global batch that the loss is a mean over."""
+
+    examples: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Lays examples out in rows of a layout."""
+
+    examples: Examples
+    layout: Layout
+    roles: tuple[SlotRole, ...]
+    """Role of each response of an example: (CHOSEN, REJECTED) or (SINGLE,)."""
+
+    def __call__(self, rows: Sequence[Sequence[int]], bucket: Bucket, counts: GlobalCounts) -> Batch:
+        """``rows``: for each planned row, indices of its examples in the data set. In layout none a
+        planned row is an example, and gives one row a response."""
+        if self.layout == "none":
+            filled = [row for indices in rows for row in self._single_rows(indices, bucket)]
+        else:
+            filled = [self._packed_row(indices, bucket) for indices in rows]
+        return _to_batch(filled, counts)
+
+    def _single_rows(self, indices: Sequence[int], bucket: Bucket) -> list[_Row]:
+        result = []
+        for which, role in enumerate(self.roles):
+            row = _Row(bucket, role_pattern=(role,))
+            for index in indices:
+                example = self.examples[index]
+                row.add_sequence(example.prompt, [example.responses[which]], index, example.desirable)
+            result.append(row)
+        return result
+
+    def _packed_row(self, indices: Sequence[int], bucket: Bucket) -> _Row:
+        row = _Row(bucket, role_pattern=self.roles)
+        for index in indices:
+            example = self.examples[index]
+            if self.layout == "shared_prompt":
+                row.add_sequence(example.prompt, example.responses, index, example.desirable)
+            else:
+                for response in example.responses:
+                    row.add_sequence(example.prompt, [response], index, example.desirable)
+        return row
+
+
+class _Row:
+    """One row under construction: arrays of the bucket's sizes, and how far they are filled."""
+
+    def __init__(self, bucket: Bucket, role_pattern: tuple[SlotRole, ...]) -> None:
+        tokens, responses, slots = bucket.tokens, bucket.responses, bucket.slots
+        self.input_ids = np.zeros(tokens, np.int64)
+        self.position_ids = np.zeros(tokens, np.int64)
+        self.segment_ids = np.full(tokens, PADDING_SEGMENT, np.int64)
+        self.response_positions = np.zeros(responses, np.int64)
+        self.labels = np.full(responses, IGNORE_LABEL, np.int64)
+        self.slot_index = np.zeros(responses, np.int64)
+        self.slot_valid = np.zeros(slots, np.bool_)
+        self.slot_role = np.resize(np.array(role_pattern, np.int64), slots)
+        self.desirable = np.ones(slots, np.bool_)
+        self.record_index = np.full(slots, -1, np.int64)
+        self._token = self._response = self._slot = self._example = 0
+
+    def add_sequence(
+        self, prompt: np.ndarray, responses: Sequence[np.ndarray], index: int, desirable: bool
+    ) -> None:
+        """A prompt without its last token, once, and each response behind that last token."""
+        segment = self._example * SEGMENT_STRIDE
+        self._add_tokens(prompt[:-1], 0, segment)
+        for part, response in enumerate(responses, start=1):
+            start = self._token
+            self._add_tokens(np.concatenate([prompt[-1:], response[:-1]]), len(prompt) - 1, segment + part)
+            place = slice(self._response, self._response + len(response))
+            self.response_positions[place] = np.arange(start, start + len(response))
+            self.labels[place] = response
+            self.slot_index[place] = self._slot
+            self._response += len(response)
+            self.slot_valid[self._slot] = True
+            self.desirable[self._slot] = desirable
+            self.record_index[self._slot] = index
+            self._slot += 1
+        self._example += 1
+
+    def _add_tokens(self, tokens: np.ndarray, first_position: int, segment: int) -> None:
+        place = slice(self._token, self._token + len(tokens))
+        self.input_ids[place] = tokens
+        self.position_ids[place] = np.arange(first_position, first_position + len(tokens))
+        self.segment_ids[place] = segment
+        self._token += len(tokens)
+
+
+_ROW_FIELDS = (
+    "input_ids position_ids segment_ids response_positions labels slot_index "
+    "slot_valid slot_role desirable record_index"
+).split()
+
+
+def _to_batch(rows: Sequence[_Row], counts: GlobalCounts) -> Batch:
+    stacked = {name: torch.from_numpy(np.stack([getattr(r, name) for r in rows])) for name in _ROW_FIELDS}
+    return Batch(
+        **stacked,
+        global_pairs=torch.tensor(float(counts.examples)),
+        global_tokens=torch.tensor(float(counts.tokens)),
+    )

@@ -1,0 +1,260 @@
+"""The row plan: how a step's examples are laid into rows of one static length.
+
+Packing changes the speed and nothing else: a plan decides where tokens stand, never which tokens
+there are. Lengths are in tokens; ``P`` is a prompt's length, ``n`` a response's. A row never holds a
+response's last token, which is only predicted, so a sequence takes P - 1 + n places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from nxdt_align.errors import UserError
+
+Layout = Literal["none", "packed", "shared_prompt"]
+ROUNDING = 64
+"""Row lengths are multiples of this, which suits matrix units and keeps the choice small."""
+MAX_BUCKETS = 3
+
+
+class Lengths(Protocol):
+    """What a plan needs to know of a tokenized set."""
+
+    prompt_lengths: np.ndarray
+    """(N,) int"""
+    response_lengths: np.ndarray
+    """(N, k) int: k responses an example"""
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """The static shape of a row; each bucket is one compiled graph on Trainium."""
+
+    tokens: int
+    """S: places for tokens."""
+    responses: int
+    """T: places for response tokens."""
+    slots: int
+    """R: places for responses."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Rows of one step, for all ranks. ``rows[i]`` holds positions into the step's examples."""
+
+    bucket: Bucket
+    rows: tuple[tuple[int, ...], ...]
+
+
+def example_tokens(lengths: Lengths, layout: Layout) -> np.ndarray:
+    """(N,) places that each example takes in a row; its longest single row for layout none."""
+    context = lengths.prompt_lengths - 1
+    if layout == "shared_prompt":
+        return context + lengths.response_lengths.sum(1)
+    sequences = context[:, None] + lengths.response_lengths
+    return sequences.sum(1) if layout == "packed" else sequences.max(1)
+
+
+def example_responses(lengths: Lengths, layout: Layout) -> np.ndarray:
+    """(N,) response tokens that each example brings to a row."""
+    if layout == "none":
+        return lengths.response_lengths.max(1)
+    return lengths.response_lengths.sum(1)
+
+
+def information_tokens(lengths: Lengths) -> int:
+    """Tokens that carry information: prompts once, and all responses."""
+    return int(example_tokens(lengths, "shared_prompt").sum())
+
+
+class RowPlanner:
+    """Lays a step's examples into rows; the same for every rank, worker and restart.
+
+    Args:
+        lengths: of the whole data set.
+        layout: none, packed or shared_prompt.
+        buckets: ascending row lengths S, or None to choose up to MAX_BUCKETS from the data.
+        examples_per_step: the global batch size N.
+        ranks: data-parallel size.
+        micro_batch_size: pairs (layout none) or rows (packed layouts) a micro-batch.
+        min_micro_batches: at least so many a rank, as a pipeline schedule needs.
+        seq_length: the longest sequence after truncation; the row length of layout none.
+    """
+
+    def __init__(
+        self,
+        lengths: Lengths,
+        layout: Layout,
+        *,
+        examples_per_step: int,
+        seq_length: int,
+        buckets: Sequence[int] | None = None,
+        ranks: int = 1,
+        micro_batch_size: int = 1,
+        min_micro_batches: int = 1,
+    ) -> None:
+        self.layout: Layout = layout
+        self.ranks = ranks
+        self.micro_batch_size = micro_batch_size
+        self.min_micro_batches = min_micro_batches
+        self.responses_per_example = int(lengths.response_lengths.shape[1])
+        self._tokens = example_tokens(lengths, layout)
+        self._all_tokens = example_tokens(lengths, "packed")
+        self._responses = example_responses(lengths, layout)
+        longest = int(self._tokens.max())
+        if buckets is not None:
+            _check_buckets(buckets, longest, layout)
+            sizes = tuple(buckets)
+        elif layout == "none":
+            sizes = (seq_length,)
+        else:
+            sizes = self._choose_buckets(_round_up(longest), examples_per_step)
+        self.buckets = tuple(self._shape(size, examples_per_step) for size in sizes)
+
+    def plan(self, examples: Sequence[int]) -> StepPlan:
+        """The rows of a step whose examples are these indices into the data set."""
+        tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
+        fitting = [b for b in self.buckets if b.tokens >= tokens.max() and b.responses >= responses.max()]
+        plans = [(self._rows(tokens, responses, bucket), bucket) for bucket in fitting]
+        rows, bucket = min(plans, key=lambda p: (len(p[0]) * p[1].tokens, p[1].tokens))
+        return StepPlan(bucket, tuple(rows))
+
+    def rows_of_rank(self, plan: StepPlan, rank: int) -> list[list[tuple[int, ...]]]:
+        """One rank's micro-batches: lists of rows. Every rank gets the same number."""
+        mine = plan.rows[rank :: self.ranks]
+        size = self.micro_batch_size
+        return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+    def real_tokens(self, examples: Sequence[int]) -> np.ndarray:
+        """(n,) places that each example fills, over all of its rows."""
+        per_row = self._all_tokens if self.layout == "none" else self._tokens
+        return np.asarray(per_row[list(examples)])
+
+    def _rows(self, tokens: np.ndarray, responses: np.ndarray, bucket: Bucket) -> list[tuple[int, ...]]:
+        if self.layout == "none":
+            rows = [(i,) for i in range(len(tokens))]
+        else:
+            rows = _best_fit(tokens, responses, bucket, bucket.slots // self.responses_per_example)
+            # Alike rows go to different ranks: sorted by fill, and then dealt in turn.
+            rows.sort(key=lambda row: (-int(tokens[list(row)].sum()), row))
+        unit = self.ranks * self.micro_batch_size
+        wanted = max(-(-len(rows) // unit), self.min_micro_batches) * unit
+        return rows + [()] * (wanted - len(rows))
+
+    def _choose_buckets(self, largest: int, examples_per_step: int) -> tuple[int, ...]:
+        """The row lengths that take the fewest places over a sample of steps.
+
+        The largest must hold the longest example; up to two more are added while each saves at
+        least 2%.
+        """
+        steps = self._sample_steps(examples_per_step)
+        costs = {
+            size: np.array([self._places(step, size) for step in steps])
+            for size in _candidates(largest, int(np.mean([self._tokens[s].sum() for s in steps])))
+        }
+        chosen = [max(costs)] if largest not in costs else [largest]
+        for _ in range(MAX_BUCKETS - 1):
+            present = np.min([costs[size] for size in chosen], axis=0)
+            totals = {
+                size: float(np.minimum(present, cost).sum())
+                for size, cost in costs.items()
+                if size not in chosen
+            }
+            if not totals:
+                break
+            best = min(totals, key=lambda size: (totals[size], size))
+            if totals[best] > 0.98 * float(present.sum()):
+                break
+            chosen.append(best)
+        return tuple(sorted(chosen))
+
+    def _places(self, step: np.ndarray, size: int) -> float:
+        """Places that a step takes in rows of ``size``; infinite where an example does not fit."""
+        tokens = self._tokens[step]
+        if tokens.max() > size:
+            return float("inf")
+        unit = self.ranks * self.micro_batch_size
+        rows = _best_fit(tokens, self._responses[step], Bucket(size, size, 2**30), 2**30)
+        return float(-(-len(rows) // unit) * unit * size)
+
+    def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[np.ndarray]:
+        order = np.random.default_rng(0).permutation(len(self._tokens))
+        starts = range(0, len(order), examples_per_step)
+        return [order[i : i + examples_per_step] for i in starts][:most]
+
+    def _shape(self, size: int, examples_per_step: int) -> Bucket:
+        """A bucket's T and R, from the rows that a sample of steps fills, with room to spare."""
+        if self.layout == "none":
+            return Bucket(size, min(size, _round_up(int(self._responses.max()))), 1)
+        fits = self._tokens <= size
+        needed = int(self._responses[fits].max(initial=1))
+        most_responses, most_examples = needed, 1
+        for step in self._sample_steps(examples_per_step):
+            inside = step[fits[step]]
+            for row in _best_fit(
+                self._tokens[inside], self._responses[inside], Bucket(size, size, 2**30), 2**30
+            ):
+                most_responses = max(most_responses, int(self._responses[inside[list(row)]].sum()))
+                most_examples = max(most_examples, len(row))
+        examples = -(-most_examples * 5 // 4)
+        return Bucket(size, min(size, _round_up(most_responses)), examples * self.responses_per_example)
+
+
+def _round_up(value: int, multiple: int = ROUNDING) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _candidates(largest: int, typical_step: int) -> list[int]:
+    """Row lengths worth trying: the largest that is needed, and a coarse grid around a step's size."""
+    top = max(largest, _round_up(typical_step))
+    grid = {largest}
+    size = ROUNDING
+    while size <= top:
+        grid.add(size)
+        size = _round_up(max(size + ROUNDING, int(size * 1.2)))
+    if largest < top:
+        grid.add(top)
+    return sorted(grid)
+
+
+def _best_fit(
+    tokens: np.ndarray, responses: np.ndarray, bucket: Bucket, max_examples: int
+) -> list[tuple[int, ...]]:
+    """Best-fit decreasing: each example, longest first, into the fullest row that still holds it."""
+    rows: list[list[int]] = []
+    free_tokens: list[int] = []
+    free_responses: list[int] = []
+    for i in np.argsort(-tokens, kind="stable").tolist():
+        need, need_responses = int(tokens[i]), int(responses[i])
+        fitting = [
+            r
+            for r in range(len(rows))
+            if free_tokens[r] >= need and free_responses[r] >= need_responses and len(rows[r]) < max_examples
+        ]
+        if fitting:
+            row = min(fitting, key=lambda r: free_tokens[r])
+        else:
+            row = len(rows)
+            rows.append([])
+            free_tokens.append(bucket.tokens)
+            free_responses.append(bucket.responses)
+        rows[row].append(i)
+        free_tokens[row] -= need
+        free_responses[row] -= need_responses
+    return [tuple(row) for row in rows]
+
+
+def _check_buckets(buckets: Sequence[int], longest: int, layout: Layout) -> None:
+    if not buckets or any(b <= 0 for b in buckets) or sorted(set(buckets)) != list(buckets):
+        raise UserError(
+            f"data.buckets: must be positive row lengths in ascending order, but is {list(buckets)}"
+        )
+    if buckets[-1] < longest:
+        raise UserError(
+            f"data.buckets: the largest must hold the longest example after truncation, which takes {longest} "
+            f"tokens in layout {layout}, but is {buckets[-1]}; {_round_up(longest)} would fit"
+        )

@@ -1,0 +1,113 @@
+"""Steps of a data set: from the indices of a global batch to this rank's micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nxdt_align.batch import Batch, SlotRole, Topology
+from nxdt_align.data.collate import Collator, GlobalCounts
+from nxdt_align.data.packing import Bucket, Layout, RowPlanner, information_tokens
+from nxdt_align.data.tokenize import TokenizedSet
+
+PAIR_ROLES = (SlotRole.CHOSEN, SlotRole.REJECTED)
+SINGLE_ROLES = (SlotRole.SINGLE,)
+REFERENCE_GROUP = 256
+"""Examples of similar length that the reference pass lays into rows together."""
+
+
+@dataclass(frozen=True)
+class PlannedMicroBatch:
+    """Rows of data-set indices, and the shape that they are laid into."""
+
+    bucket: Bucket
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def records(self) -> list[int]:
+        return [index for row in self.rows for index in row]
+
+
+class StepDataset(Dataset[list[Batch]]):
+    """Item = the data-set indices of one global batch; value = one rank's micro-batches of it.
+
+    All that happens here is a function of the indices and of integers, so it runs in worker
+    processes.
+    """
+
+    def __init__(
+        self, examples: TokenizedSet, planner: RowPlanner, layout: Layout, topology: Topology
+    ) -> None:
+        self.examples = examples
+        self.planner = planner
+        self._topology = topology
+        paired = examples.response_lengths.shape[1] == 2
+        self._collate = Collator(examples, layout, PAIR_ROLES if paired else SINGLE_ROLES)
+        self._response_tokens = examples.response_lengths.sum(1)
+
+    def __getitem__(self, indices: Sequence[int]) -> list[Batch]:
+        counts = GlobalCounts(len(indices), int(self._response_tokens[list(indices)].sum()))
+        plan = self.planner.plan(indices)
+        return [
+            self._collate([[indices[i] for i in row] for row in rows], plan.bucket, counts)
+            for rows in self.planner.rows_of_rank(plan, self._topology.data_parallel_rank)
+        ]
+
+    def reference_plan(self) -> list[PlannedMicroBatch]:
+        """The reference pass: every distinct record once, planned from the whole data set.
+
+        Neighbours are alike in length, so that rows are full. The plan is the same for every rank
+        and every restart, which is what makes a resumed pass equal to an uninterrupted one.
+        """
+        first_of = {record: i for i, record in reversed(list(enumerate(self.examples.record_ids)))}
+        order = sorted(first_of.values(), key=lambda i: (-self._tokens(i), i))
+        planned = []
+        for start in range(0, len(order), REFERENCE_GROUP):
+            group = order[start : start + REFERENCE_GROUP]
+            plan = self.planner.plan(group)
+            rows = [tuple(group[i] for i in row) for row in plan.rows if row]
+            size = self.planner.micro_batch_size
+            planned += [
+                PlannedMicroBatch(plan.bucket, tuple(rows[i : i + size])) for i in range(0, len(rows), size)
+            ]
+        return planned
+
+    def collate_planned(self, planned: PlannedMicroBatch) -> Batch:
+        """A micro-batch of ``reference_plan``, filled up with empty rows to its static size."""
+        missing = self.planner.micro_batch_size - len(planned.rows)
+        rows = list(planned.rows) + [()] * missing
+        return self._collate(rows, planned.bucket, GlobalCounts(1, 1))
+
+    def _tokens(self, index: int) -> int:
+        return int(self.examples.prompt_lengths[index] + self.examples.response_lengths[index].sum())
+
+    def report(self, examples_per_step: int, most_steps: int = 200) -> str:
+        """What the planner chose and what it saves, measured over the first steps of the data."""
+        count = len(self.examples)
+        starts = range(0, count, examples_per_step)[:most_steps]
+        places = rows = 0
+        for start in starts:
+            plan = self.planner.plan(range(start, min(start + examples_per_step, count)))
+            rows_each = self.planner.responses_per_example if self.planner.layout == "none" else 1
+            rows += len(plan.rows) * rows_each
+            places += len(plan.rows) * rows_each * plan.bucket.tokens
+        seen = range(min(count, examples_per_step * len(starts)))
+        real = int(self.planner.real_tokens(list(seen)).sum())
+        shapes = ", ".join(f"{b.tokens} tokens x {b.slots} responses" for b in self.planner.buckets)
+        return (
+            f"layout {self.planner.layout}: {len(self.planner.buckets)} row shape(s), each one graph: {shapes}; "
+            f"{rows / len(starts):.1f} rows a step, fill {real / places:.0%}; information tokens of the data set: "
+            f"{information_tokens(self.examples):,}"
+        )
+
+
+def look_up_reference(table: np.ndarray, batch: Batch) -> Tensor:
+    """(B, R) float32: each slot's value of ``table``, (N, k) with a column a response."""
+    column = torch.where(batch.slot_role == SlotRole.REJECTED, 1, 0)
+    values = torch.from_numpy(table)[batch.record_index.clamp(min=0), column]
+    return torch.where(batch.slot_valid, values, 0.0).float()

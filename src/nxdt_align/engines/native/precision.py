@@ -1,0 +1,71 @@
+"""What ``precision`` means on this engine: the dtype that is computed in, and where fp32 is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``compute``: dtype of weights and activations. ``autocast``: weights stay float32 and each
+    operation's dtype is torch.autocast's choice."""
+
+    compute: torch.dtype = torch.float32
+    autocast: bool = False
+
+    def context(self, device: torch.device) -> AbstractContextManager[object]:
+        """Entered around the model's forward pass."""
+        if self.autocast:
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the weights that are computed with are copies of float32 master weights."""
+        return self.compute != torch.float32
+
+
+class MasterWeights:
+    """float32 master weights and gradients of a model that computes in a lower precision.
+
+    Each micro-batch's gradient is added to the master's in float32 as soon as it is complete, so
+    that accumulation over micro-batches loses nothing.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._pairs: list[tuple[str, nn.Parameter, nn.Parameter]] = []
+        for name, parameter in module.named_parameters():
+            master = nn.Parameter(parameter.detach().float().clone())
+            master.grad = None
+            self._pairs.append((name, parameter, master))
+            parameter.register_post_accumulate_grad_hook(_adder(master))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, _, master in self._pairs:
+            yield name, master
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the weights that are computed with."""
+        for _, parameter, master in self._pairs:
+            parameter.copy_(master)
+
+
+class _adder:
+    """Moves a complete low-precision gradient into its master's float32 gradient."""
+
+    def __init__(self, master: nn.Parameter) -> None:
+        self._master = master
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        if self._master.grad is None:
+            self._master.grad = parameter.grad.float()
+        else:
+            self._master.grad += parameter.grad
+        parameter.grad = None

@@ -1,0 +1,1 @@
+"""Operations on tensors that know no model, data set or process group."""

@@ -1,0 +1,104 @@
+"""The row plan: nothing lost, static shapes, equal work, and errors that say what would fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from nxdt_align.data.packing import Layout, RowPlanner, example_tokens, information_tokens
+from nxdt_align.errors import UserError
+
+LAYOUTS: list[Layout] = ["none", "packed", "shared_prompt"]
+
+
+@dataclass
+class FakeLengths:
+    prompt_lengths: np.ndarray
+    response_lengths: np.ndarray
+
+
+def lengths(count: int = 100, seed: int = 0, responses: int = 2) -> FakeLengths:
+    rng = np.random.default_rng(seed)
+    return FakeLengths(rng.integers(1, 60, count), rng.integers(1, 40, (count, responses)))
+
+
+def planner(data: FakeLengths, layout: Layout, **options: object) -> RowPlanner:
+    settings: dict[str, object] = {"examples_per_step": 8, "seq_length": 100, **options}
+    return RowPlanner(data, layout, **settings)  # type: ignore[arg-type]
+
+
+def test_places_of_one_pair_in_each_layout() -> None:
+    """Prompt 5, responses 3 and 2. A row lacks each response's last token: 4 + 3 and 4 + 2 places
+    apart, 4 + 3 + 2 with the prompt once. Information is counted as in the last."""
+    data = FakeLengths(np.array([5]), np.array([[3, 2]]))
+    assert example_tokens(data, "none").tolist() == [7]
+    assert example_tokens(data, "packed").tolist() == [13]
+    assert example_tokens(data, "shared_prompt").tolist() == [9]
+    assert information_tokens(data) == 9
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ranks,micro", [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_example_once_within_the_bucket(layout: Layout, ranks: int, micro: int, seed: int) -> None:
+    data = lengths(seed=seed)
+    plans = planner(data, layout, ranks=ranks, micro_batch_size=micro)
+    tokens = example_tokens(data, layout)
+    for step in np.array_split(np.random.default_rng(seed).permutation(100), 13):
+        plan = plans.plan(step.tolist())
+        placed = [i for row in plan.rows for i in row]
+        assert sorted(placed) == list(range(len(step)))
+        for row in plan.rows:
+            assert tokens[step[list(row)]].sum() <= plan.bucket.tokens
+            assert data.response_lengths[step[list(row)]].sum() <= plan.bucket.responses or layout == "none"
+            assert len(row) * (1 if layout == "none" else 2) <= max(plan.bucket.slots, 1)
+        shares = [plans.rows_of_rank(plan, rank) for rank in range(ranks)]
+        assert len({len(share) for share in shares}) == 1
+        assert all(len(rows) == micro for share in shares for rows in share)
+        dealt = sorted(i for share in shares for rows in share for row in rows for i in row)
+        assert dealt == list(range(len(step)))
+
+
+def test_few_buckets_and_the_largest_holds_the_longest() -> None:
+    data = lengths(1000)
+    buckets = planner(data, "shared_prompt", examples_per_step=16).buckets
+    assert 1 <= len(buckets) <= 3
+    assert buckets[-1].tokens >= example_tokens(data, "shared_prompt").max()
+    assert [b.tokens for b in buckets] == sorted(b.tokens for b in buckets)
+
+
+def test_a_pipeline_gets_its_least_number_of_micro_batches() -> None:
+    data = lengths()
+    plans = planner(data, "shared_prompt", min_micro_batches=4, ranks=2)
+    assert len(plans.rows_of_rank(plans.plan([0]), 1)) == 4
+
+
+def test_layout_none_is_rows_of_seq_length() -> None:
+    plans = planner(lengths(), "none")
+    assert [b.tokens for b in plans.buckets] == [100]
+
+
+def test_planned_steps_do_not_depend_on_ranks() -> None:
+    """The same step on 1 and 4 ranks holds the same examples; only empty rows are added."""
+    data = lengths()
+    one, four = planner(data, "packed"), planner(data, "packed", ranks=4, buckets=None)
+    step = list(range(8))
+    assert sorted(i for r in one.plan(step).rows for i in r) == sorted(
+        i for r in four.plan(step).rows for i in r
+    )
+
+
+def test_longest_example_must_fit_the_largest_bucket() -> None:
+    data = FakeLengths(np.array([50]), np.array([[30, 30]]))
+    with pytest.raises(
+        UserError, match=r"takes 109 tokens in layout shared_prompt, but is 64; 128 would fit"
+    ):
+        planner(data, "shared_prompt", buckets=[64])
+
+
+@pytest.mark.parametrize("buckets", [[128, 64], [64, 64], [], [0, 64]])
+def test_buckets_must_ascend(buckets: list[int]) -> None:
+    with pytest.raises(UserError, match=r"data\.buckets: must be positive row lengths in ascending order"):
+        planner(lengths(), "packed", buckets=buckets)
