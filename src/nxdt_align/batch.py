@@ -100,7 +100,8 @@ class Batch:
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """A batch with ``fn`` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: None if v is None else fn(v) for name, v in values.items()})
+        mapped = {name: None if v is None else fn(v) for name, v in values.items()}
+        return Batch(**mapped)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Batch:
         return self.map(lambda t: t.to(device, non_blocking=True))

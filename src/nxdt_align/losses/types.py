@@ -134,10 +134,8 @@ class LossOutput:
     """(P,) without gradient, or None where the objective has no rewards."""
     rejected_rewards: Tensor | None = None
     """(P,) without gradient."""
-    normaliser: Normaliser = "pairs"
-    """The mean is over the global batch's examples, or over its response tokens."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """Further metrics, (P,) each without gradient, reported as means over the global batch."""
+    """Further metrics, (P,) each without gradient, reported as means over the global batch's examples."""
 
 
 @runtime_checkable
@@ -159,5 +157,10 @@ class Loss(Protocol):
     """Whether the loss reads logits, which no engine here keeps."""
     couples_examples: bool
     """Whether an example's loss depends on the other examples of the global batch."""
+
+    @property
+    def normaliser(self) -> Normaliser:
+        """Whether the mean is over the global batch's examples, or over its response tokens."""
+        ...
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput: ...

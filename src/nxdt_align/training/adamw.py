@@ -1,0 +1,158 @@
+"""AdamW with float32 states and arithmetic for parameters of any float type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+class AdamWFP32OptState(AdamW):
+    """``adamw_fp32OptState``: AdamW (https://arxiv.org/abs/1711.05101), states and update in float32.
+
+    For float32 parameters it is ``torch.optim.AdamW``, bit for bit. For bf16 and fp16 parameters the
+    update is computed on a float32 copy of one parameter at a time and rounded back; nothing else is
+    kept. Updates below half a rounding step (about 0.2% of a bf16 weight) are then lost, unless
+    ``stochastic_rounding`` (bf16) rounds them up with a probability that keeps the mean.
+
+    ``eps`` is 1e-6 by default, as in the class of neuronx-distributed that NxDT registers by this
+    name; ``weight_decay`` 0.01, as NxDT's parameter groups.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        stochastic_rounding: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, capturable=capturable, fused=fused
+        )
+        devices = {p.device.type for group in self.param_groups for p in group["params"]}
+        if stochastic_rounding and "xla" in devices:
+            raise ValueError(
+                "stochastic_rounding is left to Neuron's hardware: set NEURON_RT_STOCHASTIC_ROUNDING_EN=1"
+            )
+        self.defaults["stochastic_rounding"] = stochastic_rounding
+        for group in self.param_groups:
+            group.setdefault("stochastic_rounding", stochastic_rounding)
+        # torch sets this with ``fused``: a gradient scaler would then leave unscaling to the step.
+        self._step_supports_amp_scaling = False
+        keep_saved_dtypes(self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            wide = [p for p in with_gradient if not _is_narrow(p)]
+            if wide:
+                self._update(group, wide, wide)
+            for index, parameter in enumerate(with_gradient):
+                if _is_narrow(parameter):
+                    self._update_narrow(group, index, parameter)
+        return loss
+
+    def _update_narrow(self, group: dict[str, Any], index: int, parameter: Tensor) -> None:
+        values = parameter.float()
+        self._update(group, [parameter], [values])
+        if group.get("stochastic_rounding") and parameter.dtype == torch.bfloat16:
+            seed = int(self.state[parameter]["step"]) * 1_000_003 + index
+            round_stochastically_(values, seed)
+        parameter.copy_(values)
+
+    def _update(self, group: dict[str, Any], parameters: list[Tensor], values: list[Tensor]) -> None:
+        """One AdamW step on ``values``, which stand for ``parameters``, with their states."""
+        states = [self._state_of(group, p) for p in parameters]
+        gradients = [
+            p.grad.to(v.dtype) for p, v in zip(parameters, values, strict=True) if p.grad is not None
+        ]
+        beta1, beta2 = group["betas"]
+        adamw(
+            values,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            [state["step"] for state in states],
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            fused=group["fused"],
+            amsgrad=group["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+    def _state_of(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            # torch keeps the count on the host, except where the step runs as one kernel or graph.
+            on_device = group["fused"] or group["capturable"]
+            state["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
+            dtype = torch.float32 if _is_narrow(parameter) else parameter.dtype
+            for name in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
+                state[name] = torch.zeros_like(parameter, dtype=dtype)
+        return state
+
+
+def round_stochastically_(values: Tensor, seed: int) -> None:
+    """Round float32 ``values`` in place to bf16 numbers: up or down, with the true value as the mean.
+
+    The noise depends on ``seed`` alone, so a resumed run repeats it.
+    """
+    local: Tensor = values.to_local() if hasattr(values, "to_local") else values
+    generator = torch.Generator(local.device).manual_seed(seed)
+    noise = torch.randint(1 << 16, local.shape, dtype=torch.int32, device=local.device, generator=generator)
+    # bf16 is the upper half of a float32: adding below it carries over with the right probability.
+    rounded = ((local.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
+    local.copy_(torch.where(local.isfinite(), rounded, local))
+
+
+def keep_saved_dtypes(optimizer: Optimizer) -> None:
+    """Have ``load_state_dict`` keep the saved float type of each state.
+
+    torch casts states to the parameter's type, which would round float32 states of bf16 parameters.
+    """
+    loading: list[dict[str, Any]] = []
+
+    def remember(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        loading[:] = [state_dict]
+
+    def restore(loaded: Optimizer) -> None:
+        saved = loading.pop()
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        parameters = [p for group in loaded.param_groups for p in group["params"]]
+        for key, parameter in zip(keys, parameters, strict=True):
+            for name, value in saved["state"].get(key, {}).items():
+                current = loaded.state[parameter][name]
+                if isinstance(value, Tensor) and name != "step" and current.dtype != value.dtype:
+                    loaded.state[parameter][name] = value.to(current.device, copy=True)
+
+    optimizer.register_load_state_dict_pre_hook(remember)
+    optimizer.register_load_state_dict_post_hook(restore)
+
+
+def _is_narrow(parameter: Tensor) -> bool:
+    return parameter.dtype in (torch.bfloat16, torch.float16)

@@ -1,0 +1,324 @@
+"""Optimizers and learning-rate schedules by NeMo's names, with the two that NxDT adds to them.
+
+NeMo's registry is imported when a training run builds its optimizer and not before: it takes
+seconds. Names and settings follow ``nemo/core/optim`` and ``nemo/core/config`` of NeMo 2.1.0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from nxdt_align.training.adamw import AdamWFP32OptState, keep_saved_dtypes
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+FUSED_OPTIMIZERS = ("adam", "adamw", "adamw_fp32OptState", "sgd")
+"""Where torch's fused step is used: it is elementwise, so the same for any number of threads."""
+
+SCHEDULE_LENGTHS = ("max_steps", "warmup_steps", "hold_steps", "constant_steps", "decay_steps")
+"""Attributes of NeMo's schedules that come from the YAML, also in a resumed run."""
+
+
+def linear_with_warmup(step: int, *, warmup_steps: int, max_steps: int) -> float:
+    """Share of the peak learning rate after ``step`` updates: up to 1 in a line, then down to 0.
+
+    As ``get_linear_schedule_with_warmup`` of ``transformers.optimization``, so 0 at step 0.
+    """
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    return max(0.0, (max_steps - step) / max(1, max_steps - warmup_steps))
+
+
+class LinearAnnealingWithWarmUp(LambdaLR):
+    """The schedule that NxDT adds to NeMo's: ``linear_with_warmup`` times each group's learning rate."""
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 0, *, max_steps: int, last_epoch: int = -1
+    ) -> None:
+        share = partial(linear_with_warmup, warmup_steps=warmup_steps, max_steps=max_steps)
+        super().__init__(optimizer, share, last_epoch)
+
+
+def register_with_nemo() -> None:
+    """Add ``adamw_fp32OptState`` and ``LinearAnnealingWithWarmUp`` to NeMo's registries, once."""
+    from nemo.core.config import AdamWParams
+    from nemo.core.config.schedulers import SchedulerParams
+    from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS, register_scheduler
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS, register_optimizer
+
+    if "adamw_fp32OptState" not in AVAILABLE_OPTIMIZERS:
+        register_optimizer("adamw_fp32OptState", AdamWFP32OptState, AdamWParams)
+    if "LinearAnnealingWithWarmUp" not in AVAILABLE_SCHEDULERS:
+        fields = [(name, int, dataclasses.field(default=0)) for name in ("warmup_steps", "max_steps")]
+        params = dataclasses.make_dataclass(
+            "LinearAnnealingWithWarmUpParams", fields, bases=(SchedulerParams,)
+        )
+        register_scheduler("LinearAnnealingWithWarmUp", LinearAnnealingWithWarmUp, params)
+
+
+def available_optimizers() -> dict[str, type[Optimizer]]:
+    """Optimizer name -> class."""
+    register_with_nemo()
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
+
+    return dict(AVAILABLE_OPTIMIZERS)
+
+
+def available_schedulers() -> dict[str, type[LRScheduler]]:
+    """Schedule name -> class, without ReduceLROnPlateau, which waits for a metric at each epoch."""
+    register_with_nemo()
+    from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
+
+    return {name: cls for name, cls in AVAILABLE_SCHEDULERS.items() if name != "ReduceLROnPlateau"}
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], *, layer_norm_weight_decay: bool
+) -> list[dict[str, Any]]:
+    """Parameters that decay, then those that don't; the second group sets ``weight_decay`` to 0.
+
+    Biases never decay. Norm weights decay where ``layer_norm_weight_decay``, as NxDT's documentation
+    has ``do_layer_norm_weight_decay``; its code for Hugging Face models does the reverse.
+    """
+    decaying: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, parameter in named_parameters:
+        segments = name.lower().split(".")
+        is_norm = any(segment.endswith("norm") for segment in segments)
+        spared = segments[-1] == "bias" or (is_norm and not layer_norm_weight_decay)
+        (exempt if spared else decaying).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    named_parameters: Sequence[tuple[str, nn.Parameter]],
+    name: str,
+    settings: Mapping[str, Any],
+    *,
+    layer_norm_weight_decay: bool = False,
+) -> Optimizer:
+    """The optimizer that ``model.optim`` names.
+
+    ``settings`` holds ``lr`` and what else that optimizer takes (``weight_decay``, ``betas``, ...); a
+    setting that is None counts as left out. The fused step is used where torch has one, unless
+    ``fused`` or ``foreach`` is set. Raises ValueError for an unknown name, a setting that the
+    optimizer does not take, or a value out of its range.
+    """
+    classes = available_optimizers()
+    if name not in classes:
+        raise ValueError(f"model.optim.name: no optimizer is called {name!r}{_choices(name, classes)}")
+    cls = classes[name]
+    taken = _parameters_of(cls, without=("params",))
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if v is not None}
+    _check_names("model.optim", name, kwargs, taken)
+    _check_lr(kwargs.get("lr"))
+    if not named_parameters:
+        raise ValueError("the optimizer got no trainable parameter")
+    if name == "adafactor":
+        kwargs = _external_step_size(kwargs)
+    parameters = [parameter for _, parameter in named_parameters]
+    kwargs |= _step_implementation(name, kwargs, parameters)
+    groups = parameter_groups(named_parameters, layer_norm_weight_decay=layer_norm_weight_decay)
+    if "weight_decay" not in taken:
+        groups = [{"params": parameters}]
+    build: Callable[..., Optimizer] = cls
+    optimizer = _construct(f"model.optim ({name})", lambda: build(groups, **kwargs))
+    if not isinstance(optimizer, AdamWFP32OptState):  # which does so itself
+        keep_saved_dtypes(optimizer)
+    return optimizer
+
+
+def build_scheduler(
+    optimizer: Optimizer, name: str | None, settings: Mapping[str, Any], max_steps: int
+) -> LRScheduler:
+    """The schedule that ``model.optim.sched`` names; a constant learning rate where ``name`` is None.
+
+    ``settings`` holds what the schedule takes besides its name; None counts as left out.
+    ``max_steps`` is the run's number of optimizer steps, for a schedule whose own ``max_steps`` is not
+    set (or -1). A resumed run takes its place in the schedule from the checkpoint and the schedule's
+    lengths from the YAML, so that raising ``max_steps`` stretches it. Every schedule moves on at each
+    optimizer step; NeMo moves ExponentialLR once an epoch, hence a notice in the log.
+
+    Raises ValueError for an unknown name, an optimizer's name, a setting that the schedule does not
+    take or that it lacks, or values with which it would fail during training.
+    """
+    if name is None:
+        return LambdaLR(optimizer, _constant)
+    classes = available_schedulers()
+    _check_scheduler_name(name, classes)
+    taken = _parameters_of(classes[name], without=("optimizer", "last_epoch"))
+    kwargs = {k: v for k, v in settings.items() if v is not None}
+    if kwargs.get("last_epoch") == -1:
+        del kwargs["last_epoch"]
+    if kwargs.get("max_steps", -1) == -1:
+        kwargs["max_steps"] = max_steps
+    if "max_steps" not in taken:
+        del kwargs["max_steps"]
+    _check_names("model.optim.sched", name, kwargs, taken)
+    lr = float(optimizer.param_groups[0]["lr"])
+    _check_schedule_values(name, kwargs, taken, lr)
+    cls: Any = classes[name]
+    build = _with_lengths_of_the_yaml(cls)
+    where = f"model.optim.sched ({name})"
+    if name == "ExponentialLR":
+        log.warning("%s: gamma is applied at each optimizer step; NeMo applies it once an epoch", where)
+    _construct(where, lambda: _walk(build(_scratch_optimizer(lr), **kwargs)))
+    return _construct(where, lambda: build(optimizer, **kwargs))
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _parameters_of(cls: type, without: Sequence[str]) -> dict[str, inspect.Parameter]:
+    """Keywords that the constructor takes, those that it passes on to its bases included."""
+    taken: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in base.__dict__:
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        taken = {p.name: p for p in named} | taken
+        if len(named) == len(parameters):
+            break
+    return {name: p for name, p in taken.items() if name not in without}
+
+
+def _check_names(
+    where: str, name: str, given: Mapping[str, Any], taken: Mapping[str, inspect.Parameter]
+) -> None:
+    unknown = [key for key in given if key not in taken]
+    if unknown:
+        raise ValueError(f"{where}: {name} takes no {', '.join(unknown)}{_choices(unknown[0], taken)}")
+    missing = [key for key, p in taken.items() if p.default is p.empty and key not in given]
+    if missing:
+        raise ValueError(f"{where}: {name} needs {', '.join(missing)}")
+
+
+def _choices(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return (f" (nearest: {near[0]})" if near else "") + f"; there are: {', '.join(names)}"
+
+
+def _check_lr(lr: Any) -> None:
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (0 <= lr < math.inf):
+        raise ValueError(f"model.optim.lr must be a finite number of at least 0, but is {lr!r}")
+
+
+def _external_step_size(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Adafactor with the learning rate of ``model.optim``, as its documentation has it.
+
+    Its other two modes set the step size themselves, and NeMo's class writes the result back into
+    the group's learning rate at each parameter, so that it compounds.
+    """
+    for key in ("relative_step", "scale_parameter", "warmup_init"):
+        if kwargs.get(key):
+            raise ValueError(
+                f"model.optim.{key}: adafactor would set its own step size, against model.optim.lr and "
+                "its schedule: set it to False or leave it out"
+            )
+    return kwargs | {"relative_step": False, "scale_parameter": False, "warmup_init": False}
+
+
+def _step_implementation(
+    name: str, kwargs: Mapping[str, Any], parameters: Sequence[nn.Parameter]
+) -> dict[str, Any]:
+    """Settings that choose how, not what, a step computes on the parameters' device."""
+    devices = {parameter.device.type for parameter in parameters}
+    chosen: dict[str, Any] = {}
+    if kwargs.get("capturable") and devices == {"cpu"}:
+        log.warning("model.optim.capturable: True has no effect on the CPU, which captures no graphs")
+        chosen["capturable"] = False
+    if name in FUSED_OPTIMIZERS and not {"fused", "foreach", "differentiable"} & set(kwargs):
+        # One fused call cannot mix plain tensors and DTensors, or DTensors of several meshes.
+        meshes = {getattr(parameter, "device_mesh", None) for parameter in parameters}
+        if (devices == {"cuda"} and len(meshes) == 1) or (devices == {"cpu"} and meshes == {None}):
+            chosen["fused"] = True
+    return chosen
+
+
+def _check_scheduler_name(name: str, classes: Mapping[str, Any]) -> None:
+    if name in classes:
+        return
+    if name == "ReduceLROnPlateau":
+        raise ValueError(
+            "model.optim.sched.name: ReduceLROnPlateau waits for a metric at the end of each epoch, which "
+            f"a run counted in steps does not have; there are: {', '.join(sorted(classes))}"
+        )
+    if name in available_optimizers():
+        raise ValueError(
+            f"model.optim.sched.name: {name} is an optimizer, not a schedule: set model.optim.name: {name}, "
+            f"and here one of {', '.join(sorted(classes))}, or leave sched out for a constant learning rate"
+        )
+    raise ValueError(f"model.optim.sched.name: no schedule is called {name!r}{_choices(name, classes)}")
+
+
+def _check_schedule_values(
+    name: str, kwargs: Mapping[str, Any], taken: Mapping[str, inspect.Parameter], lr: float
+) -> None:
+    where = f"model.optim.sched ({name})"
+    for key in ("max_steps", "min_lr"):
+        if isinstance(kwargs.get(key), bool) or not isinstance(kwargs.get(key, 0), (int, float)):
+            raise ValueError(f"{where}: {key} must be a number, but is {kwargs[key]!r}")
+    if "max_steps" in kwargs and kwargs["max_steps"] < 1:
+        raise ValueError(
+            f"{where} needs the number of steps, but max_steps is {kwargs['max_steps']}: set "
+            "trainer.max_steps"
+        )
+    default = taken["min_lr"].default if "min_lr" in taken else 0.0
+    min_lr = kwargs.get("min_lr", default)
+    if min_lr > lr:
+        whose = "" if "min_lr" in kwargs else ", its default"
+        raise ValueError(f"{where}: min_lr ({min_lr}{whose}) must not be above model.optim.lr ({lr})")
+
+
+def _construct(where: str, build: Callable[[], T]) -> T:
+    """``build()``, whose complaints about values become one ValueError that names the place."""
+    try:
+        return build()
+    except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{where}: {str(error) or type(error).__name__}") from error
+
+
+def _scratch_optimizer(lr: float) -> Optimizer:
+    return SGD([nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
+
+
+def _walk(scheduler: LRScheduler) -> None:
+    """Ask the schedule for each stage's learning rate, so that it fails now and not after the warm-up."""
+    edges = [int(getattr(scheduler, attribute, 0) or 0) for attribute in SCHEDULE_LENGTHS]
+    last = int(getattr(scheduler, "max_steps", 0) or max(edges) + 1)
+    steps = {edge + offset for edge in edges for offset in (-1, 0, 1)}
+    for step in sorted(step for step in steps if 0 < step <= last):
+        scheduler.last_epoch = step
+        scheduler._get_lr_called_within_step = True
+        for lr in scheduler.get_lr():
+            if isinstance(lr, complex) or not 0 <= lr < math.inf:
+                raise ValueError(f"the learning rate at step {step} would be {lr}")
+
+
+@cache
+def _with_lengths_of_the_yaml(cls: Any) -> Callable[..., LRScheduler]:
+    """``cls``, whose ``load_state_dict`` leaves the lengths of the schedule as they were built."""
+
+    def load_state_dict(self: LRScheduler, state_dict: dict[str, Any]) -> None:
+        lengths = {name: value for name, value in vars(self).items() if name in SCHEDULE_LENGTHS}
+        cls.load_state_dict(self, state_dict)
+        vars(self).update(lengths)
+
+    return type(cls.__name__, (cls,), {"load_state_dict": load_state_dict, "__module__": cls.__module__})

@@ -1,0 +1,193 @@
+"""Our losses against TRL's own code, value and gradient. TRL is a test dependency only.
+
+The trainers are made without their constructor, which would want a model, a tokenizer and a data
+set; what their loss methods read is set by hand. TRL imports slowly, hence a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nxdt_align.losses.preference import DPOLoss, ORPOLoss
+from nxdt_align.losses.types import LossOutput, ResponseLogps
+
+trl = pytest.importorskip("trl")
+takes_log_probs = pytest.mark.skipif(
+    tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16),
+    reason="before 1.16 (Python 3.10), TRL's DPO trainer computes log-probabilities from logits itself",
+)
+Slots = Callable[..., ResponseLogps]
+
+TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+
+
+class TensorModel(nn.Module):
+    """A model whose output is a tensor that the test owns."""
+
+    def __init__(self, **outputs: Tensor) -> None:
+        super().__init__()
+        self.outputs = SimpleNamespace(**outputs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+        return self.outputs
+
+
+def accelerator() -> SimpleNamespace:
+    return SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda t: t, gather_for_metrics=lambda t: t, num_processes=1
+    )
+
+
+def trl_dpo(
+    token_logps: Tensor, mask: Tensor, reference: Tensor, beta: float
+) -> tuple[Tensor, dict[str, float]]:
+    """TRL's DPO loss and metrics; (2P, T) tokens, all chosen rows first, then all rejected."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    trainer = DPOTrainer.__new__(DPOTrainer)
+    zeros = torch.zeros_like(token_logps.detach())
+    trainer.model = TensorModel(log_probs=token_logps, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+    trainer.accelerator = accelerator()
+    trainer.aux_loss_enabled = trainer.use_weighting = False
+    trainer.ld_alpha = None
+    trainer.precompute_ref_logps = True
+    trainer.f_divergence_type = "reverse_kl"
+    trainer.loss_types, trainer.loss_weights = ["sigmoid"], [1.0]
+    trainer.beta, trainer.label_smoothing = beta, 0.0
+    trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    trainer._total_train_tokens, trainer._tp_size = 0, 1
+    completion = torch.cat([torch.zeros(len(mask), 1), mask], 1).long()
+    chosen, rejected = reference.chunk(2)
+    inputs = {
+        "input_ids": torch.ones_like(completion),
+        "attention_mask": torch.ones_like(completion),
+        "completion_mask": completion,
+        "ref_chosen_logps": chosen,
+        "ref_rejected_logps": rejected,
+    }
+    loss = trainer._compute_loss(trainer.model, inputs, return_outputs=False)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def trl_orpo(logits: Tensor, ids: Tensor, lengths: Tensor, beta: float) -> tuple[Tensor, dict[str, float]]:
+    """TRL's ORPO loss and metrics; (2P, S, V) logits, all chosen rows first; the prompt is one token."""
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    trainer = ORPOTrainer.__new__(ORPOTrainer)
+    trainer.accelerator = accelerator()
+    trainer.aux_loss_enabled = trainer.is_encoder_decoder = False
+    trainer.padding_value, trainer.beta = 0, beta
+    columns = torch.arange(ids.shape[1])
+    attention = (columns <= lengths[:, None]).long()
+    labels = torch.where((attention == 1) & (columns > 0), ids, -100)
+    half = len(ids) // 2
+    batch: dict[str, Any] = {}
+    for name, rows in (("chosen", slice(0, half)), ("rejected", slice(half, None))):
+        batch[f"{name}_input_ids"] = ids[rows]
+        batch[f"{name}_attention_mask"] = attention[rows]
+        batch[f"{name}_labels"] = labels[rows]
+    result: tuple[Tensor, dict[str, float]] = trainer.get_batch_loss_metrics(
+        TensorModel(logits=logits), batch
+    )
+    return result
+
+
+def interleave(values: Tensor) -> Tensor:
+    """From all chosen, then all rejected, to pair by pair."""
+    return torch.stack(values.chunk(2), 1).flatten(0, 1)
+
+
+def means(output: LossOutput) -> dict[str, float]:
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    assert chosen is not None and rejected is not None
+    return {
+        "rewards/chosen": chosen.mean().item(),
+        "rewards/rejected": rejected.mean().item(),
+        "rewards/accuracies": (chosen > rejected).float().mean().item(),
+        "rewards/margins": (chosen - rejected).mean().item(),
+        **{name: value.mean().item() for name, value in output.extras.items()},
+    }
+
+
+@takes_log_probs
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_dpo_equals_trl(slots: Slots, seed: int, beta: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pairs, width = 7, 33
+    lengths = torch.randint(1, width + 1, (2 * pairs,), generator=generator)
+    mask = (torch.arange(width) < lengths[:, None]).float()
+    tokens = -torch.rand(2 * pairs, width, generator=generator) * mask * 3
+    reference = (tokens.sum(1) + torch.randn(2 * pairs, generator=generator)).detach()
+
+    theirs_in, ours_in = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    theirs, metrics = trl_dpo(theirs_in, mask, reference, beta)
+    output = DPOLoss(beta)(slots(interleave(ours_in.sum(1))), slots(interleave(reference)))
+    ours = output.losses.mean()
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    theirs.backward()
+    ours.backward()
+    torch.testing.assert_close(ours_in.grad, theirs_in.grad, **TOLERANCE)
+    assert means(output) == pytest.approx({name: metrics[name] for name in means(output)}, abs=1e-6)
+
+
+@takes_log_probs
+@pytest.mark.parametrize("ratio", [1e4, -1e4, 50.0])
+def test_dpo_equals_trl_at_the_extremes(slots: Slots, ratio: float) -> None:
+    tokens = torch.tensor([[-1e4 + ratio], [-1e4]])
+    reference = torch.tensor([-1e4, -1e4])
+    theirs_in, ours_in = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    theirs, _ = trl_dpo(theirs_in, torch.ones(2, 1), reference, 0.1)
+    ours = DPOLoss(0.1)(slots(interleave(ours_in.sum(1))), slots(interleave(reference))).losses.mean()
+    theirs.backward()
+    ours.backward()
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    torch.testing.assert_close(ours_in.grad, theirs_in.grad, **TOLERANCE)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_orpo_equals_trl(slots: Slots, seed: int, beta: float) -> None:
+    """With a prompt of one token and chosen responses of one length, TRL's likelihood (over prompt
+    and chosen, averaged over the batch's tokens) is ours (over the response, averaged over pairs)."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs, width, vocabulary = 5, 9, 11
+    lengths = torch.randint(1, width, (2 * pairs,), generator=generator)
+    lengths[:pairs] = lengths[0]
+    ids = torch.randint(0, vocabulary, (2 * pairs, width), generator=generator)
+    logits = torch.randn(2 * pairs, width, vocabulary, generator=generator) * 3
+
+    theirs_in, ours_in = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    theirs, metrics = trl_orpo(theirs_in, ids, lengths, beta)
+    token_logps = ours_in.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    token_logps = torch.where(torch.arange(width - 1) < lengths[:, None], token_logps, 0.0)
+    output = ORPOLoss(beta)(slots(interleave(token_logps.sum(1)), interleave(lengths).float()), None)
+    ours = output.losses.mean()
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    theirs.backward()
+    ours.backward()
+    torch.testing.assert_close(ours_in.grad, theirs_in.grad, **TOLERANCE)
+    assert means(output) == pytest.approx({name: metrics[name] for name in means(output)}, abs=1e-6)
+
+
+@pytest.mark.parametrize("mean", [-1e-4, -1e-3, -0.5, -0.8, -30.0])
+def test_odds_ratio_equals_trl_where_trl_is_stable(slots: Slots, mean: float) -> None:
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    trainer = ORPOTrainer.__new__(ORPOTrainer)
+    trainer.accelerator, trainer.beta = accelerator(), 0.1
+    chosen, rejected = torch.tensor([mean, -1.5]), torch.tensor([-1.0, mean])
+    losses, chosen_rewards, rejected_rewards, ratio, log_odds = trainer.odds_ratio_loss(chosen, rejected)
+    output = ORPOLoss(0.1)(slots(torch.stack([chosen, rejected], 1).flatten()), None)
+    torch.testing.assert_close(-0.1 * output.extras["log_odds_ratio"], -losses, **TOLERANCE)
+    torch.testing.assert_close(output.extras["log_odds_ratio"].mean(), ratio, **TOLERANCE)
+    torch.testing.assert_close(output.extras["log_odds_chosen"].mean(), log_odds, **TOLERANCE)
+    torch.testing.assert_close(output.chosen_rewards, chosen_rewards)
+    torch.testing.assert_close(output.rejected_rewards, rejected_rewards)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nxdt_align.losses.preference import DPOLoss, ORPOLoss
+from nxdt_align.losses.registry import OBJECTIVES, build_loss
+from nxdt_align.losses.supervised import SFTLoss
+from nxdt_align.losses.types import Loss
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "expected"),
+    [
+        ("dpo", {"kl_beta": 0.01, "loss_type": "sigmoid"}, DPOLoss(0.01)),
+        ("dpo", {"kl_beta": 0.3, "label_smoothing": 0.1}, DPOLoss(0.3, 0.1)),
+        ("dpo", {"kl_beta": 0.3, "label_smoothing": None}, DPOLoss(0.3)),
+        ("orpo", {"beta": 0.1}, ORPOLoss(0.1)),
+        ("sft", {}, SFTLoss()),
+    ],
+)
+def test_losses_are_built_from_the_yaml_names(
+    objective: str, settings: dict[str, Any], expected: Loss
+) -> None:
+    loss = build_loss(objective, settings)
+    assert loss == expected
+    assert isinstance(loss, Loss)
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "message"),
+    [
+        ("ppo", {}, r"objective must be one of dpo, orpo, sft, but is 'ppo'"),
+        ("dpo", {"kl_beta": 0.1, "loss_type": "sigmoyd"}, r"dpo\.loss_type must be one of sigmoid"),
+        ("dpo", {}, r"dpo needs kl_beta: set model_alignment_strategy\.dpo"),
+        ("orpo", {"beta": None}, r"orpo needs beta"),
+        ("orpo", {"kl_beta": 0.1}, r"orpo takes no kl_beta; its settings are beta"),
+        ("sft", {"beta": 0.1}, r"sft takes no beta; its settings are none"),
+        ("orpo", {"beta": -1.0}, r"ORPO's beta must be a finite number above 0, but is -1.0"),
+    ],
+)
+def test_wrong_settings_are_named(objective: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_loss(objective, settings)
+
+
+def test_objectives_are_the_documented_three() -> None:
+    assert list(OBJECTIVES) == ["dpo", "orpo", "sft"]

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nxdt_align.training.adamw import AdamWFP32OptState, keep_saved_dtypes, round_stochastically_
+
+SETTINGS: dict[str, Any] = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(17, 5), (33,), (2, 3, 4)]
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def take_step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("variant", [{}, {"amsgrad": True}, {"fused": True}, {"foreach": True}])
+def test_fp32_is_torch_adamw_bit_for_bit(variant: dict[str, Any]) -> None:
+    ours, theirs = parameters(), parameters()
+    mine = AdamWFP32OptState(ours, **SETTINGS, **variant)
+    reference = torch.optim.AdamW(theirs, **SETTINGS, **variant)
+    for step in range(7):
+        take_step(mine, ours, step)
+        take_step(reference, theirs, step)
+        if step == 3:
+            mine.param_groups[0]["lr"] = reference.param_groups[0]["lr"] = 1e-3
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+        for name, value in reference.state[b].items():
+            assert torch.equal(mine.state[a][name], value)
+
+
+def test_a_parameter_without_gradient_stays() -> None:
+    params = parameters()
+    before = params[1].detach().clone()
+    params[0].grad = torch.ones_like(params[0])
+    optimizer = AdamWFP32OptState(params, **SETTINGS)
+    optimizer.step()
+    assert torch.equal(params[1], before)
+    assert params[1] not in optimizer.state
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_parameters_have_fp32_states_and_arithmetic(dtype: torch.dtype) -> None:
+    """Each step is torch's AdamW on float32 copies with the float32 states, rounded once."""
+    ours = parameters(dtype)
+    optimizer = AdamWFP32OptState(ours, **SETTINGS)
+    wide = [nn.Parameter(p.detach().float()) for p in ours]
+    reference = torch.optim.AdamW(wide, **SETTINGS)
+    for step in range(5):
+        take_step(optimizer, ours, step)
+        for a, b in zip(ours, wide, strict=True):
+            assert a.grad is not None
+            b.grad = a.grad.float()
+        reference.step()
+        for a, b in zip(ours, wide, strict=True):
+            b.data.copy_(b.data.to(dtype))
+            assert a.dtype == dtype and torch.equal(a.float(), b)
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert optimizer.state[a][name].dtype == torch.float32
+                assert torch.equal(optimizer.state[a][name], reference.state[b][name])
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_resumed_bf16_run_is_the_uninterrupted_one(rounding: bool) -> None:
+    """torch's load_state_dict would round the float32 states to bf16."""
+    whole, first = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    settings = {**SETTINGS, "stochastic_rounding": rounding}
+    uninterrupted, interrupted = AdamWFP32OptState(whole, **settings), AdamWFP32OptState(first, **settings)
+    for step in range(6):
+        take_step(uninterrupted, whole, step)
+    for step in range(3):
+        take_step(interrupted, first, step)
+    saved = copy.deepcopy(interrupted.state_dict())
+    second = [nn.Parameter(p.detach().clone()) for p in first]
+    resumed = AdamWFP32OptState(second, **settings)
+    resumed.load_state_dict(saved)
+    for step in range(3, 6):
+        take_step(resumed, second, step)
+    for a, b in zip(whole, second, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(uninterrupted.state[a]["exp_avg"], resumed.state[b]["exp_avg"])
+
+
+def test_loaded_states_are_copies() -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = AdamWFP32OptState(params, **SETTINGS)
+    take_step(optimizer, params, 0)
+    saved = optimizer.state_dict()
+    other = AdamWFP32OptState(parameters(torch.bfloat16), **SETTINGS)
+    other.load_state_dict(saved)
+    before = saved["state"][0]["exp_avg"].clone()
+    take_step(other, other.param_groups[0]["params"], 1)
+    assert torch.equal(saved["state"][0]["exp_avg"], before)
+
+
+def test_stochastic_rounding_keeps_the_mean_and_repeats() -> None:
+    """1 + 2^-9 lies a quarter of the way from 1 to the next bf16 number, 1 + 2^-7."""
+    value = 1 + 2**-9
+    first, again, other = (torch.full((40_000,), value) for _ in range(3))
+    round_stochastically_(first, seed=1)
+    round_stochastically_(again, seed=1)
+    round_stochastically_(other, seed=2)
+    assert set(first.tolist()) == {1.0, 1 + 2**-7}
+    assert first.mean().item() == pytest.approx(value, abs=1e-4)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_stochastic_rounding_leaves_exact_and_infinite_values() -> None:
+    values = torch.tensor([0.0, -1.5, 3.0, torch.inf, -torch.inf, torch.nan])
+    before = values.clone()
+    round_stochastically_(values, seed=0)
+    torch.testing.assert_close(values, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_small_updates_survive_with_stochastic_rounding_only() -> None:
+    """A learning rate of 5e-7 moves a bf16 weight of 1 by less than half a rounding step, 2^-9."""
+
+    def drift(rounding: bool) -> float:
+        weight = nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
+        optimizer = AdamWFP32OptState([weight], lr=1e-4, weight_decay=0.0, stochastic_rounding=rounding)
+        for _ in range(10):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        return weight.float().mean().item() - 1
+
+    assert drift(False) == 0.0
+    assert drift(True) == pytest.approx(-1e-3, rel=0.1)
+
+
+def test_saved_dtypes_are_kept_for_any_optimizer() -> None:
+    """A float32 state of a bf16 parameter, as NeMo's Novograd has one."""
+    params = parameters(torch.bfloat16)
+    optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    take_step(optimizer, params, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        state["momentum_buffer"] = state["momentum_buffer"].float() + 1e-4
+    keep_saved_dtypes(optimizer)
+    optimizer.load_state_dict(saved)
+    for index, p in enumerate(params):
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], saved["state"][index]["momentum_buffer"])
