@@ -1,0 +1,206 @@
+"""Hugging Face model folders as a source of weights, and fresh weights as another.
+
+Both offer names(), shape(), read() and fingerprint() under the plain Llama's names, as
+``engines.base.WeightSource`` asks; ``write_hf_folder`` (export.py) is the way back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nxdt_align.checkpoint.export import write_hf_folder
+from nxdt_align.checkpoint.names import UnknownNameError, from_hf, is_recomputed, summary, to_hf
+from nxdt_align.checkpoint.tensor_files import TensorFile, WeightsError, open_tensor_file
+from nxdt_align.models.presets import LlamaConfig, fresh_weight, load_config_json, weight_shapes
+
+__all__ = ["FreshWeights", "HFFolder", "WeightsError", "content_fingerprint", "write_hf_folder"]
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which transformers looks for them."""
+
+
+class HFFolder:
+    """The weights of a folder that transformers' ``save_pretrained`` wrote; tensors are read when asked for.
+
+    Where its ``config.json`` ties the head to the embedding, a head that is stored too is left out.
+
+    Raises WeightsError (or ModelConfigError for ``config.json``) for a folder that is not one, that
+    is not whole, or that holds what a plain Llama does not have.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise WeightsError(
+                f"{self.path} is not a folder: give a Hugging Face folder with config.json and weights"
+            )
+        if not any(self.path.iterdir()):
+            raise WeightsError(f"the folder {self.path} is empty: it must hold config.json and weights")
+        _, self._config = load_config_json(self.path)
+        self._files = _by_our_name(self.path, _find_tensors(self.path))
+        if self._config.get("tie_word_embeddings", False):
+            self._drop_tied_head()
+        self._fingerprint: str | None = None
+
+    def __str__(self) -> str:
+        return f"the Hugging Face folder {self.path}"
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).shape(to_hf(name))
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU, in the dtype it is stored in."""
+        return self._file(name).read(to_hf(name))
+
+    def fingerprint(self) -> str:
+        """The same for the same weights, however they are spread over files."""
+        if self._fingerprint is None:
+            self._fingerprint = content_fingerprint((name, self.read(name)) for name in self.names())
+        return self._fingerprint
+
+    def check_against(self, config: LlamaConfig) -> None:
+        """Raises WeightsError naming every tensor that is missing, surplus or of another shape."""
+        wanted = weight_shapes(config)
+        misshapen = [name for name in self.names() if name in wanted and self.shape(name) != wanted[name]]
+        faults = [f"missing: {name}" for name in _shown(set(wanted) - set(self._files))]
+        faults += [f"surplus: {name}" for name in _shown(set(self._files) - set(wanted))]
+        for name in misshapen:
+            faults.append(
+                f"{to_hf(name)} must have shape {list(wanted[name])}, but has {list(self.shape(name))}"
+            )
+        if faults:
+            raise WeightsError(
+                f"{self} does not fit the model configuration:\n  " + "\n  ".join(faults) + "\n"
+                "num_hidden_layers, hidden_size, tie_word_embeddings and the other sizes must be those of "
+                "the weights"
+            )
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            raise WeightsError(f"{self} has no weight {to_hf(name)}")
+        return self._files[name]
+
+    def _drop_tied_head(self) -> None:
+        if _HEAD not in self._files:
+            return
+        if _EMBEDDING in self._files and not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
+            raise WeightsError(
+                f"{self}: config.json says `tie_word_embeddings` true, but {_HEAD} and {_EMBEDDING} differ: "
+                "set it to false, or remove one of the two"
+            )
+        del self._files[_HEAD]
+
+
+class FreshWeights:
+    """Untrained weights, drawn when asked for; ``seed`` decides them. float32."""
+
+    def __init__(self, config: LlamaConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._shapes = weight_shapes(config)
+
+    def __str__(self) -> str:
+        return f"fresh weights (seed {self._seed})"
+
+    def names(self) -> list[str]:
+        return sorted(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        return fresh_weight(self._config, name, self._seed)
+
+    def fingerprint(self) -> str:
+        """Follows from what the weights are drawn from, without drawing them."""
+        drawn_from = [self._seed, self._config.initializer_range, sorted(self._shapes.items())]
+        return hashlib.blake2b(json.dumps(["fresh", *drawn_from]).encode(), digest_size=16).hexdigest()
+
+
+def content_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest, 32 hex digits, of names, dtypes, shapes and bytes; ``tensors`` come sorted by name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _find_tensors(folder: Path) -> dict[str, TensorFile]:
+    """Hugging Face's name -> the file that holds the tensor."""
+    found = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise WeightsError(f"{folder} has no weights: it must hold one of {', '.join(_WEIGHT_FILES)}")
+    if not found.endswith(".index.json"):
+        file = open_tensor_file(folder / found)
+        return dict.fromkeys(file.names(), file)
+    weight_map = _read_index(folder / found)
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise WeightsError(f"{folder / found} names files that are missing: {', '.join(missing)}")
+    files = {shard: open_tensor_file(folder / shard) for shard in shards}
+    held = {shard: set(file.names()) for shard, file in files.items()}
+    absent = [name for name, shard in weight_map.items() if name not in held[shard]]
+    if absent:
+        raise WeightsError(
+            f"{folder / found} names tensors that their files do not hold: {', '.join(summary(absent))}"
+        )
+    return {name: files[shard] for name, shard in weight_map.items()}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{path} must have a `weight_map` from tensor names to files")
+    outside = [str(shard) for shard in weight_map.values() if not _is_plain_name(shard)]
+    if outside:
+        raise WeightsError(
+            f"{path}: `weight_map` must name files of its own folder, but names {outside[0]!r}"
+        )
+    return weight_map
+
+
+def _is_plain_name(shard: object) -> bool:
+    return isinstance(shard, str) and Path(shard).name == shard
+
+
+def _by_our_name(folder: Path, tensors: dict[str, TensorFile]) -> dict[str, TensorFile]:
+    files, unknown = {}, []
+    for name, file in tensors.items():
+        if is_recomputed(name):
+            continue
+        try:
+            files[from_hf(name)] = file
+        except UnknownNameError:
+            unknown.append(name)
+    if unknown:
+        raise WeightsError(
+            f"{folder} holds tensors that no plain Llama has: {', '.join(summary(unknown))}. Give the "
+            "folder of a LlamaForCausalLM or MistralForCausalLM without biases, adapters or quantisation"
+        )
+    return files
+
+
+def _shown(names: Iterable[str]) -> list[str]:
+    return summary(to_hf(name) for name in names)

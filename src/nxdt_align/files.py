@@ -1,0 +1,181 @@
+"""Atomic writes: after a crash, a kill or a full disk a file or folder is there whole, or as it was before.
+
+What is written goes to a temporary sibling (same file system), is flushed to the device, and takes
+the final name in one rename. A temporary of a killed process is removed by the next write into the
+same folder; a lock, which the kernel drops with the process, tells it from one still being written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - not a POSIX system: leftovers then stay
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY_SUFFIX = ".nxdt-tmp"
+"""Ends the name of everything unfinished; such names start with a dot."""
+_LEFTOVER_AGE = 60.0
+"""Seconds: younger temporaries may belong to a writer that has not taken its lock yet."""
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full: free some space, or choose another folder",
+    errno.EDQUOT: "the disk quota is used up: free some space, or choose another folder",
+    errno.EFBIG: "a file is larger than this file system or this process's limit (ulimit -f) allows",
+    errno.EACCES: "permission denied: make the folder writable, or choose another",
+    errno.EPERM: "permission denied: make the folder writable, or choose another",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EIO: "the device reports an input/output error",
+}
+
+
+def explain(error: OSError) -> str:
+    """Why a write failed and what to do, in words for a user."""
+    reason = _REASONS.get(error.errno or 0)
+    return f"{reason} ({error.strerror})" if reason else str(error)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+    """Make ``path`` a file that holds ``data``; replaces an earlier one. Creates the folder.
+
+    Raises OSError; ``path`` is then as it was before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    temporary = _temporary_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            _lock(file.fileno())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new empty folder to fill, which takes ``path``'s place, whole, when the block ends.
+
+    Whatever stood at ``path`` is replaced then, and stays as it was if the block raises.
+
+    Raises OSError where the folder cannot be made, flushed or renamed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    temporary = _temporary_name(path)
+    temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield temporary
+        _sync_tree(temporary)
+        _put_in_place(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        os.close(descriptor)
+        _remove(temporary)
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename; an earlier ``path`` swaps places with ``temporary``, so that it is never missing."""
+    if not os.path.lexists(path):
+        os.rename(temporary, path)
+    elif not _exchange(temporary, path):
+        # Not a temporary's name: after a crash right here, this is the only copy.
+        old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.nxdt-old")
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+        _remove(old)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux, renameat2(2)); False where the system has no such call."""
+    at_cwd, rename_exchange = -100, 2
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; there the rename is already durable.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock that says "being written"; False where another process holds it, or where the
+    file system knows no locks (then nothing is ever taken for a leftover)."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for entry in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        with suppress(OSError):  # gone meanwhile, or another user's: not ours to fail on
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                old = time.time() - os.fstat(descriptor).st_mtime > _LEFTOVER_AGE
+                if old and _lock(descriptor):
+                    _remove(entry)
+            finally:
+                os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

@@ -1,0 +1,57 @@
+"""How each weight of the plain Llama is split over tensor-parallel ranks: one table, pure data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["query_head", "kv_head", "row", "vocab"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """``dim`` is cut into whole ``unit``s: heads of head_dim entries, or single rows.
+
+    None for ``dim``: every rank holds the whole weight.
+    """
+
+    dim: int | None
+    unit: Unit | None
+
+    @property
+    def replicated(self) -> bool:
+        return self.dim is None
+
+
+QUERY_HEADS = Split(0, "query_head")
+KV_HEADS = Split(0, "kv_head")
+HEAD_INPUTS = Split(1, "query_head")
+"""The columns that take the query heads' outputs: same order and ranks as QUERY_HEADS."""
+COLUMN = Split(0, "row")
+ROW = Split(1, "row")
+"""The columns that take COLUMN's outputs: same order and ranks."""
+VOCAB = Split(0, "vocab")
+REPLICATED = Split(None, None)
+
+SPLITS: dict[str, Split] = {
+    "model.embed_tokens.weight":                         VOCAB,
+    "model.layers.*.input_layernorm.weight":             REPLICATED,
+    "model.layers.*.self_attn.qkv_proj.q_proj.weight":   QUERY_HEADS,
+    "model.layers.*.self_attn.qkv_proj.k_proj.weight":   KV_HEADS,
+    "model.layers.*.self_attn.qkv_proj.v_proj.weight":   KV_HEADS,
+    "model.layers.*.self_attn.o_proj.weight":            HEAD_INPUTS,
+    "model.layers.*.post_attention_layernorm.weight":    REPLICATED,
+    "model.layers.*.mlp.gate_up_proj.gate_proj.weight":  COLUMN,
+    "model.layers.*.mlp.gate_up_proj.up_proj.weight":    COLUMN,
+    "model.layers.*.mlp.down_proj.weight":               ROW,
+    "model.norm.weight":                                 REPLICATED,
+    "lm_head.weight":                                    VOCAB,
+}  # fmt: skip
+
+_LAYER = re.compile(r"^model\.layers\.\d+\.")
+
+
+def split_of(name: str) -> Split:
+    """How the weight ``name`` is split. Raises KeyError for a weight the plain Llama does not have."""
+    return SPLITS[_LAYER.sub("model.layers.*.", name)]
