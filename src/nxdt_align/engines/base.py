@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nxdt_align.batch import Batch, Topology
+from nxdt_align.errors import UserError
 
 
-class EngineError(ValueError):
+class EngineError(UserError):
     """The engine cannot do what the configuration or a file asks; the message says what would work."""
 
 

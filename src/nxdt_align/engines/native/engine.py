@@ -53,9 +53,11 @@ class NativeEngine(Engine):
         self._reference: Llama | None = None
 
     def _build(self) -> Llama:
-        model = Llama(self.config, self._attention)
+        """A model without values: they are loaded, so initialising them would be wasted."""
+        with torch.device("meta"):
+            model = Llama(self.config, self._attention)
         self._configure(model)
-        return model.to(device=self.device, dtype=self._precision.compute)
+        return model.to(dtype=self._precision.compute).to_empty(device=self.device)
 
     # Weights
 
