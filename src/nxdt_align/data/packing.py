@@ -54,16 +54,16 @@ def example_tokens(lengths: Lengths, layout: Layout) -> np.ndarray:
     """(N,) places that each example takes in a row; its longest single row for layout none."""
     context = lengths.prompt_lengths - 1
     if layout == "shared_prompt":
-        return context + lengths.response_lengths.sum(1)
+        return np.asarray(context + lengths.response_lengths.sum(1))
     sequences = context[:, None] + lengths.response_lengths
-    return sequences.sum(1) if layout == "packed" else sequences.max(1)
+    return np.asarray(sequences.sum(1) if layout == "packed" else sequences.max(1))
 
 
 def example_responses(lengths: Lengths, layout: Layout) -> np.ndarray:
     """(N,) response tokens that each example brings to a row."""
     if layout == "none":
-        return lengths.response_lengths.max(1)
-    return lengths.response_lengths.sum(1)
+        return np.asarray(lengths.response_lengths.max(1))
+    return np.asarray(lengths.response_lengths.sum(1))
 
 
 def information_tokens(lengths: Lengths) -> int:
@@ -136,7 +136,7 @@ class RowPlanner:
 
     def _rows(self, tokens: np.ndarray, responses: np.ndarray, bucket: Bucket) -> list[tuple[int, ...]]:
         if self.layout == "none":
-            rows = [(i,) for i in range(len(tokens))]
+            rows: list[tuple[int, ...]] = [(i,) for i in range(len(tokens))]
         else:
             rows = _best_fit(tokens, responses, bucket, bucket.slots // self.responses_per_example)
             # Alike rows go to different ranks: sorted by fill, and then dealt in turn.

@@ -68,11 +68,11 @@ def token_logps(
     shape = labels.shape
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not compact:
-        logps, collisions = _ChunkedLogps.apply(flat_hidden, head, flat_labels, shard, want_collisions)
+        logps, collisions = _chunked_logps(flat_hidden, head, flat_labels, shard, want_collisions)
         return logps.view(shape), collisions.view(shape) if want_collisions else None
 
     kept = torch.nonzero(flat_labels != IGNORE_LABEL).squeeze(1)
-    logps, collisions = _ChunkedLogps.apply(
+    logps, collisions = _chunked_logps(
         flat_hidden.index_select(0, kept), head, flat_labels.index_select(0, kept), shard, want_collisions
     )
     zeros = torch.zeros(flat_labels.shape, dtype=torch.float32, device=labels.device)
@@ -109,6 +109,14 @@ def _local_labels(labels: Tensor, head: Tensor, shard: VocabShard) -> tuple[Tens
     return torch.where(held, local, 0), held
 
 
+def _chunked_logps(
+    hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, want_collisions: bool
+) -> tuple[Tensor, Tensor]:
+    """(M, D), (V, D), (M,) -> (M,) and (M,) float32."""
+    result: tuple[Tensor, Tensor] = _ChunkedLogps.apply(hidden, head, labels, shard, want_collisions)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _ChunkedLogps(torch.autograd.Function):
     """d logp / d logits = onehot(label) - softmax(logits): recomputed chunk by chunk."""
 
@@ -139,7 +147,7 @@ class _ChunkedLogps(torch.autograd.Function):
         return logps, collisions
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _collisions: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _collisions: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, labels, log_norms = ctx.saved_tensors
         grad = torch.where(labels == IGNORE_LABEL, 0.0, grad.float())
         wants_hidden, wants_head = ctx.needs_input_grad[:2]

@@ -43,7 +43,7 @@ class MasterWeights:
             master = nn.Parameter(parameter.detach().float().clone())
             master.grad = None
             self._pairs.append((name, parameter, master))
-            parameter.register_post_accumulate_grad_hook(_adder(master))
+            parameter.register_post_accumulate_grad_hook(_Adder(master))  # type: ignore[no-untyped-call]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, _, master in self._pairs:
@@ -56,7 +56,7 @@ class MasterWeights:
             parameter.copy_(master)
 
 
-class _adder:
+class _Adder:
     """Moves a complete low-precision gradient into its master's float32 gradient."""
 
     def __init__(self, master: nn.Parameter) -> None:

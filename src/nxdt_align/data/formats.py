@@ -1,0 +1,283 @@
+"""The formats of preference data, each turned into prompt and responses. Nothing beyond knows of formats.
+
+A format is one function, ``row -> drafts``, that raises BadRecord where the row does not fit. It is
+found by the row's keys (the first line of the table, at the end, that has them all), or named by
+``data.format``. A key whose value is null counts as missing: Arrow writes nulls for keys that other
+rows have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from nxdt_align.data.files import BadRecord, DataError, excerpt
+from nxdt_align.data.values import (
+    Message,
+    Prompt,
+    Row,
+    as_answer,
+    as_messages,
+    as_prompt,
+    take,
+    take_text,
+)
+
+Kind = Literal["pair", "response"]
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+"""The turn marks of Anthropic's HH-RLHF transcripts."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt and its responses: (chosen, rejected) for a pair, (response,) otherwise."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+
+
+Convert = Callable[[Row], Sequence[Draft | BadRecord]]
+
+
+# Formats: pairs
+
+
+def from_pairs(row: Row) -> list[Draft]:
+    """``prompt``, ``chosen``, ``rejected``: text, or chat messages; chosen and rejected may be whole
+    conversations that begin with the prompt (TRL's form), and then ``prompt`` may be missing."""
+    chosen, rejected = (_listed(take(row, key)) for key in ("chosen", "rejected"))
+    prompt = row.get("prompt")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return [_from_conversations(prompt, as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))]
+    responses = (as_answer(chosen, "chosen"), as_answer(rejected, "rejected"))
+    return [Draft(as_prompt(take(row, "prompt"), "prompt"), responses)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, Mapping) else value
+
+
+def _from_conversations(prompt: Any, chosen: list[Message], rejected: list[Message]) -> Draft:
+    shared = _shared_turns(chosen, rejected)
+    responses = (as_answer(chosen[shared:], "chosen"), as_answer(rejected[shared:], "rejected"))
+    turns = chosen[:shared]
+    if prompt is None:
+        if not turns:
+            found = f"chosen begins {excerpt(chosen[:1])}, rejected {excerpt(rejected[:1])}"
+            raise BadRecord("no common prompt", found)
+        return Draft(turns, responses)
+    return Draft(_merge_prompt(as_prompt(prompt, "prompt"), turns), responses)
+
+
+def _merge_prompt(prompt: Prompt, turns: list[Message]) -> list[Message]:
+    """``prompt`` and the turns that chosen and rejected repeat, which must tell the same."""
+    if isinstance(prompt, str):
+        if not turns and prompt.strip():
+            return [{"role": "user", "content": prompt}]
+        agrees = not prompt.strip() or any(prompt.strip() == turn["content"].strip() for turn in turns)
+    elif prompt[-len(turns) :] == turns or not turns:
+        return prompt
+    else:
+        agrees = turns[: len(prompt)] == prompt
+    if not agrees:
+        found = f"`prompt` is {excerpt(prompt)}, but chosen begins {excerpt(turns)}"
+        raise BadRecord("no common prompt", found)
+    return turns
+
+
+def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
+    """How many turns at the start are equal; the last turn of either is a response, never the prompt."""
+    longest = min(len(chosen), len(rejected)) - 1
+    return next((i for i in range(longest) if chosen[i] != rejected[i]), max(longest, 0))
+
+
+def from_fairseq2(row: Row) -> list[Draft]:
+    """fairseq2's ``src``, ``tgt_chosen``, ``tgt_rejected``."""
+    chosen, rejected = (as_answer(take(row, key), key) for key in ("tgt_chosen", "tgt_rejected"))
+    return [Draft(as_prompt(take(row, "src"), "src"), (chosen, rejected))]
+
+
+def from_orca(row: Row) -> list[Draft]:
+    """Intel/orca_dpo_pairs in ChatML, character for character as the NxD Training tutorial writes it."""
+    question, chosen, rejected = (take_text(row, key) for key in ("question", "chosen", "rejected"))
+    for key, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise BadRecord("empty prompt" if key == "question" else "empty response", f"`{key}` is {text!r}")
+    system = "<|im_start|>\n" + take_text(row, "system") + "<|im_end|>\n"
+    prompt = "<|im_start|> " + question + "<|im_end|>\n<|im_start|>assistant\n"
+    return [Draft(system + prompt, (chosen + "<|im_end|>\n", rejected + "<|im_end|>\n"))]
+
+
+def from_hh(row: Row) -> list[Draft]:
+    """Two transcripts that differ in the last assistant turn; the prompt ends with its "Assistant:"."""
+    prompt, chosen = _split_transcript(take_text(row, "chosen"), "chosen")
+    other_prompt, rejected = _split_transcript(take_text(row, "rejected"), "rejected")
+    if prompt != other_prompt:
+        at = _first_difference(prompt, other_prompt)
+        raise BadRecord(
+            "no common prompt",
+            f"before the last answer, chosen has {excerpt(prompt[at : at + 40])} "
+            f"where rejected has {excerpt(other_prompt[at : at + 40])}",
+        )
+    return [Draft(prompt, (chosen, rejected))]
+
+
+def _first_difference(first: str, second: str) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _split_transcript(text: str, name: str) -> tuple[str, str]:
+    before, mark, answer = text.rpartition(ASSISTANT)
+    if not mark or HUMAN in answer:
+        raise BadRecord("no final assistant turn", f"`{name}` ends {excerpt(text[-60:])}")
+    return before + mark, answer
+
+
+def from_sharegpt(row: Row) -> list[Draft]:
+    """ShareGPT's ``conversations`` with ``chosen`` and ``rejected`` turns."""
+    prompt = as_messages(take(row, "conversations"), "conversations")
+    responses = (as_answer(take(row, "chosen"), "chosen"), as_answer(take(row, "rejected"), "rejected"))
+    return [Draft(prompt, responses)]
+
+
+def from_responses(row: Row) -> list[Draft | BadRecord]:
+    """The DPO reference implementation's form: ``responses`` and index pairs, the preferred one first.
+
+    A bad pair takes no other pair of its row with it.
+    """
+    prompt, texts = as_prompt(take(row, "prompt"), "prompt"), _texts(row)
+    pairs = take(row, "pairs")
+    if not isinstance(pairs, list) or not pairs:
+        raise BadRecord(
+            "wrong type", f"`pairs` must list [chosen, rejected] indices, but is {excerpt(pairs)}"
+        )
+    return [_pair_of(pair, prompt, texts) for pair in pairs]
+
+
+def _pair_of(pair: Any, prompt: Prompt, texts: list[str]) -> Draft | BadRecord:
+    numbers = isinstance(pair, list | tuple) and all(type(i) is int for i in pair)
+    if not numbers or len(pair) != 2:
+        return BadRecord("wrong type", f"a pair must be two indices into `responses`, but is {excerpt(pair)}")
+    if not all(0 <= i < len(texts) for i in pair):
+        return BadRecord("pair index out of range", f"{excerpt(pair)} with {len(texts)} responses")
+    return Draft(prompt, (texts[pair[0]], texts[pair[1]]))
+
+
+def _texts(row: Row) -> list[str]:
+    responses = take(row, "responses")
+    if not isinstance(responses, list):
+        raise BadRecord("wrong type", f"`responses` must be a list of texts, but is {excerpt(responses)}")
+    return [as_answer(text, f"responses[{i}]") for i, text in enumerate(responses)]
+
+
+# Formats: one response
+
+
+def from_messages(row: Row) -> list[Draft]:
+    """``messages``, or ShareGPT's ``conversations``: the last turn is the response."""
+    name = "conversations" if row.get("conversations") is not None else "messages"
+    turns = as_messages(take(row, name), name)
+    return [Draft(turns[:-1], (as_answer(turns[-1:], name),))]
+
+
+def _from_columns(prompt: str, response: str) -> Convert:
+    def convert(row: Row) -> list[Draft]:
+        return [Draft(as_prompt(take(row, prompt), prompt), (as_answer(take(row, response), response),))]
+
+    return convert
+
+
+def _preferred(convert: Convert) -> Convert:
+    """Single responses out of pairs: the chosen one, as the DPO reference implementation's SFT takes it."""
+
+    def convert_preferred(row: Row) -> list[Draft | BadRecord]:
+        return [replace(d, responses=d.responses[:1]) if isinstance(d, Draft) else d for d in convert(row)]
+
+    return convert_preferred
+
+
+# The tables
+
+
+@dataclass(frozen=True)
+class Format:
+    name: str
+    """What ``data.format`` calls it."""
+    keys: tuple[str, ...]
+    """The keys that a row must have for the format to be taken."""
+    convert: Convert
+    fits: Callable[[Row], bool] = lambda row: True
+    """Tells formats of the same keys apart."""
+
+    def matches(self, row: Row) -> bool:
+        return all(row.get(key) is not None for key in self.keys) and self.fits(row)
+
+
+def _has_transcripts(row: Row) -> bool:
+    return isinstance(row["chosen"], str) and ASSISTANT in row["chosen"]
+
+
+def _has_conversations(row: Row) -> bool:
+    return isinstance(row["chosen"], list)
+
+
+PAIR_FORMATS = (
+    Format("pairs", ("prompt", "chosen", "rejected"), from_pairs),
+    Format("fairseq2", ("src", "tgt_chosen", "tgt_rejected"), from_fairseq2),
+    Format("responses", ("prompt", "responses", "pairs"), from_responses),
+    Format("sharegpt", ("conversations", "chosen", "rejected"), from_sharegpt),
+    Format("orca", ("system", "question", "chosen", "rejected"), from_orca),
+    Format("hh", ("chosen", "rejected"), from_hh, _has_transcripts),
+    Format("pairs", ("chosen", "rejected"), from_pairs, _has_conversations),
+)
+RESPONSE_FORMATS = (
+    Format("prompt_response", ("prompt", "response"), _from_columns("prompt", "response")),
+    Format("prompt_completion", ("prompt", "completion"), _from_columns("prompt", "completion")),
+    Format("responses", ("prompt", "sft_target"), _from_columns("prompt", "sft_target")),
+    *(replace(f, convert=_preferred(f.convert)) for f in PAIR_FORMATS if f.name != "responses"),
+    Format("input_output", ("input", "output"), _from_columns("input", "output")),
+    Format("messages", ("messages",), from_messages),
+    Format("messages", ("conversations",), from_messages),
+)
+FORMATS: Mapping[Kind, tuple[Format, ...]] = {"pair": PAIR_FORMATS, "response": RESPONSE_FORMATS}
+
+
+def named_format(name: str, kind: Kind) -> Format:
+    """The format called ``name``. Raises DataError with the names that there are."""
+    found = next((f for f in FORMATS[kind] if f.name == name), None)
+    if found is None:
+        names = ", ".join(dict.fromkeys(f.name for f in FORMATS[kind]))
+        raise DataError(f"data.format: {name!r} is no format of {_WANTED[kind]}; known are {names}")
+    return found
+
+
+def detect_format(row: Row, kind: Kind) -> Format | None:
+    """The first format of the table that ``row``'s keys fit."""
+    return next((f for f in FORMATS[kind] if f.matches(row)), None)
+
+
+def nearest_format(row: Row, kind: Kind) -> tuple[str, list[str]]:
+    """The format of which ``row`` has the largest share of keys, and the keys that it lacks. Where it
+    lacks none (the values do not fit), the keys of the format."""
+
+    def missing(format: Format) -> list[str]:
+        return [key for key in format.keys if row.get(key) is None]
+
+    nearest = min(FORMATS[kind], key=lambda f: len(missing(f)) / len(f.keys))
+    return nearest.name, missing(nearest) or list(nearest.keys)
+
+
+def describe_formats(kind: Kind) -> str:
+    """The formats and their keys, for a message."""
+    return "; ".join(f"{f.name}: {', '.join(f.keys)}" for f in FORMATS[kind])
+
+
+def known_columns(kind: Kind) -> list[str]:
+    """The names that ``data.columns`` may map a file's columns to."""
+    return list(dict.fromkeys(key for f in FORMATS[kind] for key in f.keys))
+
+
+_WANTED: Mapping[Kind, str] = {"pair": "preference pairs", "response": "single responses"}

@@ -1,0 +1,185 @@
+"""ModelAlignmentDataModule: records in, micro-batches out. The one file here that knows Lightning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from nxdt_align.batch import Batch, Topology
+from nxdt_align.config.schema import Config
+from nxdt_align.data.packing import Layout, RowPlanner
+from nxdt_align.data.records import Source, load_records
+from nxdt_align.data.sampler import StepSampler
+from nxdt_align.data.steps import StepDataset, look_up_reference
+from nxdt_align.data.tokenize import Tokenization, tokenize_records
+
+log = logging.getLogger(__name__)
+Split = Literal["train", "val"]
+DEFAULT_LAYOUT: Layout = "shared_prompt"
+
+
+def _identity(item: list[Batch]) -> list[Batch]:
+    return item
+
+
+class ModelAlignmentDataModule(LightningDataModule):
+    """Train and validation data of a run.
+
+    Args:
+        config: the whole configuration.
+        tokenization: tokenizer, template and truncation.
+        topology: this process's place, as integers.
+        cache_dir: where tokens are kept between runs; None keeps none.
+        min_micro_batches: at least so many a rank and step, as a pipeline schedule needs.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenization: Tokenization,
+        topology: Topology,
+        *,
+        cache_dir: Path | None,
+        min_micro_batches: int = 1,
+    ) -> None:
+        super().__init__()
+        self._config = config
+        self._tokenization = tokenization
+        self._topology = topology
+        self._cache_dir = cache_dir
+        self._min_micro_batches = min_micro_batches
+        self._references: dict[Split, np.ndarray] = {}
+        self.splits: dict[Split, StepDataset] = {
+            "train": self._load(_sources(config.data.train_dir), "train")
+        }
+        if config.data.val_dir is not None and config.validates:
+            self.splits["val"] = self._load(_sources(config.data.val_dir), "val")
+        self._train_sampler = self._sampler("train", steps_done=self._steps_done)
+
+    @property
+    def layout(self) -> Layout:
+        if self._config.model_alignment_strategy.objective == "sft" and self._config.data.packing is None:
+            sft = self._config.model_alignment_strategy.sft
+            return "packed" if sft is not None and sft.packing else "none"
+        return self._config.data.packing or DEFAULT_LAYOUT
+
+    def _load(self, sources: list[Source], split: Split) -> StepDataset:
+        data, strategy = self._config.data, self._config.model_alignment_strategy
+        records = load_records(
+            sources,
+            "response" if strategy.objective == "sft" else "pair",
+            format=data.format,
+            columns=data.columns,
+            on_bad_record=data.on_bad_record,
+            limit=data.dev_choose_samples,
+            seed=self._config.seed,
+        )
+        if records.report.total:
+            log.warning("%s", records.report.summary())
+        examples = tokenize_records(records.records, self._tokenization, self._cache_dir)
+        planner = RowPlanner(
+            examples,
+            self.layout,
+            examples_per_step=data.global_batch_size,
+            seq_length=data.seq_length,
+            buckets=data.buckets,
+            ranks=self._topology.data_parallel_size,
+            micro_batch_size=data.micro_batch_size,
+            min_micro_batches=self._min_micro_batches,
+        )
+        dataset = StepDataset(examples, planner, self.layout, self._topology)
+        log.info(
+            "%s data: %d examples, %d truncated; %s",
+            split,
+            len(examples),
+            examples.truncated,
+            dataset.report(data.global_batch_size),
+        )
+        return dataset
+
+    # What the run asks
+
+    def consumed_samples(self, steps: int) -> int:
+        """Training examples seen in the first ``steps`` steps."""
+        return self._train_sampler.consumed(steps)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self._train_sampler)
+
+    def record_ids(self, split: Split) -> list[str]:
+        return list(self.splits[split].examples.record_ids)
+
+    def first_micro_batches(self, split: Split = "train") -> list[Batch]:
+        """This rank's share of the step that comes next."""
+        batches = self.splits[split][next(iter(self._train_sampler))]
+        return self._attach(batches, split)
+
+    # The reference
+
+    def set_reference(self, split: Split, table: np.ndarray) -> None:
+        """(N, k) float32 log-probs in data-set order; attached to every batch from now on."""
+        wanted = self.splits[split].examples.response_lengths.shape
+        if table.shape != wanted:
+            raise ValueError(f"reference table of {split} must have shape {wanted}, but has {table.shape}")
+        self._references[split] = table
+
+    def _attach(self, batches: list[Batch], split: Split) -> list[Batch]:
+        table = self._references.get(split)
+        if table is None:
+            return batches
+        return [b.with_reference(look_up_reference(table, b)) for b in batches]
+
+    # Lightning
+
+    def _steps_done(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_step
+
+    def _sampler(self, split: Split, steps_done: Callable[[], int] = lambda: 0) -> StepSampler:
+        return StepSampler(
+            len(self.splits[split].examples),
+            self._config.data.global_batch_size,
+            self._config.seed,
+            shuffle=split == "train",
+            steps_done=steps_done,
+        )
+
+    def _loader(self, split: Split, sampler: StepSampler) -> DataLoader[Any]:
+        workers = self._config.data.num_workers
+        return DataLoader(
+            self.splits[split],
+            sampler=sampler,
+            batch_size=None,
+            collate_fn=_identity,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", self._train_sampler)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loader("val", self._sampler("val")) if "val" in self.splits else []
+
+    def on_before_batch_transfer(self, batch: list[Batch], dataloader_idx: int) -> list[Batch]:
+        training = self.trainer is None or self.trainer.training
+        return self._attach(batch, "train" if training else "val")
+
+    def transfer_batch_to_device(
+        self, batch: list[Batch], device: torch.device, dataloader_idx: int
+    ) -> list[Batch]:
+        return [b.to(device) for b in batch]
+
+
+def _sources(value: Any) -> list[Source]:
+    """``data.train_dir``: one path, or a mixture of {path, weight}."""
+    if isinstance(value, str):
+        return [Source(value, None)]
+    return [Source(item, None) if isinstance(item, str) else Source(item.path, item.weight) for item in value]

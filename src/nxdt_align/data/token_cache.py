@@ -1,0 +1,135 @@
+"""Tokens of many records in a few flat arrays, and such arrays kept on disk by content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from nxdt_align.data.files import DataError
+from nxdt_align.files import atomic_write, explain
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """U records of k responses each. Tokens stand end to end; ``offsets[i]:offsets[i + 1]`` is the i-th."""
+
+    record_ids: list[str]
+    """(U), content hashes, each once."""
+    prompt_tokens: np.ndarray
+    """int32"""
+    prompt_offsets: np.ndarray
+    """(U + 1,) int64"""
+    response_tokens: np.ndarray
+    """int32"""
+    response_offsets: np.ndarray
+    """(U * k + 1,) int64; a record's responses are neighbours."""
+    truncated: np.ndarray
+    """(U,) bool"""
+
+    @classmethod
+    def of(
+        cls,
+        record_ids: list[str],
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[Sequence[int]]],
+        truncated: Sequence[bool],
+    ) -> TokenColumns:
+        """The columns of U prompts and of U times k responses."""
+        flat = [tokens for several in responses for tokens in several]
+        return cls(record_ids, *_flatten(prompts), *_flatten(flat), np.array(truncated, dtype=bool))
+
+    @property
+    def responses_per_record(self) -> int:
+        return (len(self.response_offsets) - 1) // len(self.record_ids)
+
+    def prompt(self, row: int) -> np.ndarray:
+        return self.prompt_tokens[self.prompt_offsets[row] : self.prompt_offsets[row + 1]]
+
+    def responses(self, row: int) -> tuple[np.ndarray, ...]:
+        k = self.responses_per_record
+        bounds = self.response_offsets[row * k : (row + 1) * k + 1]
+        return tuple(self.response_tokens[a:b] for a, b in pairwise(bounds))
+
+    def identical_responses(self) -> np.ndarray:
+        """(U,) bool: the two responses of a pair are the same tokens. False where k is 1."""
+        result = np.zeros(len(self.record_ids), dtype=bool)
+        if self.responses_per_record == 2:
+            lengths = np.diff(self.response_offsets).reshape(-1, 2)
+            for row in np.flatnonzero(lengths[:, 0] == lengths[:, 1]):
+                chosen, rejected = self.responses(int(row))
+                result[row] = np.array_equal(chosen, rejected)
+        return result
+
+    def is_whole(self) -> bool:
+        """Whether the arrays fit each other: what a file on disk has to prove."""
+        count = len(self.record_ids)
+        return (
+            count > 0
+            and self.truncated.shape == (count,)
+            and self.prompt_offsets.shape == (count + 1,)
+            and self.response_offsets.shape in ((count + 1,), (2 * count + 1,))
+            and _fit(self.prompt_tokens, self.prompt_offsets)
+            and _fit(self.response_tokens, self.response_offsets)
+        )
+
+
+def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
+    np.cumsum([len(tokens) for tokens in sequences], out=offsets[1:])
+    flat = np.fromiter((t for tokens in sequences for t in tokens), dtype=np.int32, count=int(offsets[-1]))
+    return flat, offsets
+
+
+def _fit(tokens: np.ndarray, offsets: np.ndarray) -> bool:
+    kinds = tokens.dtype == np.int32 and tokens.ndim == 1 and offsets.dtype == np.int64
+    return bool(kinds and offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) > 0).all())
+
+
+def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> Path:
+    """Where the tokens of these records under this tokenization are kept: a name by content alone."""
+    digest = hashlib.blake2b(fingerprint.encode(), digest_size=16)
+    for record in record_ids:
+        digest.update(b"\n" + record.encode())
+    return cache_dir / f"tokens-{digest.hexdigest()}.npz"
+
+
+def load_columns(path: Path, record_ids: list[str]) -> TokenColumns | None:
+    """The columns kept at ``path``; None where there are none, or (with a warning) where it is broken."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            values = {f.name: arrays[f.name] for f in fields(TokenColumns)}
+        ids = values.pop("record_ids").tolist()
+        columns = TokenColumns(ids, **values)
+        if ids == record_ids and columns.is_whole():
+            return columns
+        reason = "its arrays do not fit each other"
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error)
+    log.warning("the token cache %s is broken (%s): tokenizing anew", path, reason)
+    return None
+
+
+def save_columns(path: Path, columns: TokenColumns) -> None:
+    """Write atomically. Raises DataError where the folder cannot be written to."""
+    buffer = io.BytesIO()
+    values = {f.name: getattr(columns, f.name) for f in fields(columns)}
+    np.savez(buffer, **values)
+    try:
+        atomic_write(path, buffer.getvalue())
+    except OSError as error:
+        raise DataError(
+            f"the token cache {path} cannot be written (data.cache_dir): {explain(error)}"
+        ) from error

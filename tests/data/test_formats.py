@@ -1,0 +1,246 @@
+"""Each format, as its publishers write it, gives the prompt and the responses that it means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nxdt_align.data.files import BadRecord, DataError
+from nxdt_align.data.formats import Draft, Kind, detect_format, named_format
+
+USER, ASK = {"role": "user", "content": "hi"}, {"role": "user", "content": "why?"}
+SYSTEM = {"role": "system", "content": "be brief"}
+
+
+def say(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why?\n\nAssistant:"
+CASES: list[tuple[str, dict[str, Any], list[Draft]]] = [
+    ("pairs", {"prompt": "p", "chosen": "a", "rejected": "b"}, [Draft("p", ("a", "b"))]),
+    (
+        "pairs",
+        {"prompt": [SYSTEM, USER], "chosen": [say("a")], "rejected": [say("b")]},
+        [Draft([SYSTEM, USER], ("a", "b"))],
+    ),
+    ("pairs", {"prompt": [USER], "chosen": say("a"), "rejected": "b"}, [Draft([USER], ("a", "b"))]),
+    (
+        "pairs",
+        {"prompt": [USER], "chosen": [USER, say("a")], "rejected": [USER, say("b")]},
+        [Draft([USER], ("a", "b"))],
+    ),
+    (
+        "pairs",
+        {"chosen": [USER, say("x"), ASK, say("a")], "rejected": [USER, say("x"), ASK, say("b")]},
+        [Draft([USER, say("x"), ASK], ("a", "b"))],
+    ),
+    # UltraFeedback: prompt repeats the first user turn as text.
+    (
+        "pairs",
+        {"prompt": "hi", "chosen": [USER, say("a")], "rejected": [USER, say("b")], "score_chosen": 8.0},
+        [Draft([USER], ("a", "b"))],
+    ),
+    ("pairs", {"prompt": "hi", "chosen": [say("a")], "rejected": [say("b")]}, [Draft([USER], ("a", "b"))]),
+    # The system turn stands in the prompt alone.
+    (
+        "pairs",
+        {"prompt": [SYSTEM, USER], "chosen": [USER, say("a")], "rejected": [USER, say("b")]},
+        [Draft([SYSTEM, USER], ("a", "b"))],
+    ),
+    ("pairs", {"chosen": [USER, say("a")], "rejected": [USER, say("a")]}, [Draft([USER], ("a", "a"))]),
+    ("fairseq2", {"id": 3, "src": "p", "tgt_chosen": "a", "tgt_rejected": "b"}, [Draft("p", ("a", "b"))]),
+    (
+        "orca",
+        {"system": "S", "question": "Q", "chosen": "A", "rejected": "B"},
+        [
+            Draft(
+                "<|im_start|>\nS<|im_end|>\n<|im_start|> Q<|im_end|>\n<|im_start|>assistant\n",
+                ("A<|im_end|>\n", "B<|im_end|>\n"),
+            )
+        ],
+    ),
+    ("hh", {"chosen": HH + " a", "rejected": HH + " b"}, [Draft(HH, (" a", " b"))]),
+    (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "system", "value": "be brief"},
+                {"from": "human", "value": "hi"},
+                {"from": "gpt", "value": "yes?"},
+                {"from": "human", "value": "why?"},
+            ],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        [Draft([SYSTEM, USER, say("yes?"), ASK], ("a", "b"))],
+    ),
+    (
+        "responses",
+        {"prompt": "p", "responses": ["a", "b", "c"], "pairs": [[0, 1], [2, 1]], "sft_target": "c"},
+        [Draft("p", ("a", "b")), Draft("p", ("c", "b"))],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "drafts"), CASES)
+def test_pairs(name: str, row: dict[str, Any], drafts: list[Draft]) -> None:
+    found = detect_format(row, "pair")
+    assert found is not None and found.name == name
+    assert list(found.convert(row)) == drafts
+    assert list(found.convert({**row, "unused": None})) == drafts
+
+
+@pytest.mark.parametrize(("name", "row", "drafts"), CASES)
+def test_the_preferred_response_of_pairs(name: str, row: dict[str, Any], drafts: list[Draft]) -> None:
+    """For single responses, chosen is taken; of the reference implementation's form, sft_target."""
+    found = detect_format(row, "response")
+    assert found is not None and found.name == name
+    wanted = ["c"] if name == "responses" else [draft.responses[0] for draft in drafts]
+    assert list(found.convert(row)) == [Draft(drafts[0].prompt, (text,)) for text in wanted]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "draft"),
+    [
+        ("prompt_response", {"prompt": "p", "response": "a"}, Draft("p", ("a",))),
+        ("prompt_completion", {"prompt": [USER], "completion": [say("a")]}, Draft([USER], ("a",))),
+        ("input_output", {"input": "p", "output": "a"}, Draft("p", ("a",))),
+        ("messages", {"messages": [USER, say("a")]}, Draft([USER], ("a",))),
+        (
+            "messages",
+            {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]},
+            Draft([USER], ("a",)),
+        ),
+    ],
+)
+def test_single_responses(name: str, row: dict[str, Any], draft: Draft) -> None:
+    found = detect_format(row, "response")
+    assert found is not None and found.name == name
+    assert list(found.convert(row)) == [draft]
+
+
+def gpt(text: str, role: str = "gpt") -> dict[str, str]:
+    return {"from": role, "value": text}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason", "detail"),
+    [
+        (
+            "pairs",
+            {"prompt": "p", "chosen": "a"},
+            "missing key",
+            "no `rejected`; the record has prompt, chosen",
+        ),
+        ("pairs", {"prompt": None, "chosen": "a", "rejected": "b"}, "missing key", "no `prompt`"),
+        ("pairs", {"prompt": "p", "chosen": 7, "rejected": "b"}, "wrong type", "`chosen` must be .* 7"),
+        ("pairs", {"prompt": "p", "chosen": "\ud800", "rejected": "b"}, "not UTF-8", "`chosen` holds"),
+        (
+            "pairs",
+            {"chosen": [USER, say("x"), ASK, say("a")], "rejected": [USER, say("y"), ASK, say("b")]},
+            "no common prompt",
+            "`chosen` goes on with 3 turns",
+        ),
+        ("pairs", {"chosen": [say("a")], "rejected": [say("b")]}, "no common prompt", "chosen begins"),
+        (
+            "pairs",
+            {"prompt": "other", "chosen": [USER, say("a")], "rejected": [USER, say("b")]},
+            "no common prompt",
+            "`prompt` is 'other'",
+        ),
+        (
+            "pairs",
+            {"prompt": [USER], "chosen": [ASK, say("a")], "rejected": [ASK, say("b")]},
+            "no common prompt",
+            "but chosen begins",
+        ),
+        ("pairs", {"chosen": [USER, ASK], "rejected": [USER, say("b")]}, "no final assistant turn", "'user'"),
+        ("pairs", {"prompt": [USER], "chosen": [], "rejected": []}, "no final assistant turn", "no turn"),
+        (
+            "pairs",
+            {"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"},
+            "missing key",
+            "no `content`",
+        ),
+        (
+            "pairs",
+            {"prompt": [USER], "chosen": [{**say("a"), "tool_calls": [1]}], "rejected": [say("b")]},
+            "wrong type",
+            "calls tools",
+        ),
+        (
+            "hh",
+            {"chosen": HH + " a", "rejected": HH.replace("why", "how") + " b"},
+            "no common prompt",
+            r"chosen has 'why.* rejected has 'how",
+        ),
+        (
+            "hh",
+            {"chosen": HH + " a", "rejected": "\n\nHuman: hi"},
+            "no final assistant turn",
+            "`rejected` ends",
+        ),
+        (
+            "hh",
+            {"chosen": HH + " a\n\nHuman: ok", "rejected": HH + " b"},
+            "no final assistant turn",
+            "`chosen` ends",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [gpt("hi", "tool")], "chosen": gpt("a"), "rejected": gpt("b")},
+            "unknown role",
+            r"`conversations\[0\].from` is 'tool'",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [gpt("hi", "human")], "chosen": gpt("a", "human"), "rejected": gpt("b")},
+            "no final assistant turn",
+            "`chosen` is a turn of 'user'",
+        ),
+        (
+            "orca",
+            {"system": "", "question": " ", "chosen": "a", "rejected": "b"},
+            "empty prompt",
+            "`question`",
+        ),
+        (
+            "orca",
+            {"system": "", "question": "q", "chosen": "", "rejected": "b"},
+            "empty response",
+            "`chosen`",
+        ),
+        ("responses", {"prompt": "p", "responses": "a", "pairs": [[0, 1]]}, "wrong type", "list of texts"),
+        ("responses", {"prompt": "p", "responses": ["a"], "pairs": []}, "wrong type", "`pairs`"),
+    ],
+)
+def test_bad_records(name: str, row: dict[str, Any], reason: str, detail: str) -> None:
+    with pytest.raises(BadRecord, match=detail) as caught:
+        named_format(name, "pair").convert(row)
+    assert caught.value.reason == reason
+
+
+def test_a_bad_pair_leaves_the_others() -> None:
+    row = {"prompt": "p", "responses": ["a", "b"], "pairs": [[0, 2], [1, 0], [-1, 0], [0], [True, 0]]}
+    outcomes = named_format("responses", "pair").convert(row)
+    reasons = [o.reason if isinstance(o, BadRecord) else o.responses for o in outcomes]
+    out_of_range, wrong = "pair index out of range", "wrong type"
+    assert reasons == [out_of_range, ("b", "a"), out_of_range, wrong, wrong]
+
+
+@pytest.mark.parametrize("kind", ["pair", "response"])
+def test_unknown_format(kind: Kind) -> None:
+    with pytest.raises(DataError, match=r"data\.format: 'alpaca' is no format .* known are .*hh"):
+        named_format("alpaca", kind)
+
+
+def test_explicit_prompt_wins_over_other_keys() -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "system": "s", "question": "q"}
+    found = detect_format(row, "pair")
+    assert found is not None and found.name == "pairs"
+
+
+def test_plain_chosen_and_rejected_fit_nothing() -> None:
+    assert detect_format({"chosen": "a", "rejected": "b"}, "pair") is None

@@ -1,0 +1,242 @@
+"""Records as a whole: detection, the report of bad ones, column maps, limits, mixtures, real data."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nxdt_align.data.records import DataError, PairRecord, RecordSet, Source, load_records, record_id
+from nxdt_align.errors import UserError
+
+
+def row(i: int, **other: Any) -> dict[str, Any]:
+    return {"prompt": f"p{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} | other
+
+
+def write(path: Path, rows: list[Any]) -> Source:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return Source(str(path))
+
+
+def load(*sources: Source, **options: Any) -> RecordSet:
+    return load_records(sources, "pair", **options)
+
+
+def test_a_pair(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [row(1), row(2)])
+    result = load(source)
+    expected = PairRecord(record_id("p2", ("good 2", "bad 2")), "p2", "good 2", "bad 2", f"{source.path}:2")
+    assert result.records[1] == expected
+    assert (result.format, result.report.total, result.report.read) == ("pairs", 0, 2)
+
+
+def test_the_id_is_the_content(tmp_path: Path) -> None:
+    """Other keys, place, file and format do not count; each of the three contents does."""
+    first = load(write(tmp_path / "a.jsonl", [row(1), row(1, id=7)])).records
+    fairseq2 = {"src": "p1", "tgt_chosen": "good 1", "tgt_rejected": "bad 1"}
+    second = load(write(tmp_path / "b.jsonl", [fairseq2])).records
+    assert len({r.id for r in [*first, *second]}) == 1
+    assert len(first[0].id) == 32 and int(first[0].id, 16) >= 0
+    chat = [{"role": "user", "content": "p"}]
+    variants = [
+        record_id("p", ("a", "b")),
+        record_id("q", ("a", "b")),
+        record_id("p", ("b", "a")),
+        record_id("p", ("a",)),
+        record_id(chat, ("a", "b")),
+    ]
+    assert len(set(variants)) == 5
+
+
+BAD = [
+    row(0),
+    {"prompt": "p", "chosen": "a"},
+    row(2, chosen=" "),
+    row(3, rejected="good 3"),
+    row(4, prompt=""),
+    [1, 2],
+    row(6),
+    *[row(i, rejected="") for i in range(7, 12)],
+]
+
+
+def test_bad_records_stop_with_the_whole_report(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", BAD)
+    with pytest.raises(DataError) as caught:
+        load(source)
+    message = str(caught.value)
+    assert isinstance(caught.value, UserError)
+    assert "10 bad of 12 records" in message
+    assert "empty response: 6" in message and "and 3 more" in message
+    assert f"{source.path}:2: no `rejected`" in message
+    assert f"{source.path}:3: the chosen response to 'p2' is ' '" in message
+    assert f"{source.path}:4: 'good 3'" in message
+    assert f"{source.path}:6: a record must be an object" in message
+    assert "data.on_bad_record=drop" in message
+
+
+def test_drop_goes_on_and_reports(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", BAD)
+    result = load(source, on_bad_record="drop")
+    assert [r.prompt for r in result.records] == ["p0", "p6"]
+    assert result.report.counts == {
+        "empty response": 6,
+        "missing key": 1,
+        "chosen equal to rejected": 1,
+        "empty prompt": 1,
+        "wrong type": 1,
+    }
+    assert len(result.report.examples["empty response"]) == 3
+    assert result.report.summary().startswith("10 bad of 12 records\n  empty response: 6\n")
+
+
+def test_bad_lines_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = json.dumps(row(1)).encode()
+    path.write_bytes(b"\n".join([b"{", good, b'{"prompt": "\xff"}', good]))
+    result = load(Source(str(path)), on_bad_record="drop")
+    assert len(result.records) == 2
+    assert result.report.counts == {"bad JSON": 1, "not UTF-8": 1}
+
+
+def test_not_utf8_inside_an_array(tmp_path: Path) -> None:
+    """Other than a syntax error, it costs its own record only."""
+    path = tmp_path / "a.json"
+    text = json.dumps([row(1), row(2), row(3)], indent=0)
+    path.write_bytes(text.encode().replace(b"good 2", b"caf\xe9"))
+    result = load(Source(str(path)), on_bad_record="drop")
+    assert [r.prompt for r in result.records] == ["p1", "p3"]
+    assert result.report.counts == {"not UTF-8": 1}
+    assert result.report.examples["not UTF-8"][0].startswith(f"{path}:7: ")
+
+
+@pytest.mark.parametrize("rows", [[row(1, chosen="")], ["text", 2]])
+def test_all_bad_is_an_error_even_when_dropping(tmp_path: Path, rows: list[Any]) -> None:
+    with pytest.raises(DataError, match=r"1 bad of 1|2 bad of 2"):
+        load(write(tmp_path / "a.jsonl", rows), on_bad_record="drop")
+
+
+@pytest.mark.parametrize("content", ["\n\n", "[]"])
+def test_no_records(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match="holds no records"):
+        load(Source(str(tmp_path / "a.json")))
+
+
+def test_unknown_keys_name_the_nearest_format(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "a", "refused": "b"}])
+    with pytest.raises(
+        DataError, match=r"a.jsonl:1: .*prompt, chosen, refused.*nearest is pairs, which needs rejected"
+    ):
+        load(source)
+
+
+def test_a_bad_first_record_does_not_hide_the_format(tmp_path: Path) -> None:
+    result = load(write(tmp_path / "a.jsonl", [{"prompt": "p"}, row(1)]), on_bad_record="drop")
+    assert (len(result.records), result.format, dict(result.report.counts)) == (
+        1,
+        "pairs",
+        {"missing key": 1},
+    )
+
+
+def test_a_named_format_is_taken(tmp_path: Path) -> None:
+    """The same keys mean the tutorial's recipe or plain text; the name decides."""
+    source = write(tmp_path / "a.jsonl", [row(1, system="s", question="q")])
+    assert load(source).records[0].prompt == "p1"
+    assert load(source, format="orca").records[0].prompt.startswith("<|im_start|>\ns<|im_end|>")  # type: ignore[union-attr]
+
+
+def test_columns(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "a.jsonl", [{"instr": "p", "better": "a", "worse": "b"}, {"instr": "q", "better": "c"}]
+    )
+    columns = {"prompt": "instr", "chosen": "better", "rejected": "worse"}
+    with pytest.raises(DataError, match=r"a.jsonl:2: no `rejected` \(column `worse`\)"):
+        load(source, columns=columns)
+    result = load(source, columns=columns, on_bad_record="drop")
+    assert result.records[0].id == record_id("p", ("a", "b"))
+
+
+def test_columns_may_swap(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [row(1)])
+    result = load(source, columns={"chosen": "rejected", "rejected": "chosen"})
+    assert result.records[0].responses == ("bad 1", "good 1")
+
+
+def test_columns_of_no_format(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"data.columns: 'promt' is no key of a format; known are prompt, chosen"
+    ):
+        load(write(tmp_path / "a.jsonl", [row(1)]), columns={"promt": "instr"})
+
+
+def test_limit_takes_the_head(tmp_path: Path) -> None:
+    """What comes behind it is not even looked at; several pairs of one record count each."""
+    source = write(tmp_path / "a.jsonl", [row(0), row(1), {"broken": 1}])
+    assert [r.prompt for r in load(source, limit=2).records] == ["p0", "p1"]
+    many = {"prompt": "p", "responses": ["a", "b", "c"], "pairs": [[0, 1], [1, 2], [0, 2]]}
+    assert len(load(write(tmp_path / "b.jsonl", [many]), limit=2).records) == 2
+    with pytest.raises(DataError, match="dev_choose_samples must be at least 1, but is 0"):
+        load(source, limit=0)
+
+
+def test_responses(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [row(1)])
+    record = load_records([source], "response").records[0]
+    assert record.responses == ("good 1",) and record.id == record_id("p1", ("good 1",))
+
+
+def test_mixture(tmp_path: Path) -> None:
+    """10 records at weight 2.5 and 4 at 0.5: each of the 10 twice, 5 of them thrice, and 2 of the 4."""
+    first = write(tmp_path / "a.jsonl", [row(i) for i in range(10)])
+    fairseq2 = [{"src": f"q{i}", "tgt_chosen": "a", "tgt_rejected": "b"} for i in range(4)]
+    second = write(tmp_path / "b.jsonl", fairseq2)
+    sources = [Source(first.path, 2.5), Source(second.path, 0.5)]
+    result = load(*sources, seed=3)
+    counts = Counter(str(r.prompt) for r in result.records)
+    assert sorted(n for p, n in counts.items() if p.startswith("p")) == [2] * 5 + [3] * 5
+    assert sorted(n for p, n in counts.items() if p.startswith("q")) == [1] * 2
+    assert result.format == "pairs, fairseq2"
+    assert load(*sources, seed=3) == result
+    assert any(load(*sources, seed=seed).records != result.records for seed in range(4, 8))
+
+
+def test_sources_without_weights_are_joined(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a.jsonl", [row(1)]), write(tmp_path / "b.jsonl", [row(2)])
+    assert [r.prompt for r in load(one, two).records] == ["p1", "p2"]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf"), 0.1])
+def test_bad_weights(tmp_path: Path, weight: float) -> None:
+    source = write(tmp_path / "a.jsonl", [row(1)])
+    with pytest.raises(DataError, match=r"weight of a source must be above 0|leaves none"):
+        load(Source(source.path, weight))
+
+
+def test_a_source_without_a_usable_record_stops(tmp_path: Path) -> None:
+    good, bad = write(tmp_path / "a.jsonl", [row(1)]), write(tmp_path / "b.jsonl", [row(2, chosen="")])
+    with pytest.raises(DataError, match="a source has no record"):
+        load(good, bad, on_bad_record="drop")
+
+
+def test_hh_records(shared_data: Path) -> None:
+    """Every record loads or is reported: two have an empty answer, two differ before the last turn."""
+    source = Source(str(shared_data / "hh_harmless_base.jsonl.gz"))
+    result = load(source, on_bad_record="drop")
+    assert result.format == "hh" and result.report.read == 1800
+    assert result.report.counts == {"empty response": 2, "no common prompt": 2}
+    assert len(result.records) == 1796
+    for record in result.records:
+        assert isinstance(record.prompt, str) and record.prompt.endswith("\n\nAssistant:")
+        assert not any("\n\nHuman:" in text for text in record.responses)
+
+
+def test_sharegpt_records(shared_data: Path) -> None:
+    result = load(Source(str(shared_data / "dpo_mix_en_sharegpt.json.gz")))
+    assert result.format == "sharegpt" and len(result.records) == 240
+    assert all(r.prompt[-1]["role"] == "user" for r in result.records)  # type: ignore[index]

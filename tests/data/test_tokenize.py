@@ -1,0 +1,409 @@
+"""Tokenization: BOS and EOS once, borders unmerged, one prompt a pair, sets and their cache."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_tokenizers import CHATML, LLAMA3, make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from nxdt_align.data import tokenize
+from nxdt_align.data.records import (
+    DataError,
+    PairRecord,
+    Prompt,
+    ResponseRecord,
+    Source,
+    load_records,
+    record_id,
+)
+from nxdt_align.data.tokenize import (
+    Example,
+    Tokenization,
+    TokenizedSet,
+    Truncation,
+    load_tokenizer,
+    tokenize_records,
+)
+from nxdt_align.errors import UserError
+
+ROOMY = Truncation(1000, 500)
+CHAT: Prompt = [{"role": "user", "content": "why?"}]
+
+
+def pair(prompt: Prompt = "What is", chosen: str = " two", rejected: str = " three") -> PairRecord:
+    return PairRecord(record_id(prompt, (chosen, rejected)), prompt, chosen, rejected, "f:1")
+
+
+def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def assert_same(first: Example, second: Example) -> None:
+    assert first.record_id == second.record_id
+    np.testing.assert_array_equal(first.prompt, second.prompt)
+    for a, b in zip(first.responses, second.responses, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# Text
+
+
+def test_bos_and_eos_once() -> None:
+    tokenizer = make_tokenizer()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    example = Tokenization(tokenizer, ROOMY)(pair())
+    assert example.prompt.dtype == np.int32 and example.responses[0].dtype == np.int32
+    assert example.prompt.tolist() == [bos, *ids(tokenizer, "What is")]
+    assert example.responses[1].tolist() == [*ids(tokenizer, " three"), eos]
+    written_out = Tokenization(tokenizer, ROOMY)(pair("<s>What is", " two</s>", " three</s>"))
+    np.testing.assert_array_equal(written_out.prompt, example.prompt)
+    assert [r.tolist() for r in written_out.responses] == [r.tolist() for r in example.responses]
+
+
+def test_without_bos() -> None:
+    tokenizer = make_tokenizer(bos=False)
+    assert Tokenization(tokenizer, ROOMY)(pair()).prompt.tolist() == ids(tokenizer, "What is")
+
+
+def test_the_border_is_not_merged() -> None:
+    """ "' plus' is one token; cut inside, its halves stay apart, and the prompt is what it is alone."""
+    tokenizer = make_tokenizer()
+    assert len(ids(tokenizer, " plus")) == 1
+    example = Tokenization(tokenizer, ROOMY)(pair("two p", "lus", "uts"))
+    assert example.prompt.tolist()[1:] == ids(tokenizer, "two p")
+    assert example.responses[0].tolist()[:-1] == ids(tokenizer, "lus")
+    joined = ids(tokenizer, "two plus")
+    assert [*example.prompt[1:], *example.responses[0][:-1]] != joined
+
+
+def test_an_eos_that_truncation_cuts_is_not_put_back() -> None:
+    tokenizer = make_tokenizer()
+    example = Tokenization(tokenizer, Truncation(12, 4))(pair("What is two plus three?", "blue " * 9, "red"))
+    assert len(example.prompt) == 4 and len(example.responses[0]) == 8
+    assert example.responses[0][-1] != tokenizer.eos_token_id
+    assert example.responses[1][-1] == tokenizer.eos_token_id
+    assert example.prompt[0] == tokenizer.bos_token_id
+
+
+def test_a_tokenizer_without_eos() -> None:
+    with pytest.raises(UserError, match="has no eos_token"):
+        Tokenization(make_tokenizer(eos=None), ROOMY)
+
+
+def test_a_prompt_without_tokens() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = make_tokenizer(bos=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
+    with pytest.raises(DataError, match=r"f:1: the tokenizer makes no token of the prompt '\?\?'"):
+        Tokenization(tokenizer, ROOMY)(pair("??"))
+
+
+# Chat
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|eot|>"])
+def test_chat_with_bos_in_the_template(eos: str) -> None:
+    """BOS is not doubled; the answer ends with its end of turn, whether or not that is EOS."""
+    tokenizer = make_tokenizer(template=LLAMA3, eos=eos)
+    example = Tokenization(tokenizer, ROOMY)(pair(CHAT, "two", "three"))
+    text = "<s><|start|>user<|stop|>\n\nwhy?<|eot|><|start|>assistant<|stop|>\n\n"
+    assert example.prompt.tolist() == ids(tokenizer, text)
+    assert example.responses[0].tolist() == ids(tokenizer, "two<|eot|>")
+
+
+@pytest.mark.parametrize("eos", ["</s>", "<|im_end|>"])
+def test_chatml_ends_at_its_end_of_turn(eos: str) -> None:
+    """The template's line end behind <|im_end|> is never generated, so it is not trained on."""
+    tokenizer = make_tokenizer(template=CHATML, eos=eos)
+    example = Tokenization(tokenizer, ROOMY)(pair(CHAT, "two", "three"))
+    text = "<s><|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert example.prompt.tolist() == ids(tokenizer, text)
+    assert example.responses[0].tolist() == ids(tokenizer, "two<|im_end|>")
+
+
+def test_a_template_without_end_of_turn_gets_eos() -> None:
+    template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    example = Tokenization(tokenizer, ROOMY)(pair(CHAT, "two", "three"))
+    assert example.responses[0].tolist() == [*ids(tokenizer, "two\n"), tokenizer.eos_token_id]
+
+
+def test_chat_without_a_template() -> None:
+    with pytest.raises(DataError, match=r"f:1: .* no chat template"):
+        Tokenization(make_tokenizer(), ROOMY)(pair(CHAT))
+
+
+# Fingerprint
+
+
+def test_fingerprint() -> None:
+    """Equal for equal content, whatever was tokenized before; another for each thing that decides tokens."""
+    first, again = (Tokenization(make_tokenizer(), ROOMY) for _ in range(2))
+    before = first.fingerprint()
+    first.tokenizer(["a", "b c"], truncation=True, max_length=1)
+    first.tokenizer.backend_tokenizer.enable_padding()
+    assert Tokenization(first.tokenizer, ROOMY).fingerprint() == before == again.fingerprint()
+    added = make_tokenizer()
+    added.add_tokens(["<new>"])
+    others = [
+        Tokenization(make_tokenizer(bos=False), ROOMY),
+        Tokenization(make_tokenizer(eos="<|eot|>"), ROOMY),
+        Tokenization(make_tokenizer(template=CHATML), ROOMY),
+        Tokenization(added, ROOMY),
+        Tokenization(make_tokenizer(), Truncation(1000, 499)),
+        Tokenization(make_tokenizer(), Truncation(999, 500)),
+        Tokenization(make_tokenizer(), Truncation(1000, 500, "keep_end")),
+    ]
+    assert len({before, *(t.fingerprint() for t in others)}) == len(others) + 1
+
+
+# Sets
+
+
+def random_pairs(count: int) -> list[PairRecord]:
+    rng = random.Random(0)
+    words = ["What", "is", "two", "plus", "three", "five", "a", "colour", "Blue", "red", "and", "so"]
+
+    def text(longest: int) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(1, longest)))
+
+    return [pair(text(40), " " + text(30), " " + text(30) + "!") for _ in range(count)]
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_a_set_holds_what_single_records_give(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "CHUNK", 7)
+    tokenizer = make_tokenizer()
+    tokenization = Tokenization(tokenizer, Truncation(30, 20, mode))
+    records = random_pairs(60)
+    examples = tokenize_records(records, tokenization, None)
+    assert len(examples) == 60 and examples.record_ids == [r.id for r in records]
+    assert examples.prompt_lengths.shape == (60,) and examples.response_lengths.shape == (60, 2)
+    cut = 0
+    for i, record in enumerate(records):
+        example = examples[i]
+        assert_same(example, tokenization(record))
+        assert len(example.prompt) == examples.prompt_lengths[i]
+        assert [len(r) for r in example.responses] == examples.response_lengths[i].tolist()
+        assert len(example.prompt) + examples.response_lengths[i].max() <= 30
+        assert example.prompt[0] == tokenizer.bos_token_id
+        whole = Tokenization(tokenizer, ROOMY)(record)
+        cut += any(
+            len(a) != len(b)
+            for a, b in zip(
+                (whole.prompt, *whole.responses), (example.prompt, *example.responses), strict=True
+            )
+        )
+    assert 0 < cut == examples.truncated < 60
+
+
+def test_single_responses() -> None:
+    record = ResponseRecord("0f", "What is", " two", "f:1")
+    examples = tokenize_records([record], Tokenization(make_tokenizer(), ROOMY), None)
+    assert examples.response_lengths.shape == (1, 1) and len(examples[0].responses) == 1
+    assert examples.identical_after_truncation == 0
+
+
+def test_equal_records_are_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenization = Tokenization(make_tokenizer(), ROOMY)
+    seen: list[str] = []
+    encode = tokenization.encode
+
+    def remember(records: Any) -> Any:
+        seen.extend(record.id for record in records)
+        return encode(records)
+
+    monkeypatch.setattr(tokenization, "encode", remember)
+    one, two = random_pairs(2)
+    examples = tokenize_records([one, two, one, one], tokenization, None)
+    assert seen == [one.id, two.id]
+    assert examples.record_ids == [one.id, two.id, one.id, one.id]
+    assert_same(examples[3], examples[0])
+    assert_same(examples[-3], examples[1])
+
+
+def test_pairs_that_truncation_makes_equal_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    records = [pair("What is", " two two two", " two two red"), pair("What is", " two", " red")]
+    records.append(records[0])
+    with caplog.at_level(logging.WARNING):
+        examples = tokenize_records(records, Tokenization(make_tokenizer(), Truncation(5, 4)), None)
+    assert len(examples) == 3 and examples.identical_after_truncation == 2
+    assert "2 of 3 pairs have the same tokens" in caplog.text
+
+
+def test_no_records() -> None:
+    with pytest.raises(DataError, match="no records to tokenize"):
+        tokenize_records([], Tokenization(make_tokenizer(), ROOMY), None)
+
+
+# The cache
+
+
+class Counting(Tokenization):
+    """Counts the records that it tokenizes."""
+
+    calls = 0
+
+    def encode(self, records: Any) -> Any:
+        self.calls += len(records)
+        return super().encode(records)
+
+
+def run_with_cache(
+    records: list[PairRecord], cache: Path, max_prompt_length: int = 20
+) -> tuple[int, TokenizedSet]:
+    """How many records were tokenized, and the set."""
+    tokenization = Counting(make_tokenizer(), Truncation(30, max_prompt_length))
+    examples = tokenize_records(records, tokenization, cache)
+    return tokenization.calls, examples
+
+
+def assert_same_sets(first: TokenizedSet, second: TokenizedSet) -> None:
+    assert len(first) == len(second)
+    assert (first.truncated, first.identical_after_truncation) == (
+        second.truncated,
+        second.identical_after_truncation,
+    )
+    for i in range(len(first)):
+        assert_same(first[i], second[i])
+
+
+def test_a_second_run_reads_the_cache(tmp_path: Path) -> None:
+    records, cache = random_pairs(20), tmp_path / "new" / "cache"
+    calls, first = run_with_cache(records, cache)
+    again, second = run_with_cache(records, cache)
+    assert (calls, again) == (20, 0)
+    assert_same_sets(first, second)
+    assert [p.suffix for p in cache.iterdir()] == [".npz"]
+
+
+def test_a_changed_input_never_meets_an_old_cache(tmp_path: Path) -> None:
+    records = random_pairs(20)
+    run_with_cache(records, tmp_path)
+    assert run_with_cache(records, tmp_path, max_prompt_length=19)[0] == 20
+    assert run_with_cache(records[::-1], tmp_path)[0] == 20
+    assert run_with_cache([*records[:-1], pair("new")], tmp_path)[0] == 20
+    assert run_with_cache(records[:-1], tmp_path)[0] == 19
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _other_arrays(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, record_ids=np.array(["a"]))
+
+
+def _swapped_arrays(path: Path) -> None:
+    with np.load(path) as arrays:
+        values = dict(arrays)
+    values["prompt_offsets"] = values["response_offsets"]
+    with path.open("wb") as file:
+        np.savez(file, **values)
+
+
+@pytest.mark.parametrize("damage", [_cut, _flip, _empty, _other_arrays, _swapped_arrays])
+def test_a_broken_cache_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any) -> None:
+    records = random_pairs(20)
+    _, first = run_with_cache(records, tmp_path)
+    (file,) = tmp_path.iterdir()
+    damage(file)
+    with caplog.at_level(logging.WARNING):
+        calls, second = run_with_cache(records, tmp_path)
+    assert calls == 20 and f"the token cache {file} is broken" in caplog.text
+    assert_same_sets(first, second)
+    assert run_with_cache(records, tmp_path)[0] == 0
+
+
+def test_a_cache_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"the token cache .* cannot be written \(data\.cache_dir\)"):
+        run_with_cache(random_pairs(2), tmp_path / "file" / "cache")
+
+
+# Loading a tokenizer
+
+
+def test_load_tokenizer(tmp_path: Path) -> None:
+    """The same fingerprint from disk as in memory, wherever the folder lies."""
+    tokenizer = make_tokenizer(template=CHATML)
+    fingerprints = {Tokenization(tokenizer, ROOMY).fingerprint()}
+    for name in ("a", "b"):
+        tokenizer.save_pretrained(str(tmp_path / name))
+        loaded = load_tokenizer(str(tmp_path / name))
+        assert loaded.chat_template == CHATML and loaded.bos_token == "<s>"
+        fingerprints.add(Tokenization(loaded, ROOMY).fingerprint())
+    assert len(fingerprints) == 1
+
+
+def test_load_tokenizer_errors(tmp_path: Path) -> None:
+    (tmp_path / "file.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "none"}}')
+    (tmp_path / "broken" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    for name, message in {
+        str(tmp_path / "file.json"): "is a file",
+        str(tmp_path / "model"): "is not a tokenizer's folder: it holds none of tokenizer.json",
+        str(tmp_path / "broken"): "holds a tokenizer that cannot be read",
+        str(tmp_path / "none"): "does not exist",
+        "org/none": "org/none is neither a folder here nor a model id that can be reached",
+    }.items():
+        with pytest.raises(UserError, match=r"^data\.tokenizer\.type") as caught:
+            load_tokenizer(name)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Real data
+
+
+def test_real_chats(shared_data: Path) -> None:
+    """All 240 chats tokenize; every uncut answer ends with its end of turn; BOS is there once."""
+    tokenizer = make_tokenizer(template=LLAMA3)
+    records = load_records([Source(str(shared_data / "dpo_mix_en_sharegpt.json.gz"))], "pair").records
+    examples = tokenize_records(records, Tokenization(tokenizer, Truncation(60_000, 30_000)), None)
+    eot = tokenizer.convert_tokens_to_ids("<|eot|>")
+    assert examples.truncated == 0 and examples.identical_after_truncation == 0
+    for i in range(len(examples)):
+        example = examples[i]
+        assert (example.prompt == tokenizer.bos_token_id).sum() == 1
+        for response in example.responses:
+            assert response[-1] == eot and (response == tokenizer.eos_token_id).sum() == 0
+
+
+def test_real_transcripts(shared_data: Path) -> None:
+    """Of the HH pairs nothing is lost: prompt and response decode to the transcript."""
+    tokenizer = make_tokenizer()
+    source = Source(str(shared_data / "hh_harmless_base.jsonl.gz"))
+    records = load_records([source], "pair", on_bad_record="drop", limit=200).records
+    examples = tokenize_records(records, Tokenization(tokenizer, Truncation(20_000, 10_000)), None)
+    for i, record in enumerate(records):
+        for text, response in zip(record.responses, examples[i].responses, strict=True):
+            joined = tokenizer.decode([*examples[i].prompt, *response])
+            assert joined == f"<s>{record.prompt}{text}</s>"
