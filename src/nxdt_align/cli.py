@@ -1,0 +1,250 @@
+"""The command line, ``nxdt-align``. Reads the environment; nothing heavy is imported before training."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nxdt_align import __version__
+from nxdt_align.config.check import ConfigError, load_checked, with_check
+from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
+from nxdt_align.config.load import read_config, to_yaml
+from nxdt_align.config.schema import Config
+from nxdt_align.errors import UserError
+from nxdt_align.files import explain
+
+_DESCRIPTION = """\
+Preference alignment (DPO, ORPO) of Llama-family models from NxD Training's YAML.
+
+  nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
+  nxdt-align train --config-name NAME [key=value ...]    train
+  nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
+"""
+_USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class _Environment:
+    """What the launcher and train.sh say in environment variables."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    compile_only: bool
+    train_iters: int | None
+    debug: bool
+
+    @classmethod
+    def read(cls, variables: Mapping[str, str]) -> _Environment:
+        iters = variables.get("TRAIN_ITERS")
+        return cls(
+            rank=_number(variables, "RANK", 0),
+            world_size=_number(variables, "WORLD_SIZE", 1, least=1),
+            local_rank=_number(variables, "LOCAL_RANK", 0),
+            compile_only=variables.get("COMPILE") == "1",
+            train_iters=_number(variables, "TRAIN_ITERS", 1, least=1) if iters else None,
+            debug=variables.get("NXDT_ALIGN_DEBUG") == "1",
+        )
+
+
+def _number(variables: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
+    text = variables.get(name) or str(default)
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(
+            f"the environment variable {name} must be a whole number from {least}, but is {text!r}"
+        )
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0, 1 for what the user can mend, 130 when interrupted."""
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("NXDT_ALIGN_DEBUG") == "1"
+    try:
+        return _VERBS[arguments.verb](arguments, _Environment.read(os.environ))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except UserError as error:
+        if debug:
+            raise
+        _complain(error, str(error))
+    except OSError as error:
+        if debug or error.errno not in _USERS_OS_ERRORS:
+            raise
+        about = f"{error.filename}: " if error.filename else ""
+        _complain(error, about + explain(error))
+    return 1
+
+
+def _complain(error: Exception, message: str) -> None:
+    """Every process finds the same fault in a configuration, so one of each node reports it; what
+    happens later may be one rank's alone."""
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if isinstance(error, ConfigError) and local_rank != "0":
+        return
+    place = f" (rank {rank})" if rank != "0" else ""
+    print(f"error{place}: {message}", file=sys.stderr)
+
+
+# Arguments
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    flags = [text for text in rest if text.startswith("-")]
+    if flags or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
+    if rest:
+        # Overrides after an option, which argparse does not add to those before it.
+        arguments.overrides = [*arguments.overrides, *rest]
+    if arguments.help_keys is not None:
+        arguments.verb = "help-keys"
+    if arguments.verb is None:
+        parser.print_help()
+        parser.exit(2)
+    if arguments.verb != "help-keys" and arguments.config_name is None:
+        parser.error(f"{arguments.verb} needs --config-name NAME")
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "nxdt-align",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"nxdt-align {__version__}")
+    _add_help_keys(parser, default=None)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    config = _add_verb(verbs, "config", "check a configuration and print it as YAML, defaults included")
+    config.add_argument("--no-check", action="store_true", help="print it without checking its values")
+    _add_help_keys(config, default=argparse.SUPPRESS)
+    train = _add_verb(verbs, "train", "train; train.sh starts as many processes as it takes")
+    train.add_argument(
+        "--trial-steps", action="store_true", help="a few steps without logger and checkpoints, as COMPILE=1"
+    )
+    _add_verb(verbs, "processes", "check a configuration and print the processes a node needs")
+    return parser
+
+
+def _add_help_keys(parser: argparse.ArgumentParser, default: str | None) -> None:
+    parser.add_argument(
+        "--help-keys",
+        nargs="?",
+        const="",
+        default=default,
+        metavar="SECTION",
+        help="print every key, or those of a section: type, default and meaning",
+    )
+
+
+def _add_verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+    verb.add_argument(
+        "--config-name", "-cn", metavar="NAME", help="name of a config, with or without .yaml, or a path"
+    )
+    verb.add_argument(
+        "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
+    )
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that go before the YAML's")
+    return verb
+
+
+def _overrides(arguments: argparse.Namespace, environment: _Environment) -> list[str]:
+    steps = environment.train_iters
+    return [*arguments.overrides, *([] if steps is None else [f"trainer.max_steps={steps}"])]
+
+
+# Verbs
+
+
+def _config(arguments: argparse.Namespace, environment: _Environment) -> int:
+    """Prints to the end: a file that is missing here may be there on the node that trains."""
+    config, faults = read_config(
+        arguments.config_name, _overrides(arguments, environment), arguments.config_path
+    )
+    if not arguments.no_check:
+        faults = with_check(config, faults)
+    missing = [fault for fault in faults if fault.is_missing_path]
+    if len(faults) > len(missing):
+        raise ConfigError(faults, config.source)
+    sys.stdout.write(to_yaml(config))
+    sys.stdout.flush()
+    for fault in missing:
+        _note(f"not on this machine, so that train would stop: {fault}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
+    _log_to_terminal(environment.rank)
+    config = _checked(arguments, environment, environment.world_size, notify=environment.rank == 0)
+    from nxdt_align import build
+
+    return build.train(
+        config,
+        build.RunEnv(
+            rank=environment.rank,
+            world_size=environment.world_size,
+            local_rank=environment.local_rank,
+            compile_only=environment.compile_only or arguments.trial_steps,
+        ),
+    )
+
+
+def _processes(arguments: argparse.Namespace, environment: _Environment) -> int:
+    print(_checked(arguments, environment, None, notify=False).trainer.devices)
+    return 0
+
+
+def _help_keys(arguments: argparse.Namespace, environment: _Environment) -> int:
+    section = arguments.help_keys
+    if section and section not in all_keys():
+        near = nearest_key(section)
+        raise UserError(f"no key {section!r}{f'; did you mean {near}?' if near else ''}")
+    print(describe_keys(section))
+    return 0
+
+
+def _checked(
+    arguments: argparse.Namespace, environment: _Environment, world_size: int | None, notify: bool
+) -> Config:
+    config, notices = load_checked(
+        arguments.config_name, _overrides(arguments, environment), arguments.config_path, world_size
+    )
+    for notice in notices if notify else ():
+        _note(notice)
+    return config
+
+
+def _note(text: str) -> None:
+    print(f"notice: {text}", file=sys.stderr)
+
+
+def _log_to_terminal(rank: int) -> None:
+    """The first rank says what it does, the others only what goes wrong."""
+    logger = logging.getLogger("nxdt_align")
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logger.addHandler(handler)
+
+
+_VERBS: dict[str, Callable[[argparse.Namespace, _Environment], int]] = {
+    "config": _config,
+    "train": _train,
+    "processes": _processes,
+    "help-keys": _help_keys,
+}

@@ -1,0 +1,96 @@
+"""Check a configuration before anything is built from it; every fault comes in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nxdt_align.config.engines import (
+    Engine,
+    engine_faults,
+    find_engine_faults,
+    neuron_available,
+    notices,
+    resolve_engine,
+)
+from nxdt_align.config.faults import ConfigError, Fault, independent
+from nxdt_align.config.load import read_config
+from nxdt_align.config.paths import path_faults
+from nxdt_align.config.rules import NOTICES, RULES
+from nxdt_align.config.schema import Config
+
+__all__ = [
+    "ConfigError",
+    "Fault",
+    "check",
+    "engine_faults",
+    "find_faults",
+    "load_checked",
+    "neuron_available",
+    "notices",
+    "resolve_engine",
+    "with_check",
+]
+
+
+def check(config: Config, world_size: int | None = None, engine: Engine | None = None) -> list[str]:
+    """Notices on ``config``: what the user may want to know, none of them a fault.
+
+    Args:
+        world_size: processes that run, which must be as many as the configuration asks for.
+        engine: the engine that is to run it, whose limits then count too.
+
+    Raises ConfigError with every fault.
+    """
+    faults = find_faults(config, world_size, engine)
+    if faults:
+        raise ConfigError(faults, config.source)
+    return [notice for rule in NOTICES for notice in rule(config)]
+
+
+def load_checked(
+    config_name_or_path: str,
+    overrides: Sequence[str] = (),
+    config_dir: Path | None = None,
+    world_size: int | None = None,
+) -> tuple[Config, list[str]]:
+    """``load_config`` and ``check`` in one, so that the faults of both come in one ConfigError.
+
+    Returns the configuration and check's notices. The configuration is held to the limits of the
+    engine that would run it on this machine.
+    """
+    config, faults = read_config(config_name_or_path, overrides, config_dir)
+    engine = resolve_engine(config, neuron_available())
+    faults = with_check(config, faults, world_size, engine)
+    if faults:
+        raise ConfigError(faults, config.source)
+    return config, check(config, world_size, engine)
+
+
+def with_check(
+    config: Config, faults: Sequence[Fault], world_size: int | None = None, engine: Engine | None = None
+) -> list[Fault]:
+    """``faults`` of reading ``config``, then those of its values that do not follow from them."""
+    return [*faults, *independent(find_faults(config, world_size, engine), faults)]
+
+
+def find_faults(config: Config, world_size: int | None = None, engine: Engine | None = None) -> list[Fault]:
+    """Every fault of ``config``, see ``check``."""
+    found = [fault for rule in RULES for fault in rule(config)]
+    if world_size is not None and world_size != config.world_size:
+        found.append(_wrong_world(config, world_size))
+    if engine is not None:
+        found += find_engine_faults(config, engine)
+    return [*found, *path_faults(config)]
+
+
+def _wrong_world(config: Config, world_size: int) -> Fault:
+    trainer = config.trainer
+    return Fault(
+        "trainer.devices",
+        f"times trainer.num_nodes must be the number of processes that run ({world_size}), but is "
+        f"{trainer.devices} x {trainer.num_nodes} = {config.world_size}",
+        advice="start with train.sh or torchrun, which take the number from the configuration, or set "
+        f"trainer.devices={world_size}",
+        involves=("trainer.num_nodes",),
+    )

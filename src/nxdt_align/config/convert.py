@@ -1,0 +1,212 @@
+"""Plain YAML values into the schema's dataclasses; every fault is noted, none stops the walk.
+
+Lenient where YAML users expect it: an integer for a number, a whole number or a text for an integer,
+``3e-4`` as a text (YAML 1.1 reads it so), a number for a text, and ``null`` for the default of a key
+that has no null.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from nxdt_align.config.faults import Fault, nearest, show
+from nxdt_align.config.keys import alternatives, hints_of, key_fields, nearest_key, section_type, type_name
+from nxdt_align.config.megatron import megatron_key
+
+T = TypeVar("T")
+
+ALIASES = {
+    "model.encoder_seq_len": "model.encoder_seq_length",
+    "exp_manager.exp_log_dir": "exp_manager.explicit_log_dir",
+    "async_exec_max_inflight_requests": "aync_exec_max_inflight_requests",
+}
+"""Other spelling -> key. NxDT's tutorial and documentation write the first two."""
+
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+class _Unfit(Exception):
+    """A value that is not of the wanted type; the message is the rule."""
+
+
+@dataclass
+class Walk:
+    """What a conversion finds on its way."""
+
+    faults: list[Fault] = field(default_factory=list)
+    given: set[str] = field(default_factory=set)
+    """Paths of all keys that the YAML has."""
+
+
+def build_section(section: type[T], values: Mapping[Any, Any], prefix: str, walk: Walk) -> T:
+    """The dataclass ``section`` from ``values``. A faulty or missing key gets its default."""
+    fields = {f.name: f for f in key_fields(section)}
+    hints = hints_of(section)
+    open_field = next((name for name, f in fields.items() if f.metadata.get("open")), None)
+    built: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for key, value in values.items():
+        name, path = str(key), f"{prefix}{key}"
+        if path in ALIASES:
+            _check_alias(path, value, values, walk)
+        elif name in fields and name != open_field:
+            _take(built, name, value, hints[name], fields[name].metadata, path, walk)
+        elif megatron_key(path):
+            walk.given.add(path)
+        elif open_field is not None:
+            rest[name] = value
+            walk.given.add(path)
+        else:
+            walk.faults.append(_unknown(path))
+    if open_field is not None:
+        built[open_field] = rest
+    return section(**built)
+
+
+def _take(
+    built: dict[str, Any],
+    name: str,
+    value: Any,
+    hint: Any,
+    metadata: Mapping[str, Any],
+    path: str,
+    walk: Walk,
+) -> None:
+    inner = section_type(hint)
+    if value is None:
+        walk.given.add(path)
+        if type(None) in alternatives(hint):
+            built[name] = None
+    elif inner is not None:
+        if isinstance(value, Mapping):
+            built[name] = build_section(inner, value, f"{path}.", walk)
+        else:
+            walk.faults.append(Fault(path, "must be a section of keys", value))
+    else:
+        walk.given.add(path)
+        value = metadata.get("reads_as", {}).get(str(value).lower(), value)
+        try:
+            built[name] = _convert(hint, value, path, walk, is_path=bool(metadata.get("path")))
+        except _Unfit as error:
+            walk.faults.append(_unfit(error, hint, value, path))
+
+
+def _unknown(path: str) -> Fault:
+    near = nearest_key(path)
+    return Fault(path, "is not a known key", advice=f"did you mean {near}?" if near else "")
+
+
+def _unfit(error: _Unfit, hint: Any, value: Any, path: str) -> Fault:
+    choices = [str(c) for o in alternatives(hint) if get_origin(o) is Literal for c in get_args(o)]
+    near = nearest(str(value), choices)
+    return Fault(path, str(error), value, f"did you mean {near}?" if near else "")
+
+
+def _check_alias(path: str, value: Any, siblings: Mapping[Any, Any], walk: Walk) -> None:
+    """The key itself was filled in beforehand; here the two must only agree."""
+    key = ALIASES[path]
+    other = siblings.get(key.rpartition(".")[2])
+    if value is not None and other != value:
+        rule = f"is another spelling of {key}, which is {show(other)}"
+        walk.faults.append(Fault(path, rule, value, "keep one of them"))
+
+
+def _convert(hint: Any, value: Any, path: str, walk: Walk, is_path: bool) -> Any:
+    options = [option for option in alternatives(hint) if option is not type(None)]
+    exact = [option for option in options if type(value) is option]
+    for option in exact or options:
+        try:
+            return _convert_one(option, value, path, walk, is_path)
+        except _Unfit:
+            continue
+    raise _Unfit("must be " + _wanted(options))
+
+
+def _wanted(options: list[Any]) -> str:
+    choices = [type_name(option).replace(" | ", ", ") for option in options if get_origin(option) is Literal]
+    others = [_with_article(type_name(o)) for o in options if get_origin(o) is not Literal]
+    return " or ".join([*(f"one of {c}" if ", " in c else c for c in choices), *others])
+
+
+def _with_article(name: str) -> str:
+    if name in ("True or False", "text"):
+        return name
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _convert_one(hint: Any, value: Any, path: str, walk: Walk, is_path: bool) -> Any:
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin is Literal:
+        return _choice(get_args(hint), value)
+    if origin is tuple:
+        return _sequence(get_args(hint)[0], value, path, walk, is_path)
+    if origin is not None:
+        return _mapping(get_args(hint)[1], value)
+    scalar = _SCALARS[hint](value)
+    return os.path.expanduser(os.path.expandvars(scalar)) if is_path else scalar
+
+
+def _choice(choices: tuple[Any, ...], value: Any) -> Any:
+    if value not in choices:
+        raise _Unfit
+    return value
+
+
+def _sequence(item: Any, value: Any, path: str, walk: Walk, is_path: bool) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _Unfit
+    if dataclasses.is_dataclass(item) and isinstance(item, type):
+        # A plain text in a list of sections stands for the section's first key.
+        first = key_fields(item)[0].name
+        sections = [v if isinstance(v, Mapping) else {first: v} for v in value]
+        return tuple(
+            build_section(item, s, f"{path}.{i}.", Walk(faults=walk.faults)) for i, s in enumerate(sections)
+        )
+    return tuple(_convert_one(item, v, path, walk, is_path) for v in value)
+
+
+def _mapping(item: Any, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _Unfit
+    return {str(k): v if item is Any else _SCALARS[item](v) for k, v in value.items()}
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in _WORDS:
+        return _WORDS[value.lower()]
+    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise _Unfit
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise _Unfit
+    try:
+        return float(value)
+    except ValueError:
+        raise _Unfit from None
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    number = _number(value)
+    if not number.is_integer():
+        raise _Unfit
+    return int(number)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise _Unfit
+    return str(value)
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {bool: _boolean, int: _integer, float: _number, str: _text}

@@ -1,0 +1,146 @@
+"""Which engine runs a configuration, what it cannot do yet, and which keys have no effect on it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal
+
+from nxdt_align.config.faults import ConfigError, Fault
+from nxdt_align.config.megatron import megatron_key
+from nxdt_align.config.rules import lookup
+from nxdt_align.config.schema import Config
+
+Engine = Literal["nxd", "native"]
+
+
+def neuron_available() -> bool:
+    """Whether the real Neuron packages are here. PyPI's placeholders of these names hold no module."""
+    names = ("torch_neuronx", "neuronx_distributed")
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
+def resolve_engine(config: Config, neuron_available: bool) -> Engine:
+    """The engine that distributed_strategy.engine asks for; of ``auto``, nxd where the Neuron packages
+    are and trainer.accelerator does not ask for another device."""
+    chosen = config.distributed_strategy.engine
+    if chosen != "auto":
+        return chosen
+    neuron_is_wanted = config.trainer.accelerator in ("auto", "neuron")
+    return "nxd" if neuron_available and neuron_is_wanted else "native"
+
+
+# What an engine cannot do in this version: path -> (values that it can, why not the others, what to do).
+
+_ONE_DEVICE = "distributed_strategy.{key}=1 trainer.devices=N runs, with N copies of the model"
+_PARALLEL_KEYS = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
+    *("virtual_pipeline_model_parallel_size", "context_parallel_size"),
+)
+_NOT_YET = "engine native cannot do otherwise in this version"
+
+LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
+    "native": {
+        **{f"distributed_strategy.{key}": (1, _ONE_DEVICE.format(key=key)) for key in _PARALLEL_KEYS},
+        "distributed_strategy.fsdp": (False, "leave it out"),
+        "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
+        "model_alignment_strategy.loss": (None, "leave it out"),
+    },
+    "nxd": {},
+}
+"""Engine -> path -> (the only value that it takes, what to do). Lift a limit by deleting its line."""
+
+MISSING_ENGINES: dict[Engine, str] = {
+    "nxd": "distributed_strategy.engine=native runs on a CPU or CUDA",
+}
+"""Engines that this version does not have -> what to do."""
+
+
+def find_engine_faults(config: Config, engine: Engine) -> list[Fault]:
+    """What ``engine`` cannot do of ``config``."""
+    if engine in MISSING_ENGINES:
+        why = (
+            "must not be nxd" if config.distributed_strategy.engine == engine else f"auto means {engine} here"
+        )
+        rule = f"{why}: engine {engine} is not in this version"
+        return [Fault("distributed_strategy.engine", rule, advice=MISSING_ENGINES[engine])]
+    found = []
+    for path, (allowed, advice) in LIMITS[engine].items():
+        value = lookup(config, path)
+        if value != allowed:
+            if allowed is None:
+                found.append(Fault(path, f"must not be set: {_NOT_YET}", advice=advice))
+            else:
+                found.append(Fault(path, f"must be {allowed} ({_NOT_YET})", value, advice))
+    return found
+
+
+def engine_faults(config: Config, engine: Engine) -> None:
+    """Raise ConfigError with everything of ``config`` that ``engine`` cannot do in this version."""
+    faults = find_engine_faults(config, engine)
+    if faults:
+        raise ConfigError(faults, config.source)
+
+
+# Keys that are read but change nothing.
+
+_MEGATRON_OR_LIGHTNING = (
+    *("trainer.logger", "trainer.enable_checkpointing", "trainer.use_distributed_sampler"),
+    *("trainer.limit_test_batches", "exp_manager.checkpoint_callback_params.model_parallel_size"),
+    *("distributed_strategy.expert_model_parallel_size", "distributed_strategy.token_shuffle_group_size"),
+)
+_NEURON = (
+    *("compiler_flags", "compiler_cache_url", "aync_exec_max_inflight_requests", "bucket_size_collectives"),
+    *("neuron_rt_exec_timeout", "neuron_experimental_compress_rg"),
+    *("trainer.lnc", "trainer.sequential_move_factor"),
+    *("distributed_strategy.kv_replicator", "distributed_strategy.virtual_pipeline_model_parallel_size"),
+    *("model.qkv_linear", "model.fuse_qkv", "model.transpose_nki_inputs", "model.use_cpu_initialization"),
+    *("model.pipeline_cuts", "model.fusions.softmax", "model.fusions.flash_attention"),
+    "model.fusions.ring_attention",
+    *("precision.neuron_rt_stochastic_rounding_en", "precision.parallel_layers_reduce_dtype"),
+    *("exp_manager.save_xser", "exp_manager.load_xser", "exp_manager.ckpt_ptl_version"),
+)
+_NATIVE_NOT_YET = (
+    *("distributed_strategy.zero1", "distributed_strategy.sequence_parallel"),
+    *("exp_manager.save_bf16", "exp_manager.async_checkpointing"),
+    "exp_manager.enable_recovery_time_instrumentation",
+    "exp_manager.checkpoint_callback_params.use_master_weights_in_ckpt",
+    "exp_manager.fail_on_recompile",
+    "model_alignment_strategy.reference_dtype",
+    *("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
+)
+NO_EFFECT: dict[Engine, tuple[str, ...]] = {
+    "native": (*_MEGATRON_OR_LIGHTNING, *_NEURON, *_NATIVE_NOT_YET),
+    "nxd": _MEGATRON_OR_LIGHTNING,
+}
+"""Engine -> keys that change nothing on it."""
+
+_ONLY_WITH: dict[str, Callable[[Config], bool]] = {
+    **{
+        f"precision.{key}": lambda c: c.precision.type == "manual"
+        for key in ("master_weights", "fp32_grad_acc", "fp32_grads_cc", "xla_use_bf16", "xla_downcast_bf16")
+    },
+    "precision.neuron_rt_stochastic_rounding_en": lambda c: c.precision.type == "manual",
+    "model.activations_checkpoint_recompute": lambda c: (
+        c.model.activations_checkpoint_granularity == "selective"
+    ),
+}
+"""Keys that count only where another has some value."""
+
+
+def keys_without_effect(config: Config, engine: Engine) -> list[str]:
+    """Keys that the YAML or an override sets to something and that change nothing on ``engine``."""
+
+    def is_idle(path: str) -> bool:
+        if path in NO_EFFECT[engine]:
+            return lookup(config, path) is not None
+        condition = _ONLY_WITH.get(path)
+        return condition is not None and not condition(config) and lookup(config, path) is not None
+
+    return sorted(path for path in config.given if megatron_key(path) or is_idle(path))
+
+
+def notices(config: Config, engine: Engine) -> list[str]:
+    """One notice that names every such key; none where there is no such key."""
+    keys = keys_without_effect(config, engine)
+    return [f"keys without effect on engine {engine}: {', '.join(keys)}"] if keys else []

@@ -1,0 +1,181 @@
+"""The section ``exp_manager``: folders, loggers, checkpoints, resume. Part of the schema.
+
+NeMo 2.1.0's ``ExpManagerConfig`` and ``CallbackParams``, with NeMo's defaults where not said
+otherwise, NxDT's own keys, and ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nxdt_align.config.fields import PATH
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointCallbackConfig:
+    """When checkpoints are written and which are kept."""
+
+    filepath: str | None = None
+    """Old spelling of dirpath and filename in NeMo; leave it null."""
+    dirpath: str | None = field(default=None, metadata=PATH)
+    """Folder of the checkpoints; null: checkpoints in the experiment's folder."""
+    filename: str | None = None
+    """Name of a checkpoint, with {step} and {consumed_samples} filled in; null: made from the name."""
+    monitor: str = "step"
+    """Metric that ranks checkpoints. NeMo's default is val_loss; NxDT's YAMLs have step."""
+    mode: str = "max"
+    """Whether the largest (max) or smallest (min) value of monitor is best."""
+    save_top_k: int = 1
+    """Checkpoints that are kept; -1 for all."""
+    save_last: bool = False
+    """Write one more at the end, whose name ends in -last."""
+    every_n_train_steps: int | None = None
+    """Steps between two checkpoints."""
+    every_n_epochs: int | None = 1
+    """Epochs between two checkpoints; without effect where every_n_train_steps is set."""
+    train_time_interval: Any = None
+    """Wall-clock time between two checkpoints."""
+    save_on_train_epoch_end: bool = False
+    """Write at the end of a training epoch instead of after validation."""
+    save_weights_only: bool = False
+    """Leave the optimizer's state out."""
+    auto_insert_metric_name: bool = True
+    """Put the metric's name into the file name."""
+    enable_version_counter: bool = False
+    """Add -v1, -v2 to a name that exists."""
+    verbose: bool = True
+    """Log each checkpoint."""
+    prefix: str | None = None
+    """Start of the name; null: made from the experiment's name."""
+    postfix: str = ".nemo"
+    """End of a .nemo archive's name; none is written here."""
+    save_best_model: bool = False
+    """Write the best checkpoint as a .nemo archive; none is written here."""
+    always_save_nemo: bool = False
+    """Write every checkpoint as a .nemo archive; none is written here."""
+    save_nemo_on_train_end: bool = False
+    """Write a .nemo archive at the end; none is written here."""
+    save_last_n_optim_states: int = -1
+    """Checkpoints that keep the optimizer's state; -1 for all."""
+    async_save: bool = False
+    """NeMo's asynchronous checkpoints."""
+    model_parallel_size: int | None = None
+    """Tensor x pipeline parallel size, as ${multiply:...} in NxDT's YAMLs; known from
+    distributed_strategy."""
+    use_master_weights_in_ckpt: bool = False
+    """Save the fp32 copy of the weights instead of the bf16 ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpManagerConfig:
+    """The experiment's folder, loggers, checkpoints and where training goes on from."""
+
+    explicit_log_dir: str | None = field(default=None, metadata=PATH)
+    """Folder of the experiment, instead of exp_dir/name/date (exp_log_dir is taken too)."""
+    exp_dir: str | None = field(default=None, metadata=PATH)
+    """Folder of all experiments; null: nemo_experiments in the current folder."""
+    name: str | None = None
+    """Folder of this experiment's runs; null: the top-level name."""
+    version: str | None = None
+    """Folder of this run; null: the date."""
+    use_datetime_version: bool = True
+    """Name runs by date; False: version_0, version_1, ..."""
+    resume_if_exists: bool = False
+    """Go on from the newest checkpoint of the same run (objective, data, start weights and model)."""
+    resume_past_end: bool = False
+    """Go on even from a checkpoint of the end."""
+    resume_ignore_no_checkpoint: bool = False
+    """Start anew where resume_if_exists finds no checkpoint."""
+    resume_from_checkpoint: str | None = field(default=None, metadata=PATH)
+    """Where training starts: a checkpoint, or a Hugging Face folder of weights; null: random weights.
+    A checkpoint of this run in the experiment's folder goes before it."""
+    log_local_rank_0_only: bool = False
+    """Write a log file for the first process of a node alone."""
+    log_global_rank_0_only: bool = False
+    """Write a log file for the first process of the run alone."""
+    create_tensorboard_logger: bool = True
+    """Log to TensorBoard."""
+    summary_writer_kwargs: Mapping[str, Any] | None = None
+    """Arguments of the TensorBoard logger."""
+    create_wandb_logger: bool = False
+    """Log to Weights & Biases."""
+    wandb_logger_kwargs: Mapping[str, Any] | None = None
+    """Arguments of the W&B logger: name, project, ..."""
+    create_mlflow_logger: bool = False
+    """Log to MLflow."""
+    mlflow_logger_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the MLflow logger."""
+    create_dllogger_logger: bool = False
+    """Log with NVIDIA's DLLogger."""
+    dllogger_logger_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of DLLogger."""
+    create_clearml_logger: bool = False
+    """Log to ClearML."""
+    clearml_logger_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the ClearML logger."""
+    create_neptune_logger: bool = False
+    """Log to Neptune."""
+    neptune_logger_kwargs: Mapping[str, Any] | None = None
+    """Arguments of the Neptune logger."""
+    create_checkpoint_callback: bool = True
+    """Write checkpoints."""
+    checkpoint_callback_params: CheckpointCallbackConfig = field(default_factory=CheckpointCallbackConfig)
+    create_early_stopping_callback: bool = False
+    """Stop when a metric no longer improves."""
+    early_stopping_callback_params: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of early stopping: monitor, mode, patience, ..."""
+    create_preemption_callback: bool = True
+    """Write a checkpoint and stop on SIGTERM."""
+    files_to_copy: tuple[str, ...] | None = None
+    """Files to copy into the experiment's folder."""
+    log_step_timing: bool = False
+    """Log the time of each step with NeMo's timer, whose step axis starts at 0; throughput is logged
+    anyway."""
+    log_delta_step_timing: bool = False
+    """Log the time between steps with NeMo's logger."""
+    step_timing_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the step timer: reduction, sync_cuda, buffer_size."""
+    disable_validation_on_resume: bool = False
+    """Leave out the validation that was due when the run broke off (NeMo's default, with which a resumed
+    run logs less than an uninterrupted one)."""
+    ema: Mapping[str, Any] = field(default_factory=dict)
+    """NeMo's moving average of weights; enable must be False."""
+    max_time_per_run: str | None = None
+    """Wall-clock time after which the run ends with a checkpoint, as DD:HH:MM:SS."""
+    seconds_to_sleep: float = 5
+    """Seconds that the other ranks wait while the first makes the folder."""
+    create_straggler_detection_callback: bool = False
+    """NeMo's detection of slow ranks (CUDA)."""
+    straggler_detection_params: Mapping[str, Any] = field(default_factory=dict)
+    """Its arguments."""
+    create_fault_tolerance_callback: bool = False
+    """NeMo's fault tolerance (CUDA)."""
+    fault_tolerance: Mapping[str, Any] = field(default_factory=dict)
+    """Its arguments."""
+    log_tflops_per_sec_per_gpu: bool = True
+    """NeMo's count of floating-point operations."""
+    log_parameter_norm: bool = True
+    """Log the parameters' L2 norm."""
+    log_gradient_norm: bool = True
+    """Log the gradients' L2 norm before clipping."""
+    enable_recovery_time_instrumentation: bool = False
+    """Log how long the stages of a restart take."""
+    save_xser: bool = True
+    """Write checkpoints in torch_xla's one-file-a-tensor form."""
+    load_xser: bool = True
+    """Read checkpoints in that form."""
+    save_bf16: bool = False
+    """Write checkpoint weights in bf16."""
+    async_checkpointing: bool = False
+    """Write checkpoints while training goes on."""
+    ckpt_ptl_version: str | None = None
+    """Version of Lightning to note in a checkpoint that has none."""
+    export_hf: bool = True
+    """(ours) Write the trained model as a Hugging Face folder at the end."""
+    preflight: bool = True
+    """(ours) Before the first step, check that reference and policy agree where they must; a fresh run
+    whose reference is not its policy stops."""
+    fail_on_recompile: bool = False
+    """(ours) Stop where a step compiles a graph that it should not."""

@@ -1,0 +1,82 @@
+"""Faults of a configuration, each with its path, gathered into one error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nxdt_align.errors import UserError
+
+_NOTHING = object()
+_LONGEST_VALUE = 120
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One rule that one key breaks. Reads: ``path: rule, but is VALUE; advice``."""
+
+    path: str
+    """The key, e.g. data.seq_length."""
+    rule: str
+    """What must hold, as the rest of a sentence that begins with the key."""
+    received: Any = _NOTHING
+    """The value; left out where the rule says it already."""
+    advice: str = ""
+    """What to do."""
+    involves: tuple[str, ...] = ()
+    """Other keys that the rule looks at: where one of them is faulty itself, this may follow from it."""
+    is_missing_path: bool = False
+    """Whether a file or folder is not there, which may be so on this machine alone."""
+
+    def __str__(self) -> str:
+        received = "" if self.received is _NOTHING else f", but is {show(self.received)}"
+        return f"{self.path}: {self.rule}{received}{'; ' + self.advice if self.advice else ''}"
+
+
+class ConfigError(UserError):
+    """Every fault of a configuration, in one message."""
+
+    def __init__(self, faults: Sequence[Fault], source: str = "") -> None:
+        self.faults = tuple(faults)
+        self.source = source
+        super().__init__(_message(self.faults, source))
+
+
+def _message(faults: tuple[Fault, ...], source: str) -> str:
+    where = f" in {source}" if source else ""
+    if len(faults) == 1:
+        return f"1 fault{where}: {faults[0]}"
+    return f"{len(faults)} faults{where}:\n" + "\n".join(f"  - {fault}" for fault in faults)
+
+
+def show(value: Any) -> str:
+    """A value as a YAML would have it, cut where it is long."""
+    if value is None:
+        return "null"
+    text = str(list(value)) if isinstance(value, tuple) else repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that is most like ``name``."""
+    candidates = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), list(candidates), n=1, cutoff=cutoff)
+    return candidates[close[0]] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``did you mean X?``, or nothing."""
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else ""
+
+
+def independent(faults: Iterable[Fault], earlier: Sequence[Fault]) -> list[Fault]:
+    """``faults`` that cannot merely follow from a key already known to be faulty."""
+    broken = [fault.path for fault in earlier]
+
+    def follows(path: str) -> bool:
+        return any(path == b or path.startswith(f"{b}.") or b.startswith(f"{path}.") for b in broken)
+
+    return [f for f in faults if not any(follows(path) for path in (f.path, *f.involves))]

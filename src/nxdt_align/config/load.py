@@ -1,0 +1,249 @@
+"""Read a YAML with Hydra and OmegaConf, apply overrides, resolve it, and make it a Config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from nxdt_align.config.alignment import MAX_PROMPT_LENGTH
+from nxdt_align.config.convert import ALIASES, Walk, build_section
+from nxdt_align.config.faults import ConfigError, Fault, did_you_mean
+from nxdt_align.config.keys import accepts_text, all_keys, key_fields
+from nxdt_align.config.schema import Config
+from nxdt_align.errors import UserError
+
+HYDRA_VERSION_BASE = "1.2"
+"""The version whose rules NxDT's YAMLs are composed by."""
+
+
+def load_config(
+    config_name_or_path: str, overrides: Sequence[str] = (), config_dir: Path | None = None
+) -> Config:
+    """The configuration of a YAML and its overrides.
+
+    Args:
+        config_name_or_path: name in ``config_dir``, with or without .yaml, or a path to a file.
+        overrides: ``key=value`` for any known key, ``+key=value``, ``++key=value`` or ``~key``.
+        config_dir: where names are looked up; None: conf in the current folder, then the checkout's.
+
+    Raises UserError for a YAML or an override that cannot be read, and ConfigError (one of them)
+    with every unknown key and every value of a wrong type.
+    """
+    config, faults = read_config(config_name_or_path, overrides, config_dir)
+    if faults:
+        raise ConfigError(faults, config.source)
+    return config
+
+
+def read_config(
+    config_name_or_path: str, overrides: Sequence[str] = (), config_dir: Path | None = None
+) -> tuple[Config, list[Fault]]:
+    """As ``load_config``, with the faults handed back; a faulty key has its default."""
+    _register_resolvers()
+    path = find_config(config_name_or_path, config_dir)
+    composed = _compose(path, [rewrite_override(text) for text in overrides])
+    walk = Walk()
+    config = build_section(Config, _resolved(composed, "", walk), "", walk)
+    given = frozenset(walk.given)
+    config = dataclasses.replace(_derive(config, given), given=given, source=str(path))
+    return config, walk.faults
+
+
+def default_config_dirs() -> list[Path]:
+    """Where a name is looked up: conf in the current folder, then that of the checkout."""
+    checkout = Path(__file__).resolve().parents[3] / "conf"
+    return list(dict.fromkeys([Path.cwd() / "conf", checkout]))
+
+
+def find_config(name: str, config_dir: Path | None = None) -> Path:
+    """The file that ``name`` means. Raises UserError with what there is where there is none."""
+    file = name if name.endswith(".yaml") else f"{name}.yaml"
+    folders = [config_dir] if config_dir is not None else default_config_dirs()
+    candidates = [folder / file for folder in folders]
+    candidates += [Path(file).expanduser()] if config_dir is None or Path(file).name != file else []
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    known = sorted({found.stem for folder in folders if folder.is_dir() for found in folder.glob("*.yaml")})
+    looked = ", ".join(str(candidate) for candidate in candidates)
+    there = f"there are: {', '.join(known)}" if known else "there are no configs in that folder"
+    near = did_you_mean(Path(file).stem, known)
+    raise UserError(f"no config {name!r}: looked for {looked}; {near + ' ' if near else ''}{there}")
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a YAML of every key, which loads as the same configuration."""
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+
+
+# Overrides
+
+
+def rewrite_override(text: str) -> str:
+    """``key=value`` in Hydra's grammar, for any key whether the YAML has it or not.
+
+    The value of a key that takes a text is quoted, so that paths need no quoting by the user.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or key.startswith("~"):
+        return text
+    name = key.lstrip("+")
+    plus = key[: len(key) - len(name)] or "++"
+    name = ALIASES.get(name, name)
+    known = all_keys().get(name)
+    if known is not None and known.is_section and not value.startswith("{") and value != "null":
+        return text
+    if known is not None and not known.is_section and accepts_text(known.hint):
+        value = _quoted(value)
+    return f"{plus}{name}={value}"
+
+
+def _quoted(value: str) -> str:
+    """A text as Hydra's grammar quotes it; what is quoted, a list, a mapping or null stays."""
+    if value[:1] in ("'", '"', "[", "{") or value.lower() in ("", "null"):
+        return value
+    escaped = ""
+    backslashes = 0
+    for character in value + "\0":
+        if character in ("'", "\0"):
+            escaped += "\\" * backslashes
+        escaped += "\\'" if character == "'" else character
+        backslashes = backslashes + 1 if character == "\\" else 0
+    return f"'{escaped[:-1]}'"
+
+
+# Reading
+
+
+def _register_resolvers() -> None:
+    OmegaConf.register_new_resolver("multiply", _multiply, replace=True)
+
+
+def _multiply(*factors: Any) -> int | float:
+    """``${multiply:a, b}`` of NxDT's YAMLs: whole numbers give a whole number."""
+    product = math.prod([float(factor) for factor in factors], start=1.0)
+    return int(product) if product.is_integer() else product
+
+
+def _compose(path: Path, overrides: list[str]) -> DictConfig:
+    _check_yaml(path)
+    with initialize_config_dir(str(path.parent), version_base=HYDRA_VERSION_BASE):
+        try:
+            config = compose(path.stem, overrides=overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_compose_message(error, path, overrides)) from error
+    return _with_aliases(config)
+
+
+def _check_yaml(path: Path) -> None:
+    """Raise UserError with file and line for what is no YAML mapping."""
+    try:
+        content = OmegaConf.load(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text in UTF-8: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as a YAML of sections and keys: {error}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from error
+    except Exception as error:
+        # Those of PyYAML, which this room does not import; most carry the place of the fault.
+        if type(error).__module__.partition(".")[0] != "yaml":
+            raise
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        reason = getattr(error, "problem", None) or _first_line(error)
+        raise UserError(f"{where}: not valid YAML: {reason}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path} must hold sections and keys, but holds a list")
+
+
+def _compose_message(error: Exception, path: Path, overrides: list[str]) -> str:
+    culprit = next((text for text in overrides if text in str(error)), None)
+    cause = f": {error.__cause__}" if error.__cause__ is not None else ""
+    reason = " ".join((str(error) + cause).split())
+    if culprit is None and len(overrides) == 1:
+        culprit = overrides[0]
+    if not overrides:
+        return f"{path}: {reason}"
+    about = f"the override {culprit!r}" if culprit else f"one of the overrides {', '.join(overrides)}"
+    return f"{about} cannot be read or applied: {reason}. Overrides are key=value, +key=value or ~key"
+
+
+def _with_aliases(config: DictConfig) -> DictConfig:
+    """Give each key that is spelled another way its own name too, before anything refers to it."""
+    for alias, key in ALIASES.items():
+        section, _, name = key.rpartition(".")
+        node: Any = OmegaConf.select(config, section) if section else config
+        spelled = alias.rpartition(".")[2]
+        if isinstance(node, DictConfig) and spelled in node and name not in node:
+            with open_dict(node):
+                node[name] = OmegaConf.to_container(node, resolve=False)[spelled]  # type: ignore[index, call-overload]
+    return config
+
+
+def _resolved(node: DictConfig | ListConfig, prefix: str, walk: Walk) -> Any:
+    """``node`` with every interpolation replaced; one that cannot be is noted and left out."""
+    if isinstance(node, ListConfig):
+        kept = [_resolved_item(node, i, f"{prefix}{i}", walk) for i in range(len(node))]
+        return [value for value in kept if value is not _FAULTY]
+    pairs = {key: _resolved_item(node, key, f"{prefix}{key!s}", walk) for key in node}
+    return {key: value for key, value in pairs.items() if value is not _FAULTY}
+
+
+_FAULTY = object()
+
+
+def _resolved_item(node: DictConfig | ListConfig, key: Any, path: str, walk: Walk) -> Any:
+    try:
+        value = node[key]
+    except OmegaConfBaseException as error:
+        walk.faults.append(Fault(path, f"cannot be resolved: {_first_line(error)}"))
+        return _FAULTY
+    return _resolved(value, f"{path}.", walk) if isinstance(value, (DictConfig, ListConfig)) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+# Defaults that follow from other keys
+
+
+def _derive(config: Config, given: frozenset[str]) -> Config:
+    data = config.data
+    if "data.seq_length" not in given and config.model.encoder_seq_length is not None:
+        data = dataclasses.replace(data, seq_length=config.model.encoder_seq_length)
+    strategy = config.model_alignment_strategy
+    limit = min(MAX_PROMPT_LENGTH, data.seq_length // 2)
+    for name in ("dpo", "orpo", "sft"):
+        objective = getattr(strategy, name)
+        if objective is not None and f"model_alignment_strategy.{name}.max_prompt_length" not in given:
+            shorter = dataclasses.replace(objective, max_prompt_length=limit)
+            strategy = dataclasses.replace(strategy, **{name: shorter})
+    return dataclasses.replace(config, data=data, model_alignment_strategy=strategy)
+
+
+# Writing
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses into what a YAML holds; a mapping of further keys goes into its section."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain: dict[str, Any] = {}
+        for field in key_fields(type(value)):
+            item = _plain(getattr(value, field.name))
+            plain.update(item if field.metadata.get("open") else {field.name: item})
+        return plain
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value

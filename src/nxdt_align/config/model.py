@@ -1,0 +1,99 @@
+"""The section ``model``: architecture, activation checkpointing, optimizer. Part of the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nxdt_align.config.fields import OPEN, PATH
+from nxdt_align.config.optim import accepted_optimizer_settings, accepted_scheduler_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionsConfig:
+    """Fused kernels of the Neuron compiler."""
+
+    softmax: bool = False
+    """Fused softmax."""
+    flash_attention: bool = False
+    """NKI flash attention."""
+    ring_attention: bool = False
+    """Ring attention; needed with context_parallel_size above 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedConfig:
+    """The learning rate's schedule."""
+
+    name: str = "LinearAnnealingWithWarmUp"
+    """A schedule of NeMo (CosineAnnealing, WarmupPolicy, ...) or LinearAnnealingWithWarmUp."""
+    max_steps: int | None = None
+    """Steps that the schedule spans; null or -1: those of the run."""
+    params: Mapping[str, Any] = field(default_factory=dict, metadata=OPEN)
+    """Every other key of sched is an argument of the schedule: warmup_steps, constant_steps, min_lr, ..."""
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the schedule ``name``; keys that only other schedules take are left out."""
+        given = {"max_steps": self.max_steps, **self.params}
+        return accepted_scheduler_settings(self.name, given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer."""
+
+    name: str = "adamw"
+    """An optimizer of NeMo (adamw, sgd, adam, adadelta, adamax, adagrad, rmsprop, rprop, novograd,
+    adafactor, adan) or adamw_fp32OptState, AdamW with its state in fp32."""
+    lr: float = 5.0e-7
+    """Learning rate, at the schedule's peak."""
+    sched: SchedConfig | None = None
+    params: Mapping[str, Any] = field(default_factory=dict, metadata=OPEN)
+    """Every other key of optim is an argument of the optimizer: weight_decay, betas, eps, ..."""
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the optimizer ``name``, ``lr`` included; keys that only other optimizers take
+        are left out (check() names them in a notice)."""
+        return accepted_optimizer_settings(self.name, {"lr": self.lr, **self.params})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model."""
+
+    model_config: str | None = field(default=None, metadata=PATH)
+    """Hugging Face config.json, or a folder that has one; null: that of
+    exp_manager.resume_from_checkpoint."""
+    encoder_seq_length: int | None = None
+    """Longest sequence of the model, at least data.seq_length (spelled encoder_seq_len in NxDT's
+    tutorial, which is taken too); null: data.seq_length."""
+    max_position_embeddings: int | None = None
+    """Overrides that of config.json."""
+    num_layers: int | None = None
+    """Overrides num_hidden_layers of config.json."""
+    hidden_size: int | None = None
+    """Overrides that of config.json."""
+    rope_theta: float | None = None
+    """Overrides the rotary embedding's base of config.json."""
+    weight_init_only: bool = True
+    """Take from exp_manager.resume_from_checkpoint the weights alone, not the optimizer's state."""
+    qkv_linear: bool = False
+    """One GQAQKVLinear layer for queries, keys and values, with key and value heads replicated."""
+    fuse_qkv: bool = True
+    """Keep its three weights as one."""
+    transpose_nki_inputs: bool = True
+    """Layout of the inputs of NKI flash attention."""
+    pipeline_cuts: tuple[str, ...] | None = None
+    """Layers after which the pipeline is cut, e.g. [model.layers.10]; null: even shares."""
+    use_cpu_initialization: bool = False
+    """Make the weights on the CPU and move them to the device."""
+    activations_checkpoint_granularity: Literal["full", "selective"] | None = None
+    """What is computed again in the backward pass instead of kept. full: each layer; selective: the
+    modules named in activations_checkpoint_recompute; null: nothing."""
+    activations_checkpoint_recompute: tuple[str, ...] | None = None
+    """Modules to compute again with selective, e.g. [CoreAttention, LlamaMLP]."""
+    do_layer_norm_weight_decay: bool = False
+    """Decay the weights of the norms too."""
+    fusions: FusionsConfig = field(default_factory=FusionsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)

@@ -1,0 +1,162 @@
+"""Rules on the files that a configuration names: they must exist, and config.json must fit."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nxdt_align.config.data import DataSource
+from nxdt_align.config.faults import Fault
+from nxdt_align.config.schema import Config
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DATA_FILE = re.compile(r"\.(jsonl?|arrow|parquet|gz)$")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
+_TP = "distributed_strategy.tensor_model_parallel_size"
+
+
+def path_faults(config: Config) -> list[Fault]:
+    """Every fault of the files and folders that the configuration names."""
+    found = [*_data("data.train_dir", config.data.train_dir)]
+    if config.validates:
+        found += _data("data.val_dir", config.data.val_dir)
+    found += _tokenizer(config.data.tokenizer.type)
+    found += _weights("exp_manager.resume_from_checkpoint", config.exp_manager.resume_from_checkpoint)
+    if config.model_alignment_strategy.dpo is not None:
+        path = "model_alignment_strategy.reference_model"
+        found += _weights(path, config.model_alignment_strategy.reference_model)
+    return [*found, *_model(config)]
+
+
+def _data(path: str, value: str | tuple[DataSource, ...] | None) -> Iterator[Fault]:
+    if isinstance(value, str):
+        if value and not Path(value).exists() and not _may_be_hub_data(value):
+            hub = "a data set on the Hugging Face Hub is named as owner/name"
+            advice = "" if Path(value).is_absolute() else hub
+            yield Fault(path, "must be a file or folder that exists", value, advice, is_missing_path=True)
+    else:
+        for i, source in enumerate(value or ()):
+            if not source.path:
+                yield Fault(f"{path}.{i}.path", "is required")
+            if source.weight <= 0:
+                yield Fault(f"{path}.{i}.weight", "must be above 0", source.weight)
+            yield from _data(f"{path}.{i}.path", source.path)
+
+
+def _may_be_hub_data(value: str) -> bool:
+    return "/" in value and _may_be_hub_name(value) and not _DATA_FILE.search(value)
+
+
+def _may_be_hub_name(value: str) -> bool:
+    """Whether it looks like ``owner/name`` or ``name``, and there is no such folder as ``owner`` here."""
+    if not _HUB_NAME.fullmatch(value) or value.startswith("."):
+        return False
+    return "/" not in value or not Path(value).parent.is_dir()
+
+
+def _tokenizer(value: str) -> Iterator[Fault]:
+    key, folder = "data.tokenizer.type", Path(value)
+    if not value:
+        return
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            rule = "must be a tokenizer's folder, which has a tokenizer.json or tokenizer.model"
+            yield Fault(key, rule, value)
+    elif folder.exists():
+        advice = f"did you mean {folder.parent}?" if folder.name in _TOKENIZER_FILES else ""
+        yield Fault(key, "must be a folder, not a file", value, advice)
+    elif not _may_be_hub_name(value):
+        yield Fault(key, "must be a folder that exists", value, is_missing_path=True)
+
+
+def _weights(path: str, value: str | None) -> Iterator[Fault]:
+    if value is None:
+        return
+    folder = Path(value)
+    if not folder.exists():
+        yield Fault(path, "must be a folder that exists", value, is_missing_path=True)
+    elif not folder.is_dir():
+        yield Fault(path, "must be a folder, not a file", value)
+    elif not any(folder.iterdir()):
+        yield Fault(path, "must be a folder of weights; this one is empty", value)
+
+
+# config.json
+
+
+def model_config_path(config: Config) -> Path | None:
+    """The config.json that model.model_config, or else the start checkpoint, has; None for neither."""
+    chosen = config.model.model_config or config.exp_manager.resume_from_checkpoint
+    if chosen is None:
+        return None
+    return Path(chosen) / "config.json" if Path(chosen).is_dir() else Path(chosen)
+
+
+def _model(config: Config) -> Iterator[Fault]:
+    key, file = "model.model_config", model_config_path(config)
+    if file is None:
+        return
+    if not file.is_file():
+        if config.model.model_config is not None:
+            received, rule = config.model.model_config, "must be a config.json that exists, or its folder"
+            yield Fault(key, rule, received, is_missing_path=True)
+        elif file.parent.is_dir():
+            advice = "model.model_config names a config.json anywhere else"
+            yield Fault(key, f"is required, since {file} does not exist", advice=advice, is_missing_path=True)
+        return
+    try:
+        shape = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        yield Fault(key, f"must be JSON, but {file} cannot be read as such: {error}")
+        return
+    if not isinstance(shape, dict):
+        yield Fault(key, f"must be a JSON object, but {file} holds something else")
+        return
+    yield from _shape(config, shape)
+
+
+def _shape(config: Config, shape: dict[str, Any]) -> Iterator[Fault]:
+    """Heads and layers against the parallel sizes and against the YAML's overrides."""
+    if config.model.hidden_size is not None:
+        shape = shape | {"hidden_size": config.model.hidden_size}
+    if config.model.num_layers is not None:
+        shape = shape | {"num_hidden_layers": config.model.num_layers}
+    heads, hidden = _size(shape, "num_attention_heads"), _size(shape, "hidden_size")
+    if heads is None or hidden is None:
+        return  # transformers' defaults, or what the model's own reader reports
+    if "head_dim" not in shape and hidden % heads:
+        path = "model.hidden_size" if config.model.hidden_size is not None else "model.model_config"
+        yield Fault(path, f"must give a hidden_size that num_attention_heads ({heads}) divides", hidden)
+    yield from _tensor_parallel(config.distributed_strategy.tensor_model_parallel_size, shape)
+    stages, layers = (
+        config.distributed_strategy.pipeline_model_parallel_size,
+        _size(shape, "num_hidden_layers"),
+    )
+    if layers is not None and stages > layers:
+        path = "distributed_strategy.pipeline_model_parallel_size"
+        yield Fault(path, f"must not be above the number of layers ({layers})", stages)
+
+
+def _tensor_parallel(size: int, shape: dict[str, Any]) -> Iterator[Fault]:
+    if size < 1:
+        return
+    for key in ("num_attention_heads", "intermediate_size"):
+        whole = _size(shape, key)
+        if whole is not None and whole % size:
+            divisors = ", ".join(str(d) for d in range(1, 129) if whole % d == 0)
+            advice = f"possible are {divisors}" if key == "num_attention_heads" else ""
+            yield Fault(_TP, f"must divide {key} ({whole})", size, advice)
+    kv_heads = _size(shape, "num_key_value_heads")
+    if kv_heads is not None and kv_heads % size and size % kv_heads:
+        yield Fault(_TP, f"must divide num_key_value_heads ({kv_heads}), or be a multiple of it", size)
+
+
+def _size(shape: dict[str, Any], key: str) -> int | None:
+    value = shape.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None

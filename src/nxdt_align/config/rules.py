@@ -1,0 +1,299 @@
+"""Rules that the values of a configuration must keep, and what is worth a notice. No files here.
+
+Each rule yields its faults; ``RULES`` and ``NOTICES`` list them all.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from nxdt_align.config.faults import Fault, did_you_mean
+from nxdt_align.config.optim import (
+    OPTIMIZERS,
+    REQUIRED_SCHEDULER_SETTINGS,
+    SCHEDULERS,
+    known_optimizer_settings,
+    known_scheduler_settings,
+)
+from nxdt_align.config.schema import Config
+
+Rule = Callable[[Config], Iterator[Fault]]
+
+_AT_LEAST, _ABOVE = "at least", "above"
+_STRATEGY = "distributed_strategy"
+_ALIGN = "model_alignment_strategy"
+
+RANGES: dict[str, tuple[str, float]] = {
+    "trainer.devices": (_AT_LEAST, 1),
+    "trainer.num_nodes": (_AT_LEAST, 1),
+    "trainer.log_every_n_steps": (_AT_LEAST, 1),
+    "trainer.max_steps": (_AT_LEAST, -1),
+    "trainer.max_epochs": (_AT_LEAST, -1),
+    "trainer.val_check_interval": (_ABOVE, 0),
+    "trainer.check_val_every_n_epoch": (_AT_LEAST, 1),
+    "trainer.limit_train_batches": (_ABOVE, 0),
+    "trainer.limit_val_batches": (_AT_LEAST, 0),
+    "trainer.gradient_clip_val": (_AT_LEAST, 0),
+    "exp_manager.checkpoint_callback_params.every_n_train_steps": (_AT_LEAST, 0),
+    "exp_manager.checkpoint_callback_params.save_top_k": (_AT_LEAST, -1),
+    f"{_STRATEGY}.tensor_model_parallel_size": (_AT_LEAST, 1),
+    f"{_STRATEGY}.pipeline_model_parallel_size": (_AT_LEAST, 1),
+    f"{_STRATEGY}.virtual_pipeline_model_parallel_size": (_AT_LEAST, 1),
+    f"{_STRATEGY}.context_parallel_size": (_AT_LEAST, 1),
+    f"{_STRATEGY}.kv_replicator": (_AT_LEAST, 1),
+    "data.seq_length": (_AT_LEAST, 2),
+    "data.micro_batch_size": (_AT_LEAST, 1),
+    "data.global_batch_size": (_AT_LEAST, 1),
+    "data.dev_choose_samples": (_AT_LEAST, 1),
+    "data.num_workers": (_AT_LEAST, 0),
+    "model.encoder_seq_length": (_AT_LEAST, 2),
+    "model.max_position_embeddings": (_AT_LEAST, 1),
+    "model.num_layers": (_AT_LEAST, 1),
+    "model.hidden_size": (_AT_LEAST, 1),
+    "model.rope_theta": (_ABOVE, 0),
+    "model.optim.lr": (_AT_LEAST, 0),
+    f"{_ALIGN}.dpo.kl_beta": (_ABOVE, 0),
+    f"{_ALIGN}.dpo.label_smoothing": (_AT_LEAST, 0),
+    f"{_ALIGN}.dpo.max_prompt_length": (_AT_LEAST, 1),
+    f"{_ALIGN}.orpo.beta": (_ABOVE, 0),
+    f"{_ALIGN}.orpo.max_prompt_length": (_AT_LEAST, 1),
+    f"{_ALIGN}.sft.max_prompt_length": (_AT_LEAST, 1),
+    f"{_ALIGN}.peft.lora_rank": (_AT_LEAST, 1),
+}
+"""Path -> lower bound."""
+
+_CALLBACK = "exp_manager.checkpoint_callback_params"
+_NO_ARCHIVE = "no .nemo archive is written here; exp_manager.export_hf writes a Hugging Face folder"
+_NO_EXPERTS = "the models here have no experts"
+
+FIXED: dict[str, tuple[Any, str]] = {
+    "trainer.accumulate_grad_batches": (1, "data.global_batch_size sets how much is accumulated"),
+    f"{_STRATEGY}.expert_model_parallel_size": (1, _NO_EXPERTS),
+    f"{_STRATEGY}.token_shuffle_group_size": (1, _NO_EXPERTS),
+    f"{_CALLBACK}.save_best_model": (False, _NO_ARCHIVE),
+    f"{_CALLBACK}.always_save_nemo": (False, _NO_ARCHIVE),
+    f"{_CALLBACK}.save_nemo_on_train_end": (False, _NO_ARCHIVE),
+    f"{_CALLBACK}.async_save": (False, "NeMo's own; not supported"),
+}
+"""Path -> (the only value, why), of keys that other programs' YAMLs have."""
+
+
+def lookup(config: Config, path: str) -> Any:
+    """The value at ``path``; None where a section on the way is not set."""
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def ranges(config: Config) -> Iterator[Fault]:
+    for path, (kind, bound) in RANGES.items():
+        value = lookup(config, path)
+        keeps = operator.ge if kind == _AT_LEAST else operator.gt
+        if value is not None and not keeps(value, bound):
+            yield Fault(path, f"must be {kind} {bound:g}", value)
+    smoothing = lookup(config, f"{_ALIGN}.dpo.label_smoothing")
+    if smoothing is not None and smoothing >= 0.5:
+        yield Fault(f"{_ALIGN}.dpo.label_smoothing", "must be below 0.5", smoothing)
+    lnc = config.trainer.lnc
+    if lnc not in (None, 1, 2):
+        yield Fault("trainer.lnc", "must be 1 or 2", lnc)
+
+
+def fixed(config: Config) -> Iterator[Fault]:
+    for path, (wanted, why) in FIXED.items():
+        value = lookup(config, path)
+        if value != wanted:
+            yield Fault(path, f"must be {wanted} ({why})", value)
+
+
+def required(config: Config) -> Iterator[Fault]:
+    if not config.data.train_dir:
+        yield Fault("data.train_dir", "is required: training data as .jsonl, .json, .arrow or .parquet")
+    if not config.data.tokenizer.type:
+        yield Fault("data.tokenizer.type", "is required: the folder of a Hugging Face tokenizer")
+    if config.model.model_config is None and config.exp_manager.resume_from_checkpoint is None:
+        advice = "or set exp_manager.resume_from_checkpoint to a folder that has one"
+        yield Fault("model.model_config", "is required: a Hugging Face config.json", advice=advice)
+
+
+def objective(config: Config) -> Iterator[Fault]:
+    chosen = [name for name in ("dpo", "orpo", "sft") if lookup(config, f"{_ALIGN}.{name}")]
+    if len(chosen) != 1:
+        found = f"has {' and '.join(chosen)}" if chosen else "has none"
+        advice = (
+            f"drop one, e.g. with the override ~{_ALIGN}.{chosen[1]}"
+            if chosen
+            else f"e.g. {_ALIGN}.dpo: {{}} for DPO with its defaults"
+        )
+        yield Fault(_ALIGN, f"must have exactly one of dpo, orpo and sft, but {found}", advice=advice)
+
+
+def model_source(config: Config) -> Iterator[Fault]:
+    if config.model_source != "hf":
+        advice = "set model_source to hf, and model.model_config to a Hugging Face config.json"
+        yield Fault("model_source", "must be hf: Megatron models are not supported", "megatron", advice)
+    if any(path == "model.moe" or path.startswith("model.moe.") for path in config.given):
+        yield Fault("model.moe", "mixtures of experts are not supported: only Llama's dense layers are")
+
+
+def parallel_sizes(config: Config) -> Iterator[Fault]:
+    parallel, world, each = config.distributed_strategy, config.world_size, config.model_parallel_size
+    if world < 1 or each < 1:
+        return
+    if world % each:
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        product = " x ".join(f"{key} ({getattr(parallel, key)})" for key in sizes)
+        yield Fault(
+            "trainer.devices",
+            f"times trainer.num_nodes must be a multiple of {product} = {each}, but is {world}",
+            involves=("trainer.num_nodes", *(f"{_STRATEGY}.{key}" for key in sizes)),
+        )
+    else:
+        yield from _batch_sizes(config)
+    if parallel.context_parallel_size > 1 and not config.model.fusions.ring_attention:
+        yield Fault("model.fusions.ring_attention", "must be True with context_parallel_size above 1", False)
+    cuts, stages = config.model.pipeline_cuts, parallel.pipeline_model_parallel_size
+    if cuts is not None and len(cuts) != stages - 1:
+        rule = f"must have pipeline_model_parallel_size - 1 ({stages - 1}) entries"
+        yield Fault("model.pipeline_cuts", rule, cuts)
+
+
+def _batch_sizes(config: Config) -> Iterator[Fault]:
+    """Rows of the packed layouts are padded with empty ones, so only layout ``none``, and NxDT's
+    YAMLs, which mean it by saying nothing, are held to NxDT's rule."""
+    data, copies = config.data, config.data_parallel_size
+    unit = data.micro_batch_size * copies
+    if data.packing in ("packed", "shared_prompt") or unit < 1 or data.global_batch_size < 1:
+        return
+    if data.global_batch_size % unit:
+        yield Fault(
+            "data.global_batch_size",
+            f"must be a multiple of data.micro_batch_size ({data.micro_batch_size}) x data-parallel size "
+            f"({copies}) = {unit}",
+            data.global_batch_size,
+            f"the next is {(data.global_batch_size // unit + 1) * unit}; with data.packing=shared_prompt "
+            "or packed any size will do",
+            ("data.micro_batch_size", "trainer.devices", "trainer.num_nodes", "data.packing"),
+        )
+
+
+def lengths(config: Config) -> Iterator[Fault]:
+    seq_length, model_length = config.data.seq_length, config.model.encoder_seq_length
+    if model_length is not None and seq_length > model_length:
+        yield Fault(
+            "data.seq_length",
+            f"must not be above model.encoder_seq_length ({model_length})",
+            seq_length,
+            involves=("model.encoder_seq_length",),
+        )
+    for name in ("dpo", "orpo", "sft"):
+        settings = getattr(config.model_alignment_strategy, name)
+        if settings is not None and settings.max_prompt_length >= seq_length:
+            path = f"{_ALIGN}.{name}.max_prompt_length"
+            rule = f"must be below data.seq_length ({seq_length}), which the response needs a share of"
+            yield Fault(path, rule, settings.max_prompt_length, involves=("data.seq_length",))
+    buckets = config.data.buckets
+    if buckets is not None and (not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets))):
+        yield Fault("data.buckets", "must be positive row lengths in ascending order", buckets)
+
+
+def trainer(config: Config) -> Iterator[Fault]:
+    settings = config.trainer
+    if settings.max_steps == -1 and settings.max_epochs == -1 and settings.max_time is None:
+        yield Fault(
+            "trainer.max_steps",
+            "training would never end: trainer.max_steps, max_epochs or max_time must be set",
+            involves=("trainer.max_epochs", "trainer.max_time"),
+        )
+    if settings.check_val_every_n_epoch is None and isinstance(settings.val_check_interval, float):
+        rule = "must be a number of steps (an integer) where check_val_every_n_epoch is null"
+        yield Fault("trainer.val_check_interval", rule, settings.val_check_interval)
+    for path in ("trainer.limit_val_batches", "trainer.limit_train_batches", "trainer.val_check_interval"):
+        value = lookup(config, path)
+        if isinstance(value, float) and value > 1:
+            yield Fault(path, "must be a share from 0.0 to 1.0, or a whole number", value)
+    if config.exp_manager.ema.get("enable"):
+        yield Fault("exp_manager.ema.enable", "must be False: averaged weights are not supported", True)
+
+
+def optimizer(config: Config) -> Iterator[Fault]:
+    optim = config.model.optim
+    if optim.name not in OPTIMIZERS:
+        advice = f"{did_you_mean(optim.name, OPTIMIZERS)} There are: {', '.join(OPTIMIZERS)}".strip()
+        yield Fault("model.optim.name", "must be a known optimizer", optim.name, advice)
+    yield from _unknown_settings("model.optim", optim.params, known_optimizer_settings())
+
+
+def scheduler(config: Config) -> Iterator[Fault]:
+    optim, sched = config.model.optim, config.model.optim.sched
+    if sched is None:
+        return
+    path = "model.optim.sched.name"
+    if sched.name in OPTIMIZERS:
+        advice = f"set model.optim.name: {sched.name}, and here one of {', '.join(SCHEDULERS)}"
+        yield Fault(path, "must be a schedule; this is an optimizer", sched.name, advice)
+    elif sched.name not in SCHEDULERS:
+        advice = f"{did_you_mean(sched.name, SCHEDULERS)} There are: {', '.join(SCHEDULERS)}".strip()
+        yield Fault(path, "must be a known schedule", sched.name, advice)
+    yield from _unknown_settings("model.optim.sched", sched.params, known_scheduler_settings())
+    for key in REQUIRED_SCHEDULER_SETTINGS.get(sched.name, ()):
+        if sched.params.get(key) is None:
+            yield Fault(f"model.optim.sched.{key}", f"is required by {sched.name}", involves=(path,))
+    min_lr = sched.settings().get("min_lr")
+    if isinstance(min_lr, (int, float)) and min_lr > optim.lr:
+        rule = f"must not be above model.optim.lr ({optim.lr})"
+        yield Fault("model.optim.sched.min_lr", rule, min_lr, involves=("model.optim.lr",))
+
+
+def _unknown_settings(section: str, params: Any, known: frozenset[str]) -> Iterator[Fault]:
+    for key, value in params.items():
+        if key not in known:
+            rule = "is not a setting of any optimizer or schedule here"
+            yield Fault(f"{section}.{key}", rule, value, did_you_mean(key, known))
+
+
+RULES: tuple[Rule, ...] = (
+    *(ranges, fixed, required, objective, model_source, parallel_sizes, lengths),
+    *(trainer, optimizer, scheduler),
+)
+
+
+# Notices
+
+
+def validation_is_off(config: Config) -> Iterator[str]:
+    if config.data.val_dir is not None and not config.validates:
+        yield (
+            f"trainer.limit_val_batches is {config.trainer.limit_val_batches}: validation is off, "
+            "data.val_dir is not read, and no reference log-probabilities are computed for it"
+        )
+
+
+def reference_is_not_needed(config: Config) -> Iterator[str]:
+    strategy = config.model_alignment_strategy
+    unused = [k for k in ("reference_model", "reference_dtype") if getattr(strategy, k) is not None]
+    if strategy.dpo is None and unused:
+        names = " and ".join(f"{_ALIGN}.{key}" for key in unused)
+        yield f"{names} has no effect: {strategy.objective} has no reference"
+
+
+def settings_without_effect(config: Config) -> Iterator[str]:
+    """Settings that another optimizer or schedule takes, as when only the name was overridden."""
+    optim, sched = config.model.optim, config.model.optim.sched
+    taken = optim.settings()
+    left_out = [f"model.optim.{key}" for key in optim.params if key not in taken]
+    if left_out:
+        yield f"{optim.name} takes no {', '.join(left_out)}: no effect"
+    if sched is not None:
+        taken = sched.settings()
+        left_out = [f"model.optim.sched.{key}" for key in sched.params if key not in taken]
+        if left_out:
+            yield f"{sched.name} takes no {', '.join(left_out)}: no effect"
+
+
+NOTICES: tuple[Callable[[Config], Iterator[str]], ...] = (
+    *(validation_is_off, reference_is_not_needed, settings_without_effect),
+)

@@ -1,0 +1,224 @@
+"""Every key of the configuration: type, default and, below each field, its meaning.
+
+The tree is NxDT's YAML; a key that NxDT does not have says "(ours)". Sections of their own file:
+``exp_manager`` in experiment.py, ``data`` in data.py, ``model`` in model.py,
+``model_alignment_strategy`` in alignment.py. For a key that has no null, ``null`` in a YAML stands for
+the default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nxdt_align.config.alignment import (
+    DPOConfig,
+    ModelAlignmentStrategyConfig,
+    Objective,
+    ORPOConfig,
+    PEFTConfig,
+    SFTConfig,
+    TruncationMode,
+)
+from nxdt_align.config.data import DataConfig, DataSource, Packing, TokenizerConfig
+from nxdt_align.config.experiment import CheckpointCallbackConfig, ExpManagerConfig
+from nxdt_align.config.fields import INTERNAL, PATH
+from nxdt_align.config.model import FusionsConfig, ModelConfig, OptimConfig, SchedConfig
+
+__all__ = [
+    "CheckpointCallbackConfig",
+    "Config",
+    "DPOConfig",
+    "DataConfig",
+    "DataSource",
+    "DistributedStrategyConfig",
+    "ExpManagerConfig",
+    "FusionsConfig",
+    "ModelAlignmentStrategyConfig",
+    "ModelConfig",
+    "ORPOConfig",
+    "Objective",
+    "OptimConfig",
+    "PEFTConfig",
+    "Packing",
+    "PrecisionConfig",
+    "PrecisionType",
+    "SFTConfig",
+    "SchedConfig",
+    "TokenizerConfig",
+    "TrainerConfig",
+    "TruncationMode",
+]
+
+Accelerator = Literal["auto", "neuron", "cpu", "cuda", "xla"]
+EngineName = Literal["nxd", "native"]
+PrecisionType = Literal[
+    "fp32", "bf16SR", "mixed_precision", "mixed_precisionSR", "mixed_precision_SR", "autocast", "manual"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Lightning's Trainer: devices, length of the run, validation."""
+
+    accelerator: Accelerator = "auto"
+    """(ours) Device to run on. auto: Neuron where its packages are, else CUDA where there is a device,
+    else the CPU."""
+    devices: int = 1
+    """Processes on each node, one a device: a trn1.32xlarge has 32 NeuronCores."""
+    num_nodes: int = 1
+    """Nodes. train.sh sets it from Slurm or MPI."""
+    lnc: int | None = None
+    """Physical NeuronCores to a logical one: 1 or 2 (trn2)."""
+    sequential_move_factor: int = 11
+    """Ranks that put their weights on the device at the same time."""
+    max_epochs: int = -1
+    """Epochs after which training ends; -1 for no limit."""
+    max_steps: int = -1
+    """Optimizer steps after which training ends; -1 for no limit. TRAIN_ITERS overrides it."""
+    max_time: str | None = None
+    """Wall-clock time after which training ends, as DD:HH:MM:SS."""
+    log_every_n_steps: int = 1
+    """Steps between two entries in the log. NxDT's YAMLs have 1 or 10."""
+    val_check_interval: int | float = 1.0
+    """Validate after so many training steps (an integer), or after this share of an epoch (a float)."""
+    check_val_every_n_epoch: int | None = 1
+    """Validate every so many epochs; null: val_check_interval counts steps across epochs."""
+    num_sanity_val_steps: int = 0
+    """Validation batches to run before training starts."""
+    limit_train_batches: int | float = 1.0
+    """Training batches of an epoch that are used: a number (an integer) or a share (a float)."""
+    limit_val_batches: int | float = 1.0
+    """Validation batches that are used: a number (an integer) or a share (a float); 0 switches
+    validation off."""
+    limit_test_batches: int | float = 1.0
+    """As limit_val_batches, for a test run; there is none here."""
+    gradient_clip_val: float | None = None
+    """Largest global L2 norm of the gradients; null for no clipping."""
+    gradient_clip_algorithm: Literal["norm"] = "norm"
+    """How gradients are clipped."""
+    accumulate_grad_batches: int = 1
+    """Must be 1: accumulation follows from data.global_batch_size and data.micro_batch_size."""
+    enable_progress_bar: bool = True
+    """Show a progress bar."""
+    logger: bool | None = None
+    """Lightning's own logger; exp_manager makes the loggers instead."""
+    enable_checkpointing: bool | None = None
+    """Lightning's own checkpoint callback; exp_manager makes it instead."""
+    use_distributed_sampler: bool | None = None
+    """Lightning's own sampler; the data module has a resumable one instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedStrategyConfig:
+    """How the model is spread over devices."""
+
+    engine: Literal["auto", "nxd", "native"] = "auto"
+    """(ours) Code that spreads the model. nxd: neuronx-distributed on trn1; native: PyTorch's own
+    parallelism (CPU, CUDA); auto: nxd where the real Neuron packages are, else native."""
+    tensor_model_parallel_size: int = 1
+    """Devices that share each layer's matrices."""
+    pipeline_model_parallel_size: int = 1
+    """Devices in a row that hold a share of the layers each."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Shares of the layers that each pipeline device holds (interleaved schedule)."""
+    context_parallel_size: int = 1
+    """Devices that share a sequence's tokens; above 1, model.fusions.ring_attention must be True."""
+    expert_model_parallel_size: int = 1
+    """Devices that share a layer's experts; the models here have none."""
+    token_shuffle_group_size: int = 1
+    """Token shuffling of mixtures of experts; the models here have none."""
+    zero1: bool = False
+    """Shard the optimizer state over data-parallel ranks."""
+    fsdp: bool = False
+    """(ours) Shard parameters, gradients and optimizer state over data-parallel ranks (FSDP2)."""
+    sequence_parallel: bool = False
+    """Shard activations along the sequence over the tensor-parallel ranks."""
+    kv_replicator: int = 1
+    """Copies of each key and value head, for more tensor-parallel ranks than such heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats of weights, gradients and optimizer state."""
+
+    type: PrecisionType = "mixed_precision"
+    """mixed_precision: bf16 with master weights and gradient sums in fp32; mixed_precisionSR (also
+    mixed_precision_SR): that with stochastic rounding; bf16SR: bf16 with stochastic rounding;
+    autocast: torch.autocast; fp32; manual: by the keys below."""
+    master_weights: bool = False
+    """Keep a copy of the weights in fp32 (read with type manual)."""
+    fp32_grad_acc: bool = False
+    """Add gradients up in fp32 (read with type manual)."""
+    fp32_grads_cc: bool = False
+    """Reduce gradients over ranks in fp32 (read with type manual)."""
+    xla_use_bf16: str = "0"
+    """'1': XLA computes fp32 tensors in bf16 (read with type manual)."""
+    xla_downcast_bf16: str = "0"
+    """'1': XLA takes fp32 tensors for bf16, fp64 tensors for fp32 (read with type manual)."""
+    neuron_rt_stochastic_rounding_en: str = "0"
+    """'1': round stochastically on the device (read with type manual)."""
+    parallel_layers_reduce_dtype: Literal["fp32", "bf16"] | None = None
+    """Number format of the reductions inside parallel layers; null: fp32 with type fp32, else bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration."""
+
+    name: str = "nxdt_align"
+    """Name of the experiment; exp_manager.name goes before it as the folder's name."""
+    model_source: Literal["hf", "megatron"] = "hf"
+    """Where the model's code is from. Only hf (a config.json of Hugging Face) is supported."""
+    seed: int = 1234
+    """Seed of the data's order, dropout and fresh weights."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    distributed_strategy: DistributedStrategyConfig = field(default_factory=DistributedStrategyConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    model_alignment_strategy: ModelAlignmentStrategyConfig = field(
+        default_factory=ModelAlignmentStrategyConfig
+    )
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    compiler_flags: str = "--model-type transformer"
+    """Flags of the Neuron compiler."""
+    compiler_cache_url: str | None = field(default=None, metadata=PATH)
+    """Folder, or s3:// address, of the Neuron compiler's cache; null: its own default."""
+    aync_exec_max_inflight_requests: int = 5
+    """Length of the Neuron runtime's queue (spelled as NxDT does; async_exec_... is taken too)."""
+    bucket_size_collectives: int = 1024
+    """Megabytes of tensors that a collective takes at once."""
+    neuron_rt_exec_timeout: int = 100
+    """Seconds after which the Neuron runtime gives a request up."""
+    neuron_experimental_compress_rg: bool = False
+    """Hand replica groups to the Neuron runtime in compressed form."""
+    given: frozenset[str] = field(default=frozenset(), compare=False, repr=False, metadata=INTERNAL)
+    """Paths of the keys that the YAML or an override set; the others have their defaults."""
+    source: str = field(default="", compare=False, repr=False, metadata=INTERNAL)
+    """The file that this was read from."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run: devices of all nodes."""
+        return self.trainer.devices * self.trainer.num_nodes
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Devices that hold one copy of the model: tensor x pipeline x context parallel."""
+        parallel = self.distributed_strategy
+        return (
+            parallel.tensor_model_parallel_size
+            * parallel.pipeline_model_parallel_size
+            * parallel.context_parallel_size
+        )
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model; check() sees to it that they come out even."""
+        return self.world_size // self.model_parallel_size
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run ever validates."""
+        return self.data.val_dir is not None and self.trainer.limit_val_batches != 0

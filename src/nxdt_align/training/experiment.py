@@ -1,0 +1,78 @@
+"""NeMo's exp_manager, asked for what NxDT's YAML sets: folder, loggers, checkpoint callback, log files."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from nxdt_align.training.runs import RunFolder
+
+EVENT_FILES = "events.out.tfevents.*"
+
+
+def start_experiment(
+    trainer: Trainer, settings: Mapping[str, Any], run: RunFolder, *, explicit: bool, resumed_step: int
+) -> Path:
+    """Set the trainer's loggers and callbacks up as ``settings`` (``exp_manager`` of the YAML) say.
+
+    Args:
+        run: the folder, found beforehand; NeMo itself looks only for checkpoints named '*last' or
+            '*end', and so starts over where NxDT's YAML says ``save_last: False``.
+        explicit: whether the folder is the user's ``explicit_log_dir``.
+        resumed_step: optimizer steps of the checkpoint that the run goes on from, 0 for a new run.
+
+    Returns the folder that the run writes to.
+    """
+    # These imports take seconds: only a training run pays for them.
+    from nemo.utils import exp_manager as nemo
+    from nemo.utils import logging as nemo_logging
+
+    known = {field.name for field in dataclasses.fields(nemo.ExpManagerConfig)}
+    chosen = {name: value for name, value in settings.items() if name in known}
+    chosen["checkpoint_callback_params"] = _callback_params(settings["checkpoint_callback_params"], nemo)
+    chosen["resume_if_exists"] = False
+    chosen["resume_from_checkpoint"] = None if run.checkpoint is None else str(run.checkpoint)
+    if explicit:
+        chosen |= {"explicit_log_dir": str(run.path), "exp_dir": None, "version": None}
+    else:
+        chosen |= {
+            "exp_dir": str(run.path.parent.parent),
+            "name": run.path.parent.name,
+            "version": run.version,
+        }
+    if run.checkpoint is not None:
+        # What was logged behind the checkpoint is logged again: TensorBoard drops the first copy.
+        chosen["summary_writer_kwargs"] = {
+            **(settings.get("summary_writer_kwargs") or {}),
+            "purge_step": resumed_step + 1,
+        }
+    before = set(run.path.glob("run_*"))
+    nemo_logging.setLevel(nemo_logging.WARNING)
+    nemo.exp_manager(trainer, chosen)
+    nemo_logging.setLevel(nemo_logging.INFO)
+    _keep_events_in_place(run.path, before)
+    return run.path
+
+
+def _callback_params(settings: Mapping[str, Any], nemo: Any) -> dict[str, Any]:
+    """NxDT's checkpoint settings in NeMo's terms."""
+    known = {field.name for field in dataclasses.fields(nemo.CallbackParams)}
+    params = {name: value for name, value in settings.items() if name in known}
+    params["save_nemo_on_train_end"] = False
+    if params.get("every_n_train_steps") is not None or params.get("train_time_interval") is not None:
+        # Lightning takes one of the three; NeMo's own default would be a second.
+        params["every_n_epochs"] = None
+    return params
+
+
+def _keep_events_in_place(folder: Path, before: set[Path]) -> None:
+    """NeMo moves a resumed run's earlier files to run_N: bring the TensorBoard files back, so that
+    the run stays one curve."""
+    for moved in set(folder.glob("run_*")) - before:
+        for file in moved.glob(EVENT_FILES):
+            shutil.move(str(file), str(folder / file.name))

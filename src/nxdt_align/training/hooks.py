@@ -1,0 +1,190 @@
+"""What happens around the training loop: the pre-fit reference pass, the preflight, the export."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines.base import Engine, WeightSource
+from nxdt_align.errors import UserError
+from nxdt_align.reference.cache import ReferenceStore
+from nxdt_align.reference.precompute import precompute
+
+log = logging.getLogger(__name__)
+Split = Literal["train", "val"]
+
+PREFLIGHT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest |policy - reference| a token, in nats, that the same weights may give in one dtype."""
+
+
+class ReferencePlan(Protocol):
+    """What the reference pass needs of a tokenized split."""
+
+    def reference_plan(self) -> Sequence[Any]: ...
+
+    def collate_planned(self, planned: Any) -> Batch: ...
+
+
+class AlignmentData(Protocol):
+    """What the hooks need of the data module."""
+
+    @property
+    def splits(self) -> Mapping[Split, ReferencePlan]: ...
+
+    def record_ids(self, split: Split) -> list[str]: ...
+
+    def set_reference(self, split: Split, table: np.ndarray) -> None: ...
+
+    def first_micro_batches(self, split: Split = "train") -> list[Batch]: ...
+
+
+@dataclass(frozen=True)
+class ReferenceOrigin:
+    """Where reference values come from.
+
+    ``is_start`` says that the reference is the policy as it was before its first step.
+    """
+
+    source: WeightSource
+    is_start: bool
+
+
+class ReferencePass(Callback):
+    """Before the first step: the reference log-probs of train and validation data.
+
+    Values that the store has are not computed again. On a fresh run whose reference is its own
+    start, the policy itself is asked; otherwise the reference's weights are loaded for the pass and
+    freed after it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        data: AlignmentData,
+        store: ReferenceStore,
+        origin: ReferenceOrigin,
+        *,
+        trial: bool,
+    ) -> None:
+        self._engine = engine
+        self._data = data
+        self._store = store
+        self._origin = origin
+        self._trial = trial
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        splits = list(self._data.splits)
+        ids = [record for split in splits for record in self._data.record_ids(split)]
+        # Rank 0's answer counts: the others may read the store while it is being written.
+        absent = self._engine.broadcast_object(len(self._store.missing(ids)))
+        use_policy = self._origin.is_start and trainer.ckpt_path is None
+        if absent and not use_policy:
+            log.info("loading the reference model %s for %d records", self._origin.source, absent)
+            self._engine.load_reference(self._origin.source)
+        for split in splits:
+            self._run(split, reference=not use_policy)
+        self._engine.drop_reference()
+
+    def _run(self, split: Split, *, reference: bool) -> None:
+        data = self._data.splits[split]
+        table, summary = precompute(
+            self._engine,
+            data.reference_plan(),
+            data.collate_planned,
+            self._data.record_ids(split),
+            self._store,
+            records_of=lambda planned: planned.records,
+            reference=reference,
+            trial=self._trial,
+        )
+        log.info("reference log-probs of %s: %s", split, summary)
+        self._data.set_reference(split, table)
+
+
+class ReferenceDuringTraining(Callback):
+    """``precompute_ref_log_probs: False``: a frozen reference beside the policy, asked at each step."""
+
+    def __init__(self, engine: Engine, origin: ReferenceOrigin) -> None:
+        self._engine = engine
+        self._origin = origin
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        copies_policy = self._origin.is_start and trainer.ckpt_path is None
+        self._engine.load_reference(None if copies_policy else self._origin.source)
+
+
+class Preflight(Callback):
+    """Stops a fresh run whose reference is not its policy, before the first step.
+
+    At step 0 the policy is the reference, so each margin is 0 and DPO's loss ln 2. Where it is not,
+    the values belong to other weights, another tokenizer or another order, and training would be
+    silently wrong. A reference that differs by intent is reported instead.
+    """
+
+    def __init__(self, engine: Engine, data: AlignmentData, tolerance: float, *, by_intent: bool) -> None:
+        self._engine = engine
+        self._data = data
+        self._tolerance = tolerance
+        self._by_intent = by_intent
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != 0:
+            return
+        worst = self._worst_difference()
+        if self._by_intent:
+            log.info("preflight: reference_model differs from the policy by up to %.3g nats a token", worst)
+        elif not worst <= self._tolerance:
+            raise UserError(
+                f"preflight: policy and reference differ by {worst:.3g} nats a token before the first step, "
+                f"but start from the same weights (tolerance {self._tolerance:g}). The stored values belong "
+                "to other weights or other data: remove the reference folder of data.cache_dir and start "
+                "again, or set exp_manager.preflight=False if this is meant"
+            )
+        else:
+            log.info("preflight: policy and reference agree to %.3g nats a token", worst)
+
+    def _worst_difference(self) -> float:
+        """Over the first step's responses, the same on every rank."""
+        worst = torch.zeros((), device=self._engine.device)
+        for batch in (b.to(self._engine.device) for b in self._data.first_micro_batches()):
+            policy = self._engine.response_logps(batch)
+            reference = batch.reference_logps
+            if reference is None:
+                reference = self._engine.response_logps(batch, reference=True)
+            counts = batch.sum_per_slot(torch.ones_like(batch.labels, dtype=torch.float32))
+            difference = (policy - reference).abs() / counts.clamp(min=1.0)
+            # NaN must not pass as agreement.
+            difference = torch.nan_to_num(difference, nan=float("inf"))
+            worst = torch.maximum(worst, torch.where(batch.slot_valid, difference, 0.0).max())
+        return float(self._engine.all_gather(worst).max())
+
+
+class FinishRun(Callback):
+    """At the end: a checkpoint of the last step if there is none, and the Hugging Face export."""
+
+    def __init__(self, engine: Engine, export: Callable[[Path], None] | None) -> None:
+        self._engine = engine
+        self._export = export
+        self.exported: Path | None = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        callback: Any = trainer.checkpoint_callback
+        if (
+            callback is not None
+            and callback._last_global_step_saved != trainer.global_step
+            and trainer.global_step
+        ):
+            callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))
+        if self._export is not None and trainer.log_dir is not None:
+            self.exported = Path(trainer.log_dir) / "hf_export"
+            if self._engine.topology.rank == 0:
+                self._export(self.exported)
+            self._engine.barrier()

@@ -1,0 +1,148 @@
+"""The Lightning module: one optimizer step a batch, and what is logged of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines.base import Engine, Objective, StepOutput
+from nxdt_align.training.metrics import Throughput, WeightedMeans
+
+
+class AlignmentObjective(Objective, Protocol):
+    """An objective that also says what its means are over."""
+
+    @property
+    def normaliser(self) -> str:
+        """'pairs' or 'tokens'."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What of the configuration a training step needs."""
+
+    gradient_clip_val: float | None
+    log_every_n_steps: int
+    log_parameter_norm: bool
+    log_gradient_norm: bool
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """How the optimizer and its schedule are made; called once the parameters are there."""
+
+    build: Callable[[Engine], torch.optim.Optimizer]
+    schedule: Callable[[torch.optim.Optimizer], Any | None]
+    """Returns a learning-rate scheduler with ``step()``, or None for a constant rate."""
+
+
+class AlignmentModule(LightningModule):
+    """Trains an engine's policy with an objective.
+
+    Metrics are logged under NxDT's and TRL's names, as means over the global batch, at the number
+    of optimizer steps done.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        objective: AlignmentObjective,
+        optimizer_plan: OptimizerPlan,
+        settings: TrainingSettings,
+        consumed_samples: Callable[[int], int],
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.engine = engine
+        self._objective = objective
+        self._optimizer_plan = optimizer_plan
+        self._settings = settings
+        self._consumed_samples = consumed_samples
+        self._throughput = Throughput()
+        self._validation = WeightedMeans()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer_plan.build(self.engine)
+        scheduler = self._optimizer_plan.schedule(optimizer)
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Training
+
+    def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
+        if self.global_step == 0 or self.trainer.fit_loop.restarting:
+            self._throughput.restart()
+
+    def training_step(self, batch: list[Batch], batch_idx: int) -> None:
+        output = self.engine.step(batch, self._objective)
+        gradient_norm = self.engine.clip_gradients(self._settings.gradient_clip_val)
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        learning_rate = optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+        self._log_step(output, gradient_norm, learning_rate)
+
+    def _log_step(self, output: StepOutput, gradient_norm: Tensor, learning_rate: float) -> None:
+        step = self.global_step
+        consumed = self._consumed_samples(step)
+        throughput = self._throughput.step(consumed - self._consumed_samples(step - 1))
+        if step % self._settings.log_every_n_steps != 0:
+            # The checkpoint callback builds file names from this; a number on the host costs nothing.
+            self._show({"consumed_samples": float(consumed)})
+            return
+        values: dict[str, Tensor | float] = {"reduced_train_loss": output.loss, **output.metrics}
+        values["lr"] = learning_rate
+        if self._settings.log_parameter_norm:
+            values["parameter_norm"] = self.engine.parameter_norm()
+        if self._settings.log_gradient_norm:
+            values["gradient_norm"] = gradient_norm
+        values["global_step"] = float(step)
+        values["consumed_samples"] = float(consumed)
+        values["throughput"] = throughput
+        values["throughput_peak"] = self._throughput.peak
+        self._write(values)
+        self._show(values)
+
+    def _show(self, values: dict[str, Tensor | float]) -> None:
+        """NxDT's fields in the progress bar; the others only for callbacks that monitor them."""
+        for name, value in values.items():
+            self.log(name, value, prog_bar="/" not in name, logger=False, batch_size=1)
+
+    def _write(self, values: dict[str, Tensor | float]) -> None:
+        """To every logger, at the number of optimizer steps done: Lightning's own axis starts at 0."""
+        numbers = {name: float(value) for name, value in values.items()}
+        for logger in self.loggers:
+            logger.log_metrics(numbers, step=self.global_step)
+
+    # Validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = WeightedMeans()
+
+    def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
+        output = self.engine.evaluate(batch, self._objective)
+        weight = batch[0].global_tokens if self._objective.normaliser == "tokens" else batch[0].global_pairs
+        self._validation.add({"loss": output.loss, **output.metrics}, weight)
+
+    def on_validation_epoch_end(self) -> None:
+        means = self._validation.means()
+        values: dict[str, Tensor | float] = {f"val_{name}": value for name, value in means.items()}
+        if not values or self.trainer.sanity_checking:
+            return
+        self._write(values)
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == "val_loss", logger=False, batch_size=1)
+
+    def on_validation_end(self) -> None:
+        self._throughput.restart()

@@ -1,0 +1,145 @@
+"""The Lightning strategy: hands Lightning's questions about ranks, devices and checkpoints to the engine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from nxdt_align.engines.base import Engine
+
+OPTIMIZER_IN_FOLDER = "in the checkpoint folder"
+"""Stands where Lightning expects the optimizer's state, which the engine writes itself."""
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The folder behind a checkpoint's path. Lightning and NeMo append '.ckpt' to the name; NeMo's
+    convention for checkpoints that are folders is the name without it."""
+    return Path(str(path).removesuffix(".ckpt"))
+
+
+class EngineStrategy(ParallelStrategy):
+    """Everything that touches the model goes to ``engine``.
+
+    Args:
+        engine: the engine.
+        cluster_environment: ranks, as the launcher gives them.
+        extra: kept in each checkpoint, e.g. the run's identity.
+    """
+
+    def __init__(
+        self, engine: Engine, cluster_environment: ClusterEnvironment, extra: Mapping[str, Any]
+    ) -> None:
+        super().__init__(
+            cluster_environment=cluster_environment,
+            checkpoint_io=_FolderIO(),
+            parallel_devices=[engine.device],
+        )
+        self.engine = engine
+        self._extra = dict(extra)
+        self._loading: Path | None = None
+
+    # Places
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.engine.topology.rank == 0
+
+    @property
+    def global_rank(self) -> int:
+        return self.engine.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.engine.topology.world_size
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        topology = self.engine.topology
+        return {"num_replicas": topology.data_parallel_size, "rank": topology.data_parallel_rank}
+
+    def model_to_device(self) -> None:
+        """The engine has placed its model already."""
+
+    # Communication
+
+    def barrier(self, name: str | None = None) -> None:
+        self.engine.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        assert src == 0
+        return self.engine.broadcast_object(obj)
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        return self.engine.all_gather(tensor)
+
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """What is logged is a global mean already, so there is nothing to reduce."""
+        return tensor
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        votes = self.engine.all_gather(torch.tensor(int(decision), device=self.engine.device))
+        return bool(votes.all() if all else votes.any())
+
+    # Checkpoints
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Empty: the engine writes the weights."""
+        return {}
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {"state": OPTIMIZER_IN_FOLDER}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        extra = {**checkpoint, "nxdt_align": self._extra}
+        self.engine.save(checkpoint_folder(filepath), self.optimizers[0], extra)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        self._loading = checkpoint_folder(checkpoint_path)
+        return self.engine.load(self._loading, None)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """``load_checkpoint`` has filled the model already."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self._loading is not None
+        self.engine.load(self._loading, self.optimizers[0])
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+
+class _FolderIO(CheckpointIO):
+    """Lightning asks the strategy to save and load; of the files themselves only removal is left."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        raise RuntimeError("checkpoints are written by the engine")
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None) -> dict[str, Any]:
+        raise RuntimeError("checkpoints are read by the engine")
+
+    def remove_checkpoint(self, path: Any) -> None:
+        folder = checkpoint_folder(path)
+        if folder.is_dir():
+            # Renamed first, so that a crash half-way leaves nothing that looks like a checkpoint.
+            doomed = folder.with_name(f".removing-{folder.name}")
+            folder.replace(doomed)
+            shutil.rmtree(doomed)
