@@ -69,8 +69,8 @@ def explicit_run(
         return RunFolder(folder, None)
     if read_identity(folder) != identity or not resume:
         raise UserError(
-            f"exp_manager.explicit_log_dir: {folder} holds checkpoints of another run (other objective, data, "
-            "start weights or model), or exp_manager.resume_if_exists is False; choose another folder"
+            f"exp_manager.explicit_log_dir: {folder} holds checkpoints of another run (other objective, "
+            "data, start weights or model), or exp_manager.resume_if_exists is False; choose another folder"
         )
     return RunFolder(folder, newest)
 

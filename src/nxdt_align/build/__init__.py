@@ -1,0 +1,24 @@
+"""The composition root: a configuration becomes objects, and the objects are run."""
+
+from __future__ import annotations
+
+import logging
+
+from nxdt_align.build.env import RunEnv
+from nxdt_align.build.run import Run
+from nxdt_align.config.check import check, neuron_available, notices, resolve_engine
+from nxdt_align.config.schema import Config
+
+__all__ = ["RunEnv", "train"]
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, env: RunEnv) -> int:
+    """Train as configured; returns the exit status. Raises UserError for what the user can mend."""
+    engine = resolve_engine(config, neuron_available())
+    check(config, env.world_size, engine)
+    if env.rank == 0:
+        for notice in notices(config, engine):
+            log.info("%s", notice)
+    return Run(config, env).fit()

@@ -1,0 +1,137 @@
+"""Configuration -> single objects: processes, device, model shape, weights, tokenizer, precision, loss."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from nxdt_align.batch import Topology
+from nxdt_align.build.env import RunEnv
+from nxdt_align.checkpoint.hf import FreshWeights, HFFolder
+from nxdt_align.config.schema import Config
+from nxdt_align.data.tokenize import Tokenization, load_tokenizer
+from nxdt_align.data.truncation import Truncation
+from nxdt_align.engines.base import WeightSource
+from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.engines.native.precision import Precision
+from nxdt_align.errors import UserError
+from nxdt_align.losses.registry import build_loss
+from nxdt_align.losses.types import Loss
+from nxdt_align.models.presets import LlamaConfig, read_config_json
+
+log = logging.getLogger(__name__)
+
+LOSS_SETTINGS = {"dpo": ("kl_beta", "loss_type", "label_smoothing"), "orpo": ("beta",), "sft": ()}
+"""Objective -> the keys of its section that are the loss's; the others are about data and reference."""
+
+
+def start_processes(config: Config, env: RunEnv) -> Topology:
+    """Join the process group; every process holds a whole copy of the model."""
+    if env.world_size > 1:
+        dist.init_process_group("nccl" if device(config, env).type == "cuda" else "gloo")
+    return Topology(
+        world_size=env.world_size,
+        rank=env.rank,
+        data_parallel_size=env.world_size,
+        data_parallel_rank=env.rank,
+    )
+
+
+def device(config: Config, env: RunEnv) -> torch.device:
+    """The device of this process. Raises UserError for one that is not here."""
+    chosen = config.trainer.accelerator
+    if chosen in ("neuron", "xla"):
+        raise UserError(
+            f"trainer.accelerator: must be auto, cpu or cuda in this version, but is {chosen}; "
+            "trainer.accelerator=cpu runs here"
+        )
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "trainer.accelerator: is cuda, but torch finds no CUDA device; trainer.accelerator=cpu runs here"
+        )
+    if chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available()):
+        torch.cuda.set_device(env.local_rank)
+        return torch.device("cuda", env.local_rank)
+    return torch.device("cpu")
+
+
+def cluster(env: RunEnv) -> ClusterEnvironment:
+    """Ranks for Lightning, as torchrun gives them, or as a process of its own has them."""
+    return TorchElasticEnvironment() if env.world_size > 1 else LightningEnvironment()
+
+
+def model_config(config: Config) -> LlamaConfig:
+    """config.json with the YAML's overrides, as in NxDT."""
+    model = config.model
+    source = model.model_config or config.exp_manager.resume_from_checkpoint
+    if source is None:
+        raise UserError("model.model_config: must name a Hugging Face config.json or a folder that holds one")
+    return read_config_json(Path(source), config.data.seq_length).with_overrides(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        rope_theta=model.rope_theta,
+        max_position_embeddings=model.max_position_embeddings,
+    )
+
+
+def start_weights(config: Config, model: LlamaConfig) -> WeightSource:
+    """What the policy starts from: ``resume_from_checkpoint``, or fresh weights."""
+    given = config.exp_manager.resume_from_checkpoint
+    if given is None:
+        log.warning("exp_manager.resume_from_checkpoint is null: the model starts from random weights")
+        return FreshWeights(model, config.seed)
+    return weights_at(Path(given), model, "exp_manager.resume_from_checkpoint")
+
+
+def weights_at(folder: Path, model: LlamaConfig, key: str) -> WeightSource:
+    """A reader for whatever kind of weights lies in ``folder``, the value of ``key``."""
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "missing"
+        raise UserError(f"{key}: must be a folder of weights, but {folder} is {found}")
+    if is_checkpoint(folder):
+        return NativeCheckpoint(folder)
+    weights = HFFolder(folder)
+    weights.check_against(model)
+    return weights
+
+
+def tokenization(config: Config, model: LlamaConfig) -> Tokenization:
+    """Tokenizer and truncation. Raises UserError for a tokenizer that the model is too small for."""
+    tokenizer = load_tokenizer(config.data.tokenizer.type)
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(
+            f"data.tokenizer.type: the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "
+            f"{model.vocab_size}; they do not belong together"
+        )
+    strategy = config.model_alignment_strategy
+    return Tokenization(
+        tokenizer, Truncation(config.data.seq_length, strategy.max_prompt_length, strategy.truncation_mode)
+    )
+
+
+def precision(config: Config) -> Precision:
+    """What comes nearest to ``precision.type`` off Neuron; says so where that is not the same."""
+    kind, settings = config.precision.type, config.precision
+    is_low = settings.xla_use_bf16 == "1" or settings.xla_downcast_bf16 == "1"
+    if kind == "fp32" or (kind == "manual" and not is_low):
+        return Precision()
+    if kind == "autocast":
+        log.info("precision.type autocast: fp32 weights, operations as torch.autocast chooses for bf16")
+        return Precision(autocast=True)
+    log.info("precision.type %s: bf16 weights and activations, fp32 master weights and gradients", kind)
+    if "SR" in kind or (kind == "manual" and not settings.master_weights):
+        log.info("stochastic rounding is the Neuron hardware's; fp32 master weights stand in for it here")
+    return Precision(compute=torch.bfloat16)
+
+
+def loss(config: Config) -> Loss:
+    """The loss that ``model_alignment_strategy`` chooses."""
+    strategy = config.model_alignment_strategy
+    settings = LOSS_SETTINGS[strategy.objective]
+    return build_loss(strategy.objective, {name: getattr(strategy.active, name) for name in settings})

@@ -1,0 +1,301 @@
+"""One run: its objects, made in the order in which they need each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from nxdt_align.build import parts
+from nxdt_align.build.env import RunEnv
+from nxdt_align.checkpoint.hf import write_hf_folder
+from nxdt_align.config.schema import Config
+from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.engines.base import Engine, WeightSource
+from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
+from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.ops.attention import DenseAttention
+from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
+from nxdt_align.training import optim
+from nxdt_align.training.experiment import start_experiment
+from nxdt_align.training.hooks import (
+    PREFLIGHT_TOLERANCE,
+    FinishRun,
+    Preflight,
+    ReferenceDuringTraining,
+    ReferenceOrigin,
+    ReferencePass,
+)
+from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
+from nxdt_align.training.runs import (
+    RunFolder,
+    find_run,
+    run_identity,
+    write_identity,
+)
+from nxdt_align.training.strategy import EngineStrategy
+
+log = logging.getLogger(__name__)
+TRIAL_STEPS = 10
+"""Steps of a COMPILE=1 run, as NxDT takes them."""
+
+
+class Run:
+    """A run of this process, which is one of ``env.world_size``."""
+
+    def __init__(self, config: Config, env: RunEnv) -> None:
+        self.config = config
+        self.env = env
+        self._fingerprints: dict[WeightSource, str] = {}
+        self.topology = parts.start_processes(config, env)
+        self.model_config = parts.model_config(config)
+        self.start = parts.start_weights(config, self.model_config)
+        self.tokenization = parts.tokenization(config, self.model_config)
+        self.data = ModelAlignmentDataModule(
+            config,
+            self.tokenization,
+            self.topology,
+            cache_dir=None if env.compile_only else self._cache("tokens"),
+        )
+        self.precision = parts.precision(config)
+        self.engine = self._build_engine()
+        self.objective = GlobalMeanObjective(parts.loss(config))
+
+    def _build_engine(self) -> Engine:
+        model = self.config.model
+        granularity = model.activations_checkpoint_granularity
+        recompute = tuple(model.activations_checkpoint_recompute or ())
+        return NativeEngine(
+            self.model_config,
+            DenseAttention(),
+            precision=self.precision,
+            topology=self.topology,
+            device=parts.device(self.config, self.env),
+            configure_model=lambda llama: llama.set_checkpointing(granularity, recompute),
+        )
+
+    def fit(self) -> int:
+        seed_everything(self.config.seed, verbose=False)
+        identity_parts = self._identity_parts()
+        identity = run_identity(identity_parts)
+        run = self._find_run(identity)
+        if run.checkpoint is None:
+            self.engine.load_weights(self.start)
+        origin = self._reference_origin()
+        finish = FinishRun(self.engine, None if self._exports_nothing() else self._export)
+        callbacks: list[Callback] = [*self._reference_callbacks(origin), finish]
+        trainer = self._trainer(callbacks, identity)
+        if not self.env.compile_only:
+            self._start_experiment(trainer, run, identity, identity_parts)
+        module = self._module()
+        trainer.fit(module, datamodule=self.data, ckpt_path=self._resume_point(run))
+        self._conclude(trainer, finish)
+        return 0
+
+    # Places
+
+    @property
+    def _experiments(self) -> Path:
+        return Path(self.config.exp_manager.exp_dir or "nemo_experiments").absolute()
+
+    def _cache(self, what: str) -> Path:
+        chosen = self.config.data.cache_dir
+        return (Path(chosen) if chosen is not None else self._experiments / "cache") / what
+
+    def _identity_parts(self) -> dict[str, Any]:
+        """What makes two runs the same one. Data and start weights count by content; how they are
+        laid out and spread over devices does not count."""
+        if self.topology.rank != 0:
+            return dict(self.engine.broadcast_object(None))
+        return dict(
+            self.engine.broadcast_object(
+                {
+                    "objective": dataclasses.asdict(self.config.model_alignment_strategy),
+                    "data": fingerprint_of({"records": " ".join(self.data.record_ids("train"))}),
+                    "tokenization": self.tokenization.fingerprint(),
+                    "order": [self.config.seed, self.config.data.global_batch_size],
+                    "start": self._fingerprint(self.start),
+                    "model": self.model_config.to_hf_dict(),
+                }
+            )
+        )
+
+    def _fingerprint(self, source: WeightSource) -> str:
+        """Reads all weights, so each source is asked once."""
+        if source not in self._fingerprints:
+            self._fingerprints[source] = source.fingerprint()
+        return self._fingerprints[source]
+
+    def _find_run(self, identity: str) -> RunFolder:
+        """Rank 0 looks; the others follow."""
+
+        settings = self.config.exp_manager
+        if self.env.compile_only:
+            return RunFolder(self._experiments, None)
+        run = None
+        if self.topology.rank == 0 and settings.explicit_log_dir is not None:
+            folder = Path(settings.explicit_log_dir).absolute()
+            run = explicit_run(folder, identity, checkpoint_step, resume=settings.resume_if_exists)
+        elif self.topology.rank == 0:
+            parent = self._experiments / (settings.name or self.config.name)
+            run = find_run(parent, identity, checkpoint_step, resume=settings.resume_if_exists)
+        found: RunFolder = self.engine.broadcast_object(run)
+        return found
+
+    def _resume_point(self, run: RunFolder) -> str | None:
+        """The checkpoint that is taken up with optimizer and position, and a line that says which."""
+
+        given = self.config.exp_manager.resume_from_checkpoint
+        if run.checkpoint is not None:
+            log.info("going on from this run's own checkpoint %s", run.checkpoint)
+            if given is not None:
+                log.info("resume_from_checkpoint=%s is not read again: it is where this run started", given)
+            return str(run.checkpoint)
+        if given is not None and not self.config.model.weight_init_only and is_checkpoint(Path(given)):
+            log.info("going on from resume_from_checkpoint=%s, optimizer state included", given)
+            return given
+        log.info("a new run, from %s", self.start)
+        return None
+
+    # Parts
+
+    def _reference_origin(self) -> ReferenceOrigin:
+        chosen = self.config.model_alignment_strategy.reference_model
+        if chosen is None:
+            return ReferenceOrigin(self.start, is_start=True)
+        return ReferenceOrigin(
+            parts.weights_at(Path(chosen), self.model_config, "model_alignment_strategy.reference_model"),
+            is_start=False,
+        )
+
+    def _reference_callbacks(self, origin: ReferenceOrigin) -> list[Callback]:
+        if not self.objective.needs_reference:
+            return []
+        dpo = self.config.model_alignment_strategy.dpo
+        before = dpo is None or dpo.precompute_ref_log_probs
+        first: Callback = (
+            ReferencePass(self.engine, self.data, self._store(origin), origin, trial=self.env.compile_only)
+            if before
+            else ReferenceDuringTraining(self.engine, origin)
+        )
+        if not self.config.exp_manager.preflight or self.env.compile_only:
+            return [first]
+        tolerance = PREFLIGHT_TOLERANCE[torch.bfloat16 if self.precision.autocast else self.precision.compute]
+        return [first, Preflight(self.engine, self.data, tolerance, by_intent=not origin.is_start)]
+
+    def _store(self, origin: ReferenceOrigin) -> ReferenceStore:
+        made_from = self.engine.broadcast_object(
+            {
+                "weights": self._fingerprint(origin.source) if self.topology.rank == 0 else "",
+                "model": str(self.model_config),
+                "tokenization": self.tokenization.fingerprint(),
+                "precision": str(self.precision),
+            }
+        )
+        return ReferenceStore(
+            self._cache("reference"),
+            fingerprint_of(made_from),
+            width=2,
+            description=made_from,
+            read_only=self.env.compile_only,
+            ignore_adds=self.env.compile_only,
+        )
+
+    def _module(self) -> AlignmentModule:
+        config, model = self.config, self.config.model
+        settings = TrainingSettings(
+            gradient_clip_val=config.trainer.gradient_clip_val,
+            log_every_n_steps=config.trainer.log_every_n_steps,
+            log_parameter_norm=config.exp_manager.log_parameter_norm,
+            log_gradient_norm=config.exp_manager.log_gradient_norm,
+        )
+        plan = OptimizerPlan(
+            build=lambda engine: optim.build_optimizer(
+                engine.named_parameters(),
+                model.optim.name,
+                model.optim.settings(),
+                layer_norm_weight_decay=model.do_layer_norm_weight_decay,
+            ),
+            schedule=lambda optimizer: self._schedule(optimizer),
+        )
+        return AlignmentModule(self.engine, self.objective, plan, settings, self.data.consumed_samples)
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> Any | None:
+        sched = self.config.model.optim.sched
+        if sched is None:
+            return None
+        return optim.build_scheduler(optimizer, sched.name, sched.settings(), self.config.trainer.max_steps)
+
+    def _trainer(self, callbacks: list[Callback], identity: str) -> Trainer:
+        settings = self.config.trainer
+        strategy = EngineStrategy(self.engine, parts.cluster(self.env), {"identity": identity})
+        return Trainer(
+            accelerator="cpu" if self.engine.device.type == "cpu" else "auto",
+            strategy=strategy,
+            devices=self.env.world_size // settings.num_nodes,
+            num_nodes=settings.num_nodes,
+            max_steps=TRIAL_STEPS if self.env.compile_only else settings.max_steps,
+            max_epochs=settings.max_epochs,
+            max_time=settings.max_time,
+            log_every_n_steps=settings.log_every_n_steps,
+            val_check_interval=settings.val_check_interval,
+            check_val_every_n_epoch=settings.check_val_every_n_epoch,
+            num_sanity_val_steps=settings.num_sanity_val_steps,
+            limit_val_batches=settings.limit_val_batches,
+            limit_train_batches=settings.limit_train_batches,
+            enable_progress_bar=settings.enable_progress_bar,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            logger=False,
+            use_distributed_sampler=False,
+            callbacks=callbacks,
+        )
+
+    def _start_experiment(
+        self, trainer: Trainer, run: RunFolder, identity: str, parts: dict[str, Any]
+    ) -> None:
+        settings = self.config.exp_manager
+        step = 0 if run.checkpoint is None else checkpoint_step(run.checkpoint) or 0
+        start_experiment(
+            trainer,
+            dataclasses.asdict(settings),
+            run,
+            explicit=settings.explicit_log_dir is not None,
+            resumed_step=step,
+        )
+        if self.topology.rank == 0:
+            write_identity(run.path, identity, parts)
+
+    # The end
+
+    def _exports_nothing(self) -> bool:
+        return self.env.compile_only or not self.config.exp_manager.export_hf
+
+    def _export(self, folder: Path) -> None:
+        tokenizer = Path(self.config.data.tokenizer.type)
+        write_hf_folder(
+            folder,
+            self.model_config,
+            ((name, parameter.detach().cpu()) for name, parameter in self.engine.named_parameters()),
+            tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
+            dtype=self.precision.compute,
+            overwrite=True,
+        )
+
+    def _conclude(self, trainer: Trainer, finish: FinishRun) -> None:
+        if self.topology.rank != 0:
+            return
+        if self.env.compile_only:
+            log.info("trial run done: %d steps, nothing was written", trainer.global_step)
+            return
+        log.info(
+            "done: %d steps, %d samples", trainer.global_step, self.data.consumed_samples(trainer.global_step)
+        )
+        log.info("experiment folder: %s", trainer.log_dir)
+        if finish.exported is not None:
+            log.info("Hugging Face export: %s", finish.exported)
