@@ -32,12 +32,7 @@ from nxdt_align.training.hooks import (
     ReferencePass,
 )
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
-from nxdt_align.training.runs import (
-    RunFolder,
-    find_run,
-    run_identity,
-    write_identity,
-)
+from nxdt_align.training.runs import RunFolder, explicit_run, find_run, run_identity, write_identity
 from nxdt_align.training.strategy import EngineStrategy
 
 log = logging.getLogger(__name__)
