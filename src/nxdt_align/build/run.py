@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from nxdt_align.build import parts
 from nxdt_align.build.env import RunEnv
+from nxdt_align.build.reference import ORIGIN, RUN_RECORD, find_origin, origin_record
 from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
@@ -81,14 +82,13 @@ class Run:
         run = self._find_run(identity)
         if run.checkpoint is None:
             self.engine.load_weights(self.start)
-        origin = self._reference_origin()
+        resumed = self._resume_point(run)
+        callbacks, record = self._reference(None if resumed == run.checkpoint else resumed)
         finish = FinishRun(self.engine, None if self._exports_nothing() else self._export)
-        callbacks: list[Callback] = [*self._reference_callbacks(origin), finish]
-        trainer = self._trainer(callbacks, identity)
+        trainer = self._trainer([*callbacks, finish], {"identity": identity, **record})
         if not self.env.compile_only:
             self._start_experiment(trainer, run, identity, identity_parts)
-        module = self._module()
-        trainer.fit(module, datamodule=self.data, ckpt_path=self._resume_point(run))
+        trainer.fit(self._module(), datamodule=self.data, ckpt_path=None if resumed is None else str(resumed))
         self._conclude(trainer, finish)
         return 0
 
@@ -105,25 +105,20 @@ class Run:
     def _identity_parts(self) -> dict[str, Any]:
         """What makes two runs the same one. Data and start weights count by content; how they are
         laid out and spread over devices does not count."""
-        if self.topology.rank != 0:
-            return dict(self.engine.broadcast_object(None))
-        return dict(
-            self.engine.broadcast_object(
-                {
-                    "objective": dataclasses.asdict(self.config.model_alignment_strategy),
-                    "data": fingerprint_of({"records": " ".join(self.data.record_ids("train"))}),
-                    "tokenization": self.tokenization.fingerprint(),
-                    "order": [self.config.seed, self.config.data.global_batch_size],
-                    "start": self._fingerprint(self.start),
-                    "model": self.model_config.to_hf_dict(),
-                }
-            )
-        )
+        return {
+            "objective": dataclasses.asdict(self.config.model_alignment_strategy),
+            "data": fingerprint_of({"records": " ".join(self.data.record_ids("train"))}),
+            "tokenization": self.tokenization.fingerprint(),
+            "order": [self.config.seed, self.config.data.global_batch_size],
+            "start": self._fingerprint(self.start),
+            "model": self.model_config.to_hf_dict(),
+        }
 
     def _fingerprint(self, source: WeightSource) -> str:
-        """Reads all weights, so each source is asked once."""
+        """Reads all weights, so each source is asked once, by rank 0. Every rank calls this."""
         if source not in self._fingerprints:
-            self._fingerprints[source] = source.fingerprint()
+            own = source.fingerprint() if self.topology.rank == 0 else ""
+            self._fingerprints[source] = str(self.engine.broadcast_object(own))
         return self._fingerprints[source]
 
     def _find_run(self, identity: str) -> RunFolder:
@@ -142,35 +137,31 @@ class Run:
         found: RunFolder = self.engine.broadcast_object(run)
         return found
 
-    def _resume_point(self, run: RunFolder) -> str | None:
+    def _resume_point(self, run: RunFolder) -> Path | None:
         """The checkpoint that is taken up with optimizer and position, and a line that says which."""
-
         given = self.config.exp_manager.resume_from_checkpoint
         if run.checkpoint is not None:
             log.info("going on from this run's own checkpoint %s", run.checkpoint)
             if given is not None:
                 log.info("resume_from_checkpoint=%s is not read again: it is where this run started", given)
-            return str(run.checkpoint)
+            return run.checkpoint
         if given is not None and not self.config.model.weight_init_only and is_checkpoint(Path(given)):
             log.info("going on from resume_from_checkpoint=%s, optimizer state included", given)
-            return given
+            return Path(given)
         log.info("a new run, from %s", self.start)
         return None
 
     # Parts
 
-    def _reference_origin(self) -> ReferenceOrigin:
-        chosen = self.config.model_alignment_strategy.reference_model
-        if chosen is None:
-            return ReferenceOrigin(self.start, is_start=True)
-        return ReferenceOrigin(
-            parts.weights_at(Path(chosen), self.model_config, "model_alignment_strategy.reference_model"),
-            is_start=False,
-        )
+    def _reference(self, continued: Path | None) -> tuple[list[Callback], dict[str, Any]]:
+        """The callbacks that see to the reference, and what each checkpoint says of it.
 
-    def _reference_callbacks(self, origin: ReferenceOrigin) -> list[Callback]:
+        ``continued``: another run's checkpoint that this one goes on from.
+        """
         if not self.objective.needs_reference:
-            return []
+            return [], {}
+        origin = find_origin(self.config, self.model_config, self.start, continued)
+        record = {ORIGIN: origin_record(origin.source, self._fingerprint(origin.source))}
         dpo = self.config.model_alignment_strategy.dpo
         before = dpo is None or dpo.precompute_ref_log_probs
         first: Callback = (
@@ -179,19 +170,17 @@ class Run:
             else ReferenceDuringTraining(self.engine, origin)
         )
         if not self.config.exp_manager.preflight or self.env.compile_only:
-            return [first]
+            return [first], record
         tolerance = PREFLIGHT_TOLERANCE[torch.bfloat16 if self.precision.autocast else self.precision.compute]
-        return [first, Preflight(self.engine, self.data, tolerance, by_intent=not origin.is_start)]
+        return [first, Preflight(self.engine, self.data, tolerance, by_intent=not origin.is_start)], record
 
     def _store(self, origin: ReferenceOrigin) -> ReferenceStore:
-        made_from = self.engine.broadcast_object(
-            {
-                "weights": self._fingerprint(origin.source) if self.topology.rank == 0 else "",
-                "model": str(self.model_config),
-                "tokenization": self.tokenization.fingerprint(),
-                "precision": str(self.precision),
-            }
-        )
+        made_from = {
+            "weights": self._fingerprint(origin.source),
+            "model": str(self.model_config),
+            "tokenization": self.tokenization.fingerprint(),
+            "precision": str(self.precision),
+        }
         return ReferenceStore(
             self._cache("reference"),
             fingerprint_of(made_from),
@@ -226,9 +215,9 @@ class Run:
             return None
         return optim.build_scheduler(optimizer, sched.name, sched.settings(), self.config.trainer.max_steps)
 
-    def _trainer(self, callbacks: list[Callback], identity: str) -> Trainer:
+    def _trainer(self, callbacks: list[Callback], record: dict[str, Any]) -> Trainer:
         settings = self.config.trainer
-        strategy = EngineStrategy(self.engine, parts.cluster(self.env), {"identity": identity})
+        strategy = EngineStrategy(self.engine, parts.cluster(self.env), {RUN_RECORD: record})
         return Trainer(
             accelerator="cpu" if self.engine.device.type == "cpu" else "auto",
             strategy=strategy,
@@ -252,7 +241,7 @@ class Run:
         )
 
     def _start_experiment(
-        self, trainer: Trainer, run: RunFolder, identity: str, parts: dict[str, Any]
+        self, trainer: Trainer, run: RunFolder, identity: str, identity_parts: dict[str, Any]
     ) -> None:
         settings = self.config.exp_manager
         step = 0 if run.checkpoint is None else checkpoint_step(run.checkpoint) or 0
@@ -264,7 +253,7 @@ class Run:
             resumed_step=step,
         )
         if self.topology.rank == 0:
-            write_identity(run.path, identity, parts)
+            write_identity(run.path, identity, identity_parts)
 
     # The end
 

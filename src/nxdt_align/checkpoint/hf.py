@@ -112,11 +112,11 @@ class FreshWeights:
 
     def __init__(self, config: LlamaConfig, seed: int) -> None:
         self._config = config
-        self._seed = seed
+        self.seed = seed
         self._shapes = weight_shapes(config)
 
     def __str__(self) -> str:
-        return f"fresh weights (seed {self._seed})"
+        return f"fresh weights (seed {self.seed})"
 
     def names(self) -> list[str]:
         return sorted(self._shapes)
@@ -125,11 +125,11 @@ class FreshWeights:
         return self._shapes[name]
 
     def read(self, name: str) -> Tensor:
-        return fresh_weight(self._config, name, self._seed)
+        return fresh_weight(self._config, name, self.seed)
 
     def fingerprint(self) -> str:
         """Follows from what the weights are drawn from, without drawing them."""
-        drawn_from = [self._seed, self._config.initializer_range, sorted(self._shapes.items())]
+        drawn_from = [self.seed, self._config.initializer_range, sorted(self._shapes.items())]
         return hashlib.blake2b(json.dumps(["fresh", *drawn_from]).encode(), digest_size=16).hexdigest()
 
 

@@ -115,10 +115,18 @@ class _Row:
         self._token += len(tokens)
 
 
-_ROW_FIELDS = (
-    "input_ids position_ids segment_ids response_positions labels slot_index "
-    "slot_valid slot_role desirable record_index"
-).split()
+_ROW_FIELDS = [
+    "input_ids",
+    "position_ids",
+    "segment_ids",
+    "response_positions",
+    "labels",
+    "slot_index",
+    "slot_valid",
+    "slot_role",
+    "desirable",
+    "record_index",
+]
 
 
 def _to_batch(rows: Sequence[_Row], counts: GlobalCounts) -> Batch:

@@ -19,6 +19,7 @@ from nxdt_align.data.records import Source, load_records
 from nxdt_align.data.sampler import StepSampler
 from nxdt_align.data.steps import StepDataset, look_up_reference
 from nxdt_align.data.tokenize import Tokenization, tokenize_records
+from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
@@ -27,6 +28,30 @@ DEFAULT_LAYOUT: Layout = "shared_prompt"
 
 def _identity(item: list[Batch]) -> list[Batch]:
     return item
+
+
+class StepLoader(DataLoader[Any]):
+    """A loader of steps. Where it stands follows from the optimizer steps done, so its state only says
+    what they are steps of, and a checkpoint of other data is refused."""
+
+    VERSION = 1
+
+    def state_dict(self) -> dict[str, int]:
+        assert isinstance(self.sampler, StepSampler)
+        return {
+            "version": self.VERSION,
+            "examples": self.sampler.examples,
+            "examples_per_step": self.sampler.examples_per_step,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        wanted = self.state_dict()
+        if state != wanted:
+            raise UserError(
+                f"the checkpoint was written by a run over {state}, but this run's data are {wanted}: go on with "
+                "the same data and data.global_batch_size, or set model.weight_init_only=True to start from the "
+                "checkpoint's weights alone"
+            )
 
 
 class ModelAlignmentDataModule(LightningDataModule):
@@ -151,9 +176,9 @@ class ModelAlignmentDataModule(LightningDataModule):
             steps_done=steps_done,
         )
 
-    def _loader(self, split: Split, sampler: StepSampler) -> DataLoader[Any]:
+    def _loader(self, split: Split, sampler: StepSampler) -> StepLoader:
         workers = self._config.data.num_workers
-        return DataLoader(
+        return StepLoader(
             self.splits[split],
             sampler=sampler,
             batch_size=None,
@@ -162,10 +187,10 @@ class ModelAlignmentDataModule(LightningDataModule):
             persistent_workers=workers > 0,
         )
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> StepLoader:
         return self._loader("train", self._train_sampler)
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def val_dataloader(self) -> StepLoader | list[Any]:
         return self._loader("val", self._sampler("val")) if "val" in self.splits else []
 
     def on_before_batch_transfer(self, batch: list[Batch], dataloader_idx: int) -> list[Batch]:

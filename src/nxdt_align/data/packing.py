@@ -255,6 +255,6 @@ def _check_buckets(buckets: Sequence[int], longest: int, layout: Layout) -> None
         )
     if buckets[-1] < longest:
         raise UserError(
-            f"data.buckets: the largest must hold the longest example after truncation, which takes {longest} "
-            f"tokens in layout {layout}, but is {buckets[-1]}; {_round_up(longest)} would fit"
+            f"data.buckets: the largest must hold the longest example after truncation, which takes "
+            f"{longest} tokens in layout {layout}, but is {buckets[-1]}; {_round_up(longest)} would fit"
         )

@@ -100,9 +100,9 @@ class StepDataset(Dataset[list[Batch]]):
         real = int(self.planner.real_tokens(list(seen)).sum())
         shapes = ", ".join(f"{b.tokens} tokens x {b.slots} responses" for b in self.planner.buckets)
         return (
-            f"layout {self.planner.layout}: {len(self.planner.buckets)} row shape(s), each one graph: {shapes}; "
-            f"{rows / len(starts):.1f} rows a step, fill {real / places:.0%}; information tokens of the data set: "
-            f"{information_tokens(self.examples):,}"
+            f"layout {self.planner.layout}: {len(self.planner.buckets)} row shape(s), each one graph: "
+            f"{shapes}; {rows / len(starts):.1f} rows a step, fill {real / places:.0%}; "
+            f"information tokens of the data set: {information_tokens(self.examples):,}"
         )
 
 

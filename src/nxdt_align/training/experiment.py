@@ -36,7 +36,7 @@ def start_experiment(
     chosen = {name: value for name, value in settings.items() if name in known}
     chosen["checkpoint_callback_params"] = _callback_params(settings["checkpoint_callback_params"], nemo)
     chosen["resume_if_exists"] = False
-    chosen["resume_from_checkpoint"] = None if run.checkpoint is None else str(run.checkpoint)
+    chosen["resume_from_checkpoint"] = None  # trainer.fit is given it
     if explicit:
         chosen |= {"explicit_log_dir": str(run.path), "exp_dir": None, "version": None}
     else:

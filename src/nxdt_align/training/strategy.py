@@ -31,7 +31,7 @@ class EngineStrategy(ParallelStrategy):
     Args:
         engine: the engine.
         cluster_environment: ranks, as the launcher gives them.
-        extra: kept in each checkpoint, e.g. the run's identity.
+        extra: plain values kept in each checkpoint beside Lightning's.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class EngineStrategy(ParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        extra = {**checkpoint, "nxdt_align": self._extra}
+        extra = {**checkpoint, **self._extra}
         self.engine.save(checkpoint_folder(filepath), self.optimizers[0], extra)
 
     def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
+        self, checkpoint_path: str | Path, 
     ) -> dict[str, Any]:
         self._loading = checkpoint_folder(checkpoint_path)
         return self.engine.load(self._loading, None)

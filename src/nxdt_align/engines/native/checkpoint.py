@@ -122,6 +122,13 @@ def describe(path: Path) -> dict[str, Any]:
     return {key: summary[key] for key in wanted} | {"bytes": sum(summary["files"].values())}
 
 
+def read_extra(path: Path) -> dict[str, Any]:
+    """What ``save`` was given as ``extra``. Raises CheckpointError as ``load`` does."""
+    _require_whole(Path(path))
+    extra: dict[str, Any] = _read(Path(path))[1]["extra"]
+    return extra
+
+
 class NativeCheckpoint:
     """The weights of a checkpoint (a WeightSource); tensors are read one by one.
 

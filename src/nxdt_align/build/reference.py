@@ -1,0 +1,73 @@
+"""Where a run's reference comes from, and how a checkpoint remembers it.
+
+A run that goes on from a checkpoint meets the reference that it started with. NxDT computes it again
+from the resumed policy, so that DPO silently changes its target.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nxdt_align.build import parts
+from nxdt_align.checkpoint.hf import FreshWeights
+from nxdt_align.config.schema import Config
+from nxdt_align.engines.base import WeightSource
+from nxdt_align.engines.native.checkpoint import read_extra
+from nxdt_align.errors import UserError
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.training.hooks import ReferenceOrigin
+
+RUN_RECORD = "nxdt_align"
+"""Key of a checkpoint's extra values that are this package's own."""
+ORIGIN = "reference_origin"
+
+
+def find_origin(
+    config: Config, model: LlamaConfig, start: WeightSource, continued: Path | None
+) -> ReferenceOrigin:
+    """The reference's weights.
+
+    Args:
+        start: what the policy starts from.
+        continued: a checkpoint of another run that is taken up with its optimizer state.
+
+    ``reference_model`` where it is set; else the start of the run that ``continued`` belongs to; else
+    ``start``. Raises UserError where those weights are gone or changed.
+    """
+    chosen = config.model_alignment_strategy.reference_model
+    if chosen is not None:
+        source = parts.weights_at(Path(chosen), model, "model_alignment_strategy.reference_model")
+        return ReferenceOrigin(source, is_start=False)
+    record = None if continued is None else read_extra(continued).get(RUN_RECORD, {}).get(ORIGIN)
+    return ReferenceOrigin(start if record is None else _recorded(record, model, continued), is_start=True)
+
+
+def origin_record(source: WeightSource, fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint keeps of its reference, in plain values."""
+    path = getattr(source, "path", None)
+    seed = source.seed if isinstance(source, FreshWeights) else None
+    return {
+        "path": None if path is None else str(Path(path).absolute()),
+        "seed": seed,
+        "fingerprint": fingerprint,
+    }
+
+
+def _recorded(record: dict[str, Any], model: LlamaConfig, checkpoint: Path | None) -> WeightSource:
+    if record["path"] is None:
+        return FreshWeights(model, record["seed"])
+    folder = Path(record["path"])
+    if not folder.is_dir():
+        raise _lost(checkpoint, folder, "is not there")
+    source = parts.weights_at(folder, model, "the checkpoint's reference")
+    if source.fingerprint() != record["fingerprint"]:
+        raise _lost(checkpoint, folder, "holds other weights now")
+    return source
+
+
+def _lost(checkpoint: Path | None, folder: Path, what: str) -> UserError:
+    return UserError(
+        f"exp_manager.resume_from_checkpoint: {checkpoint} was trained against the reference {folder}, which "
+        f"{what}; set model_alignment_strategy.reference_model to a folder of those weights"
+    )

@@ -1,0 +1,239 @@
+"""Runs through the command line: what they write, and that a broken-off run ends as an uninterrupted one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training_fixture import Project, scalars
+
+from nxdt_align.engines.native.checkpoint import NativeCheckpoint
+
+TIMES = {"throughput", "throughput_peak"}
+NXDT_METRICS = {
+    *("reduced_train_loss", "chosen_rewards", "rejected_rewards", "lr", "parameter_norm", "gradient_norm"),
+    *("global_step", "consumed_samples", "throughput", "throughput_peak"),
+}
+TRL_METRICS = {
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/chosen", "logps/rejected"),
+}
+ORPO = ("~model_alignment_strategy.dpo", "model_alignment_strategy.orpo.beta=0.1")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project.create(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture(scope="module")
+def whole(project: Project) -> Path:
+    """The folder of a run of 8 steps that nothing interrupted: 22 pairs by 4 are epochs of 6 steps."""
+    assert project.train(f"exp_manager.exp_dir={project.root}/whole") == 0
+    return project.only_run("whole")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (folder,) = [f for f in (run / "checkpoints").iterdir() if f.is_dir()]
+    source = NativeCheckpoint(folder)
+    return {name: source.read(name) for name in source.names()}
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    """Weights bit for bit, and every logged value but the times."""
+    got_weights, want_weights = weights(got), weights(want)
+    assert got_weights.keys() == want_weights.keys()
+    assert all(torch.equal(got_weights[name], want_weights[name]) for name in want_weights)
+    got_curves, want_curves = scalars(got), scalars(want)
+    assert got_curves.keys() == want_curves.keys()
+    for tag in want_curves.keys() - TIMES:
+        assert got_curves[tag] == want_curves[tag], tag
+
+
+def test_a_fresh_run_starts_at_ln_2_and_logs_every_metric_at_every_step(whole: Path) -> None:
+    curves = scalars(whole)
+    assert curves.keys() >= NXDT_METRICS | TRL_METRICS | {"val_loss", "val_rewards/accuracies"}
+    for tag in NXDT_METRICS | TRL_METRICS:
+        assert [step for step, _ in curves[tag]] == list(range(1, 9))
+    assert curves["reduced_train_loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
+    assert curves["rewards/margins"][0][1] == pytest.approx(0.0, abs=1e-5)
+    assert [value for _, value in curves["consumed_samples"]] == [4, 8, 12, 16, 20, 22, 26, 30]
+    assert [step for step, _ in curves["val_loss"]] == [3, 6]
+    assert curves["val_loss"][-1][1] < math.log(2)
+
+
+def test_what_a_run_leaves_behind(whole: Path) -> None:
+    assert len(list(whole.glob("events.out.tfevents.*"))) == 1
+    assert [f.name for f in (whole / "checkpoints").iterdir()] == ["run--step=8-consumed_samples=30.0"]
+    assert (whole / "hf_export" / "config.json").is_file()
+    assert (whole / "hf_export" / "tokenizer.json").is_file()
+
+
+def test_the_export_loads_in_transformers_and_generates(whole: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(whole / "hf_export")
+    model = AutoModelForCausalLM.from_pretrained(whole / "hf_export")
+    ids = tokenizer("the a is", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
+    trained = weights(whole)["model.embed_tokens.weight"]
+    assert torch.equal(model.get_input_embeddings().weight.data, trained)
+
+
+@pytest.mark.parametrize("stops", [(5,), (6,), (3, 7)], ids=str)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    project: Project, whole: Path, stops: tuple[int, ...]
+) -> None:
+    """Stopped in an epoch, at its end, and where validation was due; TRAIN_ITERS would do the same."""
+    experiments = "resumed-" + "-".join(map(str, stops))
+    for steps in (*stops, 8):
+        assert (
+            project.train(f"exp_manager.exp_dir={project.root}/{experiments}", f"trainer.max_steps={steps}")
+            == 0
+        )
+    assert_same_run(project.only_run(experiments), whole)
+
+
+def test_a_crash_between_checkpoints_goes_on_from_the_last_one(
+    project: Project, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step behind the checkpoint is trained and logged twice; TensorBoard shows it once."""
+    from nxdt_align.training.module import AlignmentModule
+
+    log_step = AlignmentModule._log_step
+
+    def crash(module: AlignmentModule, *arguments: object) -> None:
+        log_step(module, *arguments)  # type: ignore[arg-type]
+        if module.global_step == 5:
+            raise RuntimeError("power cut")
+
+    where = f"exp_manager.exp_dir={project.root}/crashed"
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignmentModule, "_log_step", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            project.train(where)
+    (left,) = (project.only_run("crashed") / "checkpoints").iterdir()
+    assert "step=4" in left.name
+    assert project.train(where) == 0
+    assert_same_run(project.only_run("crashed"), whole)
+
+
+def test_the_reference_pass_is_not_repeated(
+    project: Project, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new run with the same inputs and the same cache computes none; another beta does not either."""
+    caplog.set_level("INFO", logger="nxdt_align")
+    cache = f"data.cache_dir={project.root}/whole/cache"
+    overrides = ("trainer.max_steps=1", "model_alignment_strategy.dpo.kl_beta=0.1", cache)
+    assert project.train(f"exp_manager.exp_dir={project.root}/again", *overrides) == 0
+    passes = [r.getMessage() for r in caplog.records if "reference log-probs of" in r.getMessage()]
+    assert len(passes) == 2 and all("computed=0" in message for message in passes)
+
+
+def test_a_changed_input_meets_no_stale_value(project: Project, caplog: pytest.LogCaptureFixture) -> None:
+    """Other truncation, other fingerprint: everything is computed again, in a folder of its own."""
+    caplog.set_level("INFO", logger="nxdt_align")
+    cache = f"data.cache_dir={project.root}/stale"
+    for prompt in (64, 5):
+        where = f"exp_manager.exp_dir={project.root}/stale{prompt}"
+        length = f"model_alignment_strategy.dpo.max_prompt_length={prompt}"
+        assert project.train(where, length, cache, "trainer.max_steps=1") == 0
+    assert len(list((project.root / "stale" / "reference").iterdir())) == 2
+
+
+def test_reference_during_training_gives_the_same_run(project: Project, whole: Path) -> None:
+    """precompute_ref_log_probs: False, which NxDT cannot do. Rows differ in their neighbours, so
+    values agree to fp32 rounding (2e-5 a curve) and not bit for bit."""
+    where = f"exp_manager.exp_dir={project.root}/during"
+    assert project.train(where, "model_alignment_strategy.dpo.precompute_ref_log_probs=False") == 0
+    during, before = scalars(project.only_run("during")), scalars(whole)
+    for tag in ("reduced_train_loss", "chosen_rewards", "val_loss"):
+        wanted = [value for _, value in before[tag]]
+        assert [value for _, value in during[tag]] == pytest.approx(wanted, abs=2e-5, rel=2e-4)
+
+
+@pytest.mark.parametrize("layout", ["none", "packed"])
+def test_layouts_train_alike(project: Project, whole: Path, layout: str) -> None:
+    where = f"exp_manager.exp_dir={project.root}/{layout}"
+    assert project.train(where, f"data.packing={layout}") == 0
+    got, want = scalars(project.only_run(layout)), scalars(whole)
+    for tag in ("reduced_train_loss", "rewards/margins", "gradient_norm", "val_loss"):
+        wanted = [value for _, value in want[tag]]
+        assert [value for _, value in got[tag]] == pytest.approx(wanted, abs=5e-5, rel=5e-4), tag
+
+
+def test_dpo_then_orpo_under_one_name_never_meet(project: Project, whole: Path) -> None:
+    """NxDT's two YAMLs share a name: an ORPO run must not go on from the DPO run's checkpoint."""
+    where = f"exp_manager.exp_dir={project.root}/whole"
+    assert project.train(where, *ORPO) == 0
+    dpo, orpo = project.runs("whole")
+    curves = scalars(orpo)
+    assert [step for step, _ in curves["reduced_train_loss"]] == list(range(1, 9))
+    assert {"nll_loss", "log_odds_ratio", "log_odds_chosen"} <= curves.keys()
+    assert dpo == whole
+    shutil.rmtree(orpo)
+
+
+def test_compile_only_writes_nothing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILE", "1")
+    before = sorted(project.root.rglob("*"))
+    assert project.train(f"exp_manager.exp_dir={project.root}/trial", "trainer.max_steps=3") == 0
+    assert sorted(project.root.rglob("*")) == before
+
+
+def test_weight_init_only_starts_a_new_run_from_weights_alone(project: Project, whole: Path) -> None:
+    """From a checkpoint of ours and from its export: the same weights, so the same run, step 1 first."""
+    (checkpoint,) = (whole / "checkpoints").iterdir()
+    curves = []
+    for name, start in (("from-checkpoint", checkpoint), ("from-export", whole / "hf_export")):
+        overrides = (f"exp_manager.resume_from_checkpoint='{start}'", "trainer.max_steps=2")
+        assert project.train(f"exp_manager.exp_dir={project.root}/{name}", *overrides) == 0
+        curves.append(scalars(project.only_run(name)))
+    assert [step for step, _ in curves[0]["lr"]] == [1, 2] and curves[0]["lr"][0][1] == 0.0
+    assert curves[0]["reduced_train_loss"] == curves[1]["reduced_train_loss"]
+    assert curves[0]["reduced_train_loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_full_checkpoint_goes_on_where_weight_init_only_is_false(project: Project, whole: Path) -> None:
+    where = f"exp_manager.exp_dir={project.root}/first-half"
+    assert project.train(where, "trainer.max_steps=4") == 0
+    (half,) = (project.only_run("first-half") / "checkpoints").iterdir()
+    overrides = (f"exp_manager.resume_from_checkpoint='{half}'", "model.weight_init_only=False")
+    assert project.train(f"exp_manager.exp_dir={project.root}/second-half", *overrides) == 0
+    got, want = weights(project.only_run("second-half")), weights(whole)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixed_precision", "mixed_precisionSR", "mixed_precision_SR", "bf16SR", "autocast", "manual"]
+)
+def test_every_precision_trains(project: Project, kind: str) -> None:
+    """In bf16 the loss starts at ln 2 within the preflight's tolerance, and stays finite."""
+    where = f"exp_manager.exp_dir={project.root}/{kind}"
+    manual = ("precision.xla_downcast_bf16='1'",) if kind == "manual" else ()
+    assert project.train(where, f"precision.type={kind}", "trainer.max_steps=3", *manual) == 0
+    losses = [value for _, value in scalars(project.only_run(kind))["reduced_train_loss"]]
+    assert losses[0] == pytest.approx(math.log(2), abs=0.05) and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.activations_checkpoint_granularity=full",),
+        (
+            "model.activations_checkpoint_granularity=selective",
+            "model.activations_checkpoint_recompute=[CoreAttention,LlamaMLP]",
+        ),
+        ("data.num_workers=2",),
+    ],
+    ids=["full", "selective", "workers"],
+)
+def test_these_change_nothing_in_the_result(
+    project: Project, whole: Path, overrides: tuple[str, ...]
+) -> None:
+    name = overrides[0].split("=")[1]
+    assert project.train(f"exp_manager.exp_dir={project.root}/same-{name}", *overrides) == 0
+    assert_same_run(project.only_run(f"same-{name}"), whole)
