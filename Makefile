@@ -1,0 +1,38 @@
+# Every target sets up what it needs in .venv. PyPI's torch is a CUDA build; for the small CPU build:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+PYTHON ?=
+PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
+export TORCH PIP_ARGS PYTHON
+
+.PHONY: help demo demo-orpo test lint clean
+.DEFAULT_GOAL := help
+
+help: ## say what the targets do
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml scripts/make_venv.sh
+	scripts/make_venv.sh $(VENV)
+	@touch $@
+
+demo: $(VENV)/.installed ## warm up a small Llama, align it with DPO, show the gain (results in demo_run/)
+	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh dpo
+
+demo-orpo: $(VENV)/.installed ## the same with ORPO
+	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh orpo
+
+test: lint ## lint, types and every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## ruff, mypy --strict, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/shellcheck scripts/*.sh examples/demo.sh .ci/run
+
+clean: ## remove .venv, demo_run and every cache
+	rm -rf $(VENV) demo_run build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find src tests scripts -type d -name __pycache__ -prune -exec rm -rf {} +

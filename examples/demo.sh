@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The demo behind "make demo" and "make demo-orpo": warms a small Llama up on made-up instructions whose
+# answers a program can verify, aligns it, and shows on held-out instructions what that gained.
+#
+#   examples/demo.sh [dpo|orpo]
+#
+# Everything goes to demo_run/ in the current folder, which is made afresh each time.
+set -euo pipefail
+
+examples=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+repo=$(dirname -- "$examples")
+objective=${1:-dpo}
+case $objective in
+  dpo | orpo) ;;
+  *)
+    echo "usage: demo.sh [dpo|orpo], not '$objective'" >&2
+    exit 1
+    ;;
+esac
+config=tiny_llama_${objective^^}_config
+python=${NXDT_ALIGN_PYTHON:-python3}
+export NXDT_ALIGN_PYTHON=$python PYTHONPATH=$repo/src${PYTHONPATH:+:$PYTHONPATH}
+
+say() {
+  printf '\n== %s\n' "$*"
+}
+
+# Prints the newest experiment folder of the config $1; its name is that of its config, and dates sort.
+experiment_of() {
+  local folders=(nemo_experiments/"${1%_config}"/*/)
+  printf '%s\n' "${folders[-1]%/}"
+}
+
+rm -rf -- demo_run
+mkdir demo_run
+cd demo_run
+# Where the tiny configs look for their files.
+export NXDT_DEMO_DIR=$PWD
+
+say "Making a tokenizer, a model and preference pairs"
+"$python" -m nxdt_align.demo.prepare --out .
+
+say "Warming the model up (supervised fine-tuning)"
+CONF_FILE=tiny_llama_SFT_config "$examples/train.sh"
+ln -s "$(experiment_of tiny_llama_SFT_config)/hf_export" warmup
+
+say "Aligning it: CONF_FILE=$config examples/train.sh"
+CONF_FILE=$config "$examples/train.sh"
+aligned=$(experiment_of "$config")
+
+say "What it gained, on held-out instructions"
+"$python" -m nxdt_align.demo.report --before warmup --after "$aligned/hf_export" --data data \
+  --objective "$objective" --tensorboard "$aligned" --checkpoint "$aligned/checkpoints"

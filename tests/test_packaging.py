@@ -1,0 +1,104 @@
+"""The files that say what is installed agree with each other and with what the project promises."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import nxdt_align
+
+NEURON = {"torch-neuronx", "neuronx-cc", "neuronx-distributed", "libneuronxla", "torch", "torch-xla"}
+
+
+def listed(lines: list[str]) -> dict[str, Requirement]:
+    requirements = [Requirement(line) for line in lines]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+@pytest.fixture(scope="module")
+def pyproject(repo: Path) -> str:
+    return (repo / "pyproject.toml").read_text()
+
+
+@pytest.fixture(scope="module")
+def dependencies(pyproject: str) -> dict[str, Requirement]:
+    """The package's own, without extras. Read as text: Python 3.10 has no TOML reader."""
+    block = pyproject.split("\ndependencies = [", 1)[1].split("\n]", 1)[0]
+    return listed(re.findall(r'^\s*"([^"]+)",', block, re.MULTILINE))
+
+
+@pytest.fixture(scope="module")
+def trn1(repo: Path) -> dict[str, Requirement]:
+    lines = (repo / "requirements_dpo.txt").read_text().splitlines()
+    return listed([line for line in lines if line and not line.startswith(("#", "--"))])
+
+
+def test_trn1_node_gets_every_dependency_in_the_same_range(
+    dependencies: dict[str, Requirement], trn1: dict[str, Requirement]
+) -> None:
+    ranges = {name: requirement.specifier for name, requirement in trn1.items() if name not in NEURON}
+    assert ranges == {name: wanted.specifier for name, wanted in dependencies.items() if name != "torch"}
+
+
+def test_trn1_node_takes_neuron_packages_by_exact_version_from_their_index(
+    repo: Path, trn1: dict[str, Requirement]
+) -> None:
+    """A range would let pip choose a placeholder of the same name."""
+    text = (repo / "requirements_dpo.txt").read_text()
+    assert "--extra-index-url https://pip.repos.neuron.amazonaws.com" in text.splitlines()
+    assert trn1.keys() >= NEURON
+    assert all(str(trn1[name].specifier).startswith("==") for name in NEURON)
+
+
+@pytest.mark.parametrize("version", ["2.9.0", "2.9.1", "2.13.0"])
+def test_package_accepts_the_torch_of_either_side(dependencies: dict[str, Requirement], version: str) -> None:
+    assert version in dependencies["torch"].specifier
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.14.0"])
+def test_package_refuses_other_torch(dependencies: dict[str, Requirement], version: str) -> None:
+    assert version not in dependencies["torch"].specifier
+
+
+def test_environment_meets_the_requirements(dependencies: dict[str, Requirement]) -> None:
+    installed = {name: metadata.version(name) for name in dependencies}
+    wrong = {
+        n: v for n, v in installed.items() if not dependencies[n].specifier.contains(v, prereleases=True)
+    }
+    assert wrong == {}
+
+
+def test_python_range_is_that_of_the_makefile(repo: Path, pyproject: str) -> None:
+    wanted = SpecifierSet(re.findall(r'requires-python = "([^"]+)"', pyproject)[0])
+    minors = [minor for minor in range(8, 16) if f"3.{minor}" in wanted]
+    assert minors == [10, 11, 12]
+    assert "(3, 10) <= sys.version_info[:2] <= (3, 12)" in (repo / "scripts" / "make_venv.sh").read_text()
+
+
+def test_licence_is_apache_2(repo: Path, pyproject: str) -> None:
+    text = (repo / "LICENSE").read_text()
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert 'license = "Apache-2.0"' in pyproject
+
+
+def test_version_is_the_packages() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", nxdt_align.__version__)
+
+
+def test_no_room_is_hidden_from_git_or_ruff(repo: Path) -> None:
+    """The room `build` has the name of a folder that both pass over by habit."""
+    ignored = (repo / ".gitignore").read_text().splitlines()
+    assert "/build/" in ignored and "build/" not in ignored
+    ruff = [sys.executable, "-m", "ruff", "check", "--show-files"]
+    shown = subprocess.run(ruff, cwd=repo, capture_output=True, text=True, check=True).stdout
+    wanted = [str(path) for path in (repo / "src").rglob("*.py")]
+    assert set(wanted) <= set(shown.splitlines())
