@@ -19,6 +19,7 @@ from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import Engine, WeightSource
 from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
@@ -37,6 +38,8 @@ from nxdt_align.training.runs import RunFolder, explicit_run, find_run, run_iden
 from nxdt_align.training.strategy import EngineStrategy
 
 log = logging.getLogger(__name__)
+EXPORT = "hf_export"
+"""Folder of an experiment that holds the policy for transformers."""
 TRIAL_STEPS = 10
 """Steps of a COMPILE=1 run, as NxDT takes them."""
 
@@ -84,12 +87,13 @@ class Run:
             self.engine.load_weights(self.start)
         resumed = self._resume_point(run)
         callbacks, record = self._reference(None if resumed == run.checkpoint else resumed)
-        finish = FinishRun(self.engine, None if self._exports_nothing() else self._export)
+        exports = self.config.exp_manager.export_hf and not self.env.compile_only
+        finish = FinishRun(self.engine, self._export, run.path / EXPORT if exports else None)
         trainer = self._trainer([*callbacks, finish], {"identity": identity, **record})
         if not self.env.compile_only:
             self._start_experiment(trainer, run, identity, identity_parts)
         trainer.fit(self._module(), datamodule=self.data, ckpt_path=None if resumed is None else str(resumed))
-        self._conclude(trainer, finish)
+        self._conclude(trainer, run)
         return 0
 
     # Places
@@ -135,6 +139,15 @@ class Run:
             parent = self._experiments / (settings.name or self.config.name)
             run = find_run(parent, identity, checkpoint_step, resume=settings.resume_if_exists)
         found: RunFolder = self.engine.broadcast_object(run)
+        if (
+            found.checkpoint is None
+            and settings.resume_if_exists
+            and not settings.resume_ignore_no_checkpoint
+        ):
+            raise UserError(
+                "exp_manager.resume_ignore_no_checkpoint: is False, so a run with resume_if_exists must find a "
+                f"checkpoint of its own, but {found.path.parent} has none; True starts a new run"
+            )
         return found
 
     def _resume_point(self, run: RunFolder) -> Path | None:
@@ -257,9 +270,6 @@ class Run:
 
     # The end
 
-    def _exports_nothing(self) -> bool:
-        return self.env.compile_only or not self.config.exp_manager.export_hf
-
     def _export(self, folder: Path) -> None:
         tokenizer = Path(self.config.data.tokenizer.type)
         write_hf_folder(
@@ -271,15 +281,12 @@ class Run:
             overwrite=True,
         )
 
-    def _conclude(self, trainer: Trainer, finish: FinishRun) -> None:
-        if self.topology.rank != 0:
-            return
+    def _conclude(self, trainer: Trainer, run: RunFolder) -> None:
+        steps = trainer.global_step
         if self.env.compile_only:
-            log.info("trial run done: %d steps, nothing was written", trainer.global_step)
+            log.info("trial run done: %d steps, nothing was written", steps)
             return
-        log.info(
-            "done: %d steps, %d samples", trainer.global_step, self.data.consumed_samples(trainer.global_step)
-        )
-        log.info("experiment folder: %s", trainer.log_dir)
-        if finish.exported is not None:
-            log.info("Hugging Face export: %s", finish.exported)
+        log.info("done: %d steps, %d samples", steps, self.data.consumed_samples(steps))
+        log.info("experiment folder: %s", run.path)
+        if self.config.exp_manager.export_hf:
+            log.info("Hugging Face export: %s", run.path / EXPORT)

@@ -85,6 +85,7 @@ def engine_faults(config: Config, engine: Engine) -> None:
 # Keys that are read but change nothing.
 
 _MEGATRON_OR_LIGHTNING = (
+    *("exp_manager.version", "exp_manager.use_datetime_version", "exp_manager.resume_past_end"),
     *("trainer.logger", "trainer.enable_checkpointing", "trainer.use_distributed_sampler"),
     *("trainer.limit_test_batches", "exp_manager.checkpoint_callback_params.model_parallel_size"),
     *("distributed_strategy.expert_model_parallel_size", "distributed_strategy.token_shuffle_group_size"),

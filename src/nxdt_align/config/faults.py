@@ -60,9 +60,10 @@ def show(value: Any) -> str:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is most like ``name``."""
+    """The known name that is most like ``name``, or else the first that begins with it."""
     candidates = {each.lower(): each for each in known}
     close = difflib.get_close_matches(name.lower(), list(candidates), n=1, cutoff=cutoff)
+    close = close or [each for each in candidates if name and each.startswith(name.lower())]
     return candidates[close[0]] if close else None
 
 

@@ -48,9 +48,9 @@ class StepLoader(DataLoader[Any]):
         wanted = self.state_dict()
         if state != wanted:
             raise UserError(
-                f"the checkpoint was written by a run over {state}, but this run's data are {wanted}: go on with "
-                "the same data and data.global_batch_size, or set model.weight_init_only=True to start from the "
-                "checkpoint's weights alone"
+                f"the checkpoint was written by a run over {state}, but this run's data are {wanted}: go on "
+                "with the same data and data.global_batch_size, or set model.weight_init_only=True to start "
+                "from the checkpoint's weights alone"
             )
 
 

@@ -168,23 +168,24 @@ class Preflight(Callback):
 
 
 class FinishRun(Callback):
-    """At the end: a checkpoint of the last step if there is none, and the Hugging Face export."""
+    """At the end: a checkpoint of the last step if there is none, and the Hugging Face export.
 
-    def __init__(self, engine: Engine, export: Callable[[Path], None] | None) -> None:
+    Args:
+        export: writes the policy to a folder; called on rank 0 alone.
+        folder: where to; None exports nothing.
+    """
+
+    def __init__(self, engine: Engine, export: Callable[[Path], None], folder: Path | None) -> None:
         self._engine = engine
         self._export = export
-        self.exported: Path | None = None
+        self._folder = folder
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         callback: Any = trainer.checkpoint_callback
-        if (
-            callback is not None
-            and callback._last_global_step_saved != trainer.global_step
-            and trainer.global_step
-        ):
+        is_saved = callback is None or callback._last_global_step_saved == trainer.global_step
+        if not is_saved and trainer.global_step > 0:
             callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))
-        if self._export is not None and trainer.log_dir is not None:
-            self.exported = Path(trainer.log_dir) / "hf_export"
+        if self._folder is not None:
             if self._engine.topology.rank == 0:
-                self._export(self.exported)
+                self._export(self._folder)
             self._engine.barrier()

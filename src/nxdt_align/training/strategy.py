@@ -108,7 +108,8 @@ class EngineStrategy(ParallelStrategy):
         self.engine.save(checkpoint_folder(filepath), self.optimizers[0], extra)
 
     def load_checkpoint(
-        self, checkpoint_path: str | Path, 
+        self,
+        checkpoint_path: str | Path,
     ) -> dict[str, Any]:
         self._loading = checkpoint_folder(checkpoint_path)
         return self.engine.load(self._loading, None)

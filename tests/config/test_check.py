@@ -1,0 +1,183 @@
+"""Every rule refuses its bad value with key, rule, value and advice; good configurations pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nxdt_align.config.check import ConfigError, check, load_checked
+from nxdt_align.config.schema import Config
+
+Load = Callable[..., Config]
+Reject = Callable[..., str]
+ALIGN, SPREAD = "model_alignment_strategy", "distributed_strategy"
+
+
+def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) -> None:
+    assert check(load(good), world_size=1, engine="native") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("data.seq_length=0", "data.seq_length: must be at least 2, but is 0"),
+        ("data.global_batch_size=-1", "data.global_batch_size: must be at least 1, but is -1"),
+        (
+            "data.micro_batch_size=3",
+            "must be a multiple of data.micro_batch_size (3) x data-parallel size (1) = 3, "
+            "but is 8; the next is 9",
+        ),
+        (f"{ALIGN}.dpo.max_prompt_length=4096", "must be below data.seq_length (4096)"),
+        (f"{ALIGN}.dpo.kl_beta=0", "kl_beta: must be above 0, but is 0.0"),
+        (f"{ALIGN}.dpo.label_smoothing=0.5", "label_smoothing: must be below 0.5, but is 0.5"),
+        (f"{ALIGN}.dpo.loss_type=ipo", "loss_type: must be sigmoid, but is 'ipo'"),
+        (f"{ALIGN}.dpo.truncation_mode=start", "must be one of keep_start, keep_end, but is 'start'"),
+        (
+            "precision.type=fp16",
+            "must be one of fp32, bf16SR, mixed_precision, mixed_precisionSR, "
+            "mixed_precision_SR, autocast, manual, but is 'fp16'",
+        ),
+        (
+            f"{ALIGN}.orpo.beta=0.1",
+            f"{ALIGN}: must have exactly one of dpo, orpo and sft, but has dpo and orpo; "
+            f"drop one, e.g. with the override ~{ALIGN}.orpo",
+        ),
+        (f"{ALIGN}.dpo=null", f"{ALIGN}: must have exactly one of dpo, orpo and sft, but has none"),
+        ("model_source=megatron", "model_source: must be hf"),
+        ("model.moe.num_experts=8", "model.moe: mixtures of experts are not supported"),
+        ("trainer.max_steps=-1", "training would never end"),
+        ("trainer.accumulate_grad_batches=4", "must be 1 (data.global_batch_size sets"),
+        ("trainer.check_val_every_n_epoch=null", "trainer.val_check_interval: must be a number of steps"),
+        ("trainer.limit_val_batches=1.5", "must be a share from 0.0 to 1.0, or a whole number, but is 1.5"),
+        ("trainer.lnc=3", "trainer.lnc: must be 1 or 2, but is 3"),
+        ("data.buckets=[128,64]", "must be positive row lengths in ascending order, but is [128, 64]"),
+        ("exp_manager.ema.enable=True", "exp_manager.ema.enable: must be False"),
+        ("exp_manager.checkpoint_callback_params.always_save_nemo=True", "no .nemo archive is written here"),
+        (f"{SPREAD}.expert_model_parallel_size=2", "must be 1 (the models here have no experts), but is 2"),
+        (
+            f"{SPREAD}.tensor_model_parallel_size=2",
+            "times trainer.num_nodes must be a multiple of "
+            "tensor_model_parallel_size (2) x pipeline_model_parallel_size (1) x "
+            "context_parallel_size (1) = 2, but is 1",
+        ),
+        (f"{SPREAD}.context_parallel_size=2", "model.fusions.ring_attention: must be True"),
+        ("model.pipeline_cuts=[model.layers.1]", "must have pipeline_model_parallel_size - 1 (0) entries"),
+    ],
+)
+def test_a_broken_rule_is_named(reject: Reject, override: str, rule: str) -> None:
+    assert rule in reject(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["model.optim.name=adamww"], "must be a known optimizer, but is 'adamww'; did you mean adamw?"),
+        (["model.optim.weight_deacy=0.1"], "model.optim.weight_deacy: is not a setting of any optimizer"),
+        (
+            ["model.optim.sched.name=rprop"],
+            "must be a schedule; this is an optimizer, but is 'rprop'; set model.optim.name: rprop",
+        ),
+        (["model.optim.sched.name=Cosine"], "did you mean CosineAnnealing?"),
+        (["model.optim.sched.name=StepLR"], "model.optim.sched.step_size: is required by StepLR"),
+        (["model.optim.sched.warmup_step=5"], "did you mean warmup_steps?"),
+        (
+            ["model.optim.sched={name: CosineAnnealing, min_lr: 1.0}"],
+            "model.optim.sched.min_lr: must not be above model.optim.lr (5e-07), but is 1.0",
+        ),
+    ],
+)
+def test_a_broken_rule_of_the_optimizer_is_named(reject: Reject, overrides: list[str], rule: str) -> None:
+    assert rule in reject(*overrides)
+
+
+def test_faults_of_reading_and_of_checking_come_together(reject: Reject) -> None:
+    message = reject(
+        *("trainer.max_step=5", "data.train_dir=/nowhere.jsonl", "data.global_batch_size=3"),
+        *("data.micro_batch_size=2", f"{SPREAD}.tensor_model_parallel_size=3", "trainer.devices=3"),
+        *(f"{ALIGN}.dpo.loss_type=ipo", "model.optim.sched.name=rprop", "data.seq_length=16384"),
+        "model.encoder_seq_length=8192",
+    )
+    assert message.startswith("10 faults in ")
+    for path in (
+        *("trainer.max_step: is not", "data.train_dir: must be a file", "data.global_batch_size: must be a"),
+        *("must divide num_attention_heads (32), but is 3", "loss_type: must be sigmoid"),
+        *("sched.name: must be a schedule", "data.seq_length: must not be above", "must be 1 (engine native"),
+    ):
+        assert path in message
+
+
+def test_what_follows_from_a_value_that_cannot_be_read_is_not_reported(reject: Reject) -> None:
+    """With data.seq_length unread, its default would make max_prompt_length look too long."""
+    message = reject("data.seq_length=long", f"{ALIGN}.dpo.max_prompt_length=5000", "data.micro_batch_size=x")
+    assert message.startswith("2 faults in ")
+    assert "max_prompt_length" not in message
+
+
+def test_sequences_must_not_be_longer_than_the_models(reject: Reject) -> None:
+    message = reject("model.encoder_seq_length=2048", "data.seq_length=4096")
+    assert "data.seq_length: must not be above model.encoder_seq_length (2048), but is 4096" in message
+
+
+def test_a_shorter_sequence_than_the_models_is_fine(load: Load, good: str) -> None:
+    check(load(good, "model.encoder_seq_length=8192"))
+
+
+@pytest.mark.parametrize("packing", ["packed", "shared_prompt"])
+def test_rows_of_packed_layouts_need_no_even_batch(load: Load, good: str, packing: str) -> None:
+    check(load(good, "data.micro_batch_size=3", f"data.packing={packing}"))
+
+
+def test_data_parallel_size_counts_in_the_batch(load: Load, good: str) -> None:
+    config = load(good, "trainer.devices=4", "trainer.num_nodes=2", f"{SPREAD}.tensor_model_parallel_size=2")
+    assert (config.world_size, config.data_parallel_size) == (8, 4)
+    check(config)
+    with pytest.raises(ConfigError, match=r"micro_batch_size \(3\) x data-parallel size \(4\) = 12"):
+        check(dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch_size=3)))
+
+
+def test_as_many_processes_must_run_as_the_yaml_says(load: Load, good: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(load(good, "trainer.devices=8"), world_size=2)
+    assert "processes that run (2), but is 8 x 1 = 8" in str(error.value)
+    assert "set trainer.devices=2" in str(error.value)
+
+
+def test_required_keys_are_named(write: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_checked(str(write("trainer: {max_steps: 1}")))
+    paths = {fault.path for fault in error.value.faults}
+    assert paths == {"data.train_dir", "data.tokenizer.type", "model.model_config", ALIGN}
+
+
+# Notices
+
+
+def test_validation_data_that_is_not_read_is_noticed(load: Load, good: str, files: Path) -> None:
+    config = load(good, f"data.val_dir={files}/nowhere.jsonl", "trainer.limit_val_batches=0.0")
+    (notice,) = check(config)
+    assert "trainer.limit_val_batches is 0.0: validation is off" in notice
+    assert "no reference log-probabilities" in notice
+
+
+def test_settings_of_another_optimizer_are_noticed_and_left_out(load: Load, good: str) -> None:
+    """As when a YAML for AdamW is run with model.optim.name=rprop."""
+    config = load(
+        good,
+        *("model.optim.name=rprop", "model.optim.betas=[0.9,0.95]", "model.optim.weight_decay=0.1"),
+        *("model.optim.sched={name: ExponentialLR, gamma: 0.9, warmup_steps: 10}",),
+    )
+    assert check(config) == [
+        "rprop takes no model.optim.betas, model.optim.weight_decay: no effect",
+        "ExponentialLR takes no model.optim.sched.warmup_steps: no effect",
+    ]
+    assert config.model.optim.settings() == {"lr": 5e-7}
+    assert config.model.optim.sched is not None
+    assert config.model.optim.sched.settings() == {"gamma": 0.9}
+
+
+def test_a_reference_for_an_objective_without_one_is_noticed(load: Load, good: str) -> None:
+    config = load(good, f"~{ALIGN}.dpo", f"{ALIGN}.orpo.beta=0.1", f"{ALIGN}.reference_model=/somewhere")
+    assert check(config) == [f"{ALIGN}.reference_model has no effect: orpo has no reference"]

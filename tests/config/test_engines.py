@@ -1,0 +1,114 @@
+"""Which engine runs, what it refuses, and the one notice of keys without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from config import yamls
+
+from nxdt_align.config.check import ConfigError, engine_faults, notices, resolve_engine
+from nxdt_align.config.engines import NO_EFFECT
+from nxdt_align.config.keys import leaf_paths
+from nxdt_align.config.load import load_config
+from nxdt_align.config.schema import Config
+
+Load = Callable[..., Config]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "neuron", "wanted"),
+    [
+        ([], True, "nxd"),
+        ([], False, "native"),
+        (["trainer.accelerator=cpu"], True, "native"),
+        (["trainer.accelerator=neuron"], True, "nxd"),
+        (["distributed_strategy.engine=native"], True, "native"),
+        (["distributed_strategy.engine=nxd"], False, "nxd"),
+    ],
+)
+def test_engine_is_chosen(load: Load, overrides: list[str], neuron: bool, wanted: str) -> None:
+    assert resolve_engine(load("", *overrides), neuron) == wanted
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        (
+            "distributed_strategy.tensor_model_parallel_size=2",
+            "must be 1 (engine native cannot do otherwise in this "
+            "version), but is 2; distributed_strategy.tensor_model_parallel_size=1 trainer.devices=N runs",
+        ),
+        (
+            "distributed_strategy.pipeline_model_parallel_size=4",
+            "pipeline_model_parallel_size=1 trainer.devices=N",
+        ),
+        ("distributed_strategy.context_parallel_size=2", "context_parallel_size: must be 1"),
+        ("distributed_strategy.virtual_pipeline_model_parallel_size=2", "must be 1"),
+        ("distributed_strategy.fsdp=True", "fsdp: must be False"),
+        ("model_alignment_strategy.peft={}", "peft: must not be set"),
+        ("model_alignment_strategy.loss=my.loss", "loss: must not be set"),
+    ],
+)
+def test_limits_of_the_native_engine(load: Load, override: str, rule: str) -> None:
+    config = load("", override)
+    with pytest.raises(ConfigError) as error:
+        engine_faults(config, "native")
+    assert rule in str(error.value)
+
+
+def test_native_engine_runs_the_defaults(load: Load) -> None:
+    engine_faults(load(""), "native")
+
+
+def test_nxd_engine_is_not_in_this_version(load: Load) -> None:
+    with pytest.raises(
+        ConfigError, match=r"engine nxd is not in this version; .*engine=native runs on a CPU"
+    ):
+        engine_faults(load("distributed_strategy: {engine: nxd}"), "nxd")
+
+
+def test_one_notice_names_every_key_without_effect(repo: Path) -> None:
+    (notice,) = notices(load_config("hf_llama3_8B_DPO_config", [], repo / "conf"), "native")
+    assert notice.startswith("keys without effect on engine native: ")
+    for key in (
+        *(
+            "compiler_flags",
+            "compiler_cache_url",
+            "aync_exec_max_inflight_requests",
+            "bucket_size_collectives",
+        ),
+        *("neuron_rt_exec_timeout", "neuron_experimental_compress_rg", "distributed_strategy.kv_replicator"),
+        *("model.qkv_linear", "model.fuse_qkv", "model.fusions.softmax", "model.fusions.flash_attention"),
+        *("model.use_cpu_initialization", "exp_manager.save_xser", "exp_manager.load_xser"),
+        *("exp_manager.ckpt_ptl_version", "precision.xla_use_bf16", "distributed_strategy.zero1"),
+    ):
+        assert key in notice
+    for key in ("data.seq_length", "model.optim.betas", "model.rope_theta", "trainer.max_steps"):
+        assert key not in notice
+
+
+def test_keys_that_are_not_given_are_not_named(load: Load) -> None:
+    assert notices(load(yamls.TUTORIAL_DPO), "native") == []
+
+
+def test_keys_of_a_megatron_yaml_are_named(load: Load) -> None:
+    (notice,) = notices(load(yamls.MEGATRON_SFT, "model_source=hf"), "native")
+    for key in ("data.data_impl", "data.tokenizer.library", "model.ffn_hidden_size", "model.moe"):
+        assert key in notice
+
+
+def test_a_key_that_counts_only_with_another_value_is_named_without_it(load: Load) -> None:
+    text = """
+precision: {type: fp32, xla_use_bf16: '1'}
+model: {activations_checkpoint_recompute: [CoreAttention]}
+"""
+    (notice,) = notices(load(text), "native")
+    assert "model.activations_checkpoint_recompute, precision.xla_use_bf16" in notice
+    overrides = ["precision.type=manual", "model.activations_checkpoint_granularity=selective"]
+    assert notices(load(text, *overrides), "native") == []
+
+
+def test_tables_name_known_keys_only() -> None:
+    assert {key for keys in NO_EFFECT.values() for key in keys} <= set(leaf_paths())

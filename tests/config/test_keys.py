@@ -1,0 +1,45 @@
+"""The schema documents itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from nxdt_align.config import rules
+from nxdt_align.config.engines import LIMITS
+from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
+
+
+def test_every_key_has_a_meaning_and_a_type() -> None:
+    keys = all_keys()
+    assert len(keys) > 150
+    assert [key.path for key in keys.values() if not key.meaning or "typing" in key.type] == []
+    assert [key.path for key in keys.values() if "class" in key.type] == []
+
+
+def test_tables_of_rules_name_known_keys_only() -> None:
+    named = {*rules.RANGES, *rules.FIXED, *(path for limits in LIMITS.values() for path in limits)}
+    assert named - set(all_keys()) == set()
+
+
+def test_a_key_is_described_with_type_default_and_meaning() -> None:
+    text = describe_keys("model_alignment_strategy.dpo")
+    assert "model_alignment_strategy.dpo.kl_beta: number = 0.01\n    Weight of the KL divergence" in text
+    assert "model_alignment_strategy.dpo.truncation_mode: keep_start | keep_end = 'keep_start'" in text
+    assert "orpo" not in text
+    everything = describe_keys()
+    assert "data.packing: none | packed | shared_prompt | null = null" in everything
+    assert "data.data_impl" in everything
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("trainer.max_step", "trainer.max_steps"),
+        ("trainer.seq_length", "data.seq_length"),
+        ("exp_manger", "exp_manager"),
+        ("model_alignment_strategy.dpo.beta", "model_alignment_strategy.orpo.beta"),
+        ("zzz.qqq", None),
+    ],
+)
+def test_nearest_known_key(path: str, wanted: str | None) -> None:
+    assert nearest_key(path) == wanted

@@ -1,0 +1,63 @@
+"""The tables of optimizers and schedules agree with the classes of torch and NeMo."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from nxdt_align.config import optim
+
+
+@pytest.fixture(scope="module")
+def classes() -> tuple[dict[str, type], dict[str, type]]:
+    from nxdt_align.training.optim import available_optimizers, available_schedulers
+
+    return dict(available_optimizers()), dict(available_schedulers())
+
+
+def settings_of(cls: type, without: set[str]) -> tuple[set[str], set[str]]:
+    """(all, required) keywords of the constructor and of the bases that it passes keywords on to."""
+    taken: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        taken = {p.name: p for p in named} | taken
+        if len(named) == len(parameters):
+            break
+    kept = {name: p for name, p in taken.items() if name not in without}
+    return set(kept), {name for name, p in kept.items() if p.default is p.empty}
+
+
+def test_optimizers(classes: tuple[dict[str, type], dict[str, type]]) -> None:
+    found = classes[0]
+    assert set(optim.OPTIMIZERS) == set(found)
+    for name, settings in optim.OPTIMIZERS.items():
+        taken, _ = settings_of(found[name], {"params", "lr"})
+        # torch 2.9 lacks no setting of the table; a later torch may have more.
+        assert set(settings) - taken == set(), name
+
+
+def test_schedulers(classes: tuple[dict[str, type], dict[str, type]]) -> None:
+    found = classes[1]
+    assert set(optim.SCHEDULERS) == set(found)
+    for name, settings in optim.SCHEDULERS.items():
+        taken, required = settings_of(found[name], {"optimizer", "last_epoch", "scale_fn"})
+        assert set(settings) == taken, name
+        assert set(optim.REQUIRED_SCHEDULER_SETTINGS.get(name, ())) == required - {"max_steps"}, name
+
+
+def test_tutorials_names_are_known() -> None:
+    optimizers = "adamw adamw_fp32OptState sgd adam adadelta adamax adagrad rmsprop rprop novograd adafactor"
+    schedules = (
+        "LinearAnnealingWithWarmUp CosineAnnealing WarmupPolicy WarmupHoldPolicy SquareAnnealing "
+        "NoamAnnealing WarmupAnnealing StepLR ExponentialLR"
+    )
+    assert set(optimizers.split()) <= set(optim.OPTIMIZERS)
+    assert set(schedules.split()) <= set(optim.SCHEDULERS)
+
+
+def test_an_unknown_name_keeps_its_settings_for_the_error() -> None:
+    assert optim.accepted_optimizer_settings("nope", {"lr": 1, "a": 2}) == {"lr": 1, "a": 2}

@@ -1,0 +1,332 @@
+"""The command line: what it prints, what it returns, and what it does not import."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from nxdt_align import __version__
+from nxdt_align.cli import main
+from nxdt_align.config.schema import Config
+from nxdt_align.errors import UserError
+
+HEAVY = ("torch", "lightning", "pytorch_lightning", "nemo", "transformers", "datasets", "numpy", "pandas")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "COMPILE", "TRAIN_ITERS", "NXDT_ALIGN_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@dataclass
+class FakeBuild:
+    """Stands for the composition root: remembers how it was called."""
+
+    status: int = 0
+    error: BaseException | None = None
+    calls: list[tuple[Config, Any]] = field(default_factory=list)
+
+    def train(self, config: Config, env: Any) -> int:
+        self.calls.append((config, env))
+        if self.error is not None:
+            raise self.error
+        return self.status
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> FakeBuild:
+    fake = FakeBuild()
+    module: Any = types.ModuleType("nxdt_align.build")
+    module.train = fake.train
+    module.RunEnv = types.SimpleNamespace
+    monkeypatch.setitem(sys.modules, "nxdt_align.build", module)
+    monkeypatch.setattr("nxdt_align.build", module, raising=False)
+    return fake
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    """A config without a fault, its files beside it."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4, "hidden_size": 16}')
+    file = tmp_path / "good.yaml"
+    file.write_text(f"""
+trainer: {{max_steps: 10, limit_val_batches: 0}}
+data:
+    train_dir: {tmp_path}/train.jsonl
+    val_dir: {tmp_path}/val.jsonl
+    tokenizer: {{type: {tmp_path}/tokenizer}}
+model:
+    model_config: {tmp_path}/config.json
+    optim: {{sched: {{max_steps: '${{trainer.max_steps}}'}}}}
+model_alignment_strategy: {{dpo: {{}}}}
+""")
+    return str(file)
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(repo: Path, tmp_path: Path) -> Run:
+    """The command in a process of its own, from an empty folder."""
+
+    def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PYTHONPATH": str(repo / "src"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "nxdt_align", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+        )
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--help-keys"],
+        ["config", "--help"],
+        ["config", "--config-name", "hf_llama3_8B_DPO_config", "trainer.max_steps=3"],
+    ],
+)
+def test_it_answers_in_under_two_seconds(run: Run, arguments: list[str]) -> None:
+    start = time.monotonic()
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 2
+    assert done.stdout
+
+
+def test_config_imports_nothing_heavy(repo: Path) -> None:
+    code = (
+        "import sys; from nxdt_align.cli import main; "
+        "main(['config', '--config-name', 'hf_llama3_8B_DPO_config']); main(['--help-keys']); "
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=repo / "src")
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# config
+
+
+def test_config_prints_every_key_resolved(capsys: pytest.CaptureFixture[str], good: str) -> None:
+    assert main(["config", "--config-name", good, "trainer.max_steps=7"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert printed.model.optim.sched.max_steps == 7
+    assert printed.model_alignment_strategy.dpo.kl_beta == 0.01
+    assert printed.data.packing is None
+
+
+def test_config_prints_a_yaml_of_another_machine(run: Run) -> None:
+    """The shipped YAML names files of a trn1 node: worth a notice, no reason to print nothing."""
+    done = run("config", "--config-name", "hf_llama3_8B_ORPO_config.yaml")
+    assert done.returncode == 0
+    assert "beta: 0.1" in done.stdout
+    assert done.stderr.count("notice: not on this machine") == 4
+    assert run("config", "--no-check", "--config-name", "hf_llama3_8B_ORPO_config").stderr == ""
+
+
+def test_config_reports_all_faults_and_prints_nothing(capsys: pytest.CaptureFixture[str], good: str) -> None:
+    bad = ["trainer.max_step=5", "data.train_dir=/nowhere.jsonl", "model_alignment_strategy.dpo.kl_beta=-1"]
+    assert main(["config", "--config-name", good, *bad]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: 3 faults in ")
+    assert all(part in err for part in ("did you mean trainer.max_steps?", "/nowhere.jsonl", "above 0"))
+
+
+def test_no_check_prints_what_check_refuses(capsys: pytest.CaptureFixture[str], good: str) -> None:
+    arguments = ["--config-name", good, "model_alignment_strategy.dpo.kl_beta=-1"]
+    assert main(["config", "--no-check", *arguments]) == 0
+    assert "kl_beta: -1.0" in capsys.readouterr().out
+
+
+def test_an_unknown_config_is_one_line_and_status_1(run: Run) -> None:
+    done = run("config", "--config-name", "nonsense")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: no config 'nonsense'")
+    assert "Traceback" not in done.stderr
+
+
+def test_overrides_may_stand_around_options(capsys: pytest.CaptureFixture[str], good: str) -> None:
+    assert main(["config", "seed=1", "--config-name", good, "--no-check", "seed=2", "~data.val_dir"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    assert (printed.seed, printed.data.val_dir) == (2, None)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["config"], ["train", "--config-name", "x", "--max-steps", "3"], ["tran"]]
+)
+def test_a_wrong_command_line_is_status_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"nxdt-align {__version__}\n"
+
+
+# --help-keys
+
+
+@pytest.mark.parametrize("arguments", [["--help-keys", "data"], ["config", "--help-keys", "data"]])
+def test_keys_of_a_section(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "data.on_bad_record: error | drop = 'error'" in out
+    assert "trainer." not in out.replace("trainer.max_steps", "")
+
+
+def test_an_unknown_section(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help-keys", "dta"]) == 1
+    assert "did you mean data?" in capsys.readouterr().err
+
+
+# processes
+
+
+def test_processes_prints_a_number_alone(capsys: pytest.CaptureFixture[str], good: str) -> None:
+    assert main(["processes", "--config-name", good, "trainer.devices=4", "trainer.num_nodes=2"]) == 0
+    assert capsys.readouterr() == ("4\n", "")
+
+
+def test_processes_reports_faults_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], good: str
+) -> None:
+    assert main(["processes", "--config-name", good, "data.train_dir=/nowhere.jsonl"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "data.train_dir: must be a file or folder that exists" in err
+
+
+# train
+
+
+def test_train_hands_configuration_and_environment_on(
+    build: FakeBuild, good: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build.status = 3
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TRAIN_ITERS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    arguments = ["train", "--config-name", good, "trainer.devices=4", "trainer.num_nodes=2", "seed=9"]
+    assert main(arguments) == 3
+    ((config, env),) = build.calls
+    assert vars(env) == {"rank": 5, "world_size": 8, "local_rank": 1, "compile_only": False}
+    assert (config.seed, config.trainer.max_steps) == (9, 4)
+    assert config.model.optim.sched is not None and config.model.optim.sched.max_steps == 4
+    assert capsys.readouterr().err == "", "notices are the first rank's to give"
+
+
+def test_train_gives_the_notices_of_the_configuration(
+    build: FakeBuild, good: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--config-name", good]) == 0
+    assert "notice: trainer.limit_val_batches is 0: validation is off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("compile_", "flags"), [("1", []), ("0", ["--trial-steps"])])
+def test_trial_steps(
+    build: FakeBuild, good: str, monkeypatch: pytest.MonkeyPatch, compile_: str, flags: list[str]
+) -> None:
+    monkeypatch.setenv("COMPILE", compile_)
+    assert main(["train", "--config-name", good, *flags]) == 0
+    assert build.calls[0][1].compile_only
+
+
+def test_train_stops_before_it_builds_anything(
+    build: FakeBuild, good: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "trainer.devices=2",
+        "distributed_strategy.tensor_model_parallel_size=2",
+        "data.train_dir=/no.jsonl",
+    ]
+    assert main(["train", "--config-name", good, *arguments]) == 1
+    assert build.calls == []
+    err = capsys.readouterr().err
+    assert err.startswith("error: 3 faults in ")
+    assert "number of processes that run (1), but is 2 x 1 = 2" in err
+    assert "tensor_model_parallel_size: must be 1 (engine native" in err
+
+
+def test_one_process_of_a_node_reports_the_faults_that_all_find(
+    good: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["train", "--config-name", good, "seed=x"]) == 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "TRAIN_ITERS"])
+def test_an_environment_variable_that_is_no_number(
+    good: str, variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "-1")
+    assert main(["train", "--config-name", good]) == 1
+    assert f"the environment variable {variable} must be a whole number from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UserError("the checkpoint is empty"), 1, "error (rank 2): the checkpoint is empty\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/out/x"),
+            1,
+            "error (rank 2): /out/x: the disk is full",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/out"),
+            1,
+            "error (rank 2): /out: permission denied",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_what_a_user_can_mend_is_told_without_a_traceback(
+    build: FakeBuild,
+    good: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    status: int,
+    message: str,
+) -> None:
+    build.error = error
+    monkeypatch.setenv("RANK", "2")
+    assert main(["train", "--config-name", good]) == status
+    assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), FileNotFoundError(errno.ENOENT, "gone", "/x")])
+def test_a_bug_keeps_its_traceback(build: FakeBuild, good: str, error: Exception) -> None:
+    build.error = error
+    with pytest.raises(type(error)):
+        main(["train", "--config-name", good])
+
+
+def test_debug_shows_the_traceback(build: FakeBuild, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build.error = UserError("the checkpoint is empty")
+    monkeypatch.setenv("NXDT_ALIGN_DEBUG", "1")
+    with pytest.raises(UserError):
+        main(["train", "--config-name", good])
