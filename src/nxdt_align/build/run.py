@@ -139,14 +139,11 @@ class Run:
             parent = self._experiments / (settings.name or self.config.name)
             run = find_run(parent, identity, checkpoint_step, resume=settings.resume_if_exists)
         found: RunFolder = self.engine.broadcast_object(run)
-        if (
-            found.checkpoint is None
-            and settings.resume_if_exists
-            and not settings.resume_ignore_no_checkpoint
-        ):
+        must_resume = settings.resume_if_exists and not settings.resume_ignore_no_checkpoint
+        if found.checkpoint is None and must_resume:
             raise UserError(
-                "exp_manager.resume_ignore_no_checkpoint: is False, so a run with resume_if_exists must find a "
-                f"checkpoint of its own, but {found.path.parent} has none; True starts a new run"
+                "exp_manager.resume_ignore_no_checkpoint: is False, so a run with resume_if_exists must find "
+                f"a checkpoint of its own, but {found.path.parent} has none; True starts a new run"
             )
         return found
 
