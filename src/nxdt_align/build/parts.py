@@ -94,11 +94,22 @@ def weights_at(folder: Path, model: LlamaConfig, key: str) -> WeightSource:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "missing"
         raise UserError(f"{key}: must be a folder of weights, but {folder} is {found}")
-    if is_checkpoint(folder):
-        return NativeCheckpoint(folder)
-    weights = HFFolder(folder)
-    weights.check_against(model)
+    try:
+        if is_checkpoint(folder):
+            return NativeCheckpoint(folder)
+        _refuse_run_folder(folder)
+        weights = HFFolder(folder)
+        weights.check_against(model)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     return weights
+
+
+def _refuse_run_folder(folder: Path) -> None:
+    """A run's folder, or its checkpoints', where one of the checkpoints is meant."""
+    found = sorted(f for each in (folder, folder / "checkpoints") for f in each.glob("*") if is_checkpoint(f))
+    if found:
+        raise UserError(f"{folder} holds checkpoints; name one of them, such as {found[-1]}")
 
 
 def tokenization(config: Config, model: LlamaConfig) -> Tokenization:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Layout, RowPlanner
-from nxdt_align.data.records import Source, load_records
+from nxdt_align.data.records import DataError, RecordSet, Source, load_records
 from nxdt_align.data.sampler import StepSampler
 from nxdt_align.data.steps import StepDataset, look_up_reference
 from nxdt_align.data.tokenize import Tokenization, tokenize_records
@@ -95,17 +95,24 @@ class ModelAlignmentDataModule(LightningDataModule):
             return "packed" if sft is not None and sft.packing else "none"
         return self._config.data.packing or DEFAULT_LAYOUT
 
-    def _load(self, sources: list[Source], split: Split) -> StepDataset:
+    def _records(self, sources: list[Source], split: Split) -> RecordSet:
         data, strategy = self._config.data, self._config.model_alignment_strategy
-        records = load_records(
-            sources,
-            "response" if strategy.objective == "sft" else "pair",
-            format=data.format,
-            columns=data.columns,
-            on_bad_record=data.on_bad_record,
-            limit=data.dev_choose_samples,
-            seed=self._config.seed,
-        )
+        try:
+            return load_records(
+                sources,
+                "response" if strategy.objective == "sft" else "pair",
+                format=data.format,
+                columns=data.columns,
+                on_bad_record=data.on_bad_record,
+                limit=data.dev_choose_samples,
+                seed=self._config.seed,
+            )
+        except DataError as error:
+            raise DataError(f"data.{split}_dir: {error}") from error
+
+    def _load(self, sources: list[Source], split: Split) -> StepDataset:
+        data = self._config.data
+        records = self._records(sources, split)
         if records.report.total:
             log.warning("%s", records.report.summary())
         examples = tokenize_records(records.records, self._tokenization, self._cache_dir)

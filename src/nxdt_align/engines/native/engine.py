@@ -192,10 +192,9 @@ def _fill(parameters: Mapping[str, nn.Parameter], source: WeightSource) -> None:
         if have != want:
             faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
     if faults:
-        shown = "\n  ".join(faults[:20])
-        more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        shown = "\n  ".join(faults)
         raise EngineError(
-            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}{more}\n"
+            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}\n"
             "model.model_config, model.num_layers and model.hidden_size must be those of the weights"
         )
     for name, parameter in parameters.items():
