@@ -34,7 +34,13 @@ LOSS_SETTINGS = {"dpo": ("kl_beta", "loss_type", "label_smoothing"), "orpo": ("b
 def start_processes(config: Config, env: RunEnv) -> Topology:
     """Join the process group; every process holds a whole copy of the model."""
     if env.world_size > 1:
-        dist.init_process_group("nccl" if device(config, env).type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device(config, env).type == "cuda" else "gloo")
+        except ValueError as error:
+            raise UserError(
+                f"the {env.world_size} processes (WORLD_SIZE) cannot find each other: {error}; start with "
+                "train.sh or torchrun"
+            ) from error
     return Topology(
         world_size=env.world_size,
         rank=env.rank,

@@ -255,7 +255,14 @@ class Run:
         sched = self.config.model.optim.sched
         if sched is None:
             return None
-        return optim.build_scheduler(optimizer, sched.name, sched.settings(), self.config.trainer.max_steps)
+        return optim.build_scheduler(optimizer, sched.name, sched.settings(), self._steps())
+
+    def _steps(self) -> int:
+        """Optimizer steps of the run, by whichever of max_steps and max_epochs ends it; -1 where only
+        max_time does."""
+        trainer = self.config.trainer
+        limits = [trainer.max_steps, trainer.max_epochs * self.data.steps_per_epoch]
+        return min((limit for limit in limits if limit > 0), default=-1)
 
     def _trainer(self, callbacks: list[Callback], record: dict[str, Any]) -> Trainer:
         settings = self.config.trainer
