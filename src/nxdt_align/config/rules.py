@@ -6,6 +6,7 @@ Each rule yields its faults; ``RULES`` and ``NOTICES`` list them all.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,11 +22,13 @@ from nxdt_align.config.schema import Config
 
 Rule = Callable[[Config], Iterator[Fault]]
 
+_DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
 _AT_LEAST, _ABOVE = "at least", "above"
 _STRATEGY = "distributed_strategy"
 _ALIGN = "model_alignment_strategy"
 
 RANGES: dict[str, tuple[str, float]] = {
+    "seed": (_AT_LEAST, 0),
     "trainer.devices": (_AT_LEAST, 1),
     "trainer.num_nodes": (_AT_LEAST, 1),
     "trainer.log_every_n_steps": (_AT_LEAST, 1),
@@ -97,6 +100,8 @@ def ranges(config: Config) -> Iterator[Fault]:
     smoothing = lookup(config, f"{_ALIGN}.dpo.label_smoothing")
     if smoothing is not None and smoothing >= 0.5:
         yield Fault(f"{_ALIGN}.dpo.label_smoothing", "must be below 0.5", smoothing)
+    if config.seed >= 2**32:
+        yield Fault("seed", "must be below 4294967296", config.seed)
     lnc = config.trainer.lnc
     if lnc not in (None, 1, 2):
         yield Fault("trainer.lnc", "must be 1 or 2", lnc)
@@ -207,6 +212,10 @@ def trainer(config: Config) -> Iterator[Fault]:
             "trainer.max_steps",
             "training would never end: trainer.max_steps, max_epochs or max_time must be set",
             involves=("trainer.max_epochs", "trainer.max_time"),
+        )
+    if settings.max_time is not None and not _DURATION.fullmatch(settings.max_time):
+        yield Fault(
+            "trainer.max_time", "must be days:hours:minutes:seconds, as 00:11:30:00", settings.max_time
         )
     if settings.check_val_every_n_epoch is None and isinstance(settings.val_check_interval, float):
         rule = "must be a number of steps (an integer) where check_val_every_n_epoch is null"

@@ -151,8 +151,9 @@ class Preflight(Callback):
         worst = self._worst_difference()
         if not math.isfinite(worst):
             raise UserError(
-                "preflight: the policy's or the reference's log-probabilities are not finite before the first "
-                "step; check the weights that the run starts from, and precision.type (fp32 rules out overflow)"
+                "preflight: the policy's or the reference's log-probabilities are not finite before the "
+                "first step; check the weights that the run starts from, and precision.type (fp32 rules out "
+                "overflow)"
             )
         if self._by_intent:
             log.info("preflight: reference_model differs from the policy by up to %.3g nats a token", worst)
@@ -183,7 +184,7 @@ class Preflight(Callback):
             counts = batch.sum_per_slot(torch.ones_like(batch.labels, dtype=torch.float32))
             difference = (policy - reference).abs() / counts.clamp(min=1.0)
             # NaN must not pass as agreement.
-            difference = torch.nan_to_num(difference, nan=float("inf"))
+            difference = torch.where(difference.isfinite(), difference, torch.inf)
             worst = torch.maximum(worst, torch.where(batch.slot_valid, difference, 0.0).max())
         return float(self._engine.all_gather(worst).max())
 
@@ -206,6 +207,9 @@ class FinishRun(Callback):
         is_saved = callback is None or callback._last_global_step_saved == trainer.global_step
         if not is_saved and trainer.global_step > 0:
             callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where a run goes on that had all its steps done, as after an export that found no space."""
         if self._folder is not None:
             if self._engine.topology.rank == 0:
                 self._export(self._folder)

@@ -122,7 +122,7 @@ class AlignmentModule(LightningModule):
         anyway where it is logged, and the same on every rank."""
         if not math.isfinite(loss):
             raise UserError(
-                f"reduced_train_loss is {loss} at step {self.global_step}: training cannot recover from that. "
+                f"reduced_train_loss is {loss} at step {self.global_step}: training cannot recover. "
                 "Earlier checkpoints are whole; check the weights that the run starts from, lower "
                 "model.optim.lr, or set trainer.gradient_clip_val or precision.type=fp32"
             )
