@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nxdt_align.batch import IGNORE_LABEL, Batch
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss, ORPOLoss
+from nxdt_align.losses.preference import DPOLoss
+from nxdt_align.losses.reference_free import ORPOLoss
 from nxdt_align.losses.supervised import SFTLoss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 

@@ -191,6 +191,9 @@ class Run:
             "tokenization": self.tokenization.fingerprint(),
             "precision": str(self.precision),
         }
+        dpo = self.config.model_alignment_strategy.dpo
+        if dpo is not None and dpo.ld_alpha is not None:
+            made_from["ld_alpha"] = str(dpo.ld_alpha)
         return ReferenceStore(
             self._cache("reference"),
             fingerprint_of(made_from),

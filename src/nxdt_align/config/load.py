@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from nxdt_align.config.alignment import MAX_PROMPT_LENGTH
+from nxdt_align.config.alignment import MAX_PROMPT_LENGTH, OBJECTIVES
 from nxdt_align.config.convert import ALIASES, Walk, build_section
 from nxdt_align.config.faults import ConfigError, Fault, did_you_mean
 from nxdt_align.config.keys import accepts_text, all_keys, key_fields
@@ -223,7 +223,7 @@ def _derive(config: Config, given: frozenset[str]) -> Config:
         data = dataclasses.replace(data, seq_length=config.model.encoder_seq_length)
     strategy = config.model_alignment_strategy
     limit = min(MAX_PROMPT_LENGTH, data.seq_length // 2)
-    for name in ("dpo", "orpo", "sft"):
+    for name in OBJECTIVES:
         objective = getattr(strategy, name)
         if objective is not None and f"model_alignment_strategy.{name}.max_prompt_length" not in given:
             shorter = dataclasses.replace(objective, max_prompt_length=limit)

@@ -95,6 +95,11 @@ class ModelAlignmentDataModule(LightningDataModule):
             return "packed" if sft is not None and sft.packing else "none"
         return self._config.data.packing or DEFAULT_LAYOUT
 
+    @property
+    def _tail_weight(self) -> float | None:
+        dpo = self._config.model_alignment_strategy.dpo
+        return None if dpo is None else dpo.ld_alpha
+
     def _load(self, sources: list[Source], split: Split) -> StepDataset:
         data, strategy = self._config.data, self._config.model_alignment_strategy
         records = load_records(
@@ -119,7 +124,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             micro_batch_size=data.micro_batch_size,
             min_micro_batches=self._min_micro_batches,
         )
-        dataset = StepDataset(examples, planner, self.layout, self._topology)
+        dataset = StepDataset(examples, planner, self.layout, self._topology, self._tail_weight)
         log.info(
             "%s data: %d examples, %d truncated; %s",
             split,

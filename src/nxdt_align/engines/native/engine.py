@@ -112,7 +112,7 @@ class NativeEngine(Engine):
         self._publish()
         model = self._reference_model() if reference else self._model
         logps, _ = self._token_logps(model, batch, want_collisions=False)
-        return batch.sum_per_slot(logps)
+        return batch.sum_logps(logps)
 
     def _apply(self, batch: Batch, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         logps, collisions = self._token_logps(self._model, batch, objective.needs_collisions)
