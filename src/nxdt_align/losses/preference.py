@@ -52,8 +52,9 @@ class DPOLoss:
     use_weighting: bool = False
     """WPO's weights."""
     nll_scale: float = 0.0
-    reward_shift: Tensor | None = field(default=None, repr=False, compare=False)
-    """() float32: delta for this call; None: the mean over the responses at hand. See ``with_state``."""
+    state: Tensor | None = field(default=None, repr=False, compare=False)
+    """(2,) float32: BCO's mean reward so far and of how many responses; without any, it is the mean of
+    the responses at hand."""
 
     paired = True
     needs_tokens = needs_logits = False
@@ -175,7 +176,9 @@ class DPOLoss:
             smoothing = EXO_LABEL_SMOOTHING if name == "exo_pair" else 0.0
         shift: Tensor | float = 0.0
         if name == "bco_pair" and self._shifts:
-            shift = _mean(self.beta * scores, valid) if self.reward_shift is None else self.reward_shift
+            shift = _mean(self.beta * scores, valid)
+            if self.state is not None:
+                shift = torch.where(self.state[1] > 0, self.state[0], shift)
         return FormSettings(
             beta=self.beta,
             label_smoothing=smoothing,
@@ -204,7 +207,7 @@ class DPOLoss:
 
     def with_state(self, state: Tensor) -> DPOLoss:
         """This loss with the running mean of ``state``."""
-        return replace(self, reward_shift=state[0])
+        return replace(self, state=state)
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:
