@@ -51,6 +51,7 @@ class Run:
         self.config = config
         self.env = env
         self._fingerprints: dict[WeightSource, str] = {}
+        self.objective = GlobalMeanObjective(parts.loss(config))
         self.topology = parts.start_processes(config, env)
         self.model_config = parts.model_config(config)
         self.start = parts.start_weights(config, self.model_config)
@@ -63,7 +64,6 @@ class Run:
         )
         self.precision = parts.precision(config)
         self.engine = self._build_engine()
-        self.objective = GlobalMeanObjective(parts.loss(config))
 
     def _build_engine(self) -> Engine:
         model = self.config.model

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.batch import Batch
+from nxdt_align.errors import UserError
 from nxdt_align.losses import coupling
 from nxdt_align.losses.metrics import example_metrics, finish
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
@@ -41,17 +42,17 @@ class GlobalMeanObjective:
 
     Where ``couples_examples``, an engine goes by ``statistics``, ``couple`` and ``surrogate`` instead.
 
-    Raises ValueError for a loss that no engine can serve.
+    Raises UserError for a loss that no engine can serve.
     """
 
     def __init__(self, loss: Loss) -> None:
         if loss.needs_logits:
-            raise ValueError(
+            raise UserError(
                 f"{loss} reads logits, which are never kept: log-probabilities are computed in chunks. "
                 "Choose a loss of log-probabilities"
             )
         if loss.couples_examples and loss.needs_tokens:
-            raise ValueError(
+            raise UserError(
                 f"{loss} couples the examples of a global batch and wants each token's log-probability; "
                 "only sums a response are gathered. Choose one of the two"
             )
