@@ -18,7 +18,7 @@ from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.records import Source, load_records
 from nxdt_align.data.sampler import StepSampler
 from nxdt_align.data.steps import StepDataset, look_up_reference
-from nxdt_align.data.tokenize import Tokenization, tokenize_records
+from nxdt_align.data.tokenize import Tokenization, WholeSequences, tokenize_records
 from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -114,6 +114,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         if records.report.total:
             log.warning("%s", records.report.summary())
         examples = tokenize_records(records.records, self._tokenization, self._cache_dir)
+        if strategy.sft is not None and strategy.sft.train_on_prompt:
+            examples = WholeSequences(examples)
         planner = RowPlanner(
             examples,
             self.layout,
