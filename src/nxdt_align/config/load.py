@@ -79,6 +79,26 @@ def find_config(name: str, config_dir: Path | None = None) -> Path:
     raise UserError(f"no config {name!r}: looked for {looked}; {near + ' ' if near else ''}{there}")
 
 
+def presets(config_dir: Path | None = None) -> list[tuple[str, str]]:
+    """The configs where names are looked up, and what each is for: the first line of its comment.
+
+    Raises UserError where there are none.
+    """
+    folders = [config_dir] if config_dir is not None else default_config_dirs()
+    files: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
+            files.setdefault(path.stem, path)
+    if not files:
+        raise UserError(f"there are no configs in {', '.join(map(str, folders))}")
+    return [(name, _purpose(files[name])) for name in sorted(files)]
+
+
+def _purpose(path: Path) -> str:
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
 def to_yaml(config: Config) -> str:
     """The configuration as a YAML of every key, which loads as the same configuration."""
     return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
