@@ -23,7 +23,8 @@ from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset, look_up_reference
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss, ORPOLoss
+from nxdt_align.losses.preference import DPOLoss
+from nxdt_align.losses.reference_free import ORPOLoss
 from nxdt_align.ops.attention import DenseAttention
 
 LAYOUTS: list[Layout] = ["none", "packed", "shared_prompt"]

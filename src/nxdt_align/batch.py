@@ -87,6 +87,9 @@ class Batch:
     reference_logps: Tensor | None = None
     """(B, R) float32, nats. From the reference store; None where the loss needs none or the engine
     computes it."""
+    token_weights: Tensor | None = None
+    """(B, T) float32. What each response token counts in a response's log-probability, the policy's and
+    the reference's; None for 1 each."""
 
     @property
     def num_rows(self) -> int:
@@ -117,6 +120,25 @@ class Batch:
                 f"but have {tuple(logps.shape)}"
             )
         return replace(self, reference_logps=logps)
+
+    def with_tail_weight(self, weight: float) -> Batch:
+        """The batch of pairs whose log-probs count tokens beyond the shorter response of a pair ``weight``.
+
+        LD-DPO's decomposition (https://arxiv.org/abs/2409.06411): of responses of 5 and 3
+        tokens, the last two of the first count ``weight``.
+        """
+        has_label = self.labels != IGNORE_LABEL
+        slots = torch.arange(self.slot_valid.shape[1], device=self.labels.device)
+        in_slot = (self.slot_index[:, :, None] == slots) & has_label[:, :, None]
+        shorter = in_slot.sum(1).reshape(-1, 2).min(1, keepdim=True).values.expand(-1, 2)
+        shared = shorter.reshape(self.slot_valid.shape).gather(1, self.slot_index)
+        number = (in_slot.cumsum(1) * in_slot).sum(2)
+        return replace(self, token_weights=torch.where(has_label & (number > shared), weight, 1.0))
+
+    def sum_logps(self, token_logps: Tensor) -> Tensor:
+        """Each slot's log-probability, (B, R), from those of its tokens, (B, T), by ``token_weights``."""
+        weights = self.token_weights
+        return self.sum_per_slot(token_logps if weights is None else token_logps * weights)
 
     def sum_per_slot(self, values: Tensor) -> Tensor:
         """Sum ``values``, (B, T), over each slot's response tokens: (B, R), in ``values``' dtype.

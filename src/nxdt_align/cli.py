@@ -14,16 +14,17 @@ from pathlib import Path
 from nxdt_align import __version__
 from nxdt_align.config.check import ConfigError, load_checked, with_check
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
-from nxdt_align.config.load import read_config, to_yaml
+from nxdt_align.config.load import presets, read_config, to_yaml
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.files import explain
 
 _DESCRIPTION = """\
-Preference alignment (DPO, ORPO) of Llama-family models from NxD Training's YAML.
+Preference alignment of Llama-family models from NxD Training's YAML.
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
   nxdt-align train --config-name NAME [key=value ...]    train
+  nxdt-align presets                                     the configs that there are
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -111,7 +112,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.verb is None:
         parser.print_help()
         parser.exit(2)
-    if arguments.verb != "help-keys" and arguments.config_name is None:
+    if arguments.verb not in ("help-keys", "presets") and arguments.config_name is None:
         parser.error(f"{arguments.verb} needs --config-name NAME")
     return arguments
 
@@ -132,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     train = _add_verb(verbs, "train", "train; train.sh starts as many processes as it takes")
     train.add_argument(
         "--trial-steps", action="store_true", help="a few steps without logger and checkpoints, as COMPILE=1"
+    )
+    listing = verbs.add_parser("presets", help="list the configs that there are, one line each")
+    listing.add_argument(
+        "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
     _add_verb(verbs, "processes", "check a configuration and print the processes a node needs")
     return parser
@@ -208,6 +213,14 @@ def _processes(arguments: argparse.Namespace, environment: _Environment) -> int:
     return 0
 
 
+def _presets(arguments: argparse.Namespace, environment: _Environment) -> int:
+    found = presets(arguments.config_path)
+    width = max(len(name) for name, _ in found)
+    for name, purpose in found:
+        print(f"{name:<{width}}  {purpose}".rstrip())
+    return 0
+
+
 def _help_keys(arguments: argparse.Namespace, environment: _Environment) -> int:
     section = arguments.help_keys
     if section and section not in all_keys():
@@ -246,5 +259,6 @@ _VERBS: dict[str, Callable[[argparse.Namespace, _Environment], int]] = {
     "config": _config,
     "train": _train,
     "processes": _processes,
+    "presets": _presets,
     "help-keys": _help_keys,
 }

@@ -33,7 +33,10 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         (f"{ALIGN}.dpo.max_prompt_length=4096", "must be below data.seq_length (4096)"),
         (f"{ALIGN}.dpo.kl_beta=0", "kl_beta: must be above 0, but is 0.0"),
         (f"{ALIGN}.dpo.label_smoothing=0.5", "label_smoothing: must be below 0.5, but is 0.5"),
-        (f"{ALIGN}.dpo.loss_type=ipo", "loss_type: must be sigmoid, but is 'ipo'"),
+        (
+            f"{ALIGN}.dpo.loss_type=ippo",
+            "apo_down, discopop, sigmoid_norm or a list of them, but is 'ippo'; did you mean ipo?",
+        ),
         (f"{ALIGN}.dpo.truncation_mode=start", "must be one of keep_start, keep_end, but is 'start'"),
         (
             "precision.type=fp16",
@@ -42,10 +45,13 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         ),
         (
             f"{ALIGN}.orpo.beta=0.1",
-            f"{ALIGN}: must have exactly one of dpo, orpo and sft, but has dpo and orpo; "
+            f"{ALIGN}: must have exactly one of dpo, orpo, cpo, simpo and sft, but has dpo and orpo; "
             f"drop one, e.g. with the override ~{ALIGN}.orpo",
         ),
-        (f"{ALIGN}.dpo=null", f"{ALIGN}: must have exactly one of dpo, orpo and sft, but has none"),
+        (
+            f"{ALIGN}.dpo=null",
+            f"{ALIGN}: must have exactly one of dpo, orpo, cpo, simpo and sft, but has none",
+        ),
         ("model_source=megatron", "model_source: must be hf"),
         ("model.moe.num_experts=8", "model.moe: mixtures of experts are not supported"),
         ("trainer.max_steps=-1", "training would never end"),
@@ -97,13 +103,13 @@ def test_faults_of_reading_and_of_checking_come_together(reject: Reject) -> None
     message = reject(
         *("trainer.max_step=5", "data.train_dir=/nowhere.jsonl", "data.global_batch_size=3"),
         *("data.micro_batch_size=2", f"{SPREAD}.tensor_model_parallel_size=3", "trainer.devices=3"),
-        *(f"{ALIGN}.dpo.loss_type=ipo", "model.optim.sched.name=rprop", "data.seq_length=16384"),
+        *(f"{ALIGN}.dpo.loss_type=ippo", "model.optim.sched.name=rprop", "data.seq_length=16384"),
         "model.encoder_seq_length=8192",
     )
     assert message.startswith("10 faults in ")
     for path in (
         *("trainer.max_step: is not", "data.train_dir: must be a file", "data.global_batch_size: must be a"),
-        *("must divide num_attention_heads (32), but is 3", "loss_type: must be sigmoid"),
+        *("must divide num_attention_heads (32), but is 3", "loss_type: must be one of sigmoid"),
         *("sched.name: must be a schedule", "data.seq_length: must not be above", "must be 1 (engine native"),
     ):
         assert path in message

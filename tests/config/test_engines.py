@@ -48,7 +48,6 @@ def test_engine_is_chosen(load: Load, overrides: list[str], neuron: bool, wanted
         ("distributed_strategy.virtual_pipeline_model_parallel_size=2", "must be 1"),
         ("distributed_strategy.fsdp=True", "fsdp: must be False"),
         ("model_alignment_strategy.peft={}", "peft: must not be set"),
-        ("model_alignment_strategy.loss=my.loss", "loss: must not be set"),
     ],
 )
 def test_limits_of_the_native_engine(load: Load, override: str, rule: str) -> None:

@@ -48,7 +48,8 @@ def test_tiny_yamls_follow_the_demo_folder(
     repo: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"tiny_llama_{objective}_config"
-    assert load_config(name, [], repo / "conf").data.train_dir == "demo_run/data/train.jsonl"
+    file = "sft.jsonl" if objective == "SFT" else "train.jsonl"
+    assert load_config(name, [], repo / "conf").data.train_dir == f"demo_run/data/{file}"
     monkeypatch.setenv("NXDT_DEMO_DIR", "/elsewhere")
     config = load_config(name, [], repo / "conf")
     assert config.data.tokenizer.type == "/elsewhere/tokenizer"
@@ -258,7 +259,7 @@ def test_all_faults_come_in_one_message(load: Load) -> None:
 trainer: {max_step: 5, devices: many}
 data: {micro_batch_size: 1.5, seq_lenght: 64, tokenizer: gpt2, on_bad_record: skip}
 model: {micro_batch_size: 1, fusions: [softmax], max_position_embeddings: '${.nothing}', hidden_size: '???'}
-model_alignment_strategy: {dpo: {kl_beta: high, loss_type: ipo, truncation_mode: keep_strat}}
+model_alignment_strategy: {dpo: {kl_beta: high, loss_type: ippo, truncation_mode: keep_strat}}
 precision: {type: bf16}
 """
     with pytest.raises(ConfigError) as error:
@@ -275,7 +276,7 @@ precision: {type: bf16}
     assert "cannot be resolved" in faults["model.max_position_embeddings"]
     assert "cannot be resolved" in faults["model.hidden_size"]
     assert faults["model_alignment_strategy.dpo.kl_beta"].endswith("must be a number, but is 'high'")
-    assert "must be sigmoid, but is 'ipo'" in faults["model_alignment_strategy.dpo.loss_type"]
+    assert "but is 'ippo'; did you mean ipo?" in faults["model_alignment_strategy.dpo.loss_type"]
     assert faults["model_alignment_strategy.dpo.truncation_mode"].endswith("did you mean keep_start?")
     assert "must be one of fp32, bf16SR," in faults["precision.type"]
     assert len(faults) == 14

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nxdt_align.batch import IGNORE_LABEL, Batch
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss, ORPOLoss
+from nxdt_align.losses.preference import DPOLoss
+from nxdt_align.losses.reference_free import CPOLoss, ORPOLoss, SimPOLoss
 from nxdt_align.losses.supervised import SFTLoss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 
@@ -21,6 +22,7 @@ TakeRows = Callable[[Batch, int, int], Batch]
 # 8 pairs in 6 rows of 2 places a row; the last row is empty, and places end up empty elsewhere too.
 ROWS = [[3, 2, 1, 4], [5, 1, 0, 0], [0, 0, 2, 2], [1, 1, 7, 3], [2, 6, 4, 4], [0, 0, 0, 0], [3, 3, 0, 0]]
 PAIRS = 9.0
+ALL = [DPOLoss(0.3), DPOLoss(0.3, 0.2), ORPOLoss(0.1), SimPOLoss(), CPOLoss(), SFTLoss()]
 TOKENS = float(sum(map(sum, ROWS)))
 
 
@@ -59,10 +61,33 @@ def test_dpo_share_and_metrics_by_hand(make_batch: MakeBatch) -> None:
             "rewards/margins": 1.5,
             "logps/chosen": -1.0,
             "logps/rejected": -1.5,
+            "logps/chosen_per_token": -0.5,
+            "logps/rejected_per_token": -1.5,
+            "rewards/accuracies_chosen_longer": 0.5,
+            "rewards/accuracies_chosen_longer (divisor)": 0.5,
+            "rewards/accuracies_rejected_longer": 0.0,
+            "rewards/accuracies_rejected_longer (divisor)": 0.0,
         }
     )
     slope = 1 / (1 + math.exp(3)) / 2
     torch.testing.assert_close(gradient, torch.tensor([[-slope, -slope, slope]]))
+
+
+def test_accuracy_by_which_response_is_longer(make_batch: MakeBatch) -> None:
+    """Chosen longer: right, wrong. Rejected longer: right. Equal: wrong, in neither. A global mean of the
+    first is 1/2, over both halves of the batch; of the second 1. Half a batch without such a pair
+    leaves its metric out, but adds up with the other half."""
+    rows = [[2, 1], [3, 1], [1, 2], [2, 2]]
+    logps = torch.tensor([[-1.0, -1, -3, 0], [-1, -1, -1, -1], [-1, -1, -1, 0], [-2, -2, -1, -1]])
+    objective = GlobalMeanObjective(DPOLoss(1.0, reference_free=True))
+    whole = objective(make_batch(rows, 4.0, 14.0), logps)[1]
+    assert objective.finish(whole)["rewards/accuracies"].item() == 0.5
+    assert objective.finish(whole)["rewards/accuracies_chosen_longer"].item() == 0.5
+    assert objective.finish(whole)["rewards/accuracies_rejected_longer"].item() == 1.0
+    halves = [objective(make_batch(rows[i : i + 2], 4.0, 14.0), logps[i : i + 2])[1] for i in (0, 2)]
+    assert "rewards/accuracies_rejected_longer" not in objective.finish(halves[0])
+    summed = {name: halves[0][name] + halves[1][name] for name in whole}
+    assert objective.finish(summed) == objective.finish(whole)
 
 
 def test_orpo_reports_means_a_token_and_its_own_metrics(make_batch: MakeBatch) -> None:
@@ -88,7 +113,7 @@ def test_sft_divides_by_tokens(make_batch: MakeBatch) -> None:
     torch.testing.assert_close(gradient, torch.full((1, 4), -1 / 8))
 
 
-@pytest.mark.parametrize("loss", [DPOLoss(0.3), DPOLoss(0.3, 0.2), ORPOLoss(0.1), SFTLoss()])
+@pytest.mark.parametrize("loss", ALL)
 def test_any_split_adds_up_to_the_same(make_batch: MakeBatch, take_rows: TakeRows, loss: Loss) -> None:
     batch, logps = preference_batch(make_batch)
     objective = GlobalMeanObjective(loss)
@@ -218,8 +243,8 @@ class ReadsLogits(OutsideLoss):
     needs_logits = True
 
 
-class Couples(OutsideLoss):
-    couples_examples = True
+class CouplesTokens(OutsideLoss):
+    couples_examples = needs_tokens = True
 
 
 class NeedsCollisions(OutsideLoss):
@@ -229,9 +254,11 @@ class NeedsCollisions(OutsideLoss):
 def test_what_no_engine_can_serve_is_refused(make_batch: MakeBatch) -> None:
     with pytest.raises(ValueError, match="reads logits, which are never kept"):
         GlobalMeanObjective(ReadsLogits())
-    with pytest.raises(ValueError, match="couples the examples"):
-        GlobalMeanObjective(Couples())
+    with pytest.raises(ValueError, match=r"couples the examples .* wants each token's log-probability"):
+        GlobalMeanObjective(CouplesTokens())
     batch = make_batch([[1, 1], [1, 1]], 2.0, 4.0)
+    with pytest.raises(ValueError, match="no value for a micro-batch alone"):
+        GlobalMeanObjective(DPOLoss(0.1, loss_types=("aot",)))(batch, torch.zeros(2, 2))
     with pytest.raises(ValueError, match="needs the log of summed squared probabilities"):
         GlobalMeanObjective(NeedsCollisions())(batch, torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"one value an example, shape \(2,\), but returned shape \(\)"):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nxdt_align.losses.preference import DPOLoss, ORPOLoss, log1mexp, log_odds_ratio, sigmoid_loss
+from nxdt_align.losses.forms import sigmoid_loss
+from nxdt_align.losses.preference import DPOLoss
+from nxdt_align.losses.reference_free import ORPOLoss, log1mexp, log_odds_ratio
 from nxdt_align.losses.types import ResponseLogps
 
 Slots = Callable[..., ResponseLogps]

@@ -21,14 +21,12 @@ from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.errors import UserError
-from nxdt_align.losses.registry import build_loss
+from nxdt_align.losses.custom import load_loss
+from nxdt_align.losses.registry import build_loss, loss_settings
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
 
 log = logging.getLogger(__name__)
-
-LOSS_SETTINGS = {"dpo": ("kl_beta", "loss_type", "label_smoothing"), "orpo": ("beta",), "sft": ()}
-"""Objective -> the keys of its section that are the loss's; the others are about data and reference."""
 
 
 def start_processes(config: Config, env: RunEnv) -> Topology:
@@ -148,7 +146,9 @@ def precision(config: Config) -> Precision:
 
 
 def loss(config: Config) -> Loss:
-    """The loss that ``model_alignment_strategy`` chooses."""
+    """The loss that ``model_alignment_strategy`` chooses. Raises UserError for one's own that is unfit."""
     strategy = config.model_alignment_strategy
-    settings = LOSS_SETTINGS[strategy.objective]
-    return build_loss(strategy.objective, {name: getattr(strategy.active, name) for name in settings})
+    if strategy.loss is not None:
+        return load_loss(strategy.loss, strategy.loss_settings, paired=strategy.objective != "sft")
+    settings = {name: getattr(strategy.active, name) for name in loss_settings(strategy.objective)}
+    return build_loss(strategy.objective, settings)

@@ -59,6 +59,7 @@ class Run:
         self.device = parts.device(config, env)
         if not env.compile_only:
             self._require_writable_places()
+        self.objective = GlobalMeanObjective(parts.loss(config))
         self.topology = parts.start_processes(config, env)
         self.model_config = parts.model_config(config)
         self.start = parts.start_weights(config, self.model_config)
@@ -72,7 +73,6 @@ class Run:
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         self.precision = parts.precision(config)
         self.engine = self._build_engine()
-        self.objective = GlobalMeanObjective(parts.loss(config))
 
     def _build_engine(self) -> Engine:
         model = self.config.model
@@ -223,6 +223,9 @@ class Run:
             "tokenization": self.tokenization.fingerprint(),
             "precision": str(self.precision),
         }
+        dpo = self.config.model_alignment_strategy.dpo
+        if dpo is not None and dpo.ld_alpha is not None:
+            made_from["ld_alpha"] = str(dpo.ld_alpha)
         return ReferenceStore(
             self._cache("reference"),
             fingerprint_of(made_from),

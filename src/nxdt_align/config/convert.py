@@ -128,7 +128,11 @@ def _convert(hint: Any, value: Any, path: str, walk: Walk, is_path: bool) -> Any
 
 def _wanted(options: list[Any]) -> str:
     choices = [type_name(option).replace(" | ", ", ") for option in options if get_origin(option) is Literal]
-    others = [_with_article(type_name(o)) for o in options if get_origin(o) is not Literal]
+    others = [
+        "a list of them" if get_args(o)[:1] in [(c,) for c in options] else _with_article(type_name(o))
+        for o in options
+        if get_origin(o) is not Literal
+    ]
     return " or ".join([*(f"one of {c}" if ", " in c else c for c in choices), *others])
 
 

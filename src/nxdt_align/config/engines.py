@@ -44,7 +44,6 @@ LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
         **{f"distributed_strategy.{key}": (1, _ONE_DEVICE.format(key=key)) for key in _PARALLEL_KEYS},
         "distributed_strategy.fsdp": (False, "leave it out"),
         "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
-        "model_alignment_strategy.loss": (None, "leave it out"),
     },
     "nxd": {},
 }

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from nxdt_align.config.alignment import MAX_PROMPT_LENGTH
+from nxdt_align.config.alignment import MAX_PROMPT_LENGTH, OBJECTIVES
 from nxdt_align.config.convert import ALIASES, Walk, build_section
 from nxdt_align.config.faults import ConfigError, Fault, did_you_mean
 from nxdt_align.config.keys import accepts_text, all_keys, key_fields
@@ -77,6 +77,26 @@ def find_config(name: str, config_dir: Path | None = None) -> Path:
     there = f"there are: {', '.join(known)}" if known else "there are no configs in that folder"
     near = did_you_mean(Path(file).stem, known)
     raise UserError(f"no config {name!r}: looked for {looked}; {near + ' ' if near else ''}{there}")
+
+
+def presets(config_dir: Path | None = None) -> list[tuple[str, str]]:
+    """The configs where names are looked up, and what each is for: the first line of its comment.
+
+    Raises UserError where there are none.
+    """
+    folders = [config_dir] if config_dir is not None else default_config_dirs()
+    files: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.yaml")):
+            files.setdefault(path.stem, path)
+    if not files:
+        raise UserError(f"there are no configs in {', '.join(map(str, folders))}")
+    return [(name, _purpose(files[name])) for name in sorted(files)]
+
+
+def _purpose(path: Path) -> str:
+    first = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
 def to_yaml(config: Config) -> str:
@@ -224,7 +244,7 @@ def _derive(config: Config, given: frozenset[str]) -> Config:
         data = dataclasses.replace(data, seq_length=config.model.encoder_seq_length)
     strategy = config.model_alignment_strategy
     limit = min(MAX_PROMPT_LENGTH, data.seq_length // 2)
-    for name in ("dpo", "orpo", "sft"):
+    for name in OBJECTIVES:
         objective = getattr(strategy, name)
         if objective is not None and f"model_alignment_strategy.{name}.max_prompt_length" not in given:
             shorter = dataclasses.replace(objective, max_prompt_length=limit)

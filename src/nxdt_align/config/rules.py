@@ -10,7 +10,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.faults import Fault, did_you_mean
+from nxdt_align.config.objectives import NOTICES as OBJECTIVE_NOTICES
+from nxdt_align.config.objectives import RULES as OBJECTIVE_RULES
 from nxdt_align.config.optim import (
     OPTIMIZERS,
     REQUIRED_SCHEDULER_SETTINGS,
@@ -26,6 +29,7 @@ _DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
 _AT_LEAST, _ABOVE = "at least", "above"
 _STRATEGY = "distributed_strategy"
 _ALIGN = "model_alignment_strategy"
+_SMOOTHING = tuple(f"{_ALIGN}.{name}.label_smoothing" for name in ("dpo", "cpo", "simpo"))
 
 RANGES: dict[str, tuple[str, float]] = {
     "seed": (_AT_LEAST, 0),
@@ -58,11 +62,16 @@ RANGES: dict[str, tuple[str, float]] = {
     "model.rope_theta": (_ABOVE, 0),
     "model.optim.lr": (_AT_LEAST, 0),
     f"{_ALIGN}.dpo.kl_beta": (_ABOVE, 0),
-    f"{_ALIGN}.dpo.label_smoothing": (_AT_LEAST, 0),
-    f"{_ALIGN}.dpo.max_prompt_length": (_AT_LEAST, 1),
+    f"{_ALIGN}.dpo.gamma": (_ABOVE, 0),
+    f"{_ALIGN}.dpo.discopop_tau": (_ABOVE, 0),
+    f"{_ALIGN}.dpo.ld_alpha": (_AT_LEAST, 0),
     f"{_ALIGN}.orpo.beta": (_ABOVE, 0),
-    f"{_ALIGN}.orpo.max_prompt_length": (_AT_LEAST, 1),
-    f"{_ALIGN}.sft.max_prompt_length": (_AT_LEAST, 1),
+    f"{_ALIGN}.cpo.beta": (_ABOVE, 0),
+    f"{_ALIGN}.simpo.beta": (_ABOVE, 0),
+    f"{_ALIGN}.simpo.gamma": (_AT_LEAST, 0),
+    **{f"{_ALIGN}.{name}.max_prompt_length": (_AT_LEAST, 1) for name in OBJECTIVES},
+    **{f"{_ALIGN}.{name}.nll_scale": (_AT_LEAST, 0) for name in ("dpo", "orpo", "cpo", "simpo")},
+    **dict.fromkeys(_SMOOTHING, (_AT_LEAST, 0)),
     f"{_ALIGN}.peft.lora_rank": (_AT_LEAST, 1),
 }
 """Path -> lower bound."""
@@ -97,11 +106,15 @@ def ranges(config: Config) -> Iterator[Fault]:
         keeps = operator.ge if kind == _AT_LEAST else operator.gt
         if value is not None and not keeps(value, bound):
             yield Fault(path, f"must be {kind} {bound:g}", value)
-    smoothing = lookup(config, f"{_ALIGN}.dpo.label_smoothing")
-    if smoothing is not None and smoothing >= 0.5:
-        yield Fault(f"{_ALIGN}.dpo.label_smoothing", "must be below 0.5", smoothing)
     if config.seed >= 2**32:
         yield Fault("seed", "must be below 4294967296", config.seed)
+    for path in _SMOOTHING:
+        smoothing = lookup(config, path)
+        if smoothing is not None and smoothing >= 0.5:
+            yield Fault(path, "must be below 0.5", smoothing)
+    ld_alpha = lookup(config, f"{_ALIGN}.dpo.ld_alpha")
+    if ld_alpha is not None and ld_alpha > 1:
+        yield Fault(f"{_ALIGN}.dpo.ld_alpha", "must be at most 1", ld_alpha)
     lnc = config.trainer.lnc
     if lnc not in (None, 1, 2):
         yield Fault("trainer.lnc", "must be 1 or 2", lnc)
@@ -125,7 +138,7 @@ def required(config: Config) -> Iterator[Fault]:
 
 
 def objective(config: Config) -> Iterator[Fault]:
-    chosen = [name for name in ("dpo", "orpo", "sft") if lookup(config, f"{_ALIGN}.{name}")]
+    chosen = [name for name in OBJECTIVES if lookup(config, f"{_ALIGN}.{name}")]
     if len(chosen) != 1:
         found = f"has {' and '.join(chosen)}" if chosen else "has none"
         advice = (
@@ -133,7 +146,8 @@ def objective(config: Config) -> Iterator[Fault]:
             if chosen
             else f"e.g. {_ALIGN}.dpo: {{}} for DPO with its defaults"
         )
-        yield Fault(_ALIGN, f"must have exactly one of dpo, orpo and sft, but {found}", advice=advice)
+        names = f"{', '.join(OBJECTIVES[:-1])} and {OBJECTIVES[-1]}"
+        yield Fault(_ALIGN, f"must have exactly one of {names}, but {found}", advice=advice)
 
 
 def model_source(config: Config) -> Iterator[Fault]:
@@ -194,7 +208,7 @@ def lengths(config: Config) -> Iterator[Fault]:
             seq_length,
             involves=("model.encoder_seq_length",),
         )
-    for name in ("dpo", "orpo", "sft"):
+    for name in OBJECTIVES:
         settings = getattr(config.model_alignment_strategy, name)
         if settings is not None and settings.max_prompt_length >= seq_length:
             path = f"{_ALIGN}.{name}.max_prompt_length"
@@ -265,7 +279,7 @@ def _unknown_settings(section: str, params: Any, known: frozenset[str]) -> Itera
 
 
 RULES: tuple[Rule, ...] = (
-    *(ranges, fixed, required, objective, model_source, parallel_sizes, lengths),
+    *(ranges, fixed, required, objective, *OBJECTIVE_RULES, model_source, parallel_sizes, lengths),
     *(trainer, optimizer, scheduler),
 )
 
@@ -279,14 +293,6 @@ def validation_is_off(config: Config) -> Iterator[str]:
             f"trainer.limit_val_batches is {config.trainer.limit_val_batches}: validation is off, "
             "data.val_dir is not read, and no reference log-probabilities are computed for it"
         )
-
-
-def reference_is_not_needed(config: Config) -> Iterator[str]:
-    strategy = config.model_alignment_strategy
-    unused = [k for k in ("reference_model", "reference_dtype") if getattr(strategy, k) is not None]
-    if strategy.dpo is None and unused:
-        names = " and ".join(f"{_ALIGN}.{key}" for key in unused)
-        yield f"{names} has no effect: {strategy.objective} has no reference"
 
 
 def settings_without_effect(config: Config) -> Iterator[str]:
@@ -304,5 +310,5 @@ def settings_without_effect(config: Config) -> Iterator[str]:
 
 
 NOTICES: tuple[Callable[[Config], Iterator[str]], ...] = (
-    *(validation_is_off, reference_is_not_needed, settings_without_effect),
+    *(validation_is_off, *OBJECTIVE_NOTICES, settings_without_effect),
 )

@@ -38,6 +38,8 @@ class Collator:
     layout: Layout
     roles: tuple[SlotRole, ...]
     """Role of each response of an example: (CHOSEN, REJECTED) or (SINGLE,)."""
+    tail_weight: float | None = None
+    """What a pair's tokens beyond its shorter response count (LD-DPO); None: 1."""
 
     def __call__(self, rows: Sequence[Sequence[int]], bucket: Bucket, counts: GlobalCounts) -> Batch:
         """``rows``: for each planned row, indices of its examples in the data set. In layout none a
@@ -46,7 +48,8 @@ class Collator:
             filled = [row for indices in rows for row in self._single_rows(indices, bucket)]
         else:
             filled = [self._packed_row(indices, bucket) for indices in rows]
-        return _to_batch(filled, counts)
+        batch = _to_batch(filled, counts)
+        return batch if self.tail_weight is None else batch.with_tail_weight(self.tail_weight)
 
     def _single_rows(self, indices: Sequence[int], bucket: Bucket) -> list[_Row]:
         result = []

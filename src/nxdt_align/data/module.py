@@ -18,7 +18,7 @@ from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.records import DataError, RecordSet, Source, load_records
 from nxdt_align.data.sampler import StepSampler
 from nxdt_align.data.steps import StepDataset, look_up_reference
-from nxdt_align.data.tokenize import Tokenization, tokenize_records
+from nxdt_align.data.tokenize import Tokenization, WholeSequences, tokenize_records
 from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,11 @@ class ModelAlignmentDataModule(LightningDataModule):
             return "packed" if sft is not None and sft.packing else "none"
         return self._config.data.packing or DEFAULT_LAYOUT
 
+    @property
+    def _tail_weight(self) -> float | None:
+        dpo = self._config.model_alignment_strategy.dpo
+        return None if dpo is None else dpo.ld_alpha
+
     def _records(self, sources: list[Source], split: Split) -> RecordSet:
         data, strategy = self._config.data, self._config.model_alignment_strategy
         try:
@@ -116,6 +121,9 @@ class ModelAlignmentDataModule(LightningDataModule):
         if records.report.total:
             log.warning("%s", records.report.summary())
         examples = tokenize_records(records.records, self._tokenization, self._cache_dir)
+        sft = self._config.model_alignment_strategy.sft
+        if sft is not None and sft.train_on_prompt:
+            examples = WholeSequences(examples)
         planner = RowPlanner(
             examples,
             self.layout,
@@ -126,7 +134,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             micro_batch_size=data.micro_batch_size,
             min_micro_batches=self._min_micro_batches,
         )
-        dataset = StepDataset(examples, planner, self.layout, self._topology)
+        dataset = StepDataset(examples, planner, self.layout, self._topology, self._tail_weight)
         log.info(
             "%s data: %d examples, %d truncated; %s",
             split,

@@ -41,13 +41,18 @@ class StepDataset(Dataset[list[Batch]]):
     """
 
     def __init__(
-        self, examples: TokenizedSet, planner: RowPlanner, layout: Layout, topology: Topology
+        self,
+        examples: TokenizedSet,
+        planner: RowPlanner,
+        layout: Layout,
+        topology: Topology,
+        tail_weight: float | None = None,
     ) -> None:
         self.examples = examples
         self.planner = planner
         self._topology = topology
         paired = examples.response_lengths.shape[1] == 2
-        self._collate = Collator(examples, layout, PAIR_ROLES if paired else SINGLE_ROLES)
+        self._collate = Collator(examples, layout, PAIR_ROLES if paired else SINGLE_ROLES, tail_weight)
         self._response_tokens = examples.response_lengths.sum(1)
 
     def __getitem__(self, indices: Sequence[int]) -> list[Batch]:

@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ __all__ = [
     "Tokenization",
     "TokenizedSet",
     "Truncation",
+    "WholeSequences",
     "load_tokenizer",
     "tokenize_records",
 ]
@@ -234,6 +235,26 @@ class TokenizedSet:
     def __getitem__(self, index: int) -> Example:
         row = int(self._rows[index])
         return Example(self.record_ids[index], self._columns.prompt(row), self._columns.responses(row))
+
+
+class WholeSequences(TokenizedSet):
+    """Single responses with all of their prompt but its first token counted as response.
+
+    So supervised fine-tuning trains on everything that can be predicted. No token is added or lost.
+    """
+
+    def __init__(self, examples: TokenizedSet) -> None:
+        self._columns, self._rows = examples._columns, examples._rows
+        self.record_ids = examples.record_ids
+        self.prompt_lengths = np.ones_like(examples.prompt_lengths)
+        self.response_lengths = examples.response_lengths + examples.prompt_lengths[:, None] - 1
+        self.truncated = examples.truncated
+        self.identical_after_truncation = examples.identical_after_truncation
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        whole = tuple(np.concatenate([example.prompt[1:], response]) for response in example.responses)
+        return replace(example, prompt=example.prompt[:1], responses=whole)
 
 
 def tokenize_records(

@@ -31,14 +31,35 @@ class Objective(Protocol):
     there is no label. Returns the micro-batch's share of the global-batch loss (a scalar already
     divided by the global count, so that shares add up), and its shares of the metrics, each a
     scalar without gradient that adds up in the same way.
+
+    An objective that couples the examples of a global batch is called otherwise: ``statistics`` of every
+    micro-batch, computed without gradients, are gathered from all micro-batches and data-parallel
+    ranks; ``couple`` of all gives loss, metrics and the gradients of the slots' log-probabilities, on
+    every rank; ``surrogate`` of a micro-batch and its rows of those gradients is what backward starts
+    from.
     """
 
     needs_reference: bool
     needs_collisions: bool
+    couples_examples: bool
 
     def __call__(
         self, batch: Batch, token_logps: Tensor, collisions: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def statistics(self, batch: Batch, token_logps: Tensor, collisions: Tensor | None = None) -> Tensor:
+        """(B * R, K) float32, rows in the order of the micro-batch's slots."""
+        ...
+
+    def couple(
+        self, table: Tensor, batch: Batch, *, training: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """(N, K) -> loss, metrics, and (N, 2) gradients in the order of ``table``."""
+        ...
+
+    def surrogate(self, batch: Batch, token_logps: Tensor, gradients: Tensor) -> Tensor:
+        """A scalar with the coupled loss's gradient; ``gradients``: (B * R, 2)."""
+        ...
 
 
 class WeightSource(Protocol):

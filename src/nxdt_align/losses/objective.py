@@ -1,15 +1,35 @@
 """From a loss to what an engine runs: shares of a global mean, and shares of its metrics.
 
-Legend: ``P`` examples of a micro-batch: pairs, or single responses for SFT.
+Legend: ``P`` examples of a micro-batch: pairs, or single responses for SFT. ``N`` slots of a global
+batch, ``K`` columns of its table (``coupling.py``).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from nxdt_align.batch import Batch
+from nxdt_align.errors import UserError
+from nxdt_align.losses import coupling
+from nxdt_align.losses.metrics import example_metrics, finish
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
+
+
+@runtime_checkable
+class RememberingLoss(Protocol):
+    """A loss with something that outlives a step, such as BCO's running mean."""
+
+    def initial_state(self) -> Tensor | None:
+        """What it remembers before the first step; None for nothing."""
+        ...
+
+    def next_state(self, state: Tensor, policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor: ...
+
+    def with_state(self, state: Tensor) -> Loss: ...
 
 
 class GlobalMeanObjective:
@@ -20,24 +40,29 @@ class GlobalMeanObjective:
     The loss is a mean over what ``normaliser`` says ("pairs" or "tokens"), metrics are means over
     examples. Shapes are static and nothing branches on a tensor's value.
 
-    Raises ValueError for a loss that no engine can serve.
+    Where ``couples_examples``, an engine goes by ``statistics``, ``couple`` and ``surrogate`` instead.
+
+    Raises UserError for a loss that no engine can serve.
     """
 
     def __init__(self, loss: Loss) -> None:
         if loss.needs_logits:
-            raise ValueError(
+            raise UserError(
                 f"{loss} reads logits, which are never kept: log-probabilities are computed in chunks. "
                 "Choose a loss of log-probabilities"
             )
-        if loss.couples_examples:
-            raise ValueError(
-                f"{loss} couples the examples of a global batch, so its value would depend on the split "
-                "into micro-batches. Choose a loss that treats each example by itself"
+        if loss.couples_examples and loss.needs_tokens:
+            raise UserError(
+                f"{loss} couples the examples of a global batch and wants each token's log-probability; "
+                "only sums a response are gathered. Choose one of the two"
             )
         self.loss = loss
         self.needs_reference = loss.needs_reference
         self.needs_collisions = loss.needs_collisions
+        self.couples_examples = loss.couples_examples
         self.normaliser = loss.normaliser
+        self.state = loss.initial_state() if isinstance(loss, RememberingLoss) else None
+        """What the loss remembers of earlier steps: part of a checkpoint."""
 
     def __call__(
         self, batch: Batch, token_logps: Tensor, collisions: Tensor | None = None
@@ -45,21 +70,61 @@ class GlobalMeanObjective:
         """The micro-batch's share of the loss, () float32, and of each metric, () float32 detached.
 
         ``token_logps`` and ``collisions``: (B, T) float32. Raises ValueError where the loss needs
-        reference log-probabilities or collisions and there are none.
+        reference log-probabilities or collisions and there are none, or couples the batch's examples.
         """
+        if self.couples_examples:
+            raise ValueError(
+                f"{self.loss} couples the examples of a global batch: it has no value for a micro-batch alone"
+            )
+        policy = self._policy(batch, token_logps, collisions)
+        output = self.loss(policy, self._reference(batch, policy))
+        return self._shares(policy, output, batch)
+
+    @staticmethod
+    def finish(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics to report, see ``metrics.finish``."""
+        return finish(metrics)
+
+    # A loss that couples the batch's examples
+
+    def statistics(self, batch: Batch, token_logps: Tensor, collisions: Tensor | None = None) -> Tensor:
+        """(B * R, K) float32: what the loss has to know of a micro-batch's slots, without gradients."""
+        policy = self._policy(batch, token_logps.detach(), collisions)
+        return coupling.to_table(policy, self._reference(batch, policy))
+
+    def couple(
+        self, table: Tensor, batch: Batch, *, training: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss and metrics of the whole global batch, and (N, 2) gradients of its slots' log-probs.
+
+        ``table``: (N, K), the statistics of all micro-batches and ranks in any fixed order; ``batch``:
+        any of the micro-batches, for the global counts. ``training`` lets the loss remember the batch.
+        """
+        with torch.enable_grad():
+            policy, reference = coupling.from_table(table)
+            output = self._loss_now(policy, reference, training)(policy, reference)
+            share, metrics = self._shares(policy, output, batch)
+            gradients = coupling.gradients_of(share, policy)
+        return share.detach(), metrics, gradients
+
+    def surrogate(self, batch: Batch, token_logps: Tensor, gradients: Tensor) -> Tensor:
+        """A scalar with the coupled loss's gradient, from this micro-batch's rows of ``gradients``."""
+        return coupling.surrogate(ResponseLogps.from_tokens(batch, token_logps), gradients)
+
+    def _loss_now(self, policy: ResponseLogps, reference: ResponseLogps, training: bool) -> Loss:
+        if self.state is None or not isinstance(self.loss, RememberingLoss):
+            return self.loss
+        state = self.state.to(policy.sums.device)
+        if training:
+            self.state = state = self.loss.next_state(state, policy, reference)
+        return self.loss.with_state(state)
+
+    # Parts
+
+    def _policy(self, batch: Batch, token_logps: Tensor, collisions: Tensor | None) -> ResponseLogps:
         if self.needs_collisions and collisions is None:
             raise ValueError(f"{self.loss} needs the log of summed squared probabilities, but got none")
-        policy = ResponseLogps.from_tokens(batch, token_logps, collisions, self.loss.needs_tokens)
-        output = self.loss(policy, self._reference(batch, policy))
-        valid = policy.valid[0::2] & policy.valid[1::2] if self.loss.paired else policy.valid
-        _check_shapes(self.loss, output, valid)
-        # Engines may hand scalars on expanded to the rows.
-        pairs, tokens = batch.global_pairs.reshape(-1)[0], batch.global_tokens.reshape(-1)[0]
-        share = _masked_sum(output.losses, valid) / (tokens if self.normaliser == "tokens" else pairs)
-        with torch.no_grad():
-            values = _metric_values(policy, output)
-            metrics = {name: _masked_sum(value, valid) / pairs for name, value in values.items()}
-        return share, metrics
+        return ResponseLogps.from_tokens(batch, token_logps, collisions, self.loss.needs_tokens)
 
     def _reference(self, batch: Batch, policy: ResponseLogps) -> ResponseLogps | None:
         if not self.needs_reference:
@@ -71,23 +136,18 @@ class GlobalMeanObjective:
             )
         return policy.with_sums(batch.reference_logps)
 
-
-def _metric_values(policy: ResponseLogps, output: LossOutput) -> dict[str, Tensor]:
-    """Metrics an example, (P,) each: NxDT's names, TRL's names, then the loss's own."""
-    values: dict[str, Tensor] = {}
-    chosen, rejected = output.chosen_rewards, output.rejected_rewards
-    if chosen is not None and rejected is not None:
-        values = {
-            "chosen_rewards": chosen,
-            "rejected_rewards": rejected,
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).float(),
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": policy.chosen_logps,
-            "logps/rejected": policy.rejected_logps,
-        }
-    return {**values, **output.extras}
+    def _shares(
+        self, policy: ResponseLogps, output: LossOutput, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        valid = policy.valid[0::2] & policy.valid[1::2] if self.loss.paired else policy.valid
+        _check_shapes(self.loss, output, valid)
+        # Engines may hand scalars on expanded to the rows.
+        pairs, tokens = batch.global_pairs.reshape(-1)[0], batch.global_tokens.reshape(-1)[0]
+        share = _masked_sum(output.losses, valid) / (tokens if self.normaliser == "tokens" else pairs)
+        with torch.no_grad():
+            values = example_metrics(policy, output)
+            metrics = {name: _masked_sum(value, valid) / pairs for name, value in values.items()}
+        return share, metrics
 
 
 def _masked_sum(values: Tensor, valid: Tensor) -> Tensor:

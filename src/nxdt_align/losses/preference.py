@@ -1,149 +1,230 @@
-"""Preference losses: pure functions of the log-probabilities of chosen and rejected responses.
-
-Legend: ``P`` pairs of a micro-batch. All arithmetic is float32, whatever dtype comes in.
-"""
+"""DPO and its family: losses of pairs against a reference, alone or as a weighted sum of several."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nxdt_align.losses.divergence import F_DIVERGENCES, divergence_score
+from nxdt_align.losses.forms import EXO_LABEL_SMOOTHING, FORMS, FormSettings, PairScores
+from nxdt_align.losses.modifiers import check_positive, check_scale, check_smoothing, nll, wpo_weights
 from nxdt_align.losses.types import LossOutput, Normaliser, ResponseLogps
 
-LOG_PROBABILITY_MAX = -1e-12
-"""``log1mexp`` takes anything above this, 0 (probability 1) and rounding above 0 included, for this:
-the value stops at log(1e-12) = -27.6, and the gradient there is 0 instead of infinite."""
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, same shape as ``x``; float32, or float64 where ``x`` is.
-
-    ``log(1 - exp(x))`` as written cancels to log(0) for x near 0. Splitting at -ln 2 between expm1
-    and log1p keeps value and gradient, -1 / expm1(-x), to rounding error
-    (Maechler 2012, https://cran.r-project.org/web/packages/Rmpfr/vignettes/log1mexp-note.pdf).
-    By hand: x = -ln 2 gives ln(1/2) = -0.6931 and gradient -1; x = -1e-8 gives -18.4207 and -1e8.
-    """
-    x = (x if x.dtype == torch.float64 else x.float()).clamp(max=LOG_PROBABILITY_MAX)
-    near_zero = x > -math.log(2.0)
-    # Each branch gets an input that is safe for it: where's backward multiplies the branch not taken
-    # by 0, and 0 * inf is NaN.
-    near = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0)))
-    far = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
-    return torch.where(near_zero, near, far)
-
-
-def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigmoid(beta * margin), mixed with its flipped label by ``label_smoothing``.
-
-    Equation 7 of DPO (https://arxiv.org/abs/2305.18290) a pair; with smoothing e, conservative DPO:
-    -(1 - e) log sigmoid(h) - e log sigmoid(-h), h = beta * margin
-    (https://ericmitchell.ai/cdpo.pdf, equation 3).
-
-    ``margin``, (P,) nats: log(policy / reference) of the chosen response less the rejected one's.
-    By hand: margin 0 gives ln 2 = 0.6931; beta 0.1, margin 10 gives ln(1 + e^-1) = 0.3133.
-    """
-    scaled = beta * margin.float()
-    return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
-
-
-def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """log(odds(chosen) / odds(rejected)), odds(p) = p / (1 - p), from average log-probabilities, (P,).
-
-    Equations 4 and 7 of ORPO (https://arxiv.org/abs/2403.07691). By hand: probabilities 1/2 and 1/4
-    have odds 1 and 1/3, so ln 3 = 1.0986.
-    """
-    chosen, rejected = chosen.float(), rejected.float()
-    return (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
+REWARD_SHIFTS = ("running_mean", "none")
 
 
 @dataclass(frozen=True)
 class DPOLoss:
-    """Direct Preference Optimization, sigmoid form (https://arxiv.org/abs/2305.18290, equation 7).
+    """Direct Preference Optimization (https://arxiv.org/abs/2305.18290) and what grew from it.
+
+    A pair's loss is the weighted sum of its forms (``forms.FORMS``), each a function of beta *
+    log(policy / reference) of the two responses; times WPO's weight where that is asked; plus
+    nll_scale times the chosen response's negative log-likelihood a token.
 
     Rewards are beta * log(policy / reference), the paper's implicit reward up to a constant of the
-    prompt.
+    prompt, whatever the divergence and the normalisation, as TRL reports them.
+
+    Raises ValueError for numbers out of range and for combinations that mean nothing.
     """
 
     beta: float
     """Strength of the pull to the reference: YAML's ``kl_beta``."""
-    label_smoothing: float = 0.0
-    """Probability that a pair's label is flipped, in [0, 0.5)."""
+    label_smoothing: float | None = None
+    """Probability that a pair's label is flipped, in [0, 0.5); None: 0, and 0.001 for exo_pair."""
+    loss_types: tuple[str, ...] = ("sigmoid",)
+    loss_weights: tuple[float, ...] | None = None
+    """One a form; None: 1 each."""
+    gamma: float | None = None
+    """hinge's scale in the place of beta."""
+    discopop_tau: float = 0.05
+    bco_reward_shift: str = "running_mean"
+    """bco_pair's delta: the mean reward of all responses so far, or none (0), as TRL 1.16 has it."""
+    reference_free: bool = False
+    """Take the reference for uniform: its log-probabilities are left out."""
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    length_normalization: bool | None = None
+    """Divide scores by the response's tokens; None: as the form does."""
+    use_weighting: bool = False
+    """WPO's weights."""
+    nll_scale: float = 0.0
+    state: Tensor | None = field(default=None, repr=False, compare=False)
+    """(2,) float32: BCO's mean reward so far and of how many responses; without any, it is the mean of
+    the responses at hand."""
 
-    needs_reference = True
     paired = True
-    needs_tokens = needs_collisions = needs_logits = couples_examples = False
+    needs_tokens = needs_logits = False
     normaliser: ClassVar[Normaliser] = "pairs"
 
     def __post_init__(self) -> None:
-        _check_beta("DPO's kl_beta", self.beta)
-        if not 0.0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"DPO's label_smoothing must be at least 0 and below 0.5, but is {self.label_smoothing}: "
-                "from 0.5 on, the label says nothing or its opposite"
-            )
+        check_positive("DPO's kl_beta", self.beta)
+        if self.label_smoothing is not None:
+            check_smoothing("DPO's label_smoothing", self.label_smoothing)
+        if self.gamma is not None:
+            check_positive("DPO's gamma", self.gamma)
+        check_positive("DPO's discopop_tau", self.discopop_tau)
+        check_scale("DPO's nll_scale", self.nll_scale)
+        _check_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
+        _check_choice("bco_reward_shift", self.bco_reward_shift, REWARD_SHIFTS)
+        self._check_forms()
+
+    def _check_forms(self) -> None:
+        if not self.loss_types:
+            raise ValueError("DPO's loss_type must name at least one form")
+        for name in self.loss_types:
+            _check_choice("loss_type", name, tuple(FORMS))
+            if not FORMS[name].of_difference and self.reference_free:
+                raise ValueError(f"DPO's reference_free: loss_type {name} needs a reference")
+            if not FORMS[name].of_difference and self.f_divergence_type != "reverse_kl":
+                raise ValueError(f"DPO's f_divergence_type must be reverse_kl with loss_type {name}")
+            if FORMS[name].sorts and self.use_weighting:
+                raise ValueError(
+                    f"DPO's use_weighting: loss_type {name} sorts, so a pair has no loss of its own"
+                )
+        if self.reference_free and self.f_divergence_type != "reverse_kl":
+            raise ValueError("DPO's reference_free: another f-divergence than reverse_kl needs a reference")
+        if "exo_pair" in self.loss_types and self.label_smoothing == 0:
+            raise ValueError("DPO's label_smoothing must be above 0 with loss_type exo_pair, but is 0")
+        if self.loss_weights is not None:
+            _check_weights(self.loss_weights, self.loss_types)
+
+    # What it declares
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.reference_free
+
+    @property
+    def needs_collisions(self) -> bool:
+        return self.use_weighting
+
+    @property
+    def couples_examples(self) -> bool:
+        return self._shifts or any(FORMS[name].sorts for name in self.loss_types)
+
+    @property
+    def _shifts(self) -> bool:
+        return "bco_pair" in self.loss_types and self.bco_reward_shift == "running_mean"
+
+    # The loss
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
+        chosen, rejected = self._log_ratios(policy, reference)
+        losses = torch.zeros_like(chosen)
+        weights = self.loss_weights or (1.0,) * len(self.loss_types)
+        for name, weight in zip(self.loss_types, weights, strict=True):
+            losses = losses + weight * self._form(name, policy, reference)
+        if self.use_weighting:
+            losses = losses * wpo_weights(policy)
+        extras = {}
+        if self.nll_scale:
+            likelihood = nll(policy)
+            losses = losses + self.nll_scale * likelihood
+            extras["nll_loss"] = likelihood.detach()
+        scale = self.gamma if self.gamma is not None and self.loss_types == ("hinge",) else self.beta
+        return LossOutput(
+            losses=losses,
+            chosen_rewards=scale * chosen.detach(),
+            rejected_rewards=scale * rejected.detach(),
+            extras=extras,
+        )
+
+    def _log_ratios(self, policy: ResponseLogps, reference: ResponseLogps | None) -> tuple[Tensor, Tensor]:
+        chosen, rejected = policy.chosen_logps.float(), policy.rejected_logps.float()
+        if self.reference_free:
+            return chosen, rejected
         if reference is None:
             raise ValueError("DPO needs the reference's log-probabilities, but got none")
         # Policy less reference first: near each other they subtract exactly, so that a policy equal
         # to its reference has a margin of exactly 0.
-        chosen = policy.chosen_logps.float() - reference.chosen_logps.float()
-        rejected = policy.rejected_logps.float() - reference.rejected_logps.float()
-        return LossOutput(
-            losses=sigmoid_loss(chosen - rejected, self.beta, self.label_smoothing),
-            chosen_rewards=self.beta * chosen.detach(),
-            rejected_rewards=self.beta * rejected.detach(),
+        return chosen - reference.chosen_logps.float(), rejected - reference.rejected_logps.float()
+
+    def _form(self, name: str, policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor:
+        form = FORMS[name]
+        normalise = form.normalised if self.length_normalization is None else self.length_normalization
+
+        def scaled(values: Tensor) -> Tensor:
+            """(N,) or its chosen or rejected half, divided by the tokens."""
+            if not normalise:
+                return values
+            return values / policy.counts.float()
+
+        def margin(sums: Tensor) -> Tensor:
+            values = scaled(sums.float())
+            return values[0::2] - values[1::2]
+
+        ratios = torch.stack(self._log_ratios(policy, reference), 1).flatten()
+        scores = scaled(divergence_score(ratios, self.f_divergence_type, self.f_alpha_divergence_coef))
+        return form.loss(
+            PairScores(
+                chosen=scores[0::2],
+                rejected=scores[1::2],
+                policy_margin=margin(policy.sums),
+                reference_margin=margin(policy.sums.detach() * 0 if reference is None else reference.sums),
+                valid=policy.valid[0::2] & policy.valid[1::2],
+            ),
+            self._settings(name, scores, policy.valid),
         )
 
-
-@dataclass(frozen=True)
-class ORPOLoss:
-    """Odds Ratio Preference Optimization (https://arxiv.org/abs/2403.07691, equations 6 to 8).
-
-    A pair's loss is the chosen response's mean negative log-likelihood a token, plus beta times
-    -log sigmoid(log odds ratio) of the two responses' mean log-probabilities. The likelihood is over
-    the response's tokens, as NeuronX Distributed Training computes it.
-
-    Rewards are beta * mean log-probability. Extras carry TRL's names and definitions: ``nll_loss``,
-    ``log_odds_ratio`` (log sigmoid of the log odds ratio), ``log_odds_chosen`` (the log odds ratio),
-    ``logps/chosen`` and ``logps/rejected`` (means a token, not sums).
-    """
-
-    beta: float
-    """Weight of the odds-ratio term: the paper's lambda."""
-
-    needs_reference = False
-    paired = True
-    needs_tokens = needs_collisions = needs_logits = couples_examples = False
-    normaliser: ClassVar[Normaliser] = "pairs"
-
-    def __post_init__(self) -> None:
-        _check_beta("ORPO's beta", self.beta)
-
-    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
-        chosen = policy.chosen_logps.float() / policy.chosen_counts.float()
-        rejected = policy.rejected_logps.float() / policy.rejected_counts.float()
-        log_odds = log_odds_ratio(chosen, rejected)
-        ratio = F.logsigmoid(log_odds)
-        return LossOutput(
-            losses=-chosen - self.beta * ratio,
-            chosen_rewards=self.beta * chosen.detach(),
-            rejected_rewards=self.beta * rejected.detach(),
-            extras={
-                "nll_loss": -chosen.detach(),
-                "log_odds_ratio": ratio.detach(),
-                "log_odds_chosen": log_odds.detach(),
-                "logps/chosen": chosen.detach(),
-                "logps/rejected": rejected.detach(),
-            },
+    def _settings(self, name: str, scores: Tensor, valid: Tensor) -> FormSettings:
+        smoothing = self.label_smoothing
+        if smoothing is None:
+            smoothing = EXO_LABEL_SMOOTHING if name == "exo_pair" else 0.0
+        shift: Tensor | float = 0.0
+        if name == "bco_pair" and self._shifts:
+            shift = _mean(self.beta * scores, valid)
+            if self.state is not None:
+                shift = torch.where(self.state[1] > 0, self.state[0], shift)
+        return FormSettings(
+            beta=self.beta,
+            label_smoothing=smoothing,
+            gamma=self.gamma,
+            discopop_tau=self.discopop_tau,
+            reward_shift=shift,
         )
 
+    # BCO's running mean, which outlives a step
 
-def _check_beta(name: str, beta: float) -> None:
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"{name} must be a finite number above 0, but is {beta}")
+    def initial_state(self) -> Tensor | None:
+        """(2,) float32, the mean reward so far and the responses that it is a mean of; None where the
+        loss remembers nothing."""
+        return torch.zeros(2) if self._shifts else None
+
+    def next_state(self, state: Tensor, policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor:
+        """``state`` with a global batch's responses counted in."""
+        chosen, rejected = self._log_ratios(policy, reference)
+        rewards = self.beta * torch.stack((chosen, rejected), 1).flatten().detach()
+        if self.length_normalization:
+            rewards = rewards / policy.counts.float()
+        seen = policy.valid.sum().to(state.dtype)
+        count = state[1] + seen
+        mean = state[0] + (_mean(rewards, policy.valid) - state[0]) * seen / count.clamp(min=1.0)
+        return torch.stack((mean, count))
+
+    def with_state(self, state: Tensor) -> DPOLoss:
+        """This loss with the running mean of ``state``."""
+        return replace(self, state=state)
+
+
+def _mean(values: Tensor, valid: Tensor) -> Tensor:
+    total = torch.where(valid, values.detach(), 0.0).sum()
+    return total / valid.sum().clamp(min=1)
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"DPO's {key} must be one of {', '.join(choices)}, but is {value!r}")
+
+
+def _check_weights(weights: tuple[float, ...], forms: tuple[str, ...]) -> None:
+    if len(weights) != len(forms):
+        raise ValueError(
+            f"DPO's loss_weights must have one weight for each loss_type ({len(forms)}: {', '.join(forms)}), "
+            f"but has {len(weights)}"
+        )
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise ValueError(f"DPO's loss_weights must be at least 0 and not all 0, but are {list(weights)}")

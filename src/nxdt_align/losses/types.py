@@ -27,7 +27,8 @@ class ResponseLogps:
     """
 
     sums: Tensor
-    """(N,) float32, nats: sum of the response's token log-probabilities."""
+    """(N,) float32, nats: sum of the response's token log-probabilities, by the batch's token weights
+    where it has any (LD-DPO)."""
     counts: Tensor
     """(N,) float32: the response's tokens, EOS included; at least 1."""
     valid: Tensor
@@ -36,6 +37,8 @@ class ResponseLogps:
     """(N,) bool: KTO's label."""
     roles: Tensor
     """(N,) int64, a SlotRole."""
+    plain_sums: Tensor | None = None
+    """(N,) float32, nats: the sums with every token counted once, where ``sums`` are weighted."""
     collisions: Tensor | None = None
     """(N,) float32: sum over the response's tokens of log(sum of squared probabilities), on request
     (WPO, https://arxiv.org/abs/2406.11827)."""
@@ -65,11 +68,12 @@ class ResponseLogps:
             return torch.where(valid, batch.sum_per_slot(values.float()).reshape(-1), -1.0)
 
         return cls(
-            sums=reduce(token_logps),
+            sums=torch.where(valid, batch.sum_logps(token_logps.float()).reshape(-1), -1.0),
             counts=torch.where(valid, counts, 1.0),
             valid=valid,
             desirable=batch.desirable.reshape(-1),
             roles=batch.slot_role.reshape(-1),
+            plain_sums=None if batch.token_weights is None else reduce(token_logps),
             collisions=None if collisions is None else reduce(collisions),
             token_logps=token_logps if keep_tokens else None,
             token_slots=torch.where(has_label, batch.slot_index + row_offset, -1) if keep_tokens else None,
@@ -85,6 +89,12 @@ class ResponseLogps:
             desirable=self.desirable,
             roles=self.roles,
         )
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """(N,) nats a token: each response's mean, every token counted once."""
+        sums = self.sums if self.plain_sums is None else self.plain_sums
+        return sums.float() / self.counts.float()
 
     # The names of torchtune's ChosenRejectedOutputs, so that a loss written for it reads the same.
 
@@ -145,18 +155,35 @@ class Loss(Protocol):
     ``policy`` carries gradients; ``reference`` is None where ``needs_reference`` is False.
     """
 
-    needs_reference: bool
-    """Whether ``reference`` must be given."""
-    paired: bool
-    """True where slots 2k and 2k+1 are one example; False where every slot is one."""
-    needs_tokens: bool
-    """Whether per-position values are wanted (``token_logps``)."""
-    needs_collisions: bool
-    """Whether ``collisions`` is wanted."""
-    needs_logits: bool
-    """Whether the loss reads logits, which no engine here keeps."""
-    couples_examples: bool
-    """Whether an example's loss depends on the other examples of the global batch."""
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``reference`` must be given."""
+        ...
+
+    @property
+    def paired(self) -> bool:
+        """True where slots 2k and 2k+1 are one example; False where every slot is one."""
+        ...
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether per-position values are wanted (``token_logps``)."""
+        ...
+
+    @property
+    def needs_collisions(self) -> bool:
+        """Whether ``collisions`` is wanted."""
+        ...
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the loss reads logits, which no engine here keeps."""
+        ...
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether an example's loss depends on the other examples of the global batch."""
+        ...
 
     @property
     def normaliser(self) -> Normaliser:

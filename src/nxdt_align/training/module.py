@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,13 +16,23 @@ from nxdt_align.engines.base import Engine, Objective, StepOutput
 from nxdt_align.errors import UserError
 from nxdt_align.training.metrics import Throughput, WeightedMeans
 
+OBJECTIVE_STATE = "objective_state"
+"""Key of a checkpoint's values."""
+
 
 class AlignmentObjective(Objective, Protocol):
     """An objective that also says what its means are over."""
 
+    state: Tensor | None
+    """What it remembers of earlier steps."""
+
     @property
     def normaliser(self) -> str:
         """'pairs' or 'tokens'."""
+        ...
+
+    def finish(self, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics to report, from means over whole global batches."""
         ...
 
 
@@ -102,7 +112,8 @@ class AlignmentModule(LightningModule):
             # The checkpoint callback builds file names from this; a number on the host costs nothing.
             self._show({"consumed_samples": float(consumed)})
             return
-        values: dict[str, Tensor | float] = {"reduced_train_loss": output.loss, **output.metrics}
+        values: dict[str, Tensor | float] = {"reduced_train_loss": output.loss}
+        values |= self._objective.finish(output.metrics)
         values["lr"] = learning_rate
         if self._settings.log_parameter_norm:
             values["parameter_norm"] = self.engine.parameter_norm()
@@ -138,6 +149,15 @@ class AlignmentModule(LightningModule):
         for logger in self.loggers:
             logger.log_metrics(numbers, step=self.global_step)
 
+    # What the objective remembers
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._objective.state is not None:
+            checkpoint[OBJECTIVE_STATE] = self._objective.state.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._objective.state = checkpoint.get(OBJECTIVE_STATE, self._objective.state)
+
     # Validation
 
     def on_validation_epoch_start(self) -> None:
@@ -149,7 +169,7 @@ class AlignmentModule(LightningModule):
         self._validation.add({"loss": output.loss, **output.metrics}, weight)
 
     def on_validation_epoch_end(self) -> None:
-        means = self._validation.means()
+        means = self._objective.finish(self._validation.means())
         values: dict[str, Tensor | float] = {f"val_{name}": value for name, value in means.items()}
         if not values or self.trainer.sanity_checking:
             return

@@ -90,21 +90,53 @@ class NativeEngine(Engine):
         for _, parameter in self.named_parameters():
             parameter.grad = None
         self._publish()
-        shares = []
-        for batch in micro_batches:
-            share = self._apply(self._with_reference(batch, objective), objective)
-            share[0].backward()  # type: ignore[no-untyped-call]
-            shares.append((share[0].detach(), share[1]))
+        output = self._backward(micro_batches, objective)
         parameters = [p for _, p in self.named_parameters()]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         collectives.sum_tensors([p.grad for p in parameters if p.grad is not None])
+        return output
+
+    def _backward(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        if objective.couples_examples:
+            return self._backward_coupled(micro_batches, objective)
+        shares = []
+        for batch in micro_batches:
+            share = self._apply(self._with_reference(batch, objective), objective)
+            share[0].backward()  # type: ignore[no-untyped-call]
+            shares.append((share[0].detach(), share[1]))
         return _total(shares)
+
+    def _backward_coupled(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        output, gradients = self._couple(micro_batches, objective, training=True)
+        for batch, rows in zip(micro_batches, gradients, strict=True):
+            logps, _ = self._token_logps(self._model, batch, want_collisions=False)
+            objective.surrogate(batch, logps, rows).backward()  # type: ignore[no-untyped-call]
+        return output
+
+    @torch.no_grad()
+    def _couple(
+        self, micro_batches: Sequence[Batch], objective: Objective, *, training: bool
+    ) -> tuple[StepOutput, Sequence[Tensor]]:
+        """Loss and metrics of the whole global batch, and the gradients of each micro-batch's slots."""
+        tables = []
+        for batch in micro_batches:
+            logps, collisions = self._token_logps(self._model, batch, objective.needs_collisions)
+            tables.append(objective.statistics(self._with_reference(batch, objective), logps, collisions))
+        everyone = collectives.gather(torch.cat(tables))
+        loss, metrics, gradients = objective.couple(
+            everyone.flatten(0, 1), micro_batches[0], training=training
+        )
+        place = self.topology.data_parallel_rank if len(everyone) > 1 else 0
+        mine = gradients.view(*everyone.shape[:2], -1)[place]
+        return StepOutput(loss=loss, metrics=metrics), torch.split(mine, [len(table) for table in tables])
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         self._publish()
+        if objective.couples_examples:
+            return self._couple(micro_batches, objective, training=False)[0]
         return _total([self._apply(self._with_reference(b, objective), objective) for b in micro_batches])
 
     @torch.no_grad()
@@ -112,7 +144,7 @@ class NativeEngine(Engine):
         self._publish()
         model = self._reference_model() if reference else self._model
         logps, _ = self._token_logps(model, batch, want_collisions=False)
-        return batch.sum_per_slot(logps)
+        return batch.sum_logps(logps)
 
     def _apply(self, batch: Batch, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
         logps, collisions = self._token_logps(self._model, batch, objective.needs_collisions)

@@ -1,0 +1,195 @@
+"""A loss of one's own by dotted path, in this package's signature or in torchtune's.
+
+Ours: ``loss(policy, reference) -> LossOutput``. torchtune's: ``forward(policy, reference) -> (losses,
+chosen_rewards, rejected_rewards)``, both arguments with ``chosen_logps`` and ``rejected_logps``, (P,).
+A class is made with the keyword settings, a function gets them at each call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from nxdt_align.errors import UserError
+from nxdt_align.losses.types import Loss, LossOutput, Normaliser, ResponseLogps
+
+_PROBE_PAIRS = 2
+_WANTED = "it must be called as (policy, reference)"
+
+
+class CustomLossError(UserError):
+    """A loss of one's own that cannot be found or used; the message says what was found."""
+
+
+class CustomLoss:
+    """A callable from outside as a Loss. What it does not declare is taken as for DPO.
+
+    Declared as attributes of the callable: ``needs_reference`` (True unless said), ``needs_tokens``,
+    ``needs_collisions``, ``needs_logits``, ``couples_examples`` (False unless said), ``normaliser``
+    ("pairs" unless said).
+    """
+
+    def __init__(self, function: Callable[..., Any], path: str, *, paired: bool = True) -> None:
+        declared = function.func if isinstance(function, functools.partial) else function
+        self._function = function
+        self._path = path
+        self.paired = paired
+        self.needs_reference = bool(getattr(declared, "needs_reference", paired))
+        self.needs_tokens = bool(getattr(declared, "needs_tokens", False))
+        self.needs_collisions = bool(getattr(declared, "needs_collisions", False))
+        self.needs_logits = bool(getattr(declared, "needs_logits", False))
+        self.couples_examples = bool(getattr(declared, "couples_examples", False))
+        normaliser = getattr(declared, "normaliser", "pairs" if paired else "tokens")
+        if normaliser not in ("pairs", "tokens"):
+            raise CustomLossError(f"{path}: normaliser must be pairs or tokens, but is {normaliser!r}")
+        self.normaliser: Normaliser = cast(Literal["pairs", "tokens"], normaliser)
+
+    def __repr__(self) -> str:
+        return self._path
+
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
+        result = self._function(policy, reference)
+        if isinstance(result, LossOutput):
+            return result
+        is_triple = isinstance(result, tuple) and len(result) == 3
+        if is_triple and all(isinstance(item, Tensor) for item in result):
+            losses, chosen, rejected = result
+            return LossOutput(losses, chosen.detach(), rejected.detach())
+        raise CustomLossError(
+            f"{self._path} must return a LossOutput, or (losses, chosen_rewards, rejected_rewards) as three "
+            f"tensors, but returned {_describe(result)}"
+        )
+
+
+def load_loss(path: str, settings: Mapping[str, Any] | None = None, *, paired: bool = True) -> Loss:
+    """The loss at ``path``, made with ``settings`` and tried out on two pairs of made-up numbers.
+
+    Modules are looked up as Python does, and in the current folder. ``paired`` says that the data are
+    pairs. Raises CustomLossError where the path does not import, the settings do not fit, the callable
+    does not take (policy, reference), reads logits that it does not declare, or returns something else
+    than one value an example.
+    """
+    found = _find(path)
+    function = _make(found, path, dict(settings or {}))
+    _check_parameters(function, path)
+    loss = CustomLoss(function, path, paired=paired)
+    if not loss.needs_logits:
+        _try_out(loss, path)
+    return loss
+
+
+def _find(path: str) -> Callable[..., Any]:
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = _import(module_name)
+    except Exception as error:
+        # Whatever a module raises while it is imported is the user's to see, with the key that named it.
+        reason = f"{type(error).__name__}: {error}"
+        raise CustomLossError(
+            f"{path}: the module {module_name} does not import ({reason}); it is looked up in "
+            f"PYTHONPATH and in {Path.cwd()}"
+        ) from error
+    found = getattr(module, name, None)
+    if found is None:
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise CustomLossError(
+            f"{path}: {module_name} has no {name}; it has {', '.join(names) or 'nothing to call'}"
+        )
+    if not callable(found):
+        raise CustomLossError(f"{path} must be a class or a function, but is {_describe(found)}")
+    return cast(Callable[..., Any], found)
+
+
+def _import(name: str) -> Any:
+    """A module, the current folder first, as ``python -m`` has it."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(here)
+
+
+def _make(found: Callable[..., Any], path: str, settings: dict[str, Any]) -> Callable[..., Any]:
+    if not inspect.isclass(found):
+        return functools.partial(found, **settings) if settings else found
+    try:
+        made = found(**settings)
+    except (TypeError, ValueError) as error:
+        raise CustomLossError(
+            f"{path} cannot be made with loss_settings {settings}: {error}; "
+            f"it takes {inspect.signature(found)}"
+        ) from error
+    if not callable(made):
+        raise CustomLossError(
+            f"{path}: {_WANTED}, but objects of this class cannot be called; "
+            "give it __call__, or forward in an nn.Module"
+        )
+    return cast(Callable[..., Any], made)
+
+
+def _check_parameters(function: Callable[..., Any], path: str) -> None:
+    called: Callable[..., Any] = function.forward if isinstance(function, nn.Module) else function
+    settings: dict[str, Any] = {}
+    if isinstance(called, functools.partial):
+        settings, called = called.keywords, called.func
+    signature = inspect.signature(called)
+    try:
+        signature.bind(None, None, **settings)
+    except TypeError as error:
+        also = f" with loss_settings {settings}" if settings else ""
+        raise CustomLossError(
+            f"{path}: {_WANTED}{also}, but its signature is {signature} ({error})"
+        ) from error
+
+
+def _try_out(loss: CustomLoss, path: str) -> None:
+    """One call with numbers that any loss takes, so that a wrong one stops before the model is built."""
+    policy = _probe()
+    reference = policy.with_sums(policy.sums.detach() - 0.5) if loss.needs_reference else None
+    try:
+        output = loss(policy, reference)
+    except CustomLossError:
+        raise
+    except Exception as error:
+        # A loss of the user's may raise anything; what it was is in the message.
+        raise CustomLossError(
+            f"{path} fails on log-probabilities of {_PROBE_PAIRS} pairs: {type(error).__name__}: {error}"
+        ) from error
+    wanted = (_PROBE_PAIRS if loss.paired else 2 * _PROBE_PAIRS,)
+    if tuple(output.losses.shape) != wanted:
+        raise CustomLossError(
+            f"{path} must return one loss an example, shape {wanted} for {_PROBE_PAIRS} pairs, but "
+            f"returned shape {tuple(output.losses.shape)}"
+        )
+    if not output.losses.requires_grad:
+        raise CustomLossError(f"{path} returns losses without a gradient; they must depend on the policy's")
+
+
+def _probe() -> ResponseLogps:
+    count = 2 * _PROBE_PAIRS
+    tokens = -torch.ones(_PROBE_PAIRS, 4, requires_grad=True)
+    return ResponseLogps(
+        sums=tokens.reshape(count, 2).sum(1) * torch.arange(1.0, count + 1),
+        counts=torch.full((count,), 2.0),
+        valid=torch.ones(count, dtype=torch.bool),
+        desirable=torch.ones(count, dtype=torch.bool),
+        roles=torch.arange(count) % 2,
+        collisions=-torch.ones(count),
+        token_logps=tokens,
+        token_slots=torch.arange(count).repeat_interleave(2).reshape(_PROBE_PAIRS, 4),
+    )
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {', '.join(type(item).__name__ for item in value) or 'nothing'}"
+    return f"{type(value).__name__} {value!r}"[:120]

@@ -1,0 +1,64 @@
+"""Metrics of a loss of pairs, an example at a time, and their last step to what is reported.
+
+A metric over some of the examples (accuracy where the chosen response is longer) is a quotient of two
+means over all of them, so that it adds up over micro-batches, ranks and steps like every other: the
+divisor goes under the metric's name with ``DIVISOR`` behind it, and ``finish`` divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from nxdt_align.losses.types import LossOutput, ResponseLogps
+
+DIVISOR = " (divisor)"
+
+
+def example_metrics(policy: ResponseLogps, output: LossOutput) -> dict[str, Tensor]:
+    """Metrics an example, (P,) each: NxDT's names, TRL's names, ours on lengths, then the loss's own."""
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    values: dict[str, Tensor] = {}
+    if chosen is not None and rejected is not None:
+        values = {
+            "chosen_rewards": chosen,
+            "rejected_rewards": rejected,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": policy.chosen_logps,
+            "logps/rejected": policy.rejected_logps,
+            **_length_metrics(policy, (chosen > rejected).float()),
+        }
+    return {**values, **output.extras}
+
+
+def _length_metrics(policy: ResponseLogps, correct: Tensor) -> dict[str, Tensor]:
+    """What tells length bias (accuracy high only where the longer response is the chosen one) and
+    likelihood displacement (chosen log-probs a token falling while margins grow) apart."""
+    mean = policy.mean_logps.detach()
+    values = {"logps/chosen_per_token": mean[0::2], "logps/rejected_per_token": mean[1::2]}
+    for name, longer in (
+        ("chosen", policy.chosen_counts > policy.rejected_counts),
+        ("rejected", policy.chosen_counts < policy.rejected_counts),
+    ):
+        accuracy = f"rewards/accuracies_{name}_longer"
+        values[accuracy] = correct * longer
+        values[accuracy + DIVISOR] = longer.float()
+    return values
+
+
+def finish(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics to report, from means over whole global batches. A metric over examples of which there was
+    none is left out. Reads divisors on the host."""
+    plain = {name: value for name, value in metrics.items() if not name.endswith(DIVISOR)}
+    for name, value in metrics.items():
+        if name.endswith(DIVISOR):
+            metric = name.removesuffix(DIVISOR)
+            if float(value) > 0:
+                plain[metric] = plain[metric] / value
+            else:
+                del plain[metric]
+    return plain

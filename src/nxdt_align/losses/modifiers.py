@@ -1,0 +1,49 @@
+"""What goes with any loss of pairs: WPO's weights, a likelihood term, and checks of numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nxdt_align.losses.types import ResponseLogps
+
+
+def wpo_weights(policy: ResponseLogps) -> Tensor:
+    """A pair's weight, (P,) float32 without gradient: how much the policy would say it itself.
+
+    Equation 2 of WPO (https://arxiv.org/abs/2406.11827) with the weight alignment of its section 3.2:
+    exp(mean over tokens of log p(token) - log sum of squared probabilities), chosen times rejected, as
+    TRL 1.16 computes it. By hand: a token drawn from a uniform policy over V has p = 1/V and sum of
+    squares 1/V: weight 1. Raises ValueError where the collision terms are missing.
+    """
+    if policy.collisions is None:
+        raise ValueError("WPO's weights need the log of summed squared probabilities, but got none")
+    with torch.no_grad():
+        mean = policy.mean_logps - policy.collisions.float() / policy.counts.float()
+        weights = torch.exp(mean)
+        return weights[0::2] * weights[1::2]
+
+
+def nll(policy: ResponseLogps) -> Tensor:
+    """Negative log-likelihood of the chosen responses, (P,) nats a token: a mean over its own tokens."""
+    return -policy.mean_logps[0::2]
+
+
+def check_positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number above 0, but is {value}")
+
+
+def check_scale(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, but is {value}")
+
+
+def check_smoothing(name: str, value: float) -> None:
+    if not 0.0 <= value < 0.5:
+        raise ValueError(
+            f"{name} must be at least 0 and below 0.5, but is {value}: "
+            "from 0.5 on, the label says nothing or its opposite"
+        )

@@ -1,0 +1,64 @@
+"""The configs of conf/: each holds to the schema and its rules, says what it is, and is listed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nxdt_align.cli import main
+from nxdt_align.config.check import find_faults
+from nxdt_align.config.load import load_config, presets
+from nxdt_align.config.rules import NOTICES
+from nxdt_align.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
+OBJECTIVES = {
+    "DPO": ("dpo", {"loss_type": "sigmoid", "kl_beta": 0.01}),
+    "cDPO": ("dpo", {"loss_type": "sigmoid", "label_smoothing": 0.1}),
+    "IPO": ("dpo", {"loss_type": "ipo"}),
+    "RSO": ("dpo", {"loss_type": "hinge", "gamma": 0.05}),
+    "CPO": ("cpo", {"beta": 0.1, "nll_scale": 1.0}),
+    "SimPO": ("simpo", {"beta": 2.0, "gamma": 1.0}),
+    "ORPO": ("orpo", {"beta": 0.1}),
+    "SFT": ("sft", {"packing": True, "train_on_prompt": False}),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_without_fault_but_for_files_that_are_elsewhere(name: str) -> None:
+    config = load_config(name, (), CONF)
+    faults = [str(f) for f in find_faults(config, config.world_size, "native") if not f.is_missing_path]
+    limits = [f for f in faults if "engine native cannot do otherwise in this version" in f]
+    assert faults == limits, faults
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_preset_has_the_objective_that_it_is_named_after(name: str) -> None:
+    config = load_config(f"hf_llama3_8B_{name}_config", (), CONF)
+    objective, settings = OBJECTIVES[name]
+    strategy = config.model_alignment_strategy
+    assert strategy.objective == objective
+    assert {key: getattr(strategy.active, key) for key in settings} == settings
+    filename = config.exp_manager.checkpoint_callback_params.filename
+    assert filename is not None and f"_{name}--" in filename
+
+
+def test_presets_lists_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets", "--config-path", str(CONF)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(NAMES)
+    assert all(len(line.split()) > 4 for line in lines)
+    assert any("SimPO of Llama-3 8B" in line for line in lines)
+
+
+def test_a_folder_without_configs_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"there are no configs in {tmp_path}"):
+        presets(tmp_path)
+
+
+def test_no_preset_has_a_setting_without_effect() -> None:
+    for name in OBJECTIVES:
+        config = load_config(f"hf_llama3_8B_{name}_config", (), CONF)
+        assert [notice for rule in NOTICES for notice in rule(config)] == []

@@ -1,0 +1,160 @@
+"""A loss of one's own by dotted path: both signatures, settings, and every way to get it wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+
+from nxdt_align.batch import Batch
+from nxdt_align.errors import UserError
+from nxdt_align.losses.custom import load_loss
+from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.losses.preference import DPOLoss
+from nxdt_align.losses.types import Loss
+
+MODULE = """
+import torch
+from torch import nn
+from nxdt_align.losses import LossOutput
+
+NUMBER = 3
+
+class Torchtune(nn.Module):
+    def __init__(self, beta: float = 0.1):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, policy_inputs, reference_inputs):
+        chosen = self.beta * (policy_inputs.chosen_logps - reference_inputs.chosen_logps)
+        rejected = self.beta * (policy_inputs.rejected_logps - reference_inputs.rejected_logps)
+        return -nn.functional.logsigmoid(chosen - rejected), chosen, rejected
+
+class Ours:
+    needs_reference = False
+
+    def __init__(self, *, margin):
+        if margin < 0:
+            raise ValueError("margin must not be negative")
+        self.margin = margin
+
+    def __call__(self, policy, reference):
+        assert reference is None
+        return LossOutput(torch.relu(self.margin - (policy.chosen_logps - policy.rejected_logps)))
+
+def function(policy, reference, scale=1.0):
+    return LossOutput(-scale * policy.chosen_logps)
+
+def one_argument(policy):
+    return LossOutput(-policy.chosen_logps)
+
+def scalar(policy, reference):
+    return LossOutput(-policy.chosen_logps.mean())
+
+def pair(policy, reference):
+    return -policy.chosen_logps, policy.chosen_logps
+
+def no_gradient(policy, reference):
+    return LossOutput(-policy.chosen_logps.detach())
+
+def reads_logits(policy, reference):
+    return LossOutput(-policy.chosen_logits.mean(-1))
+
+def raises(policy, reference):
+    raise KeyError("weight")
+
+class Declares:
+    needs_logits = True
+    def __call__(self, policy, reference):
+        return LossOutput(-policy.chosen_logits)
+
+class NotCallable:
+    pass
+
+class Tokens:
+    needs_reference, normaliser = False, "tokens"
+    def __call__(self, policy, reference):
+        return LossOutput(-policy.sums)
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``own_losses`` in the current folder, imported afresh."""
+    import sys
+
+    (tmp_path / "own_losses.py").write_text(dedent(MODULE))
+    (tmp_path / "broken_losses.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("own_losses", "broken_losses"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def value(loss: Loss, make_batch: Callable[..., Batch]) -> torch.Tensor:
+    batch = make_batch([[2, 1]], 1.0, 3.0, torch.tensor([[-4.0, -2.0]]))
+    return GlobalMeanObjective(loss)(batch, torch.tensor([[-1.0, -1.0, -3.0]]))[0]
+
+
+def test_torchtunes_signature(make_batch: Callable[..., Batch]) -> None:
+    """Chosen -2 against -4, rejected -3 against -2: margin 3, as in DPO's own."""
+    loss = load_loss("own_losses.Torchtune", {"beta": 1.0})
+    assert isinstance(loss, Loss) and loss.needs_reference and loss.paired
+    assert value(loss, make_batch) == value(DPOLoss(1.0), make_batch)
+    batch = make_batch([[2, 1]], 1.0, 3.0, torch.tensor([[-4.0, -2.0]]))
+    metrics = GlobalMeanObjective(loss)(batch, torch.tensor([[-1.0, -1.0, -3.0]]))[1]
+    assert metrics["rewards/margins"].item() == 3.0
+
+
+def test_our_signature_with_settings_and_declarations(make_batch: Callable[..., Batch]) -> None:
+    """Margin 1 of log-probs -2 and -3: relu(5 - 1)."""
+    loss = load_loss("own_losses.Ours", {"margin": 5.0})
+    assert not loss.needs_reference
+    assert value(loss, make_batch).item() == 4.0
+
+
+def test_a_function_takes_its_settings_at_each_call(make_batch: Callable[..., Batch]) -> None:
+    assert value(load_loss("own_losses.function", {"scale": 3.0}), make_batch).item() == 6.0
+
+
+def test_a_loss_of_single_responses(make_batch: Callable[..., Batch]) -> None:
+    loss = load_loss("own_losses.Tokens", paired=False)
+    assert loss.normaliser == "tokens" and not loss.paired
+    assert math.isclose(value(loss, make_batch).item(), 5 / 3, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "message"),
+    [
+        ("no_such_module.Loss", {}, r"no_such_module does not import \(ModuleNotFoundError: .*looked up in"),
+        ("broken_losses.Loss", {}, "broken_losses does not import .*nothing_of_this_name"),
+        ("own_losses.Missing", {}, "own_losses has no Missing; it has .*Torchtune, Ours, function"),
+        ("own_losses.NUMBER", {}, "must be a class or a function, but is int 3"),
+        ("own_losses.Ours", {}, r"missing .*'margin'; it takes \(\*, margin\)"),
+        ("own_losses.Ours", {"margin": -1}, "margin must not be negative"),
+        ("own_losses.Torchtune", {"gamma": 1}, "unexpected keyword argument 'gamma'"),
+        ("own_losses.NotCallable", {}, "objects of this class cannot be called"),
+        ("own_losses.one_argument", {}, r"called as \(policy, reference\), but its signature is \(policy\)"),
+        (
+            "own_losses.function",
+            {"gamma": 1},
+            "must be called as .* with loss_settings",
+        ),
+        ("own_losses.scalar", {}, r"one loss an example, shape \(2,\) for 2 pairs, but returned shape \(\)"),
+        ("own_losses.pair", {}, "but returned a tuple of Tensor, Tensor"),
+        ("own_losses.no_gradient", {}, "losses without a gradient"),
+        ("own_losses.reads_logits", {}, "a loss read chosen_logits, but logits are never kept"),
+        ("own_losses.raises", {}, "fails on log-probabilities of 2 pairs: KeyError: 'weight'"),
+    ],
+)
+def test_what_cannot_be_used_is_told(path: str, settings: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_loss(path, settings)
+
+
+def test_one_that_declares_logits_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"own_losses\.Declares reads logits, which are never kept"):
+        GlobalMeanObjective(load_loss("own_losses.Declares"))
