@@ -21,7 +21,6 @@ from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.training import optim
 from nxdt_align.training.experiment import start_experiment
@@ -69,12 +68,13 @@ class Run:
         model = self.config.model
         granularity = model.activations_checkpoint_granularity
         recompute = tuple(model.activations_checkpoint_recompute or ())
+        device = parts.device(self.config, self.env)
         return NativeEngine(
             self.model_config,
-            DenseAttention(),
+            parts.attention(self.config, device),
             precision=self.precision,
             topology=self.topology,
-            device=parts.device(self.config, self.env),
+            device=device,
             configure_model=lambda llama: llama.set_checkpointing(granularity, recompute),
         )
 
