@@ -25,6 +25,9 @@ from nxdt_align.losses.custom import load_loss
 from nxdt_align.losses.registry import build_loss, loss_settings
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
+from nxdt_align.ops.attention import Attention, DenseAttention
+from nxdt_align.ops.attention_blocks import BlockAttention
+from nxdt_align.ops.attention_flex import FlexAttention
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,26 @@ def device(config: Config, env: RunEnv) -> torch.device:
         torch.cuda.set_device(env.local_rank)
         return torch.device("cuda", env.local_rank)
     return torch.device("cpu")
+
+
+ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
+
+
+def attention(config: Config, where: torch.device) -> Attention:
+    """How rows are attended over there. Raises UserError for a kind that the device has not."""
+    kind: str = config.data.attention
+    if kind == "auto":
+        kind = ATTENTION_OF_DEVICE.get(where.type, "dense")
+    for device_type, only in ATTENTION_OF_DEVICE.items():
+        if kind == only and where.type != device_type:
+            fitting = ["auto", "dense", *filter(None, [ATTENTION_OF_DEVICE.get(where.type)])]
+            raise UserError(
+                f"data.attention: {kind} needs trainer.accelerator {device_type}, but this run's device is "
+                f"{where.type}; {', '.join(fitting)} would work there"
+            )
+    if kind == "blocks":
+        return BlockAttention()
+    return FlexAttention() if kind == "flex" else DenseAttention()
 
 
 def cluster(env: RunEnv) -> ClusterEnvironment:

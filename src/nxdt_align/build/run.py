@@ -26,7 +26,6 @@ from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.training import optim
 from nxdt_align.training.experiment import start_experiment
@@ -80,7 +79,7 @@ class Run:
         recompute = tuple(model.activations_checkpoint_recompute or ())
         return NativeEngine(
             self.model_config,
-            DenseAttention(),
+            parts.attention(self.config, self.device),
             precision=self.precision,
             topology=self.topology,
             device=self.device,

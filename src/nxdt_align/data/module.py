@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Layout, RowPlanner
+from nxdt_align.data.plan_report import PlanReport
 from nxdt_align.data.records import DataError, RecordSet, Source, load_records
 from nxdt_align.data.sampler import StepSampler
 from nxdt_align.data.steps import StepDataset, look_up_reference
@@ -81,6 +82,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._cache_dir = cache_dir
         self._min_micro_batches = min_micro_batches
         self._references: dict[Split, np.ndarray] = {}
+        self.reports: dict[Split, str] = {}
+        """What was loaded and how it is laid into rows, for people."""
         self.splits: dict[Split, StepDataset] = {
             "train": self._load(_sources(config.data.train_dir), "train")
         }
@@ -134,15 +137,12 @@ class ModelAlignmentDataModule(LightningDataModule):
             micro_batch_size=data.micro_batch_size,
             min_micro_batches=self._min_micro_batches,
         )
-        dataset = StepDataset(examples, planner, self.layout, self._topology, self._tail_weight)
-        log.info(
-            "%s data: %d examples, %d truncated; %s",
-            split,
-            len(examples),
-            examples.truncated,
-            dataset.report(data.global_batch_size),
+        report = PlanReport.measure(planner, len(examples), data.global_batch_size, data.seq_length)
+        self.reports[split] = (
+            f"{split} data: {len(examples)} examples, {examples.truncated} of them truncated; {report}"
         )
-        return dataset
+        log.info("%s", self.reports[split])
+        return StepDataset(examples, planner, self.layout, self._topology, self._tail_weight)
 
     # What the run asks
 
