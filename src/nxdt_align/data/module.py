@@ -15,15 +15,18 @@ from torch.utils.data import DataLoader
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Layout, RowPlanner
-from nxdt_align.data.records import Source, load_records
+from nxdt_align.data.records import Kind, Source, load_records
 from nxdt_align.data.sampler import StepSampler
-from nxdt_align.data.steps import StepDataset, look_up_reference
+from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset, look_up_reference
 from nxdt_align.data.tokenize import Tokenization, WholeSequences, tokenize_records
+from nxdt_align.data.unpaired import with_mismatched
 from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
 DEFAULT_LAYOUT: Layout = "shared_prompt"
+RECORD_KIND: dict[str, Kind] = {"sft": "response", "kto": "unpaired"}
+"""Objective -> what its records are, where they are no pairs."""
 
 
 def _identity(item: list[Batch]) -> list[Batch]:
@@ -104,7 +107,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         data, strategy = self._config.data, self._config.model_alignment_strategy
         records = load_records(
             sources,
-            "response" if strategy.objective == "sft" else "pair",
+            RECORD_KIND.get(strategy.objective, "pair"),
             format=data.format,
             columns=data.columns,
             on_bad_record=data.on_bad_record,
@@ -113,7 +116,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         )
         if records.report.total:
             log.warning("%s", records.report.summary())
-        examples = tokenize_records(records.records, self._tokenization, self._cache_dir)
+        chosen = records.records if strategy.kto is None else with_mismatched(records.records)
+        examples = tokenize_records(chosen, self._tokenization, self._cache_dir)
         if strategy.sft is not None and strategy.sft.train_on_prompt:
             examples = WholeSequences(examples)
         planner = RowPlanner(
@@ -126,7 +130,8 @@ class ModelAlignmentDataModule(LightningDataModule):
             micro_batch_size=data.micro_batch_size,
             min_micro_batches=self._min_micro_batches,
         )
-        dataset = StepDataset(examples, planner, self.layout, self._topology, self._tail_weight)
+        roles = None if strategy.kto is None else UNPAIRED_ROLES
+        dataset = StepDataset(examples, planner, self.layout, self._topology, self._tail_weight, roles)
         log.info(
             "%s data: %d examples, %d truncated; %s",
             split,
