@@ -8,7 +8,7 @@ PYTHON ?=
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 export TORCH PIP_ARGS PYTHON
 
-.PHONY: help demo demo-orpo test lint clean
+.PHONY: help demo demo-orpo test bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -26,6 +26,9 @@ demo-orpo: $(VENV)/.installed ## the same with ORPO
 
 test: lint ## lint, types and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed ## pairs a second against TRL and padded rows; DATA=file MODEL=24m|100m|1b STEPS=n
+	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS))
 
 lint: $(VENV)/.installed ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff check .

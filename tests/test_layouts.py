@@ -3,6 +3,9 @@ the oracle, at every micro-batch size, with single-token responses and prompts."
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from oracle import (
@@ -19,15 +22,23 @@ from oracle import (
 )
 
 from nxdt_align.batch import Topology
+from nxdt_align.checkpoint.hf import FreshWeights
+from nxdt_align.data.collate import GlobalCounts
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset, look_up_reference
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.losses.reference_free import ORPOLoss
-from nxdt_align.ops.attention import DenseAttention
+from nxdt_align.ops.attention import Attention, DenseAttention
+from nxdt_align.ops.attention_blocks import BlockAttention
+from nxdt_align.ops.attention_flex import FlexAttention
 
 LAYOUTS: list[Layout] = ["none", "packed", "shared_prompt"]
+ATTENTIONS: dict[str, Attention] = {
+    "dense": DenseAttention(),
+    "blocks": BlockAttention(),
+}
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-6, 2e-5
 CASES = {
     "mixed": {"prompt": (1, 30), "response": (1, 20)},
@@ -51,8 +62,8 @@ def dataset(
     return StepDataset(examples, planner, layout, topology or Topology())  # type: ignore[arg-type]
 
 
-def engine(seed: int = 0) -> NativeEngine:
-    built = NativeEngine(TINY, DenseAttention())
+def engine(seed: int = 0, attention: str = "dense") -> NativeEngine:
+    built = NativeEngine(TINY, ATTENTIONS[attention])
     built.load_weights(ModuleWeights(plain_model(seed)))
     return built
 
@@ -60,10 +71,11 @@ def engine(seed: int = 0) -> NativeEngine:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("micro", [1, 3])
-def test_dpo(layout: Layout, case: str, micro: int) -> None:
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_dpo(layout: Layout, case: str, micro: int, attention: str) -> None:
     examples = random_examples(7, seed=len(case), **CASES[case])
     data = dataset(examples, layout, micro)
-    policy = engine()
+    policy = engine(attention=attention)
     policy.load_reference(ModuleWeights(plain_model(1)))
     output = policy.step(data[tuple(range(7))], GlobalMeanObjective(DPOLoss(0.3)))
 
@@ -87,9 +99,10 @@ def test_dpo(layout: Layout, case: str, micro: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("micro", [1, 3])
-def test_orpo(layout: Layout, case: str, micro: int) -> None:
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_orpo(layout: Layout, case: str, micro: int, attention: str) -> None:
     examples = random_examples(7, seed=len(case), **CASES[case])
-    policy = engine()
+    policy = engine(attention=attention)
     output = policy.step(
         dataset(examples, layout, micro)[tuple(range(7))], GlobalMeanObjective(ORPOLoss(0.1))
     )
@@ -101,16 +114,17 @@ def test_orpo(layout: Layout, case: str, micro: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_shares_add_up_to_one_ranks_step(layout: Layout) -> None:
+@pytest.mark.parametrize("attention", ["dense", "blocks"])
+def test_two_ranks_shares_add_up_to_one_ranks_step(layout: Layout, attention: str) -> None:
     """Loss and gradients are shares: the sum over ranks is the whole, and no example is seen twice."""
     examples = random_examples(7, seed=3)
     objective = GlobalMeanObjective(ORPOLoss(0.1))
-    whole = engine()
+    whole = engine(attention=attention)
     wanted = whole.step(dataset(examples, layout, 1)[tuple(range(7))], objective)
     total = torch.zeros(())
     summed: dict[str, torch.Tensor] = {}
     for rank in range(2):
-        part = engine()
+        part = engine(attention=attention)
         topology = Topology(world_size=2, rank=rank, data_parallel_size=2, data_parallel_rank=rank)
         total = total + part.step(dataset(examples, layout, 1, topology)[tuple(range(7))], objective).loss
         for name, parameter in part.named_parameters():
@@ -148,3 +162,78 @@ def test_reference_values_come_back_to_their_own_records(layout: Layout) -> None
         assert torch.allclose(
             attached, torch.where(batch.slot_valid, policy.response_logps(batch), 0.0), atol=1e-4
         )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flex_gives_the_loss(layout: Layout) -> None:
+    """Forward alone, uncompiled: off CUDA torch has no backward pass of FlexAttention."""
+    examples = random_examples(7, seed=2)
+    policy = NativeEngine(TINY, FlexAttention(compiled=False))
+    policy.load_weights(ModuleWeights(plain_model(0)))
+    output = policy.evaluate(
+        dataset(examples, layout, 2)[tuple(range(7))], GlobalMeanObjective(ORPOLoss(0.1))
+    )
+    with torch.no_grad():
+        wanted = orpo_loss(plain_model(0), examples.examples, 0.1)
+    assert float(output.loss) == pytest.approx(float(wanted), rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_flex_on_cuda(layout: Layout) -> None:
+    """The kernel itself: loss and gradients, at a looser tolerance (its products may be TF32)."""
+    examples = random_examples(7, seed=2)
+    shape = replace(TINY, hidden_size=64, head_dim=16)
+    weights = FreshWeights(shape, 0)
+    engines = [NativeEngine(shape, FlexAttention(), device="cuda"), NativeEngine(shape, DenseAttention())]
+    outputs = []
+    for policy in engines:
+        policy.load_weights(weights)
+        batches = [b.to(policy.device) for b in dataset(examples, layout, 2)[tuple(range(7))]]
+        outputs.append(policy.step(batches, GlobalMeanObjective(ORPOLoss(0.1))))
+    assert float(outputs[0].loss) == pytest.approx(float(outputs[1].loss), rel=1e-3)
+    got, want = ({n: p.grad.cpu() for n, p in e.named_parameters() if p.grad is not None} for e in engines)
+    assert_gradients_close(got, want, 1e-2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_without_examples_has_zero_gradients(layout: Layout) -> None:
+    """Empty rows alone: with blocks, a row without a single token."""
+    data = dataset(random_examples(4, seed=1), layout, 1)
+    empty = data._collate([()], data.planner.buckets[-1], GlobalCounts(4, 40))
+    for attention in ATTENTIONS:
+        policy = engine(attention=attention)
+        output = policy.step([empty], GlobalMeanObjective(ORPOLoss(0.1)))
+        assert float(output.loss) == 0.0
+        for name, parameter in policy.named_parameters():
+            assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_a_step_of_random_lengths_and_truncated_pairs_in_every_layout() -> None:
+    """Six steps of lengths drawn anew, some prompts at the truncation limit, some responses of one token,
+    one to twelve pairs: every layout and attention gives the first one's loss, metrics and gradients."""
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        count = int(rng.integers(1, 13))
+        longest = int(rng.integers(1, 60))
+        examples = random_examples(
+            count, seed, prompt=(int(rng.integers(1, longest + 1)), longest), response=(1, 96 - longest)
+        )
+        wanted = None
+        for layout in LAYOUTS:
+            for attention in ("dense", "blocks"):
+                policy = engine(attention=attention)
+                micro = int(rng.integers(1, 4))
+                output = policy.step(
+                    dataset(examples, layout, micro)[tuple(range(count))], GlobalMeanObjective(ORPOLoss(0.1))
+                )
+                got = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+                if wanted is None:
+                    model = plain_model(0)
+                    truth = orpo_loss(model, examples.examples, 0.1)
+                    assert float(output.loss) == pytest.approx(float(truth.detach()), rel=1e-5)
+                    wanted = (output, gradients(truth, model))
+                assert float(output.loss) == pytest.approx(float(wanted[0].loss), rel=2e-6)
+                for name, value in output.metrics.items():
+                    assert float(value) == pytest.approx(float(wanted[0].metrics[name]), rel=1e-4, abs=1e-5)
+                assert_gradients_close(got, wanted[1], GRADIENT_TOLERANCE)

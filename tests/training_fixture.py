@@ -1,4 +1,4 @@
-"""A small run on disk: tokenizer, model shape, pairs and a YAML, for tests that go through the command line."""
+"""A small run on disk, tokenizer, model shape, pairs and a YAML, for tests through the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,30 @@ from small_tokenizers import make_tokenizer
 
 from nxdt_align.cli import main
 
-WORDS = "the a is of and to in it you that he was for on are with as his they be at one".split()
+WORDS = [
+    "the",
+    "a",
+    "is",
+    "of",
+    "and",
+    "to",
+    "in",
+    "it",
+    "you",
+    "that",
+    "he",
+    "was",
+    "for",
+    "on",
+    "are",
+    "with",
+    "as",
+    "his",
+    "they",
+    "be",
+    "at",
+    "one",
+]
 
 
 def sentence(rng: random.Random, least: int, most: int) -> str:

@@ -23,6 +23,7 @@ _DESCRIPTION = """\
 Preference alignment of Llama-family models from NxD Training's YAML.
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
+  nxdt-align plan --config-name NAME [key=value ...]     print how the data are laid into rows
   nxdt-align train --config-name NAME [key=value ...]    train
   nxdt-align presets                                     the configs that there are
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     config = _add_verb(verbs, "config", "check a configuration and print it as YAML, defaults included")
     config.add_argument("--no-check", action="store_true", help="print it without checking its values")
     _add_help_keys(config, default=argparse.SUPPRESS)
+    _add_verb(verbs, "plan", "tokenize the data and print buckets, graphs and fill, without a model")
     train = _add_verb(verbs, "train", "train; train.sh starts as many processes as it takes")
     train.add_argument(
         "--trial-steps", action="store_true", help="a few steps without logger and checkpoints, as COMPILE=1"
@@ -208,6 +210,15 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
     )
 
 
+def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
+    """Fewer processes than the run's will do: one plans for all ranks."""
+    config = _checked(arguments, environment, None, notify=True)
+    from nxdt_align import build
+
+    print(build.plan_report(config))
+    return 0
+
+
 def _processes(arguments: argparse.Namespace, environment: _Environment) -> int:
     print(_checked(arguments, environment, None, notify=False).trainer.devices)
     return 0
@@ -257,6 +268,7 @@ def _log_to_terminal(rank: int) -> None:
 
 _VERBS: dict[str, Callable[[argparse.Namespace, _Environment], int]] = {
     "config": _config,
+    "plan": _plan,
     "train": _train,
     "processes": _processes,
     "presets": _presets,

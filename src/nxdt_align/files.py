@@ -61,8 +61,10 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # fsync(2) and write(2) know no names
         raise
     _sync_folder(path.parent)
 

@@ -48,7 +48,8 @@ def test_tiny_yamls_follow_the_demo_folder(
     repo: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"tiny_llama_{objective}_config"
-    assert load_config(name, [], repo / "conf").data.train_dir == "demo_run/data/train.jsonl"
+    file = "sft.jsonl" if objective == "SFT" else "train.jsonl"
+    assert load_config(name, [], repo / "conf").data.train_dir == f"demo_run/data/{file}"
     monkeypatch.setenv("NXDT_DEMO_DIR", "/elsewhere")
     config = load_config(name, [], repo / "conf")
     assert config.data.tokenizer.type == "/elsewhere/tokenizer"

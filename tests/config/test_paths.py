@@ -49,7 +49,7 @@ Reject = Callable[..., str]
         ("exp_manager.resume_from_checkpoint={files}/train.jsonl", "must be a folder, not a file"),
         (
             "exp_manager.resume_from_checkpoint={files}/empty",
-            "must be a folder of weights; this one is empty",
+            "this one is empty; name a Hugging Face folder",
         ),
         ("model_alignment_strategy.reference_model=/no/ref", "reference_model: must be a folder that exists"),
         (

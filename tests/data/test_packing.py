@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nxdt_align.data.packing import Layout, RowPlanner, example_tokens, information_tokens
+from nxdt_align.data.plan_report import PlanReport
 from nxdt_align.errors import UserError
 
 LAYOUTS: list[Layout] = ["none", "packed", "shared_prompt"]
@@ -73,6 +74,26 @@ def test_a_pipeline_gets_its_least_number_of_micro_batches() -> None:
     data = lengths()
     plans = planner(data, "shared_prompt", min_micro_batches=4, ranks=2)
     assert len(plans.rows_of_rank(plans.plan([0]), 1)) == 4
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_get_about_equal_work(ranks: int) -> None:
+    """64 pairs a step: no rank has over 5% more tokens than the mean of them."""
+    data = lengths(640)
+    plans = planner(data, "shared_prompt", ranks=ranks, examples_per_step=64)
+    report = PlanReport.measure(plans, 640, 64, 100)
+    assert 1 <= report.imbalance < 1.05
+    assert report.steps == sum(report.steps_of_bucket.values()) == 10
+
+
+def test_report_of_a_plan_counted_by_hand() -> None:
+    """Two pairs of 9 places each in one row of 64: 18 of 64 places hold a token, where layout none has
+    4 rows of 100."""
+    data = FakeLengths(np.array([5, 5]), np.array([[3, 2], [3, 2]]))
+    report = PlanReport.measure(planner(data, "shared_prompt"), 2, 8, 100)
+    assert (report.rows, report.tokens, report.places, report.padded) == (1, 18, 64, 400)
+    assert "fill: 28.1% (18 tokens in 64 places)" in str(report)
+    assert "84.0% of 400 places saved, 6.2 times fewer" in str(report)
 
 
 def test_layout_none_is_rows_of_seq_length() -> None:

@@ -262,9 +262,9 @@ def test_folder_that_cannot_be_written(
 
     net, optimizer = trained(steps=5)
     for target in (written, written.with_name("step=5")):
-        for call in ("fsync", "mkdir"):
+        for owner, call in ((os, "fsync"), (Path, "mkdir")):
             with monkeypatch.context() as patch:
-                patch.setattr(os, call, fail)
+                patch.setattr(owner, call, fail)
                 with pytest.raises(UserError, match=rf"cannot write checkpoint {target}: .*{advice}"):
                     save(target, parameters(net), optimizer, {"global_step": 5})
             assert content(written.parent) == before

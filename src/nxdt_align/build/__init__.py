@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 
 from nxdt_align.build.env import RunEnv
+from nxdt_align.build.plan import plan_report
 from nxdt_align.build.run import Run
 from nxdt_align.config.check import check, neuron_available, notices, resolve_engine
 from nxdt_align.config.schema import Config
 
-__all__ = ["RunEnv", "train"]
+__all__ = ["RunEnv", "plan_report", "train"]
 
 log = logging.getLogger(__name__)
 

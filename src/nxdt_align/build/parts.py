@@ -25,6 +25,9 @@ from nxdt_align.losses.custom import load_loss
 from nxdt_align.losses.registry import build_loss, loss_settings
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
+from nxdt_align.ops.attention import Attention, DenseAttention
+from nxdt_align.ops.attention_blocks import BlockAttention
+from nxdt_align.ops.attention_flex import FlexAttention
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,13 @@ log = logging.getLogger(__name__)
 def start_processes(config: Config, env: RunEnv) -> Topology:
     """Join the process group; every process holds a whole copy of the model."""
     if env.world_size > 1:
-        dist.init_process_group("nccl" if device(config, env).type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device(config, env).type == "cuda" else "gloo")
+        except ValueError as error:
+            raise UserError(
+                f"the {env.world_size} processes (WORLD_SIZE) cannot find each other: {error}; start with "
+                "train.sh or torchrun"
+            ) from error
     return Topology(
         world_size=env.world_size,
         rank=env.rank,
@@ -57,6 +66,26 @@ def device(config: Config, env: RunEnv) -> torch.device:
         torch.cuda.set_device(env.local_rank)
         return torch.device("cuda", env.local_rank)
     return torch.device("cpu")
+
+
+ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
+
+
+def attention(config: Config, where: torch.device) -> Attention:
+    """How rows are attended over there. Raises UserError for a kind that the device has not."""
+    kind: str = config.data.attention
+    if kind == "auto":
+        kind = ATTENTION_OF_DEVICE.get(where.type, "dense")
+    for device_type, only in ATTENTION_OF_DEVICE.items():
+        if kind == only and where.type != device_type:
+            fitting = ["auto", "dense", *filter(None, [ATTENTION_OF_DEVICE.get(where.type)])]
+            raise UserError(
+                f"data.attention: {kind} needs trainer.accelerator {device_type}, but this run's device is "
+                f"{where.type}; {', '.join(fitting)} would work there"
+            )
+    if kind == "blocks":
+        return BlockAttention()
+    return FlexAttention() if kind == "flex" else DenseAttention()
 
 
 def cluster(env: RunEnv) -> ClusterEnvironment:
@@ -92,11 +121,22 @@ def weights_at(folder: Path, model: LlamaConfig, key: str) -> WeightSource:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "missing"
         raise UserError(f"{key}: must be a folder of weights, but {folder} is {found}")
-    if is_checkpoint(folder):
-        return NativeCheckpoint(folder)
-    weights = HFFolder(folder)
-    weights.check_against(model)
+    try:
+        if is_checkpoint(folder):
+            return NativeCheckpoint(folder)
+        _refuse_run_folder(folder)
+        weights = HFFolder(folder)
+        weights.check_against(model)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
     return weights
+
+
+def _refuse_run_folder(folder: Path) -> None:
+    """A run's folder, or its checkpoints', where one of the checkpoints is meant."""
+    found = sorted(f for each in (folder, folder / "checkpoints") for f in each.glob("*") if is_checkpoint(f))
+    if found:
+        raise UserError(f"{folder} holds checkpoints; name one of them, such as {found[-1]}")
 
 
 def tokenization(config: Config, model: LlamaConfig) -> Tokenization:

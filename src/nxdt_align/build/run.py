@@ -12,6 +12,11 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 
 from nxdt_align.build import parts
 from nxdt_align.build.env import RunEnv
+from nxdt_align.build.preconditions import (
+    misconfiguration_is_the_users,
+    require_validation_in_epoch,
+    require_writable,
+)
 from nxdt_align.build.reference import ORIGIN, RUN_RECORD, find_origin, origin_record
 from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.config.schema import Config
@@ -21,7 +26,6 @@ from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.training import optim
 from nxdt_align.training.experiment import start_experiment
@@ -51,6 +55,9 @@ class Run:
         self.config = config
         self.env = env
         self._fingerprints: dict[WeightSource, str] = {}
+        self.device = parts.device(config, env)
+        if not env.compile_only:
+            self._require_writable_places()
         self.objective = GlobalMeanObjective(parts.loss(config))
         self.topology = parts.start_processes(config, env)
         self.model_config = parts.model_config(config)
@@ -62,6 +69,7 @@ class Run:
             self.topology,
             cache_dir=None if env.compile_only else self._cache("tokens"),
         )
+        require_validation_in_epoch(config, self.data.steps_per_epoch)
         self.precision = parts.precision(config)
         self.engine = self._build_engine()
 
@@ -71,10 +79,10 @@ class Run:
         recompute = tuple(model.activations_checkpoint_recompute or ())
         return NativeEngine(
             self.model_config,
-            DenseAttention(),
+            parts.attention(self.config, self.device),
             precision=self.precision,
             topology=self.topology,
-            device=parts.device(self.config, self.env),
+            device=self.device,
             configure_model=lambda llama: llama.set_checkpointing(granularity, recompute),
         )
 
@@ -89,10 +97,12 @@ class Run:
         callbacks, record = self._reference(None if resumed == run.checkpoint else resumed)
         exports = self.config.exp_manager.export_hf and not self.env.compile_only
         finish = FinishRun(self.engine, self._export, run.path / EXPORT if exports else None)
-        trainer = self._trainer([*callbacks, finish], {"identity": identity, **record})
-        if not self.env.compile_only:
-            self._start_experiment(trainer, run, identity, identity_parts)
-        trainer.fit(self._module(), datamodule=self.data, ckpt_path=None if resumed is None else str(resumed))
+        with misconfiguration_is_the_users():
+            trainer = self._trainer([*callbacks, finish], {"identity": identity, **record})
+            if not self.env.compile_only:
+                self._start_experiment(trainer, run, identity, identity_parts)
+            taken_up = None if resumed is None else str(resumed)
+            trainer.fit(self._module(), datamodule=self.data, ckpt_path=taken_up)
         self._conclude(trainer, run)
         return 0
 
@@ -101,6 +111,20 @@ class Run:
     @property
     def _experiments(self) -> Path:
         return Path(self.config.exp_manager.exp_dir or "nemo_experiments").absolute()
+
+    @property
+    def _runs(self) -> Path:
+        """Where the dated folders are."""
+        return self._experiments / (self.config.exp_manager.name or self.config.name)
+
+    def _require_writable_places(self) -> None:
+        settings, cache = self.config.exp_manager, self.config.data.cache_dir
+        if settings.explicit_log_dir is not None:
+            require_writable("exp_manager.explicit_log_dir", Path(settings.explicit_log_dir).absolute())
+        else:
+            require_writable("exp_manager.exp_dir", self._runs)
+        key = "exp_manager.exp_dir" if cache is None else "data.cache_dir"
+        require_writable(key, self._cache("tokens").absolute())
 
     def _cache(self, what: str) -> Path:
         chosen = self.config.data.cache_dir
@@ -136,8 +160,7 @@ class Run:
             folder = Path(settings.explicit_log_dir).absolute()
             run = explicit_run(folder, identity, checkpoint_step, resume=settings.resume_if_exists)
         elif self.topology.rank == 0:
-            parent = self._experiments / (settings.name or self.config.name)
-            run = find_run(parent, identity, checkpoint_step, resume=settings.resume_if_exists)
+            run = find_run(self._runs, identity, checkpoint_step, resume=settings.resume_if_exists)
         found: RunFolder = self.engine.broadcast_object(run)
         must_resume = settings.resume_if_exists and not settings.resume_ignore_no_checkpoint
         if found.checkpoint is None and must_resume:
@@ -173,15 +196,23 @@ class Run:
         origin = find_origin(self.config, self.model_config, self.start, continued)
         record = {ORIGIN: origin_record(origin.source, self._fingerprint(origin.source))}
         before = self.config.model_alignment_strategy.precompute_ref_log_probs
+        store = self._store(origin) if before else None
         first: Callback = (
-            ReferencePass(self.engine, self.data, self._store(origin), origin, trial=self.env.compile_only)
-            if before
+            ReferencePass(self.engine, self.data, store, origin, trial=self.env.compile_only)
+            if store is not None
             else ReferenceDuringTraining(self.engine, origin)
         )
         if not self.config.exp_manager.preflight or self.env.compile_only:
             return [first], record
         tolerance = PREFLIGHT_TOLERANCE[torch.bfloat16 if self.precision.autocast else self.precision.compute]
-        return [first, Preflight(self.engine, self.data, tolerance, by_intent=not origin.is_start)], record
+        preflight = Preflight(
+            self.engine,
+            self.data,
+            tolerance,
+            by_intent=not origin.is_start,
+            store=None if store is None else store.folder,
+        )
+        return [first, preflight], record
 
     def _store(self, origin: ReferenceOrigin) -> ReferenceStore:
         made_from = {
@@ -225,7 +256,14 @@ class Run:
         sched = self.config.model.optim.sched
         if sched is None:
             return None
-        return optim.build_scheduler(optimizer, sched.name, sched.settings(), self.config.trainer.max_steps)
+        return optim.build_scheduler(optimizer, sched.name, sched.settings(), self._steps())
+
+    def _steps(self) -> int:
+        """Optimizer steps of the run, by whichever of max_steps and max_epochs ends it; -1 where only
+        max_time does."""
+        trainer = self.config.trainer
+        limits = [trainer.max_steps, trainer.max_epochs * self.data.steps_per_epoch]
+        return min((limit for limit in limits if limit > 0), default=-1)
 
     def _trainer(self, callbacks: list[Callback], record: dict[str, Any]) -> Trainer:
         settings = self.config.trainer

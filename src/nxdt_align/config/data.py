@@ -9,6 +9,7 @@ from typing import Literal
 from nxdt_align.config.fields import PATH, reads_as
 
 Packing = Literal["none", "packed", "shared_prompt"]
+Attention = Literal["auto", "dense", "blocks", "flex"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,10 @@ class DataConfig:
     speed and nothing else. True and False, as in NxDT's Megatron YAMLs, are packed and none."""
     buckets: tuple[int, ...] | None = None
     """(ours) Row lengths in ascending order, each one compiled graph; null: chosen from the data."""
+    attention: Attention = "auto"
+    """(ours) How packed rows are attended over. dense: a mask of all pairs of tokens, for any device;
+    blocks: an example at a time, padding left out, for cpu; flex: PyTorch's FlexAttention, compiled, for
+    cuda; auto: blocks on cpu, flex on cuda, else dense. It changes the speed and nothing else."""
     format: str | None = None
     """(ours) Format of the records, e.g. pairs, fairseq2, orca, hh, sharegpt; null: found by their keys."""
     columns: Mapping[str, str] | None = None

@@ -158,7 +158,8 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
     with initialize_config_dir(str(path.parent), version_base=HYDRA_VERSION_BASE):
         try:
             config = compose(path.stem, overrides=overrides)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            # ValueError: a section is given a number, where Hydra knows a group of that name.
             raise UserError(_compose_message(error, path, overrides)) from error
     return _with_aliases(config)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nxdt_align.config.data import DataSource
-from nxdt_align.config.faults import Fault
+from nxdt_align.config.faults import Fault, did_you_mean
 from nxdt_align.config.schema import Config
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -38,9 +38,9 @@ def path_faults(config: Config) -> list[Fault]:
 def _data(path: str, value: str | tuple[DataSource, ...] | None) -> Iterator[Fault]:
     if isinstance(value, str):
         if value and not Path(value).exists() and not _may_be_hub_data(value):
-            hub = "a data set on the Hugging Face Hub is named as owner/name"
-            advice = "" if Path(value).is_absolute() else hub
-            yield Fault(path, "must be a file or folder that exists", value, advice, is_missing_path=True)
+            yield Fault(
+                path, "must be a file or folder that exists", value, _near(Path(value)), is_missing_path=True
+            )
     else:
         for i, source in enumerate(value or ()):
             if not source.path:
@@ -48,6 +48,16 @@ def _data(path: str, value: str | tuple[DataSource, ...] | None) -> Iterator[Fau
             if source.weight <= 0:
                 yield Fault(f"{path}.{i}.weight", "must be above 0", source.weight)
             yield from _data(f"{path}.{i}.path", source.path)
+
+
+def _near(missing: Path) -> str:
+    """What to do about a data file that is not there."""
+    if not missing.parent.is_dir():
+        hub = "a data set on the Hugging Face Hub is named as owner/name"
+        return f"there is no folder {missing.parent} either" if missing.is_absolute() else hub
+    there = sorted(f.name for f in missing.parent.iterdir() if _DATA_FILE.search(f.name))
+    near = did_you_mean(missing.name, there)
+    return near or (f"its folder holds {', '.join(there[:5])}" if there else "its folder holds no data file")
 
 
 def _may_be_hub_data(value: str) -> bool:
@@ -85,7 +95,8 @@ def _weights(path: str, value: str | None) -> Iterator[Fault]:
     elif not folder.is_dir():
         yield Fault(path, "must be a folder, not a file", value)
     elif not any(folder.iterdir()):
-        yield Fault(path, "must be a folder of weights; this one is empty", value)
+        advice = "this one is empty; name a Hugging Face folder, or a checkpoint that a run has written"
+        yield Fault(path, "must be a folder that holds weights", value, advice)
 
 
 # config.json

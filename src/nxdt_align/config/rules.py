@@ -6,6 +6,7 @@ Each rule yields its faults; ``RULES`` and ``NOTICES`` list them all.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,12 +25,14 @@ from nxdt_align.config.schema import Config
 
 Rule = Callable[[Config], Iterator[Fault]]
 
+_DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
 _AT_LEAST, _ABOVE = "at least", "above"
 _STRATEGY = "distributed_strategy"
 _ALIGN = "model_alignment_strategy"
 _SMOOTHING = tuple(f"{_ALIGN}.{name}.label_smoothing" for name in ("dpo", "cpo", "simpo"))
 
 RANGES: dict[str, tuple[str, float]] = {
+    "seed": (_AT_LEAST, 0),
     "trainer.devices": (_AT_LEAST, 1),
     "trainer.num_nodes": (_AT_LEAST, 1),
     "trainer.log_every_n_steps": (_AT_LEAST, 1),
@@ -106,6 +109,8 @@ def ranges(config: Config) -> Iterator[Fault]:
         keeps = operator.ge if kind == _AT_LEAST else operator.gt
         if value is not None and not keeps(value, bound):
             yield Fault(path, f"must be {kind} {bound:g}", value)
+    if config.seed >= 2**32:
+        yield Fault("seed", "must be below 4294967296", config.seed)
     for path in _SMOOTHING:
         smoothing = lookup(config, path)
         if smoothing is not None and smoothing >= 0.5:
@@ -224,6 +229,10 @@ def trainer(config: Config) -> Iterator[Fault]:
             "trainer.max_steps",
             "training would never end: trainer.max_steps, max_epochs or max_time must be set",
             involves=("trainer.max_epochs", "trainer.max_time"),
+        )
+    if settings.max_time is not None and not _DURATION.fullmatch(settings.max_time):
+        yield Fault(
+            "trainer.max_time", "must be days:hours:minutes:seconds, as 00:11:30:00", settings.max_time
         )
     if settings.check_val_every_n_epoch is None and isinstance(settings.val_check_interval, float):
         rule = "must be a number of steps (an integer) where check_val_every_n_epoch is null"

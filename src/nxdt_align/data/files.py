@@ -88,7 +88,7 @@ def _read_file(path: Path) -> Iterator[RawRecord]:
     if not name.endswith(EXTENSIONS):
         raise DataError(f"{path}: unknown file type; a data file ends in one of {', '.join(EXTENSIONS)}")
     if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{path} is empty; name a file with at least one record")
     if name.endswith(".arrow"):
         yield from _read_arrow(path)
     elif name.endswith(".parquet"):

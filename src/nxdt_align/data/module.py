@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Layout, RowPlanner
-from nxdt_align.data.records import Kind, Source, load_records
+from nxdt_align.data.plan_report import PlanReport
+from nxdt_align.data.records import DataError, Kind, RecordSet, Source, load_records
 from nxdt_align.data.sampler import StepSampler
 from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset, look_up_reference
 from nxdt_align.data.tokenize import Tokenization, WholeSequences, tokenize_records
@@ -84,6 +86,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._cache_dir = cache_dir
         self._min_micro_batches = min_micro_batches
         self._references: dict[Split, np.ndarray] = {}
+        self.reports: dict[Split, str] = {}
+        """What was loaded and how it is laid into rows, for people."""
         self.splits: dict[Split, StepDataset] = {
             "train": self._load(_sources(config.data.train_dir), "train")
         }
@@ -103,22 +107,30 @@ class ModelAlignmentDataModule(LightningDataModule):
         dpo = self._config.model_alignment_strategy.dpo
         return None if dpo is None else dpo.ld_alpha
 
-    def _load(self, sources: list[Source], split: Split) -> StepDataset:
+    def _records(self, sources: list[Source], split: Split) -> RecordSet:
         data, strategy = self._config.data, self._config.model_alignment_strategy
-        records = load_records(
-            sources,
-            RECORD_KIND.get(strategy.objective, "pair"),
-            format=data.format,
-            columns=data.columns,
-            on_bad_record=data.on_bad_record,
-            limit=data.dev_choose_samples,
-            seed=self._config.seed,
-        )
+        try:
+            found = load_records(
+                sources,
+                RECORD_KIND.get(strategy.objective, "pair"),
+                format=data.format,
+                columns=data.columns,
+                on_bad_record=data.on_bad_record,
+                limit=data.dev_choose_samples,
+                seed=self._config.seed,
+            )
+            return found if strategy.kto is None else replace(found, records=with_mismatched(found.records))
+        except DataError as error:
+            raise DataError(f"data.{split}_dir: {error}") from error
+
+    def _load(self, sources: list[Source], split: Split) -> StepDataset:
+        data = self._config.data
+        records = self._records(sources, split)
         if records.report.total:
             log.warning("%s", records.report.summary())
-        chosen = records.records if strategy.kto is None else with_mismatched(records.records)
-        examples = tokenize_records(chosen, self._tokenization, self._cache_dir)
-        if strategy.sft is not None and strategy.sft.train_on_prompt:
+        examples = tokenize_records(records.records, self._tokenization, self._cache_dir)
+        sft = self._config.model_alignment_strategy.sft
+        if sft is not None and sft.train_on_prompt:
             examples = WholeSequences(examples)
         planner = RowPlanner(
             examples,
@@ -130,16 +142,13 @@ class ModelAlignmentDataModule(LightningDataModule):
             micro_batch_size=data.micro_batch_size,
             min_micro_batches=self._min_micro_batches,
         )
-        roles = None if strategy.kto is None else UNPAIRED_ROLES
-        dataset = StepDataset(examples, planner, self.layout, self._topology, self._tail_weight, roles)
-        log.info(
-            "%s data: %d examples, %d truncated; %s",
-            split,
-            len(examples),
-            examples.truncated,
-            dataset.report(data.global_batch_size),
+        report = PlanReport.measure(planner, len(examples), data.global_batch_size, data.seq_length)
+        self.reports[split] = (
+            f"{split} data: {len(examples)} examples, {examples.truncated} of them truncated; {report}"
         )
-        return dataset
+        log.info("%s", self.reports[split])
+        roles = None if self._config.model_alignment_strategy.kto is None else UNPAIRED_ROLES
+        return StepDataset(examples, planner, self.layout, self._topology, self._tail_weight, roles)
 
     # What the run asks
 

@@ -139,11 +139,14 @@ class RowPlanner:
             rows: list[tuple[int, ...]] = [(i,) for i in range(len(tokens))]
         else:
             rows = _best_fit(tokens, responses, bucket, bucket.slots // self.responses_per_example)
-            # Alike rows go to different ranks: sorted by fill, and then dealt in turn.
             rows.sort(key=lambda row: (-int(tokens[list(row)].sum()), row))
         unit = self.ranks * self.micro_batch_size
         wanted = max(-(-len(rows) // unit), self.min_micro_batches) * unit
-        return rows + [()] * (wanted - len(rows))
+        rows += [()] * (wanted - len(rows))
+        # Sorted by fill and dealt to and fro, so that alike rows go to different ranks and no rank
+        # gets the fuller one each time.
+        turns = [rows[i : i + self.ranks] for i in range(0, wanted, self.ranks)]
+        return [row for i, turn in enumerate(turns) for row in (turn[::-1] if i % 2 else turn)]
 
     def _choose_buckets(self, largest: int, examples_per_step: int) -> tuple[int, ...]:
         """The row lengths that take the fewest places over a sample of steps.

@@ -275,7 +275,7 @@ class _Reader:
                 self.report.read += 1
                 self.report.add(row.place, fault)
         if empty:
-            raise DataError(f"{path} holds no records")
+            raise DataError(f"{path} holds no records; name a file with at least one")
 
     def _detect(self, rows: Iterator[RawRecord], path: str) -> tuple[list[RawRecord], Format]:
         """The rows looked at, and the format of the first that fits one."""

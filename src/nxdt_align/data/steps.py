@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from nxdt_align.batch import Batch, SlotRole, Topology
 from nxdt_align.data.collate import Collator, GlobalCounts
-from nxdt_align.data.packing import Bucket, Layout, RowPlanner, information_tokens
+from nxdt_align.data.packing import Bucket, Layout, RowPlanner
 from nxdt_align.data.tokenize import TokenizedSet
 
 PAIR_ROLES = (SlotRole.CHOSEN, SlotRole.REJECTED)
@@ -93,25 +93,6 @@ class StepDataset(Dataset[list[Batch]]):
 
     def _tokens(self, index: int) -> int:
         return int(self.examples.prompt_lengths[index] + self.examples.response_lengths[index].sum())
-
-    def report(self, examples_per_step: int, most_steps: int = 200) -> str:
-        """What the planner chose and what it saves, measured over the first steps of the data."""
-        count = len(self.examples)
-        starts = range(0, count, examples_per_step)[:most_steps]
-        places = rows = 0
-        for start in starts:
-            plan = self.planner.plan(range(start, min(start + examples_per_step, count)))
-            rows_each = self.planner.responses_per_example if self.planner.layout == "none" else 1
-            rows += len(plan.rows) * rows_each
-            places += len(plan.rows) * rows_each * plan.bucket.tokens
-        seen = range(min(count, examples_per_step * len(starts)))
-        real = int(self.planner.real_tokens(list(seen)).sum())
-        shapes = ", ".join(f"{b.tokens} tokens x {b.slots} responses" for b in self.planner.buckets)
-        return (
-            f"layout {self.planner.layout}: {len(self.planner.buckets)} row shape(s), each one graph: "
-            f"{shapes}; {rows / len(starts):.1f} rows a step, fill {real / places:.0%}; "
-            f"information tokens of the data set: {information_tokens(self.examples):,}"
-        )
 
 
 def look_up_reference(table: np.ndarray, batch: Batch) -> Tensor:

@@ -89,9 +89,11 @@ def _from_pretrained(path_or_id: str, folder: Path) -> PreTrainedTokenizerBase:
         )
     # The Rust tokenizers raise bare Exception for a file that they cannot parse.
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         if local:
-            message = f"{path_or_id} holds a tokenizer that cannot be read: {reason}"
+            message = (
+                f"{path_or_id} holds a tokenizer that cannot be read ({reason}): copy or download it again"
+            )
         else:
             message = f"{path_or_id} is neither a folder here nor a model id that can be reached: {reason}"
         raise UserError(f"data.tokenizer.type: {message}") from error

@@ -19,6 +19,11 @@ from nxdt_align.batch import PADDING_SEGMENT, SEGMENT_STRIDE
 class Attention(Protocol):
     """One way to compute attention over packed rows."""
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether rows must keep their shapes; else the caller may leave out padding."""
+        ...
+
     def prepare(self, segment_ids: Tensor) -> Any:
         """The context of a batch with these segments, (B, S)."""
         ...
@@ -48,6 +53,8 @@ def visibility(segment_ids: Tensor) -> Tensor:
 
 class DenseAttention:
     """A dense mask and PyTorch's scaled_dot_product_attention: static shapes, every device."""
+
+    static_shapes = True
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
         return visibility(segment_ids)[:, None]

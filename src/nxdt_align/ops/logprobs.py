@@ -1,15 +1,17 @@
 """Token log-probabilities from hidden states and the head, without ever holding a row's logits.
 
-The logits exist a chunk of positions at a time, in float32, in the forward pass and again
-(recomputed) in the backward pass. For 8,192 positions and a vocabulary of 128,256 a chunk takes
-128 MB, against 4.2 GB for all logits.
+The logits exist a tile at a time, in float32, in the forward pass and again (recomputed) in the
+backward pass. For 8,192 positions and a vocabulary of 128,256 a tile takes 128 MB at most, against
+4.2 GB for all logits; the probabilities of the first tiles, up to KEPT_BYTES, are kept instead of
+being recomputed.
 
-Legend: ``M`` positions, ``D`` hidden, ``V`` vocabulary (this rank's part of it), ``C`` chunk.
+Legend: ``M`` positions, ``D`` hidden, ``V`` vocabulary (this rank's part of it), ``C`` and ``W`` the
+positions and the vocabulary of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,12 @@ from torch import Tensor
 from nxdt_align.batch import IGNORE_LABEL
 
 CHUNK_BYTES = 2**27
-"""Size of one chunk's float32 logits: large enough for full matrix-multiply speed."""
+"""Size of one tile's float32 logits: large enough for full matrix-multiply speed."""
+CACHED_BYTES = 2**23
+"""The same on a CPU: what is computed of a tile's logits then finds them in the cache."""
+KEPT_BYTES = 2**28
+"""float32 probabilities that are kept for the backward pass: what fits is not multiplied again, which
+is a quarter of the head's work."""
 
 
 def _identity(value: Tensor) -> Tensor:
@@ -68,11 +75,11 @@ def token_logps(
     shape = labels.shape
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not compact:
-        logps, collisions = _chunked_logps(flat_hidden, head, flat_labels, shard, want_collisions)
+        logps, collisions = _tiled_logps(flat_hidden, head, flat_labels, shard, want_collisions)
         return logps.view(shape), collisions.view(shape) if want_collisions else None
 
     kept = torch.nonzero(flat_labels != IGNORE_LABEL).squeeze(1)
-    logps, collisions = _chunked_logps(
+    logps, collisions = _tiled_logps(
         flat_hidden.index_select(0, kept), head, flat_labels.index_select(0, kept), shard, want_collisions
     )
     zeros = torch.zeros(flat_labels.shape, dtype=torch.float32, device=labels.device)
@@ -81,18 +88,25 @@ def token_logps(
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Positions a chunk: static for a vocabulary, a multiple of 64."""
+    """Positions a tile over the whole vocabulary: static for a vocabulary, a multiple of 64."""
     return max(64, CHUNK_BYTES // (4 * vocabulary) // 64 * 64)
 
 
-def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
-    size = chunk_size(vocabulary)
-    for start in range(0, positions, size):
-        yield slice(start, min(start + size, positions))
+def _tile_sizes(positions: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
+    """C and W. An accelerator's tile spans the vocabulary; a CPU's spans positions, as far as the
+    matrix unit gains by it, so that each row of the head's gradient is written once."""
+    if device.type != "cpu":
+        return chunk_size(vocabulary), vocabulary
+    rows = max(1, min(positions, 1024))
+    return rows, min(vocabulary, max(64, CACHED_BYTES // (4 * rows) // 64 * 64))
+
+
+def _parts(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """(C, V) float32. Low-precision operands are multiplied with float32 accumulation and result."""
+    """(C, W) float32. Low-precision operands are multiplied with float32 accumulation and result."""
     if hidden.dtype == torch.float32 and head.dtype == torch.float32:
         return hidden @ head.T
     if hidden.device.type == "cuda":
@@ -102,74 +116,127 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     return (hidden @ head.T).float()
 
 
-def _local_labels(labels: Tensor, head: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Row of the head for each label, (C,), and whether this rank holds it, (C,) bool."""
-    local = labels - shard.start
-    held = (labels != IGNORE_LABEL) & (local >= 0) & (local < head.shape[0])
+def _labels_in(labels: Tensor, part: slice, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Column of each label in these rows of the head, (C,), and whether it is there, (C,) bool."""
+    local = labels - shard.start - part.start
+    held = (labels != IGNORE_LABEL) & (local >= 0) & (local < part.stop - part.start)
     return torch.where(held, local, 0), held
 
 
-def _chunked_logps(
+def _tiled_logps(
     hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, want_collisions: bool
 ) -> tuple[Tensor, Tensor]:
     """(M, D), (V, D), (M,) -> (M,) and (M,) float32."""
-    result: tuple[Tensor, Tensor] = _ChunkedLogps.apply(hidden, head, labels, shard, want_collisions)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, head, labels, shard, want_collisions)  # type: ignore[no-untyped-call]
     return result
 
 
-class _ChunkedLogps(torch.autograd.Function):
-    """d logp / d logits = onehot(label) - softmax(logits): recomputed chunk by chunk."""
+class _Scan:
+    """What is summed over the vocabulary while its tiles go by, at C positions: (C,) float32 each."""
+
+    def __init__(self, positions: int, device: torch.device) -> None:
+        self.top = torch.full((positions,), float("-inf"), device=device)
+        self.norm, self.target, self.squares = torch.zeros(3, positions, device=device)
+
+    def add(self, logits: Tensor, column: Tensor, held: Tensor, want_squares: bool) -> tuple[Tensor, Tensor]:
+        """Take a tile, (C, W), whose storage becomes exp(logits - its own top): returned with that top."""
+        tile_top = logits.amax(-1)
+        picked = logits.gather(1, column[:, None]).squeeze(1)
+        self.target = torch.where(held, picked, self.target)
+        exps = logits.sub_(tile_top[:, None]).exp_()
+        top = torch.maximum(self.top, tile_top)
+        before, now = (self.top - top).exp(), (tile_top - top).exp()
+        self.norm = self.norm * before + exps.sum(-1) * now
+        if want_squares:
+            self.squares = self.squares * before.square() + exps.square().sum(-1) * now.square()
+        self.top = top
+        return exps, tile_top
+
+    def reduced(self, shard: VocabShard, want_squares: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """log-norm, target logit and log of summed squared probabilities, over all shards."""
+        top = shard.reduce_max(self.top)
+        shift = (self.top - top).exp()
+        norm = shard.reduce_sum(self.norm * shift)
+        log_norm = top + norm.log()
+        target = shard.reduce_sum(self.target)
+        if not want_squares:
+            return log_norm, target, torch.zeros_like(target)
+        return log_norm, target, shard.reduce_sum(self.squares * shift.square()).log() - 2 * norm.log()
+
+
+class _TiledLogps(torch.autograd.Function):
+    """d logp / d logits = onehot(label) - softmax(logits): kept or recomputed tile by tile."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, want_collisions: bool
     ) -> tuple[Tensor, Tensor]:
-        positions = hidden.shape[0]
+        positions, vocabulary = hidden.shape[0], head.shape[0]
+        rows, columns = _tile_sizes(positions, vocabulary, hidden.device)
         logps = torch.empty(positions, dtype=torch.float32, device=hidden.device)
-        log_norms = torch.empty_like(logps)
-        collisions = torch.zeros_like(logps)
-        for part in _chunks(positions, head.shape[0]):
-            logits = _logits(hidden[part], head)
-            top = shard.reduce_max(logits.max(dim=-1).values)
-            local, held = _local_labels(labels[part], head, shard)
-            target = torch.where(held, logits.gather(1, local[:, None]).squeeze(1), 0.0)
-            exps = logits.sub_(top[:, None]).exp_()
-            norm = shard.reduce_sum(exps.sum(-1))
+        log_norms, collisions = torch.empty_like(logps), torch.zeros_like(logps)
+        room = KEPT_BYTES if any(ctx.needs_input_grad) else 0
+        kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for part in _parts(positions, rows):
+            scan = _Scan(part.stop - part.start, hidden.device)
+            for tile in _parts(vocabulary, columns):
+                logits = _logits(hidden[part], head[tile])
+                placed = _labels_in(labels[part], tile, shard)
+                exps_and_top = scan.add(logits, *placed, want_collisions)
+                if logits.nbytes <= room:
+                    kept[part.start, tile.start] = exps_and_top
+                    room -= logits.nbytes
             ignored = labels[part] == IGNORE_LABEL
-            log_norms[part] = top + norm.log()
-            logps[part] = torch.where(ignored, 0.0, shard.reduce_sum(target) - log_norms[part])
-            if want_collisions:
-                squares = shard.reduce_sum(exps.square_().sum(-1))
-                collisions[part] = torch.where(ignored, 0.0, squares.log() - 2 * norm.log())
-        ctx.save_for_backward(hidden, head, labels, log_norms)
-        ctx.shard = shard
+            log_norms[part], target, collision = scan.reduced(shard, want_collisions)
+            logps[part] = torch.where(ignored, 0.0, target - log_norms[part])
+            collisions[part] = torch.where(ignored, 0.0, collision)
+        ctx.save_for_backward(hidden, head, labels, log_norms, *(x for pair in kept.values() for x in pair))
+        ctx.shard, ctx.kept, ctx.sizes = shard, list(kept), (rows, columns)
         ctx.mark_non_differentiable(collisions)
         return logps, collisions
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _collisions: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, labels, log_norms = ctx.saved_tensors
+        hidden, head, labels, log_norms, *saved = ctx.saved_tensors
+        kept = dict(zip(ctx.kept, zip(saved[::2], saved[1::2], strict=True), strict=True))
         grad = torch.where(labels == IGNORE_LABEL, 0.0, grad.float())
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
-        for part in _chunks(hidden.shape[0], head.shape[0]):
-            grad_logits = _logits(hidden[part], head).sub_(log_norms[part][:, None]).exp_()
-            grad_logits.mul_(-grad[part][:, None])
-            local, held = _local_labels(labels[part], head, ctx.shard)
-            grad_logits.scatter_add_(1, local[:, None], torch.where(held, grad[part], 0.0)[:, None])
-            if grad_hidden is not None:
-                grad_hidden[part] = _matmul_as(grad_logits, head).to(hidden.dtype)
-            if grad_head is not None:
-                grad_head += _matmul_as(grad_logits.T, hidden[part])
+        rows, columns = ctx.sizes
+        buffer: Tensor | None = None
+        for part in _parts(hidden.shape[0], rows):
+            for tile in _parts(head.shape[0], columns):
+                if (part.start, tile.start) in kept:
+                    exps, top = kept[part.start, tile.start]
+                    # Not in place: a second backward pass may come.
+                    scale = -grad[part] * (top - log_norms[part]).exp()
+                    grad_logits = torch.mul(exps, scale[:, None], out=_like(exps, buffer))
+                    buffer = grad_logits
+                else:
+                    grad_logits = _logits(hidden[part], head[tile]).sub_(log_norms[part][:, None]).exp_()
+                    grad_logits.mul_(-grad[part][:, None])
+                column, held = _labels_in(labels[part], tile, ctx.shard)
+                grad_logits.scatter_add_(1, column[:, None], torch.where(held, grad[part], 0.0)[:, None])
+                if grad_hidden is not None:
+                    _add_product(grad_hidden[part], grad_logits, head[tile])
+                if grad_head is not None:
+                    _add_product(grad_head[tile], grad_logits.T, hidden[part])
         # A sharded head gives each rank a part of d hidden: their sum is the gradient.
         if grad_hidden is not None:
-            grad_hidden = ctx.shard.reduce_sum(grad_hidden)
+            grad_hidden = ctx.shard.reduce_sum(grad_hidden.to(hidden.dtype))
         return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None
 
 
-def _matmul_as(left: Tensor, right: Tensor) -> Tensor:
-    """``left`` (float32) @ ``right``, in ``right``'s dtype on accelerators, float32 on a CPU."""
+def _like(tile: Tensor, buffer: Tensor | None) -> Tensor:
+    """Storage of the tile's shape: the last tile's where it fits, as fresh memory is slow on a CPU."""
+    return buffer if buffer is not None and buffer.shape == tile.shape else torch.empty_like(tile)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total`` += ``left`` (float32) @ ``right``, multiplied in ``right``'s dtype on accelerators, in
+    float32 on a CPU."""
     if right.dtype == torch.float32 or right.device.type == "cpu":
-        return left @ right.float()
-    return (left.to(right.dtype) @ right).float()
+        total.addmm_(left, right.float())
+    else:
+        total += (left.to(right.dtype) @ right).float()

@@ -42,6 +42,12 @@ class PassSummary:
     """Micro-batches run, over all data-parallel ranks."""
     seconds: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.records} records, {self.computed} computed, {self.reused} from the store, "
+            f"{self.duplicates} duplicates, {self.seconds:.1f} s"
+        )
+
 
 @dataclass(frozen=True)
 class _Plan(Generic[M]):

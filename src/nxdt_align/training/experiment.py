@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from nxdt_align.errors import UserError
 from nxdt_align.training.runs import RunFolder
 
 EVENT_FILES = "events.out.tfevents.*"
@@ -31,6 +32,7 @@ def start_experiment(
     # These imports take seconds: only a training run pays for them.
     from nemo.utils import exp_manager as nemo
     from nemo.utils import logging as nemo_logging
+    from nemo.utils.exceptions import NeMoBaseException
 
     known = {field.name for field in dataclasses.fields(nemo.ExpManagerConfig)}
     chosen = {name: value for name, value in settings.items() if name in known}
@@ -53,7 +55,11 @@ def start_experiment(
         }
     before = set(run.path.glob("run_*"))
     nemo_logging.setLevel(nemo_logging.WARNING)
-    nemo.exp_manager(trainer, chosen)
+    try:
+        nemo.exp_manager(trainer, chosen)
+    except (ValueError, ImportError, NeMoBaseException) as error:
+        # NeMo's checks of its own settings, and loggers whose package is not installed.
+        raise UserError(f"exp_manager: {' '.join(str(error).split())}") from error
     nemo_logging.setLevel(nemo_logging.INFO)
     _keep_events_in_place(run.path, before)
     return run.path

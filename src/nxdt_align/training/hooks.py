@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,27 +130,48 @@ class Preflight(Callback):
     silently wrong. A reference that differs by intent is reported instead.
     """
 
-    def __init__(self, engine: Engine, data: AlignmentData, tolerance: float, *, by_intent: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        data: AlignmentData,
+        tolerance: float,
+        *,
+        by_intent: bool,
+        store: Path | None,
+    ) -> None:
         self._engine = engine
         self._data = data
         self._tolerance = tolerance
         self._by_intent = by_intent
+        self._store = store
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != 0:
             return
         worst = self._worst_difference()
+        if not math.isfinite(worst):
+            raise UserError(
+                "preflight: the policy's or the reference's log-probabilities are not finite before the "
+                "first step; check the weights that the run starts from, and precision.type (fp32 rules out "
+                "overflow)"
+            )
         if self._by_intent:
             log.info("preflight: reference_model differs from the policy by up to %.3g nats a token", worst)
-        elif not worst <= self._tolerance:
+        elif worst > self._tolerance:
             raise UserError(
                 f"preflight: policy and reference differ by {worst:.3g} nats a token before the first step, "
-                f"but start from the same weights (tolerance {self._tolerance:g}). The stored values belong "
-                "to other weights or other data: remove the reference folder of data.cache_dir and start "
-                "again, or set exp_manager.preflight=False if this is meant"
+                f"but start from the same weights (tolerance {self._tolerance:g}). {self._advice()}, or set "
+                "exp_manager.preflight=False if this is meant"
             )
         else:
             log.info("preflight: policy and reference agree to %.3g nats a token", worst)
+
+    def _advice(self) -> str:
+        if self._store is None:
+            return "Compute them in fp32 (precision.type=fp32)"
+        return (
+            f"The stored values belong to other weights or other data: remove {self._store} and start again"
+        )
 
     def _worst_difference(self) -> float:
         """Over the first step's responses, the same on every rank."""
@@ -162,7 +184,7 @@ class Preflight(Callback):
             counts = batch.sum_per_slot(torch.ones_like(batch.labels, dtype=torch.float32))
             difference = (policy - reference).abs() / counts.clamp(min=1.0)
             # NaN must not pass as agreement.
-            difference = torch.nan_to_num(difference, nan=float("inf"))
+            difference = torch.where(difference.isfinite(), difference, torch.inf)
             worst = torch.maximum(worst, torch.where(batch.slot_valid, difference, 0.0).max())
         return float(self._engine.all_gather(worst).max())
 
@@ -185,6 +207,9 @@ class FinishRun(Callback):
         is_saved = callback is None or callback._last_global_step_saved == trainer.global_step
         if not is_saved and trainer.global_step > 0:
             callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where a run goes on that had all its steps done, as after an export that found no space."""
         if self._folder is not None:
             if self._engine.topology.rank == 0:
                 self._export(self._folder)

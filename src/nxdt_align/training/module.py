@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Engine, Objective, StepOutput
+from nxdt_align.errors import UserError
 from nxdt_align.training.metrics import Throughput, WeightedMeans
 
 OBJECTIVE_STATE = "objective_state"
@@ -87,9 +89,8 @@ class AlignmentModule(LightningModule):
 
     # Training
 
-    def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
-        if self.global_step == 0 or self.trainer.fit_loop.restarting:
-            self._throughput.restart()
+    def on_train_start(self) -> None:
+        self._throughput.restart()
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         output = self.engine.step(batch, self._objective)
@@ -122,8 +123,20 @@ class AlignmentModule(LightningModule):
         values["consumed_samples"] = float(consumed)
         values["throughput"] = throughput
         values["throughput_peak"] = self._throughput.peak
+        if self.loggers:
+            self._require_finite(float(output.loss))
         self._write(values)
         self._show(values)
+
+    def _require_finite(self, loss: float) -> None:
+        """Stop before weights that are lost replace the last good checkpoint. The loss is on the host
+        anyway where it is logged, and the same on every rank."""
+        if not math.isfinite(loss):
+            raise UserError(
+                f"reduced_train_loss is {loss} at step {self.global_step}: training cannot recover. "
+                "Earlier checkpoints are whole; check the weights that the run starts from, lower "
+                "model.optim.lr, or set trainer.gradient_clip_val or precision.type=fp32"
+            )
 
     def _show(self, values: dict[str, Tensor | float]) -> None:
         """NxDT's fields in the progress bar; the others only for callbacks that monitor them."""

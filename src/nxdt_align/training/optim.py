@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from nxdt_align.errors import UserError
 from nxdt_align.training.adamw import AdamWFP32OptState, keep_saved_dtypes
 
 T = TypeVar("T")
@@ -115,12 +116,12 @@ def build_optimizer(
 
     ``settings`` holds ``lr`` and what else that optimizer takes (``weight_decay``, ``betas``, ...); a
     setting that is None counts as left out. The fused step is used where torch has one, unless
-    ``fused`` or ``foreach`` is set. Raises ValueError for an unknown name, a setting that the
+    ``fused`` or ``foreach`` is set. Raises UserError for an unknown name, a setting that the
     optimizer does not take, or a value out of its range.
     """
     classes = available_optimizers()
     if name not in classes:
-        raise ValueError(f"model.optim.name: no optimizer is called {name!r}{_choices(name, classes)}")
+        raise UserError(f"model.optim.name: no optimizer is called {name!r}{_choices(name, classes)}")
     cls = classes[name]
     taken = _parameters_of(cls, without=("params",))
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if v is not None}
@@ -136,7 +137,7 @@ def build_optimizer(
     if "weight_decay" not in taken:
         groups = [{"params": parameters}]
     build: Callable[..., Optimizer] = cls
-    optimizer = _construct(f"model.optim ({name})", lambda: build(groups, **kwargs))
+    optimizer = _construct(f"model.optim ({name})", kwargs, lambda: build(groups, **kwargs))
     if not isinstance(optimizer, AdamWFP32OptState):  # which does so itself
         keep_saved_dtypes(optimizer)
     return optimizer
@@ -153,7 +154,7 @@ def build_scheduler(
     lengths from the YAML, so that raising ``max_steps`` stretches it. Every schedule moves on at each
     optimizer step; NeMo moves ExponentialLR once an epoch, hence a notice in the log.
 
-    Raises ValueError for an unknown name, an optimizer's name, a setting that the schedule does not
+    Raises UserError for an unknown name, an optimizer's name, a setting that the schedule does not
     take or that it lacks, or values with which it would fail during training.
     """
     if name is None:
@@ -176,8 +177,8 @@ def build_scheduler(
     where = f"model.optim.sched ({name})"
     if name == "ExponentialLR":
         log.warning("%s: gamma is applied at each optimizer step; NeMo applies it once an epoch", where)
-    _construct(where, lambda: _walk(build(_scratch_optimizer(lr), **kwargs)))
-    return _construct(where, lambda: build(optimizer, **kwargs))
+    _construct(where, kwargs, lambda: _walk(build(_scratch_optimizer(lr), **kwargs)))
+    return _construct(where, kwargs, lambda: build(optimizer, **kwargs))
 
 
 def _constant(step: int) -> float:
@@ -203,10 +204,10 @@ def _check_names(
 ) -> None:
     unknown = [key for key in given if key not in taken]
     if unknown:
-        raise ValueError(f"{where}: {name} takes no {', '.join(unknown)}{_choices(unknown[0], taken)}")
+        raise UserError(f"{where}: {name} takes no {', '.join(unknown)}{_choices(unknown[0], taken)}")
     missing = [key for key, p in taken.items() if p.default is p.empty and key not in given]
     if missing:
-        raise ValueError(f"{where}: {name} needs {', '.join(missing)}")
+        raise UserError(f"{where}: {name} needs {', '.join(missing)}")
 
 
 def _choices(name: str, known: Iterable[str]) -> str:
@@ -217,7 +218,7 @@ def _choices(name: str, known: Iterable[str]) -> str:
 
 def _check_lr(lr: Any) -> None:
     if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (0 <= lr < math.inf):
-        raise ValueError(f"model.optim.lr must be a finite number of at least 0, but is {lr!r}")
+        raise UserError(f"model.optim.lr must be a finite number of at least 0, but is {lr!r}")
 
 
 def _external_step_size(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def _external_step_size(kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     for key in ("relative_step", "scale_parameter", "warmup_init"):
         if kwargs.get(key):
-            raise ValueError(
+            raise UserError(
                 f"model.optim.{key}: adafactor would set its own step size, against model.optim.lr and "
                 "its schedule: set it to False or leave it out"
             )
@@ -256,16 +257,16 @@ def _check_scheduler_name(name: str, classes: Mapping[str, Any]) -> None:
     if name in classes:
         return
     if name == "ReduceLROnPlateau":
-        raise ValueError(
+        raise UserError(
             "model.optim.sched.name: ReduceLROnPlateau waits for a metric at the end of each epoch, which "
             f"a run counted in steps does not have; there are: {', '.join(sorted(classes))}"
         )
     if name in available_optimizers():
-        raise ValueError(
+        raise UserError(
             f"model.optim.sched.name: {name} is an optimizer, not a schedule: set model.optim.name: {name}, "
             f"and here one of {', '.join(sorted(classes))}, or leave sched out for a constant learning rate"
         )
-    raise ValueError(f"model.optim.sched.name: no schedule is called {name!r}{_choices(name, classes)}")
+    raise UserError(f"model.optim.sched.name: no schedule is called {name!r}{_choices(name, classes)}")
 
 
 def _check_schedule_values(
@@ -274,9 +275,9 @@ def _check_schedule_values(
     where = f"model.optim.sched ({name})"
     for key in ("max_steps", "min_lr"):
         if isinstance(kwargs.get(key), bool) or not isinstance(kwargs.get(key, 0), (int, float)):
-            raise ValueError(f"{where}: {key} must be a number, but is {kwargs[key]!r}")
+            raise UserError(f"{where}: {key} must be a number, but is {kwargs[key]!r}")
     if "max_steps" in kwargs and kwargs["max_steps"] < 1:
-        raise ValueError(
+        raise UserError(
             f"{where} needs the number of steps, but max_steps is {kwargs['max_steps']}: set "
             "trainer.max_steps"
         )
@@ -284,15 +285,16 @@ def _check_schedule_values(
     min_lr = kwargs.get("min_lr", default)
     if min_lr > lr:
         whose = "" if "min_lr" in kwargs else ", its default"
-        raise ValueError(f"{where}: min_lr ({min_lr}{whose}) must not be above model.optim.lr ({lr})")
+        raise UserError(f"{where}: min_lr ({min_lr}{whose}) must not be above model.optim.lr ({lr})")
 
 
-def _construct(where: str, build: Callable[[], T]) -> T:
-    """``build()``, whose complaints about values become one ValueError that names the place."""
+def _construct(where: str, settings: Mapping[str, Any], build: Callable[[], T]) -> T:
+    """``build()``, whose complaints about values become one UserError with place and settings."""
     try:
         return build()
     except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
-        raise ValueError(f"{where}: {str(error) or type(error).__name__}") from error
+        given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise UserError(f"{where}: {str(error) or type(error).__name__}; the settings are {given}") from error
 
 
 def _scratch_optimizer(lr: float) -> Optimizer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 IDENTITY_FILE = "run_identity.json"
 CHECKPOINTS = "checkpoints"
@@ -67,10 +70,15 @@ def explicit_run(
     newest = newest_checkpoint(folder / CHECKPOINTS, step_of)
     if newest is None:
         return RunFolder(folder, None)
-    if read_identity(folder) != identity or not resume:
+    if read_identity(folder) != identity:
         raise UserError(
             f"exp_manager.explicit_log_dir: {folder} holds checkpoints of another run (other objective, "
-            "data, start weights or model), or exp_manager.resume_if_exists is False; choose another folder"
+            "data, start weights or model); choose another folder"
+        )
+    if not resume:
+        raise UserError(
+            f"exp_manager.resume_if_exists: is False, but exp_manager.explicit_log_dir, {folder}, holds "
+            "checkpoints of this run; set it to True to go on from them, or choose another folder"
         )
     return RunFolder(folder, newest)
 
@@ -89,8 +97,13 @@ def newest_checkpoint(folder: Path, step_of: Callable[[Path], int | None]) -> Pa
     """The whole checkpoint with the most optimizer steps."""
     if not folder.is_dir():
         return None
-    steps = [(step_of(f), f) for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")]
-    whole = [(step, f) for step, f in steps if step is not None]
+    whole = []
+    for checkpoint in sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")):
+        step = step_of(checkpoint)
+        if step is None:
+            log.warning("%s is not a whole checkpoint: passed over", checkpoint)
+        else:
+            whole.append((step, checkpoint))
     return max(whole, key=lambda pair: (pair[0], pair[1].name))[1] if whole else None
 
 

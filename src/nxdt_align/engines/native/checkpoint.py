@@ -34,7 +34,6 @@ FORMAT = "nxdt-align native checkpoint"
 VERSION = 1
 SUMMARY, TENSORS, TRAINER = "checkpoint.json", "tensors", "trainer.pt"
 MODEL, OPTIMIZER = "model.", "optimizer."
-_SHOWN_FAULTS = 20
 
 T = TypeVar("T")
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
@@ -255,7 +254,7 @@ def _read(directory: Path) -> tuple[TensorFolder, dict[str, Any]]:
     try:
         trainer = torch.load(directory / TRAINER, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"checkpoint {directory} is damaged: {TRAINER}: {reason(error)}") from error
+        raise _damaged(directory, f"{TRAINER}: {reason(error)}") from error
     return tensors, trainer
 
 
@@ -272,10 +271,9 @@ def _check_fit(directory: Path, tensors: TensorFolder, parameters: Mapping[str, 
     faults += [f"missing: {n.removeprefix(MODEL)}" for n in sorted(wanted - there)]
     faults += [f"not in the model: {n.removeprefix(MODEL)}" for n in sorted(there - wanted)]
     if faults:
-        shown = faults[:_SHOWN_FAULTS] + [f"... and {n} more" for n in [len(faults) - _SHOWN_FAULTS] if n > 0]
         raise CheckpointError(
             f"checkpoint {directory} does not fit the model ({len(faults)} tensors):\n  "
-            + "\n  ".join(shown)
+            + "\n  ".join(faults)
             + "\nThe model and precision.type must be those of the run that wrote it"
         )
 
@@ -297,4 +295,10 @@ def _guarded(directory: Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except DamagedError as error:
-        raise CheckpointError(f"checkpoint {directory} is damaged: {error}") from error
+        raise _damaged(directory, str(error)) from error
+
+
+def _damaged(directory: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {directory} is damaged: {what}. Take another checkpoint, or copy it again"
+    )

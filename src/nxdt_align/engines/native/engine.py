@@ -18,6 +18,7 @@ from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention
 from nxdt_align.ops.logprobs import token_logps
+from nxdt_align.ops.ragged import RaggedRow
 
 
 class NativeEngine(Engine):
@@ -156,6 +157,8 @@ class NativeEngine(Engine):
         return batch.with_reference(self.response_logps(batch, reference=True))
 
     def _token_logps(self, model: Llama, batch: Batch, want_collisions: bool) -> tuple[Tensor, Tensor | None]:
+        if not self._attention.static_shapes:
+            return self._ragged_logps(model, RaggedRow.of(batch), want_collisions)
         with self._precision.context(self.device):
             context = self._attention.prepare(batch.segment_ids)
             hidden = model(batch.input_ids, batch.position_ids, context)
@@ -169,6 +172,22 @@ class NativeEngine(Engine):
             compact=self.device.type == "cpu",
             want_collisions=want_collisions,
         )
+
+    def _ragged_logps(
+        self, model: Llama, row: RaggedRow, want_collisions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``_token_logps``, over the batch's real tokens alone."""
+        with self._precision.context(self.device):
+            context = self._attention.prepare(row.segment_ids)
+            hidden = model(row.input_ids, row.position_ids, context)[0]
+        at_responses = hidden.index_select(0, row.response_positions)
+        logps, collisions = token_logps(
+            at_responses.float() if self._precision.autocast else at_responses,
+            model.head_weight,
+            row.labels,
+            want_collisions=want_collisions,
+        )
+        return row.spread(logps), None if collisions is None else row.spread(collisions)
 
     def _reference_model(self) -> Llama:
         if self._reference is None:
@@ -224,10 +243,9 @@ def _fill(parameters: Mapping[str, nn.Parameter], source: WeightSource) -> None:
         if have != want:
             faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
     if faults:
-        shown = "\n  ".join(faults[:20])
-        more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        shown = "\n  ".join(faults)
         raise EngineError(
-            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}{more}\n"
+            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}\n"
             "model.model_config, model.num_layers and model.hidden_size must be those of the weights"
         )
     for name, parameter in parameters.items():

@@ -132,7 +132,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 def reason(error: BaseException) -> str:
     """Why a file could not be read. Leaves out torch.load's advice to read it with code being run."""
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         return "it holds something other than plain values"
     return str(error).partition("\n")[0] or type(error).__name__
 

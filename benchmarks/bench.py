@@ -1,0 +1,271 @@
+"""Pairs a second: our layouts, TRL's DPOTrainer and rows padded to 4,096, interleaved in one run.
+
+    python benchmarks/bench.py [--data FILE] [--model 24m|100m|1b] [--steps N] [--out FILE.json]
+
+Each round gives every contender the same pairs, one optimizer step and one reference pass, and measures
+the machine's matrix-multiply rate beside each. Medians over rounds; ratios are medians of each round's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from contenders import NAMES, build
+from workload import MODELS, Workload, load_workload
+
+from nxdt_align.data.packing import example_tokens
+from nxdt_align.files import atomic_write
+from nxdt_align.models.presets import LlamaConfig, parameter_count
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / "shared" / "data"
+STANDARD = {
+    "hh": (SHARED / "hh_harmless_base.jsonl.gz", 8),
+    "chat": (SHARED / "dpo_mix_en_sharegpt.json.gz", 4),
+}
+PADDED_PAIRS = 1
+"""The padded baseline takes so many pairs of each batch: its cost a pair does not depend on them."""
+
+
+def forward_flops(workload: Workload, shape: LlamaConfig, indices: Sequence[int]) -> float:
+    """Floating-point operations (2 a multiply-add) of one forward pass over what carries information.
+
+    Each prompt once, responses once; the head at response tokens alone; attention between tokens that
+    see each other. No padding, no recomputation, no optimizer, nothing elementwise. A training step is
+    three times that.
+    """
+    chosen = list(indices)
+    prompts = workload.examples.prompt_lengths[chosen].astype(float) - 1
+    responses = workload.examples.response_lengths[chosen].astype(float)
+    heads = 2 * shape.num_attention_heads + 2 * shape.num_key_value_heads
+    layer = shape.hidden_size * (shape.head_dim * heads + 3 * shape.intermediate_size)
+    seen = prompts * (prompts + 1) / 2
+    seen += (responses * prompts[:, None] + responses * (responses + 1) / 2).sum(1)
+    attention = 4 * seen.sum() * shape.num_attention_heads * shape.head_dim
+    head = 2 * shape.hidden_size * shape.vocab_size * responses.sum()
+    tokens = prompts.sum() + responses.sum()
+    return float(shape.num_hidden_layers * (2 * layer * tokens + attention) + head)
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Floating-point operations a second of a square product in the dtype that is computed in."""
+    size, repeats = (1536, 6) if device.type == "cpu" else (8192, 20)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
+    left @ right
+    seconds = _timed(lambda: [left @ right for _ in range(repeats)], device)
+    return 2 * size**3 * repeats / seconds
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = CLOCKS["wall"]
+"""``cpu`` counts this process's own time: what a shared machine can measure, with one thread."""
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def measure(workload: Workload, model: str, steps: int, names: Sequence[str]) -> list[dict[str, object]]:
+    """One line a contender: medians over ``steps`` rounds after one that is not counted."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = MODELS[model]
+    contenders = {name: build(name, workload, shape, device) for name in names}
+    order = np.random.default_rng(1).permutation(len(workload.examples))
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for step in range(steps + 1):
+        pairs = np.roll(order, -step * workload.batch_size)[: workload.batch_size].tolist()
+        first_losses = {}
+        for name, contender in contenders.items():
+            mine = pairs[:PADDED_PAIRS] if name == "padded" else pairs
+            flops = forward_flops(workload, shape, mine)
+            before = matmul_rate(device)
+            precompute = _timed(lambda c=contender, p=mine: c.precompute(p), device)  # type: ignore[misc]
+            between = matmul_rate(device)
+            losses: list[torch.Tensor] = []
+            train = _timed(lambda c=contender, p=mine, out=losses: out.append(c.train(p)), device)  # type: ignore[misc]
+            after = matmul_rate(device)
+            first_losses[name] = float(losses[0])
+            rounds[name].append(
+                {
+                    "trained": len(mine) / train,
+                    "precomputed": len(mine) / precompute,
+                    "tokens": float(example_tokens(workload.examples, "shared_prompt")[mine].sum()) / train,
+                    "train_share": 3 * flops / train / ((between + after) / 2),
+                    "precompute_share": flops / precompute / ((before + between) / 2),
+                }
+            )
+        if step == 0:
+            _check_losses(first_losses, device)
+        print(f"  round {step}/{steps} done", file=sys.stderr, flush=True)
+    ours = rounds[NAMES[0]][1:] if NAMES[0] in rounds else None
+    return [_line(workload, model, name, found[1:], ours) for name, found in rounds.items()]
+
+
+def _check_losses(losses: dict[str, float], device: torch.device) -> None:
+    """All contenders do the same sum: same weights, same pairs, same loss (the padded one has a slice)."""
+    whole = [loss for name, loss in losses.items() if name != "padded"]
+    tolerance = 1e-3 if device.type == "cpu" else 5e-2
+    if max(whole) - min(whole) > tolerance * max(1.0, max(whole)):
+        raise SystemExit(f"the contenders' first losses differ, so they do not do the same work: {losses}")
+
+
+def _line(
+    workload: Workload,
+    model: str,
+    name: str,
+    rounds: list[dict[str, float]],
+    ours: list[dict[str, float]] | None,
+) -> dict[str, object]:
+    values: dict[str, object] = {
+        "data": workload.name,
+        "model": model,
+        "batch": workload.batch_size,
+        "contender": name,
+    }
+    values |= {key: median(r[key] for r in rounds) for key in rounds[0]}
+    for key in ("trained", "precomputed") if ours is not None else ():
+        assert ours is not None
+        values[f"{key}_gain"] = median(o[key] / r[key] for o, r in zip(ours, rounds, strict=True))
+    return values
+
+
+def peak_memory(data: str, batch: int, model: str, name: str, cache: Path) -> float:
+    """MiB at the peak of two training steps, in a process of its own: beyond what is held before the
+    first step for a CPU, in all for CUDA."""
+    command = [sys.executable, __file__, "--data", data, "--batch", str(batch), "--model", model]
+    done = subprocess.run(
+        [*command, "--memory-of", name, "--cache", str(cache)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"measuring the memory of {name} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def _measure_memory(workload: Workload, model: str, name: str) -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    contender = build(name, workload, MODELS[model], device)
+    sizes = example_tokens(workload.examples, "shared_prompt")
+    pairs = np.argsort(sizes)[len(sizes) // 2 :][: workload.batch_size].tolist()
+    pairs = pairs[:PADDED_PAIRS] if name == "padded" else pairs
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        contender.train(pairs)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+COLUMNS = (
+    ("data", "{}"),
+    ("model", "{}"),
+    ("contender", "{}"),
+    ("trained", "{:.2f}"),
+    ("precomputed", "{:.2f}"),
+    ("tokens", "{:,.0f}"),
+    ("train_share", "{:.0%}"),
+    ("precompute_share", "{:.0%}"),
+    ("peak_mib", "{:,.0f}"),
+    ("trained_gain", "{:.1f}x"),
+    ("precomputed_gain", "{:.1f}x"),
+)
+
+
+def table(lines: Sequence[dict[str, object]]) -> str:
+    """Markdown. trained, precomputed: pairs a second; tokens: those that carry information, a second, in
+    training; shares: of the matrix-multiply rate; gains: ours with a shared prompt over this line."""
+    rows = [[name for name, _ in COLUMNS], ["---"] * len(COLUMNS)]
+    rows += [[form.format(line[name]) if name in line else "" for name, form in COLUMNS] for line in lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", default="", help="file of pairs, or hh or chat (default: both of ../shared/data)"
+    )
+    parser.add_argument("--batch", type=int, default=0, help="pairs a step (default: 8; 4 for chat)")
+    parser.add_argument("--model", default="24m", choices=MODELS)
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--only", default=",".join(NAMES), help="contenders, separated by commas")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: one thread, its CPU time, for a busy machine"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="tokenizers and tokens")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/result.json"))
+    parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _workloads(arguments: argparse.Namespace) -> list[tuple[str, Path, int]]:
+    chosen = [arguments.data] if arguments.data else list(STANDARD)
+    found = []
+    for name in chosen:
+        path, batch = STANDARD.get(name, (Path(name), 8))
+        if path.is_file():
+            found.append((name, path, arguments.batch or batch))
+        else:
+            print(f"{name}: {path} is not here, so it is left out; DATA=pairs.jsonl.gz names a file of yours")
+    return found
+
+
+def main() -> int:
+    arguments = _arguments()
+    global clock
+    clock = CLOCKS[arguments.clock]
+    if arguments.clock == "cpu":
+        torch.set_num_threads(1)
+    lines: list[dict[str, object]] = []
+    names = [name for name in NAMES if name in arguments.only.split(",")]
+    for name, path, batch in _workloads(arguments):
+        workload = load_workload(Path(name).name, path, batch, arguments.cache)
+        if arguments.memory_of:
+            print(_measure_memory(workload, arguments.model, arguments.memory_of))
+            return 0
+        found = measure(workload, arguments.model, arguments.steps, names)
+        for line in [] if arguments.no_memory else found:
+            contender = str(line["contender"])
+            line["peak_mib"] = peak_memory(name, batch, arguments.model, contender, arguments.cache)
+        lines += found
+    if not lines:
+        return 1
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    setting = {
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "clock": arguments.clock,
+        "steps": arguments.steps,
+        "parameters": parameter_count(MODELS[arguments.model]),
+        "matmul_flops_a_second": matmul_rate(device),
+    }
+    print(table(lines))
+    print(json.dumps(setting))
+    atomic_write(
+        arguments.out, (json.dumps({"setting": setting, "results": lines}, indent=1) + "\n").encode()
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

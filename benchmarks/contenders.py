@@ -1,0 +1,216 @@
+"""What is compared: each contender trains one batch of pairs, or computes its reference log-probs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from workload import SEQ_LENGTH, Workload
+
+from nxdt_align.batch import Topology
+from nxdt_align.checkpoint.hf import FreshWeights, write_hf_folder
+from nxdt_align.data.packing import Layout, RowPlanner
+from nxdt_align.data.steps import StepDataset
+from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.precision import Precision
+from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.losses.preference import DPOLoss
+from nxdt_align.models.llama import Llama
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.ops.attention_blocks import BlockAttention
+from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.training import optim
+
+BETA, MAX_NORM = 0.1, 1.0
+OPTIMIZER = {"lr": 1e-5, "weight_decay": 0.01}
+ROWS_AT_ONCE = 4
+"""Our micro_batch_size on a CPU, where padding is left out; 1 on a device that computes it."""
+
+
+class Contender(Protocol):
+    def train(self, indices: Sequence[int]) -> Tensor:
+        """One optimizer step, with reference log-probs of 0; returns the loss."""
+        ...
+
+    def precompute(self, indices: Sequence[int]) -> Tensor:
+        """(n, 2): log-probs of chosen and rejected, without gradients."""
+        ...
+
+
+class Ours:
+    def __init__(self, workload: Workload, shape: LlamaConfig, layout: Layout, device: torch.device) -> None:
+        on_cpu = device.type == "cpu"
+        planner = RowPlanner(
+            workload.examples,
+            layout,
+            examples_per_step=workload.batch_size,
+            seq_length=SEQ_LENGTH,
+            micro_batch_size=(workload.batch_size if layout == "none" else ROWS_AT_ONCE) if on_cpu else 1,
+        )
+        self._steps = StepDataset(workload.examples, planner, layout, Topology())
+        self._engine = NativeEngine(
+            shape,
+            BlockAttention() if on_cpu else FlexAttention(),
+            precision=Precision() if on_cpu else Precision(compute=torch.bfloat16),
+            device=device,
+        )
+        self._engine.load_weights(FreshWeights(shape, 0))
+        self._optimizer = optim.build_optimizer(
+            self._engine.named_parameters(), "adamw_fp32OptState", OPTIMIZER
+        )
+        self._objective = GlobalMeanObjective(DPOLoss(BETA))
+
+    def train(self, indices: Sequence[int]) -> Tensor:
+        batches = [b.to(self._engine.device) for b in self._steps[list(indices)]]
+        batches = [b.with_reference(torch.zeros_like(b.slot_valid, dtype=torch.float32)) for b in batches]
+        output = self._engine.step(batches, self._objective)
+        self._engine.clip_gradients(MAX_NORM)
+        self._optimizer.step()
+        return output.loss
+
+    def precompute(self, indices: Sequence[int]) -> Tensor:
+        place = {index: at for at, index in enumerate(indices)}
+        values = torch.zeros(len(indices), 2)
+        for batch in self._steps[list(indices)]:
+            logps = self._engine.response_logps(batch.to(self._engine.device)).cpu()
+            for row, slot in batch.slot_valid.nonzero().tolist():
+                at = place[int(batch.record_index[row, slot])]
+                values[at, int(batch.slot_role[row, slot])] = logps[row, slot]
+        return values
+
+
+class TRL:
+    """TRL's DPOTrainer in its own padded batches, given the same tokens: its collator, its training
+    step, its reference pass. Gradient checkpointing is off, as it is in ours."""
+
+    def __init__(self, workload: Workload, shape: LlamaConfig, device: torch.device) -> None:
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM
+        from trl import DPOConfig, DPOTrainer
+
+        self._examples = workload.examples
+        self._device = device
+        on_cpu = device.type == "cpu"
+        with tempfile.TemporaryDirectory() as folder:
+            source = FreshWeights(shape, 0)
+            named = ((name, source.read(name)) for name in source.names())
+            write_hf_folder(Path(folder) / "model", shape, named, tokenizer_dir=None, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(
+                Path(folder) / "model", dtype=torch.float32, attn_implementation="sdpa"
+            )
+            settings = DPOConfig(
+                output_dir=str(Path(folder) / "out"),
+                per_device_train_batch_size=workload.batch_size,
+                precompute_ref_log_probs=True,
+                max_length=2 * SEQ_LENGTH,
+                gradient_checkpointing=False,
+                beta=BETA,
+                use_cpu=on_cpu,
+                bf16=not on_cpu,
+                report_to=[],
+                disable_tqdm=True,
+                max_steps=1,
+            )
+            one = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+            self._trainer = DPOTrainer(
+                model=model, args=settings, train_dataset=one, processing_class=workload.tokenizer
+            )
+        # What train() does before its first step, but for the loop.
+        self._model = self._trainer.model.to(device)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), **OPTIMIZER, fused=True)
+        self._trainer.optimizer = self._optimizer
+        self._trainer.current_gradient_accumulation_steps = 1
+
+    def _inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        examples = [
+            {
+                "prompt_ids": e.prompt.tolist(),
+                "chosen_ids": e.responses[0].tolist(),
+                "rejected_ids": e.responses[1].tolist(),
+                "ref_chosen_logps": 0.0,
+                "ref_rejected_logps": 0.0,
+            }
+            for e in (self._examples[i] for i in indices)
+        ]
+        return {name: value.to(self._device) for name, value in self._trainer.data_collator(examples).items()}
+
+    def train(self, indices: Sequence[int]) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss: Tensor = self._trainer.training_step(self._model, self._inputs(indices))
+        nn.utils.clip_grad_norm_(self._model.parameters(), MAX_NORM)
+        self._optimizer.step()
+        return loss.detach()
+
+    def precompute(self, indices: Sequence[int]) -> Tensor:
+        self._model.eval()
+        inputs = {k: v for k, v in self._inputs(indices).items() if not k.startswith("ref_")}
+        return torch.stack(self._trainer.compute_ref_log_probs(self._model, inputs), 1).float().cpu()
+
+
+class Padded:
+    """NxDT's layout: chosen and rejected each a row of SEQ_LENGTH tokens, causal attention, the logits of
+    every position. The model, loss and optimizer are ours, so that the layout is all that differs."""
+
+    def __init__(self, workload: Workload, shape: LlamaConfig, device: torch.device) -> None:
+        self._examples = workload.examples
+        self._device = device
+        self._context = Precision(autocast=device.type != "cpu").context
+        self._model = Llama(shape, _causal).to(device)
+        self._model.init_weights(0)
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), **OPTIMIZER, fused=True)
+
+    def train(self, indices: Sequence[int]) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self._device)
+        for index in indices:
+            chosen, rejected = self._logps(index)
+            loss = -nn.functional.logsigmoid(BETA * (chosen - rejected)) / len(indices)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(self._model.parameters(), MAX_NORM)
+        self._optimizer.step()
+        return total
+
+    @torch.no_grad()
+    def precompute(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self._logps(index) for index in indices]).float().cpu()
+
+    def _logps(self, index: int) -> Tensor:
+        """(2,): both responses of a pair, in one forward pass of two rows."""
+        example = self._examples[index]
+        ids = torch.zeros(2, SEQ_LENGTH, dtype=torch.long)
+        counts = torch.zeros(2, SEQ_LENGTH - 1, dtype=torch.bool)
+        for row, response in enumerate(example.responses):
+            start, end = len(example.prompt), len(example.prompt) + len(response)
+            ids[row, :start] = torch.from_numpy(example.prompt.astype("int64"))
+            ids[row, start:end] = torch.from_numpy(response.astype("int64"))
+            counts[row, start - 1 : end - 1] = True
+        ids, counts = ids.to(self._device), counts.to(self._device)
+        positions = torch.arange(SEQ_LENGTH, device=self._device).expand(2, -1)
+        with self._context(self._device):
+            logits = self._model.logits(self._model(ids, positions, None))[:, :-1]
+        logps = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None]).squeeze(2)
+        return (logps * counts).sum(1)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
+    out = nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True)
+    return out.transpose(1, 2)
+
+
+def build(name: str, workload: Workload, shape: LlamaConfig, device: torch.device) -> Contender:
+    if name == "trl":
+        return TRL(workload, shape, device)
+    if name == "padded":
+        return Padded(workload, shape, device)
+    layout: Layout = name.removeprefix("ours ")  # type: ignore[assignment]
+    return Ours(workload, shape, layout, device)
+
+
+NAMES = ("ours shared_prompt", "ours packed", "ours none", "trl", "padded")

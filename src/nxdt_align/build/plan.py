@@ -1,0 +1,27 @@
+"""The row plan of a run, without the run: tokens are made, a model is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nxdt_align.batch import Topology
+from nxdt_align.build import parts
+from nxdt_align.config.schema import Config
+from nxdt_align.data.module import ModelAlignmentDataModule
+
+
+def plan_report(config: Config) -> str:
+    """What the planner chooses for the data, as training says it before its first step.
+
+    Tokens are taken from ``data.cache_dir`` where it has them, and kept there. Raises UserError for
+    data, tokenizer or buckets that training would refuse.
+    """
+    ranks = config.data_parallel_size
+    cache = config.data.cache_dir
+    data = ModelAlignmentDataModule(
+        config,
+        parts.tokenization(config, parts.model_config(config)),
+        Topology(data_parallel_size=ranks),
+        cache_dir=None if cache is None else Path(cache) / "tokens",
+    )
+    return "\n".join([*data.reports.values(), f"data-parallel ranks: {ranks}"])

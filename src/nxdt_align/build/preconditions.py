@@ -1,0 +1,59 @@
+"""What can be found wrong before the first step, and Lightning's complaints as this package's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from nxdt_align.config.schema import Config
+from nxdt_align.errors import UserError
+
+
+def require_writable(key: str, folder: Path) -> None:
+    """Raise UserError where ``folder``, the value of ``key``, cannot be made or written to.
+
+    It is not made here: a run that stops early leaves nothing behind.
+    """
+    place = next(p for p in (folder, *folder.parents) if os.path.exists(p))
+    if not place.is_dir():
+        raise UserError(
+            f"{key}: must be a folder that can be written to, but is {folder}, where {place} is a file; "
+            "choose another folder"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{key}: must be a folder that can be written to, but is {folder}, and {place} is not writable; "
+            "make it writable, or choose another folder"
+        )
+
+
+def require_validation_in_epoch(config: Config, steps_per_epoch: int) -> None:
+    """Raise UserError where validation would be due behind the end of each epoch."""
+    trainer, limit = config.trainer, config.trainer.limit_train_batches
+    if trainer.check_val_every_n_epoch is None or not isinstance(trainer.val_check_interval, int):
+        return
+    steps = min(steps_per_epoch, limit) if isinstance(limit, int) else int(steps_per_epoch * limit)
+    if trainer.val_check_interval > steps:
+        raise UserError(
+            f"trainer.val_check_interval: must not be above the steps of an epoch ({steps}) while "
+            f"check_val_every_n_epoch is set, but is {trainer.val_check_interval}; set "
+            "trainer.check_val_every_n_epoch=null to count steps across epochs"
+        )
+
+
+@contextmanager
+def misconfiguration_is_the_users() -> Iterator[None]:
+    """Complaints of Lightning and W&B about settings that fit no rule here become a UserError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(f"trainer, exp_manager: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        # W&B, which need not be installed: most often there is no login.
+        if not type(error).__module__.startswith("wandb.errors"):
+            raise
+        raise UserError(f"exp_manager.create_wandb_logger: {' '.join(str(error).split())}") from error

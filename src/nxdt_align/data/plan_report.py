@@ -1,0 +1,96 @@
+"""What the planner chose for a data set, in numbers and in words: said before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nxdt_align.data.packing import Bucket, Layout, RowPlanner
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Measured over ``steps`` steps of the data. Places are slots for tokens, all ranks together."""
+
+    layout: Layout
+    buckets: tuple[Bucket, ...]
+    micro_batch_size: int
+    steps: int
+    steps_of_bucket: dict[Bucket, int]
+    rows: int
+    places: int
+    """Slots for tokens, padding included."""
+    tokens: int
+    """Places that hold a token."""
+    padded: int
+    """Places that layout none would take: a row of seq_length for every response."""
+    imbalance: float
+    """Tokens of the busiest rank over those of the mean rank, averaged over steps; 1 is equal work."""
+
+    @classmethod
+    def measure(
+        cls,
+        planner: RowPlanner,
+        examples: int,
+        examples_per_step: int,
+        seq_length: int,
+        most_steps: int = 200,
+    ) -> PlanReport:
+        """Plan steps of a shuffled order, as training meets them."""
+        order = np.random.default_rng(0).permutation(examples)
+        steps = [order[i : i + examples_per_step] for i in range(0, examples, examples_per_step)][:most_steps]
+        rows_each = planner.responses_per_example if planner.layout == "none" else 1
+        rows = places = tokens = 0
+        used = dict.fromkeys(planner.buckets, 0)
+        ratios = []
+        for step in steps:
+            plan = planner.plan(step.tolist())
+            used[plan.bucket] += 1
+            rows += len(plan.rows) * rows_each
+            places += len(plan.rows) * rows_each * plan.bucket.tokens
+            real = planner.real_tokens(step.tolist())
+            tokens += int(real.sum())
+            shares = [
+                sum(int(real[list(row)].sum()) for batch in planner.rows_of_rank(plan, rank) for row in batch)
+                for rank in range(planner.ranks)
+            ]
+            ratios.append(max(shares) * planner.ranks / max(1, sum(shares)))
+        seen = sum(len(step) for step in steps)
+        return cls(
+            layout=planner.layout,
+            buckets=planner.buckets,
+            micro_batch_size=planner.micro_batch_size,
+            steps=len(steps),
+            steps_of_bucket=used,
+            rows=rows,
+            places=places,
+            tokens=tokens,
+            padded=seen * planner.responses_per_example * seq_length,
+            imbalance=float(np.mean(ratios)),
+        )
+
+    @property
+    def fill(self) -> float:
+        return self.tokens / self.places
+
+    @property
+    def saved(self) -> float:
+        """Share of layout none's places that this plan does without."""
+        return 1 - self.places / self.padded
+
+    def __str__(self) -> str:
+        shapes = "\n".join(
+            f"    {b.tokens} tokens x {self.micro_batch_size} row(s), {b.responses} response tokens and "
+            f"{b.slots} responses a row: {self.steps_of_bucket[b] / self.steps:.0%} of the steps"
+            for b in self.buckets
+        )
+        return (
+            f"layout {self.layout}, measured over {self.steps} step(s)\n"
+            f"  buckets: {len(self.buckets)}, each one graph\n{shapes}\n"
+            f"  rows a step: {self.rows / self.steps:.1f}, over all ranks\n"
+            f"  fill: {self.fill:.1%} ({self.tokens:,} tokens in {self.places:,} places)\n"
+            f"  against layout none: {self.saved:.1%} of {self.padded:,} places saved, "
+            f"{self.padded / self.places:.1f} times fewer\n"
+            f"  busiest rank: {self.imbalance:.2f} times the mean rank's tokens"
+        )

@@ -1,0 +1,58 @@
+"""A batch's real tokens in one row, for eager devices: padding costs nothing where no shape is compiled.
+
+Legend: ``K`` real tokens, ``M`` response tokens, of all rows together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nxdt_align.batch import IGNORE_LABEL, PADDING_SEGMENT, SEGMENT_STRIDE, Batch
+
+
+@dataclass(frozen=True)
+class RaggedRow:
+    """What the model reads, without the places that hold nothing."""
+
+    input_ids: Tensor
+    """(1, K) int64"""
+    position_ids: Tensor
+    """(1, K) int64"""
+    segment_ids: Tensor
+    """(1, K) int64. Examples of different rows have different ids."""
+    response_positions: Tensor
+    """(M,) int64. Index into the row from which a response token is predicted."""
+    labels: Tensor
+    """(M,) int64. The token predicted there."""
+    _places: Tensor
+    """(M,) int64. Where in the flattened (B, T) each response token stands."""
+    _shape: torch.Size
+
+    @classmethod
+    def of(cls, batch: Batch) -> RaggedRow:
+        rows, size = batch.segment_ids.shape
+        is_real = batch.segment_ids.reshape(-1) != PADDING_SEGMENT
+        kept = is_real.nonzero().squeeze(1)
+        row = torch.arange(rows, device=kept.device)[:, None]
+        # A row has no more examples than tokens.
+        apart = (batch.segment_ids + row * SEGMENT_STRIDE * size).reshape(-1)
+        places = (batch.labels.reshape(-1) != IGNORE_LABEL).nonzero().squeeze(1)
+        flat_positions = (batch.response_positions + row * size).reshape(-1)[places]
+        new_position = is_real.cumsum(0) - 1
+        return cls(
+            input_ids=batch.input_ids.reshape(-1)[kept][None],
+            position_ids=batch.position_ids.reshape(-1)[kept][None],
+            segment_ids=apart[kept][None],
+            response_positions=new_position[flat_positions],
+            labels=batch.labels.reshape(-1)[places],
+            _places=places,
+            _shape=batch.labels.shape,
+        )
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(M,) -> (B, T), 0 where there is no response token."""
+        zeros = torch.zeros(self._shape.numel(), dtype=values.dtype, device=values.device)
+        return zeros.index_copy(0, self._places, values).view(self._shape)

@@ -1,0 +1,59 @@
+"""``nxdt-align plan``: what training says of its rows, without training; and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from training_fixture import Project
+
+from nxdt_align.cli import main
+
+
+def plan(project: Project, *overrides: str) -> int:
+    return main(["plan", "--config-path", str(project.root / "conf"), "--config-name", "run", *overrides])
+
+
+def test_plan_prints_the_rows_and_builds_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project.create(tmp_path)
+    monkeypatch.setattr("nxdt_align.models.llama.Llama.__init__", lambda *_: pytest.fail("a model"))
+    assert plan(project) == 0
+    said = capsys.readouterr().out
+    assert "train data: 22 examples, 0 of them truncated; layout shared_prompt" in said
+    assert "val data: 6 examples" in said
+    for what in ("buckets: ", "each one graph", "fill: ", "against layout none: ", "data-parallel ranks: 1"):
+        assert what in said
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_plan_of_layout_none_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """4 pairs a step and 22 pairs: 6 steps of rows of 128, two a pair."""
+    assert plan(Project.create(tmp_path), "data.packing=none", "data.val_dir=null") == 0
+    said = capsys.readouterr().out
+    assert "buckets: 1, each one graph\n    128 tokens x 1 row(s)" in said
+    assert "against layout none: 0.0% of 5,632 places saved, 1.0 times fewer" in said
+
+
+def test_plan_for_more_ranks_than_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(Project.create(tmp_path), "trainer.devices=2") == 0
+    assert "data-parallel ranks: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("data.buckets=[8]", r"error: data.buckets: the largest must hold the longest example .* would fit"),
+        ("data.buckets=[128,64]", r"data.buckets: must be positive row lengths in ascending order, but is"),
+        ("data.packing=padded", r"data.packing: must be one of none, packed, shared_prompt, but is 'padded'"),
+        ("data.attention=flash", r"data.attention: must be one of auto, dense, blocks, flex, but is"),
+    ],
+)
+def test_bad_input_says_what_would_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, fault: str
+) -> None:
+    assert plan(Project.create(tmp_path), override) == 1
+    said = capsys.readouterr().err
+    assert re.search(fault, said), said
