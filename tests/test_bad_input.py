@@ -342,7 +342,7 @@ def test_bad_records_can_be_dropped(terminal: Terminal) -> None:
 
 def test_a_prompt_longer_than_the_sequence_is_cut(terminal: Terminal) -> None:
     shown = terminal.succeed(f"data.train_dir={terminal.project.root}/bad/long.jsonl")
-    assert "train data: 22 examples, 22 truncated" in shown
+    assert "train data: 22 examples, 22 of them truncated" in shown
     assert terminal.checkpoints
 
 

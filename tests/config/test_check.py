@@ -45,12 +45,12 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         ),
         (
             f"{ALIGN}.orpo.beta=0.1",
-            f"{ALIGN}: must have exactly one of dpo, orpo, cpo, simpo and sft, but has dpo and orpo; "
+            f"{ALIGN}: must have exactly one of dpo, orpo, cpo, simpo, kto and sft, but has dpo and orpo; "
             f"drop one, e.g. with the override ~{ALIGN}.orpo",
         ),
         (
             f"{ALIGN}.dpo=null",
-            f"{ALIGN}: must have exactly one of dpo, orpo, cpo, simpo and sft, but has none",
+            f"{ALIGN}: must have exactly one of dpo, orpo, cpo, simpo, kto and sft, but has none",
         ),
         ("model_source=megatron", "model_source: must be hf"),
         ("model.moe.num_experts=8", "model.moe: mixtures of experts are not supported"),

@@ -57,6 +57,8 @@ def test_settings_of_dpo_that_break_a_rule(reject: Reject, overrides: list[str],
         ("simpo", "gamma=-1", "simpo.gamma: must be at least 0, but is -1.0"),
         ("simpo", "label_smoothing=0.7", "simpo.label_smoothing: must be below 0.5, but is 0.7"),
         ("orpo", "nll_scale=-1", "orpo.nll_scale: must be at least 0, but is -1.0"),
+        ("kto", "beta=0", "kto.beta: must be above 0, but is 0.0"),
+        ("kto", "undesirable_weight=-1", "kto.undesirable_weight: must be at least 0, but is -1.0"),
         ("cpo", "max_prompt_length=4096", "must be below data.seq_length (4096)"),
     ],
 )
@@ -105,6 +107,11 @@ def test_a_reference_model_that_is_left_out_is_noticed(load: Load, good: str, tm
     overrides = (f"{ALIGN}.reference_model={weights}", f"{DPO}.reference_free=True")
     (notice,) = check(load(good, *overrides), world_size=1)
     assert "reference_model has no effect: dpo.reference_free leaves the reference out" in notice
+
+
+def test_a_loss_of_ones_own_is_not_for_kto(reject: Reject) -> None:
+    message = reject(f"~{DPO}", f"{ALIGN}.kto.beta=0.1", f"{ALIGN}.loss=a.b")
+    assert f"{ALIGN}.loss: must not be set with kto, whose examples are no pairs, but is 'a.b'" in message
 
 
 def test_one_loss_type_and_a_list_are_read(load: Load, good: str) -> None:

@@ -22,6 +22,7 @@ OBJECTIVES = {
     "CPO": ("cpo", {"beta": 0.1, "nll_scale": 1.0}),
     "SimPO": ("simpo", {"beta": 2.0, "gamma": 1.0}),
     "ORPO": ("orpo", {"beta": 0.1}),
+    "KTO": ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
     "SFT": ("sft", {"packing": True, "train_on_prompt": False}),
 }
 

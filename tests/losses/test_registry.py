@@ -36,7 +36,7 @@ def test_losses_are_built_from_the_yaml_names(
 @pytest.mark.parametrize(
     ("objective", "settings", "message"),
     [
-        ("ppo", {}, r"objective must be one of dpo, orpo, cpo, simpo, sft, but is 'ppo'"),
+        ("ppo", {}, r"objective must be one of dpo, orpo, cpo, simpo, kto, sft, but is 'ppo'"),
         (
             "dpo",
             {"kl_beta": 0.1, "loss_type": "sigmoyd"},

@@ -195,8 +195,7 @@ class Run:
             return [], {}
         origin = find_origin(self.config, self.model_config, self.start, continued)
         record = {ORIGIN: origin_record(origin.source, self._fingerprint(origin.source))}
-        dpo = self.config.model_alignment_strategy.dpo
-        before = dpo is None or dpo.precompute_ref_log_probs
+        before = self.config.model_alignment_strategy.precompute_ref_log_probs
         store = self._store(origin) if before else None
         first: Callback = (
             ReferencePass(self.engine, self.data, store, origin, trial=self.env.compile_only)

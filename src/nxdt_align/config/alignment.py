@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from nxdt_align.config.fields import PATH
 
-Objective = Literal["dpo", "orpo", "cpo", "simpo", "sft"]
+Objective = Literal["dpo", "orpo", "cpo", "simpo", "kto", "sft"]
 OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 TruncationMode = Literal["keep_start", "keep_end"]
 
@@ -144,6 +144,24 @@ class SimPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KTOConfig:
+    """Kahneman-Tversky optimization (https://arxiv.org/abs/2402.01306). All keys are ours."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference."""
+    desirable_weight: float = 1.0
+    """Weight of completions whose label is true."""
+    undesirable_weight: float = 1.0
+    """Weight of completions whose label is false."""
+    max_prompt_length: int = MAX_PROMPT_LENGTH
+    """As for dpo."""
+    precompute_ref_log_probs: bool = True
+    """As for dpo."""
+    truncation_mode: TruncationMode = "keep_start"
+    """As for dpo."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SFTConfig:
     """Supervised fine-tuning, on responses alone unless told otherwise."""
 
@@ -157,7 +175,7 @@ class SFTConfig:
     """(ours) As for dpo."""
 
 
-ObjectiveConfig = DPOConfig | ORPOConfig | CPOConfig | SimPOConfig | SFTConfig
+ObjectiveConfig = DPOConfig | ORPOConfig | CPOConfig | SimPOConfig | KTOConfig | SFTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +208,13 @@ class PEFTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAlignmentStrategyConfig:
-    """The objective: exactly one of dpo, orpo, cpo, simpo and sft."""
+    """The objective: exactly one of dpo, orpo, cpo, simpo, kto and sft."""
 
     dpo: DPOConfig | None = None
     orpo: ORPOConfig | None = None
     cpo: CPOConfig | None = None
     simpo: SimPOConfig | None = None
+    kto: KTOConfig | None = None
     sft: SFTConfig | None = None
     peft: PEFTConfig | None = None
     loss: str | None = None
@@ -222,6 +241,12 @@ class ModelAlignmentStrategyConfig:
         """The settings of ``objective``."""
         settings: ObjectiveConfig = getattr(self, self.objective)
         return settings
+
+    @property
+    def precompute_ref_log_probs(self) -> bool:
+        """Whether a reference is asked before training; so where the objective's own loss has none."""
+        settings = self.active
+        return not isinstance(settings, DPOConfig | KTOConfig) or settings.precompute_ref_log_probs
 
     @property
     def max_prompt_length(self) -> int:

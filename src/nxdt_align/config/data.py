@@ -47,7 +47,7 @@ class DataConfig:
     micro_batch_size: int = 1
     """Pairs (with packing none) or rows (else) that a rank computes at once."""
     global_batch_size: int = 8
-    """Pairs of an optimizer step, over all ranks; for sft, responses."""
+    """Pairs of an optimizer step, over all ranks; for sft and kto, responses."""
     packing: Packing | None = field(default=None, metadata=reads_as(true="packed", false="none"))
     """(ours) Layout of examples in rows. none: a row a response, padded; packed: several responses a
     row, each with its prompt; shared_prompt: packed, chosen and rejected sharing their prompt's tokens;

@@ -72,6 +72,9 @@ def own_loss(config: Config) -> Iterator[Fault]:
         if strategy.loss_settings:
             rule = f"must not be set without {_ALIGN}.loss"
             yield Fault(f"{_ALIGN}.loss_settings", rule, dict(strategy.loss_settings))
+    elif strategy.kto is not None:
+        rule = "must not be set with kto, whose examples are no pairs"
+        yield Fault(f"{_ALIGN}.loss", rule, path, "set dpo for pairs, sft for single responses")
     elif "." not in path or not all(part.isidentifier() for part in path.split(".")):
         yield Fault(f"{_ALIGN}.loss", "must be a dotted path, module.name", path)
 
@@ -97,9 +100,9 @@ def reference_is_not_needed(config: Config) -> Iterator[str]:
     if not unused or strategy.loss is not None:
         return
     names = " and ".join(f"{_ALIGN}.{key}" for key in unused)
-    if strategy.dpo is None:
+    if strategy.dpo is None and strategy.kto is None:
         yield f"{names} has no effect: {strategy.objective} has no reference"
-    elif strategy.dpo.reference_free:
+    elif strategy.dpo is not None and strategy.dpo.reference_free:
         yield f"{names} has no effect: dpo.reference_free leaves the reference out"
 
 

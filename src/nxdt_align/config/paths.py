@@ -28,7 +28,8 @@ def path_faults(config: Config) -> list[Fault]:
         found += _data("data.val_dir", config.data.val_dir)
     found += _tokenizer(config.data.tokenizer.type)
     found += _weights("exp_manager.resume_from_checkpoint", config.exp_manager.resume_from_checkpoint)
-    if config.model_alignment_strategy.dpo is not None or config.model_alignment_strategy.loss is not None:
+    strategy = config.model_alignment_strategy
+    if any(setting is not None for setting in (strategy.dpo, strategy.kto, strategy.loss)):
         path = "model_alignment_strategy.reference_model"
         found += _weights(path, config.model_alignment_strategy.reference_model)
     return [*found, *_model(config)]

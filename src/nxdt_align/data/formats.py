@@ -24,7 +24,7 @@ from nxdt_align.data.values import (
     take_text,
 )
 
-Kind = Literal["pair", "response"]
+Kind = Literal["pair", "response", "unpaired"]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """The turn marks of Anthropic's HH-RLHF transcripts."""
@@ -36,6 +36,8 @@ class Draft:
 
     prompt: Prompt
     responses: tuple[str, ...]
+    label: bool | None = None
+    """Whether the response is desirable, of unpaired records."""
 
 
 Convert = Callable[[Row], Sequence[Draft | BadRecord]]
@@ -199,6 +201,19 @@ def _preferred(convert: Convert) -> Convert:
     return convert_preferred
 
 
+# Formats: a response with a label
+
+
+def from_unpaired(row: Row) -> list[Draft]:
+    """``prompt``, ``completion``, ``label``: true (or 1) for a desirable completion, false (or 0) for
+    another. Prompt and completion are text or chat messages (TRL's form)."""
+    label = take(row, "label")
+    if label not in (True, False):
+        raise BadRecord("wrong type", f"`label` must be true or false, but is {excerpt(label)}")
+    completion = as_answer(take(row, "completion"), "completion")
+    return [Draft(as_prompt(take(row, "prompt"), "prompt"), (completion,), bool(label))]
+
+
 # The tables
 
 
@@ -242,7 +257,12 @@ RESPONSE_FORMATS = (
     Format("messages", ("messages",), from_messages),
     Format("messages", ("conversations",), from_messages),
 )
-FORMATS: Mapping[Kind, tuple[Format, ...]] = {"pair": PAIR_FORMATS, "response": RESPONSE_FORMATS}
+UNPAIRED_FORMATS = (Format("unpaired", ("prompt", "completion", "label"), from_unpaired),)
+FORMATS: Mapping[Kind, tuple[Format, ...]] = {
+    "pair": PAIR_FORMATS,
+    "response": RESPONSE_FORMATS,
+    "unpaired": UNPAIRED_FORMATS,
+}
 
 
 def named_format(name: str, kind: Kind) -> Format:
@@ -280,4 +300,8 @@ def known_columns(kind: Kind) -> list[str]:
     return list(dict.fromkeys(key for f in FORMATS[kind] for key in f.keys))
 
 
-_WANTED: Mapping[Kind, str] = {"pair": "preference pairs", "response": "single responses"}
+_WANTED: Mapping[Kind, str] = {
+    "pair": "preference pairs",
+    "response": "single responses",
+    "unpaired": "labelled completions",
+}

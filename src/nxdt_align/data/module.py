@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,15 +17,18 @@ from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.plan_report import PlanReport
-from nxdt_align.data.records import DataError, RecordSet, Source, load_records
+from nxdt_align.data.records import DataError, Kind, RecordSet, Source, load_records
 from nxdt_align.data.sampler import StepSampler
-from nxdt_align.data.steps import StepDataset, look_up_reference
+from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset, look_up_reference
 from nxdt_align.data.tokenize import Tokenization, WholeSequences, tokenize_records
+from nxdt_align.data.unpaired import with_mismatched
 from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
 DEFAULT_LAYOUT: Layout = "shared_prompt"
+RECORD_KIND: dict[str, Kind] = {"sft": "response", "kto": "unpaired"}
+"""Objective -> what its records are, where they are no pairs."""
 
 
 def _identity(item: list[Batch]) -> list[Batch]:
@@ -106,15 +110,16 @@ class ModelAlignmentDataModule(LightningDataModule):
     def _records(self, sources: list[Source], split: Split) -> RecordSet:
         data, strategy = self._config.data, self._config.model_alignment_strategy
         try:
-            return load_records(
+            found = load_records(
                 sources,
-                "response" if strategy.objective == "sft" else "pair",
+                RECORD_KIND.get(strategy.objective, "pair"),
                 format=data.format,
                 columns=data.columns,
                 on_bad_record=data.on_bad_record,
                 limit=data.dev_choose_samples,
                 seed=self._config.seed,
             )
+            return found if strategy.kto is None else replace(found, records=with_mismatched(found.records))
         except DataError as error:
             raise DataError(f"data.{split}_dir: {error}") from error
 
@@ -142,7 +147,8 @@ class ModelAlignmentDataModule(LightningDataModule):
             f"{split} data: {len(examples)} examples, {examples.truncated} of them truncated; {report}"
         )
         log.info("%s", self.reports[split])
-        return StepDataset(examples, planner, self.layout, self._topology, self._tail_weight)
+        roles = None if self._config.model_alignment_strategy.kto is None else UNPAIRED_ROLES
+        return StepDataset(examples, planner, self.layout, self._topology, self._tail_weight, roles)
 
     # What the run asks
 

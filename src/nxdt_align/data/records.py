@@ -37,6 +37,7 @@ __all__ = [
     "RecordSet",
     "ResponseRecord",
     "Source",
+    "UnpairedRecord",
     "load_records",
     "record_id",
 ]
@@ -89,7 +90,24 @@ class ResponseRecord:
         return (self.response,)
 
 
-Record = PairRecord | ResponseRecord
+@dataclass(frozen=True)
+class UnpairedRecord:
+    """A prompt with one completion that is good or bad, and another prompt's completion."""
+
+    id: str
+    prompt: Prompt
+    completion: str
+    desirable: bool
+    source: str
+    mismatched: str = ""
+    """See ``unpaired.with_mismatched``; empty before."""
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return (self.completion, self.mismatched) if self.mismatched else (self.completion,)
+
+
+Record = PairRecord | ResponseRecord | UnpairedRecord
 
 
 @dataclass
@@ -133,10 +151,12 @@ class RecordSet:
     """The format's name; several, joined by commas, where sources differ."""
 
 
-def record_id(prompt: Prompt, responses: Sequence[str]) -> str:
+def record_id(prompt: Prompt, responses: Sequence[str], label: bool | None = None) -> str:
     """The content's hash: 32 hex digits, blake2b over canonical JSON."""
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
-    content = {"prompt": prompt, **dict(zip(names, responses, strict=True))}
+    content: dict[str, object] = {"prompt": prompt, **dict(zip(names, responses, strict=True))}
+    if label is not None:
+        content["label"] = label
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -154,7 +174,8 @@ def load_records(
     """Read, convert and check the records of all sources.
 
     Args:
-        kind: ``pair`` for preference data; ``response`` for one response (of pairs: the chosen one).
+        kind: ``pair`` for preference data; ``unpaired`` for a completion with a label;
+            ``response`` for one response (of pairs: the chosen one).
         format: a format's name; None finds it by the keys, for each source.
         columns: our key -> the files' key.
         on_bad_record: ``error`` reads to the end and raises with the report of all bad records.
@@ -318,6 +339,9 @@ class _Reader:
 
 def _record(draft: Draft, place: str) -> Record:
     identifier = record_id(draft.prompt, draft.responses)
+    if draft.label is not None:
+        identifier = record_id(draft.prompt, draft.responses, draft.label)
+        return UnpairedRecord(identifier, draft.prompt, draft.responses[0], draft.label, place)
     if len(draft.responses) == 2:
         return PairRecord(identifier, draft.prompt, draft.responses[0], draft.responses[1], place)
     return ResponseRecord(identifier, draft.prompt, draft.responses[0], place)

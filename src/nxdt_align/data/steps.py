@@ -17,6 +17,7 @@ from nxdt_align.data.tokenize import TokenizedSet
 
 PAIR_ROLES = (SlotRole.CHOSEN, SlotRole.REJECTED)
 SINGLE_ROLES = (SlotRole.SINGLE,)
+UNPAIRED_ROLES = (SlotRole.SINGLE, SlotRole.KL)
 REFERENCE_GROUP = 256
 """Examples of similar length that the reference pass lays into rows together."""
 
@@ -47,12 +48,14 @@ class StepDataset(Dataset[list[Batch]]):
         layout: Layout,
         topology: Topology,
         tail_weight: float | None = None,
+        roles: tuple[SlotRole, ...] | None = None,
     ) -> None:
         self.examples = examples
         self.planner = planner
         self._topology = topology
-        paired = examples.response_lengths.shape[1] == 2
-        self._collate = Collator(examples, layout, PAIR_ROLES if paired else SINGLE_ROLES, tail_weight)
+        if roles is None:
+            roles = PAIR_ROLES if examples.response_lengths.shape[1] == 2 else SINGLE_ROLES
+        self._collate = Collator(examples, layout, roles, tail_weight)
         self._response_tokens = examples.response_lengths.sum(1)
 
     def __getitem__(self, indices: Sequence[int]) -> list[Batch]:
@@ -94,6 +97,7 @@ class StepDataset(Dataset[list[Batch]]):
 
 def look_up_reference(table: np.ndarray, batch: Batch) -> Tensor:
     """(B, R) float32: each slot's value of ``table``, (N, k) with a column a response."""
-    column = torch.where(batch.slot_role == SlotRole.REJECTED, 1, 0)
+    is_second = (batch.slot_role == SlotRole.REJECTED) | (batch.slot_role == SlotRole.KL)
+    column = torch.where(is_second, 1, 0)
     values = torch.from_numpy(table)[batch.record_index.clamp(min=0), column]
     return torch.where(batch.slot_valid, values, 0.0).float()

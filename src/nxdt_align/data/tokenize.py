@@ -20,7 +20,7 @@ import numpy as np
 
 from nxdt_align.data.chat import TEMPLATE_DATE, ChatTemplate
 from nxdt_align.data.files import DataError
-from nxdt_align.data.records import Record
+from nxdt_align.data.records import Record, UnpairedRecord
 from nxdt_align.data.token_cache import TokenColumns, cache_path, load_columns, save_columns
 from nxdt_align.data.truncation import Tokens, Truncation
 from nxdt_align.errors import UserError
@@ -212,10 +212,13 @@ def _array(ids: Tokens) -> np.ndarray:
 class TokenizedSet:
     """Tokenized records in their order; those of equal content share their tokens."""
 
-    def __init__(self, columns: TokenColumns, record_ids: Sequence[str]) -> None:
+    def __init__(
+        self, columns: TokenColumns, record_ids: Sequence[str], desirable: Sequence[bool] | None = None
+    ) -> None:
         row_of = {record: row for row, record in enumerate(columns.record_ids)}
         self._columns = columns
         self._rows = np.array([row_of[record] for record in record_ids], dtype=np.int64)
+        self._desirable = None if desirable is None else list(desirable)
         self.record_ids = list(record_ids)
         """The content hash of each record, (N)."""
         self.prompt_lengths: np.ndarray = np.diff(columns.prompt_offsets)[self._rows]
@@ -234,7 +237,10 @@ class TokenizedSet:
 
     def __getitem__(self, index: int) -> Example:
         row = int(self._rows[index])
-        return Example(self.record_ids[index], self._columns.prompt(row), self._columns.responses(row))
+        desirable = True if self._desirable is None else self._desirable[index]
+        return Example(
+            self.record_ids[index], self._columns.prompt(row), self._columns.responses(row), desirable
+        )
 
 
 class WholeSequences(TokenizedSet):
@@ -245,6 +251,7 @@ class WholeSequences(TokenizedSet):
 
     def __init__(self, examples: TokenizedSet) -> None:
         self._columns, self._rows = examples._columns, examples._rows
+        self._desirable = examples._desirable
         self.record_ids = examples.record_ids
         self.prompt_lengths = np.ones_like(examples.prompt_lengths)
         self.response_lengths = examples.response_lengths + examples.prompt_lengths[:, None] - 1
@@ -274,7 +281,8 @@ def tokenize_records(
         columns = _encode_all(list(distinct.values()), tokenization)
         if path is not None:
             save_columns(path, columns)
-    result = TokenizedSet(columns, [record.id for record in records])
+    labels = [not isinstance(record, UnpairedRecord) or record.desirable for record in records]
+    result = TokenizedSet(columns, [record.id for record in records], labels)
     if result.identical_after_truncation:
         log.warning(
             "%d of %d pairs have the same tokens as chosen and as rejected once truncated and tokenized",

@@ -6,11 +6,13 @@ from nxdt_align.losses.reference_free import CPOLoss, ORPOLoss, SimPOLoss, log1m
 from nxdt_align.losses.registry import build_loss
 from nxdt_align.losses.supervised import SFTLoss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
+from nxdt_align.losses.unpaired import KTOLoss
 
 __all__ = [
     "CPOLoss",
     "DPOLoss",
     "GlobalMeanObjective",
+    "KTOLoss",
     "Loss",
     "LossOutput",
     "ORPOLoss",

@@ -61,4 +61,7 @@ def finish(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 plain[metric] = plain[metric] / value
             else:
                 del plain[metric]
+    if "rewards/margins" not in plain and {"rewards/chosen", "rewards/rejected"} <= plain.keys():
+        # Unpaired examples: of means over two different sets.
+        plain["rewards/margins"] = plain["rewards/chosen"] - plain["rewards/rejected"]
     return plain

@@ -10,6 +10,7 @@ from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.losses.reference_free import CPOLoss, ORPOLoss, SimPOLoss
 from nxdt_align.losses.supervised import SFTLoss
 from nxdt_align.losses.types import Loss
+from nxdt_align.losses.unpaired import KTOLoss
 
 
 def _build_dpo(
@@ -59,6 +60,10 @@ def _build_simpo(
     return SimPOLoss(beta, gamma, nll_scale, label_smoothing)
 
 
+def _build_kto(*, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Loss:
+    return KTOLoss(beta, desirable_weight, undesirable_weight)
+
+
 def _build_sft() -> Loss:
     return SFTLoss()
 
@@ -68,6 +73,7 @@ OBJECTIVES: dict[str, Callable[..., Loss]] = {
     "orpo": _build_orpo,
     "cpo": _build_cpo,
     "simpo": _build_simpo,
+    "kto": _build_kto,
     "sft": _build_sft,
 }
 """Objective -> builder, whose keywords are the settings that it takes."""

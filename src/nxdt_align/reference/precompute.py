@@ -24,7 +24,7 @@ from nxdt_align.reference.cache import FloatArray, ReferenceStore, require_finit
 
 M = TypeVar("M")
 
-_COLUMN = {SlotRole.CHOSEN: 0, SlotRole.SINGLE: 0, SlotRole.REJECTED: 1}
+_COLUMN = {SlotRole.CHOSEN: 0, SlotRole.SINGLE: 0, SlotRole.REJECTED: 1, SlotRole.KL: 1}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""KTO: a loss of single responses that are labelled good or bad.
+
+Legend: ``P`` examples. Slot ``2k`` is example k's completion, slot ``2k + 1`` another prompt's completion
+behind its prompt, from which the policy's distance to the reference is estimated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from nxdt_align.losses.metrics import DIVISOR
+from nxdt_align.losses.modifiers import check_positive, check_scale
+from nxdt_align.losses.types import LossOutput, Normaliser, ResponseLogps
+
+
+@dataclass(frozen=True)
+class KTOLoss:
+    """Kahneman-Tversky Optimization (https://arxiv.org/abs/2402.01306, equation 7).
+
+    For a desirable completion weight * (1 - sigmoid(beta * (ratio - kl))), for an undesirable one weight *
+    (1 - sigmoid(beta * (kl - ratio))); ratio is log(policy / reference), kl the mean of the mismatched
+    completions' ratios over the global batch, at least 0 and without gradient. TRL takes kl over each
+    device's micro-batch and averages those.
+
+    By hand: ratio 2, kl 1, beta 1: 1 - sigmoid(1) = 0.2689 if desirable, 1 - sigmoid(-1) = 0.7311 if not.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    needs_reference = True
+    paired = True
+    couples_examples = True
+    needs_tokens = needs_collisions = needs_logits = False
+    normaliser: ClassVar[Normaliser] = "pairs"
+
+    def __post_init__(self) -> None:
+        check_positive("KTO's beta", self.beta)
+        check_scale("KTO's desirable_weight", self.desirable_weight)
+        check_scale("KTO's undesirable_weight", self.undesirable_weight)
+
+    def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
+        if reference is None:
+            raise ValueError("KTO needs the reference's log-probabilities, but got none")
+        ratio = policy.chosen_logps.float() - reference.chosen_logps.float()
+        kl = self._kl(policy, reference)
+        desirable = policy.desirable[0::2]
+        signed = torch.where(desirable, ratio - kl, kl - ratio)
+        weight = torch.where(desirable, self.desirable_weight, self.undesirable_weight)
+        return LossOutput(
+            losses=weight * torch.sigmoid(-self.beta * signed),
+            extras=_metrics(policy, self.beta * ratio.detach(), desirable, kl),
+        )
+
+    def _kl(self, policy: ResponseLogps, reference: ResponseLogps) -> Tensor:
+        """() float32, nats."""
+        mismatched = (policy.rejected_logps.float() - reference.rejected_logps.float()).detach()
+        valid = policy.valid[0::2] & policy.valid[1::2]
+        mean = torch.where(valid, mismatched, 0.0).sum() / valid.sum().clamp(min=1)
+        return mean.clamp(min=0)
+
+
+def _metrics(policy: ResponseLogps, rewards: Tensor, desirable: Tensor, kl: Tensor) -> dict[str, Tensor]:
+    """TRL's: means over the desirable completions, and over the others."""
+    values = {"kl": kl.expand(rewards.shape)}
+    logps = policy.chosen_logps.detach()
+    for name, those in (("chosen", desirable), ("rejected", ~desirable)):
+        for metric, value in (("rewards", rewards), ("logps", logps)):
+            values[f"{metric}/{name}"] = value * those
+            values[f"{metric}/{name}{DIVISOR}"] = those.float()
+    return values

@@ -1,0 +1,58 @@
+"""Labelled completions, and the mismatched completions that they get."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nxdt_align.data.records import DataError, Source, UnpairedRecord, load_records
+from nxdt_align.data.unpaired import with_mismatched
+
+
+def load(tmp_path: Path, rows: Sequence[dict[str, Any]], **settings: Any) -> list[UnpairedRecord]:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = load_records([Source(str(path))], "unpaired", **settings).records
+    return [record for record in records if isinstance(record, UnpairedRecord)]
+
+
+def row(prompt: Any, completion: Any, label: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion, "label": label}
+
+
+def test_text_and_messages_are_read(tmp_path: Path) -> None:
+    chat = row([{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "no"}], 0)
+    first, second = load(tmp_path, [row("a", "yes", True), chat])
+    assert (first.prompt, first.completion, first.desirable) == ("a", "yes", True)
+    assert (second.completion, second.desirable) == ("no", False)
+    assert first.id != load(tmp_path, [row("a", "yes", False)])[0].id
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (row("a", "yes", "true"), "`label` must be true or false, but is 'true'"),
+        (row("a", "", True), "empty response"),
+        ({"prompt": "a", "completion": "b"}, "nearest is unpaired, which needs label too"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, [bad])
+
+
+def test_each_gets_the_completion_before_it(tmp_path: Path) -> None:
+    """The first gets the last one's; an equal completion is passed over."""
+    records = load(tmp_path, [row(p, c, True) for p, c in ("ax", "by", "cy", "dz")])
+    mixed = with_mismatched(records)
+    assert [record.responses for record in mixed] == [("x", "z"), ("y", "x"), ("y", "x"), ("z", "y")]
+    assert len({record.id for record in [*records, *mixed]}) == 8
+
+
+def test_completions_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="at least two different completions, but the data have 1"):
+        with_mismatched(load(tmp_path, [row("a", "x", True), row("b", "x", False)]))
