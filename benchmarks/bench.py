@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import resource
 import subprocess
@@ -268,4 +269,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # The report of bad records is not this script's business.
+    logging.getLogger("nxdt_align").setLevel(logging.ERROR)
     sys.exit(main())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +61,6 @@ class Workload:
 
 def load_workload(name: str, path: Path, batch_size: int, cache: Path) -> Workload:
     """The pairs of a file, the bad ones left out, tokenized as training tokenizes them."""
-    logging.getLogger("nxdt_align").setLevel(logging.ERROR)
     tokenizer = trained_tokenizer(path, cache)
     found = load_records([Source(str(path), None)], "pair", on_bad_record="drop", seed=0)
     tokenization = Tokenization(tokenizer, Truncation(SEQ_LENGTH, MAX_PROMPT, "keep_start"))
