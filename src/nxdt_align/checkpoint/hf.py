@@ -64,6 +64,9 @@ class HFFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file(name).shape(to_hf(name))
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file(name).dtype(to_hf(name))
+
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU, in the dtype it is stored in."""
         return self._file(name).read(to_hf(name))
