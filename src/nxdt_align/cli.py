@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nxdt_align import __version__
+from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.config.check import ConfigError, load_checked, with_check
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import read_config, to_yaml
@@ -24,6 +26,9 @@ Preference alignment (DPO, ORPO) of Llama-family models from NxD Training's YAML
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
   nxdt-align train --config-name NAME [key=value ...]    train
+  nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
+  nxdt-align export CHECKPOINT DESTINATION               any checkpoint as a Hugging Face folder
+  nxdt-align inspect PATH                                what a checkpoint is
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -111,7 +116,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.verb is None:
         parser.print_help()
         parser.exit(2)
-    if arguments.verb != "help-keys" and arguments.config_name is None:
+    if hasattr(arguments, "config_name") and arguments.config_name is None and arguments.verb != "help-keys":
         parser.error(f"{arguments.verb} needs --config-name NAME")
     return arguments
 
@@ -134,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         "--trial-steps", action="store_true", help="a few steps without logger and checkpoints, as COMPILE=1"
     )
     _add_verb(verbs, "processes", "check a configuration and print the processes a node needs")
+    add_conversion_verbs(verbs)
     return parser
 
 
@@ -217,6 +223,23 @@ def _help_keys(arguments: argparse.Namespace, environment: _Environment) -> int:
     return 0
 
 
+def _convert(arguments: argparse.Namespace, environment: _Environment) -> int:
+    _log_to_terminal(rank=0)
+    values = conversion_options(arguments)
+    from nxdt_align.build import conversion
+
+    conversion.convert(conversion.ConvertOptions(**values))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace, environment: _Environment) -> int:
+    from nxdt_align.build import conversion
+
+    found = conversion.describe(arguments.path, arguments.config)
+    print(json.dumps(found, indent=2) if arguments.json else conversion.to_text(found))
+    return 0
+
+
 def _checked(
     arguments: argparse.Namespace, environment: _Environment, world_size: int | None, notify: bool
 ) -> Config:
@@ -247,4 +270,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, _Environment], int]] = {
     "train": _train,
     "processes": _processes,
     "help-keys": _help_keys,
+    "convert": _convert,
+    "export": _convert,
+    "inspect": _inspect,
 }
