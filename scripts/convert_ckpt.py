@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Converts checkpoints: ``nxdt-align convert``, under the name and with the options NxD Training's users know.
+"""Converts checkpoints: ``nxdt-align convert`` under the name that NxD Training's users know.
+
+The options are both ours and those of NxD Training's converter:
 
 scripts/convert_ckpt.py --model_style hf --input_dir HF --output_dir pretrained_ckpt \
     --convert_from_full_state --tp_size 32 --kv_size_multiplier 4 --qkv_linear True

@@ -1,4 +1,4 @@
-"""Arguments of the verbs convert, export and inspect: our own names, and those of NxD Training's converter."""
+"""Arguments of convert, export and inspect: our own names, and those of NxD Training's converter."""
 
 from __future__ import annotations
 

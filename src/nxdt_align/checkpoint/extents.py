@@ -6,6 +6,7 @@ so that a model larger than the machine passes through it.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from nxdt_align.errors import UserError
 
+_LARGE = 4 << 20
+"""Bytes: from here on memory is asked for in huge pages."""
 _MOST_AT_ONCE = 1 << 30
 """Bytes: Linux moves no more than 2 GiB in one call."""
 
@@ -48,13 +51,24 @@ class Extent:
 def read_tensor(extent: Extent) -> Tensor:
     """The whole tensor, in new memory, row-major. Raises WeightsError for a file that is cut short."""
     if extent.stride is None:
-        tensor = torch.empty(extent.shape, dtype=extent.dtype)
+        tensor = empty(extent.shape, extent.dtype)
         read_into(extent, tensor)
         return tensor
     span = 1 + sum((size - 1) * step for size, step in zip(extent.shape, extent.stride, strict=True))
-    flat = torch.empty(span if prod(extent.shape) else 0, dtype=extent.dtype)
+    flat = empty((span if prod(extent.shape) else 0,), extent.dtype)
     read_bytes(extent.path, extent.offset, flat)
     return flat.as_strided(extent.shape, extent.stride).contiguous()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """New memory, uninitialised. Large ones in huge pages where the system has them: half of the time
+    of reading a weight would go into handing out small ones."""
+    size = prod(shape) * dtype.itemsize
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
 
 def read_into(extent: Extent, target: Tensor, first_row: int = 0) -> None:

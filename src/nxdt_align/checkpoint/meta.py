@@ -194,7 +194,8 @@ def _names(shard: Mapping[str, Extent]) -> tuple[dict[str, str], list[str]]:
 def _hf_values(params: Mapping[str, Any]) -> dict[str, Any]:
     """What of config.json follows from params.json; lengths and ids are those of the releases."""
     dim, heads = int(params["dim"]), int(params["n_heads"])
-    is_llama3 = "rope_theta" in params and float(params["rope_theta"]) >= 5e5
+    theta = float(params.get("rope_theta") or 10000.0)
+    is_llama3 = theta >= 5e5
     return {
         "hidden_size": dim,
         "num_hidden_layers": int(params["n_layers"]),
@@ -202,7 +203,7 @@ def _hf_values(params: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": int(params.get("n_kv_heads") or heads),
         "head_dim": dim // heads,
         "rms_norm_eps": float(params["norm_eps"]),
-        "rope_theta": float(params.get("rope_theta") or 10000.0),
+        "rope_theta": theta,
         "max_position_embeddings": 8192 if is_llama3 else 4096,
         "bos_token_id": 128000 if is_llama3 else 1,
         "eos_token_id": 128001 if is_llama3 else 2,

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nxdt_align.checkpoint.extents import Extent, WeightsError, byte_view, read_into, read_tensor
+from nxdt_align.checkpoint.extents import Extent, WeightsError, byte_view, empty, read_into, read_tensor
 from nxdt_align.checkpoint.hf import content_fingerprint
 from nxdt_align.checkpoint.names import is_recomputed, summary
 from nxdt_align.checkpoint.partition import (
@@ -119,7 +119,7 @@ class NxDTFolder:
         Raises WeightsError where ranks that should hold the same heads or norms differ.
         """
         extents, first_row = self._place(name)
-        whole = torch.empty(self.shape(name), dtype=extents[0].dtype)
+        whole = empty(self.shape(name), extents[0].dtype)
         seen: set[tuple[int, int]] = set()
         for rank, extent in enumerate(extents):
             dim, ranges = self.partition.ranges(name, rank)
@@ -145,7 +145,7 @@ class NxDTFolder:
         return self._fingerprint
 
     def _compare(self, name: str, rank: int, extent: Extent, row: int, first: Tensor) -> None:
-        again = torch.empty_like(first)
+        again = empty(first.shape, first.dtype)
         read_into(extent, again, row)
         if byte_view(again) != byte_view(first):
             raise WeightsError(
