@@ -102,6 +102,22 @@ def test_conversion_loads_no_training_library() -> None:
     assert done.stdout.split() == ["[]"]
 
 
+def test_our_own_checkpoint_there_and_back(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native, back = tmp_path / "native", tmp_path / "back"
+    assert main(["convert", str(hf), str(native), "--to", "native"]) == 0
+    assert main(["export", str(native), str(back)]) == 0
+    assert HFFolder(back).fingerprint() == HFFolder(hf).fingerprint()
+    assert main(["inspect", str(native)]) == 0
+    assert "layout: nxdt-align's native engine" in capsys.readouterr().out
+    assert main(["convert", str(hf), str(native), "--to", "native"]) == 1
+    assert "native exists already" in capsys.readouterr().err
+    (native / "config.json").unlink()
+    assert main(["export", str(native), str(tmp_path / "again")]) == 1
+    assert "give its config.json with --config" in capsys.readouterr().err
+
+
 # Training
 
 

@@ -21,7 +21,7 @@ _UNSUPPORTED = ("virtual_pp_size", "ep_size")
 def add_conversion_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the three verbs to the command line's parser."""
     convert = _add(verbs, "convert", "convert weights between Hugging Face, NxD Training, Meta and our own")
-    convert.add_argument("--to", choices=("hf", "nxdt"), help="layout to write (default: by the source)")
+    convert.add_argument("--to", choices=("hf", "nxdt", "native"), help="layout to write (default: by the source)")
     _add_sizes(convert)
     _add_nxdt(convert)
     export = _add(verbs, "export", "write any checkpoint as a folder that transformers loads")

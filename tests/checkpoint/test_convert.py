@@ -542,6 +542,24 @@ def test_an_interrupted_conversion_goes_on(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["back", "hf", "out"]
 
 
+def test_a_journal_that_was_cut_is_taken_up(
+    make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a process leaves it that is killed while it writes a line; twice, so that the repair shows."""
+    make_hf(CONFIG)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 3, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "hf", tmp_path / "out", **SIZES, workers=1, resume=True)
+        assert "interrupted: call again with --resume" in caplog.text
+        (journal,) = tmp_path.glob(".out*/conversion.jsonl")
+        os.truncate(journal, journal.stat().st_size - 5)
+    assert run(tmp_path / "hf", tmp_path / "out", **SIZES, resume=True).resumed == 4
+    run(tmp_path / "out", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
 def test_another_conversion_is_not_taken_up(
     make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

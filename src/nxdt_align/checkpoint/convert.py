@@ -101,6 +101,9 @@ class Conversion:
             except WeightsError:
                 staging.discard()
                 raise
+            except KeyboardInterrupt:
+                log.warning("interrupted: call again with --resume to go on, or remove %s", staging.folder)
+                raise
             except OSError as error:
                 raise WeightsError(
                     f"cannot write {self._folder}: {explain(error)}. What is written is kept in "

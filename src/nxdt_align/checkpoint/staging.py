@@ -110,7 +110,11 @@ class Staging:
 
     def _take_up(self) -> None:
         self._file.seek(0)
-        entries = _entries(self._file.read())
+        text = self._file.read()
+        whole = text[: text.rfind("\n") + 1]
+        if len(whole) < len(text):  # the last line was being written
+            self._file.truncate(len(whole.encode()))
+        entries = [json.loads(line) for line in whole.splitlines()]
         if self._resume and entries and entries[0].get("identity") != self._identity:
             raise WeightsError(
                 f"{self.folder} is left from another conversion (its source has changed, or the options are "
@@ -147,9 +151,3 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _entries(text: str) -> list[dict[str, Any]]:
-    """The journal's lines; the last may be cut."""
-    lines = text.split("\n")[:-1]
-    return [json.loads(line) for line in lines]
