@@ -42,7 +42,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("batch", "losses", "ops", "models", "config", "data", "engines"),
         *("reference", "training", "checkpoint", "neuron"),
     ),
-    "cli": ("build", "config"),
+    "cli": ("build", "config", "cli_conversion"),
+    "cli_conversion": (),
     "__main__": ("cli",),
     "": (),
 }
@@ -58,6 +59,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "engines.base": ("torch",),
     "config": ("omegaconf", "hydra"),
     "cli": (),
+    "cli_conversion": (),
     "neuron.monitor": (),
 }
 

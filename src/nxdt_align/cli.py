@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nxdt_align import __version__
+from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.config.check import ConfigError, load_checked, with_check
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import presets, read_config, to_yaml
@@ -26,6 +28,9 @@ Preference alignment of Llama-family models from NxD Training's YAML.
   nxdt-align plan --config-name NAME [key=value ...]     print how the data are laid into rows
   nxdt-align train --config-name NAME [key=value ...]    train
   nxdt-align presets                                     the configs that there are
+  nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
+  nxdt-align export CHECKPOINT DESTINATION               any checkpoint as a Hugging Face folder
+  nxdt-align inspect PATH                                what a checkpoint is
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -113,7 +118,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.verb is None:
         parser.print_help()
         parser.exit(2)
-    if arguments.verb not in ("help-keys", "presets") and arguments.config_name is None:
+    if hasattr(arguments, "config_name") and arguments.config_name is None and arguments.verb != "help-keys":
         parser.error(f"{arguments.verb} needs --config-name NAME")
     return arguments
 
@@ -141,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
     _add_verb(verbs, "processes", "check a configuration and print the processes a node needs")
+    add_conversion_verbs(verbs)
     return parser
 
 
@@ -213,9 +219,9 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
 def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
     """Fewer processes than the run's will do: one plans for all ranks."""
     config = _checked(arguments, environment, None, notify=True)
-    from nxdt_align import build
+    from nxdt_align.build.plan import plan_report
 
-    print(build.plan_report(config))
+    print(plan_report(config))
     return 0
 
 
@@ -238,6 +244,23 @@ def _help_keys(arguments: argparse.Namespace, environment: _Environment) -> int:
         near = nearest_key(section)
         raise UserError(f"no key {section!r}{f'; did you mean {near}?' if near else ''}")
     print(describe_keys(section))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace, environment: _Environment) -> int:
+    _log_to_terminal(rank=0)
+    values = conversion_options(arguments)
+    from nxdt_align.build import conversion
+
+    conversion.convert(conversion.ConvertOptions(**values))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace, environment: _Environment) -> int:
+    from nxdt_align.build import conversion
+
+    found = conversion.describe(arguments.path, arguments.config)
+    print(json.dumps(found, indent=2) if arguments.json else conversion.to_text(found))
     return 0
 
 
@@ -273,4 +296,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, _Environment], int]] = {
     "processes": _processes,
     "presets": _presets,
     "help-keys": _help_keys,
+    "convert": _convert,
+    "export": _convert,
+    "inspect": _inspect,
 }

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 
 from nxdt_align.build.env import RunEnv
-from nxdt_align.build.plan import plan_report
-from nxdt_align.build.run import Run
 from nxdt_align.config.check import check, neuron_available, notices, resolve_engine
 from nxdt_align.config.schema import Config
 
-__all__ = ["RunEnv", "plan_report", "train"]
+__all__ = ["RunEnv", "train"]
 
 log = logging.getLogger(__name__)
 
 
 def train(config: Config, env: RunEnv) -> int:
     """Train as configured; returns the exit status. Raises UserError for what the user can mend."""
+    # Lightning and NeMo take seconds to import, which conversions do not need.
+    from nxdt_align.build.run import Run
+
     engine = resolve_engine(config, neuron_available())
     check(config, env.world_size, engine)
     if env.rank == 0:

@@ -13,7 +13,9 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 
 from nxdt_align.batch import Topology
 from nxdt_align.build.env import RunEnv
+from nxdt_align.checkpoint.detect import check_names, layout_of
 from nxdt_align.checkpoint.hf import FreshWeights, HFFolder
+from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.config.schema import Config
 from nxdt_align.data.tokenize import Tokenization, load_tokenizer
 from nxdt_align.data.truncation import Truncation
@@ -121,14 +123,31 @@ def weights_at(folder: Path, model: LlamaConfig, key: str) -> WeightSource:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "missing"
         raise UserError(f"{key}: must be a folder of weights, but {folder} is {found}")
+    weights: WeightSource
     try:
         if is_checkpoint(folder):
             return NativeCheckpoint(folder)
         _refuse_run_folder(folder)
-        weights = HFFolder(folder)
-        weights.check_against(model)
+        weights = _foreign_weights(folder, model)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
+    return weights
+
+
+def _foreign_weights(folder: Path, model: LlamaConfig) -> WeightSource:
+    """Weights that this package did not train: NxD's shards, or a Hugging Face folder."""
+    layout = layout_of(folder)
+    if layout == "meta":
+        raise UserError(
+            f"{folder} is Meta's original download; nxdt-align convert {folder} DESTINATION --to hf makes a "
+            "folder of it that training starts from"
+        )
+    if layout == "nxdt":
+        sharded = NxDTFolder(folder, model)
+        check_names(sharded, model)
+        return sharded
+    weights = HFFolder(folder)
+    weights.check_against(model)
     return weights
 
 

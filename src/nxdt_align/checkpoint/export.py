@@ -56,17 +56,17 @@ def write_hf_folder(
     """
     path = Path(path)
     _check_target(path, overwrite)
-    tokenizer_files = [] if tokenizer_dir is None else _tokenizer_files(Path(tokenizer_dir))
+    tokenizer = [] if tokenizer_dir is None else tokenizer_files(Path(tokenizer_dir))
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     try:
         with atomic_folder(path) as folder:
             stored = _write_weights(folder, _cast(_checked(pairs, config), dtype), max_shard_bytes)
-            _write_json(folder / "config.json", _config_json(config, stored))
-            _write_json(folder / "generation_config.json", _generation_json(config))
+            _write_json(folder / "config.json", config_json(config, stored))
+            _write_json(folder / "generation_config.json", generation_json(config))
             for file in folder.glob("*.safetensors"):
                 # safetensors makes files that their owner alone can read.
                 shutil.copymode(folder / "config.json", file)
-            for file in tokenizer_files:
+            for file in tokenizer:
                 shutil.copyfile(file, folder / file.name)
     except OSError as error:
         raise WeightsError(f"cannot write {path}: {explain(error)}") from error
@@ -85,7 +85,8 @@ def _check_target(path: Path, overwrite: bool) -> None:
         )
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in ``folder``. Raises WeightsError where there is no tokenizer."""
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
         raise WeightsError(f"{folder} has no tokenizer: it must hold tokenizer.json or tokenizer.model")
@@ -155,12 +156,14 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
     _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _config_json(config: LlamaConfig, dtype: torch.dtype | None) -> dict[str, Any]:
+def config_json(config: LlamaConfig, dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json of a folder whose weights are ``dtype``."""
     # transformers 4 reads torch_dtype, 5 both.
     return config.to_hf_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
-def _generation_json(config: LlamaConfig) -> dict[str, Any]:
+def generation_json(config: LlamaConfig) -> dict[str, Any]:
+    """generation_config.json: the special tokens."""
     ids = {key: config.to_hf_dict()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return {"_from_model_config": True} | {key: value for key, value in ids.items() if value is not None}
 

@@ -37,19 +37,24 @@ class HFFolder:
 
     Where its ``config.json`` ties the head to the embedding, a head that is stored too is left out.
 
+    Args:
+        path: the folder, or one file of all weights (``pytorch_model.bin``, NxD's ``checkpoint.pt``).
+        config_file: read in the place of the ``config.json`` beside the weights.
+
     Raises WeightsError (or ModelConfigError for ``config.json``) for a folder that is not one, that
     is not whole, or that holds what a plain Llama does not have.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, config_file: Path | None = None) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
+        folder = self.path.parent if self.path.is_file() else self.path
+        if not folder.is_dir():
             raise WeightsError(
                 f"{self.path} is not a folder: give a Hugging Face folder with config.json and weights"
             )
-        if not any(self.path.iterdir()):
+        if not any(folder.iterdir()):
             raise WeightsError(f"the folder {self.path} is empty: it must hold config.json and weights")
-        _, self._config = load_config_json(self.path)
+        _, self._config = load_config_json(config_file or folder)
         self._files = _by_our_name(self.path, _find_tensors(self.path))
         if self._config.get("tie_word_embeddings", False):
             self._drop_tied_head()
@@ -63,6 +68,9 @@ class HFFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file(name).shape(to_hf(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file(name).dtype(to_hf(name))
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU, in the dtype it is stored in."""
@@ -144,6 +152,9 @@ def content_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _find_tensors(folder: Path) -> dict[str, TensorFile]:
     """Hugging Face's name -> the file that holds the tensor."""
+    if folder.is_file():
+        single = open_tensor_file(folder)
+        return dict.fromkeys(single.names(), single)
     found = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise WeightsError(f"{folder} has no weights: it must hold one of {', '.join(_WEIGHT_FILES)}")

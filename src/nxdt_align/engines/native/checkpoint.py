@@ -149,6 +149,9 @@ class NativeCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors.shape(MODEL + name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors.dtype(MODEL + name)
+
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU, in the dtype it is stored in."""
         key = MODEL + name

@@ -1,0 +1,242 @@
+"""Conversion and description of checkpoints: options of the command line -> readers and writers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nxdt_align.checkpoint import inspect
+from nxdt_align.checkpoint.convert import Conversion, Report, count_nans
+from nxdt_align.checkpoint.destinations import Destination, HFDestination, NxDTDestination
+from nxdt_align.checkpoint.detect import check_names, layout_of, open_source
+from nxdt_align.checkpoint.extents import byte_view
+from nxdt_align.checkpoint.inspect import to_text
+from nxdt_align.checkpoint.nxdt import NxDTFolder
+from nxdt_align.checkpoint.partition import (
+    QKV,
+    Partition,
+    default_multiplier,
+    default_qkv,
+)
+from nxdt_align.checkpoint.source import Source
+from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint, save
+from nxdt_align.errors import UserError
+from nxdt_align.files import atomic_write
+from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
+from nxdt_align.training.runs import IDENTITY_FILE
+
+__all__ = ["ConvertOptions", "convert", "describe", "open_weights", "to_text"]
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What ``nxdt-align convert`` was asked; None: to be worked out."""
+
+    source: Path
+    destination: Path
+    to: str | None = None
+    """hf, nxdt or native; by the source where None."""
+    config: Path | None = None
+    tp: int | None = None
+    pp: int | None = None
+    kv_multiplier: int | None = None
+    qkv_linear: bool | None = None
+    fuse_qkv: bool | None = None
+    coalesce_qkv: bool | None = None
+    vocab: int | None = None
+    """Rows to pad the vocabulary to."""
+    xser: bool = False
+    load_xser: bool | None = None
+    n_layers: int | None = None
+    dtype: str | None = None
+    tokenizer: Path | None = None
+    max_shard_bytes: int = 5_000_000_000
+    resume: bool = False
+    verify: bool = True
+    first_replica: bool = False
+    workers: int | None = None
+    quiet: bool = False
+
+
+def convert(options: ConvertOptions) -> Report:
+    """Convert one checkpoint. Raises UserError for what the user can mend."""
+    source, config = open_weights(options.source, options.config, first_replica=options.first_replica)
+    _check_stated(options, source, config)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    if options.to == "native":
+        return _to_native(options, source, config, dtype)
+    report = Conversion(
+        source,
+        _destination(options, source, config, dtype),
+        options.destination,
+        dtype=dtype,
+        resume=options.resume,
+        verify=options.verify,
+        workers=options.workers,
+        quiet=options.quiet,
+    ).run()
+    log.info(
+        "%s -> %s: %d weights, %.2f GB in %.0f s%s",
+        source,
+        options.destination,
+        report.weights,
+        report.bytes_written / 1e9,
+        report.seconds,
+        ", verified" if report.verified else "",
+    )
+    return report
+
+
+def _to_native(
+    options: ConvertOptions, source: Source, config: LlamaConfig, dtype: torch.dtype | None
+) -> Report:
+    """A checkpoint of the native engine without optimizer state. DCP writes all at once, so this one
+    needs the model in memory."""
+    began, folder = time.monotonic(), options.destination
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already: choose another folder, or remove it")
+    whole = ((name, source.read(name)) for name in source.names())
+    parameters = [
+        (name, nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False)) for name, tensor in whole
+    ]
+    save(folder, parameters, None, {})
+    atomic_write(folder / "config.json", json.dumps(config.to_hf_dict(), indent=2).encode())
+    written = NativeCheckpoint(folder)
+    wrong = [name for name, p in parameters if options.verify and not _same_bytes(written.read(name), p)]
+    if wrong:
+        raise UserError(f"what was read back of {folder} differs from what was written: {', '.join(wrong)}")
+    nans = {name: count for name, p in parameters if (count := count_nans(p.detach()))}
+    size = sum(p.nbytes for _, p in parameters)
+    return Report(len(parameters), size, time.monotonic() - began, nans, options.verify, 0)
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and byte_view(one) == byte_view(other)
+
+
+def open_weights(
+    path: Path, config_file: Path | None = None, *, first_replica: bool = False
+) -> tuple[Source, LlamaConfig]:
+    """A reader for weights of any kind, and their model's shape. Raises UserError."""
+    if not is_checkpoint(path):
+        return open_source(path, config_file, unequal_replicas=first_replica)
+    native = NativeCheckpoint(path)
+    config = read_config_json(config_file) if config_file is not None else _run_model(path)
+    check_names(native, config)
+    return native, config
+
+
+def _run_model(checkpoint: Path) -> LlamaConfig:
+    """The shape in the record that a run keeps in its folder, above its checkpoints; that of a converted
+    one is in it."""
+    if (checkpoint / "config.json").is_file():
+        return read_config_json(checkpoint)
+    for folder in list(checkpoint.absolute().parents)[:2]:
+        file = folder / IDENTITY_FILE
+        if file.is_file():
+            return from_hf_dict(json.loads(file.read_text())["of"]["model"], where=str(file))
+    raise UserError(
+        f"no {IDENTITY_FILE} above {checkpoint} says what model it is of: give its config.json with --config"
+    )
+
+
+def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) -> None:
+    """Sizes that the user gave for the source must be those that it has."""
+    if options.n_layers not in (None, 0, config.num_hidden_layers):
+        raise UserError(
+            f"--n_layers is {options.n_layers}, but {source} has {config.num_hidden_layers}; leave it out"
+        )
+    if not isinstance(source, NxDTFolder):
+        if options.load_xser:
+            raise UserError(f"--load_xser is set, but {source} is no sharded checkpoint; leave it out")
+        return
+    if options.load_xser is not None and options.load_xser != source.is_xser:
+        stored = "xser files" if source.is_xser else "plain files"
+        raise UserError(f"--load_xser is {options.load_xser}, but {source} holds {stored}; leave it out")
+    if _target(options, source) == "nxdt":
+        return
+    held = source.partition
+    stated = {"tp_size": options.tp, "pp_size": options.pp, "kv_size_multiplier": options.kv_multiplier}
+    found = {"tp_size": held.tp, "pp_size": held.pp, "kv_size_multiplier": held.kv_multiplier}
+    wrong = [f"--{k} is {v}, but it is {found[k]}" for k, v in stated.items() if v not in (None, found[k])]
+    if wrong:
+        raise UserError(
+            f"{source}: {'; '.join(wrong)}. Shards are missing or surplus, or leave the sizes out"
+        )
+
+
+def _target(options: ConvertOptions, source: Source) -> str:
+    """hf or nxdt: as asked; else away from what the source is, unless sizes are given."""
+    if options.to is not None:
+        return options.to
+    return "hf" if isinstance(source, (NxDTFolder, NativeCheckpoint)) else "nxdt"
+
+
+def _destination(
+    options: ConvertOptions, source: Source, config: LlamaConfig, dtype: torch.dtype | None
+) -> Destination:
+    def dtypes(name: str) -> torch.dtype:
+        return dtype or source.dtype(name)
+
+    if _target(options, source) == "hf":
+        return HFDestination(
+            config, dtypes, tokenizer=options.tokenizer, max_shard_bytes=options.max_shard_bytes
+        )
+    partition = _partition(options, config)
+    if partition.padded_vocab != config.vocab_size:
+        log.info(
+            "the vocabulary of %d is padded to %d rows: set vocab_size to that in the config.json that "
+            "NxD Training's model.model_config names",
+            config.vocab_size,
+            partition.padded_vocab,
+        )
+    log.info(
+        "tensor parallel %d, pipeline parallel %d, kv multiplier %d, q, k and v %s%s",
+        partition.tp,
+        partition.pp,
+        partition.kv_multiplier,
+        partition.qkv,
+        ", xser" if options.xser else "",
+    )
+    return NxDTDestination(partition, dtypes, xser=options.xser)
+
+
+def _partition(options: ConvertOptions, config: LlamaConfig) -> Partition:
+    tp = options.tp or 1
+    multiplier = options.kv_multiplier or default_multiplier(config, tp)
+    qkv = _qkv(options, config, tp, multiplier)
+    if options.kv_multiplier is None and qkv in ("separate", "coalesced"):
+        multiplier = 1
+    return Partition(config, tp, options.pp or 1, multiplier, qkv, options.vocab)
+
+
+def _qkv(options: ConvertOptions, config: LlamaConfig, tp: int, multiplier: int) -> QKV:
+    """The layer that NxD Training builds from the same settings."""
+    is_mha = config.num_attention_heads == config.num_key_value_heads
+    if options.qkv_linear:
+        return "fused" if options.fuse_qkv else "split"
+    if options.coalesce_qkv or (options.fuse_qkv and is_mha):
+        return "coalesced"
+    if options.fuse_qkv:
+        return "fused"
+    if options.qkv_linear is None and options.fuse_qkv is None and options.coalesce_qkv is None:
+        return default_qkv(config, tp, multiplier)
+    return "separate"
+
+
+def describe(path: Path, config_file: Path | None = None) -> dict[str, Any]:
+    """What a checkpoint is, as plain values. Raises UserError where it is none, or is damaged."""
+    source, config = open_weights(path, config_file)
+    layout = "native" if isinstance(source, NativeCheckpoint) else layout_of(path)
+    return inspect.describe(source, config, layout)

@@ -1,0 +1,83 @@
+"""The folders that a conversion can write: made in a staging folder, read back, and finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from nxdt_align.checkpoint.export import config_json, tokenizer_files
+from nxdt_align.checkpoint.hf import HFFolder
+from nxdt_align.checkpoint.hf_writer import CONFIG, UNFINISHED_CONFIG, HFWriter
+from nxdt_align.checkpoint.nxdt import DONE, MODEL, TAG, NxDTFolder
+from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
+from nxdt_align.checkpoint.partition import Partition
+from nxdt_align.checkpoint.source import Source
+from nxdt_align.models.presets import LlamaConfig
+
+RECORD = "conversion.json"
+"""What a converted NxD checkpoint was made from, and the checksums of its weights."""
+_UNFINISHED_MODEL = "model.partial"
+
+Dtypes = Callable[[str], torch.dtype]
+
+
+class Destination(Protocol):
+    """One kind of folder."""
+
+    def writer(self, staging: Path) -> HFWriter | NxDTWriter: ...
+
+    def reopen(self, staging: Path) -> Source:
+        """What was written, read as a user of the folder reads it."""
+        ...
+
+    def finish(self, staging: Path, record: Mapping[str, Any]) -> None:
+        """Make the folder one that is loaded; the last thing written says that it is whole."""
+        ...
+
+
+class HFDestination:
+    """A folder that transformers loads."""
+
+    def __init__(
+        self, config: LlamaConfig, dtypes: Dtypes, *, tokenizer: Path | None = None, max_shard_bytes: int
+    ) -> None:
+        self._config, self._dtypes, self._most = config, dtypes, max_shard_bytes
+        self._tokenizer = [] if tokenizer is None else tokenizer_files(tokenizer)
+
+    def writer(self, staging: Path) -> HFWriter:
+        return HFWriter(staging, self._config, self._dtypes, max_shard_bytes=self._most)
+
+    def reopen(self, staging: Path) -> Source:
+        return HFFolder(staging, staging / UNFINISHED_CONFIG)
+
+    def finish(self, staging: Path, record: Mapping[str, Any]) -> None:
+        for file in self._tokenizer:
+            shutil.copyfile(file, staging / file.name)
+        os.rename(staging / UNFINISHED_CONFIG, staging / CONFIG)
+
+
+class NxDTDestination:
+    """A folder that NxD Training's ``resume_from_checkpoint`` takes."""
+
+    def __init__(self, partition: Partition, dtypes: Dtypes, *, xser: bool = False) -> None:
+        self._partition, self._dtypes, self._xser = partition, dtypes, xser
+
+    def writer(self, staging: Path) -> NxDTWriter:
+        return NxDTWriter(staging / _UNFINISHED_MODEL, self._partition, self._dtypes, xser=self._xser)
+
+    def reopen(self, staging: Path) -> Source:
+        return NxDTFolder(staging, self._partition.config, shards=staging / _UNFINISHED_MODEL)
+
+    def finish(self, staging: Path, record: Mapping[str, Any]) -> None:
+        os.rename(staging / _UNFINISHED_MODEL, staging / MODEL)
+        values = config_json(self._partition.config, self._dtypes("model.norm.weight"))
+        (staging / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (staging / TAG).write_text("1")
+        (staging / DONE).write_text("1")

@@ -1,0 +1,77 @@
+"""What lies at a path, and a reader for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from nxdt_align.checkpoint.extents import WeightsError
+from nxdt_align.checkpoint.hf import HFFolder
+from nxdt_align.checkpoint.meta import MetaFolder, is_meta_folder
+from nxdt_align.checkpoint.names import summary
+from nxdt_align.checkpoint.nxdt import MODEL, NxDTFolder, model_folder
+from nxdt_align.checkpoint.source import Source
+from nxdt_align.models.presets import LlamaConfig, read_config_json, weight_shapes
+
+Layout = Literal["hf", "nxdt", "meta"]
+
+
+def layout_of(path: Path) -> Layout:
+    """The kind of weights at ``path``. Raises WeightsError where there is nothing."""
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist: give a folder of weights")
+    if path.is_dir() and model_folder(path) is not None:
+        return "nxdt"
+    return "meta" if is_meta_folder(path) else "hf"
+
+
+def config_file_of(path: Path, given: Path | None) -> Path:
+    """``given``, or the config.json in the folder ``path`` or, for a model folder, beside it.
+
+    Raises WeightsError where there is none.
+    """
+    if given is not None:
+        return given
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, *([folder.parent] if folder.name == MODEL else [])):
+        if (place / "config.json").is_file():
+            return place / "config.json"
+    raise WeightsError(
+        f"{path} has no config.json, and the sizes of heads do not follow from shards: give the model's "
+        "config.json with --config"
+    )
+
+
+def open_source(
+    path: Path, config_file: Path | None = None, *, unequal_replicas: bool = False
+) -> tuple[Source, LlamaConfig]:
+    """A reader for what lies at ``path``, and the model's shape.
+
+    Raises WeightsError, ModelConfigError: nothing of a known kind, damaged, or of another shape than
+    its configuration.
+    """
+    layout = layout_of(path)
+    if layout == "meta":
+        meta = MetaFolder(path, None if config_file is None else read_config_json(config_file))
+        return meta, meta.config
+    if layout == "nxdt":
+        config = read_config_json(config_file_of(path, config_file))
+        sharded = NxDTFolder(path, config, untie=True, unequal_replicas=unequal_replicas)
+        return sharded, sharded.config
+    folder = HFFolder(path, config_file)
+    config = read_config_json(config_file or (path if path.is_dir() else path.parent))
+    folder.check_against(config)
+    return folder, config
+
+
+def check_names(source: Source, config: LlamaConfig) -> None:
+    """Raises WeightsError naming what is missing, surplus or of another shape."""
+    wanted, there = weight_shapes(config), set(source.names())
+    faults = [f"missing: {name}" for name in summary(set(wanted) - there)]
+    faults += [f"surplus: {name}" for name in summary(there - set(wanted))]
+    for name in sorted(there & set(wanted)):
+        if source.shape(name) != wanted[name]:
+            shape = list(source.shape(name))
+            faults.append(f"{name} must have shape {list(wanted[name])}, but has {shape}")
+    if faults:
+        raise WeightsError(f"{source} does not fit the model configuration:\n  " + "\n  ".join(faults[:20]))

@@ -1,0 +1,327 @@
+"""NxD's checkpoint folder as a source of whole weights under the plain Llama's names.
+
+::
+
+    <tag>/checkpoint, done     text "1"
+    <tag>/model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt            a dictionary of local tensors, or (xser)
+    <tag>/model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt.tensors/   of references to files in this folder
+
+Sizes, layout and kv multiplier follow from the files and the model's shape.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nxdt_align.checkpoint.extents import Extent, WeightsError, byte_view, empty, read_into, read_tensor
+from nxdt_align.checkpoint.hf import content_fingerprint
+from nxdt_align.checkpoint.names import is_recomputed, summary
+from nxdt_align.checkpoint.partition import (
+    EMBEDDING,
+    HEAD,
+    QKV,
+    Partition,
+    PartitionError,
+    local_tensors,
+)
+from nxdt_align.checkpoint.torch_files import TensorReference, read_index, tensors_of
+from nxdt_align.models.presets import LlamaConfig
+
+MODEL, DONE, TAG = "model", "done", "checkpoint"
+TENSORS, INFO = ".tensors", ".info.pt"
+_SHARD = re.compile(r"^dp_rank_(\d{2,})_tp_rank_(\d{2,})_pp_rank_(\d{2,})\.pt$")
+_EXPERTS = re.compile(r"^dp_rank_\d+_ep_rank_\d+_")
+
+Files = dict[tuple[int, int], dict[str, Extent]]
+"""(tp rank, pp rank) -> local tensors by NxD's names."""
+
+
+def shard_name(tp_rank: int, pp_rank: int) -> str:
+    return f"dp_rank_00_tp_rank_{tp_rank:02d}_pp_rank_{pp_rank:02d}.pt"
+
+
+def model_folder(path: Path) -> Path | None:
+    """The folder of shards at ``path``, a checkpoint's folder or its model folder; None for neither."""
+    for folder in (path / MODEL, path):
+        if folder.is_dir() and any(_SHARD.match(f.name) or _EXPERTS.match(f.name) for f in folder.iterdir()):
+            return folder
+    return None
+
+
+class NxDTFolder:
+    """The weights of a sharded checkpoint; whole tensors are put together when asked for.
+
+    Args:
+        config: the model's shape; ``tie_word_embeddings`` becomes false where the folder holds a head
+            that differs from the embedding and ``untie`` is set.
+        unequal_replicas: take the first rank's copy where ranks that should hold the same differ.
+
+    Raises WeightsError naming every shard or tensor that is missing, surplus or misshapen.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: LlamaConfig,
+        *,
+        untie: bool = False,
+        unequal_replicas: bool = False,
+        shards: Path | None = None,
+    ) -> None:
+        self.path = Path(path)
+        folder = shards or model_folder(self.path)
+        if folder is None:
+            raise WeightsError(f"{self.path} holds no shards of NxD (dp_rank_00_tp_rank_00_pp_rank_00.pt)")
+        if shards is None:
+            _refuse_unfinished(folder)
+        grid = _find_shards(folder)
+        self._files = {place: _open_shard(file) for place, file in grid.items()}
+        self.is_xser = any(file.with_name(file.name + TENSORS).is_dir() for file in grid.values())
+        self._paths = list(grid.values())
+        self._unequal = unequal_replicas
+        self.partition = self._partition(config)
+        self._tensors = self._check()
+        if config.tie_word_embeddings and HEAD in self._tensors:
+            self._resolve_tie(untie)
+        self._fingerprint: str | None = None
+
+    def __str__(self) -> str:
+        return f"the NxD checkpoint {self.path}"
+
+    @property
+    def config(self) -> LlamaConfig:
+        return self.partition.config
+
+    def names(self) -> list[str]:
+        tied = self.config.tie_word_embeddings
+        return sorted(name for name in self._tensors if not (tied and name == HEAD))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole weight's, without the vocabulary's padding."""
+        shape = self.partition.whole_shape(name)
+        return (self.config.vocab_size, *shape[1:]) if name in (HEAD, EMBEDDING) else shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._place(name)[0][0].dtype
+
+    def files(self) -> list[Path]:
+        return self._paths
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU, in the dtype it is stored in.
+
+        Raises WeightsError where ranks that should hold the same heads or norms differ.
+        """
+        extents, first_row = self._place(name)
+        whole = empty(self.shape(name), extents[0].dtype)
+        seen: set[tuple[int, int]] = set()
+        for rank, extent in enumerate(extents):
+            dim, ranges = self.partition.ranges(name, rank)
+            if dim == 1:
+                _fill_columns(whole, read_tensor(extent), ranges)
+                continue
+            row = first_row
+            for start, stop in ranges:
+                kept = max(0, min(stop, len(whole)) - start)
+                target = whole[start : start + kept]
+                if (start, stop) not in seen:
+                    read_into(extent, target, row)
+                elif not self._unequal:
+                    self._compare(name, rank, extent, row, target)
+                seen.add((start, stop))
+                row += stop - start
+        return whole
+
+    def fingerprint(self) -> str:
+        """The same as that of a Hugging Face folder with the same weights."""
+        if self._fingerprint is None:
+            self._fingerprint = content_fingerprint((name, self.read(name)) for name in self.names())
+        return self._fingerprint
+
+    def _compare(self, name: str, rank: int, extent: Extent, row: int, first: Tensor) -> None:
+        again = empty(first.shape, first.dtype)
+        read_into(extent, again, row)
+        if byte_view(again) != byte_view(first):
+            raise WeightsError(
+                f"{self}: tensor-parallel rank {rank} holds another copy of {name} than an earlier rank, "
+                "though copies must be equal. Convert another checkpoint, or take the first copy with "
+                "--first-replica"
+            )
+
+    def _place(self, name: str) -> tuple[list[Extent], int]:
+        if name not in self._tensors:
+            raise WeightsError(f"{self} has no weight {name}")
+        return self._tensors[name]
+
+    def _partition(self, config: LlamaConfig) -> Partition:
+        tp, pp = 1 + max(t for t, _ in self._files), 1 + max(p for _, p in self._files)
+        local = {name: extent for p in range(pp) for name, extent in self._files[0, p].items()}
+        layers = 1 + max((int(n.split(".")[2]) for n in local if n.startswith("model.layers.")), default=-1)
+        qkv = _qkv_style(self.path, local)
+        if layers != config.num_hidden_layers:
+            raise WeightsError(
+                f"{self.path} does not fit the model configuration: the shards hold {layers} layers, but "
+                f"num_hidden_layers is {config.num_hidden_layers}"
+            )
+        multiplier = _kv_multiplier(self.path, config, local, tp, qkv)
+        vocab = next((e.shape[0] * tp for n, e in local.items() if n == EMBEDDING), None)
+        if vocab is not None and vocab < config.vocab_size:
+            raise WeightsError(
+                f"{self.path}: the shards hold {vocab} rows of {EMBEDDING}, but the model's vocab_size is "
+                f"{config.vocab_size}; give the config.json that belongs to them"
+            )
+        try:
+            return Partition(config, tp, pp, multiplier, qkv, vocab)
+        except PartitionError as error:
+            raise WeightsError(f"{self.path} does not fit the model configuration: {error}") from error
+
+    def _check(self) -> dict[str, tuple[list[Extent], int]]:
+        """Weight -> each tensor-parallel rank's tensor, and the row at which the weight starts in it."""
+        found: dict[str, tuple[list[Extent], int]] = {}
+        faults, expected = [], set()
+        for stage in range(self.partition.pp):
+            for local, names in local_tensors(self.partition, stage).items():
+                expected.add((stage, local))
+                held = [self._files[rank, stage].get(local) for rank in range(self.partition.tp)]
+                absent = [rank for rank, extent in enumerate(held) if extent is None]
+                if absent and not (names == [HEAD] and self.partition.config.tie_word_embeddings):
+                    faults += [f"missing: {local} in {shard_name(rank, stage)}" for rank in absent]
+                elif not absent:
+                    extents = [extent for extent in held if extent is not None]
+                    faults += self._misshapen(local, names, extents)
+                    row = 0
+                    for name in names:
+                        found[name] = (extents, row)
+                        row += self.partition.local_shape(name)[0]
+        for (rank, stage), tensors in self._files.items():
+            surplus = [name for name in tensors if (stage, name) not in expected and not is_recomputed(name)]
+            faults += [f"surplus: {name} in {shard_name(rank, stage)}" for name in summary(surplus)]
+        if faults:
+            raise _misfit(self.path, faults)
+        return found
+
+    def _misshapen(self, local: str, names: Sequence[str], extents: Sequence[Extent]) -> list[str]:
+        shape = list(self.partition.local_shape(names[0]))
+        shape[0] = sum(self.partition.local_shape(name)[0] for name in names)
+        dtype = extents[0].dtype
+        faults = []
+        for rank, extent in enumerate(extents):
+            if list(extent.shape) != shape:
+                faults.append(f"{local} of rank {rank} must have shape {shape}, but has {list(extent.shape)}")
+            elif extent.dtype != dtype:
+                faults.append(f"{local} is {dtype} on rank 0, but {extent.dtype} on rank {rank}")
+        return faults
+
+    def _resolve_tie(self, untie: bool) -> None:
+        if torch.equal(self.read(HEAD).view(torch.uint8), self.read(EMBEDDING).view(torch.uint8)):
+            return
+        if not untie:
+            raise WeightsError(
+                f"{self}: the model configuration ties lm_head.weight to {EMBEDDING}, but they differ: set "
+                "tie_word_embeddings to false"
+            )
+        self.partition = replace(self.partition, config=replace(self.config, tie_word_embeddings=False))
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """A save that was interrupted has its tag file and no ``done``; NxD's converter writes neither."""
+    tag = folder.parent if folder.name == MODEL else folder
+    if (tag / TAG).is_file() and not (tag / DONE).is_file():
+        raise WeightsError(
+            f"{tag} is not finished: it has no `{DONE}` file, so whatever wrote it was interrupted; "
+            "take another checkpoint, or write it again"
+        )
+
+
+def _find_shards(folder: Path) -> dict[tuple[int, int], Path]:
+    files = sorted(folder.iterdir())
+    experts = next((f.name for f in files if _EXPERTS.match(f.name)), None)
+    if experts is not None:
+        raise WeightsError(f"{folder / experts} is a shard of a mixture of experts, which is not supported")
+    matches = [(match, file) for file in files if (match := _SHARD.match(file.name))]
+    replicas = [file.name for match, file in matches if int(match[1])]
+    if replicas:
+        raise WeightsError(
+            f"{folder} holds shards of several data-parallel ranks, such as {replicas[0]}: surplus"
+        )
+    found = {(int(match[2]), int(match[3])): file for match, file in matches}
+    tp, pp = 1 + max(t for t, _ in found), 1 + max(p for _, p in found)
+    missing = [shard_name(t, p) for t in range(tp) for p in range(pp) if (t, p) not in found]
+    if missing:
+        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+        raise WeightsError(
+            f"{folder} has {len(found)} shards, but tp {tp} x pp {pp} (the highest ranks among them) needs "
+            f"{tp * pp}. Missing: {shown}; or the highest ranks are surplus, left over from another model"
+        )
+    return dict(sorted(found.items()))
+
+
+def _open_shard(path: Path) -> dict[str, Extent]:
+    tensors = tensors_of(path, read_index(path))
+    return {
+        name: _referred(path, name, found) if isinstance(found, TensorReference) else found
+        for name, found in tensors.items()
+    }
+
+
+def _referred(path: Path, name: str, reference: TensorReference) -> Extent:
+    file = path.with_name(path.name + TENSORS) / f"tensor_{int(reference.tid)}.pt"
+    if not file.is_file():
+        raise WeightsError(f"{path} refers to {file} for {name}, which is missing: copy the checkpoint again")
+    found = read_index(file)
+    if not isinstance(found, Extent):
+        raise WeightsError(f"{file} must hold one tensor, {name}")
+    return found
+
+
+def _qkv_style(path: Path, local: Mapping[str, Extent]) -> QKV:
+    marks: dict[str, QKV] = {
+        ".qkv_proj.weight_qkv": "fused",
+        ".qkv_proj.weight_q": "split",
+        ".qkv_proj.weight": "coalesced",
+        ".self_attn.q_proj.weight": "separate",
+    }
+    for mark, style in marks.items():
+        if any(name.endswith(mark) for name in local):
+            return style
+    if any(".query_key_value." in name or name.startswith("language_model.") for name in local):
+        raise WeightsError(f"{path} is a checkpoint of the megatron model style, and only hf is supported")
+    raise WeightsError(f"{path} holds no attention weights of a Llama: {', '.join(summary(local)[:6])}")
+
+
+def _kv_multiplier(path: Path, config: LlamaConfig, local: Mapping[str, Extent], tp: int, qkv: QKV) -> int:
+    if qkv in ("separate", "coalesced"):
+        return 1
+    suffix = ".qkv_proj.weight_k" if qkv == "split" else ".qkv_proj.weight_qkv"
+    rows = next((e.shape[0] for n, e in local.items() if n.endswith(suffix)), 0) * tp
+    if qkv == "fused":
+        rows = (rows - config.num_attention_heads * config.head_dim) // 2
+    one = config.num_key_value_heads * config.head_dim
+    if rows <= 0 or rows % one:
+        raise WeightsError(
+            f"{path}: the shards hold {rows} rows of keys, but the model has {config.num_key_value_heads} kv "
+            f"heads of {config.head_dim}: {one} rows, or a multiple of it. Give the config.json that belongs "
+            "to the shards"
+        )
+    return rows // one
+
+
+def _misfit(path: Path, faults: list[str]) -> WeightsError:
+    shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
+    return WeightsError(
+        f"{path} does not fit the model configuration:\n  " + "\n  ".join(shown) + "\n"
+        "num_hidden_layers, hidden_size and the other sizes must be those of the weights"
+    )
+
+
+def _fill_columns(whole: Tensor, share: Tensor, ranges: Sequence[tuple[int, int]]) -> None:
+    column = 0
+    for start, stop in ranges:
+        whole[:, start:stop] = share[:, column : column + stop - start]
+        column += stop - start

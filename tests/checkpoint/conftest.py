@@ -1,0 +1,25 @@
+"""Small models on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_fixture import fresh
+
+from nxdt_align.checkpoint.hf import write_hf_folder
+from nxdt_align.models.presets import LlamaConfig
+
+
+@pytest.fixture
+def make_hf(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a Hugging Face folder of fresh weights."""
+
+    def make(config: LlamaConfig, dtype: torch.dtype = torch.float32, name: str = "hf", **more: Any) -> Path:
+        write_hf_folder(tmp_path / name, config, fresh(config, 0, dtype), **more)
+        return tmp_path / name
+
+    return make

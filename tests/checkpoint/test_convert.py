@@ -1,0 +1,631 @@
+"""Conversions end to end: there and back is the identity, the files are NxD's, and all that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import types
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_fixture import fresh, random_config, run
+from torch import Tensor
+
+from nxdt_align.build.conversion import open_weights
+from nxdt_align.checkpoint import convert as convert_module
+from nxdt_align.checkpoint.hf import HFFolder, WeightsError, write_hf_folder
+from nxdt_align.checkpoint.nxdt import NxDTFolder, shard_name
+from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
+from nxdt_align.checkpoint.partition import Partition, PartitionError, fitting_multipliers, fitting_tp
+from nxdt_align.errors import UserError
+from nxdt_align.models.presets import TINY, LlamaConfig
+
+MakeHF = Callable[..., Path]
+CONFIG = LlamaConfig(
+    vocab_size=99,
+    hidden_size=16,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=4,
+    eos_token_id=(2, 7),
+)
+SIZES: dict[str, Any] = {"tp": 4, "pp": 2, "kv_multiplier": 2}
+
+
+def same_folders(one: Path, other: Path) -> None:
+    first, second = HFFolder(one), HFFolder(other)
+    assert first.names() == second.names()
+    for name in first.names():
+        a, b = first.read(name), second.read(name)
+        assert a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+
+
+# There and back
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_there_and_back_is_the_identity(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    config = random_config(rng)
+    tp = rng.choice(fitting_tp(config))
+    multiplier = rng.choice(fitting_multipliers(config, tp))
+    qkv: dict[str, Any] = rng.choice([{}, {"qkv_linear": True}, {"qkv_linear": True, "fuse_qkv": True}])
+    if not qkv and multiplier > 1:
+        qkv = {"qkv_linear": True}
+    dtype = rng.choice([torch.float32, torch.bfloat16, torch.float16])
+    weights = fresh(config, seed, dtype)
+    write_hf_folder(tmp_path / "hf", config, weights, max_shard_bytes=rng.choice([20_000, 10**9]))
+    sizes = {"tp": tp, "pp": rng.randint(1, config.num_hidden_layers), "kv_multiplier": multiplier}
+    run(tmp_path / "hf", tmp_path / "nxdt", **sizes, **qkv, xser=rng.random() < 0.5)
+    run(tmp_path / "nxdt", tmp_path / "back", max_shard_bytes=20_000)
+    same_folders(tmp_path / "hf", tmp_path / "back")
+    before, after = ((tmp_path / f / "config.json").read_text() for f in ("hf", "back"))
+    assert json.loads(before) == json.loads(after)
+    assert open_weights(tmp_path / "nxdt")[0].fingerprint() == HFFolder(tmp_path / "hf").fingerprint()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "other", [{"tp": 2}, {"tp": 1, "pp": 3}, {"tp": 8, "qkv_linear": True, "xser": True}]
+)
+def test_other_sizes_directly(other: dict[str, Any], make_hf: MakeHF, tmp_path: Path) -> None:
+    run(make_hf(CONFIG), tmp_path / "one", **SIZES)
+    run(tmp_path / "one", tmp_path / "two", to="nxdt", **other)
+    run(tmp_path / "two", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+# The files
+
+
+def expected_shard(
+    weights: dict[str, Tensor], config: LlamaConfig, tp: int, mult: int, rank: int
+) -> dict[str, Tensor]:
+    """A rank's tensors at one stage, written down from the recipe of NxD's converter, head by head."""
+    nh, nkv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    per, group = nh // (nkv * mult), nh // nkv
+    order = [k * group + rep * per + i for rep in range(mult) for k in range(nkv) for i in range(per)]
+    found = {}
+    for i in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{i}.self_attn.qkv_proj.", f"model.layers.{i}.self_attn.qkv_proj."
+        q = weights[ours + "q_proj.weight"].view(nh, d, -1)[order].flatten(0, 1)
+        found[theirs + "weight_q"] = q.chunk(tp)[rank]
+        for kind in "kv":
+            found[theirs + f"weight_{kind}"] = (
+                weights[ours + f"{kind}_proj.weight"].repeat(mult, 1).chunk(tp)[rank]
+            )
+        o = f"model.layers.{i}.self_attn.o_proj.weight"
+        found[o] = weights[o].view(-1, nh, d)[:, order].flatten(1).chunk(tp, 1)[rank]
+        mlp = f"model.layers.{i}.mlp."
+        halves = [weights[mlp + f"gate_up_proj.{x}_proj.weight"].chunk(tp)[rank] for x in ("gate", "up")]
+        found[mlp + "gate_up_proj.weight"] = torch.cat(halves)
+        found[mlp + "down_proj.weight"] = weights[mlp + "down_proj.weight"].chunk(tp, 1)[rank]
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"model.layers.{i}.{norm}.weight"] = weights[f"model.layers.{i}.{norm}.weight"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        padded = torch.nn.functional.pad(weights[name], (0, 0, 0, -len(weights[name]) % tp))
+        found[name] = padded.chunk(tp)[rank]
+    return found | {"model.norm.weight": weights["model.norm.weight"]}
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    loaded: dict[str, Tensor] = torch.load(path, weights_only=True)
+    return loaded
+
+
+def test_shards_are_those_of_the_recipe(make_hf: MakeHF, tmp_path: Path) -> None:
+    run(make_hf(CONFIG), tmp_path / "out", tp=4, kv_multiplier=2, qkv_linear=True)
+    for rank in range(4):
+        expected = expected_shard(fresh(CONFIG), CONFIG, 4, 2, rank)
+        found = load(tmp_path / "out" / "model" / shard_name(rank, 0))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert all(tensor.is_contiguous() for tensor in found.values())
+
+
+def test_folder_is_one_that_nxd_training_resumes_from(make_hf: MakeHF, tmp_path: Path) -> None:
+    """NxD takes the parent as folder, the name as tag, and looks for `done` where it is given no tag."""
+    run(make_hf(CONFIG), tmp_path / "pretrained_ckpt", **SIZES)
+    out = tmp_path / "pretrained_ckpt"
+    assert (out / "done").read_text() == (out / "checkpoint").read_text() == "1"
+    names = sorted(f.name for f in (out / "model").iterdir())
+    assert names == sorted(shard_name(t, p) for t in range(4) for p in range(2))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["hf", "pretrained_ckpt"]
+    assert "model.embed_tokens.weight" in load(out / "model" / shard_name(0, 0))
+    last = load(out / "model" / shard_name(3, 1))
+    assert {n.split(".")[2] for n in last if "layers" in n} == {"1", "2"} and "lm_head.weight" in last
+
+
+class FakeReference:
+    """Stands for torch_xla's class."""
+
+    tid: int
+
+
+def test_xser_files_are_those_that_torch_xla_reads(
+    make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_hf(CONFIG), tmp_path / "plain", **SIZES)
+    run(tmp_path / "hf", tmp_path / "xser", **SIZES, xser=True)
+    name = "torch_xla.utils.serialization"
+    for part in ("torch_xla", "torch_xla.utils", name):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setattr(sys.modules[name], "TensorReference", FakeReference, raising=False)
+    FakeReference.__module__, FakeReference.__qualname__ = name, "TensorReference"
+    for tp in range(4):
+        file = tmp_path / "xser" / "model" / shard_name(tp, 1)
+        with torch.serialization.safe_globals([FakeReference]):
+            references: dict[str, Any] = torch.load(file, weights_only=True)
+        info = torch.load(f"{file}.info.pt", weights_only=True)
+        for key, tensor in load(tmp_path / "plain" / "model" / file.name).items():
+            tid = references[key].tid
+            assert torch.equal(torch.load(f"{file}.tensors/tensor_{tid}.pt", weights_only=True), tensor)
+            assert info[tid] == {"dtype": tensor.dtype, "shape": tensor.shape, "expert_model_parallel": False}
+
+
+def test_references_are_pickled_as_torch_pickles_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read by torch.load without restrictions, as NxD does."""
+    from nxdt_align.checkpoint.nxdt_writer import write_references
+
+    write_references(tmp_path / "refs.pt", ["a", "b" * 300])
+    name = "torch_xla.utils.serialization"
+    for part in ("torch_xla", "torch_xla.utils", name):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setattr(sys.modules[name], "TensorReference", FakeReference, raising=False)
+    loaded = torch.load(tmp_path / "refs.pt", weights_only=False)
+    assert {key: value.tid for key, value in loaded.items()} == {"a": 0, "b" * 300: 1}
+
+
+def test_dtype_on_request(make_hf: MakeHF, tmp_path: Path) -> None:
+    run(make_hf(CONFIG), tmp_path / "half", **SIZES, dtype="bf16")
+    run(tmp_path / "half", tmp_path / "back")
+    source, weights = HFFolder(tmp_path / "back"), fresh(CONFIG)
+    assert all(torch.equal(source.read(n), weights[n].bfloat16()) for n in weights)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("style", [{"qkv_linear": True}, {"qkv_linear": True, "fuse_qkv": True}])
+def test_fused_and_split_hold_the_same(style: dict[str, Any], make_hf: MakeHF, tmp_path: Path) -> None:
+    run(make_hf(CONFIG), tmp_path / "out", **SIZES, **style)
+    shard = load(tmp_path / "out" / "model" / shard_name(1, 0))
+    parts = [
+        expected_shard(fresh(CONFIG), CONFIG, 4, 2, 1)[f"model.layers.0.self_attn.qkv_proj.weight_{k}"]
+        for k in "qkv"
+    ]
+    prefix = "model.layers.0.self_attn.qkv_proj.weight_"
+    found = shard[prefix + "qkv"] if "fuse_qkv" in style else torch.cat([shard[prefix + k] for k in "qkv"])
+    assert torch.equal(found, torch.cat(parts))
+
+
+def test_tied_embedding_is_the_head_of_the_last_stage(make_hf: MakeHF, tmp_path: Path) -> None:
+    tied = replace(CONFIG, tie_word_embeddings=True)
+    run(make_hf(tied), tmp_path / "out", tp=2, pp=2)
+    first, last = (load(tmp_path / "out" / "model" / shard_name(1, p)) for p in (0, 1))
+    assert torch.equal(first["model.embed_tokens.weight"], last["lm_head.weight"])
+    run(tmp_path / "out", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+def test_a_head_that_training_has_untied_is_kept(make_hf: MakeHF, tmp_path: Path) -> None:
+    run(make_hf(replace(CONFIG, tie_word_embeddings=True)), tmp_path / "out", tp=2)
+    file = tmp_path / "out" / "model" / shard_name(0, 0)
+    shard = load(file)
+    shard["lm_head.weight"] = shard["lm_head.weight"] + 1
+    torch.save(shard, file)
+    run(tmp_path / "out", tmp_path / "back")
+    assert "lm_head.weight" in HFFolder(tmp_path / "back").names()
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_full_state_in_one_file_and_a_model_folder_are_sources(make_hf: MakeHF, tmp_path: Path) -> None:
+    """As NxD Training's users name them: pytorch_model.bin with --config, and the folder `model`."""
+    from nxdt_align.checkpoint.names import to_hf
+
+    make_hf(CONFIG)
+    torch.save({to_hf(n): t for n, t in fresh(CONFIG).items()}, tmp_path / "pytorch_model.bin")
+    run(tmp_path / "pytorch_model.bin", tmp_path / "out", config=tmp_path / "hf" / "config.json", **SIZES)
+    run(tmp_path / "out" / "model", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+def test_shards_stored_column_major_are_read(make_hf: MakeHF, tmp_path: Path) -> None:
+    """NxD's converter clones a transposed o_proj, which keeps its strides."""
+    run(make_hf(CONFIG), tmp_path / "out", **SIZES)
+    for file in (tmp_path / "out" / "model").iterdir():
+        shard = load(file)
+        torch.save({n: t.t().contiguous().t() if "o_proj" in n else t for n, t in shard.items()}, file)
+    file = tmp_path / "out" / "model" / shard_name(0, 1)
+    assert not load(file)["model.layers.2.self_attn.o_proj.weight"].is_contiguous()
+    run(tmp_path / "out", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+def test_tokenizer_is_copied_on_request(make_hf: MakeHF, tmp_path: Path) -> None:
+    run(make_hf(CONFIG), tmp_path / "out", **SIZES)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    run(tmp_path / "out", tmp_path / "back", tokenizer=tmp_path / "tokenizer")
+    assert (tmp_path / "back" / "tokenizer.json").exists()
+
+
+# Bad input
+
+
+@pytest.fixture
+def nxdt(make_hf: MakeHF, tmp_path: Path) -> Path:
+    run(make_hf(CONFIG), tmp_path / "nxdt", **SIZES)
+    return tmp_path / "nxdt"
+
+
+def edit(shard: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load(shard)
+    torch.save(change(tensors) or tensors, shard)
+
+
+def edit_all(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    for shard in (folder / "model").iterdir():
+        edit(shard, change)
+
+
+def first(folder: Path) -> Path:
+    return folder / "model" / shard_name(0, 0)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(first(folder), first(folder).stat().st_size // 2)
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
+    (
+        "shard missing",
+        lambda f: (f / "model" / shard_name(2, 1)).unlink(),
+        "has 7 shards.*Missing: dp_rank_00_tp_rank_02_pp_rank_01.pt",
+    ),
+    (
+        "surplus shard",
+        lambda f: shutil.copy(first(f), f / "model" / shard_name(4, 0)),
+        "has 9 shards, but tp 5.*surplus",
+    ),
+    (
+        "replica",
+        lambda f: shutil.copy(first(f), f / "model" / "dp_rank_01_tp_rank_00_pp_rank_00.pt"),
+        "several data-parallel ranks",
+    ),
+    ("truncated", truncate, "tp_rank_00_pp_rank_00.pt is damaged or not a PyTorch file"),
+    ("emptied", lambda f: os.truncate(first(f), 0), "is damaged or not a PyTorch file"),
+    (
+        "code",
+        lambda f: torch.save({"a": os.system}, first(f)),
+        "posix.system, which has no place among weights",
+    ),
+    ("not tensors", lambda f: torch.save({"a": 3}, first(f)), "must hold a dictionary of tensors"),
+    (
+        "wrong shape",
+        lambda f: edit(first(f), lambda t: t.update({DOWN: t[DOWN][:, :5]})),
+        r"down_proj.weight of rank 0 must have shape \[16, 12\], but has \[16, 5\]",
+    ),
+    (
+        "wrong dtype",
+        lambda f: edit(f / "model" / shard_name(1, 0), lambda t: t.update({DOWN: t[DOWN].half()})),
+        "float32 on rank 0, but torch.float16 on rank 1",
+    ),
+    (
+        "tensor missing",
+        lambda f: edit(first(f), lambda t: t.pop(DOWN) is None),
+        "missing: model.layers.0.mlp.down_proj.weight in dp_rank_00_tp_r",
+    ),
+    (
+        "tensor surplus",
+        lambda f: edit(first(f), lambda t: t.update({"x.bias": torch.ones(1)})),
+        "surplus: x.bias in dp_rank_00_tp_rank_00",
+    ),
+    (
+        "copies differ",
+        lambda f: edit(
+            f / "model" / shard_name(2, 0),
+            lambda t: t["model.layers.0.self_attn.qkv_proj.weight_k"].add_(1) is None,
+        ),
+        "rank 2 holds another copy of model.layers.0.self_attn.qkv_proj.k_proj.weight.*--first-replica",
+    ),
+    (
+        "norms differ",
+        lambda f: edit(f / "model" / shard_name(1, 1), lambda t: t["model.norm.weight"].add_(1) is None),
+        "rank 1 holds another copy of model.norm.weight",
+    ),
+    ("not finished", lambda f: (f / "done").unlink(), "is not finished: it has no `done` file"),
+    ("no config", lambda f: (f / "config.json").unlink(), "has no config.json.*--config"),
+    (
+        "other layers",
+        lambda f: change_config(f, num_hidden_layers=4),
+        "the shards hold 3 layers, but num_hidden_layers is 4",
+    ),
+    (
+        "other kv heads",
+        lambda f: change_config(f, num_key_value_heads=8),
+        "hold 16 rows of keys, but the model has 8 kv heads of 4: 32 rows",
+    ),
+    ("larger vocabulary", lambda f: change_config(f, vocab_size=128), "hold 100 rows of .*vocab_size is 128"),
+    (
+        "experts",
+        lambda f: first(f).rename(f / "model" / "dp_rank_00_ep_rank_00_tp_rank_00_pp_rank_00.pt"),
+        "mixture of experts",
+    ),
+    (
+        "no attention",
+        lambda f: edit_all(f, lambda t: {"x": torch.ones(1)}),
+        "holds no attention weights of a Llama: x",
+    ),
+]
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(("damage", "fault"), [c[1:] for c in DAMAGE], ids=[c[0] for c in DAMAGE])
+def test_a_damaged_checkpoint_is_refused(
+    damage: Callable[[Path], Any], fault: str, nxdt: Path, tmp_path: Path
+) -> None:
+    damage(nxdt)
+    with pytest.raises(UserError, match=f"(?s){fault}"):
+        run(nxdt, tmp_path / "back")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["hf", "nxdt"]
+
+
+@pytest.mark.parametrize("lost", ["tensor_3.pt", ""])
+def test_a_lost_xser_file_is_named(lost: str, make_hf: MakeHF, tmp_path: Path) -> None:
+    run(make_hf(CONFIG), tmp_path / "out", **SIZES, xser=True)
+    file = tmp_path / "out" / "model" / (shard_name(0, 0) + ".tensors") / lost
+    shutil.rmtree(file) if file.is_dir() else file.unlink()
+    with pytest.raises(WeightsError, match=r"refers to .*tensor_\d+.pt for model.*, which is missing"):
+        run(tmp_path / "out", tmp_path / "back")
+
+
+def test_first_replica_takes_the_first_of_copies_that_differ(nxdt: Path, tmp_path: Path) -> None:
+    edit(nxdt / "model" / shard_name(1, 1), lambda t: t["model.norm.weight"].add_(1) is None)
+    run(nxdt, tmp_path / "back", first_replica=True)
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+def test_sizes_that_do_not_fit_leave_nothing(make_hf: MakeHF, tmp_path: Path) -> None:
+    with pytest.raises(PartitionError, match="sizes that fit this model: 1, 2, 4, 8"):
+        run(make_hf(CONFIG), tmp_path / "out", tp=5)
+    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"tp": 2}, "--tp_size is 2, but it is 4. Shards are missing or surplus"),
+        (
+            {"pp": 1, "kv_multiplier": 1},
+            "--pp_size is 1, but it is 2; --kv_size_multiplier is 1, but it is 2",
+        ),
+        ({"n_layers": 4}, "--n_layers is 4, but .* has 3"),
+        ({"load_xser": True}, "--load_xser is True, but .* holds plain files"),
+    ],
+)
+def test_what_the_user_states_of_the_source_is_checked(
+    options: dict[str, Any], fault: str, nxdt: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=fault):
+        run(nxdt, tmp_path / "back", **options)
+    run(nxdt, tmp_path / "back", **SIZES, n_layers=3, load_xser=False)
+
+
+def test_config_of_another_model_is_refused(make_hf: MakeHF, tmp_path: Path) -> None:
+    change_config(make_hf(CONFIG), intermediate_size=96)
+    with pytest.raises(
+        WeightsError, match=r"mlp.gate_proj.weight must have shape \[96, 16\], but has \[48, 16\]"
+    ):
+        run(tmp_path / "hf", tmp_path / "out", tp=2)
+
+
+def test_an_output_that_is_taken_is_left_alone(make_hf: MakeHF, tmp_path: Path) -> None:
+    make_hf(CONFIG)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(WeightsError, match="out is not empty: choose another folder"):
+        run(tmp_path / "hf", tmp_path / "out", tp=2)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WeightsError, match="file is a file"):
+        run(tmp_path / "hf", tmp_path / "file", tp=2)
+    with pytest.raises(WeightsError, match=r"cannot write .*file/out"):
+        run(tmp_path / "hf", tmp_path / "file" / "out", tp=2)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "hf", "out"]
+    (tmp_path / "out" / "thesis.tex").unlink()
+    run(tmp_path / "hf", tmp_path / "out", tp=2)
+
+
+def test_nans_are_counted_and_kept(make_hf: MakeHF, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    weights = fresh(CONFIG)
+    weights[DOWN][0, :3] = float("nan")
+    weights["model.norm.weight"][0] = float("inf")
+    weights["model.norm.weight"][1] = -float("inf")
+    write_hf_folder(tmp_path / "hf", CONFIG, weights)
+    report = run(tmp_path / "hf", tmp_path / "out", **SIZES)
+    assert report.nans == {DOWN: 3}
+    warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == [f"3 NaN entries in {DOWN}"]
+    run(tmp_path / "out", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_a_disk_too_small_is_found_before_anything_is_written(
+    make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_hf(CONFIG)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    with pytest.raises(WeightsError, match=r"the output takes 0.1 GB, but .* has 0.0 GB free"):
+        run(tmp_path / "hf", tmp_path / "out", **SIZES)
+    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_full_disk_keeps_what_is_written_out_of_sight(make_hf: MakeHF, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk."""
+    make_hf(CONFIG)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(WeightsError, match=r"cannot write .*out"):
+            run(tmp_path / "hf", tmp_path / "out", to="hf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not (tmp_path / "out").exists()
+    run(tmp_path / "hf", tmp_path / "out", to="hf", resume=True)
+    same_folders(tmp_path / "hf", tmp_path / "out")
+
+
+# Interrupted, and taken up again
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> list[str]:
+    """Make the writer raise at its ``count``-th weight; returns the names written so far."""
+    written: list[str] = []
+    write = NxDTWriter.write
+
+    def failing(self: NxDTWriter, name: str, whole: Tensor) -> None:
+        if len(written) == count:
+            raise error
+        written.append(name)
+        write(self, name, whole)
+
+    monkeypatch.setattr(NxDTWriter, "write", failing)
+    return written
+
+
+@pytest.mark.parametrize("xser", [False, True])
+@pytest.mark.parametrize("count", [0, 7])
+def test_an_interrupted_conversion_goes_on(
+    count: int, xser: bool, make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_hf(CONFIG)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, count, Interrupt())
+        with pytest.raises(Interrupt):
+            run(tmp_path / "hf", tmp_path / "out", **SIZES, workers=1, xser=xser)
+    assert not (tmp_path / "out").exists()
+    (left,) = (f for f in tmp_path.iterdir() if f.name.startswith("."))
+    with pytest.raises(UserError):
+        open_weights(left, tmp_path / "hf" / "config.json")
+    with monkeypatch.context() as patch:
+        again = interrupt_after(patch, 10**6, Interrupt())
+        report = run(tmp_path / "hf", tmp_path / "out", **SIZES, resume=True, verify=False, xser=xser)
+    assert report.resumed == count and len(again) == report.weights - count and report.verified
+    run(tmp_path / "out", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["back", "hf", "out"]
+
+
+def test_a_journal_that_was_cut_is_taken_up(
+    make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a process leaves it that is killed while it writes a line; twice, so that the repair shows."""
+    make_hf(CONFIG)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 3, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "hf", tmp_path / "out", **SIZES, workers=1, resume=True)
+        assert "interrupted: call again with --resume" in caplog.text
+        (journal,) = tmp_path.glob(".out*/conversion.jsonl")
+        os.truncate(journal, journal.stat().st_size - 5)
+    assert run(tmp_path / "hf", tmp_path / "out", **SIZES, resume=True).resumed == 4
+    run(tmp_path / "out", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+def test_another_conversion_is_not_taken_up(
+    make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_hf(CONFIG)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5, OSError(28, "No space left on device"))
+        with pytest.raises(
+            WeightsError, match=r"the disk is full.*kept in .*nxdt-partial; call again with --resume"
+        ):
+            run(tmp_path / "hf", tmp_path / "out", **SIZES)
+    with pytest.raises(WeightsError, match="left from another conversion"):
+        run(tmp_path / "hf", tmp_path / "out", tp=2, resume=True)
+    os.utime(tmp_path / "hf" / "model.safetensors", (1, 1))
+    with pytest.raises(WeightsError, match="its source has changed"):
+        run(tmp_path / "hf", tmp_path / "out", **SIZES, resume=True)
+    run(tmp_path / "hf", tmp_path / "out", **SIZES)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_conversions_to_one_folder_do_not_meet(make_hf: MakeHF, tmp_path: Path) -> None:
+    from nxdt_align.checkpoint.staging import Staging
+
+    with Staging(tmp_path / "out", {}), pytest.raises(WeightsError, match="another conversion is writing"):
+        run(make_hf(CONFIG), tmp_path / "out", **SIZES)
+
+
+# Verification
+
+
+def test_bytes_that_change_on_disk_are_found(
+    make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = NxDTWriter.write
+
+    def flipping(self: NxDTWriter, name: str, whole: Tensor) -> None:
+        write(self, name, whole + 1 if name == DOWN else whole)
+
+    monkeypatch.setattr(NxDTWriter, "write", flipping)
+    with pytest.raises(WeightsError, match=f"read back differs from what was written: {DOWN}"):
+        run(make_hf(CONFIG), tmp_path / "out", **SIZES)
+    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
+    report = run(tmp_path / "hf", tmp_path / "out", **SIZES, verify=False)
+    assert not report.verified
+
+
+def test_weights_under_way_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 bytes: two of 40 at once, and one of 1000 alone."""
+    budget = convert_module._Budget(100)
+    with budget.take(40), budget.take(40):
+        assert budget._left == 20
+    with budget.take(1000):
+        assert budget._left == 0
+    assert budget._left == 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+def test_nans_of_every_dtype(dtype: torch.dtype) -> None:
+    values = torch.zeros(1000)
+    assert convert_module.count_nans(values.to(dtype)) == 0
+    values[::100] = float("nan")
+    assert convert_module.count_nans(values.to(dtype)) == 10
+    assert convert_module.count_nans(torch.tensor([float("inf"), -float("inf")], dtype=torch.float32)) == 0
+
+
+def test_partition_of_a_read_checkpoint_is_the_one_it_was_written_with(nxdt: Path) -> None:
+    assert NxDTFolder(nxdt, CONFIG).partition == Partition(CONFIG, 4, 2, 2, "split", 100)
+    assert NxDTFolder(nxdt, CONFIG).files()[0].name == shard_name(0, 0)
+    with pytest.raises(WeightsError, match="holds no shards"):
+        NxDTFolder(nxdt.parent, TINY)

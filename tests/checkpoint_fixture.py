@@ -1,0 +1,39 @@
+"""Weights and sizes for conversions, and a conversion in one call."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nxdt_align.build.conversion import ConvertOptions, convert
+from nxdt_align.checkpoint.convert import Report
+from nxdt_align.checkpoint.hf import FreshWeights
+from nxdt_align.models.presets import LlamaConfig
+
+
+def fresh(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    source = FreshWeights(replace(config, initializer_range=0.3), seed)
+    return {name: source.read(name).to(dtype) for name in source.names()}
+
+
+def run(source: Path, destination: Path, **options: Any) -> Report:
+    return convert(ConvertOptions(source, destination, quiet=True, **options))
+
+
+def random_config(rng: random.Random) -> LlamaConfig:
+    kv_heads, group = rng.choice([1, 2, 3, 4, 6, 8]), rng.choice([1, 2, 3, 4, 6])
+    return LlamaConfig(
+        vocab_size=rng.randint(20, 70),
+        hidden_size=rng.choice([8, 24]),
+        intermediate_size=rng.choice([48, 96, 144]),
+        num_hidden_layers=rng.randint(1, 5),
+        num_attention_heads=kv_heads * group,
+        num_key_value_heads=kv_heads,
+        head_dim=rng.choice([2, 4, 6]),
+        tie_word_embeddings=rng.random() < 0.3,
+    )

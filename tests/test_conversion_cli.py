@@ -1,0 +1,179 @@
+"""The verbs convert, export and inspect, and training from what they write."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_fixture import fresh
+from training_fixture import Project, scalars
+
+from nxdt_align.checkpoint.hf import HFFolder, write_hf_folder
+from nxdt_align.checkpoint.nxdt import NxDTFolder
+from nxdt_align.cli import main
+from nxdt_align.engines.native.checkpoint import NativeCheckpoint
+from nxdt_align.models.presets import TINY, read_config_json
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    write_hf_folder(tmp_path / "hf", TINY, fresh(TINY))
+    return tmp_path / "hf"
+
+
+def test_nxd_trainings_command_line_works_as_it_is(hf: Path, repo: Path, tmp_path: Path) -> None:
+    script, out = repo / "scripts" / "convert_ckpt.py", tmp_path / "pretrained_ckpt"
+    common = ["--model_style", "hf", "--tp_size", "4", "--pp_size", "2", "--kv_size_multiplier", "2"]
+    common += ["--qkv_linear", "True", "--n_layers", "2", "--config", str(hf / "config.json")]
+    there = [*common, "--hw_backend", "trn1", "--save_xser", "True", "--convert_from_full_state"]
+    command = [sys.executable, str(script), *there, "--input_dir", str(hf), "--output_dir", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tensor parallel 4, pipeline parallel 2, kv multiplier 2, q, k and v split, xser" in done.stderr
+    back = [*common, "--load_xser", "True", "--convert_to_full_state"]
+    assert main(["convert", *back, "--input_dir", f"{out}/model", "--output_dir", f"{tmp_path}/back"]) == 0
+    assert HFFolder(tmp_path / "back").fingerprint() == HFFolder(hf).fingerprint()
+
+
+def test_qkv_linear_false_is_false(hf: Path, tmp_path: Path) -> None:
+    """NxD's converter takes any text for True."""
+    flags = ["--tp", "2", "--qkv_linear", "False", "--fuse_qkv", "False"]
+    assert main(["convert", str(hf), str(tmp_path / "out"), *flags]) == 0
+    assert NxDTFolder(tmp_path / "out", TINY).partition.qkv == "separate"
+
+
+def test_xser_there_and_back_under_nxds_names(hf: Path, tmp_path: Path) -> None:
+    plain, xser, again = (str(tmp_path / name) for name in ("plain", "xser", "again"))
+    assert main(["convert", str(hf), plain, "--tp", "2"]) == 0
+    assert main(["convert", plain, xser, "--tp", "2", "--convert_to_xser"]) == 0
+    assert NxDTFolder(xser, TINY).is_xser
+    assert main(["convert", xser, again, "--tp", "2", "--convert_from_xser"]) == 0
+    assert not NxDTFolder(again, TINY).is_xser
+    assert NxDTFolder(again, TINY).fingerprint() == HFFolder(hf).fingerprint()
+
+
+def test_inspect_says_what_it_is(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(hf), str(tmp_path / "out"), "--tp", "4", "--dtype", "bf16"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"] == sum(t.numel() for t in fresh(TINY).values())
+    assert found["dtypes"] == {"bfloat16": 21} and found["shards"]["kv multiplier"] == 2
+    assert main(["inspect", str(hf)]) == 0
+    text = capsys.readouterr().out
+    assert "layout: Hugging Face" in text and "  model.layers.{0-1}.mlp.down_proj.weight" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["SRC"], "convert needs a source and a destination"),
+        (["SRC", "DST", "--convert_to_full_state", "--convert_to_xser"], "give one direction"),
+        (["SRC", "DST", "--hw_backend", "trn2"], "--hw_backend: must be trn1"),
+        (["SRC", "DST", "--virtual_pp_size", "2"], "--virtual_pp_size: must be 1"),
+        (["missing", "DST"], "missing does not exist: give a folder of weights"),
+        (["SRC", "DST", "--tp", "8"], "tensor-parallel size of 8 does not fit 4 query heads and 2 kv heads"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], fault: str, hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"SRC": str(hf), "DST": str(tmp_path / "out"), "missing": str(tmp_path / "missing")}
+    assert main(["convert", *[places.get(text, text) for text in arguments]]) == 1
+    assert fault in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", [["--tp", "0"], ["--qkv_linear", "maybe"], ["--model_style", "megatron"]])
+def test_bad_values_of_an_option(flag: list[str], hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["convert", str(hf), "out", *flag])
+    assert flag[0] in capsys.readouterr().err
+
+
+def test_conversion_loads_no_training_library() -> None:
+    heavy = ("lightning", "nemo", "transformers")
+    code = f"import sys, nxdt_align.build.conversion; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"]
+
+
+def test_our_own_checkpoint_there_and_back(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native, back = tmp_path / "native", tmp_path / "back"
+    assert main(["convert", str(hf), str(native), "--to", "native"]) == 0
+    assert main(["export", str(native), str(back)]) == 0
+    assert HFFolder(back).fingerprint() == HFFolder(hf).fingerprint()
+    assert main(["inspect", str(native)]) == 0
+    assert "layout: nxdt-align's native engine" in capsys.readouterr().out
+    assert main(["convert", str(hf), str(native), "--to", "native"]) == 1
+    assert "native exists already" in capsys.readouterr().err
+    (native / "config.json").unlink()
+    assert main(["export", str(native), str(tmp_path / "again")]) == 1
+    assert "give its config.json with --config" in capsys.readouterr().err
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with start weights in Hugging Face's layout and in NxD's."""
+    project = Project.create(tmp_path_factory.mktemp("project"), pairs=8)
+    config = read_config_json(project.root / "config.json")
+    write_hf_folder(project.root / "hf", config, fresh(config))
+    assert (
+        main(["convert", str(project.root / "hf"), str(project.root / "pretrained_ckpt"), "--tp", "4"]) == 0
+    )
+    return project
+
+
+def train(project: Project, start: str, experiments: str) -> Path:
+    overrides = [f"exp_manager.resume_from_checkpoint={project.root}/{start}", "trainer.max_steps=2"]
+    assert project.train(*overrides, f"exp_manager.exp_dir={project.root}/{experiments}") == 0
+    return project.only_run(experiments)
+
+
+def test_training_starts_from_shards_as_from_the_folder_they_are_of(project: Project) -> None:
+    runs = [train(project, start, f"from_{start}") for start in ("hf", "pretrained_ckpt")]
+    losses = [scalars(run)["reduced_train_loss"] for run in runs]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    identities = [json.loads((run / "run_identity.json").read_text())["identity"] for run in runs]
+    assert identities[0] == identities[1]
+
+
+def test_a_runs_checkpoint_is_exported_without_its_configuration(project: Project, tmp_path: Path) -> None:
+    run = train(project, "hf", "exported")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert (
+        main(
+            ["export", str(checkpoint), str(tmp_path / "out"), "--tokenizer", str(project.root / "tokenizer")]
+        )
+        == 0
+    )
+    native, exported = NativeCheckpoint(checkpoint), HFFolder(tmp_path / "out")
+    assert all(torch.equal(exported.read(n), native.read(n)) for n in native.names())
+    assert exported.fingerprint() == HFFolder(run / "hf_export").fingerprint()
+    assert main(["convert", str(checkpoint), str(tmp_path / "nxdt"), "--to", "nxdt", "--tp", "2"]) == 0
+    assert (
+        NxDTFolder(tmp_path / "nxdt", read_config_json(tmp_path / "out")).fingerprint()
+        == exported.fingerprint()
+    )
+
+
+def test_shards_of_another_model_and_metas_download_are_refused(
+    project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_hf_folder(tmp_path / "other", TINY, fresh(TINY))
+    assert main(["convert", str(tmp_path / "other"), str(tmp_path / "shards"), "--tp", "2"]) == 0
+    assert project.train(f"exp_manager.resume_from_checkpoint={tmp_path}/shards") == 1
+    assert "exp_manager.resume_from_checkpoint: " in capsys.readouterr().err
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "params.json").write_text("{}")
+    assert project.train(f"exp_manager.resume_from_checkpoint={tmp_path}/meta") == 1
+    assert "is Meta's original download; nxdt-align convert" in capsys.readouterr().err
