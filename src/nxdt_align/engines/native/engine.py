@@ -51,6 +51,7 @@ class NativeEngine(Engine):
         self._configure = configure_model
         self._model = self._build()
         self._masters = MasterWeights(self._model) if precision.has_masters else None
+        self._is_behind = True
         self._reference: Llama | None = None
 
     def _build(self) -> Llama:
@@ -64,6 +65,7 @@ class NativeEngine(Engine):
 
     def load_weights(self, source: WeightSource) -> None:
         _fill(dict(self.named_parameters()), source)
+        self._is_behind = True
         self._publish()
 
     def load_reference(self, source: WeightSource | None) -> None:
@@ -82,8 +84,10 @@ class NativeEngine(Engine):
         return list(owner.named_parameters())
 
     def _publish(self) -> None:
-        if self._masters is not None:
+        """Bring the weights that are computed with up to the masters, where those may have moved."""
+        if self._masters is not None and self._is_behind:
             self._masters.publish()
+        self._is_behind = False
 
     # Forward and backward
 
@@ -97,6 +101,7 @@ class NativeEngine(Engine):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         collectives.sum_tensors([p.grad for p in parameters if p.grad is not None])
+        self._is_behind = True  # the optimizer's step comes next
         return output
 
     def _backward(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
@@ -224,10 +229,10 @@ class NativeEngine(Engine):
         checkpoint.save(
             directory, self.named_parameters(), optimizer, extra, is_writer=self.topology.rank == 0
         )
-        self.barrier()
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         extra = checkpoint.load(directory, self.named_parameters(), optimizer)
+        self._is_behind = True
         self._publish()
         return extra
 
