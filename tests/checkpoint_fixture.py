@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,22 @@ from torch import Tensor
 
 from nxdt_align.build.conversion import ConvertOptions, convert
 from nxdt_align.checkpoint.convert import Report
-from nxdt_align.checkpoint.hf import FreshWeights
+from nxdt_align.checkpoint.hf import FreshWeights, HFFolder
 from nxdt_align.models.presets import LlamaConfig
+
+MakeHF = Callable[..., Path]
+DOWN = "model.layers.0.mlp.down_proj.weight"
+CONFIG = LlamaConfig(
+    vocab_size=99,
+    hidden_size=16,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=4,
+    eos_token_id=(2, 7),
+)
+SIZES: dict[str, Any] = {"tp": 4, "pp": 2, "kv_multiplier": 2}
 
 
 def fresh(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -37,3 +52,21 @@ def random_config(rng: random.Random) -> LlamaConfig:
         head_dim=rng.choice([2, 4, 6]),
         tie_word_embeddings=rng.random() < 0.3,
     )
+
+
+def same_folders(one: Path, other: Path) -> None:
+    first, second = HFFolder(one), HFFolder(other)
+    assert first.names() == second.names()
+    for name in first.names():
+        a, b = first.read(name), second.read(name)
+        assert a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    loaded: dict[str, Tensor] = torch.load(path, weights_only=True)
+    return loaded
+
+
+def edit(shard: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = load(shard)
+    torch.save(change(tensors) or tensors, shard)

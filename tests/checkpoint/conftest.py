@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_fixture import fresh
+from checkpoint_fixture import CONFIG, SIZES, MakeHF, fresh, run
 
 from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.models.presets import LlamaConfig
@@ -23,3 +23,10 @@ def make_hf(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture
+def nxdt(make_hf: MakeHF, tmp_path: Path) -> Path:
+    """A sharded checkpoint of CONFIG at SIZES."""
+    run(make_hf(CONFIG), tmp_path / "nxdt", **SIZES)
+    return tmp_path / "nxdt"

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
-import resource
-import shutil
-import signal
 import sys
 import types
-from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_fixture import fresh, random_config, run
+from checkpoint_fixture import (
+    CONFIG,
+    DOWN,
+    SIZES,
+    MakeHF,
+    fresh,
+    load,
+    random_config,
+    run,
+    same_folders,
+)
 from torch import Tensor
 
 from nxdt_align.build.conversion import open_weights
@@ -27,31 +31,9 @@ from nxdt_align.checkpoint import convert as convert_module
 from nxdt_align.checkpoint.hf import HFFolder, WeightsError, write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder, shard_name
 from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
-from nxdt_align.checkpoint.partition import Partition, PartitionError, fitting_multipliers, fitting_tp
+from nxdt_align.checkpoint.partition import Partition, fitting_multipliers, fitting_tp
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import TINY, LlamaConfig
-
-MakeHF = Callable[..., Path]
-CONFIG = LlamaConfig(
-    vocab_size=99,
-    hidden_size=16,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=4,
-    eos_token_id=(2, 7),
-)
-SIZES: dict[str, Any] = {"tp": 4, "pp": 2, "kv_multiplier": 2}
-
-
-def same_folders(one: Path, other: Path) -> None:
-    first, second = HFFolder(one), HFFolder(other)
-    assert first.names() == second.names()
-    for name in first.names():
-        a, b = first.read(name), second.read(name)
-        assert a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
-
 
 # There and back
 
@@ -118,11 +100,6 @@ def expected_shard(
         padded = torch.nn.functional.pad(weights[name], (0, 0, 0, -len(weights[name]) % tp))
         found[name] = padded.chunk(tp)[rank]
     return found | {"model.norm.weight": weights["model.norm.weight"]}
-
-
-def load(path: Path) -> dict[str, Tensor]:
-    loaded: dict[str, Tensor] = torch.load(path, weights_only=True)
-    return loaded
 
 
 def test_shards_are_those_of_the_recipe(make_hf: MakeHF, tmp_path: Path) -> None:
@@ -260,241 +237,6 @@ def test_tokenizer_is_copied_on_request(make_hf: MakeHF, tmp_path: Path) -> None
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     run(tmp_path / "out", tmp_path / "back", tokenizer=tmp_path / "tokenizer")
     assert (tmp_path / "back" / "tokenizer.json").exists()
-
-
-# Bad input
-
-
-@pytest.fixture
-def nxdt(make_hf: MakeHF, tmp_path: Path) -> Path:
-    run(make_hf(CONFIG), tmp_path / "nxdt", **SIZES)
-    return tmp_path / "nxdt"
-
-
-def edit(shard: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    tensors = load(shard)
-    torch.save(change(tensors) or tensors, shard)
-
-
-def edit_all(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    for shard in (folder / "model").iterdir():
-        edit(shard, change)
-
-
-def first(folder: Path) -> Path:
-    return folder / "model" / shard_name(0, 0)
-
-
-def truncate(folder: Path) -> None:
-    os.truncate(first(folder), first(folder).stat().st_size // 2)
-
-
-DOWN = "model.layers.0.mlp.down_proj.weight"
-DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
-    (
-        "shard missing",
-        lambda f: (f / "model" / shard_name(2, 1)).unlink(),
-        "has 7 shards.*Missing: dp_rank_00_tp_rank_02_pp_rank_01.pt",
-    ),
-    (
-        "surplus shard",
-        lambda f: shutil.copy(first(f), f / "model" / shard_name(4, 0)),
-        "has 9 shards, but tp 5.*surplus",
-    ),
-    (
-        "replica",
-        lambda f: shutil.copy(first(f), f / "model" / "dp_rank_01_tp_rank_00_pp_rank_00.pt"),
-        "several data-parallel ranks",
-    ),
-    ("truncated", truncate, "tp_rank_00_pp_rank_00.pt is damaged or not a PyTorch file"),
-    ("emptied", lambda f: os.truncate(first(f), 0), "is damaged or not a PyTorch file"),
-    (
-        "code",
-        lambda f: torch.save({"a": os.system}, first(f)),
-        "posix.system, which has no place among weights",
-    ),
-    ("not tensors", lambda f: torch.save({"a": 3}, first(f)), "must hold a dictionary of tensors"),
-    (
-        "wrong shape",
-        lambda f: edit(first(f), lambda t: t.update({DOWN: t[DOWN][:, :5]})),
-        r"down_proj.weight of rank 0 must have shape \[16, 12\], but has \[16, 5\]",
-    ),
-    (
-        "wrong dtype",
-        lambda f: edit(f / "model" / shard_name(1, 0), lambda t: t.update({DOWN: t[DOWN].half()})),
-        "float32 on rank 0, but torch.float16 on rank 1",
-    ),
-    (
-        "tensor missing",
-        lambda f: edit(first(f), lambda t: t.pop(DOWN) is None),
-        "missing: model.layers.0.mlp.down_proj.weight in dp_rank_00_tp_r",
-    ),
-    (
-        "tensor surplus",
-        lambda f: edit(first(f), lambda t: t.update({"x.bias": torch.ones(1)})),
-        "surplus: x.bias in dp_rank_00_tp_rank_00",
-    ),
-    (
-        "copies differ",
-        lambda f: edit(
-            f / "model" / shard_name(2, 0),
-            lambda t: t["model.layers.0.self_attn.qkv_proj.weight_k"].add_(1) is None,
-        ),
-        "rank 2 holds another copy of model.layers.0.self_attn.qkv_proj.k_proj.weight.*--first-replica",
-    ),
-    (
-        "norms differ",
-        lambda f: edit(f / "model" / shard_name(1, 1), lambda t: t["model.norm.weight"].add_(1) is None),
-        "rank 1 holds another copy of model.norm.weight",
-    ),
-    ("not finished", lambda f: (f / "done").unlink(), "is not finished: it has no `done` file"),
-    ("no config", lambda f: (f / "config.json").unlink(), "has no config.json.*--config"),
-    (
-        "other layers",
-        lambda f: change_config(f, num_hidden_layers=4),
-        "the shards hold 3 layers, but num_hidden_layers is 4",
-    ),
-    (
-        "other kv heads",
-        lambda f: change_config(f, num_key_value_heads=8),
-        "hold 16 rows of keys, but the model has 8 kv heads of 4: 32 rows",
-    ),
-    ("larger vocabulary", lambda f: change_config(f, vocab_size=128), "hold 100 rows of .*vocab_size is 128"),
-    (
-        "experts",
-        lambda f: first(f).rename(f / "model" / "dp_rank_00_ep_rank_00_tp_rank_00_pp_rank_00.pt"),
-        "mixture of experts",
-    ),
-    (
-        "no attention",
-        lambda f: edit_all(f, lambda t: {"x": torch.ones(1)}),
-        "holds no attention weights of a Llama: x",
-    ),
-]
-
-
-def change_config(folder: Path, **values: Any) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-@pytest.mark.parametrize(("damage", "fault"), [c[1:] for c in DAMAGE], ids=[c[0] for c in DAMAGE])
-def test_a_damaged_checkpoint_is_refused(
-    damage: Callable[[Path], Any], fault: str, nxdt: Path, tmp_path: Path
-) -> None:
-    damage(nxdt)
-    with pytest.raises(UserError, match=f"(?s){fault}"):
-        run(nxdt, tmp_path / "back")
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["hf", "nxdt"]
-
-
-@pytest.mark.parametrize("lost", ["tensor_3.pt", ""])
-def test_a_lost_xser_file_is_named(lost: str, make_hf: MakeHF, tmp_path: Path) -> None:
-    run(make_hf(CONFIG), tmp_path / "out", **SIZES, xser=True)
-    file = tmp_path / "out" / "model" / (shard_name(0, 0) + ".tensors") / lost
-    shutil.rmtree(file) if file.is_dir() else file.unlink()
-    with pytest.raises(WeightsError, match=r"refers to .*tensor_\d+.pt for model.*, which is missing"):
-        run(tmp_path / "out", tmp_path / "back")
-
-
-def test_first_replica_takes_the_first_of_copies_that_differ(nxdt: Path, tmp_path: Path) -> None:
-    edit(nxdt / "model" / shard_name(1, 1), lambda t: t["model.norm.weight"].add_(1) is None)
-    run(nxdt, tmp_path / "back", first_replica=True)
-    same_folders(tmp_path / "hf", tmp_path / "back")
-
-
-def test_sizes_that_do_not_fit_leave_nothing(make_hf: MakeHF, tmp_path: Path) -> None:
-    with pytest.raises(PartitionError, match="sizes that fit this model: 1, 2, 4, 8"):
-        run(make_hf(CONFIG), tmp_path / "out", tp=5)
-    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
-
-
-@pytest.mark.parametrize(
-    ("options", "fault"),
-    [
-        ({"tp": 2}, "--tp_size is 2, but it is 4. Shards are missing or surplus"),
-        (
-            {"pp": 1, "kv_multiplier": 1},
-            "--pp_size is 1, but it is 2; --kv_size_multiplier is 1, but it is 2",
-        ),
-        ({"n_layers": 4}, "--n_layers is 4, but .* has 3"),
-        ({"load_xser": True}, "--load_xser is True, but .* holds plain files"),
-    ],
-)
-def test_what_the_user_states_of_the_source_is_checked(
-    options: dict[str, Any], fault: str, nxdt: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=fault):
-        run(nxdt, tmp_path / "back", **options)
-    run(nxdt, tmp_path / "back", **SIZES, n_layers=3, load_xser=False)
-
-
-def test_config_of_another_model_is_refused(make_hf: MakeHF, tmp_path: Path) -> None:
-    change_config(make_hf(CONFIG), intermediate_size=96)
-    with pytest.raises(
-        WeightsError, match=r"mlp.gate_proj.weight must have shape \[96, 16\], but has \[48, 16\]"
-    ):
-        run(tmp_path / "hf", tmp_path / "out", tp=2)
-
-
-def test_an_output_that_is_taken_is_left_alone(make_hf: MakeHF, tmp_path: Path) -> None:
-    make_hf(CONFIG)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("x")
-    with pytest.raises(WeightsError, match="out is not empty: choose another folder"):
-        run(tmp_path / "hf", tmp_path / "out", tp=2)
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(WeightsError, match="file is a file"):
-        run(tmp_path / "hf", tmp_path / "file", tp=2)
-    with pytest.raises(WeightsError, match=r"cannot write .*file/out"):
-        run(tmp_path / "hf", tmp_path / "file" / "out", tp=2)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "hf", "out"]
-    (tmp_path / "out" / "thesis.tex").unlink()
-    run(tmp_path / "hf", tmp_path / "out", tp=2)
-
-
-def test_nans_are_counted_and_kept(make_hf: MakeHF, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    weights = fresh(CONFIG)
-    weights[DOWN][0, :3] = float("nan")
-    weights["model.norm.weight"][0] = float("inf")
-    weights["model.norm.weight"][1] = -float("inf")
-    write_hf_folder(tmp_path / "hf", CONFIG, weights)
-    report = run(tmp_path / "hf", tmp_path / "out", **SIZES)
-    assert report.nans == {DOWN: 3}
-    warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert warnings == [f"3 NaN entries in {DOWN}"]
-    run(tmp_path / "out", tmp_path / "back")
-    same_folders(tmp_path / "hf", tmp_path / "back")
-
-
-Usage = namedtuple("Usage", "total used free")
-
-
-def test_a_disk_too_small_is_found_before_anything_is_written(
-    make_hf: MakeHF, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_hf(CONFIG)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 1000))
-    with pytest.raises(WeightsError, match=r"the output takes 0.1 GB, but .* has 0.0 GB free"):
-        run(tmp_path / "hf", tmp_path / "out", **SIZES)
-    assert [f.name for f in tmp_path.iterdir()] == ["hf"]
-
-
-def test_a_full_disk_keeps_what_is_written_out_of_sight(make_hf: MakeHF, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a full disk."""
-    make_hf(CONFIG)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        with pytest.raises(WeightsError, match=r"cannot write .*out"):
-            run(tmp_path / "hf", tmp_path / "out", to="hf")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert not (tmp_path / "out").exists()
-    run(tmp_path / "hf", tmp_path / "out", to="hf", resume=True)
-    same_folders(tmp_path / "hf", tmp_path / "out")
 
 
 # Interrupted, and taken up again
