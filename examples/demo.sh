@@ -36,6 +36,8 @@ mkdir demo_run
 cd demo_run
 # Where the tiny configs look for their files.
 export NXDT_DEMO_DIR=$PWD
+# Threads that wait must sleep: spinning ones make a run several times slower beside any other busy process.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 say "Making a tokenizer, a model and preference pairs"
 "$python" -m nxdt_align.demo.prepare --out .

@@ -176,6 +176,8 @@ run_logged() {
 }
 
 # nxdt-align reads these two.
+# Threads that wait must sleep: spinning ones make a run several times slower beside any other busy process.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export COMPILE=${COMPILE:-0} TRAIN_ITERS=${TRAIN_ITERS:-}
 [[ $COMPILE == [01] ]] || fail "COMPILE must be 0 or 1, but is '$COMPILE'"
 python=$(choose_python)
