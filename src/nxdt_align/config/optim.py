@@ -15,10 +15,7 @@ _ADAM = ("betas", "eps", "weight_decay", "amsgrad", "capturable", "fused", *_TOR
 
 OPTIMIZERS: dict[str, tuple[str, ...]] = {
     "adamw": _ADAM,
-    "adamw_fp32OptState": (
-        *("betas", "eps", "weight_decay", "amsgrad", "capturable", "fused", "foreach"),
-        "stochastic_rounding",
-    ),
+    "adamw_fp32OptState": ("betas", "eps", "weight_decay", "amsgrad", "capturable", "fused", "foreach"),
     "adam": (*_ADAM, "decoupled_weight_decay"),
     "sgd": ("momentum", "dampening", "weight_decay", "nesterov", "fused", *_TORCH),
     "adadelta": ("rho", "eps", "weight_decay", "capturable", *_TORCH),

@@ -18,8 +18,8 @@ class AdamWFP32OptState(AdamW):
 
     For float32 parameters it is ``torch.optim.AdamW``, bit for bit. For bf16 and fp16 parameters the
     update is computed on a float32 copy of one parameter at a time and rounded back; nothing else is
-    kept. Updates below half a rounding step (about 0.2% of a bf16 weight) are then lost, unless
-    ``stochastic_rounding`` (bf16) rounds them up with a probability that keeps the mean.
+    kept. Updates below half a rounding step (about 0.2% of a bf16 weight) are then lost: keep master
+    weights, as the native engine does, or let Neuron's hardware round stochastically.
 
     ``eps`` is 1e-6 by default, as in the class of neuronx-distributed that NxDT registers by this
     name; ``weight_decay`` 0.01, as NxDT's parameter groups.
@@ -34,7 +34,6 @@ class AdamWFP32OptState(AdamW):
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
-        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
         fused: bool | None = None,
@@ -42,14 +41,6 @@ class AdamWFP32OptState(AdamW):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, capturable=capturable, fused=fused
         )
-        devices = {p.device.type for group in self.param_groups for p in group["params"]}
-        if stochastic_rounding and "xla" in devices:
-            raise ValueError(
-                "stochastic_rounding is left to Neuron's hardware: set NEURON_RT_STOCHASTIC_ROUNDING_EN=1"
-            )
-        self.defaults["stochastic_rounding"] = stochastic_rounding
-        for group in self.param_groups:
-            group.setdefault("stochastic_rounding", stochastic_rounding)
         # torch sets this with ``fused``: a gradient scaler would then leave unscaling to the step.
         self._step_supports_amp_scaling = False
         keep_saved_dtypes(self)
@@ -66,17 +57,14 @@ class AdamWFP32OptState(AdamW):
             wide = [p for p in with_gradient if not _is_narrow(p)]
             if wide:
                 self._update(group, wide, wide)
-            for index, parameter in enumerate(with_gradient):
+            for parameter in with_gradient:
                 if _is_narrow(parameter):
-                    self._update_narrow(group, index, parameter)
+                    self._update_narrow(group, parameter)
         return loss
 
-    def _update_narrow(self, group: dict[str, Any], index: int, parameter: Tensor) -> None:
+    def _update_narrow(self, group: dict[str, Any], parameter: Tensor) -> None:
         values = parameter.float()
         self._update(group, [parameter], [values])
-        if group.get("stochastic_rounding") and parameter.dtype == torch.bfloat16:
-            seed = int(self.state[parameter]["step"]) * 1_000_003 + index
-            round_stochastically_(values, seed)
         parameter.copy_(values)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], values: list[Tensor]) -> None:
@@ -115,19 +103,6 @@ class AdamWFP32OptState(AdamW):
             for name in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
         return state
-
-
-def round_stochastically_(values: Tensor, seed: int) -> None:
-    """Round float32 ``values`` in place to bf16 numbers: up or down, with the true value as the mean.
-
-    The noise depends on ``seed`` alone, so a resumed run repeats it.
-    """
-    local: Tensor = values.to_local() if hasattr(values, "to_local") else values
-    generator = torch.Generator(local.device).manual_seed(seed)
-    noise = torch.randint(1 << 16, local.shape, dtype=torch.int32, device=local.device, generator=generator)
-    # bf16 is the upper half of a float32: adding below it carries over with the right probability.
-    rounded = ((local.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32)
-    local.copy_(torch.where(local.isfinite(), rounded, local))
 
 
 def keep_saved_dtypes(optimizer: Optimizer) -> None:
