@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from nxdt_align.batch import IGNORE_LABEL, PADDING_SEGMENT, SEGMENT_STRIDE, Batch, SlotRole
@@ -91,7 +92,7 @@ class _Row:
         self._token = self._response = self._slot = self._example = 0
 
     def add_sequence(
-        self, prompt: np.ndarray, responses: Sequence[np.ndarray], index: int, desirable: bool
+        self, prompt: npt.NDArray[Any], responses: Sequence[npt.NDArray[Any]], index: int, desirable: bool
     ) -> None:
         """A prompt without its last token, once, and each response behind that last token."""
         segment = self._example * SEGMENT_STRIDE
@@ -110,7 +111,7 @@ class _Row:
             self._slot += 1
         self._example += 1
 
-    def _add_tokens(self, tokens: np.ndarray, first_position: int, segment: int) -> None:
+    def _add_tokens(self, tokens: npt.NDArray[Any], first_position: int, segment: int) -> None:
         place = slice(self._token, self._token + len(tokens))
         self.input_ids[place] = tokens
         self.position_ids[place] = np.arange(first_position, first_position + len(tokens))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -85,7 +85,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._topology = topology
         self._cache_dir = cache_dir
         self._min_micro_batches = min_micro_batches
-        self._references: dict[Split, np.ndarray] = {}
+        self._references: dict[Split, npt.NDArray[Any]] = {}
         self.reports: dict[Split, str] = {}
         """What was loaded and how it is laid into rows, for people."""
         self.splits: dict[Split, StepDataset] = {
@@ -170,7 +170,7 @@ class ModelAlignmentDataModule(LightningDataModule):
 
     # The reference
 
-    def set_reference(self, split: Split, table: np.ndarray) -> None:
+    def set_reference(self, split: Split, table: npt.NDArray[Any]) -> None:
         """(N, k) float32 log-probs in data-set order; attached to every batch from now on."""
         wanted = self.splits[split].examples.response_lengths.shape
         if table.shape != wanted:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from nxdt_align.errors import UserError
 
@@ -24,9 +25,9 @@ MAX_BUCKETS = 3
 class Lengths(Protocol):
     """What a plan needs to know of a tokenized set."""
 
-    prompt_lengths: np.ndarray
+    prompt_lengths: npt.NDArray[Any]
     """(N,) int"""
-    response_lengths: np.ndarray
+    response_lengths: npt.NDArray[Any]
     """(N, k) int: k responses an example"""
 
 
@@ -50,7 +51,7 @@ class StepPlan:
     rows: tuple[tuple[int, ...], ...]
 
 
-def example_tokens(lengths: Lengths, layout: Layout) -> np.ndarray:
+def example_tokens(lengths: Lengths, layout: Layout) -> npt.NDArray[Any]:
     """(N,) places that each example takes in a row; its longest single row for layout none."""
     context = lengths.prompt_lengths - 1
     if layout == "shared_prompt":
@@ -59,7 +60,7 @@ def example_tokens(lengths: Lengths, layout: Layout) -> np.ndarray:
     return np.asarray(sequences.sum(1) if layout == "packed" else sequences.max(1))
 
 
-def example_responses(lengths: Lengths, layout: Layout) -> np.ndarray:
+def example_responses(lengths: Lengths, layout: Layout) -> npt.NDArray[Any]:
     """(N,) response tokens that each example brings to a row."""
     if layout == "none":
         return np.asarray(lengths.response_lengths.max(1))
@@ -129,12 +130,14 @@ class RowPlanner:
         size = self.micro_batch_size
         return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
 
-    def real_tokens(self, examples: Sequence[int]) -> np.ndarray:
+    def real_tokens(self, examples: Sequence[int]) -> npt.NDArray[Any]:
         """(n,) places that each example fills, over all of its rows."""
         per_row = self._all_tokens if self.layout == "none" else self._tokens
         return np.asarray(per_row[list(examples)])
 
-    def _rows(self, tokens: np.ndarray, responses: np.ndarray, bucket: Bucket) -> list[tuple[int, ...]]:
+    def _rows(
+        self, tokens: npt.NDArray[Any], responses: npt.NDArray[Any], bucket: Bucket
+    ) -> list[tuple[int, ...]]:
         if self.layout == "none":
             rows: list[tuple[int, ...]] = [(i,) for i in range(len(tokens))]
         else:
@@ -175,7 +178,7 @@ class RowPlanner:
             chosen.append(best)
         return tuple(sorted(chosen))
 
-    def _places(self, step: np.ndarray, size: int) -> float:
+    def _places(self, step: npt.NDArray[Any], size: int) -> float:
         """Places that a step takes in rows of ``size``; infinite where an example does not fit."""
         tokens = self._tokens[step]
         if tokens.max() > size:
@@ -184,7 +187,7 @@ class RowPlanner:
         rows = _best_fit(tokens, self._responses[step], Bucket(size, size, 2**30), 2**30)
         return float(-(-len(rows) // unit) * unit * size)
 
-    def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[np.ndarray]:
+    def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[npt.NDArray[Any]]:
         order = np.random.default_rng(0).permutation(len(self._tokens))
         starts = range(0, len(order), examples_per_step)
         return [order[i : i + examples_per_step] for i in starts][:most]
@@ -225,7 +228,7 @@ def _candidates(largest: int, typical_step: int) -> list[int]:
 
 
 def _best_fit(
-    tokens: np.ndarray, responses: np.ndarray, bucket: Bucket, max_examples: int
+    tokens: npt.NDArray[Any], responses: npt.NDArray[Any], bucket: Bucket, max_examples: int
 ) -> list[tuple[int, ...]]:
     """Best-fit decreasing: each example, longest first, into the fullest row that still holds it."""
     rows: list[list[int]] = []

@@ -7,8 +7,10 @@ packing.py), so none of them sees an example twice and the order does not depend
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import Sampler
 
 
@@ -43,7 +45,7 @@ class StepSampler(Sampler[tuple[int, ...]]):
         self._shuffle = shuffle
         self._steps_done = steps_done
 
-    def order(self, epoch: int) -> np.ndarray:
+    def order(self, epoch: int) -> npt.NDArray[Any]:
         """(N,) indices in the order of this epoch."""
         if not self._shuffle:
             return np.arange(self.examples)

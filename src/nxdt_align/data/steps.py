@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -95,7 +96,7 @@ class StepDataset(Dataset[list[Batch]]):
         return int(self.examples.prompt_lengths[index] + self.examples.response_lengths[index].sum())
 
 
-def look_up_reference(table: np.ndarray, batch: Batch) -> Tensor:
+def look_up_reference(table: npt.NDArray[Any], batch: Batch) -> Tensor:
     """(B, R) float32: each slot's value of ``table``, (N, k) with a column a response."""
     is_second = (batch.slot_role == SlotRole.REJECTED) | (batch.slot_role == SlotRole.KL)
     column = torch.where(is_second, 1, 0)

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nxdt_align.data.files import DataError
 from nxdt_align.files import atomic_write, explain
@@ -26,15 +28,15 @@ class TokenColumns:
 
     record_ids: list[str]
     """(U), content hashes, each once."""
-    prompt_tokens: np.ndarray
+    prompt_tokens: npt.NDArray[Any]
     """int32"""
-    prompt_offsets: np.ndarray
+    prompt_offsets: npt.NDArray[Any]
     """(U + 1,) int64"""
-    response_tokens: np.ndarray
+    response_tokens: npt.NDArray[Any]
     """int32"""
-    response_offsets: np.ndarray
+    response_offsets: npt.NDArray[Any]
     """(U * k + 1,) int64; a record's responses are neighbours."""
-    truncated: np.ndarray
+    truncated: npt.NDArray[Any]
     """(U,) bool"""
 
     @classmethod
@@ -53,15 +55,15 @@ class TokenColumns:
     def responses_per_record(self) -> int:
         return (len(self.response_offsets) - 1) // len(self.record_ids)
 
-    def prompt(self, row: int) -> np.ndarray:
+    def prompt(self, row: int) -> npt.NDArray[Any]:
         return self.prompt_tokens[self.prompt_offsets[row] : self.prompt_offsets[row + 1]]
 
-    def responses(self, row: int) -> tuple[np.ndarray, ...]:
+    def responses(self, row: int) -> tuple[npt.NDArray[Any], ...]:
         k = self.responses_per_record
         bounds = self.response_offsets[row * k : (row + 1) * k + 1]
         return tuple(self.response_tokens[a:b] for a, b in pairwise(bounds))
 
-    def identical_responses(self) -> np.ndarray:
+    def identical_responses(self) -> npt.NDArray[Any]:
         """(U,) bool: the two responses of a pair are the same tokens. False where k is 1."""
         result = np.zeros(len(self.record_ids), dtype=bool)
         if self.responses_per_record == 2:
@@ -84,14 +86,14 @@ class TokenColumns:
         )
 
 
-def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
     np.cumsum([len(tokens) for tokens in sequences], out=offsets[1:])
     flat = np.fromiter((t for tokens in sequences for t in tokens), dtype=np.int32, count=int(offsets[-1]))
     return flat, offsets
 
 
-def _fit(tokens: np.ndarray, offsets: np.ndarray) -> bool:
+def _fit(tokens: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> bool:
     kinds = tokens.dtype == np.int32 and tokens.ndim == 1 and offsets.dtype == np.int64
     return bool(kinds and offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) > 0).all())
 

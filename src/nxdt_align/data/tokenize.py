@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nxdt_align.data.chat import TEMPLATE_DATE, ChatTemplate
 from nxdt_align.data.files import DataError
@@ -52,9 +53,9 @@ class Example:
 
     record_id: str
     """The content hash of its record, hex."""
-    prompt: np.ndarray
+    prompt: npt.NDArray[Any]
     """(P,) int32, P >= 1, BOS included."""
-    responses: tuple[np.ndarray, ...]
+    responses: tuple[npt.NDArray[Any], ...]
     """(chosen, rejected) for a pair, (response,) otherwise; each (n,) int32, n >= 1, EOS (or the chat
     template's end of turn) included unless truncation cut it."""
     desirable: bool = True
@@ -205,7 +206,7 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps([type(tokenizer).__name__, digests, added], sort_keys=True)
 
 
-def _array(ids: Tokens) -> np.ndarray:
+def _array(ids: Tokens) -> npt.NDArray[Any]:
     return np.asarray(ids, dtype=np.int32)
 
 
@@ -221,10 +222,10 @@ class TokenizedSet:
         self._desirable = None if desirable is None else list(desirable)
         self.record_ids = list(record_ids)
         """The content hash of each record, (N)."""
-        self.prompt_lengths: np.ndarray = np.diff(columns.prompt_offsets)[self._rows]
+        self.prompt_lengths: npt.NDArray[Any] = np.diff(columns.prompt_offsets)[self._rows]
         """(N,) int64, tokens."""
         lengths = np.diff(columns.response_offsets).reshape(len(columns.record_ids), -1)
-        self.response_lengths: np.ndarray = lengths[self._rows]
+        self.response_lengths: npt.NDArray[Any] = lengths[self._rows]
         """(N, k) int64, tokens; k is 2 for pairs (chosen, rejected), otherwise 1."""
         self.truncated = int(columns.truncated[self._rows].sum())
         """How many examples were cut."""

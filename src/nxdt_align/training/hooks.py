@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -42,7 +42,7 @@ class AlignmentData(Protocol):
 
     def record_ids(self, split: Split) -> list[str]: ...
 
-    def set_reference(self, split: Split, table: np.ndarray) -> None: ...
+    def set_reference(self, split: Split, table: npt.NDArray[Any]) -> None: ...
 
     def first_micro_batches(self, split: Split = "train") -> list[Batch]: ...
 
