@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,15 @@ class Project:
 
     def train(self, *overrides: str) -> int:
         """The command line's exit status."""
+        self._await_next_second()
         return main(self.arguments(*overrides))
+
+    def _await_next_second(self) -> None:
+        """TensorBoard reads a run's event files by name, which holds the second of their start: two of
+        one second, as only a test makes them, would be read in either order."""
+        files = self.root.rglob("events.out.tfevents.*")
+        newest = max((int(file.name.split(".")[3]) for file in files), default=0)
+        time.sleep(max(0.0, newest + 1 - time.time()))
 
     def runs(self, experiments: str = "experiments") -> list[Path]:
         """Dated folders, oldest first."""
