@@ -95,11 +95,6 @@ class Batch:
     def num_rows(self) -> int:
         return int(self.input_ids.shape[0])
 
-    @property
-    def num_tokens(self) -> int:
-        """Slots for tokens, padding included: B * S."""
-        return int(self.input_ids.numel())
-
     def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
         """A batch with ``fn`` applied to every tensor."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -123,10 +123,11 @@ class AlignmentModule(LightningModule):
         values["consumed_samples"] = float(consumed)
         values["throughput"] = throughput
         values["throughput_peak"] = self._throughput.peak
+        numbers = _on_host(values)
         if self.loggers:
-            self._require_finite(float(output.loss))
-        self._write(values)
-        self._show(values)
+            self._require_finite(numbers["reduced_train_loss"])
+        self._write(numbers)
+        self._show(numbers)
 
     def _require_finite(self, loss: float) -> None:
         """Stop before weights that are lost replace the last good checkpoint. The loss is on the host
@@ -138,16 +139,15 @@ class AlignmentModule(LightningModule):
                 "model.optim.lr, or set trainer.gradient_clip_val or precision.type=fp32"
             )
 
-    def _show(self, values: dict[str, Tensor | float]) -> None:
+    def _show(self, values: Mapping[str, float]) -> None:
         """NxDT's fields in the progress bar; the others only for callbacks that monitor them."""
         for name, value in values.items():
             self.log(name, value, prog_bar="/" not in name, logger=False, batch_size=1)
 
-    def _write(self, values: dict[str, Tensor | float]) -> None:
+    def _write(self, values: Mapping[str, float]) -> None:
         """To every logger, at the number of optimizer steps done: Lightning's own axis starts at 0."""
-        numbers = {name: float(value) for name, value in values.items()}
         for logger in self.loggers:
-            logger.log_metrics(numbers, step=self.global_step)
+            logger.log_metrics(dict(values), step=self.global_step)
 
     # What the objective remembers
 
@@ -170,12 +170,20 @@ class AlignmentModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         means = self._objective.finish(self._validation.means())
-        values: dict[str, Tensor | float] = {f"val_{name}": value for name, value in means.items()}
-        if not values or self.trainer.sanity_checking:
+        if not means or self.trainer.sanity_checking:
             return
+        values = _on_host({f"val_{name}": value for name, value in means.items()})
         self._write(values)
         for name, value in values.items():
             self.log(name, value, prog_bar=name == "val_loss", logger=False, batch_size=1)
 
     def on_validation_end(self) -> None:
         self._throughput.restart()
+
+
+def _on_host(values: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The values as numbers, brought from the device in one transfer instead of one each."""
+    on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    stacked = torch.stack([value.detach().float() for value in on_device.values()])
+    fetched = dict(zip(on_device, stacked.tolist(), strict=True))
+    return {name: fetched[name] if name in fetched else float(value) for name, value in values.items()}
