@@ -51,6 +51,26 @@ class Topology:
     pipeline_parallel_size: int = 1
     pipeline_parallel_rank: int = 0
 
+    @classmethod
+    def of_rank(
+        cls, rank: int, world_size: int, *, tensor_parallel_size: int = 1, pipeline_parallel_size: int = 1
+    ) -> Topology:
+        """Neighbouring ranks share a layer's matrices (they talk most); then come data-parallel ranks,
+        and stages of the pipeline are farthest apart. The order is neuronx-distributed's."""
+        data_parallel_size = world_size // (tensor_parallel_size * pipeline_parallel_size)
+        data_and_pipeline, tensor = divmod(rank, tensor_parallel_size)
+        pipeline, data = divmod(data_and_pipeline, data_parallel_size)
+        return cls(
+            world_size=world_size,
+            rank=rank,
+            data_parallel_size=data_parallel_size,
+            data_parallel_rank=data,
+            tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_rank=tensor,
+            pipeline_parallel_size=pipeline_parallel_size,
+            pipeline_parallel_rank=pipeline,
+        )
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def start_processes(config: Config, env: RunEnv) -> Topology:
-    """Join the process group; every process holds a whole copy of the model."""
+    """Join the process group."""
     if env.world_size > 1:
         try:
             dist.init_process_group("nccl" if device(config, env).type == "cuda" else "gloo")
@@ -44,11 +44,12 @@ def start_processes(config: Config, env: RunEnv) -> Topology:
                 f"the {env.world_size} processes (WORLD_SIZE) cannot find each other: {error}; start with "
                 "train.sh or torchrun"
             ) from error
-    return Topology(
-        world_size=env.world_size,
-        rank=env.rank,
-        data_parallel_size=env.world_size,
-        data_parallel_rank=env.rank,
+    parallel = config.distributed_strategy
+    return Topology.of_rank(
+        env.rank,
+        env.world_size,
+        tensor_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_model_parallel_size,
     )
 
 

@@ -1,0 +1,135 @@
+"""One global batch through a model that is spread over ranks: what every engine does in the same way.
+
+An engine brings a ``Runner``, which sends micro-batches through its layers wherever they are, and
+``DataRanks``, the reductions over the ranks that see other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines.base import Objective, StepOutput
+
+
+class TokenLogps(NamedTuple):
+    """What a model says of a micro-batch's response tokens."""
+
+    logps: Tensor
+    """(B, T) float32, nats; 0 where there is no label."""
+    collisions: Tensor | None
+    """(B, T) float32, log of the summed squared probabilities; None where they were not asked for."""
+
+
+Share = Callable[[int, TokenLogps], Tensor]
+"""(micro-batch's index, its log-probs with their graph) -> the scalar that backward starts from."""
+
+
+class Runner(Protocol):
+    """Sends micro-batches through a model. All ranks that share the rows make the same calls."""
+
+    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
+        """Without gradients, one result a micro-batch, the same on every rank that shares the rows
+        (on all pipeline stages, too)."""
+        ...
+
+    def backward(
+        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+    ) -> list[TokenLogps]:
+        """Forward and backward; gradients are *added* to the parameters' and not yet summed over
+        data-parallel ranks. Returns what ``forward`` would, detached.
+
+        ``share`` is called once for each micro-batch, in their order, on the ranks that hold the last
+        layers and on no others; the scalars add up to the loss, so they are not averaged.
+        """
+        ...
+
+
+class DataRanks(Protocol):
+    """The ranks that see other rows of the global batch."""
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over the ranks, in place."""
+        ...
+
+    def gather(self, value: Tensor) -> Tensor:
+        """(ranks, *value.shape), on every rank, in the order of the ranks."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """This process's place among them."""
+        ...
+
+
+def forward_and_backward(
+    runner: Runner, ranks: DataRanks, micro_batches: Sequence[Batch], objective: Objective
+) -> StepOutput:
+    """Loss and metrics of the global batch; this rank's share of the gradients is in the parameters.
+
+    ``micro_batches`` carry reference log-probabilities where the objective needs them.
+    """
+    if objective.couples_examples:
+        output, gradients = couple(runner, ranks, micro_batches, objective, training=True)
+
+        def surrogate(index: int, result: TokenLogps) -> Tensor:
+            return objective.surrogate(micro_batches[index], result.logps, gradients[index])
+
+        runner.backward(micro_batches, surrogate, want_collisions=False)
+        return output
+
+    shares: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+
+    def share(index: int, result: TokenLogps) -> Tensor:
+        loss, metrics = objective(micro_batches[index], result.logps, result.collisions)
+        shares[index] = loss.detach(), metrics
+        return loss
+
+    results = runner.backward(micro_batches, share, want_collisions=objective.needs_collisions)
+    with torch.no_grad():
+        # Ranks without the last layers work the metrics out from the log-probs that they are told.
+        every = [shares.get(i) or objective(b, *results[i]) for i, b in enumerate(micro_batches)]
+    return total(ranks, every)
+
+
+@torch.no_grad()
+def evaluate(
+    runner: Runner, ranks: DataRanks, micro_batches: Sequence[Batch], objective: Objective
+) -> StepOutput:
+    """As ``forward_and_backward``, without gradients."""
+    if objective.couples_examples:
+        return couple(runner, ranks, micro_batches, objective, training=False)[0]
+    results = runner.forward(micro_batches, want_collisions=objective.needs_collisions)
+    return total(ranks, [objective(b, *r) for b, r in zip(micro_batches, results, strict=True)])
+
+
+@torch.no_grad()
+def couple(
+    runner: Runner,
+    ranks: DataRanks,
+    micro_batches: Sequence[Batch],
+    objective: Objective,
+    *,
+    training: bool,
+) -> tuple[StepOutput, Sequence[Tensor]]:
+    """Loss and metrics of a global batch whose examples the loss couples, and the gradients of each
+    micro-batch's slots, (B * R, 2)."""
+    results = runner.forward(micro_batches, want_collisions=objective.needs_collisions)
+    tables = [objective.statistics(b, *r) for b, r in zip(micro_batches, results, strict=True)]
+    everyone = ranks.gather(torch.cat(tables))
+    loss, metrics, gradients = objective.couple(everyone.flatten(0, 1), micro_batches[0], training=training)
+    mine = gradients.view(*everyone.shape[:2], -1)[ranks.rank if len(everyone) > 1 else 0]
+    return StepOutput(loss=loss, metrics=metrics), torch.split(mine, [len(table) for table in tables])
+
+
+def total(ranks: DataRanks, shares: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> StepOutput:
+    """Add up the micro-batches' shares, over the data-parallel ranks too, in one reduction."""
+    names = sorted(shares[0][1])
+    values = torch.stack([torch.stack([loss.float(), *(m[n].float() for n in names)]) for loss, m in shares])
+    summed = values.sum(0)
+    ranks.sum([summed])
+    return StepOutput(loss=summed[0], metrics=dict(zip(names, summed[1:], strict=True)))
