@@ -142,7 +142,12 @@ class FakeEngine(Engine):
         raise NotImplementedError
 
     def save(
-        self, directory: Path, optimizer: torch.optim.Optimizer | None, extra: Mapping[str, Any]
+        self,
+        directory: Path,
+        optimizer: torch.optim.Optimizer | None,
+        extra: Mapping[str, Any],
+        *,
+        background: bool = False,
     ) -> None:
         raise NotImplementedError
 

@@ -156,5 +156,8 @@ class ModuleWeights:
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        return self._tensors[name][tuple(region)]
+
     def fingerprint(self) -> str:
         return "of a test"

@@ -27,9 +27,9 @@ from nxdt_align.engines.native.checkpoint import (
     describe,
     is_checkpoint,
     load,
-    save,
 )
 from nxdt_align.engines.native.plain import to_plain
+from nxdt_align.engines.native.saving import save
 from nxdt_align.errors import UserError
 
 REPO = Path(__file__).parents[2]
@@ -276,7 +276,8 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from torch import nn
-from nxdt_align.engines.native.checkpoint import CheckpointError, save
+from nxdt_align.engines.native.checkpoint import CheckpointError
+from nxdt_align.engines.native.saving import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 weight = nn.Parameter(torch.zeros(300_000))
@@ -314,13 +315,12 @@ import sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from nxdt_align.engines.native import checkpoint
-real = checkpoint._summary
+from nxdt_align.engines.native import saving
 def slow(*arguments):
     print("tensors written", flush=True)
     time.sleep(60)
-checkpoint._summary = slow
-checkpoint.save(Path(sys.argv[1]), [("weight", nn.Parameter(torch.zeros(10)))], None, {"global_step": 9})
+saving._summary = slow
+saving.save(Path(sys.argv[1]), [("weight", nn.Parameter(torch.zeros(10)))], None, {"global_step": 9})
 """
 
 
@@ -349,17 +349,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from nxdt_align.engines.native.checkpoint import CheckpointError, load, save
+from nxdt_align.engines.native.checkpoint import CheckpointError, load
+from nxdt_align.engines.native.saving import save
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank)
 named = [("weight", nn.Parameter(torch.arange(4.0)))]
 try:
-    save(folder / "bad", named, None, {"odd": object()}, is_writer=rank == 0)
+    save(folder / "bad", named, None, {"odd": object()})
 except CheckpointError as error:
     assert "extra.odd" in str(error), error
 else:
     sys.exit("no error")
-save(folder / "good", named, None, {"global_step": 2}, is_writer=rank == 0)
+save(folder / "good", named, None, {"global_step": 2})
 fresh = [("weight", nn.Parameter(torch.zeros(4)))]
 assert load(folder / "good", fresh, None) == {"global_step": 2} and fresh[0][1].equal(named[0][1])
 dist.destroy_process_group()

@@ -26,7 +26,8 @@ from nxdt_align.checkpoint.partition import (
     default_qkv,
 )
 from nxdt_align.checkpoint.source import Source
-from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint, save
+from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.engines.native.saving import save
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,10 @@ class HFFolder:
         """The whole tensor, on the CPU, in the dtype it is stored in."""
         return self._file(name).read(to_hf(name))
 
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        """The part that ``region``, a start and a stop for each dimension, cuts out of the tensor."""
+        return self._file(name).read_slice(to_hf(name), region)
+
     def fingerprint(self) -> str:
         """The same for the same weights, however they are spread over files."""
         if self._fingerprint is None:
@@ -134,6 +138,10 @@ class FreshWeights:
 
     def read(self, name: str) -> Tensor:
         return fresh_weight(self._config, name, self.seed)
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        """Drawn whole: each entry depends on those before it."""
+        return self.read(name)[tuple(region)]
 
     def fingerprint(self) -> str:
         """Follows from what the weights are drawn from, without drawing them."""

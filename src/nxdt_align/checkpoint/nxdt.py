@@ -19,7 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nxdt_align.checkpoint.extents import Extent, WeightsError, byte_view, empty, read_into, read_tensor
+from nxdt_align.checkpoint.extents import (
+    Extent,
+    WeightsError,
+    byte_view,
+    empty,
+    read_into,
+    read_region,
+    read_tensor,
+)
 from nxdt_align.checkpoint.hf import content_fingerprint
 from nxdt_align.checkpoint.names import is_recomputed, summary
 from nxdt_align.checkpoint.partition import (
@@ -137,6 +145,30 @@ class NxDTFolder:
                 seen.add((start, stop))
                 row += stop - start
         return whole
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        """The part that ``region``, a start and a stop for each dimension, cuts out of the weight.
+
+        Only bytes of that part are read, so where ranks hold copies the first one counts; ``read`` and
+        ``fingerprint`` compare them.
+        """
+        extents, first_row = self._place(name)
+        cut = [slice(*part.indices(size)) for part, size in zip(region, self.shape(name), strict=True)]
+        part = empty([max(0, each.stop - each.start) for each in cut], extents[0].dtype)
+        seen: set[tuple[int, int]] = set()
+        for rank, extent in enumerate(extents):
+            dim, ranges = self.partition.ranges(name, rank)
+            held = first_row if dim == 0 else 0
+            for start, stop in ranges:
+                low, high = max(start, cut[dim].start), min(stop, cut[dim].stop)
+                if low < high and (start, stop) not in seen:
+                    there = list(cut)
+                    there[dim] = slice(held + low - start, held + high - start)
+                    target = part.narrow(dim, low - cut[dim].start, high - low)
+                    target.copy_(read_region(extent, there))
+                seen.add((start, stop))
+                held += stop - start
+        return part
 
     def fingerprint(self) -> str:
         """The same as that of a Hugging Face folder with the same weights."""

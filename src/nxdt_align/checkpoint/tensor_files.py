@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nxdt_align.checkpoint.extents import Extent, WeightsError, read_tensor
+from nxdt_align.checkpoint.extents import Extent, WeightsError, read_region, read_tensor
 from nxdt_align.checkpoint.torch_files import damaged, is_archive, read_index, tensors_of
 
 __all__ = ["SAFETENSORS_DTYPES", "TensorFile", "WeightsError", "open_tensor_file"]
@@ -42,6 +43,8 @@ class TensorFile(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str) -> Tensor: ...
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor: ...
 
 
 def open_tensor_file(path: Path) -> TensorFile:
@@ -74,6 +77,9 @@ class _ExtentsFile:
     def read(self, name: str) -> Tensor:
         return read_tensor(self._extents[name])
 
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        return read_region(self._extents[name], region)
+
 
 class _OldTorchFile:
     """A file of torch before 1.6: no zip archive, read as a whole."""
@@ -99,6 +105,9 @@ class _OldTorchFile:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach()
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        return self._tensors[name].detach()[tuple(region)]
 
 
 def _safetensors_extents(path: Path) -> dict[str, Extent]:

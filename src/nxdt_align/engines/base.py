@@ -8,7 +8,7 @@ an objective is handed in with each call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,6 +71,11 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU, in the dtype it is stored in."""
+        ...
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        """The part that ``region``, a start and a stop for each dimension, cuts out: as ``read``, without
+        holding more than one whole tensor."""
         ...
 
     def fingerprint(self) -> str:
@@ -143,12 +148,27 @@ class Engine(ABC):
 
     @abstractmethod
     def save(
-        self, directory: Path, optimizer: torch.optim.Optimizer | None, extra: Mapping[str, Any]
+        self,
+        directory: Path,
+        optimizer: torch.optim.Optimizer | None,
+        extra: Mapping[str, Any],
+        *,
+        background: bool = False,
     ) -> None:
         """Write a checkpoint folder atomically: it exists under ``directory`` whole or not at all.
 
-        ``extra`` holds tensors, numbers, strings and containers of them.
+        ``extra`` holds tensors, numbers, strings and containers of them. With ``background`` an engine may
+        return before the folder is there, with the values as they are now; it writes at most one at a
+        time.
         """
+
+    def finish_saving(self) -> None:  # noqa: B027 (nothing to wait for where saves are done at once)
+        """Wait for a save in the background. Raises EngineError where it failed, as the next ``save``
+        does."""
+
+    def once_saved(self, action: Callable[[], None]) -> None:
+        """Do ``action`` when the save in the background is whole, now if there is none; not if it fails."""
+        action()
 
     @abstractmethod
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

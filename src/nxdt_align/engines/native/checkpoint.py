@@ -3,16 +3,17 @@
 ::
 
     <folder>/checkpoint.json   format, step, and the size of every other file
-    <folder>/tensors/          weights and optimizer state by name (torch.distributed.checkpoint)
+    <folder>/tensors/          weights and optimizer state by name (torch.distributed.checkpoint), one file
+                               a rank
     <folder>/trainer.pt        the trainer's state and the optimizer's settings, plain values only
 
 Tensors are ``model.<weight>`` and ``optimizer.<weight>.<key>``, with the plain Llama's names, and keep
-their bits and dtypes. Reading one never executes anything in it.
+their bits and dtypes. They are whole to whoever reads them, whatever ranks have written their parts.
+Reading one never executes anything in it. saving.py writes them.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +23,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native import collectives
-from nxdt_align.engines.native.optimizer_state import NamedOptimizerState, by_name, restore
-from nxdt_align.engines.native.plain import to_plain
-from nxdt_align.engines.native.tensors import DamagedError, TensorFolder, reason, write_tensors
-from nxdt_align.files import atomic_folder, explain
+from nxdt_align.engines.native.archives import check_archive, reason
+from nxdt_align.engines.native.collectives import Ranks
+from nxdt_align.engines.native.optimizer_state import NamedOptimizerState, parameter_names, restore
+from nxdt_align.engines.native.parts import Part
+from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
 
 FORMAT = "nxdt-align native checkpoint"
 VERSION = 1
@@ -43,57 +45,33 @@ class CheckpointError(EngineError):
     """A checkpoint that cannot be written, read, or used with this model."""
 
 
-def save(
-    directory: Path,
-    named_parameters: NamedParameters,
-    optimizer: torch.optim.Optimizer | None,
-    extra: Mapping[str, Any],
-    *,
-    is_writer: bool = True,
-) -> None:
-    """Write a checkpoint at ``directory``; whatever was there stays until the new one is whole.
-
-    Every rank calls this; the one with ``is_writer`` (rank 0) writes, and the others wait for it and
-    raise what it raises.
-
-    Args:
-        extra: numbers, text, tensors and containers of them; ``global_step`` becomes the
-            checkpoint's step.
-
-    Raises:
-        CheckpointError: the folder cannot be written, or ``extra`` holds a value that is not plain.
-    """
-    if not is_writer:
-        fault = collectives.broadcast_object(None)
-        if fault is not None:
-            raise CheckpointError(fault)
-        return
-    try:
-        _write(Path(directory), named_parameters, optimizer, extra)
-    except Exception as error:
-        # The others must not wait for a writer that has given up.
-        collectives.broadcast_object(str(error))
-        raise
-    collectives.broadcast_object(None)
-
-
+@torch.no_grad()
 def load(
     directory: Path, named_parameters: NamedParameters, optimizer: torch.optim.Optimizer | None
 ) -> dict[str, Any]:
     """Fill the parameters, and the optimizer where one is given, bit for bit; returns ``extra``.
 
-    Raises CheckpointError: not a checkpoint, incomplete, damaged, or of another shape, dtype or set of
-    weights (all are named, and nothing is filled).
+    Every rank calls this with what it holds, whole tensors or DTensors, however many ranks have written
+    the checkpoint, and reads its own parts.
+
+    Raises CheckpointError, on every rank: not a checkpoint, incomplete, damaged, or of another shape,
+    dtype or set of weights (all are named, and nothing is filled).
     """
-    directory = Path(directory)
-    _require_whole(directory)
-    tensors, trainer = _read(directory)
-    parameters = {MODEL + name: parameter.detach() for name, parameter in named_parameters}
-    _check_fit(directory, tensors, parameters)
-    saved = None if optimizer is None else _optimizer_state(directory, tensors, trainer)
-    _guarded(directory, lambda: tensors.read_into(parameters))
-    if optimizer is not None and saved is not None:
-        restore(optimizer, named_parameters, saved)
+    directory, ranks = Path(directory), Ranks()
+    parameters = {MODEL + name: parameter for name, parameter in named_parameters}
+    wanted = _union(ranks.gather({key: (tuple(p.shape), p.dtype) for key, p in parameters.items()}))
+    moved = None if optimizer is None else parameter_names(optimizer, named_parameters)
+    everywhere = set().union(*(names or () for names in ranks.gather(moved)))
+    with ranks.together(CheckpointError):
+        _require_whole(directory)
+        tensors, trainer = _read(directory)
+        _check_fit(directory, tensors, wanted)
+        saved = None if optimizer is None else _optimizer_state(directory, tensors, trainer, parameters)
+    with ranks.together(CheckpointError):
+        parts = {key: Part.of(parameter) for key, parameter in parameters.items()}
+        _guarded(directory, lambda: tensors.read_into(parts))
+        if optimizer is not None and saved is not None:
+            restore(optimizer, named_parameters, saved, everywhere)
     extra: dict[str, Any] = trainer["extra"]
     return extra
 
@@ -154,8 +132,11 @@ class NativeCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, on the CPU, in the dtype it is stored in."""
-        key = MODEL + name
-        return _guarded(self.path, lambda: self._tensors.read([key])[key])
+        return _guarded(self.path, lambda: self._tensors.read(MODEL + name))
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        """The part that ``region``, a start and a stop for each dimension, cuts out of the tensor."""
+        return _guarded(self.path, lambda: self._tensors.read(MODEL + name, region))
 
     def fingerprint(self) -> str:
         """32 hex digits over every weight's name, dtype, shape and bits; reads them all."""
@@ -165,55 +146,6 @@ class NativeCheckpoint:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-
-# Writing
-
-
-def _write(
-    directory: Path,
-    named_parameters: NamedParameters,
-    optimizer: torch.optim.Optimizer | None,
-    extra: Mapping[str, Any],
-) -> None:
-    tensors: dict[str, Tensor] = {MODEL + name: p.detach() for name, p in named_parameters}
-    state = None if optimizer is None else by_name(optimizer, named_parameters)
-    if state is not None:
-        tensors |= {OPTIMIZER + name: tensor for name, tensor in state.tensors.items()}
-    try:
-        trainer = to_plain({"extra": extra, "optimizer": None if state is None else state.plain})
-    except TypeError as error:
-        raise CheckpointError(f"cannot write checkpoint {directory}: {error}") from error
-    try:
-        with atomic_folder(directory) as folder:
-            write_tensors(folder / TENSORS, tensors)
-            (folder / TRAINER).write_bytes(_to_bytes(trainer))
-            summary = _summary(folder, dict(named_parameters), trainer)
-            (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write checkpoint {directory}: {explain(error)}. Earlier checkpoints are whole, and "
-            "the run can go on from the newest"
-        ) from error
-
-
-def _to_bytes(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def _summary(folder: Path, parameters: Mapping[str, Tensor], trainer: Mapping[str, Any]) -> dict[str, Any]:
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": int(trainer["extra"].get("global_step", 0)),
-        "parameters": sum(p.numel() for p in parameters.values()),
-        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters.values()}),
-        "has_optimizer": trainer["optimizer"] is not None,
-        "files": {str(f.relative_to(folder)): f.stat().st_size for f in files},
-    }
 
 
 # Reading
@@ -255,22 +187,29 @@ def _require_whole(directory: Path) -> dict[str, Any]:
 def _read(directory: Path) -> tuple[TensorFolder, dict[str, Any]]:
     tensors = _guarded(directory, lambda: TensorFolder(directory / TENSORS))
     try:
+        check_archive(directory / TRAINER)
         trainer = torch.load(directory / TRAINER, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise _damaged(directory, f"{TRAINER}: {reason(error)}") from error
     return tensors, trainer
 
 
-def _check_fit(directory: Path, tensors: TensorFolder, parameters: Mapping[str, Tensor]) -> None:
+def _union(of_ranks: Sequence[Mapping[str, T]]) -> dict[str, T]:
+    return {key: value for held in of_ranks for key, value in held.items()}
+
+
+def _check_fit(
+    directory: Path, tensors: TensorFolder, model: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
     """Report all weights of another shape, dtype or name at once."""
-    there, wanted = {n for n in tensors.names() if n.startswith(MODEL)}, set(parameters)
+    there, wanted = {n for n in tensors.names() if n.startswith(MODEL)}, set(model)
     faults = []
     for key in sorted(there & wanted):
-        name, have, want = key.removeprefix(MODEL), tensors.shape(key), tuple(parameters[key].shape)
+        name, have, (want, dtype) = key.removeprefix(MODEL), tensors.shape(key), model[key]
         if have != want:
             faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
-        elif tensors.dtype(key) != parameters[key].dtype:
-            faults.append(f"{name} is {tensors.dtype(key)}, but the model keeps {parameters[key].dtype}")
+        elif tensors.dtype(key) != dtype:
+            faults.append(f"{name} is {tensors.dtype(key)}, but the model keeps {dtype}")
     faults += [f"missing: {n.removeprefix(MODEL)}" for n in sorted(wanted - there)]
     faults += [f"not in the model: {n.removeprefix(MODEL)}" for n in sorted(there - wanted)]
     if faults:
@@ -282,16 +221,26 @@ def _check_fit(directory: Path, tensors: TensorFolder, parameters: Mapping[str, 
 
 
 def _optimizer_state(
-    directory: Path, tensors: TensorFolder, trainer: Mapping[str, Any]
+    directory: Path, tensors: TensorFolder, trainer: Mapping[str, Any], parameters: Mapping[str, Tensor]
 ) -> NamedOptimizerState:
+    """What was saved for this rank's parameters; state of a parameter's shape is laid out as it is."""
     if trainer["optimizer"] is None:
         raise CheckpointError(
             f"checkpoint {directory} holds no optimizer state; set model.weight_init_only: True to start "
             "a new run from its weights"
         )
-    names = [n for n in tensors.names() if n.startswith(OPTIMIZER)]
-    read = _guarded(directory, lambda: tensors.read(names))
-    return NamedOptimizerState({n.removeprefix(OPTIMIZER): t for n, t in read.items()}, trainer["optimizer"])
+    state: dict[str, Tensor] = {}
+    for key in (n for n in tensors.names() if n.startswith(OPTIMIZER)):
+        name = key.removeprefix(OPTIMIZER)
+        parameter = parameters.get(MODEL + name.rpartition(".")[0])
+        if parameter is None:
+            continue
+        is_alike = isinstance(parameter, DTensor) and tensors.shape(key) == tuple(parameter.shape)
+        like = parameter if is_alike else torch.empty(tensors.shape(key))
+        state[name] = torch.empty_like(like, dtype=tensors.dtype(key), requires_grad=False)
+    parts = {OPTIMIZER + name: Part.of(tensor) for name, tensor in state.items()}
+    _guarded(directory, lambda: tensors.read_into(parts))
+    return NamedOptimizerState(state, trainer["optimizer"])
 
 
 def _guarded(directory: Path, read: Callable[[], T]) -> T:

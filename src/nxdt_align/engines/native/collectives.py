@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from nxdt_align.engines.base import EngineError
+
+T = TypeVar("T")
 
 
 def active() -> bool:
@@ -55,3 +61,47 @@ def broadcast_object(value: Any) -> Any:
 def barrier() -> None:
     if active():
         dist.barrier()
+
+
+class Ranks:
+    """All processes, as they agree over plain values (names, sizes, faults).
+
+    Args:
+        own_group: talk in a process group of one's own, over the CPU, so that a thread can do so while
+            training goes on. Making it is a collective call.
+    """
+
+    def __init__(self, *, own_group: bool = False, timeout: timedelta | None = None) -> None:
+        self.size = dist.get_world_size() if active() else 1
+        self.rank = dist.get_rank() if active() else 0
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if own_group and active() else None
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    @contextmanager
+    def together(self, error_type: type[EngineError] = EngineError) -> Iterator[None]:
+        """Every rank's block succeeds, or every rank raises: its own error, or else an ``error_type`` with
+        the words of the first rank that failed. The block itself must not talk to other ranks."""
+        try:
+            yield
+        except Exception as error:
+            self.gather(str(error) or type(error).__name__)
+            raise
+        faults: list[str | None] = self.gather(None)
+        fault = next((fault for fault in faults if fault is not None), None)
+        if fault is not None:
+            raise error_type(fault)

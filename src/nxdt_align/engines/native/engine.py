@@ -15,7 +15,9 @@ from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.native import checkpoint, collectives
 from nxdt_align.engines.native.collectives import Group
+from nxdt_align.engines.native.loading import fill
 from nxdt_align.engines.native.precision import MasterWeights, Precision
+from nxdt_align.engines.native.saving import Saver
 from nxdt_align.engines.native.scoring import Scorer, WholeRunner
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
@@ -55,6 +57,7 @@ class NativeEngine(Engine):
         self._masters = MasterWeights(self._policy.llama) if precision.has_masters else None
         self._is_behind = True
         self._reference: Scorer | None = None
+        self._saver = Saver()
 
     def _build(self) -> Scorer:
         """A model without values: they are loaded, so initialising them would be wasted."""
@@ -67,7 +70,7 @@ class NativeEngine(Engine):
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
-        _fill(dict(self.named_parameters()), source)
+        fill(self.named_parameters(), source)
         self._is_behind = True
         self._publish()
 
@@ -76,7 +79,7 @@ class NativeEngine(Engine):
             self._reference = copy.deepcopy(self._policy)
         else:
             self._reference = self._build()
-            _fill(dict(self._reference.llama.named_parameters()), source)
+            fill(self._reference.llama.named_parameters(), source)
         self._reference.requires_grad_(False)
 
     def drop_reference(self) -> None:
@@ -154,34 +157,23 @@ class NativeEngine(Engine):
     # Checkpoints
 
     def save(
-        self, directory: Path, optimizer: torch.optim.Optimizer | None, extra: Mapping[str, Any]
+        self,
+        directory: Path,
+        optimizer: torch.optim.Optimizer | None,
+        extra: Mapping[str, Any],
+        *,
+        background: bool = False,
     ) -> None:
-        checkpoint.save(
-            directory, self.named_parameters(), optimizer, extra, is_writer=self.topology.rank == 0
-        )
+        self._saver.save(directory, self.named_parameters(), optimizer, extra, background=background)
+
+    def finish_saving(self) -> None:
+        self._saver.finish()
+
+    def once_saved(self, action: Callable[[], None]) -> None:
+        self._saver.then(action)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         extra = checkpoint.load(directory, self.named_parameters(), optimizer)
         self._is_behind = True
         self._publish()
         return extra
-
-
-@torch.no_grad()
-def _fill(parameters: Mapping[str, nn.Parameter], source: WeightSource) -> None:
-    """Copy every tensor of ``source``; all that does not fit is reported at once."""
-    there, wanted = set(source.names()), set(parameters)
-    faults = [f"missing: {name}" for name in sorted(wanted - there)]
-    faults += [f"not in the model: {name}" for name in sorted(there - wanted)]
-    for name in sorted(there & wanted):
-        have, want = tuple(source.shape(name)), tuple(parameters[name].shape)
-        if have != want:
-            faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
-    if faults:
-        shown = "\n  ".join(faults)
-        raise EngineError(
-            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}\n"
-            "model.model_config, model.num_layers and model.hidden_size must be those of the weights"
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(source.read(name))

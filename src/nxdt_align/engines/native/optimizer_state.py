@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,30 +41,58 @@ def by_name(
     return NamedOptimizerState(tensors, {"param_groups": groups, "state": values})
 
 
+def merged(of_ranks: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """``plain`` of all ranks as one: pipeline stages hold different parameters. Groups of equal settings
+    become one."""
+    groups: dict[str, dict[str, Any]] = {}
+    state: dict[str, dict[str, Any]] = {}
+    for plain in of_ranks:
+        for group in plain["param_groups"]:
+            known = groups.setdefault(_settings(group), {**group, "params": []})["params"]
+            known += sorted(set(group["params"]) - set(known), key=group["params"].index)
+        for name, values in plain["state"].items():
+            state.setdefault(name, {}).update(values)
+    return {"param_groups": list(groups.values()), "state": state}
+
+
 def restore(
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     saved: NamedOptimizerState,
+    everywhere: Collection[str],
 ) -> None:
     """Fill the optimizer, bit for bit and in the saved dtypes.
 
-    Raises EngineError where the parameter groups hold other parameters than they did.
+    Args:
+        saved: ``tensors`` of this rank's parameters, laid out as they are; ``plain`` of all ranks.
+        everywhere: the parameters of all ranks' optimizers.
+
+    Raises EngineError where those are other parameters than were saved, or where a group holds
+    parameters of different settings.
     """
     names = _names_by_index(optimizer, named_parameters)
+    groups = _present_groups(optimizer, names, saved.plain["param_groups"], everywhere)
     indices = {name: index for index, name in names.items()}
-    groups = saved.plain["param_groups"]
-    _check_groups(optimizer, names, groups)
     entries: dict[int, dict[str, Any]] = {}
     for parameter, values in saved.plain["state"].items():
-        entries.setdefault(indices[parameter], {}).update(values)
+        if parameter in indices:
+            entries.setdefault(indices[parameter], {}).update(values)
     for name, tensor in saved.tensors.items():
         parameter, key = name.rsplit(".", 1)
         entries.setdefault(indices[parameter], {})[key] = tensor
-    # load_state_dict pairs saved and present parameters by their places in the groups.
-    present = [group["params"] for group in optimizer.state_dict()["param_groups"]]
-    renumbered = [{**group, "params": params} for group, params in zip(groups, present, strict=True)]
-    optimizer.load_state_dict({"state": entries, "param_groups": renumbered})
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
     _restore_dtypes(optimizer, entries)
+
+
+def parameter_names(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> list[str]:
+    """The names of the parameters that this rank's optimizer moves."""
+    return list(_names_by_index(optimizer, named_parameters).values())
+
+
+def _settings(group: Mapping[str, Any]) -> str:
+    return repr(sorted((key, value) for key, value in group.items() if key != "params"))
 
 
 def _names_by_index(
@@ -79,20 +107,25 @@ def _names_by_index(
     return {index: names[id(p)] for index, p in enumerate(parameters)}
 
 
-def _check_groups(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str], saved: list[dict[str, Any]]
-) -> None:
-    present = [{names[i] for i in g["params"]} for g in optimizer.state_dict()["param_groups"]]
-    stored = [set(group["params"]) for group in saved]
-    if present == stored:
-        return
-    moved = set().union(*present) ^ set().union(*stored)
-    detail = f"first {min(moved)}" if moved else "the same parameters, divided otherwise"
-    raise EngineError(
-        f"the checkpoint's optimizer has {len(stored)} parameter groups, the present one {len(present)}, "
-        f"over other parameters ({detail}). Keep model.optim and model.lora as they were, or set "
-        "model.weight_init_only: True to start from the weights alone"
-    )
+def _present_groups(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    saved: Sequence[dict[str, Any]],
+    everywhere: Collection[str],
+) -> list[dict[str, Any]]:
+    """The optimizer's groups, numbered as in its state_dict, with the settings that their parameters had."""
+    saved_with = {name: group for group in saved for name in group["params"]}
+    moved = set(everywhere) ^ set(saved_with)
+    present = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    found = [[] if moved else [saved_with[names[index]] for index in params] for params in present]
+    if moved or any(len({_settings(group) for group in groups}) > 1 for groups in found):
+        detail = f"first {min(moved)}" if moved else "the same parameters, divided otherwise"
+        raise EngineError(
+            f"the checkpoint's optimizer has {len(saved)} parameter groups, the present one {len(present)}, "
+            f"over other parameters ({detail}). Keep model.optim and model.lora as they were, or set "
+            "model.weight_init_only: True to start from the weights alone"
+        )
+    return [{**groups[0], "params": params} for groups, params in zip(found, present, strict=True)]
 
 
 def _restore_dtypes(optimizer: torch.optim.Optimizer, entries: Mapping[int, Mapping[str, Any]]) -> None:

@@ -1,25 +1,41 @@
-"""A folder of named tensors in torch.distributed.checkpoint's (DCP) format, from one process.
+"""A folder of named tensors in torch.distributed.checkpoint's (DCP) format, each rank writing its parts.
 
-DCP's format, so that another layout of ranks can read its own shards of it. Nothing in a folder is
-ever executed on reading: DCP's index is a pickle, of which only DCP's own record types are accepted.
+DCP reshards on reading: any part can be read of what any other ranks have written. Nothing in a folder
+is ever executed on reading: DCP's index is a pickle, of which only DCP's own record types are accepted.
+Every tensor carries a checksum (of the zip archive that it is stored as), which is compared on reading.
 """
 
 from __future__ import annotations
 
+import errno
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.distributed.tensor import DTensor
+
+from nxdt_align.engines.native.archives import Stretch, check_archive, reason
+from nxdt_align.engines.native.collectives import Ranks
+from nxdt_align.engines.native.parts import Part
 
 INDEX = ".metadata"
 
@@ -47,25 +63,26 @@ class DamagedError(Exception):
     """A folder of tensors that cannot be read; the message says where it is broken."""
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write whole tensors as one shard. Raises OSError where the folder cannot be written.
+def write_tensors(folder: Path, parts: Mapping[str, Part], ranks: Ranks) -> None:
+    """Write what the ranks hold into one folder, bits and dtypes as they are. Every rank calls this.
 
-    Bits and dtypes are kept. A tensor that is split over ranks is refused: one process does not
-    hold all of it.
+    What several ranks hold is written by one of them. Raises OSError, the same on every rank, where one
+    of them cannot write.
     """
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor) and tensor.device_mesh.size() > 1:
-            raise NotImplementedError(f"{name} is split over ranks; writing shards is not supported yet")
-    whole = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp_save(whole, storage_writer=FileSystemWriter(folder), no_dist=True)
+            dcp_save(
+                dict(parts),
+                storage_writer=_Writer(folder),
+                planner=_PartSavePlanner(),
+                process_group=ranks.group,
+                no_dist=ranks.size == 1,
+            )
     except CheckpointException as error:
-        cause = _cause(error)
-        found = _os_error(cause)
-        if found is not None:
-            raise OSError(found.errno, found.strerror, str(folder)) from error
+        rank, cause = _first_failure(error)
+        if ranks.size > 1 and isinstance(cause, OSError):
+            raise OSError(cause.errno, f"{cause.strerror}, on rank {rank}", str(folder)) from error
         raise cause from error
 
 
@@ -90,24 +107,101 @@ class TensorFolder:
     def dtype(self, name: str) -> torch.dtype:
         return self.entries[name].properties.dtype
 
-    def read(self, names: list[str]) -> dict[str, Tensor]:
-        """New tensors on the CPU, in the dtype that they are stored in."""
-        tensors = {name: torch.empty(self.shape(name), dtype=self.dtype(name)) for name in names}
-        self.read_into(tensors)
-        return tensors
+    def read(self, name: str, region: Sequence[slice] | None = None) -> Tensor:
+        """A new tensor on the CPU, in the dtype that it is stored in: all of it, or what ``region``, a start
+        and a stop for each dimension, cuts out."""
+        shape = self.shape(name)
+        cut = [slice(0, n) for n in shape] if region is None else region
+        bounds = [part.indices(size) for part, size in zip(cut, shape, strict=True)]
+        sizes = [max(0, stop - start) for start, stop, _ in bounds]
+        part = Part(torch.empty(sizes, dtype=self.dtype(name)), shape, tuple(start for start, _, _ in bounds))
+        self.read_into({name: part})
+        return part.local
 
-    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors in place, on their own devices. Raises DamagedError."""
+    def read_into(self, parts: Mapping[str, Part]) -> None:
+        """Fill the parts' memory, on whatever device it is. Raises DamagedError."""
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp_load(dict(tensors), storage_reader=_Reader(self.folder), no_dist=True)
+                dcp_load(
+                    dict(parts), storage_reader=_Reader(self.folder), planner=_PartLoadPlanner(), no_dist=True
+                )
         except CheckpointException as error:
-            raise DamagedError(f"{self.folder}: {reason(_cause(error))}") from error
+            raise DamagedError(f"{self.folder}: {reason(_first_failure(error)[1])}") from error
+
+
+class _PartSavePlanner(DefaultSavePlanner):
+    """What a rank writes: its parts."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        parts: dict[str, Part] = self.state_dict
+        held = {name: part for name, part in parts.items() if part.local.numel() or not prod(part.shape)}
+        self.plan = SavePlan([_write_item(name, part) for name, part in held.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        part: Part = self.state_dict[index.fqn]
+        return part.local
+
+
+class _PartLoadPlanner(DefaultLoadPlanner):
+    """What a rank reads: whatever saved chunks overlap with its parts."""
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for name, part in self.state_dict.items():
+            entry = self.metadata.state_dict_metadata[name]
+            assert isinstance(entry, TensorStorageMetadata)
+            items += create_read_items_for_chunk_list(name, entry, [_chunk(part)])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        part: Part = self.state_dict[index.fqn]
+        return part.local
+
+
+def _write_item(name: str, part: Part) -> WriteItem:
+    chunk = _chunk(part)
+    data = TensorWriteData(chunk, TensorProperties.create_from_tensor(part.local), torch.Size(part.shape))
+    return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+def _chunk(part: Part) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(part.offsets), part.local.size())
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer, but into a folder that is there, and with the operating system's own errors."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        folder = Path(self.path)
+        if not folder.is_dir():
+            why = "this rank does not see the folder that rank 0 has made: it must be on storage of all nodes"
+            raise FileNotFoundError(errno.ENOENT, why, str(folder))
+        return super().prepare_local_plan(plan)
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except Exception as error:
+            found = _os_error(error)
+            if found is None:
+                raise
+            # Plain: what an exception was caused by does not travel to other ranks.
+            raise OSError(found.errno, found.strerror) from error
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader, but the index may hold nothing beside DCP's own record types."""
+    """DCP's reader, but the index may hold nothing beside DCP's own record types, and checksums count."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / INDEX
@@ -122,6 +216,10 @@ class _Reader(FileSystemReader):
         index.storage_meta.load_id = self.load_id
         return index
 
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        check_archive(Stretch(file, sinfo.offset, sinfo.length))
+        return super()._slice_file(file, sinfo)
+
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -130,15 +228,10 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def reason(error: BaseException) -> str:
-    """Why a file could not be read. Leaves out torch.load's advice to read it with code being run."""
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-        return "it holds something other than plain values"
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _cause(error: CheckpointException) -> BaseException:
-    return next(iter(error.failures.values()))[0]
+def _first_failure(error: CheckpointException) -> tuple[int, BaseException]:
+    """The first rank that failed, and its exception."""
+    rank = min(error.failures)
+    return rank, error.failures[rank][0]
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -1,0 +1,60 @@
+"""Weights from a source into parameters, each rank its own part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from nxdt_align.engines.base import EngineError, WeightSource
+from nxdt_align.engines.native.collectives import Ranks
+from nxdt_align.engines.native.parts import Part
+
+Shape = tuple[int, ...]
+
+
+@torch.no_grad()
+def fill(named_parameters: Iterable[tuple[str, Tensor]], source: WeightSource) -> None:
+    """Copy the source's values into the parameters, in the parameters' dtype. Every rank calls this.
+
+    Args:
+        named_parameters: what this rank holds, under the plain Llama's names: whole tensors, or DTensors
+            on any mesh. Pipeline stages bring their own; together the ranks hold the model.
+
+    A rank reads its part alone, and holds no more than that and one tensor of the source.
+
+    Raises EngineError, the same on every rank, naming every tensor that is missing, surplus or of another
+    shape; nothing is filled then. What the source raises on one rank is raised on all.
+    """
+    parameters = dict(named_parameters)
+    ranks = Ranks()
+    wanted: dict[str, Shape] = {}
+    for shapes in ranks.gather({name: tuple(p.shape) for name, p in parameters.items()}):
+        wanted |= shapes
+    with ranks.together():
+        _check_fit(wanted, source)
+    with ranks.together():
+        for name, parameter in parameters.items():
+            part = Part.of(parameter)
+            if part.is_whole:
+                part.local.copy_(source.read(name))
+            elif part.local.numel():
+                part.local.copy_(source.read_slice(name, part.region))
+
+
+def _check_fit(wanted: Mapping[str, Shape], source: WeightSource) -> None:
+    """All that does not fit is reported at once."""
+    there = set(source.names())
+    faults = [f"missing: {name}" for name in sorted(set(wanted) - there)]
+    faults += [f"not in the model: {name}" for name in sorted(there - set(wanted))]
+    for name in sorted(there & set(wanted)):
+        have, want = tuple(source.shape(name)), wanted[name]
+        if have != want:
+            faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
+    if faults:
+        shown = "\n  ".join(faults)
+        raise EngineError(
+            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}\n"
+            "model.model_config, model.num_layers and model.hidden_size must be those of the weights"
+        )

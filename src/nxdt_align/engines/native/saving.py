@@ -1,0 +1,236 @@
+"""Writing checkpoints: every rank its parts into one folder, which appears when all of them are there.
+
+The format is checkpoint.py's.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nxdt_align.engines.native.checkpoint import (
+    FORMAT,
+    MODEL,
+    OPTIMIZER,
+    SUMMARY,
+    TENSORS,
+    TRAINER,
+    VERSION,
+    CheckpointError,
+    NamedParameters,
+)
+from nxdt_align.engines.native.collectives import Ranks
+from nxdt_align.engines.native.optimizer_state import by_name, merged
+from nxdt_align.engines.native.parts import Part
+from nxdt_align.engines.native.plain import to_plain
+from nxdt_align.engines.native.tensors import TensorFolder, write_tensors
+from nxdt_align.files import atomic_folder, explain
+
+
+def save(
+    directory: Path,
+    named_parameters: NamedParameters,
+    optimizer: torch.optim.Optimizer | None,
+    extra: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint at ``directory``; whatever was there stays until the new one is whole.
+
+    Every rank calls this with what it holds, whole tensors or DTensors; ``directory`` is on storage that
+    all ranks see.
+
+    Args:
+        extra: numbers, text, tensors and containers of them; ``global_step`` becomes the
+            checkpoint's step. Rank 0's counts.
+
+    Raises:
+        CheckpointError: a rank cannot write, or ``extra`` holds a value that is not plain. The same on
+            every rank.
+    """
+    _write(_collect(Path(directory), named_parameters, optimizer, extra, Ranks()))
+
+
+class Saver:
+    """Writes checkpoints, at most one at a time, on a thread where asked. All ranks make the same calls."""
+
+    def __init__(self) -> None:
+        self._ranks: Ranks | None = None
+        self._flight: _Flight | None = None
+
+    def save(
+        self,
+        directory: Path,
+        named_parameters: NamedParameters,
+        optimizer: torch.optim.Optimizer | None,
+        extra: Mapping[str, Any],
+        *,
+        background: bool = False,
+    ) -> None:
+        """As ``save``, once the one before is done.
+
+        Args:
+            background: return as soon as the values are copied, in this rank's memory on the CPU. What
+                fails after that is raised by the next ``save`` or ``finish``.
+        """
+        self.finish()
+        if self._ranks is None:
+            self._ranks = Ranks(own_group=True)
+        content = _collect(Path(directory), named_parameters, optimizer, extra, self._ranks)
+        if background:
+            content = content.copied()
+            self._flight = _Flight(lambda: _write(content))
+        else:
+            _write(content)
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one. Raises CheckpointError where it failed."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.wait()
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do ``action`` once the save in the background is whole, or now if there is none; never, if that
+        save fails."""
+        if self._flight is None:
+            action()
+        else:
+            self._flight.then(action)
+
+
+class _Flight:
+    """A write on a thread of its own, and what is to be done when it is whole."""
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write = write
+        self._actions: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._is_whole = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._write()
+            with self._lock:
+                self._is_whole = True
+                for action in self._actions:
+                    action()
+        except Exception as error:  # raised where someone waits
+            self._error = error
+
+    def then(self, action: Callable[[], None]) -> None:
+        with self._lock:
+            if not self._is_whole:
+                self._actions.append(action)
+                return
+        action()
+
+    def wait(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise CheckpointError(f"{self._error} (it was being written in the background)") from self._error
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What one rank brings to a checkpoint."""
+
+    directory: Path
+    parts: dict[str, Part]
+    trainer: bytes
+    """The file of the trainer's state: rank 0's, empty elsewhere."""
+    step: int
+    has_optimizer: bool
+    ranks: Ranks
+
+    def copied(self) -> _Content:
+        """The same, with values that training does not change."""
+        parts = {name: part.copied() for name, part in self.parts.items()}
+        return _Content(self.directory, parts, self.trainer, self.step, self.has_optimizer, self.ranks)
+
+
+@torch.no_grad()
+def _collect(
+    directory: Path,
+    named_parameters: NamedParameters,
+    optimizer: torch.optim.Optimizer | None,
+    extra: Mapping[str, Any],
+    ranks: Ranks,
+) -> _Content:
+    with ranks.together(CheckpointError), _faults_of(directory):
+        tensors = {MODEL + name: parameter.detach() for name, parameter in named_parameters}
+        state = None if optimizer is None else by_name(optimizer, named_parameters)
+        settings = None if state is None else to_plain(state.plain)
+        if state is not None:
+            tensors |= {OPTIMIZER + name: tensor for name, tensor in state.tensors.items()}
+        parts = {name: Part.of(tensor) for name, tensor in tensors.items()}
+        values = to_plain({"extra": extra}) if ranks.rank == 0 else {"extra": {}}
+    of_ranks = [each for each in ranks.gather(settings) if each is not None]
+    values["optimizer"] = merged(of_ranks) if of_ranks else None
+    step = int(values["extra"].get("global_step", 0))
+    return _Content(directory, parts, _to_bytes(values), step, optimizer is not None, ranks)
+
+
+def _write(content: _Content) -> None:
+    """The folder, from all ranks; the same fault on all of them."""
+    directory, ranks = content.directory, content.ranks
+    with _faults_of(directory), ExitStack() as stack:
+        # An error in the block takes the temporary folder away; closing the stack puts it in place.
+        with ranks.together(CheckpointError), _faults_of(directory):
+            own = stack.enter_context(atomic_folder(directory)) if ranks.rank == 0 else directory
+            if ranks.rank == 0:
+                (own / TENSORS).mkdir()
+        folder = ranks.broadcast(own)
+        write_tensors(folder / TENSORS, content.parts, ranks)
+        with ranks.together(CheckpointError), _faults_of(directory):
+            if ranks.rank == 0:
+                (folder / TRAINER).write_bytes(content.trainer)
+                summary = _summary(folder, content)
+                (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+                stack.close()
+
+
+@contextmanager
+def _faults_of(directory: Path) -> Iterator[None]:
+    """What can go wrong when ``directory`` is written, as a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write checkpoint {directory}: {explain(error)}. Earlier checkpoints are whole, and "
+            "the run can go on from the newest"
+        ) from error
+    except (TypeError, RuntimeError) as error:
+        # A value that is not plain; a rank that is gone.
+        said = str(error).partition("\n")[0]
+        raise CheckpointError(f"cannot write checkpoint {directory}: {said}") from error
+
+
+def _to_bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _summary(folder: Path, content: _Content) -> dict[str, Any]:
+    written = TensorFolder(folder / TENSORS)
+    weights = [name for name in written.names() if name.startswith(MODEL)]
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": content.step,
+        "parameters": sum(prod(written.shape(name)) for name in weights),
+        "dtypes": sorted({str(written.dtype(name)).removeprefix("torch.") for name in weights}),
+        "has_optimizer": content.has_optimizer,
+        "files": {str(f.relative_to(folder)): f.stat().st_size for f in files},
+    }
