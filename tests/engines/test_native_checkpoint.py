@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -214,6 +215,33 @@ def test_names_on_disk_are_those_of_the_weights(written: Path) -> None:
 
     names = TensorFolder(written / "tensors").names()
     assert {"model.weight", "optimizer.weight.exp_avg", "optimizer.norm.step"} <= set(names)
+
+
+def test_tensors_that_dcp_itself_has_written(written: Path) -> None:
+    """As folders of earlier versions are, and as other tools write and read them."""
+    from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+    from torch.distributed.checkpoint import load as dcp_load
+    from torch.distributed.checkpoint import save as dcp_save
+
+    net, optimizer = trained()
+    tensors = {f"model.{name}": p.detach() for name, p in parameters(net)}
+    for name, p in parameters(net):
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[p].items()}
+    blank = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    dcp_load(blank, storage_reader=FileSystemReader(written / "tensors"), no_dist=True)
+    assert_same(blank, tensors)
+
+    shutil.rmtree(written / "tensors")
+    dcp_save(tensors, storage_writer=FileSystemWriter(written / "tensors"), no_dist=True)
+    summary = json.loads((written / "checkpoint.json").read_text())
+    for name in ("tensors/.metadata", SHARD):
+        summary["files"][name] = (written / name).stat().st_size
+    (written / "checkpoint.json").write_text(json.dumps(summary))
+    other = Net(seed=9)
+    fresh = adamw(other)
+    load(written, parameters(other), fresh)
+    assert_same(dict(net.state_dict()), dict(other.state_dict()))
+    assert_same(optimizer.state_dict(), fresh.state_dict())
 
 
 def test_native_checkpoint_is_a_source_of_weights(written: Path) -> None:
@@ -445,6 +473,26 @@ def test_garbage_of_the_right_size(written: Path, name: str) -> None:
     path = written / name
     path.write_bytes(b"\x80\x04garbage" + b"g" * (path.stat().st_size - 9))
     expect_refusal(written, "is damaged")
+
+
+@pytest.mark.parametrize("name", [SHARD, "trainer.pt"])
+def test_one_flipped_bit(written: Path, name: str) -> None:
+    """torch reads a file whose bits have changed without a word: torch.load compares no checksum."""
+    path = written / name
+    content = bytearray(path.read_bytes())
+    # In the middle of a value: of a weight, or of the trainer's state.
+    at = content.find(trained()[0].weight.detach().numpy().tobytes()) if name == SHARD else None
+    at = content.find(b"global_step") if at is None else at
+    assert at > 0
+    content[at + 5] ^= 1
+    path.write_bytes(content)
+    net = Net()
+    with pytest.raises(CheckpointError, match=r"is damaged: .*the checksum of its record \S+ is wrong"):
+        load(written, parameters(net), adamw(net))
+    if name == SHARD:
+        with pytest.raises(CheckpointError, match="is damaged"):
+            NativeCheckpoint(written).read("weight")
+        assert NativeCheckpoint(written).read("norm").equal(trained()[0].norm)
 
 
 class Evil:

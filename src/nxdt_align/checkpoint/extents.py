@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -80,52 +79,22 @@ def read_into(extent: Extent, target: Tensor, first_row: int = 0) -> None:
     read_bytes(extent.path, extent.offset + first_row * extent.row_bytes, target)
 
 
-def read_region(extent: Extent, region: Sequence[slice]) -> Tensor:
-    """The part of a tensor that ``region`` (a start and a stop for each dimension) cuts out, in new memory.
-
-    Of a row-major tensor of at most two dimensions no other byte is read.
-    """
-    cut = [slice(*part.indices(size)) for part, size in zip(region, extent.shape, strict=True)]
-    shape = [max(0, part.stop - part.start) for part in cut]
-    if extent.stride is not None or len(cut) > 2:
-        return read_tensor(extent)[tuple(cut)].clone()
-    part = empty(shape, extent.dtype)
-    if not cut or shape[-1] == extent.shape[-1] or len(cut) == 1:
-        read_bytes(extent.path, extent.offset + (cut[0].start * extent.row_bytes if cut else 0), part)
-    else:
-        first = extent.offset + cut[0].start * extent.row_bytes + cut[1].start * extent.dtype.itemsize
-        with _opened(extent.path) as descriptor:
-            for row, target in enumerate(part):
-                _read_all(descriptor, extent.path, first + row * extent.row_bytes, target)
-    return part
-
-
 def read_bytes(path: Path, offset: int, target: Tensor) -> None:
     """Fill a contiguous tensor's memory. Raises WeightsError for a file that is cut short."""
-    with _opened(path) as descriptor:
-        _read_all(descriptor, path, offset, target)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
+    view = byte_view(target)
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        yield descriptor
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done : done + _MOST_AT_ONCE]], offset + done)
+            if count == 0:
+                raise WeightsError(f"{path} is damaged: it ends before the bytes of a tensor; copy it again")
+            done += count
     finally:
         os.close(descriptor)
-
-
-def _read_all(descriptor: int, path: Path, offset: int, target: Tensor) -> None:
-    view = byte_view(target)
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done : done + _MOST_AT_ONCE]], offset + done)
-        if count == 0:
-            raise WeightsError(f"{path} is damaged: it ends before the bytes of a tensor; copy it again")
-        done += count
 
 
 def write_bytes(path: Path, offset: int, source: Tensor) -> None:

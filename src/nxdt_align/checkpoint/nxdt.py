@@ -19,15 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nxdt_align.checkpoint.extents import (
-    Extent,
-    WeightsError,
-    byte_view,
-    empty,
-    read_into,
-    read_region,
-    read_tensor,
-)
+from nxdt_align.checkpoint.extents import Extent, WeightsError, byte_view, empty, read_into, read_tensor
 from nxdt_align.checkpoint.hf import content_fingerprint
 from nxdt_align.checkpoint.names import is_recomputed, summary
 from nxdt_align.checkpoint.partition import (
@@ -38,6 +30,7 @@ from nxdt_align.checkpoint.partition import (
     PartitionError,
     local_tensors,
 )
+from nxdt_align.checkpoint.regions import read_region
 from nxdt_align.checkpoint.torch_files import TensorReference, read_index, tensors_of
 from nxdt_align.models.presets import LlamaConfig
 
@@ -153,8 +146,8 @@ class NxDTFolder:
         ``fingerprint`` compare them.
         """
         extents, first_row = self._place(name)
-        cut = [slice(*part.indices(size)) for part, size in zip(region, self.shape(name), strict=True)]
-        part = empty([max(0, each.stop - each.start) for each in cut], extents[0].dtype)
+        cut = [slice(*each.indices(n)[:2]) for each, n in zip(region, self.shape(name), strict=True)]
+        part = torch.empty([max(0, each.stop - each.start) for each in cut], dtype=extents[0].dtype)
         seen: set[tuple[int, int]] = set()
         for rank, extent in enumerate(extents):
             dim, ranges = self.partition.ranges(name, rank)

@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nxdt_align.checkpoint.extents import Extent, WeightsError, read_region, read_tensor
+from nxdt_align.checkpoint.extents import Extent, WeightsError, read_tensor
+from nxdt_align.checkpoint.regions import read_region
 from nxdt_align.checkpoint.torch_files import damaged, is_archive, read_index, tensors_of
 
 __all__ = ["SAFETENSORS_DTYPES", "TensorFile", "WeightsError", "open_tensor_file"]
