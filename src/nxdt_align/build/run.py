@@ -59,7 +59,7 @@ class Run:
         if not env.compile_only:
             self._require_writable_places()
         self.objective = GlobalMeanObjective(parts.loss(config))
-        self.topology = parts.start_processes(config, env)
+        self.topology = parts.start_processes(config, env, self.device)
         self.model_config = parts.model_config(config)
         self.start = parts.start_weights(config, self.model_config)
         self.tokenization = parts.tokenization(config, self.model_config)
@@ -82,6 +82,7 @@ class Run:
             parts.attention(self.config, self.device),
             precision=self.precision,
             topology=self.topology,
+            parallel=parts.parallel(self.config),
             device=self.device,
             configure_model=lambda llama: llama.set_checkpointing(granularity, recompute),
         )
