@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from oracle import ExampleSet, ModuleWeights, causal_attention, dpo_loss, gradients, orpo_loss, random_examples
+from oracle import (
+    ExampleSet,
+    ModuleWeights,
+    causal_attention,
+    dpo_loss,
+    gradients,
+    orpo_loss,
+    random_examples,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -84,7 +92,9 @@ def run_parallel(world: int, function: Callable[..., Any], *arguments: Any) -> l
     return results
 
 
-def _rank(folder: Path, rank: int, world: int, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+def _rank(
+    folder: Path, rank: int, world: int, function: Callable[..., Any], arguments: Sequence[Any]
+) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
@@ -156,7 +166,7 @@ class Case:
     loss: str = "dpo"
     layout: Layout = "shared_prompt"
     attention: str = "dense"
-    precision: Precision = Precision()
+    precision: Precision = field(default_factory=Precision)
     checkpointing: tuple[str, tuple[str, ...]] | None = None
     """Granularity, and the modules of ``selective``."""
     min_micro_batches: int = 2
@@ -278,7 +288,9 @@ def train(engine: NativeEngine, batches: Sequence[Batch], loss: Loss, steps: int
     outcome: Outcome | None = None
     for _ in range(steps):
         output = engine.step(batches, objective)
-        found = {} if outcome else {n: whole(p.grad) for n, p in engine.named_parameters() if p.grad is not None}
+        found = (
+            {} if outcome else {n: whole(p.grad) for n, p in engine.named_parameters() if p.grad is not None}
+        )
         norm = engine.clip_gradients(CLIP)
         outcome = outcome or Outcome(
             float(output.loss),

@@ -52,6 +52,7 @@ def test_as_one_process(found: dict[str, list[Outcome]], name: str) -> None:
         assert got.parameter_norm == pytest.approx(want.parameter_norm, rel=NORM_TOLERANCE)
     gradient = worst(merged([r.gradients for r in ranks]), want.gradients, relative=True)
     weight = worst(merged([r.weights for r in ranks]), want.weights, relative=False)
-    print(f"{name}: loss {abs(ranks[0].loss - want.loss):.1e}, gradient {gradient[0]:.1e}, weight {weight[0]:.1e}")
+    loss = abs(ranks[0].loss - want.loss)
+    print(f"{name}: loss {loss:.1e}, gradient {gradient[0]:.1e}, weight {weight[0]:.1e}")
     assert gradient[0] <= GRADIENT_TOLERANCE, gradient
     assert weight[0] <= WEIGHT_TOLERANCE, weight

@@ -97,6 +97,10 @@ def attention(config: Config, where: torch.device) -> Attention:
     """How rows are attended over there. Raises UserError for a kind that the device has not."""
     kind: str = config.data.attention
     if kind == "auto":
+        stages = config.distributed_strategy.pipeline_model_parallel_size
+        # Pipeline stages hand rows of one shape to each other.
+        kind = "dense" if stages > 1 and where.type == "cpu" else kind
+    if kind == "auto":
         kind = ATTENTION_OF_DEVICE.get(where.type, "dense")
     for device_type, only in ATTENTION_OF_DEVICE.items():
         if kind == only and where.type != device_type:

@@ -14,7 +14,7 @@ from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.native import checkpoint, collectives
 from nxdt_align.engines.native.loading import copy_weights, fill
-from nxdt_align.engines.native.mesh import Parallel, Groups
+from nxdt_align.engines.native.mesh import Groups, Parallel
 from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.parallelize import (
     check_sizes,
@@ -133,9 +133,7 @@ class NativeEngine(Engine):
             parameter.grad = None
         self._publish()
         batches = self._with_reference(micro_batches, objective)
-        output = steps.forward_and_backward(
-            self._runner(self._policy), self._groups.data, batches, objective
-        )
+        output = steps.forward_and_backward(self._runner(self._policy), self._groups.data, batches, objective)
         finish_gradients([p for _, p in self.named_parameters()], self._groups)
         self._is_behind = True  # the optimizer's step comes next
         return output

@@ -1,4 +1,4 @@
-"""The native engine's processes as a mesh: who shares a layer, who sees other rows, who holds other layers."""
+"""The native engine's processes as a mesh: who shares a layer, sees other rows, or holds other layers."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native.mesh import Parallel, Groups
+from nxdt_align.engines.native.mesh import Groups, Parallel
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
@@ -110,10 +110,11 @@ class ReplicatedWeight(ParallelStyle):
         self._residual = residual
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def from_local(module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> DTensor:
+        # What these return replaces the module's input and output; torch's own annotations say None.
+        def from_local(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
             return DTensor.from_local(inputs[0], mesh, [self._residual], run_check=False)
 
-        def to_local(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        def to_local(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
             return output.to_local()
 
         return distribute_module(module, device_mesh, _replicate, from_local, to_local)
@@ -128,8 +129,9 @@ class OwnKvHeads(ParallelStyle):
         self._rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Linear)
         distribute_module(module, device_mesh, _replicate)
-        module.forward = partial(_linear_rows, module, self._rows)
+        module.forward = partial(_linear_rows, module, self._rows)  # type: ignore[method-assign]
         return module
 
 
