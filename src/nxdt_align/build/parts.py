@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from nxdt_align.data.tokenize import Tokenization, load_tokenizer
 from nxdt_align.data.truncation import Truncation
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import load_loss
@@ -32,13 +34,17 @@ from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 
 log = logging.getLogger(__name__)
+TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others. Rank 0 may read all weights meanwhile, for their fingerprint."""
 
 
-def start_processes(config: Config, env: RunEnv) -> Topology:
-    """Join the process group."""
+def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topology:
+    """Join the process group of ``where``'s own backend, with gloo beside it for values on the host."""
     if env.world_size > 1:
+        own = dist.get_default_backend_for_device(where)
+        backend = own if where.type == "cpu" else f"cpu:gloo,{where.type}:{own}"
         try:
-            dist.init_process_group("nccl" if device(config, env).type == "cuda" else "gloo")
+            dist.init_process_group(backend, timeout=TIMEOUT)
         except ValueError as error:
             raise UserError(
                 f"the {env.world_size} processes (WORLD_SIZE) cannot find each other: {error}; start with "
@@ -50,6 +56,19 @@ def start_processes(config: Config, env: RunEnv) -> Topology:
         env.world_size,
         tensor_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_parallel_size=parallel.pipeline_model_parallel_size,
+    )
+
+
+def parallel(config: Config) -> Parallel:
+    """How the model is spread over the processes."""
+    strategy = config.distributed_strategy
+    return Parallel(
+        tensor=strategy.tensor_model_parallel_size,
+        pipeline=strategy.pipeline_model_parallel_size,
+        virtual_pipeline=strategy.virtual_pipeline_model_parallel_size,
+        sequence_parallel=strategy.sequence_parallel and strategy.tensor_model_parallel_size > 1,
+        zero1=strategy.zero1,
+        fsdp=strategy.fsdp is not False,
     )
 
 
@@ -77,6 +96,10 @@ ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
 def attention(config: Config, where: torch.device) -> Attention:
     """How rows are attended over there. Raises UserError for a kind that the device has not."""
     kind: str = config.data.attention
+    if kind == "auto":
+        stages = config.distributed_strategy.pipeline_model_parallel_size
+        # Pipeline stages hand rows of one shape to each other.
+        kind = "dense" if stages > 1 and where.type == "cpu" else kind
     if kind == "auto":
         kind = ATTENTION_OF_DEVICE.get(where.type, "dense")
     for device_type, only in ATTENTION_OF_DEVICE.items():

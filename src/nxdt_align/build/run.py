@@ -24,6 +24,7 @@ from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import Engine, WeightSource
 from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
@@ -59,8 +60,9 @@ class Run:
         if not env.compile_only:
             self._require_writable_places()
         self.objective = GlobalMeanObjective(parts.loss(config))
-        self.topology = parts.start_processes(config, env)
+        self.topology = parts.start_processes(config, env, self.device)
         self.model_config = parts.model_config(config)
+        check_sizes(self.model_config, config.distributed_strategy.tensor_model_parallel_size)
         self.start = parts.start_weights(config, self.model_config)
         self.tokenization = parts.tokenization(config, self.model_config)
         self.data = ModelAlignmentDataModule(
@@ -82,6 +84,7 @@ class Run:
             parts.attention(self.config, self.device),
             precision=self.precision,
             topology=self.topology,
+            parallel=parts.parallel(self.config),
             device=self.device,
             configure_model=lambda llama: llama.set_checkpointing(granularity, recompute),
         )

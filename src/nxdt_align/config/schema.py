@@ -129,9 +129,11 @@ class DistributedStrategyConfig:
     token_shuffle_group_size: int = 1
     """Token shuffling of mixtures of experts; the models here have none."""
     zero1: bool = False
-    """Shard the optimizer state over data-parallel ranks."""
-    fsdp: bool = False
-    """(ours) Shard parameters, gradients and optimizer state over data-parallel ranks (FSDP2)."""
+    """Shard the optimizer state over data-parallel ranks; on engine native also the fp32 master weights
+    and the reduced gradients."""
+    fsdp: bool | Literal["full"] = False
+    """(ours) full (or True): shard parameters, gradients and optimizer state over data-parallel ranks
+    (FSDP2)."""
     sequence_parallel: bool = False
     """Shard activations along the sequence over the tensor-parallel ranks."""
     kv_replicator: int = 1

@@ -40,6 +40,21 @@ class Group:
             for work in [dist.all_reduce(t, group=self.group, async_op=True) for t in tensors]:
                 work.wait()
 
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum over the ranks; ``value`` stays as it is."""
+        return self._reduced(value, dist.ReduceOp.SUM)
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The elementwise maximum over the ranks; ``value`` stays as it is."""
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def _reduced(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.size == 1:
+            return value
+        result = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, how, group=self.group)
+        return result
+
     def gather(self, value: Tensor) -> Tensor:
         """(ranks, *value.shape): the ranks' values, on every rank."""
         if self.size == 1:

@@ -1,8 +1,7 @@
-"""The native engine: the plain Llama on PyTorch's own devices, data parallel over processes."""
+"""The native engine: the plain Llama on PyTorch's own devices and parallelism."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,15 @@ from nxdt_align.batch import Batch, Topology
 from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.native import checkpoint, collectives
-from nxdt_align.engines.native.collectives import Group
-from nxdt_align.engines.native.loading import fill
+from nxdt_align.engines.native.loading import copy_weights, fill
+from nxdt_align.engines.native.mesh import Groups, Parallel
+from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, total_norm
+from nxdt_align.engines.native.parallelize import (
+    check_sizes,
+    drop_gathered,
+    shard_over_data_ranks,
+    split_over_tensor_ranks,
+)
 from nxdt_align.engines.native.precision import MasterWeights, Precision
 from nxdt_align.engines.native.saving import Saver
 from nxdt_align.engines.native.scoring import Scorer, WholeRunner
@@ -25,15 +31,18 @@ from nxdt_align.ops.attention import Attention
 
 
 class NativeEngine(Engine):
-    """One whole model a process; gradients are summed over the processes.
+    """One model over the mesh of processes.
 
     Args:
         config: the model's shape.
         attention: how packed rows are attended over.
         precision: compute dtype; float32 master weights are kept below it.
-        topology: this process's place among the data-parallel ranks.
-        device: where the model lives.
+        topology: this process's place among the others.
+        parallel: how the model is spread over them.
+        device: where this process's part of it lives.
         configure_model: called with each Llama that is built, e.g. to set activation checkpointing.
+
+    Raises EngineError for sizes of the model that the ranks cannot share.
     """
 
     def __init__(
@@ -43,51 +52,70 @@ class NativeEngine(Engine):
         *,
         precision: Precision = Precision(),  # noqa: B008 (frozen)
         topology: Topology = Topology(),  # noqa: B008 (frozen)
+        parallel: Parallel = Parallel(),  # noqa: B008 (frozen)
         device: torch.device | str = "cpu",
         configure_model: Callable[[Llama], None] = lambda model: None,
     ) -> None:
+        check_sizes(config, parallel.tensor)
         self.topology = topology
         self.device = torch.device(device)
         self.config = config
         self._attention = attention
         self._precision = precision
         self._configure = configure_model
-        self._data_ranks = Group(topology.data_parallel_rank, topology.data_parallel_size)
+        self._groups = Groups.join(parallel, topology, self.device.type)
         self._policy = self._build()
-        self._masters = MasterWeights(self._policy.llama) if precision.has_masters else None
+        self._weights = list(self._policy.llama.named_parameters())
+        has_copies = precision.has_masters and not self._groups.shards_data
+        self._masters = MasterWeights(self._policy.llama) if has_copies else None
         self._is_behind = True
         self._reference: Scorer | None = None
         self._saver = Saver()
 
-    def _build(self) -> Scorer:
-        """A model without values: they are loaded, so initialising them would be wasted."""
+    def _build(self, *, frozen: bool = False) -> Scorer:
+        """A model without values: they are loaded, so initialising them would be wasted.
+
+        Weights that FSDP shards are float32 and computed with in the compute dtype, unless they are frozen.
+        """
         with torch.device("meta"):
             llama = Llama(self.config, self._attention)
         self._configure(llama)
-        llama = llama.to(dtype=self._precision.compute).to_empty(device=self.device)
-        return Scorer(llama, self._attention, self._precision, self.device)
+        llama.requires_grad_(not frozen)
+        is_sharded = self._groups.shards_data and (not frozen or self._groups.parallel.fsdp)
+        if frozen or not is_sharded:
+            llama.to(dtype=self._precision.compute)
+        split_over_tensor_ranks(llama, self._groups)
+        scorer = Scorer(llama, self._attention, self._precision, self.device, self._groups)
+        if is_sharded:
+            shard_over_data_ranks(scorer, llama, self._groups, self._precision)
+        return scorer.to_empty(device=self.device)
 
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
         fill(self.named_parameters(), source)
-        self._is_behind = True
-        self._publish()
+        self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
+        reference = self._build(frozen=True)
+        parameters = list(reference.llama.named_parameters())
         if source is None:
-            self._reference = copy.deepcopy(self._policy)
+            copy_weights(self.named_parameters(), parameters)
         else:
-            self._reference = self._build()
-            fill(self._reference.llama.named_parameters(), source)
-        self._reference.requires_grad_(False)
+            fill(parameters, source)
+        self._reference = reference
 
     def drop_reference(self) -> None:
         self._reference = None
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        owner = self._masters if self._masters is not None else self._policy.llama
-        return list(owner.named_parameters())
+        # Not the modules' own list: while FSDP has weights gathered, that holds them, not the shards.
+        return list(self._weights) if self._masters is None else list(self._masters.named_parameters())
+
+    def _weights_changed(self) -> None:
+        drop_gathered(self._policy)
+        self._is_behind = True
+        self._publish()
 
     def _publish(self) -> None:
         """Bring the weights that are computed with up to the masters, where those may have moved."""
@@ -97,31 +125,30 @@ class NativeEngine(Engine):
 
     # Forward and backward
 
+    def _runner(self, scorer: Scorer) -> WholeRunner:
+        return WholeRunner(scorer, reduce_once=not self._groups.parallel.fsdp)
+
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         for _, parameter in self.named_parameters():
             parameter.grad = None
         self._publish()
         batches = self._with_reference(micro_batches, objective)
-        output = steps.forward_and_backward(WholeRunner(self._policy), self._data_ranks, batches, objective)
-        parameters = [p for _, p in self.named_parameters()]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self._data_ranks.sum([p.grad for p in parameters if p.grad is not None])
+        output = steps.forward_and_backward(self._runner(self._policy), self._groups.data, batches, objective)
+        finish_gradients([p for _, p in self.named_parameters()], self._groups)
         self._is_behind = True  # the optimizer's step comes next
         return output
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         self._publish()
         batches = self._with_reference(micro_batches, objective)
-        return steps.evaluate(WholeRunner(self._policy), self._data_ranks, batches, objective)
+        return steps.evaluate(self._runner(self._policy), self._groups.data, batches, objective)
 
     def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
         self._publish()
         if reference and self._reference is None:
             raise EngineError("reference log-probs were asked for, but no reference model was loaded")
         scorer = self._reference if reference and self._reference is not None else self._policy
-        (result,) = WholeRunner(scorer).forward([batch], want_collisions=False)
+        (result,) = self._runner(scorer).forward([batch], want_collisions=False)
         return batch.sum_logps(result.logps)
 
     def _with_reference(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Batch]:
@@ -135,18 +162,15 @@ class NativeEngine(Engine):
     # Norms
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
-        parameters = [p for _, p in self.named_parameters()]
-        limit = float("inf") if max_norm is None else max_norm
-        return torch.nn.utils.clip_grad_norm_(parameters, limit).float()
+        return clip_gradients([p for _, p in self.named_parameters()], max_norm, self._groups)
 
-    @torch.no_grad()
     def parameter_norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p for _, p in self.named_parameters()]).float()
+        return total_norm([p for _, p in self.named_parameters()], self._groups)
 
-    # Ranks
+    # Groups
 
     def all_gather(self, value: Tensor) -> Tensor:
-        return self._data_ranks.gather(value)
+        return self._groups.data.gather(value)
 
     def broadcast_object(self, value: Any) -> Any:
         return collectives.broadcast_object(value)
@@ -174,6 +198,5 @@ class NativeEngine(Engine):
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         extra = checkpoint.load(directory, self.named_parameters(), optimizer)
-        self._is_behind = True
-        self._publish()
+        self._weights_changed()
         return extra

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nxdt_align.engines.base import EngineError, WeightSource
 from nxdt_align.engines.native.collectives import Ranks
@@ -58,3 +59,17 @@ def _check_fit(wanted: Mapping[str, Shape], source: WeightSource) -> None:
             f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}\n"
             "model.model_config, model.num_layers and model.hidden_size must be those of the weights"
         )
+
+
+@torch.no_grad()
+def copy_weights(source: Iterable[tuple[str, Tensor]], target: Iterable[tuple[str, Tensor]]) -> None:
+    """Values of one model for another of the same shape on the same ranks, which may be divided otherwise.
+    Every rank calls this and holds no more than its parts and one whole tensor."""
+    for (name, from_), (other, to) in zip(source, target, strict=True):
+        assert name == other
+        part = Part.of(to)
+        if part.region == Part.of(from_).region:
+            part.local.copy_(Part.of(from_).local)
+        else:
+            whole = from_.full_tensor() if isinstance(from_, DTensor) else from_
+            part.local.copy_(whole[part.region])

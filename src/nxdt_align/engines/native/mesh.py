@@ -1,0 +1,88 @@
+"""The native engine's processes as a mesh: who shares a layer, sees other rows, or holds other layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nxdt_align.batch import Topology
+from nxdt_align.engines.native.collectives import Group
+
+PIPELINE, DATA, TENSOR = "pp", "dp", "tp"
+"""The mesh's dimensions, outermost first, as ``Topology.of_rank`` numbers the ranks."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How one model is spread; what is left of the processes is data parallel."""
+
+    tensor: int = 1
+    """Groups that share each layer's matrices."""
+    pipeline: int = 1
+    """Groups in a row that hold a share of the layers each."""
+    virtual_pipeline: int = 1
+    """Shares of the layers that each pipeline rank holds."""
+    sequence_parallel: bool = False
+    """Keep 1/tensor of a row's tokens a rank between the layers' matrices."""
+    zero1: bool = False
+    """Divide master weights, reduced gradients and optimizer state over the data-parallel ranks; weights
+    are gathered once a step."""
+    fsdp: bool = False
+    """As ``zero1``, and weights are gathered a layer at a time, in the forward and in the backward pass."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process among the others. ``mesh`` is None where it is alone."""
+
+    parallel: Parallel = field(default_factory=Parallel)
+    mesh: DeviceMesh | None = None
+    world: Group = field(default_factory=lambda: Group(0, 1))
+    data: Group = field(default_factory=lambda: Group(0, 1))
+    tensor: Group = field(default_factory=lambda: Group(0, 1))
+    pipeline: Group = field(default_factory=lambda: Group(0, 1))
+
+    @classmethod
+    def join(cls, parallel: Parallel, topology: Topology, device_type: str) -> Groups:
+        """The groups of this process; all processes call this together, after init_process_group."""
+        sizes = (topology.pipeline_parallel_size, topology.data_parallel_size, topology.tensor_parallel_size)
+        assert (parallel.pipeline, parallel.tensor) == (sizes[0], sizes[2]), (parallel, topology)
+        if topology.world_size == 1:
+            return cls(parallel)
+        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=(PIPELINE, DATA, TENSOR))
+        return cls(
+            parallel,
+            mesh,
+            world=Group(topology.rank, topology.world_size),
+            data=_group(mesh, DATA),
+            tensor=_group(mesh, TENSOR),
+            pipeline=_group(mesh, PIPELINE),
+        )
+
+    @property
+    def tensor_mesh(self) -> DeviceMesh | None:
+        """The ranks that share a layer's matrices; None where this is one rank."""
+        return self._submesh(TENSOR, self.tensor)
+
+    @property
+    def data_mesh(self) -> DeviceMesh | None:
+        """The ranks that see other rows; None where this is one rank."""
+        return self._submesh(DATA, self.data)
+
+    @property
+    def shards_data(self) -> bool:
+        """Whether weights, gradients and optimizer state are divided over the data-parallel ranks."""
+        return (self.parallel.zero1 or self.parallel.fsdp) and self.data.size > 1
+
+    @property
+    def row_multiple(self) -> int:
+        """What a row's length must be a multiple of."""
+        return self.parallel.tensor if self.parallel.sequence_parallel else 1
+
+    def _submesh(self, name: str, group: Group) -> DeviceMesh | None:
+        return None if self.mesh is None or group.size == 1 else self.mesh[name]
+
+
+def _group(mesh: DeviceMesh, name: str) -> Group:
+    return Group(mesh.get_local_rank(name), mesh[name].size(), mesh.get_group(name))

@@ -1,0 +1,73 @@
+"""Gradients as the optimizer wants them, and L2 norms over all ranks, each number counted once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nxdt_align.engines.native.mesh import Groups
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def finish_gradients(parameters: Sequence[nn.Parameter], groups: Groups) -> None:
+    """Sum what a step has added up over the ranks that hold parts of it; zeros where there is nothing.
+
+    A weight that all tensor-parallel ranks hold gets from each a part of its gradient (``Partial``), where
+    each sees some of the tokens or uses some of its rows. Data-parallel sums are FSDP's, where it is on.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    partial = [p for p in parameters if _is_partial(p.grad)]
+    groups.tensor.sum([local(p.grad) for p in partial if p.grad is not None])
+    for parameter in partial:
+        assert isinstance(parameter, DTensor) and parameter.grad is not None
+        parameter.grad = DTensor.from_local(
+            local(parameter.grad), parameter.device_mesh, parameter.placements, run_check=False
+        )
+    if not groups.shards_data:
+        groups.data.sum([local(p.grad) for p in parameters if p.grad is not None])
+
+
+def _is_partial(gradient: Tensor | None) -> bool:
+    return isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements)
+
+
+@torch.no_grad()
+def total_norm(tensors: Sequence[Tensor], groups: Groups) -> Tensor:
+    """The L2 norm of all ranks' tensors, () float32, the same on every rank. One reduction."""
+    square = torch.stack([n.square() for n in torch._foreach_norm([local(t).float() for t in tensors])])
+    share = torch.tensor([1 / _copies(t, groups) for t in tensors], device=square.device)
+    return groups.world.summed((square * share).sum()).sqrt()
+
+
+def _copies(tensor: Tensor, groups: Groups) -> int:
+    """How many ranks hold the same numbers."""
+    if not isinstance(tensor, DTensor):
+        return groups.data.size * groups.tensor.size
+    sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    parts = prod(size for placement, size in sizes if not placement.is_replicate())
+    return groups.data.size * groups.tensor.size // parts
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None, groups: Groups) -> Tensor:
+    """Scale all gradients so that their norm is at most ``max_norm``; returns what it was.
+
+    As torch.nn.utils.clip_grad_norm_ computes it.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = total_norm(gradients, groups)
+    if max_norm is not None:
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_([local(g) for g in gradients], scale)
+    return norm

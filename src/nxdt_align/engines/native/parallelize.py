@@ -1,0 +1,206 @@
+"""Spreads a Llama over ranks from outside, by the one table ``models.sharding.SPLITS``.
+
+Tensor and sequence parallel are DTensor's ``parallelize_module``; sharding over data-parallel ranks is
+FSDP2. Between modules a hidden state is a plain tensor: (B, S, D), or this rank's (B, S / tp, D) under
+sequence parallel. Layers are found by name, so a model may be one stage of a pipeline: without
+embedding or head, and with some of the layers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn import functional as F
+
+from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.native.mesh import Groups, Parallel
+from nxdt_align.engines.native.precision import Precision
+from nxdt_align.models.llama import Llama
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.sharding import KV_HEADS, REPLICATED, VOCAB, split_of
+
+SEQUENCE_DIM = 1
+
+
+def residual_placement(parallel: Parallel) -> Placement:
+    """How the hidden states between modules, (B, S, D), lie on the tensor-parallel ranks."""
+    return Shard(SEQUENCE_DIM) if parallel.sequence_parallel else Replicate()
+
+
+def check_sizes(config: LlamaConfig, tensor: int) -> None:
+    """Raises EngineError naming each size that ``tensor`` ranks cannot share evenly, and those they can."""
+    faults = _misfits(config, tensor)
+    if not faults:
+        return
+    largest = max(config.num_attention_heads, tensor)
+    fitting = [str(n) for n in range(1, largest + 1) if not _misfits(config, n)]
+    raise EngineError(
+        f"distributed_strategy.tensor_model_parallel_size: {' and '.join(faults)}, but is {tensor}; "
+        f"{', '.join(fitting)} would do"
+    )
+
+
+def _misfits(config: LlamaConfig, tensor: int) -> list[str]:
+    sizes = {
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    faults = [f"must divide {name} ({size})" for name, size in sizes.items() if size % tensor]
+    kv_heads = config.num_key_value_heads
+    if kv_heads % tensor and tensor % kv_heads:
+        faults.append(f"must divide num_key_value_heads ({kv_heads}) or be a multiple of it")
+    return faults
+
+
+# Tensor parallel
+
+
+def split_over_tensor_ranks(llama: Llama, groups: Groups) -> None:
+    """Make each parameter a DTensor on the tensor-parallel mesh and each module compute its share.
+
+    Changes ``llama`` in place; its values must not matter yet (they may be on the meta device).
+    """
+    mesh = groups.tensor_mesh
+    if mesh is None:
+        return
+    residual = residual_placement(groups.parallel)
+    styles: dict[str, ParallelStyle] = {}
+    for name, _ in llama.named_parameters():
+        path = name.removesuffix(".weight")
+        styles[path] = style = _style(llama.config, name, groups, residual)
+        if isinstance(style, (ColwiseParallel, OwnKvHeads)) and split_of(name) != VOCAB:
+            # Several projections read one input, so it is gathered once for all of them.
+            parent = path.rpartition(".")[0]
+            styles[parent] = PrepareModuleInput(input_layouts=residual, desired_input_layouts=Replicate())
+    parallelize_module(llama, mesh, styles, src_data_rank=None)
+
+
+def _style(config: LlamaConfig, name: str, groups: Groups, residual: Placement) -> ParallelStyle:
+    split = split_of(name)
+    if split == REPLICATED:
+        return ReplicatedWeight(residual)
+    if split == KV_HEADS and groups.tensor.size > config.num_key_value_heads:
+        return OwnKvHeads(config, groups)
+    if split == VOCAB and "embed" in name:
+        return RowwiseParallel(input_layouts=Replicate(), output_layouts=residual)
+    return ColwiseParallel() if split.dim == 0 else RowwiseParallel(output_layouts=residual)
+
+
+class ReplicatedWeight(ParallelStyle):
+    """A module of the residual stream whose weight every rank holds: a norm.
+
+    The weight is a DTensor all the same, so that all parameters meet on one mesh in norms and optimizer.
+    """
+
+    def __init__(self, residual: Placement) -> None:
+        self._residual = residual
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        # What these return replaces the module's input and output; torch's own annotations say None.
+        def from_local(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            return DTensor.from_local(inputs[0], mesh, [self._residual], run_check=False)
+
+        def to_local(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
+            return output.to_local()
+
+        return distribute_module(module, device_mesh, _replicate, from_local, to_local)
+
+
+class OwnKvHeads(ParallelStyle):
+    """A key or value projection with fewer heads than ranks: all hold the whole weight, and each computes
+    the one head that its query heads attend to. Gradients are summed over the ranks."""
+
+    def __init__(self, config: LlamaConfig, groups: Groups) -> None:
+        head = groups.tensor.rank * config.num_key_value_heads // groups.tensor.size
+        self._rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Linear)
+        distribute_module(module, device_mesh, _replicate)
+        module.forward = partial(_linear_rows, module, self._rows)  # type: ignore[method-assign]
+        return module
+
+
+def _linear_rows(module: nn.Linear, rows: slice, x: DTensor) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, DTensor)
+    own = weight.to_local(grad_placements=[Partial()])[rows]
+    return F.linear(x.to_local(grad_placements=[Partial()]), own)
+
+
+def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for key, parameter in module.named_parameters(recurse=False):
+        whole = DTensor.from_local(parameter.detach(), mesh, [Replicate()], run_check=False)
+        module.register_parameter(key, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+
+
+# Data parallel
+
+
+def shard_over_data_ranks(root: nn.Module, llama: Llama, groups: Groups, precision: Precision) -> None:
+    """FSDP2: each layer by itself, and what is left of ``root``, the module that is called, as one.
+
+    Parameters stay float32 and are gathered in the compute dtype; gradients are added up and reduced in
+    float32, and summed rather than averaged, since losses are shares of a sum.
+    """
+    mesh = groups.data_mesh
+    assert mesh is not None
+    # Rotary tables come to each layer in float32 and must stay it, so inputs are not cast.
+    policy = MixedPrecisionPolicy(
+        param_dtype=precision.compute if precision.has_masters else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    reshard = groups.parallel.fsdp
+    for layer in llama.model.layers.children():
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in fsdp_modules(root):
+        module.set_gradient_divide_factor(1.0)
+        # The other way to divide by 1 is NCCL's alone.
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def fsdp_modules(root: nn.Module) -> list[FSDPModule]:
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def reduce_gradients(module: nn.Module, now: bool) -> None:
+    """Whether the next backward pass of an FSDP module reduces what has been added up, or only adds."""
+    assert isinstance(module, FSDPModule)
+    module.set_requires_gradient_sync(now)
+    module.set_reshard_after_backward(now)
+    module.set_is_last_backward(now)
+
+
+def drop_gathered(root: nn.Module) -> None:
+    """Forget gathered weights: their shards have changed."""
+    for module in fsdp_modules(root):
+        module.reshard()
+
+
+def whole_rows(hidden: Tensor, groups: Groups) -> Tensor:
+    """(B, S / tp, D) of each rank -> (B, S, D) on every rank.
+
+    The gradient that comes back must be whole and the same on every rank; each takes its part.
+    """
+    mesh = groups.tensor_mesh
+    if mesh is None or not groups.parallel.sequence_parallel:
+        return hidden
+    sharded: Any = DTensor.from_local(hidden, mesh, [Shard(SEQUENCE_DIM)], run_check=False)
+    whole: Tensor = sharded.redistribute(placements=[Replicate()]).to_local(grad_placements=[Replicate()])
+    return whole
