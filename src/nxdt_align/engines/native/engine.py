@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.native import checkpoint, collectives
 from nxdt_align.engines.native.collectives import Group
+from nxdt_align.engines.native.gathering import whole_tensors
 from nxdt_align.engines.native.loading import fill
 from nxdt_align.engines.native.precision import MasterWeights, Precision
 from nxdt_align.engines.native.saving import Saver
@@ -88,6 +89,9 @@ class NativeEngine(Engine):
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         owner = self._masters if self._masters is not None else self._policy.llama
         return list(owner.named_parameters())
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return whole_tensors(self.named_parameters(), self._saver.ranks())
 
     def _publish(self) -> None:
         """Bring the weights that are computed with up to the masters, where those may have moved."""
@@ -173,6 +177,7 @@ class NativeEngine(Engine):
         self._saver.then(action)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        self._saver.finish()
         extra = checkpoint.load(directory, self.named_parameters(), optimizer)
         self._is_behind = True
         self._publish()
