@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,9 @@ class FakeEngine(Engine):
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return []
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        raise NotImplementedError
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         raise NotImplementedError

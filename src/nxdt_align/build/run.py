@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,12 @@ class Run:
 
     def _trainer(self, callbacks: list[Callback], record: dict[str, Any]) -> Trainer:
         settings = self.config.trainer
-        strategy = EngineStrategy(self.engine, parts.cluster(self.env), {RUN_RECORD: record})
+        strategy = EngineStrategy(
+            self.engine,
+            parts.cluster(self.env),
+            {RUN_RECORD: record},
+            background=self.config.exp_manager.async_checkpointing,
+        )
         return Trainer(
             accelerator="cpu" if self.engine.device.type == "cpu" else "auto",
             strategy=strategy,
@@ -311,11 +317,26 @@ class Run:
     # The end
 
     def _export(self, folder: Path) -> None:
+        """Rank 0 writes, one weight after the other, which all ranks put together."""
+        weights = self.engine.whole_parameters()
+        fault: UserError | None = None
+        try:
+            if self.topology.rank == 0:
+                self._write_export(folder, weights)
+        except UserError as error:
+            fault = error
+        for _ in weights:
+            """The other ranks' turn, also where the first has given up."""
+        told = self.engine.broadcast_object(None if fault is None else str(fault))
+        if told is not None:
+            raise fault or UserError(told)
+
+    def _write_export(self, folder: Path, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         tokenizer = Path(self.config.data.tokenizer.type)
         write_hf_folder(
             folder,
             self.model_config,
-            ((name, parameter.detach().cpu()) for name, parameter in self.engine.named_parameters()),
+            weights,
             tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
             dtype=self.precision.compute,
             overwrite=True,

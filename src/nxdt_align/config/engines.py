@@ -102,7 +102,7 @@ _NEURON = (
 )
 _NATIVE_NOT_YET = (
     *("distributed_strategy.zero1", "distributed_strategy.sequence_parallel"),
-    *("exp_manager.save_bf16", "exp_manager.async_checkpointing"),
+    "exp_manager.save_bf16",
     "exp_manager.enable_recovery_time_instrumentation",
     "exp_manager.checkpoint_callback_params.use_master_weights_in_ckpt",
     "exp_manager.fail_on_recompile",

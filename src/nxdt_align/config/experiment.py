@@ -60,7 +60,7 @@ class CheckpointCallbackConfig:
     save_last_n_optim_states: int = -1
     """Checkpoints that keep the optimizer's state; -1 for all."""
     async_save: bool = False
-    """NeMo's asynchronous checkpoints."""
+    """NeMo's asynchronous checkpoints; exp_manager.async_checkpointing has ours."""
     model_parallel_size: int | None = None
     """Tensor x pipeline parallel size, as ${multiply:...} in NxDT's YAMLs; known from
     distributed_strategy."""
@@ -169,7 +169,8 @@ class ExpManagerConfig:
     save_bf16: bool = False
     """Write checkpoint weights in bf16."""
     async_checkpointing: bool = False
-    """Write checkpoints while training goes on."""
+    """Write checkpoints while training goes on, from a copy of the state in each rank's host memory. At
+    most one is under way; what fails in it stops the run at the next one, or at the end."""
     ckpt_ptl_version: str | None = None
     """Version of Lightning to note in a checkpoint that has none."""
     export_hf: bool = True

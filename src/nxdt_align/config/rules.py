@@ -90,7 +90,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     f"{_CALLBACK}.save_best_model": (False, _NO_ARCHIVE),
     f"{_CALLBACK}.always_save_nemo": (False, _NO_ARCHIVE),
     f"{_CALLBACK}.save_nemo_on_train_end": (False, _NO_ARCHIVE),
-    f"{_CALLBACK}.async_save": (False, "NeMo's own; not supported"),
+    f"{_CALLBACK}.async_save": (False, "NeMo's own; exp_manager.async_checkpointing=True does the same"),
 }
 """Path -> (the only value, why), of keys that other programs' YAMLs have."""
 

@@ -8,7 +8,7 @@ an objective is handed in with each call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,6 +126,11 @@ class Engine(ABC):
     @abstractmethod
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's trainable parameters under the plain Llama's names."""
+
+    @abstractmethod
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights by name, one after the other, whole and on the CPU; yields on rank 0 alone.
+        Every rank iterates to the end."""
 
     @abstractmethod
     def clip_gradients(self, max_norm: float | None) -> Tensor:

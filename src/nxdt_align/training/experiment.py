@@ -62,6 +62,8 @@ def start_experiment(
         raise UserError(f"exp_manager: {' '.join(str(error).split())}") from error
     nemo_logging.setLevel(nemo_logging.INFO)
     _keep_events_in_place(run.path, before)
+    if trainer.is_global_zero:
+        _remove_marks(trainer)
     return run.path
 
 
@@ -74,6 +76,15 @@ def _callback_params(settings: Mapping[str, Any], nemo: Any) -> dict[str, Any]:
         # Lightning takes one of the three; NeMo's own default would be a second.
         params["every_n_epochs"] = None
     return params
+
+
+def _remove_marks(trainer: Trainer) -> None:
+    """NeMo marks a checkpoint while it writes or removes it, and deletes what is marked at the next start.
+    Ours are there whole or not at all, and a killed run may have left its mark on the only one."""
+    callback: Any = trainer.checkpoint_callback
+    if callback is not None:
+        for mark in Path(callback.dirpath).glob(f"*{callback.UNFINISHED_CHECKPOINT_SUFFIX}"):
+            mark.unlink(missing_ok=True)
 
 
 def _keep_events_in_place(folder: Path, before: set[Path]) -> None:

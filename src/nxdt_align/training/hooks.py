@@ -193,7 +193,7 @@ class FinishRun(Callback):
     """At the end: a checkpoint of the last step if there is none, and the Hugging Face export.
 
     Args:
-        export: writes the policy to a folder; called on rank 0 alone.
+        export: writes the policy to a folder; called on every rank.
         folder: where to; None exports nothing.
     """
 
@@ -210,7 +210,6 @@ class FinishRun(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also where a run goes on that had all its steps done, as after an export that found no space."""
+        self._engine.finish_saving()
         if self._folder is not None:
-            if self._engine.topology.rank == 0:
-                self._export(self._folder)
-            self._engine.barrier()
+            self._export(self._folder)

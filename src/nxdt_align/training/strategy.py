@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
-from nxdt_align.engines.base import Engine
+from nxdt_align.engines.base import Engine, EngineError
+from nxdt_align.files import explain
 
+log = logging.getLogger(__name__)
 OPTIMIZER_IN_FOLDER = "in the checkpoint folder"
 """Stands where Lightning expects the optimizer's state, which the engine writes itself."""
 
@@ -32,10 +35,17 @@ class EngineStrategy(ParallelStrategy):
         engine: the engine.
         cluster_environment: ranks, as the launcher gives them.
         extra: plain values kept in each checkpoint beside Lightning's.
+        background: write checkpoints while training goes on. One that is to be removed stays until the
+            one before which it was to go is whole.
     """
 
     def __init__(
-        self, engine: Engine, cluster_environment: ClusterEnvironment, extra: Mapping[str, Any]
+        self,
+        engine: Engine,
+        cluster_environment: ClusterEnvironment,
+        extra: Mapping[str, Any],
+        *,
+        background: bool = False,
     ) -> None:
         super().__init__(
             cluster_environment=cluster_environment,
@@ -44,6 +54,7 @@ class EngineStrategy(ParallelStrategy):
         )
         self.engine = engine
         self._extra = dict(extra)
+        self._background = background
         self._loading: Path | None = None
 
     # Places
@@ -105,7 +116,8 @@ class EngineStrategy(ParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         extra = {**checkpoint, **self._extra}
-        self.engine.save(checkpoint_folder(filepath), self.optimizers[0], extra)
+        folder = checkpoint_folder(filepath)
+        self.engine.save(folder, self.optimizers[0], extra, background=self._background)
 
     def load_checkpoint(
         self,
@@ -123,7 +135,14 @@ class EngineStrategy(ParallelStrategy):
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(filepath)
+            self.engine.once_saved(lambda: self.checkpoint_io.remove_checkpoint(filepath))
+
+    def on_exception(self, exception: BaseException) -> None:
+        """A checkpoint in the background is finished, since training that breaks off will need it."""
+        try:
+            self.engine.finish_saving()
+        except EngineError as error:
+            log.error("%s", error)
 
 
 class _FolderIO(CheckpointIO):
@@ -142,5 +161,8 @@ class _FolderIO(CheckpointIO):
         if folder.is_dir():
             # Renamed first, so that a crash half-way leaves nothing that looks like a checkpoint.
             doomed = folder.with_name(f".removing-{folder.name}")
-            folder.replace(doomed)
-            shutil.rmtree(doomed)
+            try:
+                folder.replace(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                log.warning("the earlier checkpoint %s could not be removed: %s", folder, explain(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from nxdt_align.batch import Batch, Topology
 from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.native import checkpoint, collectives
+from nxdt_align.engines.native.gathering import whole_tensors
 from nxdt_align.engines.native.loading import copy_weights, fill
 from nxdt_align.engines.native.mesh import Groups, Parallel
 from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, total_norm
@@ -117,6 +118,9 @@ class NativeEngine(Engine):
         self._is_behind = True
         self._publish()
 
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return whole_tensors(self.named_parameters(), self._saver.ranks())
+
     def _publish(self) -> None:
         """Bring the weights that are computed with up to the masters, where those may have moved."""
         if self._masters is not None and self._is_behind:
@@ -197,6 +201,7 @@ class NativeEngine(Engine):
         self._saver.then(action)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        self._saver.finish()
         extra = checkpoint.load(directory, self.named_parameters(), optimizer)
         self._weights_changed()
         return extra

@@ -9,6 +9,7 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -81,14 +82,18 @@ class Saver:
                 fails after that is raised by the next ``save`` or ``finish``.
         """
         self.finish()
-        if self._ranks is None:
-            self._ranks = Ranks(own_group=True)
-        content = _collect(Path(directory), named_parameters, optimizer, extra, self._ranks)
+        content = _collect(Path(directory), named_parameters, optimizer, extra, self.ranks())
         if background:
             content = content.copied()
             self._flight = _Flight(lambda: _write(content))
         else:
             _write(content)
+
+    def ranks(self) -> Ranks:
+        """All ranks in a group of their own over the CPU; the first call is a collective."""
+        if self._ranks is None:
+            self._ranks = Ranks(own_group=True)
+        return self._ranks
 
     def finish(self) -> None:
         """Wait for the save in the background, if there is one. Raises CheckpointError where it failed."""
@@ -109,23 +114,19 @@ class _Flight:
     """A write on a thread of its own, and what is to be done when it is whole."""
 
     def __init__(self, write: Callable[[], None]) -> None:
-        self._write = write
         self._actions: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._is_whole = False
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="checkpoint")
-        self._thread.start()
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._written = thread.submit(self._run, write)
+        thread.shutdown(wait=False)
 
-    def _run(self) -> None:
-        try:
-            self._write()
-            with self._lock:
-                self._is_whole = True
-                for action in self._actions:
-                    action()
-        except Exception as error:  # raised where someone waits
-            self._error = error
+    def _run(self, write: Callable[[], None]) -> None:
+        write()
+        with self._lock:
+            self._is_whole = True
+            for action in self._actions:
+                action()
 
     def then(self, action: Callable[[], None]) -> None:
         with self._lock:
@@ -135,9 +136,10 @@ class _Flight:
         action()
 
     def wait(self) -> None:
-        self._thread.join()
-        if self._error is not None:
-            raise CheckpointError(f"{self._error} (it was being written in the background)") from self._error
+        try:
+            self._written.result()
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (it was being written in the background)") from error
 
 
 @dataclass(frozen=True)
