@@ -64,6 +64,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "cli_conversion": (),
     "neuron.environment": (),
     "neuron.monitor": (),
+    "neuron.report": (),
 }
 
 # Library -> the only places that may import it.
