@@ -101,9 +101,8 @@ def test_program_that_dies(
 def test_garbage_is_passed_over_with_one_warning(
     install: Install, monitor: NeuronMonitor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install(
-        f"sys.stdout.buffer.write(b'\\xff\\x00{{' * 999 + b'\\n')\nprint('starting 1')\nprint('starting 2')\n{FOREVER}"
-    )
+    binary = "sys.stdout.buffer.write(b'\\xff\\x00{' * 999 + b'\\n')"
+    install(f"{binary}\nprint('starting 1')\nprint('starting 2')\n{FOREVER}")
     monitor.start()
     wait_for(monitor.newest)
     assert len([m for m in caplog.messages if "no report, which is passed over" in m]) <= 2

@@ -74,7 +74,7 @@ def test_device_errors_are_sentences() -> None:
     "line", ["", "neuron-monitor: starting", "[1]", "3", '{"neuron', b"\xff\xfe", "[" * 100000]
 )
 def test_what_is_no_report(line: str | bytes) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 (json's own, or ours)
+    with pytest.raises(ValueError):
         parse(line)
 
 
