@@ -17,6 +17,7 @@ from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.config.check import (
     ConfigError,
     Fault,
+    check,
     load_checked,
     neuron_available,
     resolve_engine,
@@ -33,7 +34,7 @@ _DESCRIPTION = """\
 Preference alignment of Llama-family models from NxD Training's YAML.
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
-  nxdt-align plan --config-name NAME [key=value ...]     print how the data are laid into rows
+  nxdt-align plan --config-name NAME [key=value ...]     print rows, graphs and device memory
   nxdt-align train --config-name NAME [key=value ...]    train
   nxdt-align presets                                     the configs that there are
   nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     config = _add_verb(verbs, "config", "check a configuration and print it as YAML, defaults included")
     config.add_argument("--no-check", action="store_true", help="print it without checking its values")
     _add_help_keys(config, default=argparse.SUPPRESS)
-    _add_verb(verbs, "plan", "tokenize the data and print buckets, graphs and fill, without a model")
+    _add_verb(verbs, "plan", "tokenize the data and print rows, graphs and device memory, without a model")
     train = _add_verb(verbs, "train", "train; train.sh starts as many processes as it takes")
     train.add_argument(
         "--trial-steps", action="store_true", help="a few steps without logger and checkpoints, as COMPILE=1"
@@ -197,7 +198,7 @@ def _overrides(arguments: argparse.Namespace, environment: _Environment) -> list
 
 
 def _config(arguments: argparse.Namespace, environment: _Environment) -> int:
-    config, missing = _read(arguments, environment, check=not arguments.no_check)
+    config, missing = _read(arguments, environment, checked=not arguments.no_check)
     sys.stdout.write(to_yaml(config))
     sys.stdout.flush()
     for fault in missing:
@@ -226,8 +227,12 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 
 def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
-    """Fewer processes than the run's will do: one plans for all ranks."""
-    config = _checked(arguments, environment, None, notify=True)
+    """Fewer processes than the run's will do, and none of its packages: one plans for all ranks."""
+    config, missing = _read(arguments, environment, checked=True)
+    if missing:
+        raise ConfigError(missing, config.source)
+    for notice in check(config):
+        _note(notice)
     from nxdt_align.build.plan import plan_report
 
     print(plan_report(config))
@@ -257,7 +262,7 @@ def _missing_variables(config: Config) -> dict[str, str]:
 
 def _print_env(arguments: argparse.Namespace, environment: _Environment) -> int:
     """Also where the Neuron packages or the data are not: it says what another machine would set."""
-    config, _ = _read(arguments, environment, check=True)
+    config, _ = _read(arguments, environment, checked=True)
     engine = resolve_engine(config, neuron_available())
     if engine != "nxd":
         _note(
@@ -302,7 +307,7 @@ def _inspect(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 
 def _read(
-    arguments: argparse.Namespace, environment: _Environment, *, check: bool
+    arguments: argparse.Namespace, environment: _Environment, *, checked: bool
 ) -> tuple[Config, list[Fault]]:
     """The configuration, whatever engine it is for, and its files that are not on this machine.
 
@@ -311,7 +316,7 @@ def _read(
     config, faults = read_config(
         arguments.config_name, _overrides(arguments, environment), arguments.config_path
     )
-    if check:
+    if checked:
         faults = with_check(config, faults)
     missing = [fault for fault in faults if fault.is_missing_path]
     if len(faults) > len(missing):

@@ -49,21 +49,24 @@ def _total(memory: Memory) -> int:
 
 def _of_stage(work: Workload, stage: int) -> Memory:
     stages = len(work.layers_of_stages)
-    counts = _Weights.of(work, stage)
-    shards = work.data_parallel if work.fsdp else 1
-    shards_of_optimizer = work.data_parallel if work.fsdp or work.zero1 else 1
-    formats, own = work.formats, -(-counts.total // shards)
-    gathered = counts.unsharded * formats.activation if shards > 1 else 0
+    counts, formats = _Weights.of(work, stage), work.formats
     in_flight = min(stages - stage, work.micro_batches)
     held = held_by_model(work) + in_flight * work.layers_of_stages[stage] * kept_of_layer(work)
-    is_last = stage == stages - 1
-    scratch = max(layer_scratch(work, counts.largest), above_layers(work, counts.head) if is_last else 0)
+    scratch = layer_scratch(work, counts.largest)
+    if stage == stages - 1:
+        scratch = max(scratch, above_layers(work, counts.head))
+    shard = -(-counts.total // work.data_parallel)
+    weights, gradients, reference = counts.total, counts.total * formats.gradient, counts.total
+    if work.fsdp and work.data_parallel > 1:
+        weights, reference = counts.gathered, shard
+        gradients = shard * formats.gradient + counts.gathered * formats.weight
+    optimized = shard if work.zero1 or work.fsdp else counts.total
     return Memory(
         stage=stage,
-        weights=own * formats.weight + (own * formats.weight if work.reference else 0) + gathered,
-        gradients=own * formats.gradient,
-        masters=-(-counts.total // shards_of_optimizer) * formats.master,
-        states=-(-counts.total // shards_of_optimizer) * formats.state,
+        weights=(weights + (reference if work.reference else 0)) * formats.weight,
+        gradients=gradients,
+        masters=optimized * formats.master,
+        states=optimized * formats.state,
         activations=held,
         scratch=scratch,
     )
@@ -104,7 +107,7 @@ class _Weights:
         return self.layers * self.layer + self.outside
 
     @property
-    def unsharded(self) -> int:
+    def gathered(self) -> int:
         """What FSDP gathers at a time: what is outside of the layers, one layer, and the next."""
         return self.outside + 2 * self.layer
 
@@ -114,5 +117,5 @@ def _own_size(work: Workload, name: str, shape: tuple[int, ...]) -> int:
     if split.replicated:
         return size
     if split == KV_HEADS:
-        return size // work.model.num_key_value_heads * work.own_kv_heads
+        return size // work.model.num_key_value_heads * (work.kv_heads or work.own_kv_heads)
     return size // work.tensor_parallel

@@ -57,7 +57,7 @@ class Workload:
     """``("full",)``, or names as in ``models.llama.RECOMPUTABLE``."""
     tensor_parallel: int = 1
     kv_heads: int | None = None
-    """Key-value heads that a rank holds, copies included; None: its share."""
+    """Key-value heads that a rank's weights have, copies included; None: its share, at least one."""
     sequence_parallel: bool = False
     context_parallel: int = 1
     stages: tuple[int, ...] | None = None
@@ -68,7 +68,7 @@ class Workload:
     zero1: bool = False
     """Optimizer states and master weights are sharded over the data-parallel ranks."""
     fsdp: bool = False
-    """Weights, gradients, masters and states are."""
+    """Gradients too, and weights are gathered a layer at a time from the masters."""
     tile: int = 0
     """Bytes of the float32 logits that exist at a time (ops.logprobs)."""
     kept: int = 0
@@ -95,9 +95,15 @@ class Workload:
 
     @property
     def own_kv_heads(self) -> int:
-        return self.kv_heads or max(1, self.model.num_key_value_heads // self.tensor_parallel)
+        """Key-value heads that a rank computes."""
+        return max(1, self.model.num_key_value_heads // self.tensor_parallel)
 
     @property
     def width(self) -> int:
         """F of this rank."""
         return self.model.intermediate_size // self.tensor_parallel
+
+
+def even_stages(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each pipeline stage: the first ones have one more where they do not come out even."""
+    return tuple(layers // stages + (i < layers % stages) for i in range(stages))
