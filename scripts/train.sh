@@ -7,9 +7,11 @@
 # COMPILE       1: a few trial steps without logger and checkpoints, under neuron_parallel_compile if it is there
 # TRAIN_ITERS   number of steps, instead of the config's trainer.max_steps
 # LOG_PATH      folder of the log file (default nemo_experiments/logs; with a node's subfolder under Slurm and MPI)
-# MASTER_ADDR, MASTER_PORT   rendezvous of a job of several nodes (default: the first node, 41000)
+# MASTER_ADDR, MASTER_PORT   rendezvous of a job of several nodes (default: the first node, 41000). To keep other
+#               programs off that port, as NxD Training does: sudo sysctl -w net.ipv4.ip_local_reserved_ports=41000
 # NXDT_ALIGN_PYTHON          interpreter (default: of the active environment, then of .venv, then python3)
 # key=value     overrides of the config, e.g. trainer.max_steps=100
+# --print-env   print the environment variables of the Neuron stack that the run would set, and stop
 #
 # Slurm:  sbatch --nodes 4 --ntasks-per-node 1 --wrap "srun examples/train.sh"
 # MPI:    mpirun --map-by ppr:1:node -x MASTER_ADDR=<first node> -x CONF_FILE examples/train.sh
@@ -188,6 +190,11 @@ export PYTHONPATH=$repo/src${PYTHONPATH:+:$PYTHONPATH}
 export PYTHONUNBUFFERED=1
 # As NxD Training sets them.
 export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-128} XLA_DISABLE_FUNCTIONALIZATION=${XLA_DISABLE_FUNCTIONALIZATION:-0}
+for argument in "$@"; do
+  [[ $argument != --print-env ]] ||
+    exec "$python" -m nxdt_align train --config-path "${config%/*}" \
+      --config-name "$(basename -- "$config" .yaml)" "trainer.num_nodes=$nnodes" "$@"
+done
 raise_file_limit
 build_launch "trainer.num_nodes=$nnodes" "$@"
 mkdir -p -- "$log_path"

@@ -330,3 +330,87 @@ def test_debug_shows_the_traceback(build: FakeBuild, good: str, monkeypatch: pyt
     monkeypatch.setenv("NXDT_ALIGN_DEBUG", "1")
     with pytest.raises(UserError):
         main(["train", "--config-name", good])
+
+
+# The Neuron stack's environment
+
+
+@pytest.fixture
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What main reads and writes as os.environ."""
+    variables = {"PATH": "/usr/bin"}
+    monkeypatch.setattr("os.environ", variables)
+    return variables
+
+
+@pytest.fixture
+def nxd_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with the Neuron packages, for a package that has the engine."""
+    monkeypatch.setattr("nxdt_align.cli.neuron_available", lambda: True)
+    monkeypatch.setattr("nxdt_align.config.check.neuron_available", lambda: True)
+    monkeypatch.setattr("nxdt_align.config.engines.MISSING_ENGINES", {}, raising=False)
+
+
+@pytest.mark.usefixtures("nxd_here")
+def test_environment_is_set_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, own_environment: dict[str, str], good: str, tmp_path: Path
+) -> None:
+    seen: dict[str, str] = {}
+
+    class Build(types.ModuleType):
+        RunEnv = types.SimpleNamespace
+
+        def __getattr__(self, name: str) -> Any:
+            """The first thing that is asked of the module, as if its import had read them."""
+            seen.update(own_environment)
+            return lambda config, env: 0
+
+    monkeypatch.setitem(sys.modules, "nxdt_align.build", Build("nxdt_align.build"))
+    monkeypatch.setattr("nxdt_align.build", sys.modules["nxdt_align.build"], raising=False)
+    own_environment |= {"NEURON_RT_EXEC_TIMEOUT": "7", "NEURON_CC_FLAGS": "-O1"}
+    assert main(["train", "--config-name", good, f"compiler_cache_url={tmp_path}/cache"]) == 0
+    assert seen["NEURON_RT_EXEC_TIMEOUT"] == "7", "the user's"
+    assert seen["NEURON_CC_FLAGS"].startswith("-O1 --model-type transformer --enable")
+    assert seen["NEURON_COMPILE_CACHE_URL"] == f"{tmp_path}/cache"
+    assert seen["XLA_DOWNCAST_BF16"] == "1"
+
+
+def test_another_engine_sets_nothing(build: FakeBuild, own_environment: dict[str, str], good: str) -> None:
+    assert main(["train", "--config-name", good, "distributed_strategy.engine=native"]) == 0
+    assert "XLA_DOWNCAST_BF16" not in own_environment
+
+
+@pytest.mark.usefixtures("nxd_here")
+@pytest.mark.parametrize("verb", ["train", "processes"])
+def test_compile_cache_that_cannot_be_written_stops_first(
+    build: FakeBuild,
+    own_environment: dict[str, str],
+    good: str,
+    capsys: pytest.CaptureFixture[str],
+    verb: str,
+) -> None:
+    """train.sh asks for the number of processes before it starts them."""
+    assert main([verb, "--config-name", good, f"compiler_cache_url={good}/cache"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = [line for line in said.err.splitlines() if not line.startswith("notice: ")]
+    assert "compiler_cache_url: must be a folder that can be written to, or an s3:// address" in line
+    assert f"where {good} is a file" in line
+    assert build.calls == []
+    assert "XLA_DOWNCAST_BF16" not in own_environment
+
+
+def test_print_env_trains_nothing_and_needs_no_packages(
+    build: FakeBuild, own_environment: dict[str, str], good: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_environment["NEURON_RT_EXEC_TIMEOUT"] = "7"
+    arguments = ["train", "--config-name", good, "--print-env", "data.train_dir=/not/here.jsonl"]
+    assert main([*arguments, "distributed_strategy.engine=nxd"]) == 0
+    said = capsys.readouterr()
+    assert "export NEURON_RT_EXEC_TIMEOUT=7  # already set\n" in said.out
+    assert "export XLA_DOWNCAST_BF16=1  # YAML (precision.type)\n" in said.out
+    assert build.calls == []
+    assert main([*arguments, "distributed_strategy.engine=native"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "export NEURON_RT_EXEC_TIMEOUT=7  # already set\n"
+    assert "engine native sets none of them" in said.err

@@ -367,6 +367,33 @@ def test_compile_runs_under_the_compiler(train: Trainer) -> None:
     assert train(COMPILE="0").status == 0
 
 
+@pytest.mark.usefixtures("scontrol")
+def test_print_env_is_one_process_that_sees_the_nodes_environment(train: Trainer) -> None:
+    result = train("trainer.max_steps=3", "--print-env", SLURM_JOB_NODELIST="trn[1-4]", **SLURM)
+    (call,) = result.calls
+    arguments = call["argv"]
+    assert arguments[:3] == ["-m", "nxdt_align", "train"]
+    assert arguments[-3:] == ["trainer.num_nodes=4", "trainer.max_steps=3", "--print-env"]
+    assert call["env"]["FI_PROVIDER"] == "efa"
+    assert not (train.cwd / "nemo_experiments").exists(), "nothing is logged"
+
+
+def test_print_env_with_the_real_command_line(train: Trainer) -> None:
+    result = train("distributed_strategy.engine=nxd", "--print-env", NXDT_ALIGN_PYTHON=sys.executable)
+    assert result.status == 0, result.stderr
+    assert "export NEURON_RT_EXEC_TIMEOUT=100  # YAML (neuron_rt_exec_timeout)" in result.stdout
+    assert "export MALLOC_ARENA_MAX=128  # already set" in result.stdout
+
+
+def test_what_nxd_training_exports_for_efa_is_set_and_may_be_overridden(train: Trainer) -> None:
+    exports = {"FI_EFA_USE_DEVICE_RDMA": "1", "FI_PROVIDER": "efa", "FI_EFA_FORK_SAFE": "1"}
+    environment = train(MASTER_ADDR="h", **MPI).calls[-1]["env"]
+    assert {name: environment[name] for name in exports} == exports
+    environment = train(MASTER_ADDR="h", FI_PROVIDER="tcp", **MPI).calls[-1]["env"]
+    assert environment["FI_PROVIDER"] == "tcp"
+    assert "FI_PROVIDER" not in train().calls[-1]["env"], "one node needs no EFA"
+
+
 def test_interpreter_of_the_active_environment(train: Trainer) -> None:
     environment = train.folder / "env"
     (environment / "bin").mkdir(parents=True)

@@ -14,18 +14,27 @@ from pathlib import Path
 
 from nxdt_align import __version__
 from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
-from nxdt_align.config.check import ConfigError, load_checked, with_check
+from nxdt_align.config.check import (
+    ConfigError,
+    Fault,
+    check,
+    load_checked,
+    neuron_available,
+    resolve_engine,
+    with_check,
+)
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import presets, read_config, to_yaml
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.files import explain
+from nxdt_align.neuron.environment import cache_fault, describe, missing_from, neuron_environment
 
 _DESCRIPTION = """\
 Preference alignment of Llama-family models from NxD Training's YAML.
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
-  nxdt-align plan --config-name NAME [key=value ...]     print how the data are laid into rows
+  nxdt-align plan --config-name NAME [key=value ...]     print rows, graphs and device memory
   nxdt-align train --config-name NAME [key=value ...]    train
   nxdt-align presets                                     the configs that there are
   nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
@@ -136,10 +145,15 @@ def _parser() -> argparse.ArgumentParser:
     config = _add_verb(verbs, "config", "check a configuration and print it as YAML, defaults included")
     config.add_argument("--no-check", action="store_true", help="print it without checking its values")
     _add_help_keys(config, default=argparse.SUPPRESS)
-    _add_verb(verbs, "plan", "tokenize the data and print buckets, graphs and fill, without a model")
+    _add_verb(verbs, "plan", "tokenize the data and print rows, graphs and device memory, without a model")
     train = _add_verb(verbs, "train", "train; train.sh starts as many processes as it takes")
     train.add_argument(
         "--trial-steps", action="store_true", help="a few steps without logger and checkpoints, as COMPILE=1"
+    )
+    train.add_argument(
+        "--print-env",
+        action="store_true",
+        help="print the environment variables of the Neuron stack as this run would set them, and stop",
     )
     listing = verbs.add_parser("presets", help="list the configs that there are, one line each")
     listing.add_argument(
@@ -184,15 +198,7 @@ def _overrides(arguments: argparse.Namespace, environment: _Environment) -> list
 
 
 def _config(arguments: argparse.Namespace, environment: _Environment) -> int:
-    """Prints to the end: a file that is missing here may be there on the node that trains."""
-    config, faults = read_config(
-        arguments.config_name, _overrides(arguments, environment), arguments.config_path
-    )
-    if not arguments.no_check:
-        faults = with_check(config, faults)
-    missing = [fault for fault in faults if fault.is_missing_path]
-    if len(faults) > len(missing):
-        raise ConfigError(faults, config.source)
+    config, missing = _read(arguments, environment, checked=not arguments.no_check)
     sys.stdout.write(to_yaml(config))
     sys.stdout.flush()
     for fault in missing:
@@ -201,8 +207,12 @@ def _config(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 
 def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
+    if arguments.print_env:
+        return _print_env(arguments, environment)
     _log_to_terminal(environment.rank)
     config = _checked(arguments, environment, environment.world_size, notify=environment.rank == 0)
+    # torch_xla and the Neuron runtime read the environment when they are imported.
+    os.environ.update(_missing_variables(config))
     from nxdt_align import build
 
     return build.train(
@@ -217,8 +227,12 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 
 def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
-    """Fewer processes than the run's will do: one plans for all ranks."""
-    config = _checked(arguments, environment, None, notify=True)
+    """Fewer processes than the run's will do, and none of its packages: one plans for all ranks."""
+    config, missing = _read(arguments, environment, checked=True)
+    if missing:
+        raise ConfigError(missing, config.source)
+    for notice in check(config):
+        _note(notice)
     from nxdt_align.build.plan import plan_report
 
     print(plan_report(config))
@@ -226,7 +240,35 @@ def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 
 def _processes(arguments: argparse.Namespace, environment: _Environment) -> int:
-    print(_checked(arguments, environment, None, notify=False).trainer.devices)
+    config = _checked(arguments, environment, None, notify=False)
+    _missing_variables(config)
+    print(config.trainer.devices)
+    return 0
+
+
+def _missing_variables(config: Config) -> dict[str, str]:
+    """What engine nxd needs in the environment and is not there yet; nothing for another engine.
+
+    Raises ConfigError for a compile cache that cannot be written to.
+    """
+    if resolve_engine(config, neuron_available()) != "nxd":
+        return {}
+    wanted = neuron_environment(config)
+    fault = cache_fault(os.environ, wanted)
+    if fault is not None:
+        raise ConfigError([fault], config.source)
+    return missing_from(os.environ, wanted)
+
+
+def _print_env(arguments: argparse.Namespace, environment: _Environment) -> int:
+    """Also where the Neuron packages or the data are not: it says what another machine would set."""
+    config, _ = _read(arguments, environment, checked=True)
+    engine = resolve_engine(config, neuron_available())
+    if engine != "nxd":
+        _note(
+            f"engine {engine} sets none of them; distributed_strategy.engine=nxd shows what it sets on Neuron"
+        )
+    print("\n".join(describe(os.environ, neuron_environment(config) if engine == "nxd" else {})))
     return 0
 
 
@@ -262,6 +304,24 @@ def _inspect(arguments: argparse.Namespace, environment: _Environment) -> int:
     found = conversion.describe(arguments.path, arguments.config)
     print(json.dumps(found, indent=2) if arguments.json else conversion.to_text(found))
     return 0
+
+
+def _read(
+    arguments: argparse.Namespace, environment: _Environment, *, checked: bool
+) -> tuple[Config, list[Fault]]:
+    """The configuration, whatever engine it is for, and its files that are not on this machine.
+
+    Raises ConfigError for any other fault.
+    """
+    config, faults = read_config(
+        arguments.config_name, _overrides(arguments, environment), arguments.config_path
+    )
+    if checked:
+        faults = with_check(config, faults)
+    missing = [fault for fault in faults if fault.is_missing_path]
+    if len(faults) > len(missing):
+        raise ConfigError(faults, config.source)
+    return config, missing
 
 
 def _checked(

@@ -45,6 +45,18 @@ def explain(error: OSError) -> str:
     return f"{reason} ({error.strerror})" if reason else str(error)
 
 
+CHOOSE_ANOTHER = "make it writable, or choose another folder"
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why ``folder`` cannot be made or written to, as the end of a sentence that names it; None where
+    it can. It is not made here."""
+    place = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not place.is_dir():
+        return f", where {place} is a file"
+    return None if os.access(place, os.W_OK | os.X_OK) else f", and {place} is not writable"
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     """Make ``path`` a file that holds ``data``; replaces an earlier one. Creates the folder.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
+from nxdt_align.files import CHOOSE_ANOTHER, unwritable
 
 
 def require_writable(key: str, folder: Path) -> None:
@@ -18,16 +18,10 @@ def require_writable(key: str, folder: Path) -> None:
 
     It is not made here: a run that stops early leaves nothing behind.
     """
-    place = next(p for p in (folder, *folder.parents) if os.path.exists(p))
-    if not place.is_dir():
+    problem = unwritable(folder)
+    if problem is not None:
         raise UserError(
-            f"{key}: must be a folder that can be written to, but is {folder}, where {place} is a file; "
-            "choose another folder"
-        )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{key}: must be a folder that can be written to, but is {folder}, and {place} is not writable; "
-            "make it writable, or choose another folder"
+            f"{key}: must be a folder that can be written to, but is {folder}{problem}; {CHOOSE_ANOTHER}"
         )
 
 

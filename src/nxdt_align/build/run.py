@@ -28,8 +28,10 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.neuron.monitor import NeuronMonitor
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.training import optim
+from nxdt_align.training.devices import DeviceMonitor
 from nxdt_align.training.experiment import start_experiment
 from nxdt_align.training.hooks import (
     PREFLIGHT_TOLERANCE,
@@ -102,7 +104,7 @@ class Run:
         exports = self.config.exp_manager.export_hf and not self.env.compile_only
         finish = FinishRun(self.engine, self._export, run.path / EXPORT if exports else None)
         with misconfiguration_is_the_users():
-            trainer = self._trainer([*callbacks, finish], {"identity": identity, **record})
+            trainer = self._trainer([*self._monitor(), *callbacks, finish], {"identity": identity, **record})
             if not self.env.compile_only:
                 self._start_experiment(trainer, run, identity, identity_parts)
             taken_up = None if resumed is None else str(resumed)
@@ -217,6 +219,12 @@ class Run:
             store=None if store is None else store.folder,
         )
         return [first, preflight], record
+
+    def _monitor(self) -> list[Callback]:
+        """neuron-monitor sees every process of its node, so one of them starts it."""
+        if self.env.local_rank != 0 or self.env.compile_only:
+            return []
+        return [DeviceMonitor(NeuronMonitor(), self.config.trainer.log_every_n_steps)]
 
     def _store(self, origin: ReferenceOrigin) -> ReferenceStore:
         made_from = {

@@ -1,0 +1,141 @@
+"""Bytes that a Llama's forward pass keeps for its backward pass, and bytes that exist for a moment.
+
+docs/memory.md derives the terms; ``models.workload`` has the legend.
+"""
+
+from __future__ import annotations
+
+from nxdt_align.models.workload import FLOAT, Workload
+
+
+def kept_of_layer(work: Workload) -> int:
+    """What a layer keeps for its backward pass."""
+    if "full" in work.recompute:
+        return work.residual_positions * work.model.hidden_size * work.formats.residual
+    return 2 * _norm(work) + _inputs(work) + _attention(work) + _mlp(work)
+
+
+def _whole_layer(work: Workload) -> int:
+    """A layer that recomputes nothing."""
+    parts = (_norm(work, whole=True), _norm(work, whole=True), _inputs(work, whole=True))
+    return sum(parts) + _attention(work, whole=True) + _mlp(work, whole=True)
+
+
+def _norm(work: Workload, whole: bool = False) -> int:
+    """The input in float32 and the normed values, or the input alone."""
+    positions, hidden = work.residual_positions, work.model.hidden_size
+    if "LlamaRMSNorm" in work.recompute and not whole:
+        return positions * hidden * work.formats.residual
+    return positions * (hidden * (FLOAT + work.formats.residual) + FLOAT)
+
+
+def _inputs(work: Workload, whole: bool = False) -> int:
+    """Inputs of the projections: one tensor each for q, k, v and for gate, up. torch.autocast casts an
+    input anew for each of them, and keeps its copies of the weights too."""
+    formats = work.formats
+    size = work.residual_positions * work.model.hidden_size
+    is_mlp_kept = "LlamaMLP" not in work.recompute or whole
+    if not formats.autocast:
+        return 2 * size * formats.activation
+    attention_weights, mlp_weights = _product_weights(work)
+    into_mlp = (2 * size + mlp_weights) * formats.activation if is_mlp_kept else size * FLOAT
+    return (3 * size + attention_weights) * formats.activation + into_mlp
+
+
+def _product_weights(work: Workload) -> tuple[int, int]:
+    """Numbers of the weights of a layer's attention and MLP projections."""
+    hidden, head = work.model.hidden_size, work.model.head_dim
+    return 2 * hidden * head * (work.heads + work.own_kv_heads), 3 * hidden * work.width
+
+
+def _attention(work: Workload, whole: bool = False) -> int:
+    """Queries, keys and values as the kernel takes them, its result, and what lies between pairs."""
+    n, size, head = work.positions, work.formats.activation, work.model.head_dim
+    out = n * work.heads * head * size
+    if "CoreAttention" in work.recompute and not whole:
+        return out + n * (work.heads + 2 * work.own_kv_heads) * head * size
+    return out + _kernel(work)
+
+
+def _kernel(work: Workload) -> int:
+    """Keys and values are repeated to the queries' heads."""
+    n, head = work.positions, work.model.head_dim
+    pairs = n * work.tokens
+    if work.attention == "scores":
+        return (3 * n * head + pairs) * work.heads * FLOAT
+    inputs = n * work.heads * (3 * head * work.formats.activation + FLOAT)
+    return inputs + (pairs * work.formats.activation if work.attention == "masked" else 0)
+
+
+def _mlp(work: Workload, whole: bool = False) -> int:
+    """Gate, its activation, up, and their product, which the last projection takes."""
+    one = work.positions * work.width * work.formats.activation
+    if whole:
+        return 4 * one
+    if "LlamaMLP" in work.recompute:
+        return 0
+    return (3 if "ActivationMultiplyMLP" in work.recompute else 4) * one
+
+
+def held_by_model(work: Workload) -> int:
+    """Rotary angles, cos and sin, the mask, and the batch itself."""
+    rotary = 2 * work.positions * work.model.head_dim * FLOAT
+    mask = 0 if work.attention == "flash" else work.positions * work.tokens
+    return rotary + mask + 8 * (3 * work.positions + 3 * work.rows * work.responses)
+
+
+def _vocabulary(work: Workload) -> int:
+    return -(-work.model.vocab_size // work.tensor_parallel)
+
+
+# What exists for a moment
+
+
+def layer_scratch(work: Workload, largest_weight: int) -> int:
+    """The backward pass of one layer: what it recomputes, and gradients."""
+    size = work.formats.activation
+    residual = 2 * work.residual_positions * work.model.hidden_size * work.formats.residual
+    gathered = work.positions * work.model.hidden_size * size if work.sequence_parallel else 0
+    of_weight = largest_weight * max(size, work.formats.weight)
+    return residual + gathered + of_weight + max(_in_mlp(work), _in_attention(work))
+
+
+def _in_mlp(work: Workload) -> int:
+    """Gradients of the product's two factors come to what is kept; the product's own takes its place."""
+    recomputed = {
+        "full": _whole_layer(work),
+        "LlamaMLP": _mlp(work, whole=True),
+        "LlamaRMSNorm": _norm(work, whole=True),
+        "ActivationMultiplyMLP": work.positions * work.width * work.formats.activation,
+    }
+    here = max((recomputed.get(name, 0) for name in work.recompute), default=0)
+    return here + 2 * work.positions * work.width * work.formats.activation
+
+
+def _in_attention(work: Workload) -> int:
+    """By then, what the layer kept for its MLP and second norm is free again."""
+    is_full = "full" in work.recompute
+    freed = _mlp(work, whole=is_full) + _norm(work, whole=is_full)
+    recomputed = _whole_layer(work) if is_full else 0
+    if "CoreAttention" in work.recompute:
+        recomputed = _kernel(work)
+    return recomputed + _attention_gradients(work) - freed
+
+
+def _attention_gradients(work: Workload) -> int:
+    """Of queries, keys, values and result; with scores, of them and of the softmax's input."""
+    n, size = work.positions, work.formats.activation
+    if work.attention == "scores":
+        return (4 * n * work.model.head_dim + 2 * n * work.tokens) * work.heads * FLOAT
+    return 4 * n * work.heads * work.model.head_dim * size
+
+
+def above_layers(work: Workload, head: int) -> int:
+    """Last norm, hidden states at the responses, probabilities, a tile of logits, gradients of head and
+    hidden states in float32; in a lower precision, a product of it and its float32 copy besides."""
+    formats, at_responses = work.formats, work.rows * work.responses
+    hidden = at_responses * work.model.hidden_size
+    logits = at_responses * _vocabulary(work) * FLOAT
+    kept = hidden * (FLOAT if formats.autocast else formats.activation) + min(work.kept, logits)
+    besides = 0 if formats.weight == FLOAT else FLOAT + formats.weight
+    return _norm(work) + kept + min(work.tile, logits) + (head + hidden) * (FLOAT + besides)

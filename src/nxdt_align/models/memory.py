@@ -1,0 +1,121 @@
+"""Device memory that training a Llama takes, in bytes a device: arithmetic alone, nothing is allocated.
+
+docs/memory.md derives the terms, and says how they were checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from nxdt_align.models.activations import above_layers, held_by_model, kept_of_layer, layer_scratch
+from nxdt_align.models.config import weight_shapes
+from nxdt_align.models.sharding import KV_HEADS, split_of
+from nxdt_align.models.workload import Workload
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, of the pipeline stage that needs most."""
+
+    stage: int
+    weights: int
+    """Those that are computed with, a frozen reference's included."""
+    gradients: int
+    masters: int
+    states: int
+    activations: int
+    """What the forward pass keeps for the backward pass, of all micro-batches in flight."""
+    scratch: int
+    """What exists for a moment: a layer that is recomputed and its gradients, or what is above the last
+    layer, logits included; the larger of the two."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.masters + self.states + self.activations + self.scratch
+
+
+def estimate(work: Workload) -> Memory:
+    """The memory of the stage that needs most, at the moment at which it does.
+
+    That is the backward pass of a micro-batch that is not the first: the others' gradients are there.
+    """
+    return max((_of_stage(work, stage) for stage in range(len(work.layers_of_stages))), key=_total)
+
+
+def _total(memory: Memory) -> int:
+    return memory.total
+
+
+def _of_stage(work: Workload, stage: int) -> Memory:
+    stages = len(work.layers_of_stages)
+    counts, formats = _Weights.of(work, stage), work.formats
+    in_flight = min(stages - stage, work.micro_batches)
+    held = held_by_model(work) + in_flight * work.layers_of_stages[stage] * kept_of_layer(work)
+    scratch = layer_scratch(work, counts.largest)
+    if stage == stages - 1:
+        scratch = max(scratch, above_layers(work, counts.head))
+    shard = -(-counts.total // work.data_parallel)
+    weights, gradients, reference = counts.total, counts.total * formats.gradient, counts.total
+    if work.fsdp and work.data_parallel > 1:
+        weights, reference = counts.gathered, shard
+        gradients = shard * formats.gradient + counts.gathered * formats.weight
+    optimized = shard if work.zero1 or work.fsdp else counts.total
+    return Memory(
+        stage=stage,
+        weights=(weights + (reference if work.reference else 0)) * formats.weight,
+        gradients=gradients,
+        masters=optimized * formats.master,
+        states=optimized * formats.state,
+        activations=held,
+        scratch=scratch,
+    )
+
+
+# Weights
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Numbers of a stage's weights on one tensor-parallel rank."""
+
+    layer: int
+    layers: int
+    largest: int
+    """Of a layer's single weights."""
+    outside: int
+    """Embedding, last norm and head."""
+    head: int
+
+    @classmethod
+    def of(cls, work: Workload, stage: int) -> _Weights:
+        sizes = {name: _own_size(work, name, shape) for name, shape in weight_shapes(work.model).items()}
+        layer = [size for name, size in sizes.items() if name.startswith("model.layers.0.")]
+        is_first, is_last = stage == 0, stage == len(work.layers_of_stages) - 1
+        embedding = sizes["model.embed_tokens.weight"]
+        above = sizes["model.norm.weight"] + sizes.get("lm_head.weight", 0)
+        return cls(
+            layer=sum(layer),
+            layers=work.layers_of_stages[stage],
+            largest=max(layer),
+            outside=is_first * embedding + is_last * above,
+            head=sizes.get("lm_head.weight", embedding),
+        )
+
+    @property
+    def total(self) -> int:
+        return self.layers * self.layer + self.outside
+
+    @property
+    def gathered(self) -> int:
+        """What FSDP gathers at a time: what is outside of the layers, one layer, and the next."""
+        return self.outside + 2 * self.layer
+
+
+def _own_size(work: Workload, name: str, shape: tuple[int, ...]) -> int:
+    split, size = split_of(name), prod(shape)
+    if split.replicated:
+        return size
+    if split == KV_HEADS:
+        return size // work.model.num_key_value_heads * (work.kv_heads or work.own_kv_heads)
+    return size // work.tensor_parallel

@@ -1,0 +1,188 @@
+"""Environment variables of the Neuron stack that follow from the YAML, as NxDT sets them.
+
+torch_xla, the runtime and the compiler read them once, when they start: they must be set before the
+first import of torch_xla. What the user has set stays.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nxdt_align.config.faults import Fault
+from nxdt_align.config.schema import Config, PrecisionConfig
+from nxdt_align.errors import UserError
+from nxdt_align.files import CHOOSE_ANOTHER, unwritable
+
+FLAGS = "NEURON_CC_FLAGS"
+CACHE = "NEURON_COMPILE_CACHE_URL"
+DEFAULT_CACHE = "/var/tmp/neuron-compile-cache"
+"""Where the Neuron compiler keeps its graphs where nobody says otherwise."""
+
+Origin = Literal["YAML", "already set", "already set, then YAML"]
+
+KEYS: dict[str, str] = {
+    "NEURON_FUSE_SOFTMAX": "model.fusions.softmax",
+    "NEURON_EXPERIMENTAL_COMPRESS_RG": "neuron_experimental_compress_rg",
+    "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": "aync_exec_max_inflight_requests",
+    "BUCKET_CAP_MB": "bucket_size_collectives",
+    CACHE: "compiler_cache_url",
+    FLAGS: "compiler_flags, precision.type",
+    "NEURON_RT_EXEC_TIMEOUT": "neuron_rt_exec_timeout",
+    "XLA_USE_BF16": "precision.type",
+    "XLA_DOWNCAST_BF16": "precision.type",
+    "NEURON_RT_STOCHASTIC_ROUNDING_EN": "precision.type",
+}
+"""Variable -> the keys that it follows from."""
+
+_RELATED = ("NEURON_", "NEURONCORE_", "XLA_", "PJRT_", "NXD_", "FI_", "CCOM_", "MALLOC_ARENA_MAX")
+"""Beginnings of the names of what else steers the stack."""
+
+_ACCUMULATE = "--enable-mixed-precision-accumulation"
+_NO_CAST = "--auto-cast none"
+
+
+@dataclass(frozen=True)
+class _Format:
+    """One value of ``precision.type`` in the stack's terms; None leaves a variable unset."""
+
+    use_bf16: str
+    downcast_bf16: str
+    stochastic_rounding: str | None
+    flags: tuple[str, ...]
+
+
+_FORMATS: dict[str, _Format] = {
+    "bf16SR":            _Format("1", "0", "1", (_ACCUMULATE,)),
+    "mixed_precision":   _Format("0", "1", "0", (_ACCUMULATE,)),
+    "mixed_precisionSR": _Format("0", "1", "1", (_ACCUMULATE,)),
+    "fp32":              _Format("0", "0", None, (_NO_CAST,)),
+    "autocast":          _Format("0", "0", "0", (_ACCUMULATE, _NO_CAST)),
+}  # fmt: skip
+
+
+def _format(precision: PrecisionConfig) -> _Format:
+    if precision.type == "manual":
+        rounding = precision.neuron_rt_stochastic_rounding_en
+        return _Format(precision.xla_use_bf16, precision.xla_downcast_bf16, rounding, ())
+    return _FORMATS[precision.type.replace("precision_SR", "precisionSR")]
+
+
+def neuron_environment(config: Config) -> dict[str, str]:
+    """Variable -> value, as NxDT's training_orchestrator.py sets them on an empty environment.
+
+    A compiler flag that precision.type implies gives way to the same flag in compiler_flags. Raises
+    UserError for flags that a shell could not read.
+    """
+    chosen = _format(config.precision)
+    values: dict[str, str | None] = {
+        "NEURON_FUSE_SOFTMAX": "1" if config.model.fusions.softmax else None,
+        "NEURON_EXPERIMENTAL_COMPRESS_RG": "1" if config.neuron_experimental_compress_rg else "0",
+        "NEURON_RT_ASYNC_EXEC_MAX_INFLIGHT_REQUESTS": str(config.aync_exec_max_inflight_requests),
+        "BUCKET_CAP_MB": str(config.bucket_size_collectives),
+        CACHE: config.compiler_cache_url,
+        FLAGS: add_flags(config.compiler_flags, " ".join(chosen.flags)),
+        "NEURON_RT_EXEC_TIMEOUT": str(config.neuron_rt_exec_timeout),
+        "XLA_USE_BF16": chosen.use_bf16,
+        "XLA_DOWNCAST_BF16": chosen.downcast_bf16,
+        "NEURON_RT_STOCHASTIC_ROUNDING_EN": chosen.stochastic_rounding,
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def missing_from(present: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
+    """What of ``wanted`` has still to be set: what is ``present`` stays, but compiler flags are added.
+
+    Applied twice, it changes nothing the second time.
+    """
+    absent = {name: value for name, value in wanted.items() if name not in present}
+    if FLAGS in wanted and FLAGS in present:
+        merged = add_flags(present[FLAGS], wanted[FLAGS])
+        if merged != present[FLAGS].strip():
+            absent[FLAGS] = merged
+    return absent
+
+
+def describe(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """A line of shell for each variable with its value and origin, related ones that are set included."""
+    changed = missing_from(present, wanted)
+    related = sorted(n for n in present if n.startswith(_RELATED) and n not in wanted)
+    lines = []
+    for name in (*wanted, *related):
+        origin: Origin = "already set"
+        if name in changed:
+            origin = "already set, then YAML" if name in present else "YAML"
+        about = origin if origin == "already set" else f"{origin} ({KEYS[name]})"
+        lines.append(f"export {name}={shlex.quote({**present, **changed}[name])}  # {about}")
+    return lines
+
+
+# The compile cache
+
+
+def local_cache(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """The compiler's cache and the variable that says so, none for the default; None for an s3://
+    address."""
+    for tokens in _options(environment.get(FLAGS, "")):
+        name, _, value = tokens[0].partition("=")
+        if name == "--cache_dir":
+            return _local(value or "".join(tokens[1:]), FLAGS)
+    if environment.get(CACHE):
+        return _local(environment[CACHE], CACHE)
+    return DEFAULT_CACHE, ""
+
+
+def cache_fault(present: Mapping[str, str], wanted: Mapping[str, str]) -> Fault | None:
+    """What is wrong with the compiler's cache, where it is a folder of this machine."""
+    place = local_cache({**present, **missing_from(present, wanted)})
+    problem = unwritable(Path(place[0])) if place else None
+    if place is None or problem is None:
+        return None
+    folder, variable = place
+    rule = "must be a folder that can be written to, or an s3:// address"
+    if variable in present:
+        rule += f" (so must the variable {variable}, which goes before it)"
+    elif not variable:
+        rule += " (null means the compiler's own default)"
+    return Fault("compiler_cache_url", f"{rule}, but is {folder}{problem}", advice=CHOOSE_ANOTHER)
+
+
+def _local(address: str, origin: str) -> tuple[str, str] | None:
+    path = address.removeprefix("file://")
+    return None if "://" in path else (path, origin)
+
+
+# Compiler flags
+
+
+def add_flags(first: str, more: str) -> str:
+    """``first``, then those options of ``more`` that it has not. Raises UserError for an open quote."""
+    known = {_name(tokens) for tokens in _options(first)}
+    added = [shlex.join(tokens) for tokens in _options(more) if _name(tokens) not in known]
+    return " ".join(filter(None, [first.strip(), *added]))
+
+
+def _options(text: str) -> list[list[str]]:
+    """Options with their values: ``--a b -O1`` is [[--a, b], [-O1]]."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"compiler_flags, or the variable {FLAGS}: must be options as in a shell, but is {text!r} "
+            f"({error}); close the quote"
+        ) from error
+    found: list[list[str]] = []
+    for word in words:
+        if word.startswith("-") or not found:
+            found.append([word])
+        else:
+            found[-1].append(word)
+    return found
+
+
+def _name(tokens: Sequence[str]) -> str:
+    name = tokens[0].partition("=")[0]
+    return "--optlevel" if name in ("-O", "-O1", "-O2", "-O3") else name

@@ -1,0 +1,105 @@
+"""The Neuron packages: real ones, missing ones, and PyPI's placeholders, made as they are installed."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from nxdt_align.config.engines import (
+    NEURON_INDEX,
+    find_missing_neuron_packages,
+    neuron_available,
+)
+
+MODULES = {
+    "torch-neuronx": "torch_neuronx",
+    "neuronx-cc": "neuronxcc",
+    "libneuronxla": "libneuronxla",
+    "neuronx-distributed": "neuronx_distributed",
+    "torch-xla": "torch_xla",
+}
+
+
+class Site:
+    """The only folder that modules and distributions are found in."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        monkeypatch.setattr("sys.path", [str(folder)])
+        monkeypatch.setattr("sys.meta_path", [importlib.machinery.PathFinder])
+        for module in MODULES.values():
+            monkeypatch.delitem(importlib.sys.modules, module, raising=False)  # type: ignore[attr-defined]
+
+    def install(self, package: str, *, placeholder: bool = False) -> None:
+        info = self.folder / f"{package.replace('-', '_')}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        if not placeholder:
+            module = self.folder / MODULES[package]
+            module.mkdir()
+            (module / "__init__.py").write_text("raise SystemExit('only looked for, never imported')")
+        importlib.invalidate_caches()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    return Site(tmp_path / "site", monkeypatch)
+
+
+def test_all_real(site: Site) -> None:
+    for package in MODULES:
+        site.install(package)
+    assert find_missing_neuron_packages() is None
+    assert find_missing_neuron_packages(cpu_mode=True) is None
+    assert neuron_available()
+
+
+def test_none_there(site: Site) -> None:
+    message = find_missing_neuron_packages()
+    assert message is not None
+    assert (
+        "not installed: torch-neuronx, neuronx-cc, libneuronxla, neuronx-distributed, torch-xla." in message
+    )
+    assert "placeholder" not in message and "uninstall" not in message
+    assert f"({NEURON_INDEX}): pip install -r requirements_dpo.txt" in message
+    assert "distributed_strategy.engine=native runs without" in message
+    assert not neuron_available()
+
+
+def test_placeholders_are_told_from_missing_packages(site: Site) -> None:
+    site.install("torch-xla")
+    site.install("libneuronxla")
+    for package in ("torch-neuronx", "neuronx-distributed"):
+        site.install(package, placeholder=True)
+    message = find_missing_neuron_packages()
+    assert message is not None
+    assert "not installed: neuronx-cc;" in message
+    assert "instead of the package: torch-neuronx, neuronx-distributed." in message
+    assert "pip uninstall -y torch-neuronx neuronx-distributed, then pip install -r" in message
+    assert not neuron_available()
+
+
+def test_cpu_mode_needs_neither_compiler_nor_runtime(site: Site) -> None:
+    site.install("torch-xla")
+    assert "not installed: neuronx-distributed." in str(find_missing_neuron_packages(cpu_mode=True))
+    site.install("neuronx-distributed")
+    assert find_missing_neuron_packages(cpu_mode=True) is None
+    assert "torch-neuronx" in str(find_missing_neuron_packages())
+
+
+def test_a_folder_of_the_name_without_code_is_no_package(site: Site) -> None:
+    """A checkout's folder on the path, or what an uninstall left behind."""
+    for package in MODULES:
+        site.install(package)
+    (site.folder / "torch_neuronx" / "__init__.py").unlink()
+    importlib.invalidate_caches()
+    assert "placeholder" in str(find_missing_neuron_packages())
+    assert not neuron_available()
+
+
+def test_the_index_is_that_of_the_requirements(repo: Path) -> None:
+    text = (repo / "requirements_dpo.txt").read_text()
+    assert f"--extra-index-url {NEURON_INDEX}\n" in text
+    assert all(f"\n{package}==" in text for package in MODULES)

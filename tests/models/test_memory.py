@@ -1,0 +1,305 @@
+"""The memory formula against what torch allocates on a CPU, and its parallel sizes against arithmetic."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from nxdt_align.batch import Batch, SlotRole
+from nxdt_align.checkpoint.hf import FreshWeights
+from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.precision import Precision
+from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.losses.preference import DPOLoss
+from nxdt_align.models.config import parameter_count
+from nxdt_align.models.llama import Llama
+from nxdt_align.models.memory import Memory, estimate
+from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
+from nxdt_align.models.workload import Formats, Workload
+from nxdt_align.ops.attention import DenseAttention
+from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES
+from nxdt_align.training.adamw import AdamWFP32OptState
+
+TOLERANCE = 0.12
+"""Of what a step allocates beyond weights, masters and optimizer states, which must be exact."""
+
+DEEP = LlamaConfig(
+    vocab_size=2000,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=32,
+)
+"""Activations of the layers outweigh the head."""
+WIDE_HEAD = LlamaConfig(
+    vocab_size=8000,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=32,
+    tie_word_embeddings=True,
+)
+"""The head outweighs the layers; it is the embedding."""
+
+PRECISIONS = {
+    "fp32": (Precision(), Formats(weight=4, gradient=4, master=0, state=8, activation=4)),
+    "bf16": (
+        Precision(compute=torch.bfloat16),
+        Formats(weight=2, gradient=4, master=4, state=8, activation=2),
+    ),
+    "autocast": (
+        Precision(autocast=True),
+        Formats(weight=4, gradient=4, master=0, state=8, activation=2, autocast=True),
+    ),
+}
+RECOMPUTE = [
+    (),
+    ("full",),
+    ("CoreAttention",),
+    ("LlamaMLP",),
+    ("LlamaRMSNorm", "ActivationMultiplyMLP"),
+]
+
+
+def batch(rows: int, tokens: int, responses: int, vocabulary: int) -> Batch:
+    """A pair a row; the last ``responses`` tokens are the two responses'."""
+    half = responses // 2
+    generator = torch.Generator().manual_seed(0)
+
+    def of_rows(values: Tensor) -> Tensor:
+        return values.expand(rows, -1).contiguous()
+
+    def ids(columns: int) -> Tensor:
+        return torch.randint(0, vocabulary, (rows, columns), generator=generator)
+
+    segments = torch.zeros(tokens, dtype=torch.long)
+    segments[tokens - responses : tokens - half] = 1
+    segments[tokens - half :] = 2
+    return Batch(
+        input_ids=ids(tokens),
+        position_ids=of_rows(torch.arange(tokens)),
+        segment_ids=of_rows(segments),
+        response_positions=of_rows(torch.arange(tokens - responses, tokens)),
+        labels=ids(responses),
+        slot_index=of_rows((torch.arange(responses) >= half).long()),
+        slot_valid=torch.ones(rows, 2, dtype=torch.bool),
+        slot_role=of_rows(torch.tensor([SlotRole.CHOSEN, SlotRole.REJECTED])),
+        desirable=torch.ones(rows, 2, dtype=torch.bool),
+        record_index=torch.zeros(rows, 2, dtype=torch.long),
+        global_pairs=torch.tensor(float(rows)),
+        global_tokens=torch.tensor(float(rows * responses)),
+        reference_logps=torch.zeros(rows, 2),
+    )
+
+
+def peak_of(function: Callable[[], object]) -> int:
+    """Most bytes that torch's allocator has handed out and not got back, since ``function`` began."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    allocations = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
+    )
+    assert allocations, "torch reported no allocation"
+    now = most = 0
+    for _, size in allocations:
+        now += size
+        most = max(most, now)
+    return most
+
+
+class Run:
+    """An engine in its steady state: its optimizer has made a step, its gradients are gone."""
+
+    def __init__(self, config: LlamaConfig, precision: Precision, recompute: tuple[str, ...]) -> None:
+        full = recompute == ("full",)
+
+        def configure(model: Llama) -> None:
+            granularity = "full" if full else "selective" if recompute else None
+            model.set_checkpointing(granularity, () if full else recompute)
+
+        self.engine = NativeEngine(config, DenseAttention(), precision=precision, configure_model=configure)
+        self.engine.load_weights(FreshWeights(config, 0))
+        self.parameters = [p for _, p in self.engine.named_parameters()]
+        self.optimizer = AdamWFP32OptState(self.parameters)
+        self.objective = GlobalMeanObjective(DPOLoss(0.1))
+
+    def step(self, batches: list[Batch]) -> None:
+        self.engine.step(batches, self.objective)
+        self.engine.clip_gradients(1.0)
+        self.optimizer.step()
+
+    def state_bytes(self) -> int:
+        values = [v for state in self.optimizer.state.values() for v in state.values()]
+        return sum(v.nbytes for v in values if isinstance(v, Tensor) and v.ndim > 0)
+
+    def peak_of_a_step(self, batches: list[Batch]) -> int:
+        """Beyond what lies there between two steps."""
+        self.step(batches)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return peak_of(lambda: self.step(batches))
+
+
+def compare(
+    config: LlamaConfig,
+    kind: str,
+    recompute: tuple[str, ...],
+    sizes: tuple[int, int, int],
+    attention: str,
+) -> None:
+    precision, formats = PRECISIONS[kind]
+    run = Run(config, precision, recompute)
+    measured = run.peak_of_a_step([batch(*sizes, config.vocab_size)] * 2)
+    rows, tokens, responses = sizes
+    need = estimate(
+        Workload(
+            config,
+            formats,
+            rows,
+            tokens,
+            responses,
+            attention,  # type: ignore[arg-type]
+            recompute,
+            micro_batches=2,
+            tile=CACHED_BYTES,
+            kept=KEPT_BYTES,
+        )
+    )
+    assert need.states == run.state_bytes()
+    if need.masters:
+        assert need.masters == sum(p.nbytes for p in run.parameters)
+    assert need.weights == parameter_count(config) * formats.weight
+    estimated = need.gradients + need.activations + need.scratch
+    assert abs(estimated / measured - 1) <= TOLERANCE, f"estimated {estimated:,}, allocated {measured:,}"
+
+
+@pytest.mark.parametrize("kind", PRECISIONS)
+@pytest.mark.parametrize("recompute", RECOMPUTE, ids="+".join)
+def test_a_step_allocates_what_is_planned(kind: str, recompute: tuple[str, ...]) -> None:
+    compare(DEEP, kind, recompute, (2, 256, 64), "masked")
+
+
+@pytest.mark.parametrize("kind", PRECISIONS)
+@pytest.mark.parametrize("recompute", [(), ("full",)], ids="+".join)
+def test_a_large_tied_head(kind: str, recompute: tuple[str, ...]) -> None:
+    compare(WIDE_HEAD, kind, recompute, (1, 384, 256), "masked")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [(), ("full",), ("CoreAttention",)], ids="+".join)
+def test_attention_scores(kind: str, recompute: tuple[str, ...]) -> None:
+    """PyTorch's attention written out, as a device without a fused masked kernel runs it."""
+    with sdpa_kernel(SDPBackend.MATH):
+        compare(DEEP, kind, recompute, (2, 256, 64), "scores")
+
+
+# Parallel sizes, by arithmetic
+
+MIXED = PRECISIONS["bf16"][1]
+EIGHT_B = Workload(
+    LLAMA3_8B, MIXED, rows=1, tokens=4096, responses=2048, attention="scores", recompute=("full",)
+)
+
+
+def test_weights_of_llama_3_8b_at_tp_32() -> None:
+    """By hand, a rank of 32 with one of 8 key-value heads, which 4 ranks copy.
+
+    A layer: q and o 2 x 4096 x 128, k and v 2 x 4096 x 128, MLP 3 x 4096 x 448, norms 2 x 4096. Embedding
+    and head: 2 x 4008 x 4096. Last norm: 4096.
+    """
+    layer = 4 * 4096 * 128 + 3 * 4096 * 448 + 2 * 4096
+    numbers = 32 * layer + 2 * 4008 * 4096 + 4096
+    need = estimate(replace(EIGHT_B, tensor_parallel=32, kv_heads=1))
+    assert need.weights == 2 * numbers
+    assert need.gradients == need.masters == 4 * numbers
+    assert need.states == 8 * numbers
+
+
+def test_tensor_parallel_divides_all_but_norms_and_residual() -> None:
+    one, two = estimate(EIGHT_B), estimate(replace(EIGHT_B, tensor_parallel=2))
+    norms = 65 * 4096
+    assert two.weights == (one.weights - 2 * norms) // 2 + 2 * norms
+    assert two.activations == one.activations, "full recomputation keeps the residual stream alone"
+    sharded = estimate(replace(EIGHT_B, tensor_parallel=2, sequence_parallel=True))
+    layers = 32 * 4096 * 4096 * 2
+    assert one.activations - sharded.activations == layers // 2
+
+
+def test_more_key_value_copies_take_more_memory() -> None:
+    """Four copies of 8 heads: a rank of 32 has one head; of native's whole weights, all 8."""
+    copied = estimate(replace(EIGHT_B, tensor_parallel=32, kv_heads=1))
+    whole = estimate(replace(EIGHT_B, tensor_parallel=32, kv_heads=8))
+    assert whole.weights - copied.weights == 2 * 32 * 2 * 4096 * 128 * 7
+
+
+def test_pipeline_stages_hold_their_layers_and_what_is_in_flight() -> None:
+    """1F1B: the first of 4 stages keeps 4 micro-batches' activations, of 8 layers each; two alone are in
+    flight where a step has no more."""
+    one = estimate(EIGHT_B)
+    four = replace(EIGHT_B, stages=(8, 8, 8, 8), micro_batches=8)
+    need = estimate(four)
+    assert need.stage in (0, 3)
+    assert need.weights < one.weights / 3
+    assert need.activations <= one.activations
+    per_layer = 4096 * 4096 * 2
+    first = estimate(replace(four, stages=(29, 1, 1, 1)))
+    assert first.stage == 0
+    few = estimate(replace(four, stages=(29, 1, 1, 1), micro_batches=2))
+    assert first.activations - few.activations == 2 * 29 * per_layer
+
+
+def test_zero1_and_fsdp_divide_their_shares() -> None:
+    one = estimate(EIGHT_B)
+    zero1 = estimate(replace(EIGHT_B, data_parallel=8, zero1=True))
+    assert (zero1.masters, zero1.states) == (one.masters // 8, one.states // 8)
+    assert (zero1.weights, zero1.gradients) == (one.weights, one.gradients)
+    fsdp = estimate(replace(EIGHT_B, data_parallel=8, fsdp=True))
+    assert fsdp.masters == one.masters // 8
+    outside = 2 * 128256 * 4096 + 4096
+    layer = (parameter_count(LLAMA3_8B) - outside) // 32
+    assert fsdp.weights == 2 * (outside + 2 * layer)
+    assert fsdp.gradients == one.gradients // 8 + fsdp.weights
+    alone = estimate(replace(EIGHT_B, data_parallel=1, fsdp=True, zero1=True))
+    assert alone == one
+
+
+def test_a_reference_beside_the_policy_is_one_more_copy_of_the_weights() -> None:
+    one, both = estimate(EIGHT_B), estimate(replace(EIGHT_B, reference=True))
+    assert both.weights == 2 * one.weights
+    assert replace(both, weights=one.weights) == one
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recompute": ()},
+        {"recompute": ("LlamaMLP",)},
+        {"tokens": 8192},
+        {"rows": 2},
+        {"reference": True},
+        {"tile": 2**30, "kept": 2**30},
+    ],
+    ids=str,
+)
+def test_what_must_take_more_takes_more(change: dict[str, object]) -> None:
+    assert total(estimate(replace(EIGHT_B, **change))) > total(estimate(EIGHT_B))  # type: ignore[arg-type]
+
+
+def total(memory: Memory) -> int:
+    return memory.total
