@@ -14,7 +14,7 @@ def plan_report(config: Config) -> str:
     """What the planner chooses for the data, as training says it before its first step.
 
     Tokens are taken from ``data.cache_dir`` where it has them, and kept there. Raises UserError for
-    data, tokenizer or buckets that training would refuse.
+    data, tokenizer, buckets or a loss of one's own that training would refuse.
     """
     ranks = config.data_parallel_size
     cache = config.data.cache_dir
@@ -23,5 +23,6 @@ def plan_report(config: Config) -> str:
         parts.tokenization(config, parts.model_config(config)),
         Topology(data_parallel_size=ranks),
         cache_dir=None if cache is None else Path(cache) / "tokens",
+        with_prompts=parts.loss(config).needs_prompts,
     )
     return "\n".join([*data.reports.values(), f"data-parallel ranks: {ranks}"])

@@ -33,8 +33,8 @@ class CustomLoss:
     """A callable from outside as a Loss. What it does not declare is taken as for DPO.
 
     Declared as attributes of the callable: ``needs_reference`` (True unless said), ``needs_tokens``,
-    ``needs_collisions``, ``needs_logits``, ``couples_examples`` (False unless said), ``normaliser``
-    ("pairs" unless said).
+    ``needs_prompts``, ``needs_collisions``, ``needs_logits``, ``couples_examples`` (False unless said),
+    ``normaliser`` ("pairs" unless said).
     """
 
     def __init__(self, function: Callable[..., Any], path: str, *, paired: bool = True) -> None:
@@ -44,6 +44,7 @@ class CustomLoss:
         self.paired = paired
         self.needs_reference = bool(getattr(declared, "needs_reference", paired))
         self.needs_tokens = bool(getattr(declared, "needs_tokens", False))
+        self.needs_prompts = bool(getattr(declared, "needs_prompts", False))
         self.needs_collisions = bool(getattr(declared, "needs_collisions", False))
         self.needs_logits = bool(getattr(declared, "needs_logits", False))
         self.couples_examples = bool(getattr(declared, "couples_examples", False))
@@ -186,6 +187,8 @@ def _probe() -> ResponseLogps:
         collisions=-torch.ones(count),
         token_logps=tokens,
         token_slots=torch.arange(count).repeat_interleave(2).reshape(_PROBE_PAIRS, 4),
+        prompt_sums=-(torch.arange(count) % 2 == 0).float(),
+        prompt_counts=(torch.arange(count) % 2 == 0).float(),
     )
 
 

@@ -36,7 +36,7 @@ class KTOLoss:
     needs_reference = True
     paired = True
     couples_examples = True
-    needs_tokens = needs_collisions = needs_logits = False
+    needs_tokens = needs_prompts = needs_collisions = needs_logits = False
     normaliser: ClassVar[Normaliser] = "pairs"
 
     def __post_init__(self) -> None:
