@@ -1,7 +1,7 @@
 """What a loss receives and returns.
 
 Legend: ``N`` slots of a micro-batch (B * R, row by row), ``P`` examples: pairs (N / 2) for
-preference losses, single responses (N) for SFT and KTO.
+preference losses, completions with a mismatched one (N / 2) for KTO, single responses (N) for SFT.
 """
 
 from __future__ import annotations
@@ -127,6 +127,23 @@ class ResponseLogps:
     def rejected_counts(self) -> Tensor:
         """(P,) tokens of the rejected responses."""
         return self.counts[1::2]
+
+    # Unpaired examples: a completion in every first place, another prompt's completion in every second.
+
+    @property
+    def completion_logps(self) -> Tensor:
+        """(P,) sums of the completions."""
+        return self.sums[0::2]
+
+    @property
+    def mismatched_logps(self) -> Tensor:
+        """(P,) sums of the other prompts' completions."""
+        return self.sums[1::2]
+
+    @property
+    def labels(self) -> Tensor:
+        """(P,) bool: whether the completion is desirable."""
+        return self.desirable[0::2]
 
     @property
     def chosen_logits(self) -> Tensor:
