@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from oracle import ModuleWeights, assert_gradients_close, gradients, pair_logps, plain_model, random_examples
 from test_layouts import GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, dataset, engine
-from training_fixture import Project, scalars
+from training_fixture import Project, scalars, write_labelled
 
 from nxdt_align.batch import Topology
 from nxdt_align.data.packing import Layout
@@ -55,15 +54,7 @@ def test_the_engine_against_the_oracle(layout: Layout, micro: int) -> None:
 def test_training_from_labelled_records(tmp_path: Path) -> None:
     """A fresh run has every ratio 0: loss sigmoid(0) = 1/2. Rewards of good and bad part."""
     project = Project.create(tmp_path)
-    for name in ("train", "val"):
-        path = tmp_path / f"{name}.jsonl"
-        pairs = [json.loads(line) for line in path.read_text().splitlines()]
-        rows = [
-            {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
-            for pair in pairs
-            for key in ("chosen", "rejected")
-        ]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_labelled(tmp_path)
     assert project.train(*KTO) == 0
     curves = scalars(project.only_run())
     assert curves["reduced_train_loss"][0][1] == pytest.approx(0.5, abs=1e-6)

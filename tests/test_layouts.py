@@ -49,7 +49,12 @@ CASES = {
 
 
 def dataset(
-    examples: ExampleSet, layout: Layout, micro: int, topology: Topology | None = None
+    examples: ExampleSet,
+    layout: Layout,
+    micro: int,
+    topology: Topology | None = None,
+    *,
+    with_prompts: bool = False,
 ) -> StepDataset:
     planner = RowPlanner(
         examples,
@@ -58,8 +63,9 @@ def dataset(
         seq_length=96,
         ranks=1 if topology is None else topology.data_parallel_size,
         micro_batch_size=micro,
+        with_prompts=with_prompts,
     )
-    return StepDataset(examples, planner, layout, topology or Topology())  # type: ignore[arg-type]
+    return StepDataset(examples, planner, layout, topology or Topology(), with_prompts=with_prompts)  # type: ignore[arg-type]
 
 
 def engine(seed: int = 0, attention: str = "dense") -> NativeEngine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from training_fixture import Project, scalars
+from training_fixture import Project, scalars, write_labelled
 
 OWN = """
 from torch import nn
@@ -42,3 +42,38 @@ def test_a_copy_of_dpo_trains_as_dpo(
     message = capsys.readouterr().err
     assert "copy_of_dpo.Margin cannot be made with loss_settings {}" in message
     assert "Traceback" not in message
+
+
+OWN_KTO = """
+import torch
+from nxdt_align.losses import LossOutput
+
+class Kahneman:
+    couples_examples = True
+
+    def __init__(self, beta):
+        self.beta = beta
+
+    def __call__(self, policy, reference):
+        ratio = policy.completion_logps - reference.completion_logps
+        mismatched = (policy.mismatched_logps - reference.mismatched_logps)[policy.valid[0::2]].detach()
+        kl = mismatched.mean().clamp(min=0)
+        signed = torch.where(policy.labels, ratio - kl, kl - ratio)
+        return LossOutput(torch.sigmoid(-self.beta * signed), extras={"kl": kl.expand(ratio.shape)})
+"""
+
+
+def test_a_copy_of_kto_trains_as_kto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = Project.create(tmp_path)
+    write_labelled(tmp_path)
+    (tmp_path / "copy_of_kto.py").write_text(OWN_KTO)
+    monkeypatch.chdir(tmp_path)
+    common = ("~model_alignment_strategy.dpo", "model_alignment_strategy.kto.beta=0.3", "trainer.max_steps=3")
+    assert project.train(f"exp_manager.exp_dir={tmp_path}/kto", *common) == 0
+    key = "model_alignment_strategy.loss"
+    own = (f"{key}=copy_of_kto.Kahneman", f"{key}_settings={{beta: 0.3}}")
+    assert project.train(f"exp_manager.exp_dir={tmp_path}/own", *common, *own) == 0
+    want, got = (scalars(project.only_run(name)) for name in ("kto", "own"))
+    for tag in ("reduced_train_loss", "kl", "gradient_norm"):
+        assert [v for _, v in got[tag]] == pytest.approx([v for _, v in want[tag]])
+    assert "rewards/chosen" in want and "rewards/chosen" not in got

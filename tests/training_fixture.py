@@ -57,6 +57,18 @@ def write_pairs(path: Path, count: int, seed: int) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_labelled(root: Path) -> None:
+    """The pairs of ``train.jsonl`` and ``val.jsonl`` as labelled completions, in their place."""
+    for name in ("train", "val"):
+        path = root / f"{name}.jsonl"
+        rows = [
+            {"prompt": pair["prompt"], "completion": pair[key], "label": key == "chosen"}
+            for pair in map(json.loads, path.read_text().splitlines())
+            for key in ("chosen", "rejected")
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @dataclass
 class Project:
     """A folder with all that a run needs; ``train`` runs the command line in this process."""

@@ -78,8 +78,11 @@ def trl_dpo(
     return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
-def trl_orpo(logits: Tensor, ids: Tensor, lengths: Tensor, beta: float) -> tuple[Tensor, dict[str, float]]:
-    """TRL's ORPO loss and metrics; (2P, S, V) logits, all chosen rows first; the prompt is one token."""
+def trl_orpo(
+    logits: Tensor, ids: Tensor, lengths: Tensor, beta: float, prompt: int = 1
+) -> tuple[Tensor, dict[str, float]]:
+    """TRL's ORPO loss and metrics; (2P, S, V) logits, all chosen rows first; ``prompt`` tokens each, then
+    ``lengths`` tokens of response."""
     from trl.experimental.orpo.orpo_trainer import ORPOTrainer
 
     trainer = ORPOTrainer.__new__(ORPOTrainer)
@@ -87,8 +90,8 @@ def trl_orpo(logits: Tensor, ids: Tensor, lengths: Tensor, beta: float) -> tuple
     trainer.aux_loss_enabled = trainer.is_encoder_decoder = False
     trainer.padding_value, trainer.beta = 0, beta
     columns = torch.arange(ids.shape[1])
-    attention = (columns <= lengths[:, None]).long()
-    labels = torch.where((attention == 1) & (columns > 0), ids, -100)
+    attention = (columns < lengths[:, None] + prompt).long()
+    labels = torch.where((attention == 1) & (columns >= prompt), ids, -100)
     half = len(ids) // 2
     batch: dict[str, Any] = {}
     for name, rows in (("chosen", slice(0, half)), ("rejected", slice(half, None))):

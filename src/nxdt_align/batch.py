@@ -91,7 +91,8 @@ class Batch:
     labels: Tensor
     """(B, T) int64. The token predicted there (already shifted); IGNORE_LABEL where there is none."""
     slot_index: Tensor
-    """(B, T) int64. The slot, 0 to R-1, that the response token counts for."""
+    """(B, T) int64. The slot, 0 to R-1, that the response token counts for; R more where it is a token of
+    that slot's prompt, which only a likelihood of prompt and response counts."""
     slot_valid: Tensor
     """(B, R) bool. False for an empty place."""
     slot_role: Tensor
@@ -146,7 +147,8 @@ class Batch:
         slots = torch.arange(self.slot_valid.shape[1], device=self.labels.device)
         in_slot = (self.slot_index[:, :, None] == slots) & has_label[:, :, None]
         shorter = in_slot.sum(1).reshape(-1, 2).min(1, keepdim=True).values.expand(-1, 2)
-        shared = shorter.reshape(self.slot_valid.shape).gather(1, self.slot_index)
+        slot = self.slot_index.clamp(max=self.slot_valid.shape[1] - 1)
+        shared = shorter.reshape(self.slot_valid.shape).gather(1, slot)
         number = (in_slot.cumsum(1) * in_slot).sum(2)
         return replace(self, token_weights=torch.where(has_label & (number > shared), weight, 1.0))
 
@@ -161,7 +163,14 @@ class Batch:
         A one-hot product rather than a scatter: deterministic, and static on XLA. Values at
         positions without a label must be finite; they do not count.
         """
-        slots = torch.arange(self.slot_valid.shape[1], device=values.device)
+        return self._sum_from(0, values)
+
+    def sum_per_prompt(self, values: Tensor) -> Tensor:
+        """As ``sum_per_slot``, over the tokens of each slot's prompt: 0 where the batch has none of them."""
+        return self._sum_from(self.slot_valid.shape[1], values)
+
+    def _sum_from(self, first: int, values: Tensor) -> Tensor:
+        slots = torch.arange(first, first + self.slot_valid.shape[1], device=values.device)
         counts_for = (self.slot_index[:, :, None] == slots) & (self.labels != IGNORE_LABEL)[:, :, None]
         return torch.where(counts_for, values[:, :, None], 0.0).sum(1)
 

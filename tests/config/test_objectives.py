@@ -109,11 +109,6 @@ def test_a_reference_model_that_is_left_out_is_noticed(load: Load, good: str, tm
     assert "reference_model has no effect: dpo.reference_free leaves the reference out" in notice
 
 
-def test_a_loss_of_ones_own_is_not_for_kto(reject: Reject) -> None:
-    message = reject(f"~{DPO}", f"{ALIGN}.kto.beta=0.1", f"{ALIGN}.loss=a.b")
-    assert f"{ALIGN}.loss: must not be set with kto, whose examples are no pairs, but is 'a.b'" in message
-
-
 def test_one_loss_type_and_a_list_are_read(load: Load, good: str) -> None:
     one = load(good, f"{DPO}.loss_type=hinge").model_alignment_strategy.dpo
     several = load(good, f"{DPO}.loss_type=[sigmoid,bco_pair]", f"{DPO}.loss_weights=[0.8,0.2]")

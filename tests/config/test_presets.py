@@ -16,12 +16,14 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
 OBJECTIVES = {
     "DPO": ("dpo", {"loss_type": "sigmoid", "kl_beta": 0.01}),
+    "DPO_paper": ("dpo", {"loss_type": "sigmoid", "kl_beta": 0.01}),
     "cDPO": ("dpo", {"loss_type": "sigmoid", "label_smoothing": 0.1}),
-    "IPO": ("dpo", {"loss_type": "ipo"}),
-    "RSO": ("dpo", {"loss_type": "hinge", "gamma": 0.05}),
+    "IPO": ("dpo", {"loss_type": "ipo", "kl_beta": 0.1}),
+    "RSO": ("dpo", {"loss_type": "hinge", "gamma": 0.05, "kl_beta": 0.5}),
     "CPO": ("cpo", {"beta": 0.1, "nll_scale": 1.0}),
     "SimPO": ("simpo", {"beta": 2.0, "gamma": 1.0}),
     "ORPO": ("orpo", {"beta": 0.1}),
+    "ORPO_paper": ("orpo", {"beta": 0.1, "nll_tokens": "prompt_and_response"}),
     "KTO": ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
     "SFT": ("sft", {"packing": True, "train_on_prompt": False}),
 }

@@ -56,6 +56,32 @@ def test_none_gives_each_response_its_row_in_pair_order() -> None:
     assert batch.labels.tolist() == [[10, 11, 12, X], [20, 21, X, X]]
 
 
+def test_prompts_are_predicted_for_the_first_response() -> None:
+    """Tokens 2 and 3 of the prompt 1 2 3, from its first two places; slots 2 and above are prompts of 0 and
+    above. Sums of responses do not count them."""
+    collator = Collator([PAIR], "shared_prompt", PAIR_ROLES, with_prompts=True)
+    batch = collator([[0]], Bucket(9, 8, 2), GlobalCounts(1, 5))
+    assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 3, 20, 0, 0]]
+    assert batch.response_positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0]]
+    assert batch.labels.tolist() == [[2, 3, 10, 11, 12, 20, 21, X]]
+    assert batch.slot_index.tolist() == [[2, 2, 0, 0, 0, 1, 1, 0]]
+    values = torch.tensor([[100.0, 200.0, 1.0, 2.0, 3.0, 10.0, 20.0, 999.0]])
+    assert batch.sum_per_slot(values).tolist() == [[6.0, 30.0]]
+    assert batch.sum_per_prompt(values).tolist() == [[300.0, 0.0]]
+    assert batch.with_tail_weight(0.5).token_weights.tolist() == [[1, 1, 1, 1, 0.5, 1, 1, 1]]  # type: ignore[union-attr]
+
+
+def test_prompts_are_predicted_once_where_each_response_has_its_own() -> None:
+    packed = Collator([PAIR], "packed", PAIR_ROLES, with_prompts=True)
+    batch = packed([[0]], Bucket(10, 7, 2), GlobalCounts(1, 5))
+    assert batch.response_positions.tolist() == [[0, 1, 2, 3, 4, 7, 8]]
+    assert batch.slot_index.tolist() == [[2, 2, 0, 0, 0, 1, 1]]
+    rows = Collator([PAIR], "none", PAIR_ROLES, with_prompts=True)
+    batch = rows([[0]], Bucket(6, 5, 1), GlobalCounts(1, 5))
+    assert batch.labels.tolist() == [[2, 3, 10, 11, 12], [20, 21, X, X, X]]
+    assert batch.slot_index.tolist() == [[1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+
+
 def test_sums_per_slot_ignore_padding_even_where_it_is_not_zero() -> None:
     batch = collate("shared_prompt", Bucket(9, 6, 4))
     values = torch.tensor([[1.0, 2.0, 3.0, 10.0, 20.0, 999.0]])

@@ -53,6 +53,16 @@ def test_each_gets_the_completion_before_it(tmp_path: Path) -> None:
     assert len({record.id for record in [*records, *mixed]}) == 8
 
 
-def test_completions_that_are_all_the_same_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="at least two different completions, but the data have 1"):
-        with_mismatched(load(tmp_path, [row("a", "x", True), row("b", "x", False)]))
+def test_a_completion_of_the_same_prompt_is_passed_over(tmp_path: Path) -> None:
+    """As in data made of pairs, where both responses of a prompt are neighbours."""
+    records = load(tmp_path, [row(*r) for r in (("a", "x", True), ("a", "y", False), ("b", "z", True))])
+    assert [record.responses for record in with_mismatched(records)] == [("x", "z"), ("y", "z"), ("z", "y")]
+
+
+@pytest.mark.parametrize("rows", [("ax", "bx"), ("ax", "ay"), ("ax", "bx", "ay")])
+def test_a_record_that_finds_no_other_prompts_completion_is_named(
+    tmp_path: Path, rows: Sequence[str]
+) -> None:
+    records = load(tmp_path, [row(p, c, True) for p, c in rows])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: KTO needs another prompt's completion beside each"):
+        with_mismatched(records)

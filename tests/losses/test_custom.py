@@ -49,6 +49,13 @@ class Ours:
 def function(policy, reference, scale=1.0):
     return LossOutput(-scale * policy.chosen_logps)
 
+def unpaired(policy, reference):
+    sign = torch.where(policy.labels, 1.0, -1.0)
+    return LossOutput(sign * (policy.completion_logps - policy.mismatched_logps))
+
+def rewarded(policy, reference):
+    return LossOutput(-policy.completion_logps, policy.labels.float(), policy.labels.float())
+
 def one_argument(policy):
     return LossOutput(-policy.chosen_logps)
 
@@ -121,9 +128,23 @@ def test_a_function_takes_its_settings_at_each_call(make_batch: Callable[..., Ba
 
 
 def test_a_loss_of_single_responses(make_batch: Callable[..., Batch]) -> None:
-    loss = load_loss("own_losses.Tokens", paired=False)
+    loss = load_loss("own_losses.Tokens", data="responses")
     assert loss.normaliser == "tokens" and not loss.paired
     assert math.isclose(value(loss, make_batch).item(), 5 / 3, rel_tol=1e-6)
+
+
+def test_a_loss_of_labelled_completions(make_batch: Callable[..., Batch]) -> None:
+    """Log-probs -2 and -3 of a good completion and a mismatched one: 3 - 2."""
+    loss = load_loss("own_losses.unpaired", data="unpaired")
+    assert loss.paired and loss.needs_reference
+    assert value(loss, make_batch).item() == 1.0
+
+
+@pytest.mark.parametrize("name", ["Torchtune", "rewarded"])
+def test_rewards_of_labelled_completions_are_refused(name: str) -> None:
+    """They would be logged as a chosen and a rejected one's."""
+    with pytest.raises(UserError, match=f"own_losses.{name} must return a LossOutput without rewards"):
+        load_loss(f"own_losses.{name}", data="unpaired")
 
 
 @pytest.mark.parametrize(

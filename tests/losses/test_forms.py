@@ -98,6 +98,17 @@ def test_discopop_where_a_plain_exponential_overflows(slots: Slots) -> None:
         assert leaf.grad is not None and leaf.grad[0].item() == pytest.approx(slope)
 
 
+@pytest.mark.parametrize(("tau", "slope"), [(0.05, 0.784264), (0.25, -0.443147)])
+def test_discopop_lowers_a_margin_of_0_where_its_temperature_is_low(
+    slots: Slots, tau: float, slope: float
+) -> None:
+    """At h = 0 both parts are half: d loss / dh = (1 - ln 2) / (4 tau) - (1/2 + 1) / 2, 0 at (1 - ln 2) / 3."""
+    leaf = torch.zeros(2, requires_grad=True)
+    loss = DPOLoss(1.0, loss_types=("discopop",), discopop_tau=tau)(slots(leaf), slots(torch.zeros(2)))
+    loss.losses.sum().backward()
+    assert leaf.grad is not None and leaf.grad.tolist() == pytest.approx([slope, -slope], abs=1e-6)
+
+
 def test_divergences_by_hand() -> None:
     """u = 2: ln 2; 1 - 1/2; ln(4/3); (2^-0.5 - 1) / -0.5 = 0.585786; alpha 0 is forward KL."""
     x = torch.tensor([LN2])

@@ -247,6 +247,10 @@ class CouplesTokens(OutsideLoss):
     couples_examples = needs_tokens = True
 
 
+class CouplesPrompts(OutsideLoss):
+    couples_examples = needs_prompts = True
+
+
 class NeedsCollisions(OutsideLoss):
     needs_collisions = True
 
@@ -256,6 +260,8 @@ def test_what_no_engine_can_serve_is_refused(make_batch: MakeBatch) -> None:
         GlobalMeanObjective(ReadsLogits())
     with pytest.raises(ValueError, match=r"couples the examples .* wants each token's log-probability"):
         GlobalMeanObjective(CouplesTokens())
+    with pytest.raises(ValueError, match=r"couples the examples .* wants the prompts' log-probabilities"):
+        GlobalMeanObjective(CouplesPrompts())
     batch = make_batch([[1, 1], [1, 1]], 2.0, 4.0)
     with pytest.raises(ValueError, match="no value for a micro-batch alone"):
         GlobalMeanObjective(DPOLoss(0.1, loss_types=("aot",)))(batch, torch.zeros(2, 2))

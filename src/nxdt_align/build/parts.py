@@ -25,7 +25,7 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.errors import UserError
-from nxdt_align.losses.custom import load_loss
+from nxdt_align.losses.custom import Data, load_loss
 from nxdt_align.losses.registry import build_loss, loss_settings
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
@@ -90,6 +90,8 @@ def device(config: Config, env: RunEnv) -> torch.device:
     return torch.device("cpu")
 
 
+EXAMPLES_OF: dict[str, Data] = {"sft": "responses", "kto": "unpaired"}
+"""Objective -> what its examples are, where they are no pairs."""
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
 
 
@@ -215,6 +217,6 @@ def loss(config: Config) -> Loss:
     """The loss that ``model_alignment_strategy`` chooses. Raises UserError for one's own that is unfit."""
     strategy = config.model_alignment_strategy
     if strategy.loss is not None:
-        return load_loss(strategy.loss, strategy.loss_settings, paired=strategy.objective != "sft")
+        return load_loss(strategy.loss, strategy.loss_settings, EXAMPLES_OF.get(strategy.objective, "pairs"))
     settings = {name: getattr(strategy.active, name) for name in loss_settings(strategy.objective)}
     return build_loss(strategy.objective, settings)

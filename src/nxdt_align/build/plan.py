@@ -16,7 +16,7 @@ def plan_report(config: Config) -> str:
     memory that the largest bucket takes.
 
     Tokens are taken from ``data.cache_dir`` where it has them, and kept there. Raises UserError for
-    data, tokenizer or buckets that training would refuse.
+    data, tokenizer, buckets or a loss of one's own that training would refuse.
     """
     ranks = config.data_parallel_size
     cache = config.data.cache_dir
@@ -25,6 +25,7 @@ def plan_report(config: Config) -> str:
         parts.tokenization(config, parts.model_config(config)),
         Topology(data_parallel_size=ranks),
         cache_dir=None if cache is None else Path(cache) / "tokens",
+        with_prompts=parts.loss(config).needs_prompts,
     )
     planner = data.splits["train"].planner
     memory = memory_report(config, data.layout, planner.responses_per_example, planner.buckets[-1])

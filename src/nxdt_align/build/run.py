@@ -73,6 +73,7 @@ class Run:
             self.tokenization,
             self.topology,
             cache_dir=None if env.compile_only else self._cache("tokens"),
+            with_prompts=self.objective.needs_prompts,
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         self.precision = parts.precision(config)

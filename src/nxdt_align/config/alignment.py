@@ -103,6 +103,9 @@ class ORPOConfig:
     sample and 0.01 in its table."""
     nll_scale: float = 1.0
     """(ours) Weight of the chosen response's negative log-likelihood a token."""
+    nll_tokens: Literal["response", "prompt_and_response"] = "response"
+    """(ours) Which tokens that likelihood is of: the response's, as NxDT has it, or the prompt's from the
+    second on as well, as TRL and the paper's code have it."""
     max_prompt_length: int = MAX_PROMPT_LENGTH
     """As for dpo."""
     truncation_mode: TruncationMode = "keep_start"

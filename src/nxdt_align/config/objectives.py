@@ -72,9 +72,6 @@ def own_loss(config: Config) -> Iterator[Fault]:
         if strategy.loss_settings:
             rule = f"must not be set without {_ALIGN}.loss"
             yield Fault(f"{_ALIGN}.loss_settings", rule, dict(strategy.loss_settings))
-    elif strategy.kto is not None:
-        rule = "must not be set with kto, whose examples are no pairs"
-        yield Fault(f"{_ALIGN}.loss", rule, path, "set dpo for pairs, sft for single responses")
     elif "." not in path or not all(part.isidentifier() for part in path.split(".")):
         yield Fault(f"{_ALIGN}.loss", "must be a dotted path, module.name", path)
 

@@ -41,6 +41,9 @@ class Collator:
     """Role of each response of an example: (CHOSEN, REJECTED) or (SINGLE,)."""
     tail_weight: float | None = None
     """What a pair's tokens beyond its shorter response count (LD-DPO); None: 1."""
+    with_prompts: bool = False
+    """Predict the prompt's tokens too, from the second on, for the likelihood of an example's first
+    response."""
 
     def __call__(self, rows: Sequence[Sequence[int]], bucket: Bucket, counts: GlobalCounts) -> Batch:
         """``rows``: for each planned row, indices of its examples in the data set. In layout none a
@@ -58,7 +61,10 @@ class Collator:
             row = _Row(bucket, role_pattern=(role,))
             for index in indices:
                 example = self.examples[index]
-                row.add_sequence(example.prompt, [example.responses[which]], index, example.desirable)
+                row.add_sequence(
+                    *(example.prompt, [example.responses[which]], index, example.desirable),
+                    with_prompt=self.with_prompts and which == 0,
+                )
             result.append(row)
         return result
 
@@ -66,11 +72,12 @@ class Collator:
         row = _Row(bucket, role_pattern=self.roles)
         for index in indices:
             example = self.examples[index]
-            if self.layout == "shared_prompt":
-                row.add_sequence(example.prompt, example.responses, index, example.desirable)
-            else:
-                for response in example.responses:
-                    row.add_sequence(example.prompt, [response], index, example.desirable)
+            shared = self.layout == "shared_prompt"
+            for which, responses in enumerate([example.responses] if shared else zip(example.responses)):
+                row.add_sequence(
+                    *(example.prompt, responses, index, example.desirable),
+                    with_prompt=self.with_prompts and which == 0,
+                )
         return row
 
 
@@ -92,24 +99,35 @@ class _Row:
         self._token = self._response = self._slot = self._example = 0
 
     def add_sequence(
-        self, prompt: npt.NDArray[Any], responses: Sequence[npt.NDArray[Any]], index: int, desirable: bool
+        self,
+        prompt: npt.NDArray[Any],
+        responses: Sequence[npt.NDArray[Any]],
+        index: int,
+        desirable: bool,
+        *,
+        with_prompt: bool,
     ) -> None:
         """A prompt without its last token, once, and each response behind that last token."""
         segment = self._example * SEGMENT_STRIDE
+        if with_prompt:
+            self._add_labels(prompt[1:], len(self.slot_valid) + self._slot)
         self._add_tokens(prompt[:-1], 0, segment)
         for part, response in enumerate(responses, start=1):
-            start = self._token
+            self._add_labels(response, self._slot)
             self._add_tokens(np.concatenate([prompt[-1:], response[:-1]]), len(prompt) - 1, segment + part)
-            place = slice(self._response, self._response + len(response))
-            self.response_positions[place] = np.arange(start, start + len(response))
-            self.labels[place] = response
-            self.slot_index[place] = self._slot
-            self._response += len(response)
             self.slot_valid[self._slot] = True
             self.desirable[self._slot] = desirable
             self.record_index[self._slot] = index
             self._slot += 1
         self._example += 1
+
+    def _add_labels(self, labels: npt.NDArray[Any], slot: int) -> None:
+        """Predicted from the tokens that are added next."""
+        place = slice(self._response, self._response + len(labels))
+        self.response_positions[place] = np.arange(self._token, self._token + len(labels))
+        self.labels[place] = labels
+        self.slot_index[place] = slot
+        self._response += len(labels)
 
     def _add_tokens(self, tokens: npt.NDArray[Any], first_position: int, segment: int) -> None:
         place = slice(self._token, self._token + len(tokens))

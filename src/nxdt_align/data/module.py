@@ -68,6 +68,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         topology: this process's place, as integers.
         cache_dir: where tokens are kept between runs; None keeps none.
         min_micro_batches: at least so many a rank and step, as a pipeline schedule needs.
+        with_prompts: the loss wants the prompts' log-probabilities too.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         *,
         cache_dir: Path | None,
         min_micro_batches: int = 1,
+        with_prompts: bool = False,
     ) -> None:
         super().__init__()
         self._config = config
@@ -85,6 +87,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._topology = topology
         self._cache_dir = cache_dir
         self._min_micro_batches = min_micro_batches
+        self._with_prompts = with_prompts
         self._references: dict[Split, npt.NDArray[Any]] = {}
         self.reports: dict[Split, str] = {}
         """What was loaded and how it is laid into rows, for people."""
@@ -141,6 +144,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             ranks=self._topology.data_parallel_size,
             micro_batch_size=data.micro_batch_size,
             min_micro_batches=self._min_micro_batches,
+            with_prompts=self._with_prompts,
         )
         report = PlanReport.measure(planner, len(examples), data.global_batch_size, data.seq_length)
         self.reports[split] = (
@@ -148,7 +152,12 @@ class ModelAlignmentDataModule(LightningDataModule):
         )
         log.info("%s", self.reports[split])
         roles = None if self._config.model_alignment_strategy.kto is None else UNPAIRED_ROLES
-        return StepDataset(examples, planner, self.layout, self._topology, self._tail_weight, roles)
+        return StepDataset(
+            *(examples, planner, self.layout, self._topology),
+            tail_weight=self._tail_weight,
+            roles=roles,
+            with_prompts=self._with_prompts,
+        )
 
     # What the run asks
 

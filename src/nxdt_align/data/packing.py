@@ -60,11 +60,13 @@ def example_tokens(lengths: Lengths, layout: Layout) -> npt.NDArray[Any]:
     return np.asarray(sequences.sum(1) if layout == "packed" else sequences.max(1))
 
 
-def example_responses(lengths: Lengths, layout: Layout) -> npt.NDArray[Any]:
-    """(N,) response tokens that each example brings to a row."""
-    if layout == "none":
-        return np.asarray(lengths.response_lengths.max(1))
-    return np.asarray(lengths.response_lengths.sum(1))
+def example_responses(lengths: Lengths, layout: Layout, with_prompts: bool = False) -> npt.NDArray[Any]:
+    """(N,) tokens that each example has predicted in a row: its responses', and ``with_prompts`` its
+    prompt's from the second on, once, for the first response."""
+    predicted = lengths.response_lengths.copy()
+    if with_prompts:
+        predicted[:, 0] += lengths.prompt_lengths - 1
+    return np.asarray(predicted.max(1) if layout == "none" else predicted.sum(1))
 
 
 def information_tokens(lengths: Lengths) -> int:
@@ -84,6 +86,7 @@ class RowPlanner:
         micro_batch_size: pairs (layout none) or rows (packed layouts) a micro-batch.
         min_micro_batches: at least so many a rank, as a pipeline schedule needs.
         seq_length: the longest sequence after truncation; the row length of layout none.
+        with_prompts: leave room for the prompts' tokens among those that are predicted.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class RowPlanner:
         ranks: int = 1,
         micro_batch_size: int = 1,
         min_micro_batches: int = 1,
+        with_prompts: bool = False,
     ) -> None:
         self.layout: Layout = layout
         self.ranks = ranks
@@ -105,7 +109,7 @@ class RowPlanner:
         self.responses_per_example = int(lengths.response_lengths.shape[1])
         self._tokens = example_tokens(lengths, layout)
         self._all_tokens = example_tokens(lengths, "packed")
-        self._responses = example_responses(lengths, layout)
+        self._responses = example_responses(lengths, layout, with_prompts)
         longest = int(self._tokens.max())
         if buckets is not None:
             _check_buckets(buckets, longest, layout)

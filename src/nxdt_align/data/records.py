@@ -1,30 +1,20 @@
-"""Records: what every format becomes at the door; the bad ones counted, several sources mixed."""
+"""The door: several sources read, checked and mixed to one list of records."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
 import numpy as np
 
-from nxdt_align.data.files import BadRecord, DataError, RawRecord, excerpt, read_raw
-from nxdt_align.data.formats import (
-    Draft,
-    Format,
-    Kind,
-    describe_formats,
-    detect_format,
-    known_columns,
-    named_format,
-    nearest_format,
-)
-from nxdt_align.data.values import Message, Prompt, Row
+from nxdt_align.data.files import DataError
+from nxdt_align.data.formats import Kind, known_columns, named_format
+from nxdt_align.data.reading import BadRecords, Reader
+from nxdt_align.data.record_types import PairRecord, Record, ResponseRecord, UnpairedRecord, record_id
+from nxdt_align.data.values import Message, Prompt
 
 __all__ = [
     "BadRecords",
@@ -42,10 +32,6 @@ __all__ = [
     "record_id",
 ]
 
-EXAMPLES_PER_REASON = 3
-ROWS_TO_DETECT = 100
-"""How many rows may come before the first that fits a format."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -60,87 +46,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class PairRecord:
-    """A prompt, text or chat messages, with a preferred and a rejected response."""
-
-    id: str
-    """The content's hash: equal content, equal id, wherever it stands."""
-    prompt: Prompt
-    chosen: str
-    rejected: str
-    source: str
-    """``file:line``, for messages."""
-
-    @property
-    def responses(self) -> tuple[str, ...]:
-        return (self.chosen, self.rejected)
-
-
-@dataclass(frozen=True)
-class ResponseRecord:
-    """A prompt, text or chat messages, with one response."""
-
-    id: str
-    prompt: Prompt
-    response: str
-    source: str
-
-    @property
-    def responses(self) -> tuple[str, ...]:
-        return (self.response,)
-
-
-@dataclass(frozen=True)
-class UnpairedRecord:
-    """A prompt with one completion that is good or bad, and another prompt's completion."""
-
-    id: str
-    prompt: Prompt
-    completion: str
-    desirable: bool
-    source: str
-    mismatched: str = ""
-    """See ``unpaired.with_mismatched``; empty before."""
-
-    @property
-    def responses(self) -> tuple[str, ...]:
-        return (self.completion, self.mismatched) if self.mismatched else (self.completion,)
-
-
-Record = PairRecord | ResponseRecord | UnpairedRecord
-
-
-@dataclass
-class BadRecords:
-    """Records that could not be used, by reason, out of ``read`` that were looked at."""
-
-    read: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    """The first few of each reason, ``file:line: detail``."""
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def add(self, place: str, fault: BadRecord) -> None:
-        self.counts[fault.reason] += 1
-        shown = self.examples.setdefault(fault.reason, [])
-        if len(shown) < EXAMPLES_PER_REASON:
-            shown.append(f"{place}: {fault.detail}")
-
-    def summary(self) -> str:
-        """A paragraph: how many of how many, and for each reason its count and first places."""
-        lines = [f"{self.total} bad of {self.read} records"]
-        for reason, count in self.counts.most_common():
-            lines.append(f"  {reason}: {count}")
-            lines += [f"    {example}" for example in self.examples[reason]]
-            if count > len(self.examples[reason]):
-                lines.append(f"    and {count - len(self.examples[reason])} more")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
 class RecordSet:
     """Records in the sources' order, those of a weighted source repeated or sampled."""
 
@@ -149,16 +54,6 @@ class RecordSet:
     report: BadRecords
     format: str
     """The format's name; several, joined by commas, where sources differ."""
-
-
-def record_id(prompt: Prompt, responses: Sequence[str], label: bool | None = None) -> str:
-    """The content's hash: 32 hex digits, blake2b over canonical JSON."""
-    names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
-    content: dict[str, object] = {"prompt": prompt, **dict(zip(names, responses, strict=True))}
-    if label is not None:
-        content["label"] = label
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def load_records(
@@ -191,7 +86,7 @@ def load_records(
         raise DataError(f"data.dev_choose_samples must be at least 1, but is {limit}")
     for source in sources:
         _check_weight(source)
-    reader = _Reader(kind, named_format(format, kind) if format else None, _checked_columns(columns, kind))
+    reader = Reader(kind, named_format(format, kind) if format else None, _checked_columns(columns, kind))
     parts = [reader.read(source.path, limit) for source in sources]
     some_are_good = all(parts)
     if reader.report.total and (on_bad_record == "error" or not some_are_good):
@@ -236,126 +131,3 @@ def _checked_columns(columns: Mapping[str, str] | None, kind: Kind) -> dict[str,
         if ours not in known:
             raise DataError(f"data.columns: {ours!r} is no key of a format; known are {', '.join(known)}")
     return dict(columns or {})
-
-
-class _Reader:
-    """Reads sources one after the other into one report."""
-
-    def __init__(self, kind: Kind, format: Format | None, columns: dict[str, str]) -> None:
-        self._kind = kind
-        self._format = format
-        self._columns = columns
-        self.report = BadRecords()
-        self.formats: dict[str, None] = {}
-
-    def read(self, path: str, limit: int | None) -> list[Record]:
-        rows = self._sound_rows(path)
-        head, format = self._detect(rows, path)
-        records: list[Record] = []
-        for row in chain(head, rows):
-            records += self._convert(row, format)
-            if limit is not None and len(records) >= limit:
-                return records[:limit]
-        return records
-
-    def _sound_rows(self, path: str) -> Iterator[RawRecord]:
-        """Rows that are objects; others go into the report. Raises DataError where there is no row."""
-        empty = True
-        for row in read_raw(path):
-            empty = False
-            fault = row.fault
-            if fault is None and not isinstance(row.value, Mapping):
-                kind = type(row.value).__name__
-                fault = BadRecord(
-                    "wrong type", f"a record must be an object, but is {kind} {excerpt(row.value)}"
-                )
-            if fault is None:
-                yield row
-            else:
-                self.report.read += 1
-                self.report.add(row.place, fault)
-        if empty:
-            raise DataError(f"{path} holds no records; name a file with at least one")
-
-    def _detect(self, rows: Iterator[RawRecord], path: str) -> tuple[list[RawRecord], Format]:
-        """The rows looked at, and the format of the first that fits one."""
-        head: list[RawRecord] = []
-        format = self._format
-        while format is None and len(head) < ROWS_TO_DETECT:
-            row = next(rows, None)
-            if row is None:
-                break
-            head.append(row)
-            format = detect_format(self._renamed(row.value), self._kind)
-        if format is None:
-            raise DataError(self._no_format(path, head))
-        self.formats[format.name] = None
-        return head, format
-
-    def _no_format(self, path: str, head: list[RawRecord]) -> str:
-        if not head:
-            return f"{path} holds no usable record\n{self.report.summary()}"
-        row = self._renamed(head[0].value)
-        nearest, missing = nearest_format(row, self._kind)
-        return (
-            f"{head[0].place}: the record's keys ({', '.join(map(str, row)) or 'none'}) fit no known format; "
-            f"nearest is {nearest}, which needs {', '.join(missing)} too. Rename columns with data.columns, "
-            f"or name the format in data.format. Known are: {describe_formats(self._kind)}"
-        )
-
-    def _renamed(self, row: Row) -> Row:
-        """The row under our names; a mapped column does not keep its own."""
-        if not self._columns:
-            return row
-        theirs = set(self._columns.values())
-        kept = {key: value for key, value in row.items() if key not in theirs and key not in self._columns}
-        return kept | {ours: row.get(column) for ours, column in self._columns.items()}
-
-    def _convert(self, row: RawRecord, format: Format) -> list[Record]:
-        try:
-            drafts = format.convert(self._renamed(row.value))
-        except BadRecord as fault:
-            self.report.read += 1
-            self.report.add(row.place, self._in_their_words(fault))
-            return []
-        return [record for draft in drafts for record in self._check(draft, row.place)]
-
-    def _in_their_words(self, fault: BadRecord) -> BadRecord:
-        """Name the file's column beside our key."""
-        detail = fault.detail
-        for ours, column in self._columns.items():
-            detail = detail.replace(f"`{ours}`", f"`{ours}` (column `{column}`)")
-        return BadRecord(fault.reason, detail)
-
-    def _check(self, draft: Draft | BadRecord, place: str) -> Iterator[Record]:
-        self.report.read += 1
-        fault = draft if isinstance(draft, BadRecord) else _fault_of(draft)
-        if fault is None:
-            assert isinstance(draft, Draft)
-            yield _record(draft, place)
-        else:
-            self.report.add(place, fault)
-
-
-def _record(draft: Draft, place: str) -> Record:
-    identifier = record_id(draft.prompt, draft.responses)
-    if draft.label is not None:
-        identifier = record_id(draft.prompt, draft.responses, draft.label)
-        return UnpairedRecord(identifier, draft.prompt, draft.responses[0], draft.label, place)
-    if len(draft.responses) == 2:
-        return PairRecord(identifier, draft.prompt, draft.responses[0], draft.responses[1], place)
-    return ResponseRecord(identifier, draft.prompt, draft.responses[0], place)
-
-
-def _fault_of(draft: Draft) -> BadRecord | None:
-    """What is wrong with a converted record, whatever its format was."""
-    prompt = draft.prompt
-    if not (prompt.strip() if isinstance(prompt, str) else prompt):
-        return BadRecord("empty prompt", f"the prompt is {prompt!r}")
-    names = ("chosen", "rejected") if len(draft.responses) == 2 else ("response",)
-    for name, text in zip(names, draft.responses, strict=True):
-        if not text.strip():
-            return BadRecord("empty response", f"the {name} response to {excerpt(prompt)} is {text!r}")
-    if len(draft.responses) == 2 and draft.responses[0] == draft.responses[1]:
-        return BadRecord("chosen equal to rejected", excerpt(draft.responses[0]))
-    return None

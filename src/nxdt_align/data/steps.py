@@ -50,13 +50,14 @@ class StepDataset(Dataset[list[Batch]]):
         topology: Topology,
         tail_weight: float | None = None,
         roles: tuple[SlotRole, ...] | None = None,
+        with_prompts: bool = False,
     ) -> None:
         self.examples = examples
         self.planner = planner
         self._topology = topology
         if roles is None:
             roles = PAIR_ROLES if examples.response_lengths.shape[1] == 2 else SINGLE_ROLES
-        self._collate = Collator(examples, layout, roles, tail_weight)
+        self._collate = Collator(examples, layout, roles, tail_weight, with_prompts)
         self._response_tokens = examples.response_lengths.sum(1)
 
     def __getitem__(self, indices: Sequence[int]) -> list[Batch]:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from nxdt_align.data.chat import TEMPLATE_DATE, ChatTemplate
 from nxdt_align.data.files import DataError
-from nxdt_align.data.records import Record, UnpairedRecord
+from nxdt_align.data.record_types import Record, UnpairedRecord
 from nxdt_align.data.token_cache import TokenColumns, cache_path, load_columns, save_columns
 from nxdt_align.data.truncation import Tokens, Truncation
 from nxdt_align.errors import UserError

@@ -139,7 +139,7 @@ class HuggingFaceModel:
     def evaluate(self, pairs: Sequence[Pair]) -> Evaluation:
         completions = self._complete([pair.prompt for pair in pairs])
         verdicts = (is_right(pair.prompt, text) for pair, text in zip(pairs, completions, strict=True))
-        return Evaluation(self._likelihoods(pairs), completions, tuple(verdicts))
+        return Evaluation(self.likelihoods(pairs), completions, tuple(verdicts))
 
     def _complete(self, prompts: Sequence[str]) -> tuple[str, ...]:
         import torch
@@ -160,7 +160,8 @@ class HuggingFaceModel:
             texts += self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return tuple(text.strip() for text in texts)
 
-    def _likelihoods(self, pairs: Sequence[Pair]) -> Likelihoods:
+    def likelihoods(self, pairs: Sequence[Pair]) -> Likelihoods:
+        """Log-probabilities of the pairs' responses."""
         chosen, chosen_tokens = self._logps([(pair.prompt, pair.chosen) for pair in pairs])
         rejected, rejected_tokens = self._logps([(pair.prompt, pair.rejected) for pair in pairs])
         return Likelihoods(chosen, rejected, chosen_tokens, rejected_tokens)

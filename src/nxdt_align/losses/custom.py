@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nxdt_align.errors import UserError
 from nxdt_align.losses.types import Loss, LossOutput, Normaliser, ResponseLogps
 
+Data = Literal["pairs", "unpaired", "responses"]
 _PROBE_PAIRS = 2
 _WANTED = "it must be called as (policy, reference)"
 
@@ -33,17 +34,20 @@ class CustomLoss:
     """A callable from outside as a Loss. What it does not declare is taken as for DPO.
 
     Declared as attributes of the callable: ``needs_reference`` (True unless said), ``needs_tokens``,
-    ``needs_collisions``, ``needs_logits``, ``couples_examples`` (False unless said), ``normaliser``
-    ("pairs" unless said).
+    ``needs_prompts``, ``needs_collisions``, ``needs_logits``, ``couples_examples`` (False unless said),
+    ``normaliser`` ("pairs" unless said).
     """
 
-    def __init__(self, function: Callable[..., Any], path: str, *, paired: bool = True) -> None:
+    def __init__(self, function: Callable[..., Any], path: str, data: Data = "pairs") -> None:
+        paired = data != "responses"
         declared = function.func if isinstance(function, functools.partial) else function
         self._function = function
         self._path = path
+        self._data = data
         self.paired = paired
         self.needs_reference = bool(getattr(declared, "needs_reference", paired))
         self.needs_tokens = bool(getattr(declared, "needs_tokens", False))
+        self.needs_prompts = bool(getattr(declared, "needs_prompts", False))
         self.needs_collisions = bool(getattr(declared, "needs_collisions", False))
         self.needs_logits = bool(getattr(declared, "needs_logits", False))
         self.couples_examples = bool(getattr(declared, "couples_examples", False))
@@ -57,6 +61,11 @@ class CustomLoss:
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
         result = self._function(policy, reference)
+        if self._data == "unpaired" and getattr(result, "chosen_rewards", result) is not None:
+            raise CustomLossError(
+                f"{self._path} must return a LossOutput without rewards for labelled completions, which are "
+                f"neither chosen nor rejected (extras take metrics), but returned {_describe(result)}"
+            )
         if isinstance(result, LossOutput):
             return result
         is_triple = isinstance(result, tuple) and len(result) == 3
@@ -69,18 +78,20 @@ class CustomLoss:
         )
 
 
-def load_loss(path: str, settings: Mapping[str, Any] | None = None, *, paired: bool = True) -> Loss:
+def load_loss(path: str, settings: Mapping[str, Any] | None = None, data: Data = "pairs") -> Loss:
     """The loss at ``path``, made with ``settings`` and tried out on two pairs of made-up numbers.
 
-    Modules are looked up as Python does, and in the current folder. ``paired`` says that the data are
-    pairs. Raises CustomLossError where the path does not import, the settings do not fit, the callable
-    does not take (policy, reference), reads logits that it does not declare, or returns something else
-    than one value an example.
+    Modules are looked up as Python does, and in the current folder. ``data`` says what an example is: a
+    pair, a labelled completion with another prompt's (unpaired), or a single response.
+
+    Raises CustomLossError where the path does not import, the settings do not fit, the callable does not
+    take (policy, reference), reads logits that it does not declare, or returns something else than one
+    value an example.
     """
     found = _find(path)
     function = _make(found, path, dict(settings or {}))
     _check_parameters(function, path)
-    loss = CustomLoss(function, path, paired=paired)
+    loss = CustomLoss(function, path, data)
     if not loss.needs_logits:
         _try_out(loss, path)
     return loss
@@ -181,11 +192,13 @@ def _probe() -> ResponseLogps:
         sums=tokens.reshape(count, 2).sum(1) * torch.arange(1.0, count + 1),
         counts=torch.full((count,), 2.0),
         valid=torch.ones(count, dtype=torch.bool),
-        desirable=torch.ones(count, dtype=torch.bool),
+        desirable=torch.arange(count) < 2,
         roles=torch.arange(count) % 2,
         collisions=-torch.ones(count),
         token_logps=tokens,
         token_slots=torch.arange(count).repeat_interleave(2).reshape(_PROBE_PAIRS, 4),
+        prompt_sums=-(torch.arange(count) % 2 == 0).float(),
+        prompt_counts=(torch.arange(count) % 2 == 0).float(),
     )
 
 

@@ -26,9 +26,16 @@ def wpo_weights(policy: ResponseLogps) -> Tensor:
         return weights[0::2] * weights[1::2]
 
 
-def nll(policy: ResponseLogps) -> Tensor:
-    """Negative log-likelihood of the chosen responses, (P,) nats a token: a mean over its own tokens."""
-    return -policy.mean_logps[0::2]
+def nll(policy: ResponseLogps, *, with_prompt: bool = False) -> Tensor:
+    """Negative log-likelihood of the chosen responses, (P,) nats a token: a mean over its own tokens, and
+    over its prompt's ``with_prompt``. Raises ValueError where the prompts' log-probabilities are missing."""
+    if not with_prompt:
+        return -policy.mean_logps[0::2]
+    if policy.prompt_sums is None or policy.prompt_counts is None:
+        raise ValueError("a likelihood of the prompt needs its tokens' log-probabilities, but got none")
+    sums = policy.sums if policy.plain_sums is None else policy.plain_sums
+    both = sums.float() + policy.prompt_sums.float()
+    return -(both / (policy.counts + policy.prompt_counts).float())[0::2]
 
 
 def check_positive(name: str, value: float) -> None:

@@ -56,9 +56,16 @@ class GlobalMeanObjective:
                 f"{loss} couples the examples of a global batch and wants each token's log-probability; "
                 "only sums a response are gathered. Choose one of the two"
             )
+        if loss.couples_examples and loss.needs_prompts:
+            raise UserError(
+                f"{loss} couples the examples of a global batch and wants the prompts' log-probabilities; "
+                "only those of responses are gathered. Choose one of the two"
+            )
         self.loss = loss
         self.needs_reference = loss.needs_reference
         self.needs_collisions = loss.needs_collisions
+        self.needs_prompts = loss.needs_prompts
+        """Whether batches must hold the prompts' tokens as positions that are predicted."""
         self.couples_examples = loss.couples_examples
         self.normaliser = loss.normaliser
         self.state = loss.initial_state() if isinstance(loss, RememberingLoss) else None
@@ -124,7 +131,9 @@ class GlobalMeanObjective:
     def _policy(self, batch: Batch, token_logps: Tensor, collisions: Tensor | None) -> ResponseLogps:
         if self.needs_collisions and collisions is None:
             raise ValueError(f"{self.loss} needs the log of summed squared probabilities, but got none")
-        return ResponseLogps.from_tokens(batch, token_logps, collisions, self.loss.needs_tokens)
+        return ResponseLogps.from_tokens(
+            batch, token_logps, collisions, self.loss.needs_tokens, self.needs_prompts
+        )
 
     def _reference(self, batch: Batch, policy: ResponseLogps) -> ResponseLogps | None:
         if not self.needs_reference:

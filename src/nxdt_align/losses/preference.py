@@ -57,7 +57,7 @@ class DPOLoss:
     the responses at hand."""
 
     paired = True
-    needs_tokens = needs_logits = False
+    needs_tokens = needs_prompts = needs_logits = False
     normaliser: ClassVar[Normaliser] = "pairs"
 
     def __post_init__(self) -> None:

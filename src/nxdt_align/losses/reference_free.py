@@ -17,6 +17,7 @@ from nxdt_align.losses.forms import sigmoid_loss
 from nxdt_align.losses.modifiers import check_positive, check_scale, check_smoothing, nll
 from nxdt_align.losses.types import LossOutput, Normaliser, ResponseLogps
 
+NLL_TOKENS = ("response", "prompt_and_response")
 LOG_PROBABILITY_MAX = -1e-12
 """``log1mexp`` takes anything above this, 0 (probability 1) and rounding above 0 included, for this:
 the value stops at log(1e-12) = -27.6, and the gradient there is 0 instead of infinite."""
@@ -55,7 +56,9 @@ class ORPOLoss:
 
     A pair's loss is nll_scale times the chosen response's mean negative log-likelihood a token, plus
     beta times -log sigmoid(log odds ratio) of the two responses' mean log-probabilities. The
-    likelihood is over the response's tokens, as NeuronX Distributed Training computes it.
+    likelihood is over the response's tokens, as NeuronX Distributed Training computes it, or over the
+    prompt's from the second on as well, as the authors' code and TRL do (TRL: a mean over all tokens of
+    a device's batch; here one a pair, which is TRL's with one pair a device).
 
     Rewards are beta * mean log-probability. Extras carry TRL's names and definitions: ``nll_loss``,
     ``log_odds_ratio`` (log sigmoid of the log odds ratio), ``log_odds_chosen`` (the log odds ratio),
@@ -66,6 +69,8 @@ class ORPOLoss:
     """Weight of the odds-ratio term: the paper's lambda, fairseq2's orpo_lambda."""
     nll_scale: float = 1.0
     """Weight of the likelihood term."""
+    nll_tokens: str = "response"
+    """One of NLL_TOKENS."""
 
     needs_reference = False
     paired = True
@@ -75,17 +80,25 @@ class ORPOLoss:
     def __post_init__(self) -> None:
         check_positive("ORPO's beta", self.beta)
         check_scale("ORPO's nll_scale", self.nll_scale)
+        if self.nll_tokens not in NLL_TOKENS:
+            choices = ", ".join(NLL_TOKENS)
+            raise ValueError(f"ORPO's nll_tokens must be one of {choices}, but is {self.nll_tokens!r}")
+
+    @property
+    def needs_prompts(self) -> bool:
+        return self.nll_tokens == "prompt_and_response"
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
         chosen, rejected = policy.mean_logps[0::2], policy.mean_logps[1::2]
         log_odds = log_odds_ratio(chosen, rejected)
         ratio = F.logsigmoid(log_odds)
+        likelihood = nll(policy, with_prompt=self.needs_prompts)
         return LossOutput(
-            losses=-self.nll_scale * chosen - self.beta * ratio,
+            losses=self.nll_scale * likelihood - self.beta * ratio,
             chosen_rewards=self.beta * chosen.detach(),
             rejected_rewards=self.beta * rejected.detach(),
             extras={
-                "nll_loss": -chosen.detach(),
+                "nll_loss": likelihood.detach(),
                 "log_odds_ratio": ratio.detach(),
                 "log_odds_chosen": log_odds.detach(),
                 "logps/chosen": chosen.detach(),
@@ -111,7 +124,7 @@ class CPOLoss:
 
     needs_reference = False
     paired = True
-    needs_tokens = needs_collisions = needs_logits = couples_examples = False
+    needs_tokens = needs_prompts = needs_collisions = needs_logits = couples_examples = False
     normaliser: ClassVar[Normaliser] = "pairs"
 
     def __post_init__(self) -> None:
@@ -149,7 +162,7 @@ class SimPOLoss:
 
     needs_reference = False
     paired = True
-    needs_tokens = needs_collisions = needs_logits = couples_examples = False
+    needs_tokens = needs_prompts = needs_collisions = needs_logits = couples_examples = False
     normaliser: ClassVar[Normaliser] = "pairs"
 
     def __post_init__(self) -> None:

@@ -46,8 +46,8 @@ def _build_dpo(
     )
 
 
-def _build_orpo(*, beta: float, nll_scale: float = 1.0) -> Loss:
-    return ORPOLoss(beta, nll_scale)
+def _build_orpo(*, beta: float, nll_scale: float = 1.0, nll_tokens: str = "response") -> Loss:
+    return ORPOLoss(beta, nll_scale, nll_tokens)
 
 
 def _build_cpo(*, beta: float = 0.1, nll_scale: float = 1.0, label_smoothing: float = 0.0) -> Loss:

@@ -18,7 +18,7 @@ class SFTLoss:
 
     needs_reference = False
     paired = False
-    needs_tokens = needs_collisions = needs_logits = couples_examples = False
+    needs_tokens = needs_prompts = needs_collisions = needs_logits = couples_examples = False
     normaliser: ClassVar[Normaliser] = "tokens"
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:

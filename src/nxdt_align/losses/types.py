@@ -1,7 +1,7 @@
 """What a loss receives and returns.
 
 Legend: ``N`` slots of a micro-batch (B * R, row by row), ``P`` examples: pairs (N / 2) for
-preference losses, single responses (N) for SFT and KTO.
+preference losses, completions with a mismatched one (N / 2) for KTO, single responses (N) for SFT.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class ResponseLogps:
     """(B, T) float32, nats: a value a response position, on request (LD-DPO)."""
     token_slots: Tensor | None = None
     """(B, T) int64: the slot in 0..N-1 that each of ``token_logps`` counts for; -1 for none."""
+    prompt_sums: Tensor | None = None
+    """(N,) float32, nats: sum of the log-probabilities of the prompt's tokens from the second on, on request;
+    0 for slots other than an example's first."""
+    prompt_counts: Tensor | None = None
+    """(N,) float32: how many tokens ``prompt_sums`` is a sum of."""
 
     @classmethod
     def from_tokens(
@@ -54,14 +59,17 @@ class ResponseLogps:
         token_logps: Tensor,
         collisions: Tensor | None = None,
         keep_tokens: bool = False,
+        with_prompts: bool = False,
     ) -> ResponseLogps:
         """Reduce per-position values, (B, T), to slots.
 
-        ``keep_tokens`` hands the per-position values on to a loss that declares ``needs_tokens``.
+        ``keep_tokens`` hands the per-position values on to a loss that declares ``needs_tokens``,
+        ``with_prompts`` the prompts' sums to one that declares ``needs_prompts``.
         """
         valid = batch.slot_valid.reshape(-1)
         has_label = batch.labels != IGNORE_LABEL
         counts = batch.sum_per_slot(has_label.to(torch.float32)).reshape(-1)
+        is_response = has_label & (batch.slot_index < batch.slot_valid.shape[1])
         row_offset = torch.arange(batch.num_rows, device=valid.device)[:, None] * batch.slot_valid.shape[1]
 
         def reduce(values: Tensor) -> Tensor:
@@ -76,7 +84,9 @@ class ResponseLogps:
             plain_sums=None if batch.token_weights is None else reduce(token_logps),
             collisions=None if collisions is None else reduce(collisions),
             token_logps=token_logps if keep_tokens else None,
-            token_slots=torch.where(has_label, batch.slot_index + row_offset, -1) if keep_tokens else None,
+            token_slots=torch.where(is_response, batch.slot_index + row_offset, -1) if keep_tokens else None,
+            prompt_sums=batch.sum_per_prompt(token_logps.float()).reshape(-1) if with_prompts else None,
+            prompt_counts=batch.sum_per_prompt(has_label.float()).reshape(-1) if with_prompts else None,
         )
 
     def with_sums(self, sums: Tensor) -> ResponseLogps:
@@ -117,6 +127,23 @@ class ResponseLogps:
     def rejected_counts(self) -> Tensor:
         """(P,) tokens of the rejected responses."""
         return self.counts[1::2]
+
+    # Unpaired examples: a completion in every first place, another prompt's completion in every second.
+
+    @property
+    def completion_logps(self) -> Tensor:
+        """(P,) sums of the completions."""
+        return self.sums[0::2]
+
+    @property
+    def mismatched_logps(self) -> Tensor:
+        """(P,) sums of the other prompts' completions."""
+        return self.sums[1::2]
+
+    @property
+    def labels(self) -> Tensor:
+        """(P,) bool: whether the completion is desirable."""
+        return self.desirable[0::2]
 
     @property
     def chosen_logits(self) -> Tensor:
@@ -173,6 +200,11 @@ class Loss(Protocol):
     @property
     def needs_collisions(self) -> bool:
         """Whether ``collisions`` is wanted."""
+        ...
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether ``prompt_sums`` and ``prompt_counts`` are wanted."""
         ...
 
     @property

@@ -36,7 +36,7 @@ class KTOLoss:
     needs_reference = True
     paired = True
     couples_examples = True
-    needs_tokens = needs_collisions = needs_logits = False
+    needs_tokens = needs_prompts = needs_collisions = needs_logits = False
     normaliser: ClassVar[Normaliser] = "pairs"
 
     def __post_init__(self) -> None:
@@ -47,9 +47,9 @@ class KTOLoss:
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
         if reference is None:
             raise ValueError("KTO needs the reference's log-probabilities, but got none")
-        ratio = policy.chosen_logps.float() - reference.chosen_logps.float()
+        ratio = policy.completion_logps.float() - reference.completion_logps.float()
         kl = self._kl(policy, reference)
-        desirable = policy.desirable[0::2]
+        desirable = policy.labels
         signed = torch.where(desirable, ratio - kl, kl - ratio)
         weight = torch.where(desirable, self.desirable_weight, self.undesirable_weight)
         return LossOutput(
@@ -59,7 +59,7 @@ class KTOLoss:
 
     def _kl(self, policy: ResponseLogps, reference: ResponseLogps) -> Tensor:
         """() float32, nats."""
-        mismatched = (policy.rejected_logps.float() - reference.rejected_logps.float()).detach()
+        mismatched = (policy.mismatched_logps.float() - reference.mismatched_logps.float()).detach()
         valid = policy.valid[0::2] & policy.valid[1::2]
         mean = torch.where(valid, mismatched, 0.0).sum() / valid.sum().clamp(min=1)
         return mean.clamp(min=0)
@@ -68,7 +68,7 @@ class KTOLoss:
 def _metrics(policy: ResponseLogps, rewards: Tensor, desirable: Tensor, kl: Tensor) -> dict[str, Tensor]:
     """TRL's: means over the desirable completions, and over the others."""
     values = {"kl": kl.expand(rewards.shape)}
-    logps = policy.chosen_logps.detach()
+    logps = policy.completion_logps.detach()
     for name, those in (("chosen", desirable), ("rejected", ~desirable)):
         for metric, value in (("rewards", rewards), ("logps", logps)):
             values[f"{metric}/{name}"] = value * those
