@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Time, memory and disk traffic of a conversion to NxD's layout and back, against a plain copy.
 
-benchmarks/conversion.py FOLDER [--layers 32 | --gb 16] [--tp 32] [--kv-replicator 4] [--repeat 1] [--json FILE]
+benchmarks/conversion.py FOLDER [--layers 32 | --gb 16] [--tp 32] [--kv-replicator 4] [--repeat 1]
+    [--xser] [--json FILE]
 
 Makes random bf16 weights of Llama-3-8B's shape in FOLDER (16 GB at its 32 layers; FOLDER needs a little
 more than three times that) and, in each round, copies them, converts them, copies them again and converts
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 
+from nxdt_align.checkpoint.direct import past_cache
 from nxdt_align.checkpoint.hf_writer import CONFIG, UNFINISHED_CONFIG, HFWriter
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig, weight_shapes
 
@@ -41,8 +43,9 @@ def make_weights(folder: Path, config: LlamaConfig) -> int:
     writer = HFWriter(folder, config, lambda name: torch.bfloat16)
     list(writer.create())
     writer.open()
-    for name, shape in weight_shapes(config).items():
-        writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02))
+    with past_cache():
+        for name, shape in weight_shapes(config).items():
+            writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02))
     os.rename(folder / UNFINISHED_CONFIG, folder / CONFIG)
     return writer.total_bytes()
 
@@ -145,7 +148,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['gb']:.1f} GB, {result['layers']} layers, {' '.join(result['options'])}, "
         f"{len(rounds)} rounds, {result['cores']} cores",
         "",
-        "| run | seconds | times a copy | CPU seconds | peak GB | read GB | written GB | GB/s on the disk | load |",
+        "| run | seconds | times a copy | CPU seconds | peak GB | read GB | written GB | GB/s | load |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for label in rounds[0]:

@@ -40,8 +40,9 @@ def on_device(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     """The same names in the same order, dtypes and values."""
-    same = (a.dtype == b.dtype and torch.equal(a.cpu(), b) for a, b in zip(one.values(), other.values()))
-    return list(one) == list(other) and all(same)
+    return list(one) == list(other) and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name].cpu(), other[name]) for name in one
+    )
 
 
 @pytest.mark.xla
