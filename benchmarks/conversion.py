@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Time and memory of a conversion to NxD's layout and back, against a plain copy of the same bytes.
+"""Time, memory and disk traffic of a conversion to NxD's layout and back, against a plain copy.
 
-benchmarks/conversion.py FOLDER [--layers 32] [--tp 32] [--kv-replicator 4] [--xser]
+benchmarks/conversion.py FOLDER [--layers 32 | --gb 16] [--tp 32] [--kv-replicator 4] [--repeat 1]
+    [--xser] [--json FILE]
 
-Makes random bf16 weights of Llama-3-8B's shape in FOLDER (16 GB at its 32 layers; the folder needs
-three times that), copies them, converts them there and back, each in a process of its own and with
-the inputs out of the system's cache, and prints one JSON object. Removes what it made.
+Makes random bf16 weights of Llama-3-8B's shape in FOLDER (16 GB at its 32 layers; FOLDER needs a little
+more than three times that) and, in each round, copies them, converts them, copies them again and converts
+back, with verification and without, each in a process of its own with its input out of the system's cache.
+A copy, too, ends when its bytes are on the device. Prints a table, and writes JSON on request. Removes
+what it made.
 """
 
 from __future__ import annotations
@@ -14,20 +17,25 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
+from nxdt_align.checkpoint.direct import past_cache
 from nxdt_align.checkpoint.hf_writer import CONFIG, UNFINISHED_CONFIG, HFWriter
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig, weight_shapes
+
+Figures = dict[str, float]
 
 
 def make_weights(folder: Path, config: LlamaConfig) -> int:
@@ -35,8 +43,9 @@ def make_weights(folder: Path, config: LlamaConfig) -> int:
     writer = HFWriter(folder, config, lambda name: torch.bfloat16)
     list(writer.create())
     writer.open()
-    for name, shape in weight_shapes(config).items():
-        writer.write(name, torch.randn(shape).mul_(0.02).bfloat16())
+    with past_cache():
+        for name, shape in weight_shapes(config).items():
+            writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02))
     os.rename(folder / UNFINISHED_CONFIG, folder / CONFIG)
     return writer.total_bytes()
 
@@ -50,80 +59,136 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def copy(source: Path, destination: Path) -> None:
-    """A plain copy, flushed to the device as a conversion is."""
+def copy(source: Path, destination: Path) -> Figures:
+    """A plain copy, flushed to the device as a conversion is, and removed."""
+    forget(source)
+    before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
     shutil.copytree(source, destination)
     for file in (f for f in destination.rglob("*") if f.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+    figures = _figures(time.monotonic() - began, before, resource.getrusage(resource.RUSAGE_SELF))
+    shutil.rmtree(destination)
+    os.sync()
+    return figures
 
 
-def timed(act: Callable[[], Any]) -> float:
+def convert(source: Path, destination: Path, *options: str) -> Figures:
+    """One conversion in a process of its own, with its largest resident memory (GB)."""
+    forget(source)
+    command = [sys.executable, "-m", "nxdt_align", "convert", "--quiet", str(source), str(destination)]
     began = time.monotonic()
-    act()
-    return time.monotonic() - began
-
-
-def convert(*arguments: str) -> dict[str, float]:
-    """One conversion in a process of its own: seconds, CPU seconds, and the largest resident memory."""
-    command = [sys.executable, "-m", "nxdt_align", "convert", "--quiet", *arguments]
-    began = time.monotonic()
-    _, status, usage = os.wait4(subprocess.Popen(command).pid, 0)
+    _, status, usage = os.wait4(subprocess.Popen([*command, *options]).pid, 0)
     seconds = time.monotonic() - began
     if status:
         raise RuntimeError(f"{' '.join(command)} failed")
-    cpu = usage.ru_utime + usage.ru_stime
-    peak = usage.ru_maxrss * 1024
-    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "peak_gb": round(peak / 1e9, 2)}
+    return _figures(seconds, None, usage) | {"peak_gb": usage.ru_maxrss * 1024 / 1e9}
+
+
+def _figures(seconds: float, before: resource.struct_rusage | None, after: resource.struct_rusage) -> Figures:
+    def spent(field: str) -> float:
+        value: float = getattr(after, field) - (0 if before is None else getattr(before, field))
+        return value
+
+    return {
+        "seconds": seconds,
+        "cpu_seconds": spent("ru_utime") + spent("ru_stime"),
+        "read_gb": spent("ru_inblock") * 512 / 1e9,
+        "written_gb": spent("ru_oublock") * 512 / 1e9,
+        "load": os.getloadavg()[0],
+    }
+
+
+def one_round(folder: Path, sizes: list[str]) -> dict[str, Figures]:
+    """Each run with its time as a multiple of that of the copy just before it."""
+    hf, nxdt, back = (folder / name for name in ("hf", "nxdt", "back"))
+    runs: dict[str, Figures] = {}
+    for label, source, target, options in (("to NxD", hf, nxdt, sizes), ("back", nxdt, back, [])):
+        copied = copy(hf, folder / "copy")
+        runs[f"copy before {label}"] = copied
+        for suffix, extra in ((", not verified", ["--no-verify"]), ("", [])):
+            if target.exists():
+                shutil.rmtree(target)
+                os.sync()
+            run = convert(source, target, *options, *extra)
+            runs[label + suffix] = run | {"times_a_copy": run["seconds"] / copied["seconds"]}
+    shutil.rmtree(nxdt)
+    shutil.rmtree(back)
+    os.sync()
+    return runs
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    config = replace(LLAMA3_8B, num_hidden_layers=arguments.layers)
-    hf, nxdt, back, plain = (folder / name for name in ("hf", "nxdt", "back", "copy"))
+    layers = arguments.layers
+    if arguments.gb is not None:
+        layer, rest = (8_030_261_248 - 1_050_677_248) / 32, 1_050_677_248
+        layers = max(1, round((arguments.gb * 1e9 / 2 - rest) / layer))
+    config = replace(LLAMA3_8B, num_hidden_layers=layers)
     # In a process of its own: a child's peak would count its parent's memory at the start.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        size = pool.submit(make_weights, hf, config).result()
-    largest = 2 * config.vocab_size * config.hidden_size
-    forget(hf)
-    copied = timed(lambda: copy(hf, plain))
-    shutil.rmtree(plain)
+        size = pool.submit(make_weights, folder / "hf", config).result()
     sizes = ["--tp", str(arguments.tp), "--kv-replicator", str(arguments.kv_replicator)]
-    extra = ["--save_xser"] if arguments.xser else []
-    extra += [] if arguments.verify else ["--no-verify"]
-    forget(hf)
-    there = convert(str(hf), str(nxdt), *sizes, *extra)
-    forget(nxdt)
-    again = convert(str(nxdt), str(back), *([] if arguments.verify else ["--no-verify"]))
-    for run in (there, again):
-        run["times_a_copy"] = round(run["seconds"] / copied, 2)
-        run["gb_per_second"] = round(size / 1e9 / run["seconds"], 2)
+    sizes += ["--save_xser"] if arguments.xser else []
+    rounds = [one_round(folder, sizes) for _ in range(arguments.repeat)]
     return {
-        "layers": arguments.layers,
-        "gb": round(size / 1e9, 2),
-        "largest_weight_gb": round(largest / 1e9, 2),
-        "copy_seconds": round(copied, 1),
-        "to_nxdt": there,
-        "back": again,
-        "verified": arguments.verify,
+        "layers": layers,
+        "gb": size / 1e9,
+        "largest_weight_gb": 2 * config.vocab_size * config.hidden_size / 1e9,
+        "options": sizes,
+        "cores": os.cpu_count(),
+        "rounds": rounds,
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Medians over the rounds; times a copy with the range."""
+    rounds = result["rounds"]
+    lines = [
+        f"{result['gb']:.1f} GB, {result['layers']} layers, {' '.join(result['options'])}, "
+        f"{len(rounds)} rounds, {result['cores']} cores",
+        "",
+        "| run | seconds | times a copy | CPU seconds | peak GB | read GB | written GB | GB/s | load |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for label in rounds[0]:
+        runs = [each[label] for each in rounds]
+
+        def typical(key: str, runs: list[Figures] = runs) -> float:
+            return median(run.get(key, 0.0) for run in runs)
+
+        times = [run["times_a_copy"] for run in runs if "times_a_copy" in run]
+        shown = f"{median(times):.2f} ({min(times):.2f} to {max(times):.2f})" if times else ""
+        rate = median((run["read_gb"] + run["written_gb"]) / run["seconds"] for run in runs)
+        peak = f"{typical('peak_gb'):.2f}" if times else ""
+        lines.append(
+            f"| {label} | {typical('seconds'):.1f} | {shown} | {typical('cpu_seconds'):.1f} | {peak} | "
+            f"{typical('read_gb'):.1f} | {typical('written_gb'):.1f} | {rate:.2f} | {typical('load'):.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--layers", type=int, default=32)
+    size.add_argument("--gb", type=float, help="as many layers as come to about this")
     parser.add_argument("--tp", type=int, default=32)
     parser.add_argument("--kv-replicator", type=int, default=4)
     parser.add_argument("--xser", action="store_true")
-    parser.add_argument("--no-verify", dest="verify", action="store_false")
+    parser.add_argument("--repeat", type=int, default=1, help="rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every figure of every round")
     arguments = parser.parse_args(argv)
     work = arguments.folder / "conversion_benchmark"
     work.mkdir(parents=True)
     try:
-        print(json.dumps(measure(work, arguments), indent=2))
+        result = measure(work, arguments)
     finally:
         shutil.rmtree(work)
+    print(table(result))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_fixture import fresh, run
+from nxd_source import supply_neuron_only_modules
 from torch import Tensor
 
 from nxdt_align.checkpoint.hf import HFFolder, write_hf_folder
@@ -33,6 +34,7 @@ MHA = replace(GQA, num_key_value_heads=8)
 
 @pytest.fixture
 def converter() -> Any:
+    supply_neuron_only_modules()
     try:
         from neuronx_distributed.scripts.checkpoint_converter import CheckpointConverterBase
     except ImportError as error:

@@ -12,7 +12,7 @@ import torch
 from checkpoint_fixture import CONFIG, MakeHF, fresh, run
 from torch import nn
 
-from nxdt_align.checkpoint import regions
+from nxdt_align.checkpoint import direct
 from nxdt_align.checkpoint.extents import Extent, WeightsError
 from nxdt_align.checkpoint.hf import FreshWeights, HFFolder
 from nxdt_align.checkpoint.names import to_hf
@@ -81,14 +81,14 @@ def test_a_part_is_that_of_the_whole(
 def test_no_byte_of_another_part_is_read(make_hf: MakeHF, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns too: each rank of a row-parallel weight reads its own."""
     source, read = HFFolder(make_hf(CONFIG)), 0
-    preadv = regions.os.preadv
+    preadv = direct.os.preadv
 
     def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         nonlocal read
         read += sum(map(len, buffers))
         return preadv(descriptor, buffers, offset)
 
-    monkeypatch.setattr(regions.os, "preadv", counting)
+    monkeypatch.setattr(direct.os, "preadv", counting)
     source.read_slice("model.layers.0.mlp.down_proj.weight", (slice(0, 16), slice(12, 24)))
     assert read == 16 * 12 * 4
 

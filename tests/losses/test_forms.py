@@ -102,7 +102,7 @@ def test_discopop_where_a_plain_exponential_overflows(slots: Slots) -> None:
 def test_discopop_lowers_a_margin_of_0_where_its_temperature_is_low(
     slots: Slots, tau: float, slope: float
 ) -> None:
-    """At h = 0 both parts are half: d loss / dh = (1 - ln 2) / (4 tau) - (1/2 + 1) / 2, 0 at (1 - ln 2) / 3."""
+    """At h = 0 both parts are half: d loss / dh = (1 - ln 2) / (4 tau) - 3 / 4, 0 at tau = (1 - ln 2) / 3."""
     leaf = torch.zeros(2, requires_grad=True)
     loss = DPOLoss(1.0, loss_types=("discopop",), discopop_tau=tau)(slots(leaf), slots(torch.zeros(2)))
     loss.losses.sum().backward()

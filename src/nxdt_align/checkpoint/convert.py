@@ -25,8 +25,10 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from nxdt_align.checkpoint.destinations import Destination
+from nxdt_align.checkpoint.direct import past_cache
 from nxdt_align.checkpoint.extents import WeightsError, byte_view
 from nxdt_align.checkpoint.hf_writer import HFWriter
+from nxdt_align.checkpoint.memory import empty, reused_memory
 from nxdt_align.checkpoint.names import summary
 from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
 from nxdt_align.checkpoint.source import Source, stamp
@@ -34,8 +36,9 @@ from nxdt_align.checkpoint.staging import Staging, flush
 from nxdt_align.files import explain
 
 log = logging.getLogger(__name__)
-_BUDGET = 768 << 20
-"""Bytes of weights under way at once; a larger weight goes alone."""
+_WORKERS = 4
+_BUDGET = 960 << 20
+"""Bytes of memory for weights under way at once; one that takes more goes alone."""
 _SLACK = 64 << 20
 """Bytes of disk space for what is not weights."""
 _CHUNK = 1 << 24
@@ -78,7 +81,7 @@ class Conversion:
     ) -> None:
         self._source, self._destination, self._folder = source, destination, folder
         self._dtype, self._resume, self._verify = dtype, resume, verify
-        self._workers = workers or min(4, os.cpu_count() or 1)
+        self._workers = workers or _WORKERS
         self._quiet = quiet
 
     def run(self) -> Report:
@@ -163,7 +166,7 @@ class Conversion:
         def carry(name: str) -> None:
             tensor = self._source.read(name).contiguous()
             if tensor.dtype != self._target_dtype(name):
-                tensor = tensor.to(self._target_dtype(name))
+                tensor = empty(tensor.shape, self._target_dtype(name)).copy_(tensor)
             writer.write(name, tensor)
             checksum, nans = zlib.crc32(byte_view(tensor)), count_nans(tensor)
             with lock:
@@ -201,7 +204,8 @@ class Conversion:
 
     def _for_each(self, label: str, names: list[str], act: Callable[[str], None]) -> None:
         """Call ``act`` for all names, in threads; the first error stops the others."""
-        budget, stop = _Budget(_BUDGET), threading.Event()
+        budget, stop, own_threads = _Budget(_BUDGET), threading.Event(), torch.get_num_threads()
+        torch.set_num_threads(1)  # of torch's own in each of ours
         sizes = {name: self._nbytes(name) for name in names}
         disable = True if self._quiet else None
         with (
@@ -210,7 +214,8 @@ class Conversion:
         ):
 
             def guarded(name: str) -> None:
-                with budget.take(3 * sizes[name]):
+                # A weight, and a share of it in another order, which may be all of it.
+                with budget.take(2 * sizes[name]), reused_memory(_BUDGET // self._workers), past_cache():
                     if not stop.is_set():
                         act(name)
                         bar.update(sizes[name])
@@ -223,6 +228,7 @@ class Conversion:
             finally:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
+                torch.set_num_threads(own_threads)
 
     def _nbytes(self, name: str) -> int:
         return prod(self._source.shape(name)) * max(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nxdt_align.checkpoint.direct import BLOCK
 from nxdt_align.checkpoint.export import config_json, generation_json
 from nxdt_align.checkpoint.extents import Extent, WeightsError, write_bytes
 from nxdt_align.checkpoint.names import to_hf
@@ -126,7 +127,7 @@ class HFWriter:
             entries[to_hf(name)] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, stop]}
             offset = stop
         text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % BLOCK)
         return len(text).to_bytes(8, "little") + text, offset
 
 

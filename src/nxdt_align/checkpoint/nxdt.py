@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nxdt_align.checkpoint.extents import Extent, WeightsError, byte_view, empty, read_into, read_tensor
+from nxdt_align.checkpoint.extents import Extent, WeightsError, read_into, same_bytes
 from nxdt_align.checkpoint.hf import content_fingerprint
+from nxdt_align.checkpoint.memory import empty
 from nxdt_align.checkpoint.names import is_recomputed, summary
 from nxdt_align.checkpoint.partition import (
     EMBEDDING,
@@ -121,11 +122,13 @@ class NxDTFolder:
         """
         extents, first_row = self._place(name)
         whole = empty(self.shape(name), extents[0].dtype)
+        spare = empty(extents[0].shape, whole.dtype)  # for a share that is not read into its place
         seen: set[tuple[int, int]] = set()
         for rank, extent in enumerate(extents):
             dim, ranges = self.partition.ranges(name, rank)
             if dim == 1:
-                _fill_columns(whole, read_tensor(extent), ranges)
+                read_into(extent, spare)
+                _fill_columns(whole, spare, ranges)
                 continue
             row = first_row
             for start, stop in ranges:
@@ -134,7 +137,8 @@ class NxDTFolder:
                 if (start, stop) not in seen:
                     read_into(extent, target, row)
                 elif not self._unequal:
-                    self._compare(name, rank, extent, row, target)
+                    read_into(extent, spare[:kept], row)
+                    self._require_same(name, rank, spare[:kept], target)
                 seen.add((start, stop))
                 row += stop - start
         return whole
@@ -146,8 +150,8 @@ class NxDTFolder:
         ``fingerprint`` compare them.
         """
         extents, first_row = self._place(name)
-        cut = [slice(*each.indices(n)[:2]) for each, n in zip(region, self.shape(name), strict=True)]
-        part = torch.empty([max(0, each.stop - each.start) for each in cut], dtype=extents[0].dtype)
+        cut = [slice(*part.indices(size)) for part, size in zip(region, self.shape(name), strict=True)]
+        part = empty([max(0, each.stop - each.start) for each in cut], extents[0].dtype)
         seen: set[tuple[int, int]] = set()
         for rank, extent in enumerate(extents):
             dim, ranges = self.partition.ranges(name, rank)
@@ -169,10 +173,8 @@ class NxDTFolder:
             self._fingerprint = content_fingerprint((name, self.read(name)) for name in self.names())
         return self._fingerprint
 
-    def _compare(self, name: str, rank: int, extent: Extent, row: int, first: Tensor) -> None:
-        again = empty(first.shape, first.dtype)
-        read_into(extent, again, row)
-        if byte_view(again) != byte_view(first):
+    def _require_same(self, name: str, rank: int, again: Tensor, first: Tensor) -> None:
+        if not same_bytes(again, first):
             raise WeightsError(
                 f"{self}: tensor-parallel rank {rank} holds another copy of {name} than an earlier rank, "
                 "though copies must be equal. Convert another checkpoint, or take the first copy with "

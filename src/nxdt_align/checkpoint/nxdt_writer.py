@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import serialization
 
+from nxdt_align.checkpoint.direct import BLOCK
 from nxdt_align.checkpoint.extents import Extent, WeightsError, write_bytes
+from nxdt_align.checkpoint.memory import empty
 from nxdt_align.checkpoint.nxdt import INFO, TENSORS, shard_name
 from nxdt_align.checkpoint.partition import EMBEDDING, HEAD, Partition, local_tensors
 from nxdt_align.checkpoint.torch_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of
@@ -93,19 +96,20 @@ class NxDTWriter:
     def write(self, name: str, whole: Tensor) -> None:
         """Put a weight into all its places. Raises OSError. The vocabulary's padding stays 0."""
         for target in [name, *([HEAD] if name == EMBEDDING and self._is_tied else [])]:
+            spare = empty(self.partition.local_shape(target), whole.dtype)
             for place in self._places[target]:
-                self._write_share(target, whole, place)
+                self._write_share(target, whole, place, spare)
 
     @property
     def _is_tied(self) -> bool:
         return self.partition.config.tie_word_embeddings
 
-    def _write_share(self, name: str, whole: Tensor, place: _Place) -> None:
+    def _write_share(self, name: str, whole: Tensor, place: _Place, spare: Tensor) -> None:
         dim, ranges = self.partition.ranges(name, place.rank)
         extent = place.extent
         if dim == 1:
-            share = torch.cat([whole[:, start:stop] for start, stop in ranges], dim=1)
-            write_bytes(extent.path, extent.offset, share)
+            torch.cat([whole[:, start:stop] for start, stop in ranges], dim=1, out=spare)
+            write_bytes(extent.path, extent.offset, spare)
             return
         row = place.first_row
         for start, stop in ranges:
@@ -172,8 +176,13 @@ def _create_xser(path: Path, specs: Mapping[str, Spec]) -> None:
 
 
 def _save_without_bytes(content: Any, path: Path) -> None:
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(content, path)
+    usual = serialization.config.save.storage_alignment
+    serialization.config.save.storage_alignment = BLOCK
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(content, path)
+    finally:
+        serialization.config.save.storage_alignment = usual
 
 
 def _copy_without_bytes(extent: Extent, path: Path) -> None:
