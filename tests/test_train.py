@@ -155,6 +155,28 @@ def test_reference_during_training_gives_the_same_run(project: Project, whole: P
         assert [value for _, value in during[tag]] == pytest.approx(wanted, abs=2e-5, rel=2e-4)
 
 
+def test_the_reference_computes_in_its_own_dtype(project: Project, whole: Path) -> None:
+    """Beside an fp32 policy a bf16 reference is off by its rounding from the first step on, alike in the
+    pre-fit pass and during training; fp32 is what it was anyway, with the same stored values."""
+    curves = {}
+    for dtype, before in (("bf16", True), ("bf16", False), ("fp32", True)):
+        name = f"reference-{dtype}-{before}"
+        where = (f"exp_manager.exp_dir={project.root}/{name}", f"data.cache_dir={project.root}/whole/cache")
+        chosen = (
+            f"model_alignment_strategy.reference_dtype={dtype}",
+            f"model_alignment_strategy.dpo.precompute_ref_log_probs={before}",
+        )
+        stores = set((project.root / "whole" / "cache" / "reference").iterdir())
+        assert project.train(*where, *chosen, "trainer.max_steps=3") == 0
+        new = set((project.root / "whole" / "cache" / "reference").iterdir()) - stores
+        assert len(new) == (dtype == "bf16" and before), "the dtype is part of the fingerprint"
+        curves[dtype, before] = [value for _, value in scalars(project.only_run(name))["rewards/margins"]]
+    wanted = [value for _, value in scalars(whole)["rewards/margins"]][:3]
+    assert curves["fp32", True] == wanted and abs(wanted[0]) < 1e-6
+    assert 1e-5 < abs(curves["bf16", True][0]) < 0.05
+    assert curves["bf16", False] == pytest.approx(curves["bf16", True], abs=5e-3)
+
+
 @pytest.mark.parametrize("layout", ["none", "packed"])
 def test_layouts_train_alike(project: Project, whole: Path, layout: str) -> None:
     where = f"exp_manager.exp_dir={project.root}/{layout}"

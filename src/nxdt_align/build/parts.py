@@ -213,6 +213,14 @@ def precision(config: Config) -> Precision:
     return Precision(compute=torch.bfloat16)
 
 
+def reference_precision(config: Config) -> Precision:
+    """What the frozen reference computes in: ``reference_dtype``, or as the policy."""
+    chosen = config.model_alignment_strategy.reference_dtype
+    if chosen is None:
+        return precision(config)
+    return Precision(compute=torch.bfloat16 if chosen == "bf16" else torch.float32)
+
+
 def loss(config: Config) -> Loss:
     """The loss that ``model_alignment_strategy`` chooses. Raises UserError for one's own that is unfit."""
     strategy = config.model_alignment_strategy

@@ -77,6 +77,7 @@ class Run:
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         self.precision = parts.precision(config)
+        self.reference_precision = parts.reference_precision(config)
         self.engine = self._build_engine()
 
     def _build_engine(self) -> Engine:
@@ -87,6 +88,7 @@ class Run:
             self.model_config,
             parts.attention(self.config, self.device),
             precision=self.precision,
+            reference_precision=self.reference_precision,
             topology=self.topology,
             parallel=parts.parallel(self.config),
             device=self.device,
@@ -204,14 +206,13 @@ class Run:
         record = {ORIGIN: origin_record(origin.source, self._fingerprint(origin.source))}
         before = self.config.model_alignment_strategy.precompute_ref_log_probs
         store = self._store(origin) if before else None
-        first: Callback = (
-            ReferencePass(self.engine, self.data, store, origin, trial=self.env.compile_only)
-            if store is not None
-            else ReferenceDuringTraining(self.engine, origin)
-        )
+        first: Callback = ReferenceDuringTraining(self.engine, origin)
+        if store is not None:
+            alike, trial = self.reference_precision == self.precision, self.env.compile_only
+            first = ReferencePass(self.engine, self.data, store, origin, trial=trial, like_policy=alike)
         if not self.config.exp_manager.preflight or self.env.compile_only:
             return [first], record
-        tolerance = PREFLIGHT_TOLERANCE[torch.bfloat16 if self.precision.autocast else self.precision.compute]
+        tolerance = max(PREFLIGHT_TOLERANCE[p.coarsest] for p in (self.precision, self.reference_precision))
         preflight = Preflight(
             self.engine,
             self.data,
@@ -232,7 +233,7 @@ class Run:
             "weights": self._fingerprint(origin.source),
             "model": str(self.model_config),
             "tokenization": self.tokenization.fingerprint(),
-            "precision": str(self.precision),
+            "precision": str(self.reference_precision),
         }
         dpo = self.config.model_alignment_strategy.dpo
         if dpo is not None and dpo.ld_alpha is not None:

@@ -153,15 +153,18 @@ _NEURON = (
 )
 _NATIVE_NOT_YET = (
     *("distributed_strategy.zero1", "distributed_strategy.sequence_parallel"),
-    "exp_manager.save_bf16",
     "exp_manager.enable_recovery_time_instrumentation",
-    "exp_manager.checkpoint_callback_params.use_master_weights_in_ckpt",
     "exp_manager.fail_on_recompile",
-    "model_alignment_strategy.reference_dtype",
     *("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
 )
+# A native checkpoint keeps the weights that the optimizer moves, float32 masters where there are such:
+# without them a run would not go on as if it had not been interrupted. (NxDT itself reads save_bf16 nowhere.)
+_NATIVE_ALWAYS_EXACT = (
+    "exp_manager.save_bf16",
+    "exp_manager.checkpoint_callback_params.use_master_weights_in_ckpt",
+)
 NO_EFFECT: dict[Engine, tuple[str, ...]] = {
-    "native": (*_MEGATRON_OR_LIGHTNING, *_NEURON, *_NATIVE_NOT_YET),
+    "native": (*_MEGATRON_OR_LIGHTNING, *_NEURON, *_NATIVE_NOT_YET, *_NATIVE_ALWAYS_EXACT),
     "nxd": _MEGATRON_OR_LIGHTNING,
 }
 """Engine -> keys that change nothing on it."""

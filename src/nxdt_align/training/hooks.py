@@ -62,8 +62,8 @@ class ReferencePass(Callback):
     """Before the first step: the reference log-probs of train and validation data.
 
     Values that the store has are not computed again. On a fresh run whose reference is its own
-    start, the policy itself is asked; otherwise the reference's weights are loaded for the pass and
-    freed after it.
+    start and computes as the policy does (``like_policy``), the policy itself is asked; otherwise the
+    reference's weights are loaded for the pass and freed after it.
     """
 
     def __init__(
@@ -74,19 +74,21 @@ class ReferencePass(Callback):
         origin: ReferenceOrigin,
         *,
         trial: bool,
+        like_policy: bool = True,
     ) -> None:
         self._engine = engine
         self._data = data
         self._store = store
         self._origin = origin
         self._trial = trial
+        self._like_policy = like_policy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         splits = list(self._data.splits)
         ids = [record for split in splits for record in self._data.record_ids(split)]
         # Rank 0's answer counts: the others may read the store while it is being written.
         absent = self._engine.broadcast_object(len(self._store.missing(ids)))
-        use_policy = self._origin.is_start and trainer.ckpt_path is None
+        use_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
         if absent and not use_policy:
             log.info("loading the reference model %s for %d records", self._origin.source, absent)
             self._engine.load_reference(self._origin.source)

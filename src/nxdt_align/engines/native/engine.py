@@ -38,6 +38,7 @@ class NativeEngine(Engine):
         config: the model's shape.
         attention: how packed rows are attended over.
         precision: compute dtype; float32 master weights are kept below it.
+        reference_precision: that of the frozen reference; the policy's where None.
         topology: this process's place among the others.
         parallel: how the model is spread over them.
         device: where this process's part of it lives.
@@ -52,6 +53,7 @@ class NativeEngine(Engine):
         attention: Attention,
         *,
         precision: Precision = Precision(),  # noqa: B008 (frozen)
+        reference_precision: Precision | None = None,
         topology: Topology = Topology(),  # noqa: B008 (frozen)
         parallel: Parallel = Parallel(),  # noqa: B008 (frozen)
         device: torch.device | str = "cpu",
@@ -63,6 +65,7 @@ class NativeEngine(Engine):
         self.config = config
         self._attention = attention
         self._precision = precision
+        self._reference_precision = reference_precision or precision
         self._configure = configure_model
         self._groups = Groups.join(parallel, topology, self.device.type)
         self._policy = self._build()
@@ -78,17 +81,18 @@ class NativeEngine(Engine):
 
         Weights that FSDP shards are float32 and computed with in the compute dtype, unless they are frozen.
         """
+        precision = self._reference_precision if frozen else self._precision
         with torch.device("meta"):
             llama = Llama(self.config, self._attention)
         self._configure(llama)
         llama.requires_grad_(not frozen)
         is_sharded = self._groups.shards_data and (not frozen or self._groups.parallel.fsdp)
         if frozen or not is_sharded:
-            llama.to(dtype=self._precision.compute)
+            llama.to(dtype=precision.compute)
         split_over_tensor_ranks(llama, self._groups)
-        scorer = Scorer(llama, self._attention, self._precision, self.device, self._groups)
+        scorer = Scorer(llama, self._attention, precision, self.device, self._groups)
         if is_sharded:
-            shard_over_data_ranks(scorer, llama, self._groups, self._precision)
+            shard_over_data_ranks(scorer, llama, self._groups, precision)
         return scorer.to_empty(device=self.device)
 
     # Weights

@@ -25,6 +25,11 @@ class Precision:
         return nullcontext()
 
     @property
+    def coarsest(self) -> torch.dtype:
+        """The dtype with the fewest bits that values pass through."""
+        return torch.bfloat16 if self.autocast else self.compute
+
+    @property
     def has_masters(self) -> bool:
         """Whether the weights that are computed with are copies of float32 master weights."""
         return self.compute != torch.float32
