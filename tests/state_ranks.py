@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, load
+from nxdt_align.engines.native.collectives import Ranks
+from nxdt_align.engines.native.gathering import whole_tensors
 from nxdt_align.engines.native.loading import fill
 from nxdt_align.engines.native.parts import Part
 from nxdt_align.engines.native.saving import Saver, save
@@ -203,6 +205,20 @@ def fault(act: Callable[[], object]) -> str:
     except EngineError as error:
         return str(error)
     raise AssertionError("no error")
+
+
+def gather(rank: int, folder: Path) -> None:
+    """Whole weights on rank 0, one at a time: of shards, and of stages that rank 0 has no part of."""
+    mine = ("col", "norm") if rank < 2 else ("row", "uneven")
+    low = nn.Parameter(torch.arange(4).to(torch.bfloat16))
+    for net in (spread(0, tp=2, dp=2), spread(0, tp=1, dp=4), whole(0, mine)):
+        held = [*named(net), ("low", low)] if rank == 3 or len(named(net)) == 4 else named(net)
+        found = list(whole_tensors(held, Ranks(own_group=True)))
+        if rank:
+            assert found == []
+            continue
+        assert [name for name, _ in found] == ["col", "low", "norm", "row", "uneven"]
+        assert_equal(dict(found), state_of(whole(0)) | {"low": low.detach()})
 
 
 def failures(rank: int, folder: Path) -> None:

@@ -18,6 +18,7 @@ from nxdt_align.engines.native.saving import save
 from nxdt_align.models.presets import weight_shapes
 
 WORKS = (
+    state_ranks.gather,
     state_ranks.reshard,
     state_ranks.stages,
     state_ranks.failures,
@@ -82,6 +83,10 @@ def test_what_a_sharded_folder_says_of_itself(done: Callable[..., Path]) -> None
 
 def test_pipeline_stages_bring_their_own(done: Callable[..., Path]) -> None:
     assert_equal(read_back(done(state_ranks.stages) / "stages"), state_of(*trained(3)))
+
+
+def test_whole_weights_meet_on_rank_0(done: Callable[..., Path]) -> None:
+    done(state_ranks.gather)
 
 
 def test_a_fault_of_one_rank_is_every_rank_s(done: Callable[..., Path]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -86,10 +85,10 @@ class Ranks:
             training goes on. Making it is a collective call.
     """
 
-    def __init__(self, *, own_group: bool = False, timeout: timedelta | None = None) -> None:
+    def __init__(self, *, own_group: bool = False) -> None:
         self.size = dist.get_world_size() if active() else 1
         self.rank = dist.get_rank() if active() else 0
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if own_group and active() else None
+        self.group = dist.new_group(backend="gloo") if own_group and active() else None
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank, in the order of the ranks."""
