@@ -42,6 +42,17 @@ def test_plan_for_more_ranks_than_processes(tmp_path: Path, capsys: pytest.Captu
     assert "data-parallel ranks: 2" in capsys.readouterr().out
 
 
+def test_plan_says_what_memory_a_device_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an engine that is not here too: engine nxd's limits and packages are no matter of a plan."""
+    project = Project.create(tmp_path)
+    assert plan(project, "distributed_strategy.engine=nxd") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"memory of a NeuronCore, rows of \d+ tokens x 1, tensor parallel 1", said), said
+    assert said.endswith("10% of which is left to graphs and runtime: fits\n")
+    assert plan(project, "trainer.accelerator=cpu") == 0
+    assert "memory of a device (cpu)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("override", "fault"),
     [

@@ -17,7 +17,6 @@ from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.config.check import (
     ConfigError,
     Fault,
-    check,
     load_checked,
     neuron_available,
     resolve_engine,
@@ -28,7 +27,7 @@ from nxdt_align.config.load import presets, read_config, to_yaml
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.files import explain
-from nxdt_align.neuron.environment import cache_fault, describe, missing_from, neuron_environment
+from nxdt_align.neuron.environment import describe, missing_variables, neuron_environment
 
 _DESCRIPTION = """\
 Preference alignment of Llama-family models from NxD Training's YAML.
@@ -228,11 +227,7 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
     """Fewer processes than the run's will do, and none of its packages: one plans for all ranks."""
-    config, missing = _read(arguments, environment, checked=True)
-    if missing:
-        raise ConfigError(missing, config.source)
-    for notice in check(config):
-        _note(notice)
+    config = _checked(arguments, environment, None, notify=True, any_engine=True)
     from nxdt_align.build.plan import plan_report
 
     print(plan_report(config))
@@ -247,17 +242,8 @@ def _processes(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 
 def _missing_variables(config: Config) -> dict[str, str]:
-    """What engine nxd needs in the environment and is not there yet; nothing for another engine.
-
-    Raises ConfigError for a compile cache that cannot be written to.
-    """
-    if resolve_engine(config, neuron_available()) != "nxd":
-        return {}
-    wanted = neuron_environment(config)
-    fault = cache_fault(os.environ, wanted)
-    if fault is not None:
-        raise ConfigError([fault], config.source)
-    return missing_from(os.environ, wanted)
+    engine = resolve_engine(config, neuron_available())
+    return missing_variables(config, os.environ) if engine == "nxd" else {}
 
 
 def _print_env(arguments: argparse.Namespace, environment: _Environment) -> int:
@@ -325,10 +311,15 @@ def _read(
 
 
 def _checked(
-    arguments: argparse.Namespace, environment: _Environment, world_size: int | None, notify: bool
+    arguments: argparse.Namespace,
+    environment: _Environment,
+    world_size: int | None,
+    notify: bool,
+    any_engine: bool = False,
 ) -> Config:
+    overrides = _overrides(arguments, environment)
     config, notices = load_checked(
-        arguments.config_name, _overrides(arguments, environment), arguments.config_path, world_size
+        arguments.config_name, overrides, arguments.config_path, world_size, any_engine
     )
     for notice in notices if notify else ():
         _note(notice)

@@ -2,210 +2,170 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from nxdt_align.config.schema import Config
-from nxdt_align.models.memory import estimate
-from nxdt_align.models.workload import Workload, even_stages
+from nxdt_align.models.presets import LlamaConfig
 
 ROUNDING = 64
 """Row lengths are multiples of this."""
 CORES_OF_A_NODE = 32
+_STRATEGY = "distributed_strategy"
+_TENSOR, _PIPELINE = f"{_STRATEGY}.tensor_model_parallel_size", f"{_STRATEGY}.pipeline_model_parallel_size"
+
+SizeOf = Callable[[Config], int]
+"""Bytes that a configuration takes on a device."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides of the configuration, and what they do to a step's sizes."""
+    """Values of the configuration, and what they cost where that is more than time."""
 
-    keys: str
-    apply: Callable[[Workload], Workload]
+    values: Mapping[str, Any]
     note: str = ""
-    """What it costs, where that is more than time."""
+
+    @property
+    def overrides(self) -> str:
+        """As the command line takes them."""
+        return " ".join(f"{path}={value}" for path, value in self.values.items())
 
 
-def changes(config: Config, work: Workload) -> list[list[Change]]:
-    """Groups of changes, mildest group first; of a group one is enough, mildest first."""
-    groups = [
-        _checkpointing(work),
-        _micro_batch(config, work),
-        _sequence_parallel(work),
-        _zero1(work),
-        _reference(work),
-        _tensor_parallel(config, work),
-        _pipeline(config, work),
-        _shorter(config, work),
-    ]
-    return [group for group in groups if group]
+def changed(config: Config, chosen: Sequence[Change]) -> Config:
+    """``config`` with the values of ``chosen``, later ones last."""
+    for change in chosen:
+        for path, value in change.values.items():
+            config = _with_value(config, path.split("."), value)
+    return config
+
+
+def _with_value(section: Any, path: Sequence[str], value: Any) -> Any:
+    name, *rest = path
+    inner = _with_value(getattr(section, name), rest, value) if rest else value
+    return dataclasses.replace(section, **{name: inner})
 
 
 def fitting_changes(
-    groups: Sequence[Sequence[Change]], work: Workload, limit: int
+    config: Config, model: LlamaConfig, size_of: SizeOf, limit: int
 ) -> tuple[list[Change], list[Change]]:
-    """Every change that alone brings ``work`` to ``limit`` bytes, the mildest of its group; and where there
+    """Every change that alone brings ``config`` to ``limit`` bytes, the mildest of its group; and where there
     is none, changes that do so together. Both are empty where nothing does."""
-    alone = [change for group in groups if (change := _first_fit(group, work, limit)) is not None]
+    alone = []
+    for group in GROUPS:
+        fitting = [c for c in group(config, model) if size_of(changed(config, [c])) <= limit]
+        alone += fitting[:1]
     if alone:
         return alone, []
     chosen: list[Change] = []
-    changed = work
-    for group in groups:
-        change = _first_fit(group, changed, limit)
-        best = change or min(group, key=lambda option: _bytes([option], changed))
-        chosen.append(best)
-        changed = best.apply(changed)
-        if change is not None:
-            return [], _needed(chosen, work, limit)
+    for group in GROUPS:
+        options = list(group(changed(config, chosen), model))
+        totals = [size_of(changed(config, [*chosen, option])) for option in options]
+        for option, total in zip(options, totals, strict=True):
+            if total <= limit:
+                return [], _needed(config, [*chosen, option], size_of, limit)
+        if options and min(totals) < size_of(changed(config, chosen)):
+            chosen.append(options[totals.index(min(totals))])
     return [], []
 
 
-def _needed(chosen: list[Change], work: Workload, limit: int) -> list[Change]:
+def _needed(config: Config, chosen: list[Change], size_of: SizeOf, limit: int) -> list[Change]:
     """``chosen`` without what the others make up for, the harshest left out first."""
     for change in reversed(list(chosen)):
         others = [other for other in chosen if other is not change]
-        if _bytes(others, work) <= limit:
+        if size_of(changed(config, others)) <= limit:
             chosen = others
     return chosen
 
 
-def _first_fit(group: Sequence[Change], work: Workload, limit: int) -> Change | None:
-    return next((change for change in group if _bytes([change], work) <= limit), None)
+# Groups of changes: of each, one is enough; the mildest comes first.
 
 
-def _bytes(chosen: Sequence[Change], work: Workload) -> int:
-    for change in chosen:
-        work = change.apply(work)
-    return estimate(work).total
+def _checkpointing(config: Config, model: LlamaConfig) -> list[Change]:
+    path = "model.activations_checkpoint_granularity"
+    return [] if config.model.activations_checkpoint_granularity == "full" else [Change({path: "full"})]
 
 
-# The groups
-
-
-def _checkpointing(work: Workload) -> list[Change]:
-    if "full" in work.recompute:
-        return []
-    key = "model.activations_checkpoint_granularity=full"
-    return [Change(key, lambda w: replace(w, recompute=("full",)))]
-
-
-def _micro_batch(config: Config, work: Workload) -> list[Change]:
+def _micro_batch(config: Config, model: LlamaConfig) -> list[Change]:
     now = config.data.micro_batch_size
-    rows_each = work.rows // now
-    return [
-        Change(f"data.micro_batch_size={size}", lambda w, size=size: replace(w, rows=size * rows_each))  # type: ignore[misc]
-        for size in range(now - 1, 0, -1)
-        if now % size == 0
-    ]
+    return [Change({"data.micro_batch_size": size}) for size in range(now - 1, 0, -1) if now % size == 0]
 
 
-def _sequence_parallel(work: Workload) -> list[Change]:
-    if work.sequence_parallel or work.tensor_parallel == 1:
+def _sequence_parallel(config: Config, model: LlamaConfig) -> list[Change]:
+    strategy = config.distributed_strategy
+    if strategy.sequence_parallel or strategy.tensor_model_parallel_size == 1:
         return []
-    return [
-        Change("distributed_strategy.sequence_parallel=True", lambda w: replace(w, sequence_parallel=True))
-    ]
+    return [Change({f"{_STRATEGY}.sequence_parallel": True})]
 
 
-def _zero1(work: Workload) -> list[Change]:
-    if work.zero1 or work.fsdp or work.data_parallel == 1:
+def _zero1(config: Config, model: LlamaConfig) -> list[Change]:
+    strategy = config.distributed_strategy
+    if strategy.zero1 or strategy.fsdp is not False or config.data_parallel_size == 1:
         return []
-    return [Change("distributed_strategy.zero1=True", lambda w: replace(w, zero1=True))]
+    return [Change({f"{_STRATEGY}.zero1": True})]
 
 
-def _reference(work: Workload) -> list[Change]:
-    key = "model_alignment_strategy.dpo.precompute_ref_log_probs=True"
-    return [Change(key, lambda w: replace(w, reference=False))] if work.reference else []
+def _reference(config: Config, model: LlamaConfig) -> list[Change]:
+    strategy = config.model_alignment_strategy
+    if strategy.precompute_ref_log_probs:
+        return []
+    return [Change({f"model_alignment_strategy.{strategy.objective}.precompute_ref_log_probs": True})]
 
 
-def _tensor_parallel(config: Config, work: Workload) -> list[Change]:
+def _tensor_parallel(config: Config, model: LlamaConfig) -> list[Change]:
     """Wider tensor parallel, on as many more cores as it takes."""
-    model, now = work.model, work.tensor_parallel
-    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    sizes = [
-        size
-        for size in (2, 4, 8, 16, 32)
-        if size > now
-        and not any(whole % size for whole in (heads, model.intermediate_size, model.vocab_size))
-        and (kv_heads % size == 0 or size % kv_heads == 0)
-    ]
+    now, kv_heads = config.distributed_strategy.tensor_model_parallel_size, model.num_key_value_heads
+    wholes = (model.num_attention_heads, model.intermediate_size, model.vocab_size)
     found = []
-    for size in sizes:
-        copies = max(1, size // kv_heads)
-        keys = f"distributed_strategy.tensor_model_parallel_size={size}"
-        if copies != config.distributed_strategy.kv_replicator:
-            keys += f" distributed_strategy.kv_replicator={copies} model.qkv_linear={copies > 1}"
-        cores = size * (config.model_parallel_size // now)
-        found.append(
-            Change(
-                keys + _more_cores(config, cores),
-                lambda w, size=size, cores=cores: replace(  # type: ignore[misc]
-                    w,
-                    tensor_parallel=size,
-                    kv_heads=max(1, kv_heads // size),
-                    data_parallel=_copies_left(config, cores),
-                ),
-            )
-        )
-    return found
-
-
-def _pipeline(config: Config, work: Workload) -> list[Change]:
-    layers, now = work.model.num_hidden_layers, len(work.layers_of_stages)
-    found = []
-    for stages in (2, 4, 8, 16):
-        if stages <= now or stages > layers or work.model.tie_word_embeddings:
+    for size in (2, 4, 8, 16, 32):
+        is_even = not any(whole % size for whole in wholes)
+        if size <= now or not is_even or (kv_heads % size and size % kv_heads):
             continue
-        cores = stages * (config.model_parallel_size // now)
-        shares = even_stages(layers, stages)
-        found.append(
-            Change(
-                f"distributed_strategy.pipeline_model_parallel_size={stages}" + _more_cores(config, cores),
-                lambda w, shares=shares, cores=cores: replace(  # type: ignore[misc]
-                    w,
-                    stages=shares,
-                    micro_batches=max(w.micro_batches, len(shares)),
-                    data_parallel=_copies_left(config, cores),
-                ),
-            )
-        )
+        copies = max(1, size // kv_heads)
+        values: dict[str, Any] = {_TENSOR: size}
+        if copies != config.distributed_strategy.kv_replicator:
+            values |= {f"{_STRATEGY}.kv_replicator": copies, "model.qkv_linear": copies > 1}
+        found.append(Change(values | _cores(config, config.model_parallel_size // now * size)))
     return found
 
 
-def _shorter(config: Config, work: Workload) -> list[Change]:
-    """Shorter examples, in steps of a quarter, rows shrinking alike."""
-    now = config.data.seq_length
+def _pipeline(config: Config, model: LlamaConfig) -> list[Change]:
+    now = config.distributed_strategy.pipeline_model_parallel_size
+    if model.tie_word_embeddings or config.model.pipeline_cuts is not None:
+        return []
+    return [
+        Change({_PIPELINE: stages} | _cores(config, config.model_parallel_size // now * stages))
+        for stages in (2, 4, 8, 16, 32)
+        if now < stages <= model.num_hidden_layers
+    ]
+
+
+def _cores(config: Config, cores: int) -> dict[str, Any]:
+    """Enough cores for a copy of the model, where there are not enough or they do not come out even."""
+    if config.world_size % cores == 0:
+        return {}
+    if cores <= CORES_OF_A_NODE:
+        return {"trainer.devices": cores, "trainer.num_nodes": 1}
+    return {"trainer.devices": CORES_OF_A_NODE, "trainer.num_nodes": -(-cores // CORES_OF_A_NODE)}
+
+
+def _shorter(config: Config, model: LlamaConfig) -> list[Change]:
+    """Shorter examples; rows shrink alike."""
+    strategy = config.model_alignment_strategy
     found = []
     for part in (0.75, 0.5, 0.25, 0.125):
-        length = int(now * part) // ROUNDING * ROUNDING
-        if length <= 0:
-            continue
-        prompt = config.model_alignment_strategy.max_prompt_length
-        keys = f"data.seq_length={length}"
-        if prompt >= length:
-            keys += f" model_alignment_strategy.{config.model_alignment_strategy.objective}"
-            keys += f".max_prompt_length={length // 2}"
-        found.append(
-            Change(
-                keys,
-                lambda w, part=length / now: replace(  # type: ignore[misc]
-                    w, tokens=int(w.tokens * part), responses=max(1, int(w.responses * part))
-                ),
-                note="longer examples are cut",
-            )
-        )
+        length = int(config.data.seq_length * part) // ROUNDING * ROUNDING
+        values = {"data.seq_length": length}
+        if strategy.max_prompt_length >= length:
+            values[f"model_alignment_strategy.{strategy.objective}.max_prompt_length"] = length // 2
+        if length > 0:
+            found.append(Change(values, note="longer examples are cut"))
     return found
 
 
-def _copies_left(config: Config, cores: int) -> int:
-    """Data-parallel size where one copy of the model takes ``cores``."""
-    return max(1, config.world_size // cores)
-
-
-def _more_cores(config: Config, cores: int) -> str:
-    """Overrides for a run on enough cores, where it has not enough or they do not come out even."""
-    if config.world_size % cores == 0:
-        return ""
-    if cores <= CORES_OF_A_NODE:
-        return f" trainer.devices={cores}"
-    nodes = -(-cores // CORES_OF_A_NODE)
-    return f" trainer.devices={CORES_OF_A_NODE} trainer.num_nodes={nodes}"
+GROUPS: tuple[Callable[[Config, LlamaConfig], list[Change]], ...] = (
+    *(_checkpointing, _micro_batch, _sequence_parallel, _zero1, _reference),
+    *(_tensor_parallel, _pipeline, _shorter),
+)
+"""Mildest first."""

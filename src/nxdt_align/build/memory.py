@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 from nxdt_align.build import parts
-from nxdt_align.build.fitting import Change, changes, fitting_changes
+from nxdt_align.build.fitting import Change, changed, fitting_changes
 from nxdt_align.config.engines import resolve_engine
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket, Layout
@@ -44,8 +44,8 @@ def memory_report(config: Config, layout: Layout, responses: int, bucket: Bucket
         responses: responses of an example.
         bucket: the largest shape of a row that training meets.
     """
-    where = device_kind(config)
-    work = workload(config, parts.model_config(config), layout, responses, bucket)
+    where, model = device_kind(config), parts.model_config(config)
+    work = workload(config, model, layout, responses, bucket)
     need = estimate(work)
     name = "a NeuronCore" if where == "neuron" else f"a device ({where})"
     head = (
@@ -63,7 +63,21 @@ def memory_report(config: Config, layout: Layout, responses: int, bucket: Bucket
         f"    {'total':<18}{_gib(need.total)} of {limit // GIB} GiB (trn1), {1 - USABLE:.0%} of which is "
         f"left to graphs and runtime: {verdict}"
     )
-    return "\n".join(lines if fits else [*lines, *_advice(config, work)])
+    if fits:
+        return "\n".join(lines)
+
+    def size_of(other: Config) -> int:
+        """With other sizes; rows grow and shrink with data.seq_length."""
+        part = other.data.seq_length / config.data.seq_length
+        shrunk = replace(bucket, tokens=int(bucket.tokens * part), responses=int(bucket.responses * part))
+        return estimate(workload(other, model, layout, responses, shrunk)).total
+
+    alone, together = fitting_changes(config, model, size_of, int(limit * USABLE))
+    if not alone and not together:
+        lines.append("  no change of the keys here makes it fit: take a smaller model")
+    for chosen in [[change] for change in alone] or filter(None, [together]):
+        lines.append(f"  fits with {_line(chosen, size_of(changed(config, chosen)))}")
+    return "\n".join(lines)
 
 
 def _table(need: Memory) -> list[str]:
@@ -82,23 +96,10 @@ def _gib(size: float) -> str:
     return f"{size / GIB:6.2f} GiB"
 
 
-def _advice(config: Config, work: Workload) -> list[str]:
-    """Each single change that is enough; or else changes that are enough together."""
-    groups = changes(config, work)
-    alone, together = fitting_changes(groups, work, int(NEURON_CORE_BYTES * USABLE))
-    if alone:
-        return ["  any one of these makes it fit:", *(f"    {_line([c], work)}" for c in alone)]
-    if together:
-        return ["  these together make it fit:", f"    {_line(together, work)}"]
-    return ["  no change of the keys here makes it fit: take a smaller model"]
-
-
-def _line(chosen: list[Change], work: Workload) -> str:
-    for change in chosen:
-        work = change.apply(work)
-    keys = " ".join(change.keys for change in chosen)
+def _line(chosen: list[Change], size: int) -> str:
+    overrides = " ".join(change.overrides for change in chosen)
     note = "; ".join(change.note for change in chosen if change.note)
-    return f"{keys}: {_gib(estimate(work).total).strip()}{f' ({note})' if note else ''}"
+    return f"{overrides}: {_gib(size).strip()}{f' ({note})' if note else ''}"
 
 
 # From the configuration

@@ -53,14 +53,15 @@ def load_checked(
     overrides: Sequence[str] = (),
     config_dir: Path | None = None,
     world_size: int | None = None,
+    any_engine: bool = False,
 ) -> tuple[Config, list[str]]:
     """``load_config`` and ``check`` in one, so that the faults of both come in one ConfigError.
 
     Returns the configuration and check's notices. The configuration is held to the limits of the
-    engine that would run it on this machine.
+    engine that would run it on this machine, except with ``any_engine``.
     """
     config, faults = read_config(config_name_or_path, overrides, config_dir)
-    engine = resolve_engine(config, neuron_available())
+    engine = None if any_engine else resolve_engine(config, neuron_available())
     faults = with_check(config, faults, world_size, engine)
     if faults:
         raise ConfigError(faults, config.source)

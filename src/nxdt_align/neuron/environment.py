@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nxdt_align.config.faults import Fault
+from nxdt_align.config.faults import ConfigError, Fault
 from nxdt_align.config.schema import Config, PrecisionConfig
 from nxdt_align.errors import UserError
 from nxdt_align.files import CHOOSE_ANOTHER, unwritable
@@ -104,6 +104,18 @@ def missing_from(present: Mapping[str, str], wanted: Mapping[str, str]) -> dict[
         if merged != present[FLAGS].strip():
             absent[FLAGS] = merged
     return absent
+
+
+def missing_variables(config: Config, present: Mapping[str, str]) -> dict[str, str]:
+    """What a run of ``config`` on engine nxd still has to set.
+
+    Raises ConfigError for a compile cache that cannot be written to.
+    """
+    wanted = neuron_environment(config)
+    fault = cache_fault(present, wanted)
+    if fault is not None:
+        raise ConfigError([fault], config.source)
+    return missing_from(present, wanted)
 
 
 def describe(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

@@ -1,0 +1,197 @@
+"""The memory part of ``nxdt-align plan``: sizes from the YAML, the verdict, advice that keeps its word."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from nxdt_align.build import memory as planned
+from nxdt_align.build import parts
+from nxdt_align.build.memory import GIB, USABLE, memory_report, workload
+from nxdt_align.config.load import load_config
+from nxdt_align.data.packing import Bucket, Layout
+from nxdt_align.models.memory import estimate
+from nxdt_align.models.presets import LLAMA3_8B
+from nxdt_align.models.workload import Formats, Workload
+
+DPO, ORPO = "hf_llama3_8B_DPO_config", "hf_llama3_8B_ORPO_config"
+BUCKET = Bucket(tokens=4096, responses=2048, slots=8)
+ON_8_CORES = ("trainer.devices=8", "distributed_strategy.tensor_model_parallel_size=8")
+EVERYTHING_KEPT = "model.activations_checkpoint_granularity=null"
+
+
+@pytest.fixture(autouse=True)
+def llama3_8b(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of the YAML's config.json, which is not on this machine."""
+    monkeypatch.setattr(parts, "model_config", lambda config: LLAMA3_8B)
+
+
+def sizes(*overrides: str, name: str = DPO, layout: Layout = "shared_prompt") -> Workload:
+    return workload(load_config(name, overrides), LLAMA3_8B, layout, 2, BUCKET)
+
+
+def report(*overrides: str, layout: Layout = "shared_prompt") -> str:
+    return memory_report(load_config(DPO, overrides), layout, 2, BUCKET)
+
+
+def test_shipped_yaml_fits_a_neuron_core() -> None:
+    """tests/models/test_memory.py counts the weights by hand: 276,041,728 of them, at 2 + 4 + 4 + 8 bytes."""
+    said = report()
+    assert "memory of a NeuronCore, rows of 4096 tokens x 1, tensor parallel 32, data parallel 1" in said
+    figures = {name.strip(): float(size) for name, size in re.findall(r"    ([a-z ]+?) +([\d.]+) GiB", said)}
+    weights = 276_041_728
+    assert figures["weights"] == pytest.approx(2 * weights / GIB, abs=0.005)
+    assert figures["gradients"] == figures["master weights"] == pytest.approx(4 * weights / GIB, abs=0.005)
+    assert figures["optimizer state"] == pytest.approx(8 * weights / GIB, abs=0.005)
+    assert figures["total"] == pytest.approx(sum(v for k, v in figures.items() if k != "total"), abs=0.03)
+    assert 4.8 < figures["total"] < 6
+    assert said.endswith("16 GiB (trn1), 10% of which is left to graphs and runtime: fits")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "formats"),
+    [
+        (["precision.type=mixed_precision"], Formats(2, 4, 4, 8, 2)),
+        (["precision.type=mixed_precision_SR"], Formats(2, 4, 4, 8, 2)),
+        (["precision.type=fp32"], Formats(4, 4, 0, 8, 4)),
+        (["precision.type=autocast"], Formats(4, 4, 0, 8, 2, autocast=True)),
+        (["precision.type=bf16SR"], Formats(2, 2, 0, 8, 2)),
+        (["precision.type=bf16SR", "model.optim.name=adamw"], Formats(2, 2, 0, 4, 2)),
+        (["precision.type=bf16SR", "trainer.accelerator=cpu"], Formats(2, 4, 4, 8, 2)),
+        (["precision.type=manual"], Formats(4, 4, 0, 8, 4)),
+        (
+            ["precision.type=manual", "precision.xla_downcast_bf16='1'", "precision.master_weights=True"],
+            Formats(2, 2, 4, 8, 2),
+        ),
+        (["model.optim.name=sgd"], Formats(2, 4, 4, 0, 2)),
+        (["model.optim.name=sgd", "+model.optim.momentum=0.9"], Formats(2, 4, 4, 4, 2)),
+        (["+model.optim.amsgrad=True"], Formats(2, 4, 4, 12, 2)),
+    ],
+)
+def test_precision_and_optimizer_in_bytes(overrides: list[str], formats: Formats) -> None:
+    assert sizes(*overrides).formats == formats
+
+
+def test_layouts_and_attention() -> None:
+    """Rows: a response each without packing. trn1's flash kernel is causal, so packed rows have scores."""
+    padded = sizes("data.micro_batch_size=2", "data.global_batch_size=4", layout="none")
+    assert (padded.rows, padded.attention) == (4, "flash")
+    assert sizes("model.fusions.flash_attention=False", layout="none").attention == "scores"
+    packed = sizes("data.micro_batch_size=2")
+    assert (packed.rows, packed.attention) == (2, "scores")
+    assert sizes("trainer.accelerator=cpu").attention == "flash"
+    assert sizes("trainer.accelerator=cpu", "data.attention=dense").attention == "masked"
+
+
+def test_parallel_sizes() -> None:
+    work = sizes("trainer.num_nodes=2")
+    assert (work.tensor_parallel, work.data_parallel, work.kv_heads) == (32, 2, 1)
+    assert work.sequence_parallel and work.zero1
+    native = sizes("distributed_strategy.engine=native")
+    assert native.kv_heads == 8, "whole where there are fewer heads than ranks"
+    three = ("trainer.num_nodes=3", "distributed_strategy.pipeline_model_parallel_size=3")
+    assert sizes(*three).stages == (11, 11, 10)
+    cuts = "model.pipeline_cuts=[model.layers.4,model.layers.9]"
+    assert sizes(*three, cuts).stages == (5, 5, 22)
+
+
+def test_recomputation_and_reference() -> None:
+    assert sizes().recompute == ("full",)
+    named = "model.activations_checkpoint_recompute=[CoreAttention,LlamaMLP]"
+    assert sizes(EVERYTHING_KEPT, named).recompute == ()
+    selective = "model.activations_checkpoint_granularity=selective"
+    assert sizes(selective, named).recompute == ("CoreAttention", "LlamaMLP")
+    during = "model_alignment_strategy.dpo.precompute_ref_log_probs=False"
+    assert [sizes().reference, sizes(during).reference] == [False, True]
+    assert not sizes(name=ORPO).reference
+
+
+def test_native_zero1_keeps_float32_shards() -> None:
+    overrides = ("trainer.accelerator=cuda", "trainer.num_nodes=2", "precision.type=fp32")
+    assert sizes(*overrides).formats.master == 4
+    assert sizes(*overrides, "distributed_strategy.zero1=False").formats.master == 0
+
+
+def test_other_devices_have_no_limit() -> None:
+    said = report(*ON_8_CORES, EVERYTHING_KEPT, "data.micro_batch_size=4", "trainer.accelerator=cuda")
+    assert "memory of a device (cuda), rows of 4096 tokens x 4" in said
+    assert "fit" not in said
+
+
+def apply_line(line: str, overrides: tuple[str, ...]) -> float:
+    """GiB that the configuration takes with the advice's own overrides."""
+    keys = line.partition(": ")[0].split()
+    config = load_config(DPO, [*overrides, *keys])
+    tokens = BUCKET.tokens * config.data.seq_length // 4096
+    responses = BUCKET.responses * config.data.seq_length // 4096
+    work = workload(config, LLAMA3_8B, "shared_prompt", 2, Bucket(tokens, responses, 8))
+    return estimate(work).total / GIB
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*ON_8_CORES, "distributed_strategy.kv_replicator=1"),
+        (EVERYTHING_KEPT, "data.micro_batch_size=4"),
+        (EVERYTHING_KEPT, "data.micro_batch_size=4", "distributed_strategy.sequence_parallel=False"),
+        (*ON_8_CORES, "distributed_strategy.kv_replicator=1", EVERYTHING_KEPT, "data.micro_batch_size=4"),
+        ("trainer.devices=1", "distributed_strategy.tensor_model_parallel_size=1"),
+        ("trainer.devices=1", "distributed_strategy.tensor_model_parallel_size=1", "data.micro_batch_size=4"),
+    ],
+    ids=lambda overrides: "+".join(each.rpartition(".")[2] for each in overrides),
+)
+def test_advice_keeps_its_word(overrides: tuple[str, ...]) -> None:
+    """Each line's own overrides, read as a configuration, come to the figure that it gives, which fits."""
+    said = report(*overrides)
+    assert "does not fit" in said
+    lines = re.findall(r"^  fits with (.*)$", said, re.MULTILINE)
+    assert lines
+    for line in lines:
+        figure = float(re.search(r": ([\d.]+) GiB", line)[1])  # type: ignore[index]
+        assert figure <= 16 * USABLE
+        assert apply_line(line, overrides) == pytest.approx(figure, abs=0.006), line
+
+
+def test_several_are_named_only_where_one_is_not_enough() -> None:
+    full = "model.activations_checkpoint_granularity=full"
+    said = report(EVERYTHING_KEPT, "data.micro_batch_size=4")
+    assert f"  fits with {full}: " in said
+    assert "  fits with data.micro_batch_size=2: " in said, "the mildest of its kind"
+    assert "micro_batch_size=1" not in said
+    copies = "distributed_strategy.kv_replicator=1"
+    said = report(*ON_8_CORES, copies, EVERYTHING_KEPT, "data.micro_batch_size=4")
+    (line,) = re.findall(r"^  fits with (.*)$", said, re.MULTILINE)
+    assert line.startswith(f"{full} distributed_strategy.tensor_model_parallel_size=16 ")
+    assert "micro_batch_size" not in line, "the others make up for it"
+
+
+def test_where_nothing_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = replace(LLAMA3_8B, num_hidden_layers=4000, intermediate_size=2**20)
+    monkeypatch.setattr(parts, "model_config", lambda config: huge)
+    assert report().endswith("no change of the keys here makes it fit: take a smaller model")
+
+
+def test_advice_names_sizes_that_the_model_can_be_split_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of 2 to 32 divides 35 heads; layers are cut anywhere."""
+    odd = replace(LLAMA3_8B, num_attention_heads=35, num_key_value_heads=7, vocab_size=32000)
+    monkeypatch.setattr(parts, "model_config", lambda config: odd)
+    said = report("trainer.devices=1", "distributed_strategy.tensor_model_parallel_size=1")
+    assert "tensor_model_parallel_size=" not in said
+    assert "fits with distributed_strategy.pipeline_model_parallel_size=16 trainer.devices=16" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind"),
+    [
+        ([], "neuron"),
+        (["distributed_strategy.engine=nxd"], "neuron"),
+        (["trainer.accelerator=neuron"], "neuron"),
+        (["trainer.accelerator=cpu"], "cpu"),
+        (["trainer.accelerator=cuda"], "cuda"),
+        (["trainer.accelerator=xla"], "cpu"),
+    ],
+)
+def test_what_the_plan_is_for(overrides: list[str], kind: str) -> None:
+    assert planned.device_kind(load_config(DPO, overrides)) == kind
