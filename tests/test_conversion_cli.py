@@ -112,7 +112,7 @@ def test_our_own_checkpoint_there_and_back(
     assert main(["inspect", str(native)]) == 0
     assert "layout: nxdt-align's native engine" in capsys.readouterr().out
     assert main(["convert", str(hf), str(native), "--to", "native"]) == 1
-    assert "native exists already" in capsys.readouterr().err
+    assert "native is not empty: choose another folder" in capsys.readouterr().err
     (native / "config.json").unlink()
     assert main(["export", str(native), str(tmp_path / "again")]) == 1
     assert "give its config.json with --config" in capsys.readouterr().err

@@ -153,6 +153,33 @@ def test_a_lost_xser_file_is_named(lost: str, make_hf: MakeHF, tmp_path: Path) -
         run(tmp_path / "out", tmp_path / "back")
 
 
+@pytest.mark.parametrize("xser", [False, True])
+def test_the_first_format_of_nxd_is_refused_with_the_way_out(
+    xser: bool, make_hf: MakeHF, tmp_path: Path
+) -> None:
+    """tp_rank_TT_pp_rank_PP/checkpoint.pt with the weights under "model"; xser: the file itself."""
+    run(make_hf(CONFIG), tmp_path / "out", **SIZES, xser=xser)
+    config, old, new = tmp_path / "out" / "config.json", tmp_path / "old", tmp_path / "new"
+    (new / "model").mkdir(parents=True)
+    old.mkdir()
+    for file in sorted((tmp_path / "out" / "model").glob("*.pt")):
+        name = file.name.removeprefix("dp_rank_00_").removesuffix(".pt")
+        if xser and not file.name.endswith(".info.pt"):
+            file.rename(old / name)
+            file.with_name(f"{file.name}.tensors").rename(old / f"{name}.tensors")
+        elif not xser:
+            (old / name).mkdir()
+            torch.save({"model": torch.load(file, weights_only=True)}, old / name / "checkpoint.pt")
+    with pytest.raises(WeightsError, match=r"tp_rank_00_pp_rank_00 is of the first format that NxD"):
+        run(old, tmp_path / "back", config=config)
+    for entry in old.iterdir():
+        name = entry.name.removesuffix(".tensors")
+        target = new / "model" / f"dp_rank_00_{name}.pt{entry.name[len(name) :]}"
+        (entry if xser else entry / "checkpoint.pt").rename(target)
+    run(new, tmp_path / "back", config=config)
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
 def test_first_replica_takes_the_first_of_copies_that_differ(nxdt: Path, tmp_path: Path) -> None:
     edit(nxdt / "model" / shard_name(1, 1), lambda t: t["model.norm.weight"].add_(1) is None)
     run(nxdt, tmp_path / "back", first_replica=True)

@@ -245,6 +245,16 @@ BROKEN_INDEX: list[tuple[str, Callable[[Path], object], str]] = [
         "index.json names files that are missing: model-00002-of-.*, model-00003-of-",
     ),
     (
+        "surplus shard",
+        lambda f: shutil.copy(f / "model-00002-of-00007.safetensors", f / "model-00009-of-00009.safetensors"),
+        "holds shards that model.safetensors.index.json does not name: model-00009-of-00009",
+    ),
+    (
+        "tensor that it does not name",
+        lambda f: edit_index(f, lambda i: i["weight_map"].pop("model.norm.weight") is None),
+        "does not name tensors that its files hold: model.norm.weight",
+    ),
+    (
         "tensor not in its shard",
         lambda f: edit_index(
             f, lambda i: i["weight_map"].update({"lm_head.weight": "model-00002-of-00007.safetensors"})

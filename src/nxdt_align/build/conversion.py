@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from nxdt_align.build.native_destination import NativeDestination
 from nxdt_align.checkpoint import inspect
-from nxdt_align.checkpoint.convert import Conversion, Report, count_nans
+from nxdt_align.checkpoint.convert import Conversion, Report
 from nxdt_align.checkpoint.destinations import Destination, HFDestination, NxDTDestination
 from nxdt_align.checkpoint.detect import check_names, layout_of, open_source
-from nxdt_align.checkpoint.extents import byte_view
 from nxdt_align.checkpoint.inspect import to_text
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.checkpoint.partition import (
@@ -27,9 +25,7 @@ from nxdt_align.checkpoint.partition import (
 )
 from nxdt_align.checkpoint.source import Source
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
-from nxdt_align.engines.native.saving import save
 from nxdt_align.errors import UserError
-from nxdt_align.files import atomic_write
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
 from nxdt_align.training.runs import IDENTITY_FILE
 
@@ -75,8 +71,6 @@ def convert(options: ConvertOptions) -> Report:
     source, config = open_weights(options.source, options.config, first_replica=options.first_replica)
     _check_stated(options, source, config)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
-    if options.to == "native":
-        return _to_native(options, source, config, dtype)
     report = Conversion(
         source,
         _destination(options, source, config, dtype),
@@ -97,33 +91,6 @@ def convert(options: ConvertOptions) -> Report:
         ", verified" if report.verified else "",
     )
     return report
-
-
-def _to_native(
-    options: ConvertOptions, source: Source, config: LlamaConfig, dtype: torch.dtype | None
-) -> Report:
-    """A checkpoint of the native engine without optimizer state. DCP writes all at once, so this one
-    needs the model in memory."""
-    began, folder = time.monotonic(), options.destination
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already: choose another folder, or remove it")
-    whole = ((name, source.read(name)) for name in source.names())
-    parameters = [
-        (name, nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False)) for name, tensor in whole
-    ]
-    save(folder, parameters, None, {})
-    atomic_write(folder / "config.json", json.dumps(config.to_hf_dict(), indent=2).encode())
-    written = NativeCheckpoint(folder)
-    wrong = [name for name, p in parameters if options.verify and not _same_bytes(written.read(name), p)]
-    if wrong:
-        raise UserError(f"what was read back of {folder} differs from what was written: {', '.join(wrong)}")
-    nans = {name: count for name, p in parameters if (count := count_nans(p.detach()))}
-    size = sum(p.nbytes for _, p in parameters)
-    return Report(len(parameters), size, time.monotonic() - began, nans, options.verify, 0)
-
-
-def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and byte_view(one) == byte_view(other)
 
 
 def open_weights(
@@ -178,7 +145,7 @@ def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) 
 
 
 def _target(options: ConvertOptions, source: Source) -> str:
-    """hf or nxdt: as asked; else away from what the source is, unless sizes are given."""
+    """hf, nxdt or native: as asked; else away from what the source is, unless sizes are given."""
     if options.to is not None:
         return options.to
     return "hf" if isinstance(source, (NxDTFolder, NativeCheckpoint)) else "nxdt"
@@ -190,6 +157,8 @@ def _destination(
     def dtypes(name: str) -> torch.dtype:
         return dtype or source.dtype(name)
 
+    if _target(options, source) == "native":
+        return NativeDestination(config, dtypes)
     if _target(options, source) == "hf":
         return HFDestination(
             config, dtypes, tokenizer=options.tokenizer, max_shard_bytes=options.max_shard_bytes

@@ -24,15 +24,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from nxdt_align.checkpoint.destinations import Destination
+from nxdt_align.checkpoint.destinations import Destination, Writer
 from nxdt_align.checkpoint.direct import past_cache
 from nxdt_align.checkpoint.extents import WeightsError, byte_view
-from nxdt_align.checkpoint.hf_writer import HFWriter
 from nxdt_align.checkpoint.memory import empty, reused_memory
 from nxdt_align.checkpoint.names import summary
-from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
 from nxdt_align.checkpoint.source import Source, stamp
 from nxdt_align.checkpoint.staging import Staging, flush
+from nxdt_align.errors import UserError
 from nxdt_align.files import explain
 
 log = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ class Conversion:
     def run(self) -> Report:
         """Convert, verify and publish.
 
-        Raises WeightsError for all that the user can mend. What an interruption or a full disk leaves
+        Raises UserError for all that the user can mend. What an interruption or a full disk leaves
         is kept for ``resume``, under a name that no loader takes.
         """
         began = time.monotonic()
@@ -101,7 +100,7 @@ class Conversion:
                     self._check(staging)
                 self._destination.finish(staging.folder, self._record(staging))
                 staging.publish()
-            except WeightsError:
+            except UserError:
                 staging.discard()
                 raise
             except KeyboardInterrupt:
@@ -155,7 +154,7 @@ class Conversion:
                 f"{_gigabytes(free)} free: free some space, or choose another folder"
             )
 
-    def _write(self, staging: Staging, writer: HFWriter | NxDTWriter) -> None:
+    def _write(self, staging: Staging, writer: Writer) -> None:
         if not staging.is_created:
             for _ in writer.create():
                 pass

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from nxdt_align.checkpoint.export import config_json, tokenizer_files
 from nxdt_align.checkpoint.hf import HFFolder
@@ -27,10 +28,32 @@ _UNFINISHED_MODEL = "model.partial"
 Dtypes = Callable[[str], torch.dtype]
 
 
+class Writer(Protocol):
+    """Whole weights into files, in any order and from several threads."""
+
+    def total_bytes(self) -> int: ...
+
+    def create(self) -> Iterator[Path]:
+        """Make what is there before the first weight; yields as it goes."""
+        ...
+
+    def open(self) -> None:
+        """Find the places in what ``create`` has made, now or before."""
+        ...
+
+    def write(self, name: str, whole: Tensor) -> None:
+        """Raises OSError."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """What makes two conversions write the same; ``config`` is the model's shape."""
+        ...
+
+
 class Destination(Protocol):
     """One kind of folder."""
 
-    def writer(self, staging: Path) -> HFWriter | NxDTWriter: ...
+    def writer(self, staging: Path) -> Writer: ...
 
     def reopen(self, staging: Path) -> Source:
         """What was written, read as a user of the folder reads it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from nxdt_align.checkpoint.nxdt import MODEL, NxDTFolder, model_folder
 from nxdt_align.checkpoint.source import Source
 from nxdt_align.models.presets import LlamaConfig, read_config_json, weight_shapes
 
+_FIRST_FORMAT = re.compile(r"^tp_rank_\d+_pp_rank_\d+")
 Layout = Literal["hf", "nxdt", "meta"]
 
 
@@ -22,7 +24,23 @@ def layout_of(path: Path) -> Layout:
         raise WeightsError(f"{path} does not exist: give a folder of weights")
     if path.is_dir() and model_folder(path) is not None:
         return "nxdt"
+    _refuse_first_format(path)
     return "meta" if is_meta_folder(path) else "hf"
+
+
+def _refuse_first_format(path: Path) -> None:
+    """NxD has two ways to save; the older one names files otherwise."""
+    for folder in (path, path / MODEL):
+        old = (
+            sorted(f.name for f in folder.iterdir() if _FIRST_FORMAT.match(f.name)) if folder.is_dir() else []
+        )
+        if old:
+            raise WeightsError(
+                f"{folder / old[0]} is of the first format that NxD saved checkpoints in "
+                "(parallel_layers.checkpointing.save), which is not read. Its content is the same: move each "
+                "tp_rank_TT_pp_rank_PP/checkpoint.pt (with xser: tp_rank_TT_pp_rank_PP and its .tensors) to "
+                "model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt (and .pt.tensors)"
+            )
 
 
 def config_file_of(path: Path, given: Path | None) -> Path:

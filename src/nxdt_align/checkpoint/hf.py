@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,13 +176,39 @@ def _find_tensors(folder: Path) -> dict[str, TensorFile]:
     if missing:
         raise WeightsError(f"{folder / found} names files that are missing: {', '.join(missing)}")
     files = {shard: open_tensor_file(folder / shard) for shard in shards}
+    _require_complete_index(folder / found, weight_map, files)
+    return {name: files[shard] for name, shard in weight_map.items()}
+
+
+def _require_complete_index(
+    index: Path, weight_map: Mapping[str, str], files: Mapping[str, TensorFile]
+) -> None:
+    """Index and shards must say the same, or some are of another model or an earlier save."""
     held = {shard: set(file.names()) for shard, file in files.items()}
     absent = [name for name, shard in weight_map.items() if name not in held[shard]]
     if absent:
         raise WeightsError(
-            f"{folder / found} names tensors that their files do not hold: {', '.join(summary(absent))}"
+            f"{index} names tensors that their files do not hold: {', '.join(summary(absent))}"
         )
-    return {name: files[shard] for name, shard in weight_map.items()}
+    there = {file.name for file in index.parent.iterdir() if _is_shard_like(file.name, min(files))}
+    surplus = sorted(there - set(files))
+    if surplus:
+        raise WeightsError(
+            f"{index.parent} holds shards that {index.name} does not name: {', '.join(surplus[:5])}. They are "
+            "surplus, of another model or an earlier save: remove them, or take the index that belongs to them"
+        )
+    unnamed = [n for names in held.values() for n in names if n not in weight_map and not is_recomputed(n)]
+    if unnamed:
+        raise WeightsError(
+            f"{index} does not name tensors that its files hold: {', '.join(summary(unnamed))}. Take the index "
+            "that belongs to the files"
+        )
+
+
+def _is_shard_like(name: str, shard: str) -> bool:
+    """Whether the two are files of one series, such as model-00001-of-00004.safetensors."""
+    pattern = re.sub(r"\d+", r"\\d+", re.escape(shard))
+    return re.search(r"\d", shard) is not None and re.fullmatch(pattern, name) is not None
 
 
 def _read_index(path: Path) -> dict[str, str]:

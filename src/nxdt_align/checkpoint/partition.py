@@ -220,7 +220,7 @@ def _head_faults(p: Partition) -> Iterator[str]:
             f"a kv multiplier of {multiplier} does not spread {kv_heads} kv heads, and {heads} query heads "
             f"with them, over {tp} ranks; multipliers that fit: {_listed(multipliers)}"
         )
-    if p.qkv in ("separate", "coalesced") and multiplier != 1:
+    if p.qkv in ("separate", "coalesced") and multiplier != 1 and multiplier in multipliers:
         yield (
             f"separate q, k and v layers have no replicated kv heads, but the kv multiplier is {multiplier}; "
             "use qkv_linear"
