@@ -16,7 +16,7 @@ from nxdt_align.engines.native import checkpoint, collectives
 from nxdt_align.engines.native.gathering import whole_tensors
 from nxdt_align.engines.native.loading import copy_weights, fill
 from nxdt_align.engines.native.mesh import Groups, Parallel
-from nxdt_align.engines.native.model import Blueprint, RankModel
+from nxdt_align.engines.native.model import Blueprint, RankModel, check_pipeline
 from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.engines.native.precision import MasterWeights, Precision
@@ -53,6 +53,7 @@ class NativeEngine(Engine):
         configure_model: Callable[[Llama], None] = lambda model: None,
     ) -> None:
         check_sizes(config, parallel.tensor)
+        check_pipeline(config, parallel)
         self.topology = topology
         self.device = torch.device(device)
         self.config = config

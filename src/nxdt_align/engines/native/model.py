@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from nxdt_align.engines.native.mesh import Groups
+from nxdt_align.engines.native.mesh import Groups, Parallel
 from nxdt_align.engines.native.parallelize import (
     drop_gathered,
     shard_over_data_ranks,
@@ -52,12 +52,22 @@ class RankModel:
             drop_gathered(scorer)
 
 
+def check_pipeline(config: LlamaConfig, parallel: Parallel) -> None:
+    """Raises EngineError for a pipeline that this torch gets wrong, or that the model cannot be cut for."""
+    if parallel.pipeline > 1:
+        require_torch()
+        _stages(config, parallel, rank=0)
+
+
+def _stages(config: LlamaConfig, parallel: Parallel, rank: int) -> list[Stage]:
+    return stages_of_rank(
+        config, rank, parallel.pipeline, chunks=parallel.virtual_pipeline, cuts=parallel.pipeline_cuts
+    )
+
+
 @dataclass(frozen=True)
 class Blueprint:
-    """How a model is built on this rank.
-
-    Raises EngineError for a pipeline that this torch gets wrong or that the model cannot be cut for.
-    """
+    """How a model is built on this rank."""
 
     config: LlamaConfig
     attention: Attention
@@ -73,14 +83,7 @@ class Blueprint:
         if pipeline.size == 1:
             scorer = self._finish(self._scorer(None, frozen), frozen)
             return RankModel([scorer], WholeRunner(scorer, reduce_once=not parallel.fsdp))
-        require_torch()
-        held = stages_of_rank(
-            self.config,
-            pipeline.rank,
-            pipeline.size,
-            chunks=parallel.virtual_pipeline,
-            cuts=parallel.pipeline_cuts,
-        )
+        held = _stages(self.config, parallel, pipeline.rank)
         hidden = HiddenStates(
             self.config.hidden_size,
             self.precision.compute,
