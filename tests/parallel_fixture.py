@@ -163,6 +163,7 @@ class Case:
     zero1: bool = False
     fsdp: bool = False
     virtual_pipeline: int = 1
+    pipeline_cuts: tuple[int, ...] | None = None
     loss: str = "dpo"
     layout: Layout = "shared_prompt"
     attention: str = "dense"
@@ -186,6 +187,7 @@ class Case:
             tensor=self.tensor,
             pipeline=self.pipeline,
             virtual_pipeline=self.virtual_pipeline,
+            pipeline_cuts=self.pipeline_cuts,
             sequence_parallel=self.sequence_parallel,
             zero1=self.zero1,
             fsdp=self.fsdp,

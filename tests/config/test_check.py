@@ -71,10 +71,35 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         ),
         (f"{SPREAD}.context_parallel_size=2", "model.fusions.ring_attention: must be True"),
         ("model.pipeline_cuts=[model.layers.1]", "must have pipeline_model_parallel_size - 1 (0) entries"),
+        (
+            f"{SPREAD}.virtual_pipeline_model_parallel_size=2",
+            "must be 1 where pipeline_model_parallel_size is 1, as a single rank has nothing to interleave",
+        ),
     ],
 )
 def test_a_broken_rule_is_named(reject: Reject, override: str, rule: str) -> None:
     assert rule in reject(override)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "rule"),
+    [
+        (
+            "[model.layers.1]",
+            "pipeline_model_parallel_size x virtual_pipeline_model_parallel_size - 1 (3) entries",
+        ),
+        (
+            "[model.layers.1,model.layers.3,norm]",
+            "must name layers in ascending order, as [model.layers.10, ",
+        ),
+        ("[model.layers.3,model.layers.1,model.layers.5]", "must name layers in ascending order"),
+        ("[model.layers.1,model.layers.1,model.layers.5]", "must name layers in ascending order"),
+    ],
+)
+def test_pipeline_cuts_name_layers_in_order(reject: Reject, cuts: str, rule: str) -> None:
+    sizes = ("pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2")
+    overrides = ("trainer.devices=2", *(f"{SPREAD}.{size}" for size in sizes))
+    assert rule in reject(*overrides, f"model.pipeline_cuts={cuts}")
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,7 @@ def test_engine_is_chosen(load: Load, overrides: list[str], neuron: bool, wanted
             "must be 1 (engine native cannot do otherwise in this "
             "version), but is 2; distributed_strategy.tensor_model_parallel_size=1 trainer.devices=N runs",
         ),
-        (
-            "distributed_strategy.pipeline_model_parallel_size=4",
-            "pipeline_model_parallel_size=1 trainer.devices=N",
-        ),
         ("distributed_strategy.context_parallel_size=2", "context_parallel_size: must be 1"),
-        ("distributed_strategy.virtual_pipeline_model_parallel_size=2", "must be 1"),
         ("distributed_strategy.fsdp=True", "fsdp: must be False"),
         ("model_alignment_strategy.peft={}", "peft: must not be set"),
     ],
@@ -59,6 +54,15 @@ def test_limits_of_the_native_engine(load: Load, override: str, rule: str) -> No
 
 def test_native_engine_runs_the_defaults(load: Load) -> None:
     engine_faults(load(""), "native")
+
+
+def test_native_engine_runs_pipelines(load: Load) -> None:
+    text = (
+        "distributed_strategy: {pipeline_model_parallel_size: 4, virtual_pipeline_model_parallel_size: 2}\n"
+        "model: {pipeline_cuts: [model.layers.1]}"
+    )
+    engine_faults(load(text), "native")
+    assert notices(load(text), "native") == []
 
 
 def test_nxd_engine_is_not_in_this_version(load: Load) -> None:

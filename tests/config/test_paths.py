@@ -14,6 +14,8 @@ from nxdt_align.config.schema import Config
 
 Load = Callable[..., Config]
 Reject = Callable[..., str]
+PIPELINE = "distributed_strategy.pipeline_model_parallel_size"
+VIRTUAL = "distributed_strategy.virtual_pipeline_model_parallel_size"
 
 
 @pytest.mark.parametrize(
@@ -104,11 +106,28 @@ def test_tensor_parallel_size_must_divide_the_model(reject: Reject, size: int, r
     assert all(f"{key}: {rule}" in message for rule in rules)
 
 
-def test_stages_must_not_outnumber_the_layers(reject: Reject) -> None:
-    parallel = "distributed_strategy.pipeline_model_parallel_size=4"
-    assert "must not be above the number of layers" not in reject(parallel, "trainer.devices=4")
-    message = reject(parallel, "trainer.devices=4", "model.num_layers=2")
-    assert "must not be above the number of layers (2), but is 4" in message
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        (["model.num_layers=2"], f"{PIPELINE}: must not be above the number of layers (2), but is 4"),
+        (
+            ["model.num_layers=10", f"{VIRTUAL}=3"],
+            f"{VIRTUAL}: x pipeline_model_parallel_size (4) must not be above the number of layers (10), but "
+            "is 3; it can be 1 to 2",
+        ),
+        (
+            ["model.num_layers=9", "model.pipeline_cuts=[model.layers.1,model.layers.4,model.layers.8]"],
+            "model.pipeline_cuts: must name layers below the last (model.layers.8), which ends the last",
+        ),
+    ],
+)
+def test_stages_must_not_outnumber_the_layers(
+    load: Load, good: str, reject: Reject, overrides: list[str], rule: str
+) -> None:
+    parallel = (f"{PIPELINE}=4", "trainer.devices=4")
+    check(load(good, *parallel))
+    check(load(good, *parallel, "model.num_layers=9", f"{VIRTUAL}=2"))
+    assert rule in reject(*parallel, *overrides)
 
 
 def test_config_json_is_found_beside_the_start_weights(load: Load, good: str, files: Path) -> None:

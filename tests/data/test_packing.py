@@ -76,6 +76,35 @@ def test_a_pipeline_gets_its_least_number_of_micro_batches() -> None:
     assert len(plans.rows_of_rank(plans.plan([0]), 1)) == 4
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("pairs", "count"), [(1, 1), (3, 3), (4, 4), (7, 7), (9, 10), (11, 12), (13, 15)])
+def test_an_interleaved_pipeline_gets_rounds_of_one_size(layout: Layout, pairs: int, count: int) -> None:
+    """Rounds of at least 4, as many as there can be: 9 would be 2 of 4 and one over, 10 is 2 of 5; 11 would
+    be 5 and 6, 12 is 3 of 4; 13 and 14 are no multiple of 3."""
+    data = FakeLengths(np.full(pairs, 50), np.full((pairs, 2), 10))
+    plans = planner(data, layout, round_size=4, buckets=[100] if layout == "none" else [128])
+    micro_batches = plans.rows_of_rank(plans.plan(range(pairs)), 0)
+    assert len(micro_batches) == count
+    assert sorted(i for rows in micro_batches for row in rows for i in row) == list(range(pairs))
+
+
+def test_buckets_are_chosen_with_the_pipelines_empty_rows_in_mind() -> None:
+    """8 pairs of 40 places: one row of 320 holds them, but a pipeline of 4 would pad it to four such rows,
+    1280 places, where rows of 64 take 512: that bucket would save nothing."""
+    data = FakeLengths(np.full(64, 21), np.full((64, 2), 10))
+    assert [b.tokens for b in planner(data, "shared_prompt").buckets] == [64, 320]
+    piped = planner(data, "shared_prompt", min_micro_batches=4)
+    assert [b.tokens for b in piped.buckets] == [64]
+
+
+def test_report_counts_empty_rows() -> None:
+    """One row for two pairs, and three empty ones for a pipeline of four stages."""
+    data = FakeLengths(np.array([5, 5]), np.array([[3, 2], [3, 2]]))
+    report = PlanReport.measure(planner(data, "shared_prompt", min_micro_batches=4), 2, 8, 100)
+    assert (report.rows, report.empty_rows) == (4, 3)
+    assert "rows a step: 4.0, over all ranks, 3.0 of them empty" in str(report)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_get_about_equal_work(ranks: int) -> None:
     """64 pairs a step: no rank has over 5% more tokens than the mean of them."""

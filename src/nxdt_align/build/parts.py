@@ -17,6 +17,7 @@ from nxdt_align.build.env import RunEnv
 from nxdt_align.checkpoint.detect import check_names, layout_of
 from nxdt_align.checkpoint.hf import FreshWeights, HFFolder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
+from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.data.tokenize import Tokenization, load_tokenizer
 from nxdt_align.data.truncation import Truncation
@@ -66,10 +67,21 @@ def parallel(config: Config) -> Parallel:
         tensor=strategy.tensor_model_parallel_size,
         pipeline=strategy.pipeline_model_parallel_size,
         virtual_pipeline=strategy.virtual_pipeline_model_parallel_size,
+        pipeline_cuts=cut_layers(config),
         sequence_parallel=strategy.sequence_parallel and strategy.tensor_model_parallel_size > 1,
         zero1=strategy.zero1,
         fsdp=strategy.fsdp is not False,
     )
+
+
+def micro_batch_needs(config: Config) -> dict[str, int]:
+    """How many micro-batches a rank's schedule takes a step, as the data module's arguments: at least one a
+    stage in 1F1B, whole rounds in the interleaved one."""
+    strategy = config.distributed_strategy
+    ranks = strategy.pipeline_model_parallel_size
+    if strategy.virtual_pipeline_model_parallel_size > 1:
+        return {"min_micro_batches": 1, "round_size": ranks}
+    return {"min_micro_batches": ranks, "round_size": 1}
 
 
 def device(config: Config, env: RunEnv) -> torch.device:
@@ -98,10 +110,6 @@ ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
 def attention(config: Config, where: torch.device) -> Attention:
     """How rows are attended over there. Raises UserError for a kind that the device has not."""
     kind: str = config.data.attention
-    if kind == "auto":
-        stages = config.distributed_strategy.pipeline_model_parallel_size
-        # Pipeline stages hand rows of one shape to each other.
-        kind = "dense" if stages > 1 and where.type == "cpu" else kind
     if kind == "auto":
         kind = ATTENTION_OF_DEVICE.get(where.type, "dense")
     for device_type, only in ATTENTION_OF_DEVICE.items():

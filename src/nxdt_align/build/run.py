@@ -25,6 +25,7 @@ from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import Engine, WeightSource
 from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.model import check_pipeline
 from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
@@ -66,6 +67,7 @@ class Run:
         self.topology = parts.start_processes(config, env, self.device)
         self.model_config = parts.model_config(config)
         check_sizes(self.model_config, config.distributed_strategy.tensor_model_parallel_size)
+        check_pipeline(self.model_config, parts.parallel(config))
         self.start = parts.start_weights(config, self.model_config)
         self.tokenization = parts.tokenization(config, self.model_config)
         self.data = ModelAlignmentDataModule(
@@ -74,6 +76,7 @@ class Run:
             self.topology,
             cache_dir=None if env.compile_only else self._cache("tokens"),
             with_prompts=self.objective.needs_prompts,
+            **parts.micro_batch_needs(config),
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         self.precision = parts.precision(config)

@@ -84,10 +84,7 @@ def resolve_engine(config: Config, neuron_available: bool) -> Engine:
 # What an engine cannot do in this version: path -> (values that it can, why not the others, what to do).
 
 _ONE_DEVICE = "distributed_strategy.{key}=1 trainer.devices=N runs, with N copies of the model"
-_PARALLEL_KEYS = (
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size"),
-    *("virtual_pipeline_model_parallel_size", "context_parallel_size"),
-)
+_PARALLEL_KEYS = ("tensor_model_parallel_size", "context_parallel_size")
 _NOT_YET = "engine native cannot do otherwise in this version"
 
 LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
@@ -144,10 +141,9 @@ _NEURON = (
     *("compiler_flags", "compiler_cache_url", "aync_exec_max_inflight_requests", "bucket_size_collectives"),
     *("neuron_rt_exec_timeout", "neuron_experimental_compress_rg"),
     *("trainer.lnc", "trainer.sequential_move_factor"),
-    *("distributed_strategy.kv_replicator", "distributed_strategy.virtual_pipeline_model_parallel_size"),
+    "distributed_strategy.kv_replicator",
     *("model.qkv_linear", "model.fuse_qkv", "model.transpose_nki_inputs", "model.use_cpu_initialization"),
-    *("model.pipeline_cuts", "model.fusions.softmax", "model.fusions.flash_attention"),
-    "model.fusions.ring_attention",
+    *("model.fusions.softmax", "model.fusions.flash_attention", "model.fusions.ring_attention"),
     *("precision.neuron_rt_stochastic_rounding_en", "precision.parallel_layers_reduce_dtype"),
     *("exp_manager.save_xser", "exp_manager.load_xser", "exp_manager.ckpt_ptl_version"),
 )

@@ -85,7 +85,8 @@ class ModelConfig:
     transpose_nki_inputs: bool = True
     """Layout of the inputs of NKI flash attention."""
     pipeline_cuts: tuple[str, ...] | None = None
-    """Layers after which the pipeline is cut, e.g. [model.layers.10]; null: even shares."""
+    """Layers after which the pipeline is cut, e.g. [model.layers.10]; null: even shares, with the layers
+    that are left over in the last stages."""
     use_cpu_initialization: bool = False
     """Make the weights on the CPU and move them to the device."""
     activations_checkpoint_granularity: Literal["full", "selective"] | None = None

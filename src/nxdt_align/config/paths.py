@@ -10,6 +10,7 @@ from typing import Any
 
 from nxdt_align.config.data import DataSource
 from nxdt_align.config.faults import Fault, did_you_mean
+from nxdt_align.config.pipeline import layers_of_stages
 from nxdt_align.config.schema import Config
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -146,13 +147,9 @@ def _shape(config: Config, shape: dict[str, Any]) -> Iterator[Fault]:
         path = "model.hidden_size" if config.model.hidden_size is not None else "model.model_config"
         yield Fault(path, f"must give a hidden_size that num_attention_heads ({heads}) divides", hidden)
     yield from _tensor_parallel(config.distributed_strategy.tensor_model_parallel_size, shape)
-    stages, layers = (
-        config.distributed_strategy.pipeline_model_parallel_size,
-        _size(shape, "num_hidden_layers"),
-    )
-    if layers is not None and stages > layers:
-        path = "distributed_strategy.pipeline_model_parallel_size"
-        yield Fault(path, f"must not be above the number of layers ({layers})", stages)
+    layers = _size(shape, "num_hidden_layers")
+    if layers is not None:
+        yield from layers_of_stages(config, layers)
 
 
 def _tensor_parallel(size: int, shape: dict[str, Any]) -> Iterator[Fault]:

@@ -21,6 +21,7 @@ from nxdt_align.config.optim import (
     known_optimizer_settings,
     known_scheduler_settings,
 )
+from nxdt_align.config.pipeline import pipeline
 from nxdt_align.config.schema import Config
 
 Rule = Callable[[Config], Iterator[Fault]]
@@ -177,10 +178,6 @@ def parallel_sizes(config: Config) -> Iterator[Fault]:
         yield from _batch_sizes(config)
     if parallel.context_parallel_size > 1 and not config.model.fusions.ring_attention:
         yield Fault("model.fusions.ring_attention", "must be True with context_parallel_size above 1", False)
-    cuts, stages = config.model.pipeline_cuts, parallel.pipeline_model_parallel_size
-    if cuts is not None and len(cuts) != stages - 1:
-        rule = f"must have pipeline_model_parallel_size - 1 ({stages - 1}) entries"
-        yield Fault("model.pipeline_cuts", rule, cuts)
 
 
 def _batch_sizes(config: Config) -> Iterator[Fault]:
@@ -282,8 +279,8 @@ def _unknown_settings(section: str, params: Any, known: frozenset[str]) -> Itera
 
 
 RULES: tuple[Rule, ...] = (
-    *(ranges, fixed, required, objective, *OBJECTIVE_RULES, model_source, parallel_sizes, lengths),
-    *(trainer, optimizer, scheduler),
+    *(ranges, fixed, required, objective, *OBJECTIVE_RULES, model_source, parallel_sizes, pipeline),
+    *(lengths, trainer, optimizer, scheduler),
 )
 
 

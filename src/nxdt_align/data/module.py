@@ -67,7 +67,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         tokenization: tokenizer, template and truncation.
         topology: this process's place, as integers.
         cache_dir: where tokens are kept between runs; None keeps none.
-        min_micro_batches: at least so many a rank and step, as a pipeline schedule needs.
+        min_micro_batches: at least so many a rank and training step, as a pipeline schedule needs.
+        round_size: see RowPlanner; of a training step, too.
         with_prompts: the loss wants the prompts' log-probabilities too.
     """
 
@@ -79,6 +80,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         *,
         cache_dir: Path | None,
         min_micro_batches: int = 1,
+        round_size: int = 1,
         with_prompts: bool = False,
     ) -> None:
         super().__init__()
@@ -87,6 +89,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._topology = topology
         self._cache_dir = cache_dir
         self._min_micro_batches = min_micro_batches
+        self._round_size = round_size
         self._with_prompts = with_prompts
         self._references: dict[Split, npt.NDArray[Any]] = {}
         self.reports: dict[Split, str] = {}
@@ -143,7 +146,8 @@ class ModelAlignmentDataModule(LightningDataModule):
             buckets=data.buckets,
             ranks=self._topology.data_parallel_size,
             micro_batch_size=data.micro_batch_size,
-            min_micro_batches=self._min_micro_batches,
+            min_micro_batches=self._min_micro_batches if split == "train" else 1,
+            round_size=self._round_size if split == "train" else 1,
             with_prompts=self._with_prompts,
         )
         report = PlanReport.measure(planner, len(examples), data.global_batch_size, data.seq_length)

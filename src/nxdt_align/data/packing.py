@@ -100,12 +100,14 @@ class RowPlanner:
         ranks: int = 1,
         micro_batch_size: int = 1,
         min_micro_batches: int = 1,
+        round_size: int = 1,
         with_prompts: bool = False,
     ) -> None:
         self.layout: Layout = layout
         self.ranks = ranks
         self.micro_batch_size = micro_batch_size
         self.min_micro_batches = min_micro_batches
+        self.round_size = round_size
         self.responses_per_example = int(lengths.response_lengths.shape[1])
         self._tokens = example_tokens(lengths, layout)
         self._all_tokens = example_tokens(lengths, "packed")
@@ -147,13 +149,20 @@ class RowPlanner:
         else:
             rows = _best_fit(tokens, responses, bucket, bucket.slots // self.responses_per_example)
             rows.sort(key=lambda row: (-int(tokens[list(row)].sum()), row))
-        unit = self.ranks * self.micro_batch_size
-        wanted = max(-(-len(rows) // unit), self.min_micro_batches) * unit
+        wanted = self._filled_up(len(rows))
         rows += [()] * (wanted - len(rows))
         # Sorted by fill and dealt to and fro, so that alike rows go to different ranks and no rank
         # gets the fuller one each time.
         turns = [rows[i : i + self.ranks] for i in range(0, wanted, self.ranks)]
         return [row for i, turn in enumerate(turns) for row in (turn[::-1] if i % 2 else turn)]
+
+    def _filled_up(self, rows: int) -> int:
+        """``rows`` and the empty ones that make whole micro-batches of them, as many as a rank needs."""
+        unit = self.ranks * self.micro_batch_size
+        count = max(-(-rows // unit), self.min_micro_batches)
+        while count % max(1, count // self.round_size):
+            count += 1
+        return count * unit
 
     def _choose_buckets(self, largest: int, examples_per_step: int) -> tuple[int, ...]:
         """The row lengths that take the fewest places over a sample of steps.
@@ -187,9 +196,8 @@ class RowPlanner:
         tokens = self._tokens[step]
         if tokens.max() > size:
             return float("inf")
-        unit = self.ranks * self.micro_batch_size
         rows = _best_fit(tokens, self._responses[step], Bucket(size, size, 2**30), 2**30)
-        return float(-(-len(rows) // unit) * unit * size)
+        return float(self._filled_up(len(rows)) * size)
 
     def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[npt.NDArray[Any]]:
         order = np.random.default_rng(0).permutation(len(self._tokens))

@@ -19,6 +19,8 @@ class PlanReport:
     steps: int
     steps_of_bucket: dict[Bucket, int]
     rows: int
+    empty_rows: int
+    """Of ``rows``: those that only make whole micro-batches, as many as ranks and pipeline need."""
     places: int
     """Slots for tokens, padding included."""
     tokens: int
@@ -41,13 +43,14 @@ class PlanReport:
         order = np.random.default_rng(0).permutation(examples)
         steps = [order[i : i + examples_per_step] for i in range(0, examples, examples_per_step)][:most_steps]
         rows_each = planner.responses_per_example if planner.layout == "none" else 1
-        rows = places = tokens = 0
+        rows = empty = places = tokens = 0
         used = dict.fromkeys(planner.buckets, 0)
         ratios = []
         for step in steps:
             plan = planner.plan(step.tolist())
             used[plan.bucket] += 1
             rows += len(plan.rows) * rows_each
+            empty += sum(not row for row in plan.rows) * rows_each
             places += len(plan.rows) * rows_each * plan.bucket.tokens
             real = planner.real_tokens(step.tolist())
             tokens += int(real.sum())
@@ -64,6 +67,7 @@ class PlanReport:
             steps=len(steps),
             steps_of_bucket=used,
             rows=rows,
+            empty_rows=empty,
             places=places,
             tokens=tokens,
             padded=seen * planner.responses_per_example * seq_length,
@@ -85,10 +89,11 @@ class PlanReport:
             f"{b.slots} responses a row: {self.steps_of_bucket[b] / self.steps:.0%} of the steps"
             for b in self.buckets
         )
+        empty = f", {self.empty_rows / self.steps:.1f} of them empty" if self.empty_rows else ""
         return (
             f"layout {self.layout}, measured over {self.steps} step(s)\n"
             f"  buckets: {len(self.buckets)}, each one graph\n{shapes}\n"
-            f"  rows a step: {self.rows / self.steps:.1f}, over all ranks\n"
+            f"  rows a step: {self.rows / self.steps:.1f}, over all ranks{empty}\n"
             f"  fill: {self.fill:.1%} ({self.tokens:,} tokens in {self.places:,} places)\n"
             f"  against layout none: {self.saved:.1%} of {self.padded:,} places saved, "
             f"{self.padded / self.places:.1f} times fewer\n"

@@ -215,7 +215,15 @@ class LlamaDecoderLayer(Recomputable):
 
 
 class LlamaModel(nn.Module):
-    """Everything below the head."""
+    """Everything below the head.
+
+    ``embed_tokens`` and ``norm`` may be taken out (set to None), and ``layers`` be a ModuleDict of some of
+    them: without an embedding, hidden states go in; without a norm, they come out as the last layer's.
+    """
+
+    embed_tokens: nn.Embedding | None
+    layers: nn.ModuleList | nn.ModuleDict
+    norm: LlamaRMSNorm | None
 
     def __init__(self, config: LlamaConfig, attend: Attend) -> None:
         super().__init__()
@@ -226,13 +234,14 @@ class LlamaModel(nn.Module):
         )
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
-        """(B, S), (B, S) int64 -> (B, S, D), after the final norm."""
-        x = self.embed_tokens(input_ids)
+    def forward(self, x: Tensor, position_ids: Tensor, context: Any) -> Tensor:
+        """(B, S) int64 token ids, or (B, S, D) hidden states, and (B, S) int64 -> (B, S, D)."""
+        if self.embed_tokens is not None:
+            x = self.embed_tokens(x)
         rotary = self.rotary_emb(position_ids)
-        for layer in self.layers:
+        for layer in self.layers.children():
             x = layer(x, rotary, context)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return x if self.norm is None else self.norm(x)
 
 
 RECOMPUTABLE: dict[str, type[Recomputable]] = {
@@ -265,18 +274,23 @@ class Llama(nn.Module):
         self.register_module("lm_head", head)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
-        """(B, S), (B, S) int64 -> the hidden states below the head, (B, S, D): see ``logits``."""
+        """(B, S), (B, S) int64 -> the hidden states below the head, (B, S, D): see ``logits``.
+
+        Where ``model`` has no embedding: hidden states, (B, S, D), in the place of ``input_ids``.
+        """
         return self.model(input_ids, position_ids, context)  # type: ignore[no-any-return]
 
     @property
     def head_weight(self) -> Tensor:
         """(V, D): the embedding's where the head is tied to it."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        assert owner is not None, "this part of the model has no head"
+        return owner.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""
         if self.lm_head is None:
-            return F.linear(hidden, self.model.embed_tokens.weight)
+            return F.linear(hidden, self.head_weight)
         return self.lm_head(hidden)  # type: ignore[no-any-return]
 
     @torch.no_grad()

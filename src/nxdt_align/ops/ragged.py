@@ -1,16 +1,67 @@
-"""A batch's real tokens in one row, for eager devices: padding costs nothing where no shape is compiled.
+"""The tokens that a model runs over: a batch's rows as they are, or its real tokens in one row.
 
+The latter is for eager devices: padding costs nothing where no shape is compiled.
 Legend: ``K`` real tokens, ``M`` response tokens, of all rows together.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nxdt_align.batch import IGNORE_LABEL, PADDING_SEGMENT, SEGMENT_STRIDE, Batch
+
+
+class ModelInputs(NamedTuple):
+    """What of a batch a model reads; shapes as in Batch."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    response_positions: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> ModelInputs:
+        return cls(*(getattr(batch, name) for name in cls._fields))
+
+
+class Rows(Protocol):
+    """Tokens that a model runs over."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def segment_ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+
+    def at_responses(self, hidden: Tensor) -> Tensor:
+        """(*labels' shape, D): the hidden states from which the labels are predicted."""
+        ...
+
+    def spread(self, values: Tensor) -> Tensor:
+        """A value a label -> (B, T), 0 where there is no response token."""
+        ...
+
+
+class PaddedRows:
+    """A batch's rows as they are: static shapes."""
+
+    def __init__(self, inputs: ModelInputs) -> None:
+        self.input_ids, self.position_ids, self.segment_ids, self._positions, self.labels = inputs
+
+    def at_responses(self, hidden: Tensor) -> Tensor:
+        """(B, S, D) -> (B, T, D)."""
+        return hidden.gather(1, self._positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+    def spread(self, values: Tensor) -> Tensor:
+        return values
 
 
 @dataclass(frozen=True)
@@ -32,7 +83,7 @@ class RaggedRow:
     _shape: torch.Size
 
     @classmethod
-    def of(cls, batch: Batch) -> RaggedRow:
+    def of(cls, batch: ModelInputs) -> RaggedRow:
         rows, size = batch.segment_ids.shape
         is_real = batch.segment_ids.reshape(-1) != PADDING_SEGMENT
         kept = is_real.nonzero().squeeze(1)
@@ -51,6 +102,10 @@ class RaggedRow:
             _places=places,
             _shape=batch.labels.shape,
         )
+
+    def at_responses(self, hidden: Tensor) -> Tensor:
+        """(1, K, D) -> (M, D)."""
+        return hidden[0].index_select(0, self.response_positions)
 
     def spread(self, values: Tensor) -> Tensor:
         """(M,) -> (B, T), 0 where there is no response token."""

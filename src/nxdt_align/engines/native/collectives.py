@@ -62,6 +62,11 @@ class Group:
         dist.all_gather(parts, value.contiguous(), group=self.group)
         return torch.stack(parts)
 
+    def broadcast(self, value: Tensor, source: int) -> None:
+        """Give every rank the ``source``-th rank's ``value``, in place."""
+        if self.size > 1:
+            dist.broadcast(value, group=self.group, group_src=source)
+
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's ``value`` on every rank."""

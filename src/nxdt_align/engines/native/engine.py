@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,11 @@ from nxdt_align.engines.native import checkpoint, collectives
 from nxdt_align.engines.native.gathering import whole_tensors
 from nxdt_align.engines.native.loading import copy_weights, fill
 from nxdt_align.engines.native.mesh import Groups, Parallel
+from nxdt_align.engines.native.model import Blueprint, RankModel, check_pipeline
 from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, total_norm
-from nxdt_align.engines.native.parallelize import (
-    check_sizes,
-    drop_gathered,
-    shard_over_data_ranks,
-    split_over_tensor_ranks,
-)
+from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.engines.native.precision import MasterWeights, Precision
 from nxdt_align.engines.native.saving import Saver
-from nxdt_align.engines.native.scoring import Scorer, WholeRunner
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention
@@ -60,40 +56,19 @@ class NativeEngine(Engine):
         configure_model: Callable[[Llama], None] = lambda model: None,
     ) -> None:
         check_sizes(config, parallel.tensor)
+        check_pipeline(config, parallel)
         self.topology = topology
         self.device = torch.device(device)
         self.config = config
-        self._attention = attention
-        self._precision = precision
-        self._reference_precision = reference_precision or precision
-        self._configure = configure_model
         self._groups = Groups.join(parallel, topology, self.device.type)
-        self._policy = self._build()
-        self._weights = list(self._policy.llama.named_parameters())
+        self._blueprint = Blueprint(config, attention, precision, self._groups, self.device, configure_model)
+        self._reference_precision = reference_precision or precision
+        self._policy = self._blueprint.build()
         has_copies = precision.has_masters and not self._groups.shards_data
-        self._masters = MasterWeights(self._policy.llama) if has_copies else None
+        self._masters = MasterWeights(self._policy.named_parameters()) if has_copies else None
         self._is_behind = True
-        self._reference: Scorer | None = None
+        self._reference: RankModel | None = None
         self._saver = Saver()
-
-    def _build(self, *, frozen: bool = False) -> Scorer:
-        """A model without values: they are loaded, so initialising them would be wasted.
-
-        Weights that FSDP shards are float32 and computed with in the compute dtype, unless they are frozen.
-        """
-        precision = self._reference_precision if frozen else self._precision
-        with torch.device("meta"):
-            llama = Llama(self.config, self._attention)
-        self._configure(llama)
-        llama.requires_grad_(not frozen)
-        is_sharded = self._groups.shards_data and (not frozen or self._groups.parallel.fsdp)
-        if frozen or not is_sharded:
-            llama.to(dtype=precision.compute)
-        split_over_tensor_ranks(llama, self._groups)
-        scorer = Scorer(llama, self._attention, precision, self.device, self._groups)
-        if is_sharded:
-            shard_over_data_ranks(scorer, llama, self._groups, precision)
-        return scorer.to_empty(device=self.device)
 
     # Weights
 
@@ -102,23 +77,22 @@ class NativeEngine(Engine):
         self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
-        reference = self._build(frozen=True)
-        parameters = list(reference.llama.named_parameters())
+        reference = replace(self._blueprint, precision=self._reference_precision).build(frozen=True)
         if source is None:
-            copy_weights(self.named_parameters(), parameters)
+            copy_weights(self.named_parameters(), reference.named_parameters())
         else:
-            fill(parameters, source)
+            fill(reference.named_parameters(), source)
         self._reference = reference
 
     def drop_reference(self) -> None:
         self._reference = None
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        # Not the modules' own list: while FSDP has weights gathered, that holds them, not the shards.
-        return list(self._weights) if self._masters is None else list(self._masters.named_parameters())
+        owner = self._policy if self._masters is None else self._masters
+        return list(owner.named_parameters())
 
     def _weights_changed(self) -> None:
-        drop_gathered(self._policy)
+        self._policy.weights_changed()
         self._is_behind = True
         self._publish()
 
@@ -133,15 +107,12 @@ class NativeEngine(Engine):
 
     # Forward and backward
 
-    def _runner(self, scorer: Scorer) -> WholeRunner:
-        return WholeRunner(scorer, reduce_once=not self._groups.parallel.fsdp)
-
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         for _, parameter in self.named_parameters():
             parameter.grad = None
         self._publish()
         batches = self._with_reference(micro_batches, objective)
-        output = steps.forward_and_backward(self._runner(self._policy), self._groups.data, batches, objective)
+        output = steps.forward_and_backward(self._policy.runner, self._groups.data, batches, objective)
         finish_gradients([p for _, p in self.named_parameters()], self._groups)
         self._is_behind = True  # the optimizer's step comes next
         return output
@@ -149,23 +120,26 @@ class NativeEngine(Engine):
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         self._publish()
         batches = self._with_reference(micro_batches, objective)
-        return steps.evaluate(self._runner(self._policy), self._groups.data, batches, objective)
+        return steps.evaluate(self._policy.runner, self._groups.data, batches, objective)
 
     def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
         self._publish()
+        return self._logps([batch], reference)[0]
+
+    def _logps(self, batches: Sequence[Batch], reference: bool) -> list[Tensor]:
         if reference and self._reference is None:
             raise EngineError("reference log-probs were asked for, but no reference model was loaded")
-        scorer = self._reference if reference and self._reference is not None else self._policy
-        (result,) = self._runner(scorer).forward([batch], want_collisions=False)
-        return batch.sum_logps(result.logps)
+        model = self._reference if reference and self._reference is not None else self._policy
+        results = model.runner.forward(batches, want_collisions=False)
+        return [batch.sum_logps(result.logps) for batch, result in zip(batches, results, strict=True)]
 
     def _with_reference(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Batch]:
-        if not objective.needs_reference:
-            return list(micro_batches)
-        return [
-            b if b.reference_logps is not None else b.with_reference(self.response_logps(b, reference=True))
-            for b in micro_batches
-        ]
+        """Asks the reference for all at once, unless they bring its log-probs: all of a step do, or none."""
+        batches = list(micro_batches)
+        if not objective.needs_reference or all(b.reference_logps is not None for b in batches):
+            return batches
+        logps = self._logps(batches, reference=True)
+        return [b.with_reference(found) for b, found in zip(batches, logps, strict=True)]
 
     # Norms
 

@@ -23,6 +23,8 @@ class Parallel:
     """Groups in a row that hold a share of the layers each."""
     virtual_pipeline: int = 1
     """Shares of the layers that each pipeline rank holds."""
+    pipeline_cuts: tuple[int, ...] | None = None
+    """Layers after which the model is cut into stages; None for even shares."""
     sequence_parallel: bool = False
     """Keep 1/tensor of a row's tokens a rank between the layers' matrices."""
     zero1: bool = False

@@ -80,7 +80,7 @@ def restore(
     for name, tensor in saved.tensors.items():
         parameter, key = name.rsplit(".", 1)
         entries.setdefault(indices[parameter], {})[key] = tensor
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    optimizer.load_state_dict({"state": dict(sorted(entries.items())), "param_groups": groups})
     _restore_dtypes(optimizer, entries)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -42,9 +42,9 @@ class MasterWeights:
     that accumulation over micro-batches loses nothing.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         self._pairs: list[tuple[str, nn.Parameter, nn.Parameter]] = []
-        for name, parameter in module.named_parameters():
+        for name, parameter in named_parameters:
             master = nn.Parameter(parameter.detach().float().clone())
             master.grad = None
             self._pairs.append((name, parameter, master))

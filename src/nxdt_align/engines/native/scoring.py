@@ -18,7 +18,7 @@ from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import Llama
 from nxdt_align.ops.attention import Attention
 from nxdt_align.ops.logprobs import VocabShard, token_logps
-from nxdt_align.ops.ragged import RaggedRow
+from nxdt_align.ops.ragged import ModelInputs, PaddedRows, RaggedRow, Rows
 
 
 class Scorer(nn.Module):
@@ -40,47 +40,44 @@ class Scorer(nn.Module):
         self._groups = groups
 
     def forward(self, batch: Batch, want_collisions: bool) -> TokenLogps:
-        if not self._attention.static_shapes:
-            return self._ragged(RaggedRow.of(batch), want_collisions)
-        hidden = self._hidden(batch.input_ids, batch.position_ids, batch.segment_ids)
-        index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-        is_eager = self._device.type == "cpu"
-        return self._head(hidden.gather(1, index), batch.labels, want_collisions, compact=is_eager)
+        rows = self.rows(ModelInputs.of(batch))
+        return self.read(self.run(rows.input_ids, rows), rows, want_collisions)
 
-    def _ragged(self, row: RaggedRow, want_collisions: bool) -> TokenLogps:
-        """As ``forward``, over the batch's real tokens alone."""
-        hidden = self._hidden(row.input_ids, row.position_ids, row.segment_ids)[0]
-        at_responses = hidden.index_select(0, row.response_positions)
-        logps, collisions = self._head(at_responses, row.labels, want_collisions)
-        return TokenLogps(row.spread(logps), None if collisions is None else row.spread(collisions))
+    def rows(self, inputs: ModelInputs) -> Rows:
+        """The tokens that the layers run over: without padding where shapes may follow the data."""
+        return PaddedRows(inputs) if self._attention.static_shapes else RaggedRow.of(inputs)
 
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """(B, S) each -> (B, S, D), or a little longer: rows are padded to what sequence parallel cuts."""
-        missing = -input_ids.shape[1] % self._groups.row_multiple
+    def run(self, x: Tensor, rows: Rows) -> Tensor:
+        """The layers that are here, over the rows' token ids or over hidden states of an earlier part.
+
+        Returns (B, S, D), or this rank's (B, S / tp, D) under sequence parallel, which rows are padded for.
+        """
+        position_ids, segment_ids = rows.position_ids, rows.segment_ids
+        missing = -segment_ids.shape[1] % self._groups.row_multiple
         if missing:
-            input_ids, position_ids = pad(input_ids, (0, missing)), pad(position_ids, (0, missing))
+            x = pad(x, (0, missing)) if x is rows.input_ids else x
+            position_ids = pad(position_ids, (0, missing))
             segment_ids = pad(segment_ids, (0, missing), value=PADDING_SEGMENT)
         with self._precision.context(self._device):
             context = self._attention.prepare(segment_ids)
-            hidden: Tensor = self.llama(input_ids, position_ids, context)
-        return whole_rows(hidden, self._groups)
+            hidden: Tensor = self.llama(x, position_ids, context)
+        return hidden
 
-    def _head(
-        self, at_responses: Tensor, labels: Tensor, want_collisions: bool, *, compact: bool = False
-    ) -> TokenLogps:
-        """(..., D), (...) -> (...). Outside of autocast, so that products are accumulated in float32."""
+    def read(self, hidden: Tensor, rows: Rows, want_collisions: bool) -> TokenLogps:
+        """The head, over what ``run`` gives where the last layer and the norm are."""
+        # Outside of autocast, so that the head's product is accumulated in float32.
+        at_responses = rows.at_responses(whole_rows(hidden, self._groups))
         weight, tensor = self.llama.head_weight, self._groups.tensor
         own = weight.to_local() if isinstance(weight, DTensor) else weight
-        shard = VocabShard(tensor.rank * own.shape[0], tensor.largest, tensor.summed)
         logps, collisions = token_logps(
             at_responses.float() if self._precision.autocast else at_responses,
             own,
-            labels,
-            shard=shard,
-            compact=compact,
+            rows.labels,
+            shard=VocabShard(tensor.rank * own.shape[0], tensor.largest, tensor.summed),
+            compact=self._attention.static_shapes and self._device.type == "cpu",
             want_collisions=want_collisions,
         )
-        return TokenLogps(logps, collisions)
+        return TokenLogps(rows.spread(logps), None if collisions is None else rows.spread(collisions))
 
 
 class WholeRunner:

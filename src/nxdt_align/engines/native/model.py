@@ -1,0 +1,116 @@
+"""A Llama as one rank holds it: all of it or some stages of a pipeline, spread over the mesh, and the runner
+that sends micro-batches through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from nxdt_align.engines.native.mesh import Groups, Parallel
+from nxdt_align.engines.native.parallelize import (
+    drop_gathered,
+    shard_over_data_ranks,
+    split_over_tensor_ranks,
+)
+from nxdt_align.engines.native.pipeline import HiddenStates, PipelineRunner, StageScorer, require_torch
+from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.scoring import Scorer, WholeRunner
+from nxdt_align.engines.native.stages import Stage, prune, stages_of_rank
+from nxdt_align.engines.steps import Runner
+from nxdt_align.models.llama import Llama
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.ops.attention import Attention
+
+S = TypeVar("S", Scorer, StageScorer)
+
+
+class RankModel:
+    """This rank's part of a model.
+
+    Args:
+        scorers: one with all layers, or one a stage of the pipeline, in order.
+        runner: goes through them.
+    """
+
+    def __init__(self, scorers: Sequence[Scorer | StageScorer], runner: Runner) -> None:
+        self._scorers = scorers
+        self.runner = runner
+        # Not the modules' own list: while FSDP has weights gathered, that holds them, not the shards.
+        self._parameters = [pair for scorer in scorers for pair in scorer.llama.named_parameters()]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Under the plain Llama's names."""
+        return iter(self._parameters)
+
+    def weights_changed(self) -> None:
+        """Forget weights that FSDP has gathered."""
+        for scorer in self._scorers:
+            drop_gathered(scorer)
+
+
+def check_pipeline(config: LlamaConfig, parallel: Parallel) -> None:
+    """Raises EngineError for a pipeline that this torch gets wrong, or that the model cannot be cut for."""
+    if parallel.pipeline > 1:
+        require_torch()
+        _stages(config, parallel, rank=0)
+
+
+def _stages(config: LlamaConfig, parallel: Parallel, rank: int) -> list[Stage]:
+    return stages_of_rank(
+        config, rank, parallel.pipeline, chunks=parallel.virtual_pipeline, cuts=parallel.pipeline_cuts
+    )
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How a model is built on this rank."""
+
+    config: LlamaConfig
+    attention: Attention
+    precision: Precision
+    groups: Groups
+    device: torch.device
+    configure: Callable[[Llama], None]
+    """Called with each Llama that is built."""
+
+    def build(self, *, frozen: bool = False) -> RankModel:
+        """A model without values: they are loaded, so initialising them would be wasted."""
+        pipeline, parallel = self.groups.pipeline, self.groups.parallel
+        if pipeline.size == 1:
+            scorer = self._finish(self._scorer(None, frozen), frozen)
+            return RankModel([scorer], WholeRunner(scorer, reduce_once=not parallel.fsdp))
+        held = _stages(self.config, parallel, pipeline.rank)
+        hidden = HiddenStates(
+            self.config.hidden_size,
+            self.precision.compute,
+            shards=self.groups.row_multiple,
+            ragged=not self.attention.static_shapes,
+        )
+        stages = [self._finish(StageScorer(self._scorer(s, frozen), s, hidden), frozen) for s in held]
+        return RankModel(stages, PipelineRunner(stages, pipeline, self.device))
+
+    def _scorer(self, stage: Stage | None, frozen: bool) -> Scorer:
+        """On the meta device, split over the tensor-parallel ranks."""
+        with torch.device("meta"):
+            llama = Llama(self.config, self.attention)
+        self.configure(llama)
+        if stage is not None:
+            prune(llama, stage)
+        llama.requires_grad_(not frozen)
+        # Weights that FSDP shards are float32 and computed with in the compute dtype, unless they are frozen.
+        if frozen or not self._is_sharded(frozen):
+            llama.to(dtype=self.precision.compute)
+        split_over_tensor_ranks(llama, self.groups)
+        return Scorer(llama, self.attention, self.precision, self.device, self.groups)
+
+    def _finish(self, scorer: S, frozen: bool) -> S:
+        if self._is_sharded(frozen):
+            shard_over_data_ranks(scorer, scorer.llama, self.groups, self.precision)
+        return scorer.to_empty(device=self.device)
+
+    def _is_sharded(self, frozen: bool) -> bool:
+        return self.groups.shards_data and (not frozen or self.groups.parallel.fsdp)

@@ -1,0 +1,100 @@
+"""Cutting a Llama into the stages of a pipeline: which layers each holds, and what is left of the model.
+
+Stage ``s`` of a pipeline over ``p`` ranks is on rank ``s % p``: with several stages a rank (virtual
+pipeline), each rank holds chunks that lie ``p`` stages apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import nn
+
+from nxdt_align.engines.base import EngineError
+from nxdt_align.models.llama import Llama
+from nxdt_align.models.presets import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of ``count`` stages, in the order in which a micro-batch goes through them."""
+
+    index: int
+    count: int
+    layers: range
+    """Numbers of its decoder layers in the whole model."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+
+def stages_of_rank(
+    config: LlamaConfig, rank: int, ranks: int, *, chunks: int = 1, cuts: Sequence[int] | None = None
+) -> list[Stage]:
+    """The stages that a pipeline rank holds, in order.
+
+    Args:
+        config: the whole model's.
+        rank: its place among the ``ranks`` of the pipeline.
+        chunks: stages a rank.
+        cuts: layers after which the model is cut, ascending; None for even shares.
+
+    Raises EngineError where the model cannot be cut so.
+    """
+    count = ranks * chunks
+    if config.tie_word_embeddings and count > 1:
+        raise EngineError(
+            "distributed_strategy.pipeline_model_parallel_size: must be 1 for a model whose head is tied to "
+            "its embedding (tie_word_embeddings in model.model_config), as the first and the last stage "
+            f"would share one weight, but is {ranks}; tensor_model_parallel_size, zero1 and fsdp spread such "
+            "a model"
+        )
+    shares = layers_of_stages(config.num_hidden_layers, count, cuts)
+    return [Stage(index, count, shares[index]) for index in range(rank, count, ranks)]
+
+
+def layers_of_stages(layers: int, stages: int, cuts: Sequence[int] | None = None) -> list[range]:
+    """The layers of each stage.
+
+    Even shares, and one layer more in each of the last ``layers % stages``, as in NxD: later stages keep
+    the activations of fewer micro-batches.
+
+    Raises EngineError for more stages than layers, or cuts that leave a stage without a layer.
+    """
+    if not 1 <= stages <= layers:
+        raise EngineError(
+            "distributed_strategy.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size: must "
+            f"be 1 to the number of layers ({layers}), but is {stages}"
+        )
+    if cuts is None:
+        small, larger = divmod(layers, stages)
+        sizes = [small] * (stages - larger) + [small + 1] * larger
+        ends = [sum(sizes[: i + 1]) for i in range(stages)]
+    else:
+        ends = [*(cut + 1 for cut in cuts), layers]
+    shares = [range(start, end) for start, end in pairwise([0, *ends])]
+    if len(shares) != stages or not all(shares):
+        raise EngineError(
+            f"model.pipeline_cuts: must name {stages - 1} layers below the last ({layers - 1}) in ascending "
+            f"order, but names {list(cuts or ())}"
+        )
+    return shares
+
+
+def prune(llama: Llama, stage: Stage) -> None:
+    """Leave of ``llama`` what ``stage`` holds; every weight keeps its name in the whole model."""
+    model = llama.model
+    assert isinstance(model.layers, nn.ModuleList), "this model has been cut already"
+    model.layers = nn.ModuleDict({str(i): model.layers[i] for i in stage.layers})
+    if not stage.is_first:
+        model.embed_tokens = None
+    if not stage.is_last:
+        model.norm = None
+        llama.lm_head = None
