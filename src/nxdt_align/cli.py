@@ -283,6 +283,8 @@ def _log_to_terminal(rank: int) -> None:
     """The first rank says what it does, the others only what goes wrong."""
     logger = logging.getLogger("nxdt_align")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # A library that sets the root logger up later would have each line printed twice.
+    logger.propagate = bool(logging.getLogger().handlers)
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

@@ -21,6 +21,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.tokenize import Tokenization, load_tokenizer
 from nxdt_align.data.truncation import Truncation
 from nxdt_align.engines.base import WeightSource
+from nxdt_align.engines.native import xla
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
@@ -75,11 +76,13 @@ def parallel(config: Config) -> Parallel:
 def device(config: Config, env: RunEnv) -> torch.device:
     """The device of this process. Raises UserError for one that is not here."""
     chosen = config.trainer.accelerator
-    if chosen in ("neuron", "xla"):
+    if chosen == "neuron":
         raise UserError(
-            f"trainer.accelerator: must be auto, cpu or cuda in this version, but is {chosen}; "
+            f"trainer.accelerator: must be auto, cpu, cuda or xla in this version, but is {chosen}; "
             "trainer.accelerator=cpu runs here"
         )
+    if chosen == "xla":
+        return _xla_device(env)
     if chosen == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "trainer.accelerator: is cuda, but torch finds no CUDA device; trainer.accelerator=cpu runs here"
@@ -88,6 +91,20 @@ def device(config: Config, env: RunEnv) -> torch.device:
         torch.cuda.set_device(env.local_rank)
         return torch.device("cuda", env.local_rank)
     return torch.device("cpu")
+
+
+def _xla_device(env: RunEnv) -> torch.device:
+    if not xla.is_available():
+        raise UserError(
+            "trainer.accelerator: is xla, but the package torch_xla is not installed; install torch==2.9.0 "
+            "and torch_xla==2.9.0 (make test-xla does, in .venv-xla), or choose trainer.accelerator=cpu"
+        )
+    if env.world_size > 1:
+        raise UserError(
+            f"trainer.accelerator: xla runs in one process here, but there are {env.world_size} (WORLD_SIZE), "
+            "and torch_xla's CPU device has no collectives between processes; set trainer.devices=1"
+        )
+    return xla.device()
 
 
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}

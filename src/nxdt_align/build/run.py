@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.accelerators import Accelerator
 
 from nxdt_align.build import parts
 from nxdt_align.build.env import RunEnv
@@ -22,6 +23,7 @@ from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import Engine, WeightSource
+from nxdt_align.engines.native import xla
 from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.parallelize import check_sizes
@@ -29,6 +31,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.training import optim
+from nxdt_align.training.accelerator import EngineAccelerator
 from nxdt_align.training.experiment import start_experiment
 from nxdt_align.training.hooks import (
     PREFLIGHT_TOLERANCE,
@@ -70,6 +73,7 @@ class Run:
             self.tokenization,
             self.topology,
             cache_dir=None if env.compile_only else self._cache("tokens"),
+            fixed_micro_batches=self.device.type == "xla",
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         self.precision = parts.precision(config)
@@ -79,14 +83,16 @@ class Run:
         model = self.config.model
         granularity = model.activations_checkpoint_granularity
         recompute = tuple(model.activations_checkpoint_recompute or ())
-        return NativeEngine(
+        on_xla = self.device.type == "xla"
+        how = xla.recompute if on_xla else None
+        return (xla.XlaEngine if on_xla else NativeEngine)(
             self.model_config,
             parts.attention(self.config, self.device),
             precision=self.precision,
             topology=self.topology,
             parallel=parts.parallel(self.config),
             device=self.device,
-            configure_model=lambda llama: llama.set_checkpointing(granularity, recompute),
+            configure_model=lambda llama: llama.set_checkpointing(granularity, recompute, how),
         )
 
     def fit(self) -> int:
@@ -272,7 +278,7 @@ class Run:
         settings = self.config.trainer
         strategy = EngineStrategy(self.engine, parts.cluster(self.env), {RUN_RECORD: record})
         return Trainer(
-            accelerator="cpu" if self.engine.device.type == "cpu" else "auto",
+            accelerator=_accelerator(self.engine.device),
             strategy=strategy,
             devices=self.env.world_size // settings.num_nodes,
             num_nodes=settings.num_nodes,
@@ -330,3 +336,7 @@ class Run:
         log.info("experiment folder: %s", run.path)
         if self.config.exp_manager.export_hf:
             log.info("Hugging Face export: %s", run.path / EXPORT)
+
+
+def _accelerator(device: torch.device) -> str | Accelerator:
+    return device.type if device.type in ("cpu", "cuda") else EngineAccelerator()

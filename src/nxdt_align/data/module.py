@@ -68,6 +68,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         topology: this process's place, as integers.
         cache_dir: where tokens are kept between runs; None keeps none.
         min_micro_batches: at least so many a rank and step, as a pipeline schedule needs.
+        fixed_micro_batches: as many at every step of a bucket, see RowPlanner.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         *,
         cache_dir: Path | None,
         min_micro_batches: int = 1,
+        fixed_micro_batches: bool = False,
     ) -> None:
         super().__init__()
         self._config = config
@@ -85,6 +87,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._topology = topology
         self._cache_dir = cache_dir
         self._min_micro_batches = min_micro_batches
+        self._fixed_micro_batches = fixed_micro_batches
         self._references: dict[Split, npt.NDArray[Any]] = {}
         self.reports: dict[Split, str] = {}
         """What was loaded and how it is laid into rows, for people."""
@@ -141,6 +144,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             ranks=self._topology.data_parallel_size,
             micro_batch_size=data.micro_batch_size,
             min_micro_batches=self._min_micro_batches,
+            fixed_micro_batches=self._fixed_micro_batches,
         )
         report = PlanReport.measure(planner, len(examples), data.global_batch_size, data.seq_length)
         self.reports[split] = (

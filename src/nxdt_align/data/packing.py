@@ -83,6 +83,9 @@ class RowPlanner:
         ranks: data-parallel size.
         micro_batch_size: pairs (layout none) or rows (packed layouts) a micro-batch.
         min_micro_batches: at least so many a rank, as a pipeline schedule needs.
+        fixed_micro_batches: every step of a bucket gets the same number of micro-batches, for devices to
+            which another number is another graph. It is the most that a sample of steps needs; a step
+            that needs more gets twice as many.
         seq_length: the longest sequence after truncation; the row length of layout none.
     """
 
@@ -97,6 +100,7 @@ class RowPlanner:
         ranks: int = 1,
         micro_batch_size: int = 1,
         min_micro_batches: int = 1,
+        fixed_micro_batches: bool = False,
     ) -> None:
         self.layout: Layout = layout
         self.ranks = ranks
@@ -115,14 +119,20 @@ class RowPlanner:
         else:
             sizes = self._choose_buckets(_round_up(longest), examples_per_step)
         self.buckets = tuple(self._shape(size, examples_per_step) for size in sizes)
+        self._micro_batches: dict[Bucket, int] = {}
+        if fixed_micro_batches:
+            self._micro_batches = self._most_micro_batches(examples_per_step)
 
-    def plan(self, examples: Sequence[int]) -> StepPlan:
-        """The rows of a step whose examples are these indices into the data set."""
+    def plan(self, examples: Sequence[int], bucket: Bucket | None = None) -> StepPlan:
+        """The rows of a step whose examples are these indices into the data set: in ``bucket``, which must
+        hold them, or in the one that takes the fewest places."""
         tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
         fitting = [b for b in self.buckets if b.tokens >= tokens.max() and b.responses >= responses.max()]
-        plans = [(self._rows(tokens, responses, bucket), bucket) for bucket in fitting]
-        rows, bucket = min(plans, key=lambda p: (len(p[0]) * p[1].tokens, p[1].tokens))
-        return StepPlan(bucket, tuple(rows))
+        if bucket is not None:
+            fitting = [b for b in fitting if b == bucket]
+        plans = [(self._rows(tokens, responses, fits), fits) for fits in fitting]
+        rows, chosen = min(plans, key=lambda p: (len(p[0]) * p[1].tokens, p[1].tokens))
+        return StepPlan(chosen, tuple(rows))
 
     def rows_of_rank(self, plan: StepPlan, rank: int) -> list[list[tuple[int, ...]]]:
         """One rank's micro-batches: lists of rows. Every rank gets the same number."""
@@ -144,12 +154,21 @@ class RowPlanner:
             rows = _best_fit(tokens, responses, bucket, bucket.slots // self.responses_per_example)
             rows.sort(key=lambda row: (-int(tokens[list(row)].sum()), row))
         unit = self.ranks * self.micro_batch_size
-        wanted = max(-(-len(rows) // unit), self.min_micro_batches) * unit
+        micro_batches = max(-(-len(rows) // unit), self.min_micro_batches)
+        wanted = _round_up(micro_batches, self._micro_batches.get(bucket, 1)) * unit
         rows += [()] * (wanted - len(rows))
         # Sorted by fill and dealt to and fro, so that alike rows go to different ranks and no rank
         # gets the fuller one each time.
         turns = [rows[i : i + self.ranks] for i in range(0, wanted, self.ranks)]
         return [row for i, turn in enumerate(turns) for row in (turn[::-1] if i % 2 else turn)]
+
+    def _most_micro_batches(self, examples_per_step: int) -> dict[Bucket, int]:
+        """Of a rank's share of any sampled step, by bucket; 1 for a bucket that no step is laid into."""
+        most = dict.fromkeys(self.buckets, 1)
+        for step in self._sample_steps(examples_per_step):
+            plan = self.plan(step.tolist())
+            most[plan.bucket] = max(most[plan.bucket], len(plan.rows) // (self.ranks * self.micro_batch_size))
+        return most
 
     def _choose_buckets(self, largest: int, examples_per_step: int) -> tuple[int, ...]:
         """The row lengths that take the fewest places over a sample of steps.

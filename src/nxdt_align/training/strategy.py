@@ -89,7 +89,9 @@ class EngineStrategy(ParallelStrategy):
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        votes = self.engine.all_gather(torch.tensor(int(decision), device=self.engine.device))
+        if self.engine.topology.data_parallel_size == 1:
+            return decision
+        votes = self.engine.all_gather(torch.tensor([int(decision)], device=self.engine.device))
         return bool(votes.all() if all else votes.any())
 
     # Checkpoints
