@@ -43,7 +43,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("batch", "losses", "ops", "models", "config", "data", "engines"),
         *("reference", "training", "checkpoint", "neuron"),
     ),
-    "cli": ("build", "config", "cli_conversion"),
+    "cli": ("build", "config", "cli_conversion", "neuron.compile"),
     "cli_conversion": (),
     "__main__": ("cli",),
     "": (),
@@ -62,6 +62,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "config": ("omegaconf", "hydra"),
     "cli": (),
     "cli_conversion": (),
+    "neuron.compile": (),
     "neuron.monitor": (),
 }
 

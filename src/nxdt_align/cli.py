@@ -147,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_verb(verbs, "processes", "check a configuration and print the processes a node needs")
     add_conversion_verbs(verbs)
+    ahead = verbs.add_parser(
+        "precompile", help="run neuron_parallel_compile and fail where it did not compile every graph"
+    )
+    ahead.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     return parser
 
 
@@ -230,6 +234,13 @@ def _processes(arguments: argparse.Namespace, environment: _Environment) -> int:
     return 0
 
 
+def _precompile(arguments: argparse.Namespace, environment: _Environment) -> int:
+    from nxdt_align.neuron.compile import precompile
+
+    precompile(arguments.command)
+    return 0
+
+
 def _presets(arguments: argparse.Namespace, environment: _Environment) -> int:
     found = presets(arguments.config_path)
     width = max(len(name) for name, _ in found)
@@ -296,6 +307,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, _Environment], int]] = {
     "plan": _plan,
     "train": _train,
     "processes": _processes,
+    "precompile": _precompile,
     "presets": _presets,
     "help-keys": _help_keys,
     "convert": _convert,

@@ -90,6 +90,17 @@ def device(config: Config, env: RunEnv) -> torch.device:
     if chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available()):
         torch.cuda.set_device(env.local_rank)
         return torch.device("cuda", env.local_rank)
+    if chosen == "auto" and env.compile_only:
+        return _trial_device(env)
+    return torch.device("cpu")
+
+
+def _trial_device(env: RunEnv) -> torch.device:
+    """Where graphs can be compiled ahead, if anywhere."""
+    if xla.is_available() and env.world_size == 1:
+        return _xla_device(env)
+    why = "torch_xla's CPU device runs one process" if xla.is_available() else "torch_xla is not installed"
+    log.warning("COMPILE=1: %s, so that the trial steps run and nothing is compiled ahead", why)
     return torch.device("cpu")
 
 
@@ -101,8 +112,9 @@ def _xla_device(env: RunEnv) -> torch.device:
         )
     if env.world_size > 1:
         raise UserError(
-            f"trainer.accelerator: xla runs in one process here, but there are {env.world_size} (WORLD_SIZE), "
-            "and torch_xla's CPU device has no collectives between processes; set trainer.devices=1"
+            f"trainer.accelerator: xla runs in one process here, but there are {env.world_size} "
+            "(WORLD_SIZE), and torch_xla's CPU device has no collectives between processes; set "
+            "trainer.devices=1"
         )
     return xla.device()
 

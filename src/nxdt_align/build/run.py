@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 
 from nxdt_align.build import parts
+from nxdt_align.build.ahead import conclude_run, conclude_trial, manifest_path
 from nxdt_align.build.env import RunEnv
 from nxdt_align.build.preconditions import (
     misconfiguration_is_the_users,
@@ -42,14 +43,13 @@ from nxdt_align.training.hooks import (
     ReferencePass,
 )
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
+from nxdt_align.training.recompiles import RecompileGuard
 from nxdt_align.training.runs import RunFolder, explicit_run, find_run, run_identity, write_identity
 from nxdt_align.training.strategy import EngineStrategy
 
 log = logging.getLogger(__name__)
 EXPORT = "hf_export"
 """Folder of an experiment that holds the policy for transformers."""
-TRIAL_STEPS = 10
-"""Steps of a COMPILE=1 run, as NxDT takes them."""
 
 
 class Run:
@@ -76,6 +76,8 @@ class Run:
             fixed_micro_batches=self.device.type == "xla",
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
+        if env.compile_only:
+            self.data.start_trial(self._steps())
         self.precision = parts.precision(config)
         self.engine = self._build_engine()
 
@@ -85,7 +87,7 @@ class Run:
         recompute = tuple(model.activations_checkpoint_recompute or ())
         on_xla = self.device.type == "xla"
         how = xla.recompute if on_xla else None
-        return (xla.XlaEngine if on_xla else NativeEngine)(
+        engine = (xla.XlaEngine if on_xla else NativeEngine)(
             self.model_config,
             parts.attention(self.config, self.device),
             precision=self.precision,
@@ -94,6 +96,9 @@ class Run:
             device=self.device,
             configure_model=lambda llama: llama.set_checkpointing(granularity, recompute, how),
         )
+        if isinstance(engine, xla.XlaEngine):
+            engine.graphs = xla.graph_log()
+        return engine
 
     def fit(self) -> int:
         seed_everything(self.config.seed, verbose=False)
@@ -104,6 +109,8 @@ class Run:
             self.engine.load_weights(self.start)
         resumed = self._resume_point(run)
         callbacks, record = self._reference(None if resumed == run.checkpoint else resumed)
+        if self.engine.lazy:
+            callbacks.append(RecompileGuard(xla.compilations, stop=self.config.exp_manager.fail_on_recompile))
         exports = self.config.exp_manager.export_hf and not self.env.compile_only
         finish = FinishRun(self.engine, self._export, run.path / EXPORT if exports else None)
         with misconfiguration_is_the_users():
@@ -125,6 +132,10 @@ class Run:
     def _runs(self) -> Path:
         """Where the dated folders are."""
         return self._experiments / (self.config.exp_manager.name or self.config.name)
+
+    @property
+    def _manifest(self) -> Path:
+        return manifest_path(self._experiments, self.config)
 
     def _require_writable_places(self) -> None:
         settings, cache = self.config.exp_manager, self.config.data.cache_dir
@@ -182,6 +193,8 @@ class Run:
     def _resume_point(self, run: RunFolder) -> Path | None:
         """The checkpoint that is taken up with optimizer and position, and a line that says which."""
         given = self.config.exp_manager.resume_from_checkpoint
+        if self.env.compile_only:
+            return None  # a trial's steps are not those behind a checkpoint; its graphs are the same
         if run.checkpoint is not None:
             log.info("going on from this run's own checkpoint %s", run.checkpoint)
             if given is not None:
@@ -211,7 +224,7 @@ class Run:
             if store is not None
             else ReferenceDuringTraining(self.engine, origin)
         )
-        if not self.config.exp_manager.preflight or self.env.compile_only:
+        if not self.config.exp_manager.preflight:
             return [first], record
         tolerance = PREFLIGHT_TOLERANCE[torch.bfloat16 if self.precision.autocast else self.precision.compute]
         preflight = Preflight(
@@ -220,6 +233,7 @@ class Run:
             tolerance,
             by_intent=not origin.is_start,
             store=None if store is None else store.folder,
+            trial=self.env.compile_only,
         )
         return [first, preflight], record
 
@@ -282,15 +296,8 @@ class Run:
             strategy=strategy,
             devices=self.env.world_size // settings.num_nodes,
             num_nodes=settings.num_nodes,
-            max_steps=TRIAL_STEPS if self.env.compile_only else settings.max_steps,
-            max_epochs=settings.max_epochs,
-            max_time=settings.max_time,
+            **self._extent(),
             log_every_n_steps=settings.log_every_n_steps,
-            val_check_interval=settings.val_check_interval,
-            check_val_every_n_epoch=settings.check_val_every_n_epoch,
-            num_sanity_val_steps=settings.num_sanity_val_steps,
-            limit_val_batches=settings.limit_val_batches,
-            limit_train_batches=settings.limit_train_batches,
             enable_progress_bar=settings.enable_progress_bar,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -298,6 +305,15 @@ class Run:
             use_distributed_sampler=False,
             callbacks=callbacks,
         )
+
+    def _extent(self) -> dict[str, Any]:
+        """How many steps, and when validation comes: in a trial run once, behind all of its steps."""
+        if self.env.compile_only:
+            whole = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "val_check_interval": 1.0}
+            return whole | {"max_epochs": 1, "check_val_every_n_epoch": 1, "num_sanity_val_steps": 0}
+        names = ("max_steps", "max_epochs", "max_time", "val_check_interval", "check_val_every_n_epoch")
+        limits = ("num_sanity_val_steps", "limit_val_batches", "limit_train_batches")
+        return {name: getattr(self.config.trainer, name) for name in (*names, *limits)}
 
     def _start_experiment(
         self, trainer: Trainer, run: RunFolder, identity: str, identity_parts: dict[str, Any]
@@ -330,8 +346,10 @@ class Run:
     def _conclude(self, trainer: Trainer, run: RunFolder) -> None:
         steps = trainer.global_step
         if self.env.compile_only:
-            log.info("trial run done: %d steps, nothing was written", steps)
+            log.info("trial run done: %d steps, of which nothing was written", steps)
+            conclude_trial(self.engine, xla.compilations() if self.engine.lazy else 0, self._manifest)
             return
+        conclude_run(self.engine, self._manifest)
         log.info("done: %d steps, %d samples", steps, self.data.consumed_samples(steps))
         log.info("experiment folder: %s", run.path)
         if self.config.exp_manager.export_hf:

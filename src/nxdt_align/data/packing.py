@@ -127,12 +127,20 @@ class RowPlanner:
         """The rows of a step whose examples are these indices into the data set: in ``bucket``, which must
         hold them, or in the one that takes the fewest places."""
         tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
-        fitting = [b for b in self.buckets if b.tokens >= tokens.max() and b.responses >= responses.max()]
-        if bucket is not None:
-            fitting = [b for b in fitting if b == bucket]
+        fitting = self.fitting(examples) if bucket is None else [bucket]
         plans = [(self._rows(tokens, responses, fits), fits) for fits in fitting]
         rows, chosen = min(plans, key=lambda p: (len(p[0]) * p[1].tokens, p[1].tokens))
         return StepPlan(chosen, tuple(rows))
+
+    def fitting(self, examples: Sequence[int]) -> list[Bucket]:
+        """The buckets that can hold each of these examples."""
+        tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
+        return [b for b in self.buckets if b.tokens >= tokens.max() and b.responses >= responses.max()]
+
+    @property
+    def examples(self) -> int:
+        """Of the data set."""
+        return len(self._tokens)
 
     def rows_of_rank(self, plan: StepPlan, rank: int) -> list[list[tuple[int, ...]]]:
         """One rank's micro-batches: lists of rows. Every rank gets the same number."""

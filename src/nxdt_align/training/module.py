@@ -93,7 +93,7 @@ class AlignmentModule(LightningModule):
         self._throughput.restart()
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
-        output = self.engine.step(batch, self._objective)
+        output = self.engine.step(self._on_device(batch), self._objective)
         gradient_norm = self.engine.clip_gradients(self._settings.gradient_clip_val)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -105,6 +105,9 @@ class AlignmentModule(LightningModule):
         norms = self._norms(gradient_norm)
         self.engine.mark_step()
         self._log_step(output, norms, learning_rate)
+
+    def _on_device(self, micro_batches: list[Batch]) -> list[Batch]:
+        return [batch.to(self.engine.device) for batch in micro_batches]
 
     @property
     def _logs_now(self) -> bool:
@@ -181,7 +184,7 @@ class AlignmentModule(LightningModule):
         self._validation = WeightedMeans()
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
-        output = self.engine.evaluate(batch, self._objective)
+        output = self.engine.evaluate(self._on_device(batch), self._objective)
         self.engine.mark_step()
         weight = batch[0].global_tokens if self._objective.normaliser == "tokens" else batch[0].global_pairs
         self._validation.add({"loss": output.loss, **output.metrics}, weight)

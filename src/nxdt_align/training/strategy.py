@@ -50,7 +50,9 @@ class EngineStrategy(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        return self.engine.device
+        """Where Lightning keeps its own tensors: it reads them now and then, which on a lazy device would
+        be a graph each time. The module brings batches to such a device itself."""
+        return torch.device("cpu") if self.engine.lazy else self.engine.device
 
     @property
     def is_global_zero(self) -> bool:

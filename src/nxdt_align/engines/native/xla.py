@@ -7,7 +7,10 @@ Operations are recorded and run as one compiled graph a step (``mark_step``).
 from __future__ import annotations
 
 import importlib.util
+import os
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxdt_align.engines.base import WeightSource
+from nxdt_align.batch import Batch
+from nxdt_align.engines.base import Objective, StepOutput, WeightSource
 from nxdt_align.engines.native.engine import NativeEngine
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -31,6 +35,10 @@ def _torch_xla() -> Any:
     import torch_xla
 
     return torch_xla
+
+
+def version() -> str:
+    return str(_torch_xla().__version__)
 
 
 def device() -> torch.device:
@@ -55,10 +63,53 @@ def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return result
 
 
+@dataclass(frozen=True)
+class Graph:
+    """A compiled graph. ``key``: the same for the same graph in every process."""
+
+    key: str
+    name: str
+    """What was computed."""
+    shapes: Shapes
+    """Of the micro-batches that it was computed of."""
+
+
+class GraphLog:
+    """The graphs that this process compiles, by their keys in torch_xla's persistent compilation cache.
+
+    The cache's files serve for nothing else: this backend cannot read them back. They go with the process.
+    """
+
+    def __init__(self) -> None:
+        from torch_xla import runtime
+
+        self._folder = tempfile.TemporaryDirectory(prefix="nxdt-align-graphs-")
+        runtime.initialize_cache(self._folder.name, readonly=False)
+        self.graphs: dict[str, Graph] = {}
+
+    def note(self, name: str, shapes: Shapes) -> None:
+        """Put what was compiled since the last call under this name."""
+        for file in sorted(os.listdir(self._folder.name)):
+            self.graphs.setdefault(file, Graph(file, name, shapes))
+
+
+@cache
+def graph_log() -> GraphLog:
+    """This process's. Must be asked for before the first graph is compiled."""
+    return GraphLog()
+
+
+def shapes_of(micro_batches: Sequence[Batch]) -> Shapes:
+    return tuple((*b.input_ids.shape, b.labels.shape[1], b.slot_valid.shape[1]) for b in micro_batches)
+
+
 class XlaEngine(NativeEngine):
     """Takes what NativeEngine takes; ``device`` is ``xla.device()``."""
 
     lazy = True
+    graphs: GraphLog | None = None
+    """Where compiled graphs are noted."""
+    _present: tuple[str, Shapes] = ("weights", ())
 
     def load_weights(self, source: WeightSource) -> None:
         super().load_weights(source)
@@ -67,6 +118,21 @@ class XlaEngine(NativeEngine):
     def load_reference(self, source: WeightSource | None) -> None:
         super().load_reference(source)
         self._run()
+
+    def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        output = super().step(micro_batches, objective)
+        self._name("training step", micro_batches)
+        return output
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        output = super().evaluate(micro_batches, objective)
+        self._name("validation step", micro_batches)
+        return output
+
+    def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
+        logps = super().response_logps(batch, reference=reference)
+        self._name("log-probabilities without gradients", [batch])
+        return logps
 
     def mark_step(self) -> None:
         # Here and not when they are needed next, so that all steps are one graph.
@@ -85,3 +151,14 @@ class XlaEngine(NativeEngine):
 
     def _run(self) -> None:
         _torch_xla().sync()
+        self.note_graphs()
+
+    def _name(self, name: str, micro_batches: Sequence[Batch]) -> None:
+        """What is compiled from now on; what was compiled before goes under the earlier name."""
+        self.note_graphs()
+        self._present = (name, shapes_of(micro_batches))
+
+    def note_graphs(self) -> None:
+        """Bring ``graphs`` up to date."""
+        if self.graphs is not None:
+            self.graphs.note(*self._present)
