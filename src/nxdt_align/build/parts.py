@@ -90,17 +90,20 @@ def device(config: Config, env: RunEnv) -> torch.device:
     if chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available()):
         torch.cuda.set_device(env.local_rank)
         return torch.device("cuda", env.local_rank)
-    if chosen == "auto" and env.compile_only:
-        return _trial_device(env)
-    return torch.device("cpu")
+    return _trial_device(config, env) if env.compile_only else torch.device("cpu")
 
 
-def _trial_device(env: RunEnv) -> torch.device:
-    """Where graphs can be compiled ahead, if anywhere."""
-    if xla.is_available() and env.world_size == 1:
+def _trial_device(config: Config, env: RunEnv) -> torch.device:
+    """Where the graphs of a run can be compiled ahead, if anywhere."""
+    if not xla.is_available():
+        why = "torch_xla is not installed"
+    elif env.world_size > 1:
+        why = "torch_xla's CPU device runs one process"
+    elif config.data.attention not in ("auto", "dense"):
+        why = f"data.attention: {config.data.attention} has no static shapes"
+    else:
         return _xla_device(env)
-    why = "torch_xla's CPU device runs one process" if xla.is_available() else "torch_xla is not installed"
-    log.warning("COMPILE=1: %s, so that the trial steps run and nothing is compiled ahead", why)
+    log.info("COMPILE=1: %s, so that the trial steps run and nothing is compiled ahead", why)
     return torch.device("cpu")
 
 
