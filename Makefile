@@ -1,14 +1,15 @@
-# Every target sets up what it needs in .venv. PyPI's torch is a CUDA build; for the small CPU build:
+# Every target sets up what it needs in .venv (test-xla in .venv-xla). PyPI's torch is a CUDA build; for the small CPU build:
 #   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 VENV := .venv
 BIN := $(VENV)/bin
+XLA_VENV := .venv-xla
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 PYTHON ?=
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 export TORCH PIP_ARGS PYTHON
 
-.PHONY: help demo demo-orpo test bench bench-objectives lint clean
+.PHONY: help demo demo-orpo test test-xla bench bench-objectives lint clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -16,6 +17,11 @@ help: ## say what the targets do
 
 $(VENV)/.installed: pyproject.toml scripts/make_venv.sh
 	scripts/make_venv.sh $(VENV)
+	@touch $@
+
+# The last torch that torch_xla goes with.
+$(XLA_VENV)/.installed: pyproject.toml scripts/make_venv.sh
+	TORCH="torch==2.9.0 torch_xla==2.9.0" scripts/make_venv.sh $(XLA_VENV)
 	@touch $@
 
 demo: $(VENV)/.installed ## warm up a small Llama, align it with DPO, show the gain (results in demo_run/)
@@ -26,6 +32,9 @@ demo-orpo: $(VENV)/.installed ## the same with ORPO
 
 test: lint ## lint, types and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-xla: $(XLA_VENV)/.installed ## DPO and ORPO on torch_xla's CPU device, and what is compiled (7 GB of packages)
+	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed ## pairs a second against TRL and padded rows; DATA=file MODEL=24m|100m|1b STEPS=n
 	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS))
@@ -39,6 +48,6 @@ lint: $(VENV)/.installed ## ruff, mypy --strict, shellcheck
 	$(BIN)/mypy --strict src
 	$(BIN)/shellcheck scripts/*.sh examples/demo.sh .ci/run
 
-clean: ## remove .venv, demo_run and every cache
-	rm -rf $(VENV) demo_run build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove .venv, .venv-xla, demo_run and every cache
+	rm -rf $(VENV) $(XLA_VENV) demo_run build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find src tests scripts -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@
 #   scripts/make_venv.sh FOLDER
 #
 # PYTHON    interpreter to make it with (default: the first one of range that works)
-# TORCH     requirement installed before all else (default: torch==2.13.0)
+# TORCH     requirements installed before all else (default: torch==2.13.0)
 # PIP_ARGS  further arguments of every "pip install"
 set -euo pipefail
 
@@ -12,6 +12,7 @@ venv=${1:?usage: make_venv.sh FOLDER}
 repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # Word splitting is what a user who gives several arguments expects.
 read -r -a pip_args <<<"${PIP_ARGS:-}"
+read -r -a torch <<<"${TORCH:-torch==2.13.0}"
 
 # True for an interpreter that runs (a pyenv shim may be there and fail), is in range, and has venv.
 usable() {
@@ -41,6 +42,6 @@ fi
 echo "Installing into $venv (a minute or more, about 2 GB with a CPU build of torch)"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 # torch on its own first, so that the choice of build is not the resolver's.
-"${pip[@]}" install --quiet ${pip_args[@]+"${pip_args[@]}"} "${TORCH:-torch==2.13.0}"
+"${pip[@]}" install --quiet ${pip_args[@]+"${pip_args[@]}"} "${torch[@]}"
 "${pip[@]}" install --quiet ${pip_args[@]+"${pip_args[@]}"} --editable "${repo}[test]"
 "${pip[@]}" check

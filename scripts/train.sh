@@ -4,7 +4,8 @@
 #   [COMPILE=0|1] [CONF_FILE=name] [TRAIN_ITERS=n] examples/train.sh [key=value ...]
 #
 # CONF_FILE     a config of examples/conf, with or without .yaml, or a path (default hf_llama3_8B_DPO_config)
-# COMPILE       1: a few trial steps without logger and checkpoints, under neuron_parallel_compile if it is there
+# COMPILE       1: compile the run's graphs and stop: trial steps of every shape, of which nothing is written, under
+#               neuron_parallel_compile if it is there, else on torch_xla's CPU device if that is there (docs/compile.md)
 # TRAIN_ITERS   number of steps, instead of the config's trainer.max_steps
 # LOG_PATH      folder of the log file (default nemo_experiments/logs; with a node's subfolder under Slurm and MPI)
 # MASTER_ADDR, MASTER_PORT   rendezvous of a job of several nodes (default: the first node, 41000). To keep other
@@ -123,7 +124,7 @@ build_launch() {
   local arguments=(--config-path "${config%/*}" --config-name "$(basename -- "$config" .yaml)" "$@")
   local processes
   launch=("$python")
-  [[ $COMPILE == 0 ]] || maybe_compile
+  [[ $COMPILE == 0 ]] || compile_ahead
   if [[ -z ${TORCHELASTIC_RUN_ID:-} ]]; then
     processes=$("$python" -m nxdt_align processes "${arguments[@]}") || exit $?
     [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "expected a number of processes, got: $processes"
@@ -139,12 +140,10 @@ build_launch() {
   launch+=(-m nxdt_align train "${arguments[@]}")
 }
 
-maybe_compile() {
-  if command -v neuron_parallel_compile >/dev/null; then
-    launch=(neuron_parallel_compile "${launch[@]}")
-  else
-    echo "COMPILE=1: neuron_parallel_compile is not here, so the trial steps run and nothing is compiled ahead."
-  fi
+# Without Neuron, the trainer itself compiles the trial steps' graphs, on torch_xla's CPU device where that is.
+compile_ahead() {
+  ! command -v neuron_parallel_compile >/dev/null ||
+    launch=("$python" -m nxdt_align precompile neuron_parallel_compile "${launch[@]}")
 }
 
 # torchrun's default is one thread a worker, even where there are more cores than workers.

@@ -192,7 +192,7 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no Neuron device": (
         ("trainer.accelerator=neuron",),
         (
-            "trainer.accelerator: must be auto, cpu or cuda",
+            "trainer.accelerator: must be auto, cpu, cuda or xla",
             "but is neuron; trainer.accelerator=cpu runs here",
         ),
     ),

@@ -199,11 +199,15 @@ def test_dpo_then_orpo_under_one_name_never_meet(project: Project, whole: Path) 
     shutil.rmtree(orpo)
 
 
-def test_compile_only_writes_nothing(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_only_writes_nothing(
+    project: Project, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("nxdt_align.engines.native.xla.is_available", lambda: False)
     monkeypatch.setenv("COMPILE", "1")
     before = sorted(project.root.rglob("*"))
     assert project.train(f"exp_manager.exp_dir={project.root}/trial", "trainer.max_steps=3") == 0
     assert sorted(project.root.rglob("*")) == before
+    assert "COMPILE=1: torch_xla is not installed, so that the trial steps run" in caplog.text
 
 
 def test_weight_init_only_starts_a_new_run_from_weights_alone(project: Project, whole: Path) -> None:

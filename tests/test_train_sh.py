@@ -351,20 +351,44 @@ def test_worker_of_torchrun_trains_as_the_rank_that_it_is(train: Trainer) -> Non
     assert (train.cwd / "nemo_experiments/logs/job/rank_5/log").exists()
 
 
-def test_compile_without_the_compiler_says_so(train: Trainer) -> None:
+def test_compile_without_neuron_is_the_trainers_own(train: Trainer) -> None:
     result = train(COMPILE="1")
-    assert "neuron_parallel_compile is not here" in result.stdout
     assert result.calls[-1]["env"]["COMPILE"] == "1"
     assert result.trained[:3] == ["-m", "nxdt_align", "train"]
 
 
 def test_compile_runs_under_the_compiler(train: Trainer) -> None:
-    marker = train.folder / "compiled"
-    write_script(train.bin / "neuron_parallel_compile", f'#!/bin/sh\necho "$1" > "{marker}"\nexec "$@"\n')
-    result = train(COMPILE="1", FAKE_PROCESSES="32")
-    assert marker.read_text() == f"{train.python}\n"
-    assert result.trained[:2] == ["-m", "torch.distributed.run"]
-    assert train(COMPILE="0").status == 0
+    write_script(train.bin / "neuron_parallel_compile", "#!/bin/sh\n")
+    arguments = train(COMPILE="1", FAKE_PROCESSES="32").trained
+    assert arguments[:4] == ["-m", "nxdt_align", "precompile", "neuron_parallel_compile"]
+    assert arguments[4:7] == [str(train.python), "-m", "torch.distributed.run"]
+    assert arguments[arguments.index("train") - 2 : arguments.index("train") + 1] == [
+        "-m",
+        "nxdt_align",
+        "train",
+    ]
+    assert train(COMPILE="0").trained[:3] == ["-m", "nxdt_align", "train"]
+
+
+@pytest.mark.parametrize(("failed", "status"), [(0, 0), (2, 1)])
+def test_totals_of_the_compiler_decide(train: Trainer, failed: int, status: int) -> None:
+    """With the real command line between train.sh and a compiler that prints what the real one does."""
+    program = "echo TRIAL $COMPILE\n" + "".join(
+        f"echo '2026-08-01 INFO ||NEURON_PARALLEL_COMPILE||: Total {what}: {count}'\n"
+        for what, count in (
+            ("graphs", 5),
+            ("successful compilations", 5 - failed),
+            ("failed compilations", failed),
+        )
+    )
+    write_script(train.bin / "neuron_parallel_compile", f"#!/bin/sh\n{program}")
+    # As a worker of torchrun, so that no configuration of this machine's is asked for.
+    result = train(COMPILE="1", NXDT_ALIGN_PYTHON=sys.executable, TORCHELASTIC_RUN_ID="job")
+    assert result.status == status, result.stdout + result.stderr
+    assert "TRIAL 1" in result.stdout and f"Total failed compilations: {failed}" in result.stdout
+    log = (train.cwd / "nemo_experiments/logs/job/rank_0/log").read_text()
+    assert ("error: COMPILE=1: 2 of 5 graphs did not compile" in log) == bool(failed)
+    assert "Traceback" not in log
 
 
 @pytest.mark.usefixtures("scontrol")

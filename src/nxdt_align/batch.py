@@ -123,7 +123,11 @@ class Batch:
         return Batch(**mapped)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Batch:
-        return self.map(lambda t: t.to(device, non_blocking=True))
+        def move(tensor: Tensor) -> Tensor:
+            # Not as a scalar: XLA makes constants of 0 and 1, so that other counts are other graphs.
+            return tensor.reshape(-1).to(device, non_blocking=True).reshape(())
+
+        return self.map(lambda t: t.to(device, non_blocking=True) if t.ndim else move(t))
 
     def pin_memory(self) -> Batch:
         return self.map(lambda t: t.pin_memory())

@@ -160,6 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_verb(verbs, "processes", "check a configuration and print the processes a node needs")
     add_conversion_verbs(verbs)
+    ahead = verbs.add_parser(
+        "precompile", help="run neuron_parallel_compile and fail where it did not compile every graph"
+    )
+    ahead.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     return parser
 
 
@@ -258,6 +262,13 @@ def _print_env(arguments: argparse.Namespace, environment: _Environment) -> int:
     return 0
 
 
+def _precompile(arguments: argparse.Namespace, environment: _Environment) -> int:
+    from nxdt_align.neuron.compile import precompile
+
+    precompile(arguments.command)
+    return 0
+
+
 def _presets(arguments: argparse.Namespace, environment: _Environment) -> int:
     found = presets(arguments.config_path)
     width = max(len(name) for name, _ in found)
@@ -334,6 +345,8 @@ def _log_to_terminal(rank: int) -> None:
     """The first rank says what it does, the others only what goes wrong."""
     logger = logging.getLogger("nxdt_align")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # A library that sets the root logger up later would have each line printed twice.
+    logger.propagate = bool(logging.getLogger().handlers)
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
@@ -345,6 +358,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, _Environment], int]] = {
     "plan": _plan,
     "train": _train,
     "processes": _processes,
+    "precompile": _precompile,
     "presets": _presets,
     "help-keys": _help_keys,
     "convert": _convert,

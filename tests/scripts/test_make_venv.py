@@ -75,8 +75,8 @@ def test_installs_torch_first_then_the_package_then_checks(machine: Machine) -> 
 
 def test_torch_can_be_chosen(machine: Machine) -> None:
     machine.add("python3")
-    machine.run(TORCH="torch==2.9.0")
-    assert machine.installs[0].endswith("--quiet torch==2.9.0")
+    machine.run(TORCH="torch==2.9.0 torch_xla==2.9.0")
+    assert machine.installs[0].endswith("--quiet torch==2.9.0 torch_xla==2.9.0")
 
 
 def test_environment_that_works_is_kept(machine: Machine) -> None:

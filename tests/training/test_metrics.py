@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch import Tensor
 
 from nxdt_align.training.metrics import Throughput, WeightedMeans
+
+
+def fetch(values: Sequence[Tensor]) -> list[float]:
+    return [float(value) for value in values]
 
 
 def test_throughput_is_over_the_window_and_keeps_its_peak() -> None:
@@ -28,5 +35,20 @@ def test_means_weigh_a_smaller_last_step_by_its_size() -> None:
     means = WeightedMeans()
     means.add({"loss": torch.tensor(1.0)}, torch.tensor(4.0))
     means.add({"loss": torch.tensor(4.0)}, torch.tensor(2.0))
-    assert float(means.means()["loss"]) == 2.0
-    assert WeightedMeans().means() == {}
+    assert float(means.means(fetch)["loss"]) == 2.0
+    assert WeightedMeans().means(fetch) == {}
+
+
+def test_means_are_fetched_once() -> None:
+    """However many steps there were: each transfer would hold the device up."""
+    fetched: list[int] = []
+
+    def count(values: Sequence[Tensor]) -> list[float]:
+        fetched.append(len(values))
+        return fetch(values)
+
+    means = WeightedMeans()
+    for loss in (1.0, 2.0, 6.0):
+        means.add({"loss": torch.tensor(loss), "nll": torch.tensor(-loss)}, torch.tensor(1.0))
+    assert {name: float(value) for name, value in means.means(count).items()} == {"loss": 3.0, "nll": -3.0}
+    assert fetched == [9]

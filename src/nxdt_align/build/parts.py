@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from datetime import timedelta
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.tokenize import Tokenization, load_tokenizer
 from nxdt_align.data.truncation import Truncation
 from nxdt_align.engines.base import WeightSource
+from nxdt_align.engines.native import xla
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
@@ -74,9 +76,15 @@ def parallel(config: Config) -> Parallel:
     )
 
 
-def micro_batch_needs(config: Config) -> dict[str, int]:
-    """How many micro-batches a rank's schedule takes a step, as the data module's arguments: at least one a
-    stage in 1F1B, whole rounds in the interleaved one."""
+class MicroBatchNeeds(TypedDict):
+    """How many micro-batches a rank's schedule takes a step, as the data module's arguments."""
+
+    min_micro_batches: int
+    round_size: int
+
+
+def micro_batch_needs(config: Config) -> MicroBatchNeeds:
+    """At least one micro-batch a stage in 1F1B, whole rounds in the interleaved schedule."""
     strategy = config.distributed_strategy
     ranks = strategy.pipeline_model_parallel_size
     if strategy.virtual_pipeline_model_parallel_size > 1:
@@ -87,11 +95,13 @@ def micro_batch_needs(config: Config) -> dict[str, int]:
 def device(config: Config, env: RunEnv) -> torch.device:
     """The device of this process. Raises UserError for one that is not here."""
     chosen = config.trainer.accelerator
-    if chosen in ("neuron", "xla"):
+    if chosen == "neuron":
         raise UserError(
-            f"trainer.accelerator: must be auto, cpu or cuda in this version, but is {chosen}; "
+            f"trainer.accelerator: must be auto, cpu, cuda or xla in this version, but is {chosen}; "
             "trainer.accelerator=cpu runs here"
         )
+    if chosen == "xla":
+        return _xla_device(env)
     if chosen == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "trainer.accelerator: is cuda, but torch finds no CUDA device; trainer.accelerator=cpu runs here"
@@ -99,7 +109,36 @@ def device(config: Config, env: RunEnv) -> torch.device:
     if chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available()):
         torch.cuda.set_device(env.local_rank)
         return torch.device("cuda", env.local_rank)
+    return _trial_device(config, env) if env.compile_only else torch.device("cpu")
+
+
+def _trial_device(config: Config, env: RunEnv) -> torch.device:
+    """Where the graphs of a run can be compiled ahead, if anywhere."""
+    if not xla.is_available():
+        why = "torch_xla is not installed"
+    elif env.world_size > 1:
+        why = "torch_xla's CPU device runs one process"
+    elif config.data.attention not in ("auto", "dense"):
+        why = f"data.attention: {config.data.attention} has no static shapes"
+    else:
+        return _xla_device(env)
+    log.info("COMPILE=1: %s, so that the trial steps run and nothing is compiled ahead", why)
     return torch.device("cpu")
+
+
+def _xla_device(env: RunEnv) -> torch.device:
+    if not xla.is_available():
+        raise UserError(
+            "trainer.accelerator: is xla, but the package torch_xla is not installed; install torch==2.9.0 "
+            "and torch_xla==2.9.0 (make test-xla does, in .venv-xla), or choose trainer.accelerator=cpu"
+        )
+    if env.world_size > 1:
+        raise UserError(
+            f"trainer.accelerator: xla runs in one process here, but there are {env.world_size} "
+            "(WORLD_SIZE), and torch_xla's CPU device has no collectives between processes; set "
+            "trainer.devices=1"
+        )
+    return xla.device()
 
 
 EXAMPLES_OF: dict[str, Data] = {"sft": "responses", "kto": "unpaired"}

@@ -26,6 +26,7 @@ def plan_report(config: Config) -> str:
         Topology(data_parallel_size=ranks),
         cache_dir=None if cache is None else Path(cache) / "tokens",
         with_prompts=parts.loss(config).needs_prompts,
+        fixed_micro_batches=config.trainer.accelerator == "xla",
         **parts.micro_batch_needs(config),
     )
     planner = data.splits["train"].planner

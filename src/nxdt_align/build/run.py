@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.accelerators import Accelerator
 
 from nxdt_align.build import parts
+from nxdt_align.build.ahead import conclude_run, conclude_trial, manifest_path
 from nxdt_align.build.env import RunEnv
 from nxdt_align.build.preconditions import (
     misconfiguration_is_the_users,
@@ -23,6 +25,7 @@ from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import Engine, WeightSource
+from nxdt_align.engines.native import xla
 from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.model import check_pipeline
@@ -32,6 +35,7 @@ from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.neuron.monitor import NeuronMonitor
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.training import optim
+from nxdt_align.training.accelerator import EngineAccelerator
 from nxdt_align.training.devices import DeviceMonitor
 from nxdt_align.training.experiment import start_experiment
 from nxdt_align.training.hooks import (
@@ -43,14 +47,13 @@ from nxdt_align.training.hooks import (
     ReferencePass,
 )
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
+from nxdt_align.training.recompiles import RecompileGuard
 from nxdt_align.training.runs import RunFolder, explicit_run, find_run, run_identity, write_identity
 from nxdt_align.training.strategy import EngineStrategy
 
 log = logging.getLogger(__name__)
 EXPORT = "hf_export"
 """Folder of an experiment that holds the policy for transformers."""
-TRIAL_STEPS = 10
-"""Steps of a COMPILE=1 run, as NxDT takes them."""
 
 
 class Run:
@@ -77,8 +80,11 @@ class Run:
             cache_dir=None if env.compile_only else self._cache("tokens"),
             with_prompts=self.objective.needs_prompts,
             **parts.micro_batch_needs(config),
+            fixed_micro_batches=self.device.type == "xla",
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
+        if env.compile_only:
+            self.data.start_trial(self._steps())
         self.precision = parts.precision(config)
         self.reference_precision = parts.reference_precision(config)
         self.engine = self._build_engine()
@@ -87,7 +93,9 @@ class Run:
         model = self.config.model
         granularity = model.activations_checkpoint_granularity
         recompute = tuple(model.activations_checkpoint_recompute or ())
-        return NativeEngine(
+        on_xla = self.device.type == "xla"
+        how = xla.recompute if on_xla else None
+        engine = (xla.XlaEngine if on_xla else NativeEngine)(
             self.model_config,
             parts.attention(self.config, self.device),
             precision=self.precision,
@@ -95,8 +103,11 @@ class Run:
             topology=self.topology,
             parallel=parts.parallel(self.config),
             device=self.device,
-            configure_model=lambda llama: llama.set_checkpointing(granularity, recompute),
+            configure_model=lambda llama: llama.set_checkpointing(granularity, recompute, how),
         )
+        if isinstance(engine, xla.XlaEngine):
+            engine.graphs = xla.graph_log()
+        return engine
 
     def fit(self) -> int:
         seed_everything(self.config.seed, verbose=False)
@@ -107,6 +118,8 @@ class Run:
             self.engine.load_weights(self.start)
         resumed = self._resume_point(run)
         callbacks, record = self._reference(None if resumed == run.checkpoint else resumed)
+        if self.engine.lazy:
+            callbacks.append(RecompileGuard(xla.compilations, stop=self.config.exp_manager.fail_on_recompile))
         exports = self.config.exp_manager.export_hf and not self.env.compile_only
         finish = FinishRun(self.engine, self._export, run.path / EXPORT if exports else None)
         with misconfiguration_is_the_users():
@@ -128,6 +141,10 @@ class Run:
     def _runs(self) -> Path:
         """Where the dated folders are."""
         return self._experiments / (self.config.exp_manager.name or self.config.name)
+
+    @property
+    def _manifest(self) -> Path:
+        return manifest_path(self._experiments, self.config)
 
     def _require_writable_places(self) -> None:
         settings, cache = self.config.exp_manager, self.config.data.cache_dir
@@ -185,6 +202,8 @@ class Run:
     def _resume_point(self, run: RunFolder) -> Path | None:
         """The checkpoint that is taken up with optimizer and position, and a line that says which."""
         given = self.config.exp_manager.resume_from_checkpoint
+        if self.env.compile_only:
+            return None  # a trial's steps are not those behind a checkpoint; its graphs are the same
         if run.checkpoint is not None:
             log.info("going on from this run's own checkpoint %s", run.checkpoint)
             if given is not None:
@@ -213,7 +232,7 @@ class Run:
         if store is not None:
             alike, trial = self.reference_precision == self.precision, self.env.compile_only
             first = ReferencePass(self.engine, self.data, store, origin, trial=trial, like_policy=alike)
-        if not self.config.exp_manager.preflight or self.env.compile_only:
+        if not self.config.exp_manager.preflight:
             return [first], record
         tolerance = max(PREFLIGHT_TOLERANCE[p.coarsest] for p in (self.precision, self.reference_precision))
         preflight = Preflight(
@@ -222,6 +241,7 @@ class Run:
             tolerance,
             by_intent=not origin.is_start,
             store=None if store is None else store.folder,
+            trial=self.env.compile_only,
         )
         return [first, preflight], record
 
@@ -291,19 +311,12 @@ class Run:
             background=self.config.exp_manager.async_checkpointing,
         )
         return Trainer(
-            accelerator="cpu" if self.engine.device.type == "cpu" else "auto",
+            accelerator=_accelerator(self.engine.device),
             strategy=strategy,
             devices=self.env.world_size // settings.num_nodes,
             num_nodes=settings.num_nodes,
-            max_steps=TRIAL_STEPS if self.env.compile_only else settings.max_steps,
-            max_epochs=settings.max_epochs,
-            max_time=settings.max_time,
+            **self._extent(),
             log_every_n_steps=settings.log_every_n_steps,
-            val_check_interval=settings.val_check_interval,
-            check_val_every_n_epoch=settings.check_val_every_n_epoch,
-            num_sanity_val_steps=settings.num_sanity_val_steps,
-            limit_val_batches=settings.limit_val_batches,
-            limit_train_batches=settings.limit_train_batches,
             enable_progress_bar=settings.enable_progress_bar,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -311,6 +324,15 @@ class Run:
             use_distributed_sampler=False,
             callbacks=callbacks,
         )
+
+    def _extent(self) -> dict[str, Any]:
+        """How many steps, and when validation comes: in a trial run once, behind all of its steps."""
+        if self.env.compile_only:
+            whole = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "val_check_interval": 1.0}
+            return whole | {"max_epochs": 1, "check_val_every_n_epoch": 1, "num_sanity_val_steps": 0}
+        names = ("max_steps", "max_epochs", "max_time", "val_check_interval", "check_val_every_n_epoch")
+        limits = ("num_sanity_val_steps", "limit_val_batches", "limit_train_batches")
+        return {name: getattr(self.config.trainer, name) for name in (*names, *limits)}
 
     def _start_experiment(
         self, trainer: Trainer, run: RunFolder, identity: str, identity_parts: dict[str, Any]
@@ -358,9 +380,15 @@ class Run:
     def _conclude(self, trainer: Trainer, run: RunFolder) -> None:
         steps = trainer.global_step
         if self.env.compile_only:
-            log.info("trial run done: %d steps, nothing was written", steps)
+            log.info("trial run done: %d steps, of which nothing was written", steps)
+            conclude_trial(self.engine, xla.compilations() if self.engine.lazy else 0, self._manifest)
             return
+        conclude_run(self.engine, self._manifest)
         log.info("done: %d steps, %d samples", steps, self.data.consumed_samples(steps))
         log.info("experiment folder: %s", run.path)
         if self.config.exp_manager.export_hf:
             log.info("Hugging Face export: %s", run.path / EXPORT)
+
+
+def _accelerator(device: torch.device) -> str | Accelerator:
+    return device.type if device.type in ("cpu", "cuda") else EngineAccelerator()

@@ -150,7 +150,6 @@ _NEURON = (
 _NATIVE_NOT_YET = (
     *("distributed_strategy.zero1", "distributed_strategy.sequence_parallel"),
     "exp_manager.enable_recovery_time_instrumentation",
-    "exp_manager.fail_on_recompile",
     *("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
 )
 # A native checkpoint keeps the weights that the optimizer moves, float32 masters where there are such:
@@ -165,12 +164,18 @@ NO_EFFECT: dict[Engine, tuple[str, ...]] = {
 }
 """Engine -> keys that change nothing on it."""
 
+
+def _runs_on_neuron(config: Config) -> bool:
+    return resolve_engine(config, neuron_available()) == "nxd"
+
+
 _ONLY_WITH: dict[str, Callable[[Config], bool]] = {
     **{
         f"precision.{key}": lambda c: c.precision.type == "manual"
         for key in ("master_weights", "fp32_grad_acc", "fp32_grads_cc", "xla_use_bf16", "xla_downcast_bf16")
     },
     "precision.neuron_rt_stochastic_rounding_en": lambda c: c.precision.type == "manual",
+    "exp_manager.fail_on_recompile": lambda c: c.trainer.accelerator == "xla" or _runs_on_neuron(c),
     "model.activations_checkpoint_recompute": lambda c: (
         c.model.activations_checkpoint_granularity == "selective"
     ),

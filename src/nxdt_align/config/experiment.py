@@ -179,4 +179,5 @@ class ExpManagerConfig:
     """(ours) Before the first step, check that reference and policy agree where they must; a fresh run
     whose reference is not its policy stops."""
     fail_on_recompile: bool = False
-    """(ours) Stop where a step compiles a graph that it should not."""
+    """(ours) Stop where a step compiles a graph that it should not: after the first two steps of its shapes.
+    For accelerators that compile steps (neuron, xla); False only warns."""

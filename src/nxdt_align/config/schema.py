@@ -63,7 +63,7 @@ class TrainerConfig:
 
     accelerator: Accelerator = "auto"
     """(ours) Device to run on. auto: Neuron where its packages are, else CUDA where there is a device,
-    else the CPU."""
+    else the CPU. xla: torch_xla's CPU device, in one process."""
     devices: int = 1
     """Processes on each node, one a device: a trn1.32xlarge has 32 NeuronCores."""
     num_nodes: int = 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from nxdt_align.data.records import DataError, Kind, RecordSet, Source, load_rec
 from nxdt_align.data.sampler import StepSampler
 from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset, look_up_reference
 from nxdt_align.data.tokenize import Tokenization, WholeSequences, tokenize_records
+from nxdt_align.data.trial import TrialDataset, trial_steps
 from nxdt_align.data.unpaired import with_mismatched
 from nxdt_align.errors import UserError
 
@@ -70,6 +72,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         min_micro_batches: at least so many a rank and training step, as a pipeline schedule needs.
         round_size: see RowPlanner; of a training step, too.
         with_prompts: the loss wants the prompts' log-probabilities too.
+        fixed_micro_batches: as many at every step of a bucket, see RowPlanner.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         min_micro_batches: int = 1,
         round_size: int = 1,
         with_prompts: bool = False,
+        fixed_micro_batches: bool = False,
     ) -> None:
         super().__init__()
         self._config = config
@@ -91,6 +95,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._min_micro_batches = min_micro_batches
         self._round_size = round_size
         self._with_prompts = with_prompts
+        self._fixed_micro_batches = fixed_micro_batches
         self._references: dict[Split, npt.NDArray[Any]] = {}
         self.reports: dict[Split, str] = {}
         """What was loaded and how it is laid into rows, for people."""
@@ -100,6 +105,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         if config.data.val_dir is not None and config.validates:
             self.splits["val"] = self._load(_sources(config.data.val_dir), "val")
         self._train_sampler = self._sampler("train", steps_done=self._steps_done)
+        self._trials: dict[Split, TrialDataset] = {}
 
     @property
     def layout(self) -> Layout:
@@ -149,6 +155,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             min_micro_batches=self._min_micro_batches if split == "train" else 1,
             round_size=self._round_size if split == "train" else 1,
             with_prompts=self._with_prompts,
+            fixed_micro_batches=self._fixed_micro_batches,
         )
         report = PlanReport.measure(planner, len(examples), data.global_batch_size, data.seq_length)
         self.reports[split] = (
@@ -181,6 +188,20 @@ class ModelAlignmentDataModule(LightningDataModule):
         batches = self.splits[split][next(iter(self._train_sampler))]
         return self._attach(batches, split)
 
+    def start_trial(self, steps: int) -> None:
+        """From now on the loaders bring the ``trial_steps`` of a run of so many steps; -1: of an epoch."""
+        train = self._train_sampler
+        epochs = 1 if steps < 0 else -(-steps // len(train))
+        every = itertools.chain.from_iterable(train.steps(epoch) for epoch in range(epochs))
+        met: dict[Split, Iterable[tuple[int, ...]]] = {
+            "train": itertools.islice(every, None if steps < 0 else steps)
+        }
+        if "val" in self.splits:
+            met["val"] = self._sampler("val")
+        for split, of_split in met.items():
+            dataset = self.splits[split]
+            self._trials[split] = TrialDataset(dataset, trial_steps(dataset.planner, of_split))
+
     # The reference
 
     def set_reference(self, split: Split, table: npt.NDArray[Any]) -> None:
@@ -210,7 +231,9 @@ class ModelAlignmentDataModule(LightningDataModule):
             steps_done=steps_done,
         )
 
-    def _loader(self, split: Split, sampler: StepSampler) -> StepLoader:
+    def _loader(self, split: Split, sampler: StepSampler) -> DataLoader[Any]:
+        if split in self._trials:
+            return DataLoader(self._trials[split], batch_size=None, collate_fn=_identity)
         workers = self._config.data.num_workers
         return StepLoader(
             self.splits[split],
@@ -221,10 +244,10 @@ class ModelAlignmentDataModule(LightningDataModule):
             persistent_workers=workers > 0,
         )
 
-    def train_dataloader(self) -> StepLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", self._train_sampler)
 
-    def val_dataloader(self) -> StepLoader | list[Any]:
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._loader("val", self._sampler("val")) if "val" in self.splits else []
 
     def on_before_batch_transfer(self, batch: list[Batch], dataloader_idx: int) -> list[Batch]:

@@ -85,6 +85,9 @@ class RowPlanner:
         ranks: data-parallel size.
         micro_batch_size: pairs (layout none) or rows (packed layouts) a micro-batch.
         min_micro_batches: at least so many a rank, as a pipeline schedule needs.
+        fixed_micro_batches: every step of a bucket gets the same number of micro-batches, for devices to
+            which another number is another graph. It is the most that a sample of steps needs; a step
+            that needs more gets twice as many.
         seq_length: the longest sequence after truncation; the row length of layout none.
         with_prompts: leave room for the prompts' tokens among those that are predicted.
     """
@@ -102,6 +105,7 @@ class RowPlanner:
         min_micro_batches: int = 1,
         round_size: int = 1,
         with_prompts: bool = False,
+        fixed_micro_batches: bool = False,
     ) -> None:
         self.layout: Layout = layout
         self.ranks = ranks
@@ -121,14 +125,28 @@ class RowPlanner:
         else:
             sizes = self._choose_buckets(_round_up(longest), examples_per_step)
         self.buckets = tuple(self._shape(size, examples_per_step) for size in sizes)
+        self._micro_batches: dict[Bucket, int] = {}
+        if fixed_micro_batches:
+            self._micro_batches = self._most_micro_batches(examples_per_step)
 
-    def plan(self, examples: Sequence[int]) -> StepPlan:
-        """The rows of a step whose examples are these indices into the data set."""
+    def plan(self, examples: Sequence[int], bucket: Bucket | None = None) -> StepPlan:
+        """The rows of a step whose examples are these indices into the data set: in ``bucket``, which must
+        hold them, or in the one that takes the fewest places."""
         tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
-        fitting = [b for b in self.buckets if b.tokens >= tokens.max() and b.responses >= responses.max()]
-        plans = [(self._rows(tokens, responses, bucket), bucket) for bucket in fitting]
-        rows, bucket = min(plans, key=lambda p: (len(p[0]) * p[1].tokens, p[1].tokens))
-        return StepPlan(bucket, tuple(rows))
+        fitting = self.fitting(examples) if bucket is None else [bucket]
+        plans = [(self._rows(tokens, responses, fits), fits) for fits in fitting]
+        rows, chosen = min(plans, key=lambda p: (len(p[0]) * p[1].tokens, p[1].tokens))
+        return StepPlan(chosen, tuple(rows))
+
+    def fitting(self, examples: Sequence[int]) -> list[Bucket]:
+        """The buckets that can hold each of these examples."""
+        tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
+        return [b for b in self.buckets if b.tokens >= tokens.max() and b.responses >= responses.max()]
+
+    @property
+    def examples(self) -> int:
+        """Of the data set."""
+        return len(self._tokens)
 
     def rows_of_rank(self, plan: StepPlan, rank: int) -> list[list[tuple[int, ...]]]:
         """One rank's micro-batches: lists of rows. Every rank gets the same number."""
@@ -149,20 +167,30 @@ class RowPlanner:
         else:
             rows = _best_fit(tokens, responses, bucket, bucket.slots // self.responses_per_example)
             rows.sort(key=lambda row: (-int(tokens[list(row)].sum()), row))
-        wanted = self._filled_up(len(rows))
+        wanted = self._filled_up(len(rows), bucket)
         rows += [()] * (wanted - len(rows))
         # Sorted by fill and dealt to and fro, so that alike rows go to different ranks and no rank
         # gets the fuller one each time.
         turns = [rows[i : i + self.ranks] for i in range(0, wanted, self.ranks)]
         return [row for i, turn in enumerate(turns) for row in (turn[::-1] if i % 2 else turn)]
 
-    def _filled_up(self, rows: int) -> int:
+    def _filled_up(self, rows: int, bucket: Bucket | None) -> int:
         """``rows`` and the empty ones that make whole micro-batches of them, as many as a rank needs."""
         unit = self.ranks * self.micro_batch_size
         count = max(-(-rows // unit), self.min_micro_batches)
+        if bucket is not None:
+            count = _round_up(count, self._micro_batches.get(bucket, 1))
         while count % max(1, count // self.round_size):
             count += 1
         return count * unit
+
+    def _most_micro_batches(self, examples_per_step: int) -> dict[Bucket, int]:
+        """Of a rank's share of any sampled step, by bucket; 1 for a bucket that no step is laid into."""
+        most = dict.fromkeys(self.buckets, 1)
+        for step in self._sample_steps(examples_per_step):
+            plan = self.plan(step.tolist())
+            most[plan.bucket] = max(most[plan.bucket], len(plan.rows) // (self.ranks * self.micro_batch_size))
+        return most
 
     def _choose_buckets(self, largest: int, examples_per_step: int) -> tuple[int, ...]:
         """The row lengths that take the fewest places over a sample of steps.
@@ -197,7 +225,7 @@ class RowPlanner:
         if tokens.max() > size:
             return float("inf")
         rows = _best_fit(tokens, self._responses[step], Bucket(size, size, 2**30), 2**30)
-        return float(self._filled_up(len(rows)) * size)
+        return float(self._filled_up(len(rows), None) * size)
 
     def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[npt.NDArray[Any]]:
         order = np.random.default_rng(0).permutation(len(self._tokens))

@@ -62,6 +62,10 @@ class StepSampler(Sampler[tuple[int, ...]]):
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         epoch, first = divmod(self._steps_done(), len(self))
+        yield from self.steps(epoch, first)
+
+    def steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, ...]]:
+        """The steps of an epoch from its ``first`` one."""
         order = self.order(epoch)
         for step in range(first, len(self)):
             start = step * self.examples_per_step

@@ -61,8 +61,12 @@ class StepDataset(Dataset[list[Batch]]):
         self._response_tokens = examples.response_lengths.sum(1)
 
     def __getitem__(self, indices: Sequence[int]) -> list[Batch]:
+        return self.lay_out(indices)
+
+    def lay_out(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Batch]:
+        """The step's micro-batches in ``bucket``, or in the one that the planner chooses."""
         counts = GlobalCounts(len(indices), int(self._response_tokens[list(indices)].sum()))
-        plan = self.planner.plan(indices)
+        plan = self.planner.plan(indices, bucket)
         return [
             self._collate([[indices[i] for i in row] for row in rows], plan.bucket, counts)
             for rows in self.planner.rows_of_rank(plan, self._topology.data_parallel_rank)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,9 @@ class Engine(ABC):
 
     topology: Topology
     device: torch.device
+    lazy: ClassVar[bool] = False
+    """Whether operations are recorded and run as one compiled graph at ``mark_step``. What a step
+    computes must then be the same at every step, or it is another graph."""
 
     @abstractmethod
     def load_weights(self, source: WeightSource) -> None:
@@ -139,6 +142,13 @@ class Engine(ABC):
     @abstractmethod
     def parameter_norm(self) -> Tensor:
         """The parameters' global L2 norm, () float32."""
+
+    def mark_step(self) -> None:  # noqa: B027 (most devices have nothing to do here)
+        """The end of what makes up one graph: a training step with its optimizer, a validation step."""
+
+    def fetch(self, values: Sequence[Tensor]) -> list[float]:
+        """Scalars as numbers, brought from the device in one transfer instead of one each."""
+        return torch.stack([value.detach().float() for value in values]).tolist() if values else []
 
     @abstractmethod
     def all_gather(self, value: Tensor) -> Tensor:

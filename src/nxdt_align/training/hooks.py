@@ -140,17 +140,21 @@ class Preflight(Callback):
         *,
         by_intent: bool,
         store: Path | None,
+        trial: bool = False,
     ) -> None:
         self._engine = engine
         self._data = data
         self._tolerance = tolerance
         self._by_intent = by_intent
         self._store = store
+        self._trial = trial
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != 0:
             return
         worst = self._worst_difference()
+        if self._trial:  # the graphs are wanted; the values are not those of the run
+            return
         if not math.isfinite(worst):
             raise UserError(
                 "preflight: the policy's or the reference's log-probabilities are not finite before the "
@@ -177,18 +181,22 @@ class Preflight(Callback):
 
     def _worst_difference(self) -> float:
         """Over the first step's responses, the same on every rank."""
-        worst = torch.zeros((), device=self._engine.device)
-        for batch in (b.to(self._engine.device) for b in self._data.first_micro_batches()):
-            policy = self._engine.response_logps(batch)
+        worst = torch.zeros(())
+        for batch in self._data.first_micro_batches():
+            # Compared on the host, so that a compiled graph is the reference pass's and no further one.
+            on_device = batch.to(self._engine.device)
+            policy = self._engine.response_logps(on_device).cpu()
             reference = batch.reference_logps
             if reference is None:
-                reference = self._engine.response_logps(batch, reference=True)
+                reference = self._engine.response_logps(on_device, reference=True).cpu()
             counts = batch.sum_per_slot(torch.ones_like(batch.labels, dtype=torch.float32))
             difference = (policy - reference).abs() / counts.clamp(min=1.0)
             # NaN must not pass as agreement.
             difference = torch.where(difference.isfinite(), difference, torch.inf)
             worst = torch.maximum(worst, torch.where(batch.slot_valid, difference, 0.0).max())
-        return float(self._engine.all_gather(worst).max())
+        if self._engine.topology.data_parallel_size == 1:
+            return float(worst)
+        return float(self._engine.all_gather(worst.to(self._engine.device)).max())
 
 
 class FinishRun(Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,21 +40,26 @@ class Throughput:
 
 
 class WeightedMeans:
-    """Means over the examples (or tokens) of several steps, in float32, on the metrics' device."""
+    """Means over the examples (or tokens) of several steps. Values stay on their device until they are
+    asked for, so that no step waits for them."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._weight: Tensor | None = None
+        self._steps: list[tuple[dict[str, Tensor], Tensor]] = []
 
     def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
         """``values`` are means over a step that counts ``weight`` examples (or tokens)."""
-        for name, value in values.items():
-            present = self._sums.get(name)
-            self._sums[name] = value * weight if present is None else present + value * weight
-        self._weight = weight if self._weight is None else self._weight + weight
+        self._steps.append((values, weight))
 
-    def means(self) -> dict[str, Tensor]:
-        """The means so far; empty where nothing was added."""
-        if self._weight is None:
+    def means(self, fetch: Callable[[Sequence[Tensor]], list[float]]) -> dict[str, Tensor]:
+        """The means so far, () float32 on the host; empty where nothing was added.
+
+        ``fetch`` brings scalars from their device.
+        """
+        if not self._steps:
             return {}
-        return {name: total / torch.clamp(self._weight, min=1.0) for name, total in self._sums.items()}
+        names = list(self._steps[0][0])
+        numbers = fetch([t for values, weight in self._steps for t in (*(values[n] for n in names), weight)])
+        table = torch.tensor(numbers).view(len(self._steps), len(names) + 1)
+        weights = table[:, -1:]
+        means = (table[:, :-1] * weights).sum(0) / weights.sum().clamp(min=1.0)
+        return dict(zip(names, means, strict=True))

@@ -93,7 +93,7 @@ class AlignmentModule(LightningModule):
         self._throughput.restart()
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
-        output = self.engine.step(batch, self._objective)
+        output = self.engine.step(self._on_device(batch), self._objective)
         gradient_norm = self.engine.clip_gradients(self._settings.gradient_clip_val)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -102,32 +102,52 @@ class AlignmentModule(LightningModule):
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
-        self._log_step(output, gradient_norm, learning_rate)
+        norms = self._norms(gradient_norm)
+        self.engine.mark_step()
+        self._log_step(output, norms, learning_rate)
 
-    def _log_step(self, output: StepOutput, gradient_norm: Tensor, learning_rate: float) -> None:
+    def _on_device(self, micro_batches: list[Batch]) -> list[Batch]:
+        return [batch.to(self.engine.device) for batch in micro_batches]
+
+    @property
+    def _logs_now(self) -> bool:
+        return self.global_step % self._settings.log_every_n_steps == 0
+
+    def _norms(self, gradient_norm: Tensor) -> dict[str, Tensor]:
+        """Where a step is a compiled graph, every step computes them, so that all are one graph."""
+        norms = {}
+        if self._settings.log_parameter_norm and (self._logs_now or self.engine.lazy):
+            norms["parameter_norm"] = self.engine.parameter_norm()
+        if self._settings.log_gradient_norm:
+            norms["gradient_norm"] = gradient_norm
+        return norms
+
+    def _log_step(self, output: StepOutput, norms: dict[str, Tensor], learning_rate: float) -> None:
         step = self.global_step
         consumed = self._consumed_samples(step)
         throughput = self._throughput.step(consumed - self._consumed_samples(step - 1))
-        if step % self._settings.log_every_n_steps != 0:
+        if not self._logs_now:
             # The checkpoint callback builds file names from this; a number on the host costs nothing.
             self._show({"consumed_samples": float(consumed)})
             return
-        values: dict[str, Tensor | float] = {"reduced_train_loss": output.loss}
-        values |= self._objective.finish(output.metrics)
-        values["lr"] = learning_rate
-        if self._settings.log_parameter_norm:
-            values["parameter_norm"] = self.engine.parameter_norm()
-        if self._settings.log_gradient_norm:
-            values["gradient_norm"] = gradient_norm
-        values["global_step"] = float(step)
-        values["consumed_samples"] = float(consumed)
-        values["throughput"] = throughput
-        values["throughput_peak"] = self._throughput.peak
-        numbers = _on_host(values)
+        fetched = self._fetch({"reduced_train_loss": output.loss, **output.metrics, **norms})
+        means = {name: fetched[name] for name in ("reduced_train_loss", *output.metrics)}
+        numbers = {name: float(value) for name, value in self._objective.finish(means).items()}
+        numbers["lr"] = float(learning_rate)
+        numbers |= {name: float(fetched[name]) for name in norms}
+        numbers["global_step"] = float(step)
+        numbers["consumed_samples"] = float(consumed)
+        numbers["throughput"] = throughput
+        numbers["throughput_peak"] = self._throughput.peak
         if self.loggers:
             self._require_finite(numbers["reduced_train_loss"])
         self._write(numbers)
         self._show(numbers)
+
+    def _fetch(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values, () float32 each, on the host."""
+        numbers = self.engine.fetch(list(values.values()))
+        return {name: torch.tensor(number) for name, number in zip(values, numbers, strict=True)}
 
     def _require_finite(self, loss: float) -> None:
         """Stop before weights that are lost replace the last good checkpoint. The loss is on the host
@@ -164,26 +184,21 @@ class AlignmentModule(LightningModule):
         self._validation = WeightedMeans()
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
-        output = self.engine.evaluate(batch, self._objective)
+        output = self.engine.evaluate(self._on_device(batch), self._objective)
+        self.engine.mark_step()
         weight = batch[0].global_tokens if self._objective.normaliser == "tokens" else batch[0].global_pairs
         self._validation.add({"loss": output.loss, **output.metrics}, weight)
 
     def on_validation_epoch_end(self) -> None:
-        means = self._objective.finish(self._validation.means())
-        if not means or self.trainer.sanity_checking:
+        if self.trainer.sanity_checking:
             return
-        values = _on_host({f"val_{name}": value for name, value in means.items()})
+        means = self._objective.finish(self._validation.means(self.engine.fetch))
+        if not means:
+            return
+        values = {f"val_{name}": float(value) for name, value in means.items()}
         self._write(values)
         for name, value in values.items():
             self.log(name, value, prog_bar=name == "val_loss", logger=False, batch_size=1)
 
     def on_validation_end(self) -> None:
         self._throughput.restart()
-
-
-def _on_host(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """The values as numbers, brought from the device in one transfer instead of one each."""
-    on_device = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    stacked = torch.stack([value.detach().float() for value in on_device.values()])
-    fetched = dict(zip(on_device, stacked.tolist(), strict=True))
-    return {name: fetched[name] if name in fetched else float(value) for name, value in values.items()}

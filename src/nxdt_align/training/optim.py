@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from nxdt_align.errors import UserError
 from nxdt_align.training.adamw import AdamWFP32OptState, keep_saved_dtypes
+from nxdt_align.training.graph_step import learning_rate_on_device
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def build_optimizer(
     if name == "adafactor":
         kwargs = _external_step_size(kwargs)
     parameters = [parameter for _, parameter in named_parameters]
-    kwargs |= _step_implementation(name, kwargs, parameters)
+    kwargs |= _step_implementation(name, kwargs, parameters, can_be_captured="capturable" in taken)
     groups = parameter_groups(named_parameters, layer_norm_weight_decay=layer_norm_weight_decay)
     if "weight_decay" not in taken:
         groups = [{"params": parameters}]
@@ -140,6 +141,8 @@ def build_optimizer(
     optimizer = _construct(f"model.optim ({name})", kwargs, lambda: build(groups, **kwargs))
     if not isinstance(optimizer, AdamWFP32OptState):  # which does so itself
         keep_saved_dtypes(optimizer)
+    if kwargs.get("capturable"):
+        learning_rate_on_device(optimizer)
     return optimizer
 
 
@@ -237,7 +240,7 @@ def _external_step_size(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step_implementation(
-    name: str, kwargs: Mapping[str, Any], parameters: Sequence[nn.Parameter]
+    name: str, kwargs: Mapping[str, Any], parameters: Sequence[nn.Parameter], *, can_be_captured: bool
 ) -> dict[str, Any]:
     """Settings that choose how, not what, a step computes on the parameters' device."""
     devices = {parameter.device.type for parameter in parameters}
@@ -245,6 +248,9 @@ def _step_implementation(
     if kwargs.get("capturable") and devices == {"cpu"}:
         log.warning("model.optim.capturable: True has no effect on the CPU, which captures no graphs")
         chosen["capturable"] = False
+    if devices == {"xla"} and can_be_captured:
+        # The number of steps is then a tensor of the graph, and not a constant that makes each another one.
+        chosen["capturable"] = True
     if name in FUSED_OPTIMIZERS and not {"fused", "foreach", "differentiable"} & set(kwargs):
         # One fused call cannot mix plain tensors and DTensors, or DTensors of several meshes.
         meshes = {getattr(parameter, "device_mesh", None) for parameter in parameters}

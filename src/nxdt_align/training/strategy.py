@@ -61,7 +61,9 @@ class EngineStrategy(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        return self.engine.device
+        """Where Lightning keeps its own tensors: it reads them now and then, which on a lazy device would
+        be a graph each time. The module brings batches to such a device itself."""
+        return torch.device("cpu") if self.engine.lazy else self.engine.device
 
     @property
     def is_global_zero(self) -> bool:
@@ -100,7 +102,9 @@ class EngineStrategy(ParallelStrategy):
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        votes = self.engine.all_gather(torch.tensor(int(decision), device=self.engine.device))
+        if self.engine.topology.data_parallel_size == 1:
+            return decision
+        votes = self.engine.all_gather(torch.tensor([int(decision)], device=self.engine.device))
         return bool(votes.all() if all else votes.any())
 
     # Checkpoints

@@ -1,0 +1,149 @@
+"""Compiling ahead of time (``COMPILE=1``): neuron_parallel_compile's totals, and manifests of graphs.
+
+neuron_parallel_compile documents no return codes; what it compiled is in its last log lines.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from nxdt_align.errors import UserError
+from nxdt_align.files import atomic_write
+
+FORMAT = "nxdt-align graph manifest 1"
+SHAPE = ["rows", "tokens", "response tokens", "responses"]
+"""What the numbers of a micro-batch's shape are."""
+_TOTAL = re.compile(r"Total (graphs|successful compilations|failed compilations): *(\d+)")
+
+
+class CompileError(UserError):
+    """Graphs were not compiled, so that the run would do so step by step."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What was compiled ahead."""
+
+    graphs: int
+    successful: int
+    failed: int
+
+    def __str__(self) -> str:
+        """neuron_parallel_compile's three lines."""
+        return (
+            f"Total graphs: {self.graphs}\n"
+            f"Total successful compilations: {self.successful}\n"
+            f"Total failed compilations: {self.failed}"
+        )
+
+    def require_success(self, compiler: str) -> None:
+        """Raise CompileError where a compilation failed or there was none."""
+        if self.failed:
+            raise CompileError(
+                f"COMPILE=1: {self.failed} of {self.graphs} graphs did not compile, so the run would stop at "
+                f"them; {compiler} says above which and why"
+            )
+        if self.graphs == 0:
+            raise CompileError(
+                f"COMPILE=1: {compiler} found no graph to compile, so the trial steps did not reach the "
+                "device; the lines above say what stopped them"
+            )
+
+
+def read_totals(lines: Iterable[str]) -> Totals | None:
+    """The last totals in a log; None where one of the three is missing."""
+    found = {match[1]: int(match[2]) for line in lines for match in _TOTAL.finditer(line)}
+    if len(found) < 3:
+        return None
+    return Totals(found["graphs"], found["successful compilations"], found["failed compilations"])
+
+
+def precompile(command: Sequence[str]) -> Totals:
+    """Run neuron_parallel_compile, its output handed on line by line.
+
+    ``command``: its program and all arguments. Raises CompileError where it cannot be started, prints no
+    totals or ends with a fault, and where a compilation failed or there was none.
+    """
+    compiler = Path(command[0]).name
+    totals, status = _run(command)
+    if totals is None:
+        raise CompileError(
+            f"COMPILE=1: {compiler} ended with status {status} and without its totals, so that nothing is "
+            "known to be compiled; the lines above say why"
+        )
+    totals.require_success(compiler)
+    if status:
+        raise CompileError(
+            f"COMPILE=1: {compiler} compiled {totals.successful} graphs but ended with status {status}, so "
+            "the trial steps may not have come to their end; the lines above say why"
+        )
+    return totals
+
+
+def _run(command: Sequence[str]) -> tuple[Totals | None, int]:
+    lines = []
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise CompileError(f"COMPILE=1: {command[0]} cannot be started: {error.strerror}") from error
+    with process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            if _TOTAL.search(line):
+                lines.append(line)
+    return read_totals(lines), process.returncode
+
+
+class Graph(Protocol):
+    """What a manifest says of a graph."""
+
+    @property
+    def key(self) -> str:
+        """The same for the same graph in every process."""
+        ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shapes(self) -> Sequence[Sequence[int]]:
+        """One a micro-batch, see SHAPE."""
+        ...
+
+
+def write_manifest(path: Path, graphs: Iterable[Graph], about: Mapping[str, str]) -> None:
+    """Write hash, name and shapes of each graph as JSON, atomically; ``about``: what they belong to."""
+    entries = [
+        {"hash": graph.key, "name": graph.name, "shapes": [list(shape) for shape in graph.shapes]}
+        for graph in graphs
+    ]
+    content = {"format": FORMAT, **about, "shape": SHAPE, "graphs": entries}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def read_manifest(path: Path) -> set[str] | None:
+    """The hashes of a manifest's graphs; None where there is no file. Raises CompileError for a file that
+    is none."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}")
+        return {str(entry["hash"]) for entry in content["graphs"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CompileError(
+            f"{path} is no manifest of compiled graphs ({error}); remove it, or write it anew with COMPILE=1"
+        ) from error

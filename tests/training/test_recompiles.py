@@ -1,0 +1,79 @@
+"""The callback that counts compilations, with a counter and batches made here."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nxdt_align.errors import UserError
+from nxdt_align.training.recompiles import RecompileGuard
+
+
+def batch(*tokens: int) -> list[Any]:
+    """Micro-batches of one row each."""
+    return [
+        SimpleNamespace(input_ids=torch.zeros(1, n), labels=torch.zeros(1, 64), slot_valid=torch.zeros(1, 6))
+        for n in tokens
+    ]
+
+
+class Device:
+    """Counts compilations; ``run`` takes steps of (kind, batch, graphs compiled in it)."""
+
+    def __init__(self, *, stop: bool) -> None:
+        self.compiled = 0
+        self.guard = RecompileGuard(lambda: self.compiled, stop=stop)
+        self.trainer: Any = SimpleNamespace(global_step=0)
+        self.module: Any = None
+
+    def step(self, rows: list[Any], compiles: int) -> None:
+        self.guard.on_train_batch_start(self.trainer, self.module, rows, 0)
+        self.compiled += compiles
+        self.trainer.global_step += 1
+        self.guard.on_train_batch_end(self.trainer, self.module, None, rows, 0)
+
+    def validate(self, rows: list[Any], compiles: int, index: int = 0) -> None:
+        self.guard.on_validation_batch_start(self.trainer, self.module, rows, index)
+        self.compiled += compiles
+        self.guard.on_validation_batch_end(self.trainer, self.module, None, rows, index)
+
+
+def test_the_first_two_steps_of_each_shape_may_compile(caplog: pytest.LogCaptureFixture) -> None:
+    device = Device(stop=True)
+    for rows in (batch(128), batch(192), batch(128, 128)):
+        for compiles in (3, 1, 0, 0):
+            device.step(rows, compiles)
+    device.compiled += 5  # outside of a step: a checkpoint, the reference pass
+    device.validate(batch(128), 1)
+    device.validate(batch(128), 1)
+    device.step(batch(128), 0)
+    assert device.guard.surprises == 0 and caplog.records == []
+
+
+def test_a_surprise_names_the_step_and_its_shapes(caplog: pytest.LogCaptureFixture) -> None:
+    device = Device(stop=False)
+    with caplog.at_level(logging.WARNING):
+        for compiles in (1, 1, 2):
+            device.step(batch(128, 128), compiles)
+        for compiles in (1, 0, 1):
+            device.validate(batch(64), compiles, index=4)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith(
+        "step 3 compiled 2 graph(s), though 2 batches of its shapes came before it: 2 micro-batch(es) of "
+        "1 row(s) x 128 tokens, 64 response tokens and 6 responses a row."
+    )
+    assert second.startswith("batch 4 of the validation after step 3 compiled 1 graph(s)")
+    assert device.guard.surprises == 3
+
+
+def test_it_stops_where_the_yaml_says_so() -> None:
+    device = Device(stop=True)
+    device.step(batch(128), 1)
+    device.step(batch(128), 1)
+    device.step(batch(128), 0)
+    with pytest.raises(UserError, match=r"exp_manager.fail_on_recompile: step 4 compiled 1 graph"):
+        device.step(batch(128), 1)
