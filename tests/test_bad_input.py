@@ -450,7 +450,7 @@ def refuse_size(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr("nxdt_align.engines.native.checkpoint.write_tensors", limited)
+    monkeypatch.setattr("nxdt_align.engines.native.saving.write_tensors", limited)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from training_fixture import Project, scalars
 
+from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 
 
@@ -50,3 +51,36 @@ def test_two_processes_train_as_one(repo: Path, tmp_path: Path) -> None:
     weights = final_weights(project.only_run("one"))
     for name, tensor in final_weights(project.only_run("two")).items():
         assert float((tensor - weights[name]).abs().max()) <= 5e-5, name
+
+
+def test_a_run_goes_on_in_other_layouts(repo: Path, tmp_path: Path) -> None:
+    """Two processes with their optimizer's state divided, checkpoints in the background; then one; then
+    two again: the curves and weights of one process throughout, and an export that is its checkpoint."""
+    project = Project.create(tmp_path, pairs=24)
+    assert project.train(f"exp_manager.exp_dir={tmp_path}/one", "data.packing=none") == 0
+    background = ("data.packing=none", "exp_manager.async_checkpointing=True")
+    where = (f"exp_manager.exp_dir={tmp_path}/moved", *background)
+    two = (*where, "trainer.devices=2", "exp_manager.seconds_to_sleep=0.1")
+    train_sh(repo, project, *two, "distributed_strategy.zero1=True", "trainer.max_steps=3")
+    (folder,) = (project.only_run("moved") / "checkpoints").iterdir()
+    shards = {f.name: f.stat().st_size for f in (folder / "tensors").glob("*.distcp")}
+    assert len(shards) == 2 and max(shards.values()) < 1.2 * min(shards.values())
+    assert project.train(*where, "trainer.max_steps=5") == 0
+    train_sh(repo, project, *two, "distributed_strategy.zero1=True")
+    got, want = scalars(project.only_run("moved")), scalars(project.only_run("one"))
+    assert [step for step, _ in got["reduced_train_loss"]] == list(range(1, 9))
+    for tag in (
+        "reduced_train_loss",
+        "rewards/margins",
+        "gradient_norm",
+        "val_loss",
+        "lr",
+        "consumed_samples",
+    ):
+        wanted = [value for _, value in want[tag]]
+        assert [value for _, value in got[tag]] == pytest.approx(wanted, abs=2e-5, rel=2e-5), tag
+    weights, moved = final_weights(project.only_run("one")), final_weights(project.only_run("moved"))
+    exported = HFFolder(project.only_run("moved") / "hf_export")
+    for name, tensor in moved.items():
+        assert float((tensor - weights[name]).abs().max()) <= 5e-5, name
+        assert exported.read(name).equal(tensor), name
