@@ -179,7 +179,7 @@ def test_advice_names_sizes_that_the_model_can_be_split_by(monkeypatch: pytest.M
     monkeypatch.setattr(parts, "model_config", lambda config: odd)
     said = report("trainer.devices=1", "distributed_strategy.tensor_model_parallel_size=1")
     assert "tensor_model_parallel_size=" not in said
-    assert "fits with distributed_strategy.pipeline_model_parallel_size=16 trainer.devices=16" in said
+    assert "fits with distributed_strategy.pipeline_model_parallel_size=32 trainer.devices=32" in said
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import DeviceType
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nxdt_align.batch import Batch, SlotRole
+from nxdt_align.batch import Batch, SlotRole, Topology
 from nxdt_align.checkpoint.hf import FreshWeights
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.preference import DPOLoss
@@ -126,14 +131,18 @@ def peak_of(function: Callable[[], object]) -> int:
 class Run:
     """An engine in its steady state: its optimizer has made a step, its gradients are gone."""
 
-    def __init__(self, config: LlamaConfig, precision: Precision, recompute: tuple[str, ...]) -> None:
+    def __init__(
+        self, config: LlamaConfig, precision: Precision, recompute: tuple[str, ...], **engine: Any
+    ) -> None:
         full = recompute == ("full",)
 
         def configure(model: Llama) -> None:
             granularity = "full" if full else "selective" if recompute else None
             model.set_checkpointing(granularity, () if full else recompute)
 
-        self.engine = NativeEngine(config, DenseAttention(), precision=precision, configure_model=configure)
+        self.engine = NativeEngine(
+            config, DenseAttention(), precision=precision, configure_model=configure, **engine
+        )
         self.engine.load_weights(FreshWeights(config, 0))
         self.parameters = [p for _, p in self.engine.named_parameters()]
         self.optimizer = AdamWFP32OptState(self.parameters)
@@ -145,8 +154,12 @@ class Run:
         self.optimizer.step()
 
     def state_bytes(self) -> int:
+        """Of this rank."""
         values = [v for state in self.optimizer.state.values() for v in state.values()]
-        return sum(v.nbytes for v in values if isinstance(v, Tensor) and v.ndim > 0)
+        return sum(local(v).nbytes for v in values if isinstance(v, Tensor) and v.ndim > 0)
+
+    def parameter_bytes(self) -> int:
+        return sum(local(p).nbytes for p in self.parameters)
 
     def peak_of_a_step(self, batches: list[Batch]) -> int:
         """Beyond what lies there between two steps."""
@@ -154,6 +167,10 @@ class Run:
         for parameter in self.parameters:
             parameter.grad = None
         return peak_of(lambda: self.step(batches))
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def compare(
@@ -183,7 +200,7 @@ def compare(
     )
     assert need.states == run.state_bytes()
     if need.masters:
-        assert need.masters == sum(p.nbytes for p in run.parameters)
+        assert need.masters == run.parameter_bytes()
     assert need.weights == parameter_count(config) * formats.weight
     estimated = need.gradients + need.activations + need.scratch
     assert abs(estimated / measured - 1) <= TOLERANCE, f"estimated {estimated:,}, allocated {measured:,}"
@@ -207,6 +224,63 @@ def test_attention_scores(kind: str, recompute: tuple[str, ...]) -> None:
     """PyTorch's attention written out, as a device without a fused masked kernel runs it."""
     with sdpa_kernel(SDPBackend.MATH):
         compare(DEEP, kind, recompute, (2, 256, 64), "scores")
+
+
+# Parallel sizes: one rank of several, whose peers are not there
+
+PARALLEL_TOLERANCE = 0.18
+"""FSDP's buffers and what DTensor gathers weigh more in a model as small as this."""
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A process group whose collectives return at once, and their results are not right."""
+    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
+    yield request.param
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parallel"),
+    [
+        (2, Parallel(tensor=2)),
+        (2, Parallel(tensor=2, sequence_parallel=True)),
+        (4, Parallel(tensor=4, sequence_parallel=True)),
+        (2, Parallel(zero1=True)),
+        (2, Parallel(fsdp=True)),
+    ],
+    indirect=["ranks"],
+    ids=["tp2", "tp2-sp", "tp4-sp", "zero1", "fsdp"],
+)
+def test_a_rank_allocates_what_is_planned(ranks: int, parallel: Parallel) -> None:
+    """bf16. On 4 ranks, each has the whole weights of the 2 key-value heads. FSDP gathers within the step."""
+    precision, formats = PRECISIONS["bf16"]
+    topology = Topology.of_rank(0, ranks, tensor_parallel_size=parallel.tensor, pipeline_parallel_size=1)
+    run = Run(DEEP, precision, (), topology=topology, parallel=parallel)
+    measured = run.peak_of_a_step([batch(2, 256, 64, DEEP.vocab_size)] * 2)
+    is_sharded = parallel.zero1 or parallel.fsdp
+    need = estimate(
+        Workload(
+            DEEP,
+            formats,
+            *(2, 256, 64),
+            "masked",
+            tensor_parallel=parallel.tensor,
+            kv_heads=2 if ranks == 4 else None,
+            sequence_parallel=parallel.sequence_parallel,
+            keeps_gathered=True,
+            micro_batches=2,
+            data_parallel=ranks if is_sharded else 1,
+            zero1=parallel.zero1,
+            fsdp=parallel.fsdp,
+            tile=CACHED_BYTES,
+            kept=KEPT_BYTES,
+        )
+    )
+    assert need.states == run.state_bytes()
+    assert need.masters == run.parameter_bytes()
+    estimated = need.gradients + need.activations + need.scratch + (need.weights if is_sharded else 0)
+    assert abs(estimated / measured - 1) <= PARALLEL_TOLERANCE, f"{estimated:,} for {measured:,}"
 
 
 # Parallel sizes, by arithmetic

@@ -145,9 +145,9 @@ def _cores(config: Config, cores: int) -> dict[str, Any]:
     """Enough cores for a copy of the model, where there are not enough or they do not come out even."""
     if config.world_size % cores == 0:
         return {}
-    if cores <= CORES_OF_A_NODE:
-        return {"trainer.devices": cores, "trainer.num_nodes": 1}
-    return {"trainer.devices": CORES_OF_A_NODE, "trainer.num_nodes": -(-cores // CORES_OF_A_NODE)}
+    nodes = -(-cores // CORES_OF_A_NODE)
+    values = {"trainer.devices": min(cores, CORES_OF_A_NODE)}
+    return values if nodes == config.trainer.num_nodes else values | {"trainer.num_nodes": nodes}
 
 
 def _shorter(config: Config, model: LlamaConfig) -> list[Change]:

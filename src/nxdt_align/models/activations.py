@@ -33,7 +33,8 @@ def _inputs(work: Workload, whole: bool = False) -> int:
     """Inputs of the projections: one tensor each for q, k, v and for gate, up. torch.autocast casts an
     input anew for each of them, and keeps its copies of the weights too."""
     formats = work.formats
-    size = work.residual_positions * work.model.hidden_size
+    positions = work.positions if work.keeps_gathered else work.residual_positions
+    size = positions * work.model.hidden_size
     is_mlp_kept = "LlamaMLP" not in work.recompute or whole
     if not formats.autocast:
         return 2 * size * formats.activation

@@ -59,6 +59,9 @@ class Workload:
     kv_heads: int | None = None
     """Key-value heads that a rank's weights have, copies included; None: its share, at least one."""
     sequence_parallel: bool = False
+    keeps_gathered: bool = False
+    """Whether sequence parallel keeps a projection's input gathered (DTensor) or gathers it again in the
+    backward pass (neuronx-distributed)."""
     context_parallel: int = 1
     stages: tuple[int, ...] | None = None
     """Layers of each pipeline stage; None: one stage."""
