@@ -28,10 +28,13 @@ from torch import Tensor
 
 from nxdt_align.build.conversion import open_weights
 from nxdt_align.checkpoint import convert as convert_module
+from nxdt_align.checkpoint.direct import BLOCK
+from nxdt_align.checkpoint.extents import Extent
 from nxdt_align.checkpoint.hf import HFFolder, WeightsError, write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder, shard_name
 from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
 from nxdt_align.checkpoint.partition import Partition, fitting_multipliers, fitting_tp
+from nxdt_align.checkpoint.torch_files import read_index
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import TINY, LlamaConfig
 
@@ -165,6 +168,24 @@ def test_references_are_pickled_as_torch_pickles_them(
     monkeypatch.setattr(sys.modules[name], "TensorReference", FakeReference, raising=False)
     loaded = torch.load(tmp_path / "refs.pt", weights_only=False)
     assert {key: value.tid for key, value in loaded.items()} == {"a": 0, "b" * 300: 1}
+
+
+@pytest.mark.parametrize("options", [SIZES, SIZES | {"xser": True}, {"to": "hf"}])
+def test_weights_start_at_blocks_of_their_files(
+    options: dict[str, Any], make_hf: MakeHF, tmp_path: Path
+) -> None:
+    """So that they can be written and read past the system's cache: the first of a safetensors file, all
+    of a shard's."""
+    run(make_hf(CONFIG), tmp_path / "out", **options)
+    files = [f for f in (tmp_path / "out").rglob("*.pt") if not f.name.endswith(".info.pt")]
+    for file in files:
+        held = read_index(file)
+        extents = list(held.values()) if isinstance(held, dict) else [held]
+        assert all(e.offset % BLOCK == 0 for e in extents if isinstance(e, Extent)), file
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % BLOCK == 0
+        files.append(file)
+    assert files
 
 
 def test_dtype_on_request(make_hf: MakeHF, tmp_path: Path) -> None:

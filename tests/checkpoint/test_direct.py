@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -146,6 +147,26 @@ def test_other_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         write_at(tmp_path / "file", 0, at_block(4 * BLOCK))
     with pytest.raises(FileNotFoundError):
         read_at(tmp_path / "none", 0, at_block(BLOCK))
+
+
+@pytest.mark.parametrize(("cached", "expected"), [((0, 1, 2, 3), True), ((0, 1, 3), False), ((), False)])
+def test_cached_is_what_is_cached_to_the_last_page(
+    cached: tuple[int, ...], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was just downloaded is not read from the device again. Pages 1 to 4 of the file are asked for."""
+
+    class System:
+        @staticmethod
+        def mincore(address: ctypes.c_void_p, length: ctypes.c_size_t, resident: ctypes.c_void_p) -> int:
+            assert length.value == 3 * BLOCK + 7 and not (address.value or 0) % BLOCK
+            for page in range(4):  # the other bits mean nothing
+                ctypes.memset((resident.value or 0) + page, 0x80 | (page in cached), 1)
+            return 0
+
+    monkeypatch.setattr(direct, "_libc", System)
+    (tmp_path / "file").write_bytes(bytes(6 * BLOCK))
+    with open(tmp_path / "file", "rb") as file:
+        assert direct._is_cached(file.fileno(), BLOCK + 5, 3 * BLOCK + 2) is expected
 
 
 def test_cached_bytes_are_seen_as_cached(tmp_path: Path) -> None:

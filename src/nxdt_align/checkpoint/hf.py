@@ -187,22 +187,20 @@ def _require_complete_index(
     held = {shard: set(file.names()) for shard, file in files.items()}
     absent = [name for name, shard in weight_map.items() if name not in held[shard]]
     if absent:
-        raise WeightsError(
-            f"{index} names tensors that their files do not hold: {', '.join(summary(absent))}"
-        )
+        shown = ", ".join(summary(absent))
+        raise WeightsError(f"{index} names tensors that their files do not hold: {shown}")
     there = {file.name for file in index.parent.iterdir() if _is_shard_like(file.name, min(files))}
     surplus = sorted(there - set(files))
     if surplus:
         raise WeightsError(
             f"{index.parent} holds shards that {index.name} does not name: {', '.join(surplus[:5])}. They "
-            "are surplus, of another model or an earlier save: remove them, or take the index of these "
-            "files"
+            "are surplus, of another model or an earlier save: remove them, or take the index of them all"
         )
     unnamed = [n for names in held.values() for n in names if n not in weight_map and not is_recomputed(n)]
     if unnamed:
+        shown = ", ".join(summary(unnamed))
         raise WeightsError(
-            f"{index} does not name tensors that its files hold: {', '.join(summary(unnamed))}. Take the "
-            "index that belongs to the files"
+            f"{index} does not name tensors that its files hold: {shown}. Take the index of these files"
         )
 
 
