@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "reference": ("engines.base", "batch"),
     "training": ("engines.base", "losses", "batch", "config", "neuron.monitor"),
     "training.hooks": ("training", "engines.base", "losses", "batch", "config", "reference"),
-    "checkpoint": ("models.sharding", "models.presets"),
+    "checkpoint": ("models.sharding", "models.presets", "models.partition"),
     "neuron": ("config",),
     "demo": (),
     "build": (
