@@ -1,0 +1,158 @@
+"""Where neuronx-distributed (NxD) runs, and what differs between the places.
+
+Call ``start`` before any other module of this folder is imported: NxD reads the environment while it
+is being imported. Beside the command line, this file alone touches ``os.environ``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from nxdt_align.engines.base import EngineError
+
+Place = Literal["neuron", "xla", "cpu"]
+"""neuron: NeuronCores; xla: torch_xla's CPU device, one process; cpu: NxD's CPU mode, gloo between
+processes, plain CPU tensors."""
+
+INSTALL = (
+    "install the real packages with pip install -r requirements_dpo.txt, whose index is "
+    "https://pip.repos.neuron.amazonaws.com (PyPI's packages of these names are empty placeholders); "
+    "distributed_strategy.engine=native runs without them"
+)
+_FORCE_SAFE_LOAD = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The place of this process."""
+
+    place: Place
+    device: torch.device
+
+    def mark_step(self) -> None:
+        """End the graph that is being recorded, and run it. Nothing where nothing is recorded."""
+        if self.place != "cpu":
+            import torch_xla
+
+            torch_xla.sync()
+
+    def recompute(self) -> Callable[..., Any]:
+        """How activations are computed again in the backward pass.
+
+        XLA would find the second computation equal to the first, and keep the first one's results.
+        """
+        if self.place == "cpu":
+            from torch.utils.checkpoint import checkpoint
+
+            return partial(checkpoint, use_reentrant=False)
+        from torch_xla.utils.checkpoint import checkpoint as barred_checkpoint
+
+        return partial(barred_checkpoint, use_reentrant=True)
+
+
+def start(place: Place, rank: int = 0, world_size: int = 1) -> Platform:
+    """Set the environment that ``place`` wants, import NxD, and join the process group.
+
+    With several processes the launcher has set MASTER_ADDR and MASTER_PORT. What the user has set
+    stays, except NXD_CPU_MODE, which must agree with ``place``.
+
+    Raises EngineError where NxD cannot be imported, or a place takes no more than one process.
+    """
+    if place == "xla" and world_size > 1:
+        raise EngineError(
+            f"trainer.accelerator: xla on a CPU runs in one process, but there are {world_size}; "
+            "trainer.accelerator=cpu runs several"
+        )
+    _set_environment(place)
+    import_nxd()
+    _join(place, rank, world_size)
+    if place == "cpu":
+        return Platform(place, torch.device("cpu"))
+    import torch_xla
+
+    return Platform(place, torch_xla.device())
+
+
+def _set_environment(place: Place) -> None:
+    os.environ["NXD_CPU_MODE"] = "1" if place == "cpu" else "0"
+    if place == "neuron":
+        return
+    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    # torch_xla knows of one process only; NxD divides by this variable when it saves a checkpoint.
+    os.environ.setdefault("HOST_WORLD_SIZE", "1")
+
+
+def import_nxd() -> ModuleType:
+    """neuronx_distributed. Raises EngineError where it, or what it imports, is missing or a placeholder."""
+    _supply_tracer()
+    try:
+        nxd = importlib.import_module("neuronx_distributed")
+    except ImportError as error:
+        raise EngineError(f"engine nxd cannot import neuronx_distributed: {error}; {INSTALL}") from error
+    if not hasattr(nxd, "neuronx_distributed_config"):
+        where = getattr(nxd, "__file__", None) or "an empty folder"
+        raise EngineError(
+            f"engine nxd found a neuronx_distributed without content ({where}), a placeholder; {INSTALL}"
+        )
+    return nxd
+
+
+@contextmanager
+def only_plain_values() -> Iterator[None]:
+    """Inside, ``torch.load`` takes tensors and plain values only, even where NxD asks it not to check:
+    nothing in a checkpoint is executed."""
+    from torch_xla.utils.serialization import TensorReference
+
+    before = os.environ.get(_FORCE_SAFE_LOAD)
+    os.environ[_FORCE_SAFE_LOAD] = "1"
+    try:
+        with torch.serialization.safe_globals([TensorReference]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE_SAFE_LOAD]
+        else:
+            os.environ[_FORCE_SAFE_LOAD] = before
+
+
+def _supply_tracer() -> None:
+    """NxD's pipeline module imports a tracer that transformers 5 no longer has, and that is used for
+    transformers' own models alone. torch's stands there, so that NxD can be imported at all."""
+    if "transformers.utils.fx" in sys.modules:
+        return
+    try:
+        if importlib.util.find_spec("transformers.utils.fx") is not None:
+            return
+    except ImportError:
+        return  # no transformers: NxD does without
+    module = ModuleType("transformers.utils.fx")
+    module.HFTracer = torch.fx.Tracer  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+
+
+def _join(place: Place, rank: int, world_size: int) -> None:
+    if dist.is_initialized():
+        return
+    if place == "cpu" and world_size == 1:
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    elif place == "cpu":
+        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    elif place == "xla":
+        importlib.import_module("torch_xla.distributed.xla_backend")
+        dist.init_process_group("xla", store=HashStore(), rank=0, world_size=1)
+    else:
+        importlib.import_module("torch_xla.distributed.xla_backend")
+        dist.init_process_group("xla")
