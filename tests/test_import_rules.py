@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engines.base": ("batch",),
     "engines.steps": ("engines.base", "batch"),
     "engines.plain": (),
-    "engines.native": ("engines.base", "engines.steps", "models", "ops", "batch", "config"),
+    "engines.native": ("engines.base", "engines.steps", "engines.plain", "models", "ops", "batch", "config"),
     "engines.native.checkpoint": ("engines", "models", "ops", "batch", "config", "checkpoint.names"),
     "engines.nxd": ("engines.base", "engines.steps", "engines.plain", "models", "ops", "batch", "config"),
     "engines.nxd.checkpoint": ("engines", "models", "ops", "batch", "config", "checkpoint.names"),

@@ -188,8 +188,14 @@ class NxDEngine(Engine):
     # Checkpoints
 
     def save(
-        self, directory: Path, optimizer: torch.optim.Optimizer | None, extra: Mapping[str, Any]
+        self,
+        directory: Path,
+        optimizer: torch.optim.Optimizer | None,
+        extra: Mapping[str, Any],
+        *,
+        background: bool = False,
     ) -> None:
+        """As the contract says; at once, whether ``background`` or not."""
         self._checkpoints.save(directory, self.named_parameters(), optimizer, extra)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
