@@ -32,6 +32,7 @@ INSTALL = (
     "https://pip.repos.neuron.amazonaws.com (PyPI's packages of these names are empty placeholders); "
     "distributed_strategy.engine=native runs without them"
 )
+_HOST_WORLD_SIZE = "HOST_WORLD_SIZE"
 _FORCE_SAFE_LOAD = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
@@ -78,6 +79,8 @@ def start(place: Place, rank: int = 0, world_size: int = 1) -> Platform:
         )
     _set_environment(place)
     import_nxd()
+    if place != "neuron":
+        _supply_world_size()
     _join(place, rank, world_size)
     if place == "cpu":
         return Platform(place, torch.device("cpu"))
@@ -91,8 +94,15 @@ def _set_environment(place: Place) -> None:
     if place == "neuron":
         return
     os.environ.setdefault("PJRT_DEVICE", "CPU")
-    # torch_xla knows of one process only; NxD divides by this variable when it saves a checkpoint.
-    os.environ.setdefault("HOST_WORLD_SIZE", "1")
+    os.environ.setdefault(_HOST_WORLD_SIZE, "1")
+
+
+def _supply_world_size() -> None:
+    """Off Neuron NxD asks for a variable by a name that torch_xla no longer has, when it saves. A process
+    on the CPU is all that torch_xla knows of."""
+    names = importlib.import_module("torch_xla.core.xla_env_vars")
+    if not hasattr(names, _HOST_WORLD_SIZE):
+        setattr(names, _HOST_WORLD_SIZE, _HOST_WORLD_SIZE)
 
 
 def import_nxd() -> ModuleType:
