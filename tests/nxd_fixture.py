@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
+from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.losses.reference_free import ORPOLoss
@@ -132,11 +133,11 @@ def engine(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
 
     platform = compat.start("cpu", dist.get_rank(), dist.get_world_size())
     from nxdt_align.engines.nxd.engine import NxDEngine
-    from nxdt_align.engines.nxd.parallel import Parallel, forget_groups
+    from nxdt_align.engines.nxd.mesh import forget_groups, make_mesh
 
     forget_groups()
     parallel = Parallel(case.tp, case.pp, case.sp, case.kv, case.qkv)  # type: ignore[arg-type]
-    return NxDEngine(config, platform, parallel, **settings)
+    return NxDEngine(config, make_mesh(parallel, platform), **settings)
 
 
 # Beside the ranks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from nxdt_align.engines.base import EngineError
+
+log = logging.getLogger(__name__)
 
 Place = Literal["neuron", "xla", "cpu"]
 """neuron: NeuronCores; xla: torch_xla's CPU device, one process; cpu: NxD's CPU mode, gloo between
@@ -64,6 +67,20 @@ class Platform:
         return partial(barred_checkpoint, use_reentrant=True)
 
 
+def place_of(accelerator: str) -> Place:
+    """The place that ``trainer.accelerator`` means with this engine. ``auto`` is Neuron, unless the user
+    has chosen NxD's CPU mode (NXD_CPU_MODE=1). Raises EngineError for cuda."""
+    if accelerator == "cuda":
+        raise EngineError(
+            "trainer.accelerator: engine nxd runs on Neuron devices, or on a CPU, but not on cuda; "
+            "distributed_strategy.engine=native does"
+        )
+    if accelerator in ("cpu", "xla"):
+        return "cpu" if accelerator == "cpu" else "xla"
+    is_cpu = accelerator == "auto" and os.environ.get("NXD_CPU_MODE", "0") not in ("", "0")
+    return "cpu" if is_cpu else "neuron"
+
+
 def start(place: Place, rank: int = 0, world_size: int = 1) -> Platform:
     """Set the environment that ``place`` wants, import NxD, and join the process group.
 
@@ -91,6 +108,11 @@ def start(place: Place, rank: int = 0, world_size: int = 1) -> Platform:
 
 def _set_environment(place: Place) -> None:
     os.environ["NXD_CPU_MODE"] = "1" if place == "cpu" else "0"
+    for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
+        if os.environ.get(name, "0") not in ("", "0"):
+            # XLA would store float32 tensors as bf16: log-probabilities, master weights, sums of gradients.
+            log.warning("%s: set to 0, as engine nxd computes in bf16 where precision.type says so", name)
+            os.environ[name] = "0"
     if place == "neuron":
         return
     os.environ.setdefault("PJRT_DEVICE", "CPU")

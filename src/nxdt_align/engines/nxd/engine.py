@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from nxdt_align.batch import Batch
 from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
-from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.nxd.layers import parallelize
-from nxdt_align.engines.nxd.parallel import Parallel, make_groups, topology
-from nxdt_align.engines.nxd.precision import MasterWeights, Precision
-from nxdt_align.engines.nxd.saving import Checkpoints, SaveOptions
+from nxdt_align.engines.nxd.mesh import Mesh
+from nxdt_align.engines.nxd.precision import MasterWeights
+from nxdt_align.engines.nxd.saving import Checkpoints
 from nxdt_align.engines.nxd.scoring import Runner, Scorer
+from nxdt_align.engines.nxd.settings import Precision, SaveOptions
 from nxdt_align.engines.nxd.shards import Shards
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
@@ -32,8 +32,7 @@ class NxDEngine(Engine):
 
     Args:
         config: the model's shape.
-        platform: where it runs, from ``compat.start``.
-        parallel: how it is spread; all processes of the run take part.
+        mesh: this process among those that it is spread over.
         attention: how packed rows are attended over; of static shapes.
         precision: compute dtype, and whether float32 master weights are kept.
         save_options: the form of checkpoints.
@@ -43,8 +42,7 @@ class NxDEngine(Engine):
     def __init__(
         self,
         config: LlamaConfig,
-        platform: Platform,
-        parallel: Parallel,
+        mesh: Mesh,
         *,
         attention: Attention | None = None,
         precision: Precision = Precision(),  # noqa: B008 (frozen)
@@ -52,20 +50,18 @@ class NxDEngine(Engine):
         configure_model: Callable[[Llama], None] = lambda model: None,
     ) -> None:
         self.config = config
-        self.device = platform.device
-        self._platform = platform
-        self._parallel = parallel
+        self.device = mesh.platform.device
+        self.topology = mesh.topology
+        self._platform, self._parallel, self._groups = mesh.platform, mesh.parallel, mesh.groups
         self._attention = attention or DenseAttention()
         self._precision = precision
         self._configure = configure_model
-        self.nxd_config, self._groups = make_groups(parallel, platform)
-        self.topology = topology(self._groups)
-        self._shards = Shards(config, parallel, self._groups)
+        self._shards = Shards(config, mesh.parallel, mesh.groups)
         self._policy = self._build()
         self._masters = MasterWeights(self._weights()) if precision.masters else None
         self._is_behind = True
         self._reference: Scorer | None = None
-        self._checkpoints = Checkpoints(parallel, self._groups, platform, save_options)
+        self._checkpoints = Checkpoints(mesh, save_options)
 
     def _build(self) -> Scorer:
         """A model without values: each rank then fills its shares only."""
@@ -156,6 +152,10 @@ class NxDEngine(Engine):
             b if b.reference_logps is not None else b.with_reference(self.response_logps(b, reference=True))
             for b in micro_batches
         ]
+
+    def mark_step(self) -> None:
+        """The end of a step: of the optimizer's, too."""
+        self._platform.mark_step()
 
     # Norms
 

@@ -22,13 +22,13 @@ from neuronx_distributed.parallel_layers import (
 from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from nxdt_align.engines.nxd.parallel import Parallel
 from nxdt_align.engines.nxd.qkv import (
     CoalescedProjection,
     SeparateProjection,
     SharedKVProjection,
     swap_first_two,
 )
+from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.models.llama import Llama, LlamaAttention, LlamaMLP, LlamaRMSNorm
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.models.sharding import Split

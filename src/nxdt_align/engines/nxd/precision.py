@@ -1,21 +1,11 @@
-"""What ``precision`` means on this engine: the dtype that is computed in, and where float32 is kept."""
+"""float32 weights above those of a lower precision that are computed with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Precision:
-    """``compute``: dtype of weights and activations; ``masters``: the optimizer works on float32 copies of
-    the weights, and micro-batches' gradients are added up in float32."""
-
-    compute: torch.dtype = torch.float32
-    masters: bool = False
 
 
 class MasterWeights:

@@ -6,7 +6,7 @@ import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from nxdt_align.engines.nxd import checkpoint
 from nxdt_align.engines.nxd.checkpoint import MODEL, OPTIMIZER, CheckpointError
-from nxdt_align.engines.nxd.compat import Platform, only_plain_values
-from nxdt_align.engines.nxd.parallel import Groups, Parallel
+from nxdt_align.engines.nxd.compat import only_plain_values
+from nxdt_align.engines.nxd.mesh import Mesh
+from nxdt_align.engines.nxd.settings import SaveOptions
 from nxdt_align.engines.plain import to_plain
 from nxdt_align.files import atomic_folder, explain
 
@@ -28,23 +29,13 @@ in a lower precision."""
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
 
 
-@dataclass(frozen=True)
-class SaveOptions:
-    """``exp_manager``'s settings of the files."""
-
-    xser: bool = False
-    """A file a tensor (torch_xla's serialization)."""
-    low_precision: torch.dtype | None = None
-    """What the model's files hold the weights in; None for what the optimizer works on."""
-
-
 class Checkpoints:
     """Writes and reads one rank's part of a checkpoint. All ranks make the same calls."""
 
-    def __init__(self, parallel: Parallel, groups: Groups, platform: Platform, options: SaveOptions) -> None:
-        self._parallel, self._groups, self._platform = parallel, groups, platform
+    def __init__(self, mesh: Mesh, options: SaveOptions) -> None:
+        self._parallel, self._groups, self._platform = mesh.parallel, mesh.groups, mesh.platform
         self._options = options
-        self._xser = options.xser and platform.place != "cpu"
+        self._xser = options.xser and mesh.platform.place != "cpu"
         if options.xser and not self._xser:
             log.info(
                 "exp_manager.save_xser: not in CPU mode, where xser files cannot be read back: plain files"
@@ -121,10 +112,23 @@ class Checkpoints:
         Raises CheckpointError: not a checkpoint, incomplete, damaged, of ranks of other sizes, or of
         another model.
         """
+        model, state, extra = self._together(
+            directory, lambda: self._read(directory, parameters, wants_optimizer=optimizer is not None)
+        )
+        for name, parameter in parameters:
+            parameter.detach().copy_(model[name])
+        if optimizer is not None:
+            optimizer.load_state_dict(state)
+        return dict(extra)
+
+    def _read(
+        self, directory: Path, parameters: NamedParameters, *, wants_optimizer: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any]]:
+        """What the parameters are filled with, the optimizer's state, and ``extra``."""
         summary = checkpoint.require_whole(directory)
         checkpoint.require_sizes(directory, summary, self._sizes)
         self._check_form(directory)
-        if optimizer is not None and not summary["has_optimizer"]:
+        if wants_optimizer and not summary["has_optimizer"]:
             raise CheckpointError(
                 f"checkpoint {directory} holds no optimizer state; set model.weight_init_only: True to "
                 "start a new run from its weights"
@@ -140,10 +144,9 @@ class Checkpoints:
             reason = str(error).partition("\n")[0]
             raise checkpoint.damaged(directory, reason or type(error).__name__) from error
         masters = None if state is None else state.pop(MASTERS, None)
-        _fill(directory, parameters, masters if masters is not None else model)
-        if optimizer is not None:
-            optimizer.load_state_dict(state)  # type: ignore[arg-type]
-        return dict(extra)
+        filling = masters if masters is not None else model
+        _check_fit(directory, parameters, filling)
+        return filling, state, extra
 
     def _check_form(self, directory: Path) -> None:
         is_xser = any((directory / MODEL).glob("*.tensors"))
@@ -155,7 +158,7 @@ class Checkpoints:
             )
 
     def _together(self, directory: Path, act: Callable[[], Any]) -> Any:
-        """Do a part of a save; if any rank fails, all raise."""
+        """Do a part of a save or a load; if any rank fails, all raise."""
         result, fault = None, None
         try:
             result = act()
@@ -166,15 +169,16 @@ class Checkpoints:
             )
         except TypeError as error:
             fault = f"cannot write checkpoint {directory}: {error}"
+        except CheckpointError as error:
+            fault = str(error)
         faults = [found for found in self._groups.gather_objects(fault) if found is not None]
         if faults:
             raise CheckpointError(faults[0])
         return result
 
 
-@torch.no_grad()
-def _fill(directory: Path, parameters: NamedParameters, tensors: Mapping[str, Tensor]) -> None:
-    """Report all weights of another shape, dtype or name at once, or fill them all."""
+def _check_fit(directory: Path, parameters: NamedParameters, tensors: Mapping[str, Tensor]) -> None:
+    """Report all weights of another shape, dtype or name at once."""
     wanted, faults = dict(parameters), []
     for name in sorted(set(tensors) & set(wanted)):
         have, want = tensors[name], wanted[name]
@@ -190,5 +194,3 @@ def _fill(directory: Path, parameters: NamedParameters, tensors: Mapping[str, Te
             + "\n  ".join(faults)
             + "\nThe model and precision.type must be those of the run that wrote it"
         )
-    for name, parameter in parameters:
-        parameter.copy_(tensors[name])

@@ -10,7 +10,8 @@ from torch import nn
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
-from nxdt_align.engines.nxd.parallel import Group, Parallel
+from nxdt_align.engines.nxd.mesh import Group
+from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import Llama
 from nxdt_align.ops.attention import Attention

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from nxdt_align.engines.base import EngineError, WeightSource
 from nxdt_align.engines.nxd.layers import mark
-from nxdt_align.engines.nxd.parallel import Groups, Parallel
+from nxdt_align.engines.nxd.mesh import Groups
+from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import Partition, local_tensors, weight_shape
 from nxdt_align.models.presets import LlamaConfig, weight_shapes

@@ -1,4 +1,4 @@
-"""How the model is spread, and the groups of ranks that it is spread over, as NxD makes them."""
+"""The groups of ranks that the model is spread over, as NxD makes them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,11 @@ from torch import Tensor
 from nxdt_align.batch import Topology
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
-from nxdt_align.models.partition import QKV
+from nxdt_align.engines.nxd.kv_groups import check_kv_groups
+from nxdt_align.engines.nxd.settings import Parallel
 
 BUCKET_BYTES = 512 << 20
 """What one all-reduce takes at once."""
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """Sizes and switches of ``distributed_strategy``, and ``model.qkv_linear`` and ``fuse_qkv``."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    sequence: bool = False
-    """Activations between the parallel layers are split along the sequence."""
-    kv_multiplier: int = 1
-    qkv: QKV = "split"
-    zero1: bool = False
 
 
 class Group:
@@ -105,11 +93,23 @@ class Groups:
             dist.barrier(group=self.host)
 
 
-def make_groups(parallel: Parallel, platform: Platform) -> tuple[dict[str, Any], Groups]:
-    """NxD's configuration, and the groups that it makes of it. Every process calls this.
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands, in NxD's groups."""
+
+    platform: Platform
+    parallel: Parallel
+    groups: Groups
+    topology: Topology
+    nxd_config: dict[str, Any]
+    """neuronx_distributed_config's."""
+
+
+def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
+    """Have NxD make its groups. Every process calls this.
 
     NxD keeps one set of groups a process: a second call must ask for the same sizes, or follow
-    ``forget_groups``.
+    ``forget_groups``. Raises EngineError where it does not, and for sizes that NxD gets wrong.
     """
     config: dict[str, Any] = nxd.neuronx_distributed_config(
         tensor_parallel_size=parallel.tensor,
@@ -136,7 +136,7 @@ def make_groups(parallel: Parallel, platform: Platform) -> tuple[dict[str, Any],
         Group(parallel_state.get_pipeline_model_parallel_group()),
         None if is_gloo or dist.get_world_size() == 1 else dist.new_group(backend="gloo"),
     )
-    return config, groups
+    return Mesh(platform, parallel, groups, _topology(groups), config)
 
 
 def forget_groups() -> None:
@@ -145,9 +145,8 @@ def forget_groups() -> None:
     parallel_state.destroy_kv_group()
 
 
-def topology(groups: Groups) -> Topology:
-    """Where this process stands. Asked of NxD: at a tensor-parallel size of 4 on trn1 it takes ranks
-    that are not neighbours."""
+def _topology(groups: Groups) -> Topology:
+    """Asked of NxD: at a tensor-parallel size of 4 on trn1 it takes ranks that are not neighbours."""
     return Topology(
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
@@ -158,25 +157,6 @@ def topology(groups: Groups) -> Topology:
         pipeline_parallel_size=groups.pipeline.size,
         pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
     )
-
-
-def check_kv_groups(
-    kv_groups: Sequence[Sequence[int]], tensor_groups: Sequence[Sequence[int]], multiplier: int
-) -> None:
-    """Raise EngineError unless ranks that share kv heads are of one tensor-parallel group, tp / multiplier
-    apart: NxD makes the two kinds of groups by rules of their own, and sums gradients over either."""
-    wanted = {
-        tuple(group[first :: len(group) // multiplier])
-        for group in tensor_groups
-        for first in range(len(group) // multiplier)
-    }
-    if {tuple(group) for group in kv_groups} != wanted:
-        raise EngineError(
-            f"neuronx-distributed puts the ranks {list(map(list, kv_groups))} together for shared kv heads, "
-            f"but its tensor-parallel groups are {list(map(list, tensor_groups))}: gradients of other heads "
-            "would be summed. Choose another distributed_strategy.tensor_model_parallel_size, or "
-            "kv_replicator=1"
-        )
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
