@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nxdt_align.checkpoint.partition import stage_of_layer
 from oracle import TINY, plain_model
 
-from nxdt_align.checkpoint.partition import stage_of_layer
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.pipeline import require_torch
 from nxdt_align.engines.native.stages import Stage, layers_of_stages, prune, stages_of_rank

@@ -7,9 +7,10 @@ import logging
 import torch
 
 from nxdt_align.build.env import RunEnv
+from nxdt_align.config.engines import find_missing_neuron_packages
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import Engine
-from nxdt_align.engines.nxd import compat
+from nxdt_align.engines.nxd import checkpoint, compat
 from nxdt_align.engines.nxd.flash import CausalFlashAttention, nki_kernel
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
 from nxdt_align.errors import UserError
@@ -27,12 +28,18 @@ class NxDParts:
     Raises UserError for sizes that do not go together, and where NxD cannot be imported.
     """
 
+    checkpoints = checkpoint
+
     def __init__(self, config: Config, env: RunEnv, model: LlamaConfig) -> None:
         self._config, self._model = config, model
         place = compat.place_of(config.trainer.accelerator)
+        missing = find_missing_neuron_packages(cpu_mode=place != "neuron")
+        if missing is not None:
+            raise UserError(missing)
         parallel = parallel_of(config, model, place)
         _check_sizes(parallel, model)
         self.precision = precision_of(config, place)
+        self.reference_precision = self.precision
         self.platform = compat.start(place, env.rank, env.world_size)
         self.device = self.platform.device
         from nxdt_align.engines.nxd.mesh import make_mesh

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,9 @@ class NxDEngine(Engine):
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return self._masters.named_parameters() if self._masters is not None else self._weights()
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return self._shards.whole(self.named_parameters())
 
     def _publish(self) -> None:
         """Bring the weights that are computed with up to the masters, where those may have moved."""

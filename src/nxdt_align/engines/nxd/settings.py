@@ -30,6 +30,11 @@ class Precision:
     compute: torch.dtype = torch.float32
     masters: bool = False
 
+    @property
+    def coarsest(self) -> torch.dtype:
+        """The dtype with the fewest bits that values pass through."""
+        return self.compute
+
 
 @dataclass(frozen=True)
 class SaveOptions:

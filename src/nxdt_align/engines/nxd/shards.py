@@ -80,6 +80,28 @@ class Shards:
                 pieces = [whole.narrow(dim, start, stop - start) for start, stop in ranges]
                 part.of(parameter).copy_(torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0])
 
+    @torch.no_grad()
+    def whole(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights under the plain Llama's names, on the CPU, on the first rank alone. Every rank
+        iterates to the end."""
+        is_first = torch.distributed.get_rank() == 0
+        for local, parameter in parameters:
+            for part in self._parts[local]:
+                shares = self._groups.tensor.gather(part.of(parameter.detach()).contiguous())
+                if is_first:
+                    yield part.name, self._put_together(part.name, shares.cpu())
+
+    def _put_together(self, name: str, shares: Tensor) -> Tensor:
+        """``shares``: those of all tensor-parallel ranks, on a new first dimension."""
+        whole = torch.empty(self.partition.whole_shape(name), dtype=shares.dtype)
+        for rank, share in enumerate(shares):
+            dim, ranges = self.partition.ranges(name, rank)
+            row = 0
+            for start, stop in ranges:
+                whole.narrow(dim, start, stop - start).copy_(share.narrow(dim, row, stop - start))
+                row += stop - start
+        return whole
+
     def copies(self, name: str) -> int:
         """Ranks that hold the same share of the plain weight."""
         split = split_of(name)
