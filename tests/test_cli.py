@@ -348,7 +348,6 @@ def nxd_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with the Neuron packages, for a package that has the engine."""
     monkeypatch.setattr("nxdt_align.cli.neuron_available", lambda: True)
     monkeypatch.setattr("nxdt_align.config.check.neuron_available", lambda: True)
-    monkeypatch.setattr("nxdt_align.config.engines.MISSING_ENGINES", {}, raising=False)
 
 
 @pytest.mark.usefixtures("nxd_here")

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from nxdt_align.checkpoint.hf import WeightsError, write_hf_folder
 from nxdt_align.checkpoint.nxdt import shard_name
-from nxdt_align.checkpoint.partition import PartitionError
 from nxdt_align.errors import UserError
+from nxdt_align.models.partition import PartitionError
 
 
 def edit_all(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

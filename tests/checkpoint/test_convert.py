@@ -33,9 +33,9 @@ from nxdt_align.checkpoint.extents import Extent
 from nxdt_align.checkpoint.hf import HFFolder, WeightsError, write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder, shard_name
 from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
-from nxdt_align.checkpoint.partition import Partition, fitting_multipliers, fitting_tp
 from nxdt_align.checkpoint.torch_files import read_index
 from nxdt_align.errors import UserError
+from nxdt_align.models.partition import Partition, fitting_multipliers, fitting_tp
 from nxdt_align.models.presets import TINY, LlamaConfig
 
 # There and back

@@ -65,11 +65,13 @@ def test_native_engine_runs_pipelines(load: Load) -> None:
     assert notices(load(text), "native") == []
 
 
-def test_nxd_engine_is_not_in_this_version(load: Load) -> None:
-    with pytest.raises(
-        ConfigError, match=r"engine nxd is not in this version; .*engine=native runs on a CPU"
-    ):
-        engine_faults(load("distributed_strategy: {engine: nxd}"), "nxd")
+def test_what_the_nxd_engine_cannot_do_in_this_version(load: Load) -> None:
+    text = "distributed_strategy: {engine: nxd, pipeline_model_parallel_size: 2, fsdp: true}"
+    with pytest.raises(ConfigError) as error:
+        engine_faults(load(text), "nxd")
+    assert "fsdp: must be False (engine nxd cannot do otherwise in this version)" in str(error.value)
+    assert "pipeline_model_parallel_size: must be 1 (engine nxd" in str(error.value)
+    engine_faults(load("distributed_strategy: {engine: nxd, tensor_model_parallel_size: 2}"), "nxd")
 
 
 def test_one_notice_names_every_key_without_effect(repo: Path) -> None:

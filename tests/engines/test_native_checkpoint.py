@@ -29,8 +29,8 @@ from nxdt_align.engines.native.checkpoint import (
     is_checkpoint,
     load,
 )
-from nxdt_align.engines.native.plain import to_plain
 from nxdt_align.engines.native.saving import save
+from nxdt_align.engines.plain import to_plain
 from nxdt_align.errors import UserError
 
 REPO = Path(__file__).parents[2]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from oracle import TINY, plain_model
 
-from nxdt_align.checkpoint.partition import stage_of_layer
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.pipeline import require_torch
 from nxdt_align.engines.native.stages import Stage, layers_of_stages, prune, stages_of_rank
 from nxdt_align.models.llama import Llama, LlamaDecoderLayer
+from nxdt_align.models.partition import stage_of_layer
 from nxdt_align.ops.attention import DenseAttention
 
 DEEP = replace(TINY, num_hidden_layers=5)

@@ -17,15 +17,15 @@ from nxdt_align.checkpoint.destinations import Destination, HFDestination, NxDTD
 from nxdt_align.checkpoint.detect import check_names, layout_of, open_source
 from nxdt_align.checkpoint.inspect import to_text
 from nxdt_align.checkpoint.nxdt import NxDTFolder
-from nxdt_align.checkpoint.partition import (
+from nxdt_align.checkpoint.source import Source
+from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.errors import UserError
+from nxdt_align.models.partition import (
     QKV,
     Partition,
     default_multiplier,
     default_qkv,
 )
-from nxdt_align.checkpoint.source import Source
-from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
-from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
 from nxdt_align.training.runs import IDENTITY_FILE
 

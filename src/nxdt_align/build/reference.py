@@ -14,6 +14,7 @@ from nxdt_align.checkpoint.hf import FreshWeights
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import read_extra
+from nxdt_align.engines.nxd import checkpoint as nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.training.hooks import ReferenceOrigin
@@ -39,8 +40,13 @@ def find_origin(
     if chosen is not None:
         source = parts.weights_at(Path(chosen), model, "model_alignment_strategy.reference_model")
         return ReferenceOrigin(source, is_start=False)
-    record = None if continued is None else read_extra(continued).get(RUN_RECORD, {}).get(ORIGIN)
+    record = None if continued is None else _extra(continued).get(RUN_RECORD, {}).get(ORIGIN)
     return ReferenceOrigin(start if record is None else _recorded(record, model, continued), is_start=True)
+
+
+def _extra(continued: Path) -> dict[str, Any]:
+    written_by_nxd = nxd_checkpoint.is_checkpoint(continued)
+    return nxd_checkpoint.read_extra(continued) if written_by_nxd else read_extra(continued)
 
 
 def origin_record(source: WeightSource, fingerprint: str) -> dict[str, Any]:

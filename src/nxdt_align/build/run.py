@@ -14,6 +14,7 @@ from lightning.pytorch.accelerators import Accelerator
 
 from nxdt_align.build import parts
 from nxdt_align.build.ahead import conclude_run, conclude_trial, manifest_path
+from nxdt_align.build.engines import join
 from nxdt_align.build.env import RunEnv
 from nxdt_align.build.preconditions import (
     misconfiguration_is_the_users,
@@ -24,12 +25,8 @@ from nxdt_align.build.reference import ORIGIN, RUN_RECORD, find_origin, origin_r
 from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
-from nxdt_align.engines.base import Engine, WeightSource
+from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native import xla
-from nxdt_align.engines.native.checkpoint import checkpoint_step, is_checkpoint
-from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.model import check_pipeline
-from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.neuron.monitor import NeuronMonitor
@@ -63,14 +60,12 @@ class Run:
         self.config = config
         self.env = env
         self._fingerprints: dict[WeightSource, str] = {}
-        self.device = parts.device(config, env)
         if not env.compile_only:
             self._require_writable_places()
         self.objective = GlobalMeanObjective(parts.loss(config))
-        self.topology = parts.start_processes(config, env, self.device)
         self.model_config = parts.model_config(config)
-        check_sizes(self.model_config, config.distributed_strategy.tensor_model_parallel_size)
-        check_pipeline(self.model_config, parts.parallel(config))
+        self.parts = join(config, env, self.model_config)
+        self.topology = self.parts.topology
         self.start = parts.start_weights(config, self.model_config)
         self.tokenization = parts.tokenization(config, self.model_config)
         self.data = ModelAlignmentDataModule(
@@ -80,34 +75,12 @@ class Run:
             cache_dir=None if env.compile_only else self._cache("tokens"),
             with_prompts=self.objective.needs_prompts,
             **parts.micro_batch_needs(config),
-            fixed_micro_batches=self.device.type == "xla",
+            fixed_micro_batches=self.parts.device.type == "xla",
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         if env.compile_only:
             self.data.start_trial(self._steps())
-        self.precision = parts.precision(config)
-        self.reference_precision = parts.reference_precision(config)
-        self.engine = self._build_engine()
-
-    def _build_engine(self) -> Engine:
-        model = self.config.model
-        granularity = model.activations_checkpoint_granularity
-        recompute = tuple(model.activations_checkpoint_recompute or ())
-        on_xla = self.device.type == "xla"
-        how = xla.recompute if on_xla else None
-        engine = (xla.XlaEngine if on_xla else NativeEngine)(
-            self.model_config,
-            parts.attention(self.config, self.device),
-            precision=self.precision,
-            reference_precision=self.reference_precision,
-            topology=self.topology,
-            parallel=parts.parallel(self.config),
-            device=self.device,
-            configure_model=lambda llama: llama.set_checkpointing(granularity, recompute, how),
-        )
-        if isinstance(engine, xla.XlaEngine):
-            engine.graphs = xla.graph_log()
-        return engine
+        self.engine = self.parts.engine()
 
     def fit(self) -> int:
         seed_everything(self.config.seed, verbose=False)
@@ -185,11 +158,12 @@ class Run:
         if self.env.compile_only:
             return RunFolder(self._experiments, None)
         run = None
+        step_of = self.parts.checkpoints.checkpoint_step
         if self.topology.rank == 0 and settings.explicit_log_dir is not None:
             folder = Path(settings.explicit_log_dir).absolute()
-            run = explicit_run(folder, identity, checkpoint_step, resume=settings.resume_if_exists)
+            run = explicit_run(folder, identity, step_of, resume=settings.resume_if_exists)
         elif self.topology.rank == 0:
-            run = find_run(self._runs, identity, checkpoint_step, resume=settings.resume_if_exists)
+            run = find_run(self._runs, identity, step_of, resume=settings.resume_if_exists)
         found: RunFolder = self.engine.broadcast_object(run)
         must_resume = settings.resume_if_exists and not settings.resume_ignore_no_checkpoint
         if found.checkpoint is None and must_resume:
@@ -209,7 +183,8 @@ class Run:
             if given is not None:
                 log.info("resume_from_checkpoint=%s is not read again: it is where this run started", given)
             return run.checkpoint
-        if given is not None and not self.config.model.weight_init_only and is_checkpoint(Path(given)):
+        takes_all = given is not None and not self.config.model.weight_init_only
+        if given is not None and takes_all and self.parts.checkpoints.is_checkpoint(Path(given)):
             log.info("going on from resume_from_checkpoint=%s, optimizer state included", given)
             return Path(given)
         log.info("a new run, from %s", self.start)
@@ -230,11 +205,13 @@ class Run:
         store = self._store(origin) if before else None
         first: Callback = ReferenceDuringTraining(self.engine, origin)
         if store is not None:
-            alike, trial = self.reference_precision == self.precision, self.env.compile_only
+            alike, trial = self.parts.reference_precision == self.parts.precision, self.env.compile_only
             first = ReferencePass(self.engine, self.data, store, origin, trial=trial, like_policy=alike)
         if not self.config.exp_manager.preflight:
             return [first], record
-        tolerance = max(PREFLIGHT_TOLERANCE[p.coarsest] for p in (self.precision, self.reference_precision))
+        tolerance = max(
+            PREFLIGHT_TOLERANCE[p.coarsest] for p in (self.parts.precision, self.parts.reference_precision)
+        )
         preflight = Preflight(
             self.engine,
             self.data,
@@ -256,7 +233,7 @@ class Run:
             "weights": self._fingerprint(origin.source),
             "model": str(self.model_config),
             "tokenization": self.tokenization.fingerprint(),
-            "precision": str(self.reference_precision),
+            "precision": str(self.parts.reference_precision),
         }
         dpo = self.config.model_alignment_strategy.dpo
         if dpo is not None and dpo.ld_alpha is not None:
@@ -338,7 +315,7 @@ class Run:
         self, trainer: Trainer, run: RunFolder, identity: str, identity_parts: dict[str, Any]
     ) -> None:
         settings = self.config.exp_manager
-        step = 0 if run.checkpoint is None else checkpoint_step(run.checkpoint) or 0
+        step = 0 if run.checkpoint is None else self.parts.checkpoints.checkpoint_step(run.checkpoint) or 0
         start_experiment(
             trainer,
             dataclasses.asdict(settings),
@@ -373,7 +350,7 @@ class Run:
             self.model_config,
             weights,
             tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
-            dtype=self.precision.compute,
+            dtype=self.parts.precision.compute,
             overwrite=True,
         )
 

@@ -17,8 +17,8 @@ from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.checkpoint.hf_writer import CONFIG, UNFINISHED_CONFIG, HFWriter
 from nxdt_align.checkpoint.nxdt import DONE, MODEL, TAG, NxDTFolder
 from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
-from nxdt_align.checkpoint.partition import Partition
 from nxdt_align.checkpoint.source import Source
+from nxdt_align.models.partition import Partition
 from nxdt_align.models.presets import LlamaConfig
 
 RECORD = "conversion.json"

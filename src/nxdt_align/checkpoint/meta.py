@@ -19,8 +19,8 @@ from torch import Tensor
 
 from nxdt_align.checkpoint.extents import Extent, WeightsError, read_tensor
 from nxdt_align.checkpoint.names import summary
-from nxdt_align.checkpoint.partition import EMBEDDING, HEAD
 from nxdt_align.checkpoint.torch_files import read_index, tensors_of
+from nxdt_align.models.partition import EMBEDDING, HEAD
 from nxdt_align.models.presets import LlamaConfig, RopeScaling, from_hf_dict, weight_shapes
 
 PARAMS = "params.json"

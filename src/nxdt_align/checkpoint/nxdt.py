@@ -23,7 +23,9 @@ from nxdt_align.checkpoint.extents import Extent, WeightsError, read_into, same_
 from nxdt_align.checkpoint.hf import content_fingerprint
 from nxdt_align.checkpoint.memory import empty
 from nxdt_align.checkpoint.names import is_recomputed, summary
-from nxdt_align.checkpoint.partition import (
+from nxdt_align.checkpoint.regions import read_region
+from nxdt_align.checkpoint.torch_files import TensorReference, read_index, tensors_of
+from nxdt_align.models.partition import (
     EMBEDDING,
     HEAD,
     QKV,
@@ -31,8 +33,6 @@ from nxdt_align.checkpoint.partition import (
     PartitionError,
     local_tensors,
 )
-from nxdt_align.checkpoint.regions import read_region
-from nxdt_align.checkpoint.torch_files import TensorReference, read_index, tensors_of
 from nxdt_align.models.presets import LlamaConfig
 
 MODEL, DONE, TAG = "model", "done", "checkpoint"

@@ -22,8 +22,8 @@ from nxdt_align.checkpoint.direct import BLOCK
 from nxdt_align.checkpoint.extents import Extent, WeightsError, write_bytes
 from nxdt_align.checkpoint.memory import empty
 from nxdt_align.checkpoint.nxdt import INFO, TENSORS, shard_name
-from nxdt_align.checkpoint.partition import EMBEDDING, HEAD, Partition, local_tensors
 from nxdt_align.checkpoint.torch_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of
+from nxdt_align.models.partition import EMBEDDING, HEAD, Partition, local_tensors
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a local tensor."""

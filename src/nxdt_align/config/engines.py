@@ -85,7 +85,11 @@ def resolve_engine(config: Config, neuron_available: bool) -> Engine:
 
 _ONE_DEVICE = "distributed_strategy.{key}=1 trainer.devices=N runs, with N copies of the model"
 _PARALLEL_KEYS = ("tensor_model_parallel_size", "context_parallel_size")
-_NOT_YET = "engine native cannot do otherwise in this version"
+_NXD_KEYS = (
+    *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
+    "context_parallel_size",
+)
+_NOT_YET = "engine {engine} cannot do otherwise in this version"
 
 LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
     "native": {
@@ -93,32 +97,26 @@ LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
         "distributed_strategy.fsdp": (False, "leave it out"),
         "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
     },
-    "nxd": {},
+    "nxd": {
+        **{f"distributed_strategy.{key}": (1, "leave it out") for key in _NXD_KEYS},
+        "distributed_strategy.fsdp": (False, "distributed_strategy.zero1=True shards the optimizer's state"),
+        "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
+    },
 }
 """Engine -> path -> (the only value that it takes, what to do). Lift a limit by deleting its line."""
-
-MISSING_ENGINES: dict[Engine, str] = {
-    "nxd": "distributed_strategy.engine=native runs on a CPU or CUDA",
-}
-"""Engines that this version does not have -> what to do."""
 
 
 def find_engine_faults(config: Config, engine: Engine) -> list[Fault]:
     """What ``engine`` cannot do of ``config``."""
-    if engine in MISSING_ENGINES:
-        why = (
-            "must not be nxd" if config.distributed_strategy.engine == engine else f"auto means {engine} here"
-        )
-        rule = f"{why}: engine {engine} is not in this version"
-        return [Fault("distributed_strategy.engine", rule, advice=MISSING_ENGINES[engine])]
     found = []
+    not_yet = _NOT_YET.format(engine=engine)
     for path, (allowed, advice) in LIMITS[engine].items():
         value = lookup(config, path)
         if value != allowed:
             if allowed is None:
-                found.append(Fault(path, f"must not be set: {_NOT_YET}", advice=advice))
+                found.append(Fault(path, f"must not be set: {not_yet}", advice=advice))
             else:
-                found.append(Fault(path, f"must be {allowed} ({_NOT_YET})", value, advice))
+                found.append(Fault(path, f"must be {allowed} ({not_yet})", value, advice))
     return found
 
 
@@ -152,6 +150,13 @@ _NATIVE_NOT_YET = (
     "exp_manager.enable_recovery_time_instrumentation",
     *("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
 )
+_NXD_NOT_YET = (
+    *("model.pipeline_cuts", "model.transpose_nki_inputs", "model.use_cpu_initialization"),
+    *("exp_manager.load_xser", "exp_manager.async_checkpointing", "exp_manager.ckpt_ptl_version"),
+    *("exp_manager.enable_recovery_time_instrumentation", "trainer.sequential_move_factor"),
+    *("precision.parallel_layers_reduce_dtype", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
+    "model_alignment_strategy.reference_dtype",
+)
 # A native checkpoint keeps the weights that the optimizer moves, float32 masters where there are such:
 # without them a run would not go on as if it had not been interrupted. (NxDT itself reads save_bf16 nowhere.)
 _NATIVE_ALWAYS_EXACT = (
@@ -160,7 +165,7 @@ _NATIVE_ALWAYS_EXACT = (
 )
 NO_EFFECT: dict[Engine, tuple[str, ...]] = {
     "native": (*_MEGATRON_OR_LIGHTNING, *_NEURON, *_NATIVE_NOT_YET, *_NATIVE_ALWAYS_EXACT),
-    "nxd": _MEGATRON_OR_LIGHTNING,
+    "nxd": (*_MEGATRON_OR_LIGHTNING, *_NXD_NOT_YET),
 }
 """Engine -> keys that change nothing on it."""
 

@@ -32,8 +32,8 @@ from nxdt_align.engines.native.checkpoint import (
 from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.optimizer_state import by_name, merged
 from nxdt_align.engines.native.parts import Part
-from nxdt_align.engines.native.plain import to_plain
 from nxdt_align.engines.native.tensors import TensorFolder, write_tensors
+from nxdt_align.engines.plain import to_plain
 from nxdt_align.files import atomic_folder, explain
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nxdt_align.checkpoint.partition import (
+from nxdt_align.models.partition import (
     HEAD,
     QKV,
     Partition,

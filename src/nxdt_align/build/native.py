@@ -1,0 +1,48 @@
+"""The native engine's share of a run."""
+
+from __future__ import annotations
+
+from nxdt_align.build import parts
+from nxdt_align.build.env import RunEnv
+from nxdt_align.config.schema import Config
+from nxdt_align.engines.base import Engine
+from nxdt_align.engines.native import checkpoint, xla
+from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.model import check_pipeline
+from nxdt_align.engines.native.parallelize import check_sizes
+from nxdt_align.models.presets import LlamaConfig
+
+
+class NativeParts:
+    """Joins the processes of a run, and builds its engine. Raises UserError for sizes that do not fit."""
+
+    checkpoints = checkpoint
+
+    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig) -> None:
+        self._config, self._model = config, model
+        self.device = parts.device(config, env)
+        self.topology = parts.start_processes(config, env, self.device)
+        check_sizes(model, config.distributed_strategy.tensor_model_parallel_size)
+        check_pipeline(model, parts.parallel(config))
+        self.precision = parts.precision(config)
+        self.reference_precision = parts.reference_precision(config)
+
+    def engine(self) -> Engine:
+        model = self._config.model
+        granularity = model.activations_checkpoint_granularity
+        recompute = tuple(model.activations_checkpoint_recompute or ())
+        on_xla = self.device.type == "xla"
+        how = xla.recompute if on_xla else None
+        engine = (xla.XlaEngine if on_xla else NativeEngine)(
+            self._model,
+            parts.attention(self._config, self.device),
+            precision=self.precision,
+            reference_precision=self.reference_precision,
+            topology=self.topology,
+            parallel=parts.parallel(self._config),
+            device=self.device,
+            configure_model=lambda llama: llama.set_checkpointing(granularity, recompute, how),
+        )
+        if isinstance(engine, xla.XlaEngine):
+            engine.graphs = xla.graph_log()
+        return engine

@@ -1,0 +1,148 @@
+"""The NxD engine's share of a run. Nothing here imports NxD before a run asks for that engine."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from nxdt_align.build.env import RunEnv
+from nxdt_align.config.engines import find_missing_neuron_packages
+from nxdt_align.config.schema import Config
+from nxdt_align.engines.base import Engine
+from nxdt_align.engines.nxd import checkpoint, compat
+from nxdt_align.engines.nxd.flash import CausalFlashAttention, nki_kernel
+from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
+from nxdt_align.errors import UserError
+from nxdt_align.models.llama import Llama
+from nxdt_align.models.partition import QKV, Partition, PartitionError
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.ops.attention import Attention, DenseAttention
+
+log = logging.getLogger(__name__)
+
+
+class NxDParts:
+    """Joins the processes of a run, and builds its engine.
+
+    Raises UserError for sizes that do not go together, and where NxD cannot be imported.
+    """
+
+    checkpoints = checkpoint
+
+    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig) -> None:
+        self._config, self._model = config, model
+        place = compat.place_of(config.trainer.accelerator)
+        missing = find_missing_neuron_packages(cpu_mode=place != "neuron")
+        if missing is not None:
+            raise UserError(missing)
+        parallel = parallel_of(config, model, place)
+        _check_sizes(parallel, model)
+        self.precision = precision_of(config, place)
+        self.reference_precision = self.precision
+        self.platform = compat.start(place, env.rank, env.world_size)
+        self.device = self.platform.device
+        from nxdt_align.engines.nxd.mesh import make_mesh
+
+        self.mesh = make_mesh(parallel, self.platform)
+        self.topology = self.mesh.topology
+
+    def engine(self) -> Engine:
+        from nxdt_align.engines.nxd.engine import NxDEngine
+
+        return NxDEngine(
+            self._model,
+            self.mesh,
+            attention=self._attention(),
+            precision=self.precision,
+            save_options=save_options_of(self._config, self.precision),
+            configure_model=self._configure,
+        )
+
+    def _configure(self, llama: Llama) -> None:
+        model = self._config.model
+        llama.set_checkpointing(
+            model.activations_checkpoint_granularity,
+            tuple(model.activations_checkpoint_recompute or ()),
+            self.platform.recompute(),
+        )
+
+    def _attention(self) -> Attention:
+        config = self._config
+        if config.data.attention not in ("auto", "dense"):
+            raise UserError(
+                f"data.attention: must be auto or dense with engine nxd, but is {config.data.attention}"
+            )
+        if not config.model.fusions.flash_attention or self.platform.place != "neuron":
+            return DenseAttention()
+        if config.data.packing != "none":
+            log.info("model.fusions.flash_attention: packed rows need a mask, which the kernel does not take")
+            return DenseAttention()
+        return CausalFlashAttention(nki_kernel())
+
+
+def parallel_of(config: Config, model: LlamaConfig, place: compat.Place) -> Parallel:
+    """How the model is spread."""
+    strategy = config.distributed_strategy
+    if strategy.zero1 and place == "cpu":
+        log.info(
+            "distributed_strategy.zero1: neuronx-distributed shards the optimizer on XLA devices only; "
+            "in CPU mode each rank keeps all of it, with the same result"
+        )
+    return Parallel(
+        tensor=strategy.tensor_model_parallel_size,
+        pipeline=strategy.pipeline_model_parallel_size,
+        sequence=strategy.sequence_parallel and strategy.tensor_model_parallel_size > 1,
+        kv_multiplier=strategy.kv_replicator,
+        qkv=_qkv(config, model),
+        zero1=strategy.zero1 and place != "cpu",
+    )
+
+
+def _qkv(config: Config, model: LlamaConfig) -> QKV:
+    if config.model.qkv_linear:
+        return "fused" if config.model.fuse_qkv else "split"
+    return "coalesced" if model.num_attention_heads == model.num_key_value_heads else "separate"
+
+
+def _check_sizes(parallel: Parallel, model: LlamaConfig) -> None:
+    try:
+        Partition(model, parallel.tensor, parallel.pipeline, parallel.kv_multiplier, parallel.qkv)
+    except PartitionError as error:
+        raise UserError(
+            "distributed_strategy (tensor_model_parallel_size, pipeline_model_parallel_size, kv_replicator) "
+            f"and model.qkv_linear do not fit the model: {error}"
+        ) from error
+    if parallel.pipeline > 1 and model.tie_word_embeddings:
+        raise UserError(
+            "distributed_strategy.pipeline_model_parallel_size: must be 1 for a model whose head is tied to "
+            f"its embedding, which are in the first and the last stage, but is {parallel.pipeline}"
+        )
+
+
+def precision_of(config: Config, place: compat.Place) -> Precision:
+    """``precision.type`` in this engine's terms. Raises UserError for what it does not have."""
+    kind, settings = config.precision.type, config.precision
+    if kind == "autocast":
+        raise UserError(
+            "precision.type: autocast is not in engine nxd; mixed_precision computes in bf16, with master "
+            "weights, gradients and log-probabilities in fp32"
+        )
+    is_low = settings.xla_use_bf16 == "1" or settings.xla_downcast_bf16 == "1"
+    if kind == "fp32" or (kind == "manual" and not is_low):
+        return Precision()
+    rounds = kind == "bf16SR" or (kind == "manual" and not settings.master_weights)
+    if rounds and place != "neuron":
+        log.info("stochastic rounding is the Neuron hardware's; fp32 master weights stand in for it here")
+    return Precision(torch.bfloat16, masters=not rounds or place != "neuron")
+
+
+def save_options_of(config: Config, precision: Precision) -> SaveOptions:
+    """The form of checkpoints."""
+    settings = config.exp_manager
+    low = None
+    if settings.save_bf16:
+        low = torch.bfloat16
+    elif precision.masters and not settings.checkpoint_callback_params.use_master_weights_in_ckpt:
+        low = precision.compute
+    return SaveOptions(xser=settings.save_xser, low_precision=low)

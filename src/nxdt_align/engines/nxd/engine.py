@@ -1,0 +1,208 @@
+"""The NxD engine: the plain Llama in neuronx-distributed's layers, on NeuronCores or in its CPU mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines import steps
+from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
+from nxdt_align.engines.nxd.layers import parallelize
+from nxdt_align.engines.nxd.mesh import Mesh
+from nxdt_align.engines.nxd.precision import MasterWeights
+from nxdt_align.engines.nxd.saving import Checkpoints
+from nxdt_align.engines.nxd.scoring import Runner, Scorer
+from nxdt_align.engines.nxd.settings import Precision, SaveOptions
+from nxdt_align.engines.nxd.shards import Shards
+from nxdt_align.models.llama import Llama
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.ops.attention import Attention, DenseAttention
+
+
+class NxDEngine(Engine):
+    """A Llama spread over tensor-parallel ranks, and copies of it over data-parallel ones.
+
+    Parameters go by NxD's names (``named_parameters``), those of its checkpoints: ``weight_q`` for the
+    plain Llama's ``q_proj.weight``, one ``gate_up_proj.weight`` for two.
+
+    Args:
+        config: the model's shape.
+        mesh: this process among those that it is spread over.
+        attention: how packed rows are attended over; of static shapes.
+        precision: compute dtype, and whether float32 master weights are kept.
+        save_options: the form of checkpoints.
+        configure_model: called with each Llama that is built, before it is spread.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        mesh: Mesh,
+        *,
+        attention: Attention | None = None,
+        precision: Precision = Precision(),  # noqa: B008 (frozen)
+        save_options: SaveOptions = SaveOptions(),  # noqa: B008 (frozen)
+        configure_model: Callable[[Llama], None] = lambda model: None,
+    ) -> None:
+        self.config = config
+        self.device = mesh.platform.device
+        self.topology = mesh.topology
+        self._platform, self._parallel, self._groups = mesh.platform, mesh.parallel, mesh.groups
+        self._attention = attention or DenseAttention()
+        self._precision = precision
+        self._configure = configure_model
+        self._shards = Shards(config, mesh.parallel, mesh.groups)
+        self._policy = self._build()
+        self._masters = MasterWeights(self._weights()) if precision.masters else None
+        self._is_behind = True
+        self._reference: Scorer | None = None
+        self._checkpoints = Checkpoints(mesh, save_options)
+
+    def _build(self) -> Scorer:
+        """A model without values: each rank then fills its shares only."""
+        with torch.device("meta"):
+            llama = Llama(self.config, self._attention)
+        self._configure(llama)
+        dtype = self._precision.compute
+        llama = llama.to(dtype=dtype)
+        parallelize(llama, self._parallel, dtype, cpu_mode=self._platform.place == "cpu")
+        llama = llama.to_empty(device=self.device)
+        self._shards.mark(llama)
+        return Scorer(llama, self._attention, self._parallel, self._groups.tensor)
+
+    def _weights(self) -> list[tuple[str, nn.Parameter]]:
+        """What is computed with, which master weights stand above."""
+        return self._shards.named_parameters(self._policy.llama)
+
+    # Weights
+
+    def load_weights(self, source: WeightSource) -> None:
+        self._shards.fill(self.named_parameters(), source)
+        self._is_behind = True
+        self._publish()
+
+    def load_reference(self, source: WeightSource | None) -> None:
+        self._reference = self._build()
+        self._reference.requires_grad_(False)
+        parameters = self._shards.named_parameters(self._reference.llama)
+        if source is not None:
+            self._shards.fill(parameters, source)
+            return
+        self._publish()
+        policy = dict(self._weights())
+        for name, parameter in parameters:
+            parameter.copy_(policy[name])
+
+    def drop_reference(self) -> None:
+        self._reference = None
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return self._masters.named_parameters() if self._masters is not None else self._weights()
+
+    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return self._shards.whole(self.named_parameters())
+
+    def _publish(self) -> None:
+        """Bring the weights that are computed with up to the masters, where those may have moved."""
+        if self._masters is not None and self._is_behind:
+            self._masters.publish()
+        self._is_behind = False
+
+    # Forward and backward
+
+    def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        # What the optimizer has recorded since the last step is a graph of its own.
+        self._platform.mark_step()
+        parameters = self.named_parameters()
+        for _, parameter in parameters:
+            parameter.grad = None
+        self._publish()
+        batches = self._with_reference(micro_batches, objective)
+        output = steps.forward_and_backward(self._runner(), self._groups.data, batches, objective)
+        for _, parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._groups.tensor.sum(self._shards.partial_gradients(parameters))
+        self._groups.data.sum([p.grad for _, p in parameters if p.grad is not None])
+        self._is_behind = True  # the optimizer's step comes next
+        return output
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        self._publish()
+        batches = self._with_reference(micro_batches, objective)
+        return steps.evaluate(self._runner(), self._groups.data, batches, objective)
+
+    def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
+        self._publish()
+        if reference and self._reference is None:
+            raise EngineError("reference log-probs were asked for, but no reference model was loaded")
+        scorer = self._reference if reference and self._reference is not None else self._policy
+        (result,) = Runner(scorer, self._platform).forward([batch], want_collisions=False)
+        return batch.sum_logps(result.logps)
+
+    def _runner(self) -> Runner:
+        return Runner(self._policy, self._platform)
+
+    def _with_reference(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Batch]:
+        if not objective.needs_reference:
+            return list(micro_batches)
+        return [
+            b if b.reference_logps is not None else b.with_reference(self.response_logps(b, reference=True))
+            for b in micro_batches
+        ]
+
+    def mark_step(self) -> None:
+        """The end of a step: of the optimizer's, too."""
+        self._platform.mark_step()
+
+    # Norms
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        """As the contract says; not by NxD's clip_grad_norm, which counts replicated kv heads as often as
+        they are replicated."""
+        parameters = [(n, p) for n, p in self.named_parameters() if p.grad is not None]
+        gradients = [(n, p.grad) for n, p in parameters if p.grad is not None]
+        norm = self._shards.norm(gradients)
+        if max_norm is not None:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            for _, gradient in gradients:
+                gradient.mul_(factor)
+        return norm
+
+    def parameter_norm(self) -> Tensor:
+        return self._shards.norm(self.named_parameters())
+
+    # Ranks
+
+    def all_gather(self, value: Tensor) -> Tensor:
+        return self._groups.data.gather(value)
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self._groups.broadcast_object(value)
+
+    def barrier(self) -> None:
+        self._groups.barrier()
+
+    # Checkpoints
+
+    def save(
+        self,
+        directory: Path,
+        optimizer: torch.optim.Optimizer | None,
+        extra: Mapping[str, Any],
+        *,
+        background: bool = False,
+    ) -> None:
+        """As the contract says; at once, whether ``background`` or not."""
+        self._checkpoints.save(directory, self.named_parameters(), optimizer, extra)
+
+    def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        extra = self._checkpoints.load(directory, self.named_parameters(), optimizer)
+        self._is_behind = True
+        self._publish()
+        return extra

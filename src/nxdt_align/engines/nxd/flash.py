@@ -1,0 +1,56 @@
+"""NKI flash attention, for rows that hold one sequence each.
+
+Legend: ``B`` rows, ``S`` tokens, ``N`` query heads, ``K`` key-value heads, ``H`` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from nxdt_align.engines.base import EngineError
+
+Kernel = Callable[..., Tensor]
+"""(B, N, H, S) each -> (B, N, S, H): neuronx_distributed's nki_flash_attn_func."""
+TILE = 2048
+"""The kernel takes rows of a multiple of so many tokens."""
+
+
+def nki_kernel() -> Kernel:
+    """NxD's. Raises EngineError where the compiler's kernels are missing."""
+    try:
+        from neuronx_distributed.kernels.flash_attn import nki_flash_attn_func
+    except ImportError as error:
+        raise EngineError(
+            f"model.fusions.flash_attention: no NKI kernel: {error}; update neuronx-cc, or "
+            "set model.fusions.flash_attention=False"
+        ) from error
+    kernel: Kernel = nki_flash_attn_func
+    return kernel
+
+
+class CausalFlashAttention:
+    """Every token sees the earlier ones of its row: right in layout none, where padding comes last."""
+
+    static_shapes = True
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def prepare(self, segment_ids: Tensor) -> None:
+        """Nothing. Raises EngineError for rows of a length that the kernel does not take."""
+        tokens = segment_ids.shape[1]
+        if tokens % TILE:
+            raise EngineError(
+                f"model.fusions.flash_attention: needs rows of a multiple of {TILE} tokens, but a row has "
+                f"{tokens}; set data.seq_length to such a multiple, or model.fusions.flash_attention=False"
+            )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: None) -> Tensor:
+        """q (B, S, N, H), k and v (B, S, K, H) -> (B, S, N, H)."""
+        groups = q.shape[2] // k.shape[2]
+        if groups > 1:
+            k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+        q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))
+        return self._kernel(q, k, v, causal=True, transpose_nki_inputs=True).transpose(1, 2)

@@ -1,0 +1,156 @@
+"""The plain Llama with its modules replaced by NxD's parallel layers.
+
+Between the layers the residual stream is (B, S, D), or, under sequence parallel, (S / tp, B, D): norms
+and sums do not care, and attention's two projections turn what they get and give. The replaced modules
+have NxD's names for their weights, so that a state dict is a shard of NxD's checkpoints.
+
+Legend: ``B`` rows, ``S`` tokens, ``D`` hidden, ``F`` MLP width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from neuronx_distributed.parallel_layers import (
+    ColumnParallelLinear,
+    ParallelEmbedding,
+    RowParallelLinear,
+    mappings,
+)
+from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+from nxdt_align.engines.nxd.qkv import (
+    CoalescedProjection,
+    SeparateProjection,
+    SharedKVProjection,
+    swap_first_two,
+)
+from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.models.llama import Llama, LlamaAttention, LlamaMLP, LlamaRMSNorm
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.sharding import Split
+
+
+class GateUp(ColumnParallelLinear):  # type: ignore[misc]
+    """Gate and up in one matrix: each rank's rows are its gate's, then its up's (a stride of 2)."""
+
+    def __init__(self, config: LlamaConfig, **settings: Any) -> None:
+        super().__init__(config.hidden_size, 2 * config.intermediate_size, stride=2, **settings)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = super().forward(x).chunk(2, dim=-1)
+        return gate, up
+
+
+class AttentionOutput(RowParallelLinear):  # type: ignore[misc]
+    """(B, S, heads * head_dim) of this rank's heads -> the residual stream's layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        summed: Tensor = super().forward(swap_first_two(x) if self.sequence_parallel_enabled else x)
+        return summed
+
+
+class GatheringNorm(LlamaRMSNorm):
+    """The last norm, whose output is whole again: (S / tp, B, D) -> (B, S, D).
+
+    What follows is the same on all tensor-parallel ranks, and so is its gradient: each takes its part.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = mappings.gather_from_sequence_parallel_region(super().forward(x), to_model_parallel=False)
+        return swap_first_two(whole)
+
+
+def parallelize(llama: Llama, parallel: Parallel, dtype: torch.dtype, *, cpu_mode: bool) -> None:
+    """Replace the modules of a Llama that is on the meta device, in place.
+
+    NxD's groups must be there, of ``parallel``'s sizes.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`sequence_parallel_enabled` is set")
+        _Swap(llama.config, parallel, dtype, cpu_mode).apply(llama)
+
+
+class _Swap:
+    def __init__(self, config: LlamaConfig, parallel: Parallel, dtype: torch.dtype, cpu_mode: bool) -> None:
+        self._config, self._parallel, self._dtype, self._cpu_mode = config, parallel, dtype, cpu_mode
+        self._common = {
+            "bias": False,
+            "dtype": dtype,
+            # With its default, float32, NxD loses the input's gradient of a bf16 layer: it reduces a
+            # copy and returns the original.
+            "reduce_dtype": dtype,
+            "sequence_parallel_enabled": parallel.sequence,
+            "sequence_dimension": 0 if parallel.sequence else None,
+        }
+        self._column = {**self._common, "gather_output": False}
+        self._row = {**self._common, "input_is_parallel": True}
+
+    def apply(self, llama: Llama) -> None:
+        config, body = self._config, llama.model
+        body.embed_tokens = ParallelEmbedding(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=self._dtype,
+            sequence_parallel_enabled=self._parallel.sequence,
+        )
+        for module in body.layers.modules():
+            if isinstance(module, LlamaAttention):
+                module.qkv_proj = self._qkv()
+                module.o_proj = AttentionOutput(
+                    config.num_attention_heads * config.head_dim, config.hidden_size, **self._row
+                )
+            elif isinstance(module, LlamaMLP):
+                module.gate_up_proj = GateUp(config, **self._column)
+                module.down_proj = RowParallelLinear(
+                    config.intermediate_size, config.hidden_size, **self._row
+                )
+        if self._parallel.sequence:
+            body.norm = GatheringNorm(config.hidden_size, config.rms_norm_eps)
+        if llama.lm_head is not None:
+            # Asked for its rows of the head alone, which is why it gathers nothing.
+            llama.lm_head = ColumnParallelLinear(
+                config.hidden_size, config.vocab_size, bias=False, gather_output=False, dtype=self._dtype
+            )
+
+    def _qkv(self) -> Any:
+        kind = self._parallel.qkv
+        if kind == "separate":
+            return SeparateProjection(self._config, **self._column)
+        if kind == "coalesced":
+            return CoalescedProjection(self._config, **self._column)
+        return SharedKVProjection(
+            self._config,
+            dtype=self._dtype,
+            sequence_parallel=self._parallel.sequence,
+            kv_multiplier=self._parallel.kv_multiplier,
+            fused=kind == "fused",
+            cpu_mode=self._cpu_mode,
+        )
+
+
+def mark(name: str, parameter: nn.Parameter, split: Split, parallel: Parallel) -> None:
+    """Tell NxD how a parameter is split. Its layers do so themselves, but what they say is lost where the
+    parameter is made anew on the device, and never said of weight_qkv.
+
+    Args:
+        name: NxD's.
+        split: that of the plain weight, or the plain weights, which the parameter holds.
+    """
+    if split.dim is None:
+        parameter.sequence_parallel_enabled = parallel.sequence  # type: ignore[attr-defined]
+        return
+    for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride", "num_partitions"):
+        if hasattr(parameter, attribute):
+            delattr(parameter, attribute)
+    stride = {"gate_up_proj.weight": 2, "qkv_proj.weight": 3}
+    set_tensor_model_parallel_attributes(
+        parameter,
+        is_parallel=True,
+        dim=split.dim,
+        stride=next((s for end, s in stride.items() if name.endswith(end)), 1),
+        num_partitions=parallel.tensor,
+    )

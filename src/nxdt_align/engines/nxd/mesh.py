@@ -1,0 +1,172 @@
+"""The groups of ranks that the model is spread over, as NxD makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import neuronx_distributed as nxd
+import torch
+import torch.distributed as dist
+from neuronx_distributed.parallel_layers import comm, parallel_state
+from torch import Tensor
+
+from nxdt_align.batch import Topology
+from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.nxd.compat import Platform
+from nxdt_align.engines.nxd.kv_groups import check_kv_groups
+from nxdt_align.engines.nxd.settings import Parallel
+
+BUCKET_BYTES = 512 << 20
+"""What one all-reduce takes at once."""
+
+
+class Group:
+    """Ranks that reduce with each other: a DataRanks of the engines' steps.
+
+    Reductions go through NxD, so that on XLA they become part of the graph.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over the ranks, in place."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            comm.all_reduce("sum", bucket, groups=self.group)
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum over the ranks; ``value`` stays as it is."""
+        return self._reduced("sum", value)
+
+    def maximum(self, value: Tensor) -> Tensor:
+        """The largest of the ranks' values, entry by entry; ``value`` stays as it is."""
+        return self._reduced("max", value)
+
+    def gather(self, value: Tensor) -> Tensor:
+        """(ranks, *value.shape): the ranks' values, on every rank."""
+        if self.size == 1:
+            return value[None]
+        gathered: Tensor = comm.all_gather(value[None].contiguous(), dim=0, groups=self.group)
+        return gathered
+
+    def _reduced(self, how: str, value: Tensor) -> Tensor:
+        if self.size == 1:
+            return value
+        reduced: Tensor = comm.all_reduce(how, [value.clone()], groups=self.group)[0]
+        return reduced
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This process's groups."""
+
+    tensor: Group
+    data: Group
+    pipeline: Group
+    host: dist.ProcessGroup | None
+    """All processes, for objects on the host: gloo, whatever the device."""
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's ``value`` on every rank."""
+        if dist.get_world_size() == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host, device=torch.device("cpu"))
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in the order of the ranks, on every rank."""
+        if dist.get_world_size() == 1:
+            return [value]
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, value, group=self.host)
+        return found
+
+    def barrier(self) -> None:
+        if dist.get_world_size() > 1:
+            dist.barrier(group=self.host)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands, in NxD's groups."""
+
+    platform: Platform
+    parallel: Parallel
+    groups: Groups
+    topology: Topology
+    nxd_config: dict[str, Any]
+    """neuronx_distributed_config's."""
+
+
+def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
+    """Have NxD make its groups. Every process calls this.
+
+    NxD keeps one set of groups a process: a second call must ask for the same sizes, or follow
+    ``forget_groups``. Raises EngineError where it does not, and for sizes that NxD gets wrong.
+    """
+    config: dict[str, Any] = nxd.neuronx_distributed_config(
+        tensor_parallel_size=parallel.tensor,
+        pipeline_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        optimizer_config={"zero_one_enabled": parallel.zero1, "grad_clipping": False},
+    )
+    if parallel_state.get_tensor_model_parallel_size() != parallel.tensor:
+        raise EngineError(
+            f"neuronx-distributed keeps one tensor-parallel size a process: it has "
+            f"{parallel_state.get_tensor_model_parallel_size()}, and cannot have {parallel.tensor} as well"
+        )
+    if parallel.qkv in ("split", "fused"):
+        parallel_state.initialize_kv_group(parallel.kv_multiplier)
+        check_kv_groups(
+            parallel_state.get_kv_shared_replica_groups(),
+            parallel_state.get_tensor_model_parallel_replica_groups(),
+            parallel.kv_multiplier,
+        )
+    is_gloo = dist.get_backend() == "gloo"
+    groups = Groups(
+        Group(parallel_state.get_tensor_model_parallel_group()),
+        Group(parallel_state.get_data_parallel_group()),
+        Group(parallel_state.get_pipeline_model_parallel_group()),
+        None if is_gloo or dist.get_world_size() == 1 else dist.new_group(backend="gloo"),
+    )
+    return Mesh(platform, parallel, groups, _topology(groups), config)
+
+
+def forget_groups() -> None:
+    """Let NxD make other groups in this process."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_kv_group()
+
+
+def _topology(groups: Groups) -> Topology:
+    """Asked of NxD: at a tensor-parallel size of 4 on trn1 it takes ranks that are not neighbours."""
+    return Topology(
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        data_parallel_size=groups.data.size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        tensor_parallel_size=groups.tensor.size,
+        tensor_parallel_rank=groups.tensor.rank,
+        pipeline_parallel_size=groups.pipeline.size,
+        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+    )
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one dtype, together up to BUCKET_BYTES."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not buckets or tensor.nbytes > room or buckets[-1][0].dtype != tensor.dtype:
+            buckets.append([])
+            room = BUCKET_BYTES
+        buckets[-1].append(tensor)
+        room -= tensor.nbytes
+    return buckets

@@ -1,0 +1,138 @@
+"""NxD's layers for attention's input projections, in the places of the plain Llama's QKVProjection.
+
+Legend: ``B`` rows, ``S`` tokens, ``P`` this rank's tokens (S, or S / tp under sequence parallel), ``D``
+hidden. Under sequence parallel what comes in is (P, B, D), NxD's layout; what goes out is
+(B, S, heads * head_dim) always, as the plain attention wants it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from neuronx_distributed.modules.qkv_linear import GQAQKVColumnParallelLinear
+from neuronx_distributed.parallel_layers import ColumnParallelLinear, mappings, parallel_state
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nxdt_align.models.presets import LlamaConfig
+
+QKVs = tuple[Tensor, Tensor, Tensor]
+
+
+class SwapFirstTwo(torch.autograd.Function):
+    """(A, B, ...) -> (B, A, ...), contiguous in both passes: NxD's layers take views of what they get."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.transpose(0, 1).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.transpose(0, 1).contiguous()
+
+
+def swap_first_two(x: Tensor) -> Tensor:
+    swapped: Tensor = SwapFirstTwo.apply(x)  # type: ignore[no-untyped-call]
+    return swapped
+
+
+def batch_first(parts: QKVs, sequence_parallel: bool) -> QKVs:
+    if not sequence_parallel:
+        return parts
+    q, k, v = (swap_first_two(part) for part in parts)
+    return q, k, v
+
+
+class SharedKVProjection(GQAQKVColumnParallelLinear):  # type: ignore[misc]
+    """Key and value heads repeated ``kv_multiplier`` times over the ranks; weight_q, weight_k and
+    weight_v, or weight_qkv where ``fused``."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+        kv_multiplier: int,
+        fused: bool,
+        cpu_mode: bool,
+    ) -> None:
+        head = config.head_dim
+        super().__init__(
+            config.hidden_size,
+            [config.num_attention_heads * head, config.num_key_value_heads * head],
+            bias=False,
+            gather_output=False,
+            dtype=dtype,
+            # Its default, float32, is for bf16 that is reduced in float32; then NxD reduces a copy.
+            reduce_dtype=dtype,
+            sequence_parallel_enabled=sequence_parallel,
+            kv_size_multiplier=kv_multiplier,
+            fuse_qkv=fused,
+        )
+        if cpu_mode:
+            # NxD's own reduces through XLA here, which is wrong without XLA devices.
+            self._forward_impl = project_in_cpu_mode
+
+    def forward(self, x: Tensor) -> QKVs:
+        return batch_first(super().forward(x), self.sequence_parallel_enabled)
+
+
+def project_in_cpu_mode(
+    *,
+    input: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    weight_v: Tensor | None,
+    weight_qkv: Tensor | None,
+    sequence_parallel_enabled: bool,
+    output_size_q: int,
+    output_size_kv: int,
+    **_: object,
+) -> QKVs:
+    """What the layer computes, with reductions that go through gloo.
+
+    The weights of shared heads take part as copies: their gradients are summed over the ranks that
+    hold the same heads. Each rank then adds its own share to the input's gradient.
+    """
+    if sequence_parallel_enabled:
+        whole = mappings.gather_from_sequence_parallel_region(input)
+    else:
+        whole = mappings.copy_to_tensor_model_parallel_region(input)
+    if weight_qkv is not None:
+        sizes = [output_size_q, output_size_kv, output_size_kv]
+        weight_q, weight_k, weight_v = torch.split(weight_qkv, sizes)
+    assert weight_q is not None and weight_k is not None and weight_v is not None
+    group = parallel_state.get_kv_shared_group()
+    shared = (mappings.copy_to_tensor_model_parallel_region(w, group) for w in (weight_k, weight_v))
+    q, k, v = (F.linear(whole, weight) for weight in (weight_q, *shared))
+    return q, k, v
+
+
+class SeparateProjection(nn.Module):
+    """Three layers, each of which gathers its input: for fewer ranks than kv heads, or as many."""
+
+    def __init__(self, config: LlamaConfig, **settings: Any) -> None:
+        super().__init__()
+        head = config.head_dim
+        self.sequence_parallel = bool(settings["sequence_parallel_enabled"])
+        queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+        self.q_proj = ColumnParallelLinear(config.hidden_size, queries, **settings)
+        self.k_proj = ColumnParallelLinear(config.hidden_size, keys, **settings)
+        self.v_proj = ColumnParallelLinear(config.hidden_size, keys, **settings)
+
+    def forward(self, x: Tensor) -> QKVs:
+        return batch_first((self.q_proj(x), self.k_proj(x), self.v_proj(x)), self.sequence_parallel)
+
+
+class CoalescedProjection(ColumnParallelLinear):  # type: ignore[misc]
+    """One matrix for as many kv heads as query heads: each rank's rows are its q, k and v in turn."""
+
+    def __init__(self, config: LlamaConfig, **settings: Any) -> None:
+        width = config.num_attention_heads * config.head_dim
+        super().__init__(config.hidden_size, 3 * width, stride=3, **settings)
+
+    def forward(self, x: Tensor) -> QKVs:
+        q, k, v = super().forward(x).chunk(3, dim=-1)
+        return batch_first((q, k, v), self.sequence_parallel_enabled)

@@ -1,0 +1,83 @@
+"""A micro-batch in, its response tokens' log-probabilities out, on this rank's shares of a Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.nxd.compat import Platform
+from nxdt_align.engines.nxd.mesh import Group
+from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.engines.steps import Share, TokenLogps
+from nxdt_align.models.llama import Llama
+from nxdt_align.ops.attention import Attention
+from nxdt_align.ops.logprobs import VocabShard, token_logps
+
+
+class Scorer(nn.Module):
+    """A Llama of NxD's layers that is asked for log-probabilities alone.
+
+    Not through NxD's from_parallel_logits_to_logprobs, which keeps all logits and loses bf16's last
+    digits. Every tensor-parallel rank gets the whole result. Shapes are static.
+    """
+
+    def __init__(self, llama: Llama, attention: Attention, parallel: Parallel, tensor: Group) -> None:
+        super().__init__()
+        self.llama = llama
+        self._attention = attention
+        self._parallel = parallel
+        rows = llama.config.vocab_size // tensor.size
+        self._shard = VocabShard(tensor.rank * rows, tensor.maximum, tensor.summed)
+
+    def forward(self, batch: Batch, want_collisions: bool) -> TokenLogps:
+        self._check_length(batch.input_ids.shape[1])
+        context = self._attention.prepare(batch.segment_ids)
+        hidden = self.llama(batch.input_ids, batch.position_ids, context)
+        index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
+        logps, collisions = token_logps(
+            hidden.gather(1, index),
+            self.llama.head_weight,
+            batch.labels,
+            shard=self._shard,
+            want_collisions=want_collisions,
+        )
+        return TokenLogps(logps, collisions)
+
+    def _check_length(self, tokens: int) -> None:
+        if self._parallel.sequence and tokens % self._parallel.tensor:
+            raise EngineError(
+                f"distributed_strategy.sequence_parallel: rows are split over "
+                f"{self._parallel.tensor} tensor-parallel ranks, but a row has {tokens} tokens; make "
+                "data.seq_length a multiple of it"
+            )
+
+
+class Runner:
+    """A Runner of the engines' steps: one micro-batch, and one graph, after the other."""
+
+    def __init__(self, scorer: Scorer, platform: Platform) -> None:
+        self._scorer = scorer
+        self._platform = platform
+
+    @torch.no_grad()
+    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
+        results = []
+        for batch in micro_batches:
+            results.append(self._scorer(batch, want_collisions))
+            self._platform.mark_step()
+        return results
+
+    def backward(
+        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+    ) -> list[TokenLogps]:
+        results = []
+        for index, batch in enumerate(micro_batches):
+            logps, collisions = self._scorer(batch, want_collisions)
+            share(index, TokenLogps(logps, collisions)).backward()  # type: ignore[no-untyped-call]
+            results.append(TokenLogps(logps.detach(), None if collisions is None else collisions.detach()))
+            self._platform.mark_step()
+        return results

@@ -1,0 +1,161 @@
+"""Which parts of the plain Llama's weights a rank's parameters hold, and how to fill and measure them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nxdt_align.engines.base import EngineError, WeightSource
+from nxdt_align.engines.nxd.layers import mark
+from nxdt_align.engines.nxd.mesh import Groups
+from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.models.llama import Llama
+from nxdt_align.models.partition import Partition, local_tensors, weight_shape
+from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.models.sharding import KV_HEADS, split_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plain weight's share, and the rows of a parameter that hold it (all columns)."""
+
+    name: str
+    """The plain Llama's."""
+    first_row: int
+    rows: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The view of a tensor of the parameter's shape."""
+        return tensor[self.first_row : self.first_row + self.rows]
+
+
+class Shards:
+    """One rank's parameters, under NxD's names."""
+
+    def __init__(self, config: LlamaConfig, parallel: Parallel, groups: Groups) -> None:
+        self.partition = Partition(
+            config, parallel.tensor, parallel.pipeline, parallel.kv_multiplier, parallel.qkv
+        )
+        _check_vocabulary(self.partition)
+        self._parallel = parallel
+        self._groups = groups
+        self._parts = {
+            local: list(self._stacked(names))
+            for local, names in local_tensors(self.partition, groups.pipeline.rank).items()
+        }
+
+    def _stacked(self, names: list[str]) -> Iterator[Part]:
+        row = 0
+        for name in names:
+            rows = self.partition.local_shape(name)[0]
+            yield Part(name, row, rows)
+            row += rows
+
+    def named_parameters(self, llama: Llama) -> list[tuple[str, nn.Parameter]]:
+        """Under NxD's names, which are the modules' own but for separate q, k and v."""
+        return [
+            (name.replace(".qkv_proj.", ".") if name not in self._parts else name, parameter)
+            for name, parameter in llama.named_parameters()
+        ]
+
+    def mark(self, llama: Llama) -> None:
+        """Tell NxD how each parameter is split."""
+        for name, parameter in self.named_parameters(llama):
+            mark(name, parameter, split_of(self._parts[name][0].name), self._parallel)
+
+    @torch.no_grad()
+    def fill(self, parameters: Iterable[tuple[str, nn.Parameter]], source: WeightSource) -> None:
+        """Copy this rank's shares of every weight. One whole weight is in memory at a time.
+
+        Raises EngineError naming every missing, surplus or misshapen tensor.
+        """
+        _check_fit(self.partition.config, source)
+        for local, parameter in parameters:
+            for part in self._parts[local]:
+                whole = source.read(part.name)
+                dim, ranges = self.partition.ranges(part.name, self._groups.tensor.rank)
+                pieces = [whole.narrow(dim, start, stop - start) for start, stop in ranges]
+                part.of(parameter).copy_(torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0])
+
+    @torch.no_grad()
+    def whole(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights under the plain Llama's names, on the CPU, on the first rank alone. Every rank
+        iterates to the end."""
+        is_first = torch.distributed.get_rank() == 0
+        for local, parameter in parameters:
+            for part in self._parts[local]:
+                shares = self._groups.tensor.gather(part.of(parameter.detach()).contiguous())
+                if is_first:
+                    yield part.name, self._put_together(part.name, shares.cpu())
+
+    def _put_together(self, name: str, shares: Tensor) -> Tensor:
+        """``shares``: those of all tensor-parallel ranks, on a new first dimension."""
+        whole = torch.empty(self.partition.whole_shape(name), dtype=shares.dtype)
+        for rank, share in enumerate(shares):
+            dim, ranges = self.partition.ranges(name, rank)
+            row = 0
+            for start, stop in ranges:
+                whole.narrow(dim, start, stop - start).copy_(share.narrow(dim, row, stop - start))
+                row += stop - start
+        return whole
+
+    def copies(self, name: str) -> int:
+        """Ranks that hold the same share of the plain weight."""
+        split = split_of(name)
+        if split.replicated:
+            return self._parallel.tensor
+        return self._parallel.kv_multiplier if split == KV_HEADS else 1
+
+    @torch.no_grad()
+    def norm(self, tensors: Iterable[tuple[str, Tensor]]) -> Tensor:
+        """The L2 norm, () float32, of the whole model's tensors, each counted once.
+
+        Args:
+            tensors: this rank's, under NxD's names: parameters, or their gradients.
+        """
+        total: Tensor | None = None
+        for local, tensor in tensors:
+            for part in self._parts[local]:
+                square = part.of(tensor).float().square().sum() / self.copies(part.name)
+                total = square if total is None else total + square
+        assert total is not None
+        return self._groups.pipeline.summed(self._groups.tensor.summed(total)).sqrt()
+
+    def partial_gradients(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Tensor]:
+        """Gradients of which each tensor-parallel rank has a part: those of the norms under sequence
+        parallel, which see other tokens on each rank."""
+        if not self._parallel.sequence:
+            return []
+        return [
+            parameter.grad
+            for local, parameter in parameters
+            if split_of(self._parts[local][0].name).replicated and parameter.grad is not None
+        ]
+
+
+def _check_vocabulary(partition: Partition) -> None:
+    vocabulary = partition.config.vocab_size
+    if partition.padded_vocab != vocabulary:
+        raise EngineError(
+            f"distributed_strategy.tensor_model_parallel_size: must divide the model's vocab_size "
+            f"({vocabulary}) with engine nxd, but is {partition.tp}"
+        )
+
+
+def _check_fit(config: LlamaConfig, source: WeightSource) -> None:
+    there, wanted = set(source.names()), set(weight_shapes(config))
+    faults = [f"missing: {name}" for name in sorted(wanted - there)]
+    faults += [f"not in the model: {name}" for name in sorted(there - wanted)]
+    for name in sorted(there & wanted):
+        have, want = tuple(source.shape(name)), weight_shape(config, name)
+        if have != want:
+            faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
+    if faults:
+        shown = "\n  ".join(faults)
+        raise EngineError(
+            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}\n"
+            "model.model_config, model.num_layers and model.hidden_size must be those of the weights"
+        )

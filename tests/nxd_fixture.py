@@ -1,0 +1,171 @@
+"""Ranks of the NxD engine as processes, on the real neuronx-distributed in its CPU mode.
+
+``run_ranks`` starts processes that import NxD once and do a list of jobs; what each returns comes back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import TINY, ExampleSet, ModuleWeights, causal_attention, random_examples
+from torch import Tensor
+
+from nxdt_align.data.packing import Layout, RowPlanner
+from nxdt_align.data.steps import StepDataset
+from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.losses.preference import DPOLoss
+from nxdt_align.losses.reference_free import ORPOLoss
+from nxdt_align.models.llama import Llama
+from nxdt_align.models.partition import Partition, local_tensors
+from nxdt_align.models.presets import LlamaConfig, weight_shapes
+
+STUBS = Path(__file__).parent / "nxd_stubs"
+CONFIG = replace(TINY, vocab_size=64, num_attention_heads=8, head_dim=4)
+"""Eight query heads to two kv heads; sizes that four ranks divide."""
+PAIRS = 6
+
+
+def require_nxd() -> None:
+    """Skip where neuronx-distributed is not importable; else see to the Neuron-only modules below it."""
+    for name in ("neuronx_distributed", "torch_xla"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not here")
+    if importlib.util.find_spec("torch_neuronx") is None:
+        sys.path.append(str(STUBS))
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a test spreads the model."""
+
+    tp: int = 1
+    kv: int = 1
+    pp: int = 1
+    dp: int = 1
+    sp: bool = False
+    qkv: str = "split"
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+Job = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def run_ranks(world: int, jobs: Sequence[Job], folder: Path, environment: Mapping[str, str] = {}) -> Any:
+    """Results as [job][rank]. A job is a function of this or a test module, and arguments for it.
+
+    Raises what a rank raised first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.spawn(_rank, (world, list(jobs), str(folder), dict(environment)), nprocs=world)
+    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return list(zip(*results, strict=True))
+
+
+def _rank(rank: int, world: int, jobs: list[Job], folder: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    results = []
+    for function, arguments in jobs:
+        results.append(function(*arguments))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# Models and data
+
+
+def plain(seed: int, config: LlamaConfig = CONFIG) -> Llama:
+    """A plain model whose every entry counts."""
+    model = Llama(config, causal_attention)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + (parameter.ndim == 1))
+    return model
+
+
+def weights(seed: int, config: LlamaConfig = CONFIG) -> ModuleWeights:
+    return ModuleWeights(plain(seed, config))
+
+
+def examples() -> ExampleSet:
+    return random_examples(PAIRS, seed=4, prompt=(1, 20), response=(1, 14))
+
+
+def dataset(topology: Any, layout: Layout = "packed") -> StepDataset:
+    found = examples()
+    planner = RowPlanner(
+        found,
+        layout,
+        examples_per_step=PAIRS,
+        seq_length=96,
+        ranks=topology.data_parallel_size,
+        micro_batch_size=1,
+    )
+    return StepDataset(found, planner, layout, topology)  # type: ignore[arg-type]
+
+
+def objective(name: str) -> GlobalMeanObjective:
+    return GlobalMeanObjective(DPOLoss(0.1) if name == "dpo" else ORPOLoss(0.1))
+
+
+# On a rank
+
+
+def engine(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
+    from nxdt_align.engines.nxd import compat
+
+    platform = compat.start("cpu", dist.get_rank(), dist.get_world_size())
+    from nxdt_align.engines.nxd.engine import NxDEngine
+    from nxdt_align.engines.nxd.mesh import forget_groups, make_mesh
+
+    forget_groups()
+    parallel = Parallel(case.tp, case.pp, case.sp, case.kv, case.qkv)  # type: ignore[arg-type]
+    return NxDEngine(config, make_mesh(parallel, platform), **settings)
+
+
+# Beside the ranks
+
+
+def whole(case: Case, config: LlamaConfig, shards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors under the plain Llama's names out of each rank's, which must agree where they
+    hold the same. ``shards`` are those of the ranks of one copy of the model, tensor-parallel fastest."""
+    partition = Partition(config, case.tp, case.pp, case.kv, case.qkv)  # type: ignore[arg-type]
+    found = {name: torch.full(shape, torch.nan) for name, shape in weight_shapes(config).items()}
+    for stage in range(case.pp):
+        for local, names in local_tensors(partition, stage).items():
+            for rank in range(case.tp):
+                held, row = shards[stage * case.tp + rank][local], 0
+                for name in names:
+                    rows = partition.local_shape(name)[0]
+                    _place(found[name], partition, name, rank, held[row : row + rows])
+                    row += rows
+    assert not any(tensor.isnan().any() for tensor in found.values())
+    return found
+
+
+def _place(target: Tensor, partition: Partition, name: str, rank: int, share: Tensor) -> None:
+    dim, ranges = partition.ranges(name, rank)
+    at = 0
+    for start, stop in ranges:
+        piece = share.narrow(dim, at, stop - start)
+        place = target.narrow(dim, start, stop - start)
+        assert bool(place.isnan().all()) or torch.allclose(place, piece, rtol=1e-5, atol=1e-7), name
+        place.copy_(piece)
+        at += stop - start

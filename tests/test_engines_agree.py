@@ -1,0 +1,64 @@
+"""The same configuration through both engines: the NxD engine in CPU mode on two tensor-parallel ranks,
+stopped and gone on with, against the native engine in one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nxd_fixture import STUBS, require_nxd
+from training_fixture import Project, scalars
+
+from nxdt_align.checkpoint.hf import HFFolder
+
+pytestmark = pytest.mark.nxd
+STEPS = 20
+NXD = (
+    *("distributed_strategy.engine=nxd", "trainer.accelerator=cpu", "trainer.devices=2"),
+    *("distributed_strategy.tensor_model_parallel_size=2", "distributed_strategy.sequence_parallel=True"),
+    *("distributed_strategy.zero1=True", "model.qkv_linear=True", "exp_manager.seconds_to_sleep=0.1"),
+)
+
+
+def train_sh(repo: Path, project: Project, *overrides: str) -> str:
+    environment = {**os.environ, "NXDT_ALIGN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment["CONF_FILE"] = str(project.root / "conf" / "run.yaml")
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [str(repo / "examples" / "train.sh"), *overrides],
+        cwd=project.root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_the_loss_curves_are_the_same(repo: Path, tmp_path: Path) -> None:
+    """20 steps of DPO with clipping, a schedule, the reference pass and validation: 1e-5 on the loss, 1e-4
+    on the gradients' norm and on every exported weight."""
+    require_nxd()
+    assert STUBS.is_dir()
+    project = Project.create(tmp_path)
+    common = (f"trainer.max_steps={STEPS}", "precision.type=fp32", "exp_manager.export_hf=True")
+    common += ("model.optim.lr=1e-3",)
+    assert project.train(f"exp_manager.exp_dir={tmp_path}/native", *common) == 0
+    nxd = (f"exp_manager.exp_dir={tmp_path}/nxd", *common, *NXD)
+    train_sh(repo, project, *nxd, "trainer.max_steps=8", "exp_manager.export_hf=False")
+    said = train_sh(repo, project, *nxd)
+    assert "going on from this run's own checkpoint" in said
+
+    got, want = scalars(project.only_run("nxd")), scalars(project.only_run("native"))
+    for tag, tolerance in (("reduced_train_loss", 1e-5), ("val_loss", 1e-5), ("gradient_norm", 1e-4)):
+        wanted = [value for _, value in want[tag]]
+        assert [value for _, value in got[tag]] == pytest.approx(wanted, abs=tolerance, rel=tolerance), tag
+    assert [step for step, _ in got["reduced_train_loss"]] == list(range(1, STEPS + 1))
+    exported, other = (HFFolder(project.only_run(run) / "hf_export") for run in ("nxd", "native"))
+    assert exported.names() == other.names()
+    for name in other.names():
+        assert float((exported.read(name) - other.read(name)).abs().max()) <= 1e-4, name
