@@ -24,6 +24,7 @@ from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.preference import DPOLoss
+from nxdt_align.models.activations import kept_of_layer
 from nxdt_align.models.config import parameter_count
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.memory import Memory, estimate
@@ -204,6 +205,33 @@ def compare(
     assert need.weights == parameter_count(config) * formats.weight
     estimated = need.gradients + need.activations + need.scratch
     assert abs(estimated / measured - 1) <= TOLERANCE, f"estimated {estimated:,}, allocated {measured:,}"
+
+
+@pytest.mark.parametrize("kind", PRECISIONS)
+@pytest.mark.parametrize("recompute", [r for r in RECOMPUTE if r != ("full",)], ids="+".join)
+def test_what_a_layer_keeps(kind: str, recompute: tuple[str, ...]) -> None:
+    """Storages that autograd saves for one layer's backward pass, weights, rotary and mask aside."""
+    precision, formats = PRECISIONS[kind]
+    attention = DenseAttention()
+    model = Llama(DEEP, attention)
+    model.set_checkpointing("selective" if recompute else None, recompute)
+    model.to(precision.compute)
+    rotary = model.model.rotary_emb(torch.arange(256).expand(2, -1))
+    context = attention.prepare(torch.zeros(2, 256, dtype=torch.long))
+    others = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *rotary, context)}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.randn(2, 256, 256, dtype=precision.compute, requires_grad=True)
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, precision.context(torch.device("cpu")):
+        model.model.layers[0](x, rotary, context)
+    kept = sum(t.untyped_storage().nbytes() for at, t in saved.items() if at not in others)
+    work = Workload(DEEP, formats, 2, 256, 64, "masked", recompute)
+    assert kept_of_layer(work) == pytest.approx(kept, rel=0.002)
 
 
 @pytest.mark.parametrize("kind", PRECISIONS)
