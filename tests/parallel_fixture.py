@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,12 @@ def make_model(seed: int, shape: LlamaConfig = SHAPE, std: float = 0.02) -> Llam
 
 @functools.cache
 def examples_of(count: int, seed: int) -> ExampleSet:
+    """Short ones, so that fp32's own rounding of a sum over tokens stays well below 1e-6."""
     return random_examples(count, seed, prompt=(1, 12), response=(1, 8))
+
+
+STEPS, CLIP, RATE = 5, 0.1, 1e-3
+"""Optimizer steps; a norm that is exceeded at each; AdamW's learning rate."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,12 @@ class Case:
     pairs: int = 8
     seed: int = 4
     shape: LlamaConfig = SHAPE
-    reference: str = "each step"
-    """"each step": a frozen model, asked at each step; "start": a copy of the policy at its start."""
+    copies_reference: bool = False
+    """The reference is a copy of the policy at its start, not another model."""
+    steps: int = STEPS
+    buckets: tuple[int, ...] | None = None
+    given: ExampleSet | None = None
+    """Instead of random tokens."""
 
     @property
     def world(self) -> int:
@@ -202,7 +211,13 @@ class Case:
         )
 
     def examples(self) -> ExampleSet:
-        return examples_of(self.pairs, self.seed)
+        return self.given or examples_of(self.pairs, self.seed)
+
+    @property
+    def alone(self) -> Case:
+        """The same in one process."""
+        flags = {"sequence_parallel": False, "zero1": False, "fsdp": False}
+        return replace(self, tensor=1, pipeline=1, virtual_pipeline=1, data=1, **flags)
 
     def micro_batches(self, rank: int, examples: ExampleSet) -> list[Batch]:
         """This rank's of one global batch of all examples."""
@@ -211,6 +226,7 @@ class Case:
             self.layout,
             examples_per_step=len(examples),
             seq_length=max(96, int(examples.prompt_lengths.max() + examples.response_lengths.max())),
+            buckets=self.buckets,
             ranks=self.data,
             micro_batch_size=1,
             min_micro_batches=self.min_micro_batches,
@@ -235,7 +251,7 @@ class Case:
         )
         engine.load_weights(ModuleWeights(make_model(0, self.shape)))
         if LOSSES[self.loss].needs_reference:
-            given = None if self.reference == "start" else ModuleWeights(make_model(1, self.shape))
+            given = None if self.copies_reference else ModuleWeights(make_model(1, self.shape))
             engine.load_reference(given)
         return engine
 
@@ -258,12 +274,12 @@ class Outcome:
     evaluated: float = 0.0
     """The loss again, without gradients, before the first step."""
     parameter_norm: float = 0.0
+    final: float = 0.0
+    """The loss without gradients after all steps."""
+    restarted: float = 0.0
+    """The same once the first weights have been loaded again."""
     logps: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     """Record, policy's and reference's log-probs of this rank's slots, before the first step."""
-
-
-STEPS, CLIP, RATE = 5, 0.1, 1e-3
-"""Optimizer steps; a norm that is exceeded at each; AdamW's learning rate."""
 
 
 def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
@@ -276,8 +292,11 @@ def whole(tensor: Tensor) -> Tensor:
     return full.detach().clone()
 
 
-def train(engine: NativeEngine, batches: Sequence[Batch], loss: Loss, steps: int = STEPS) -> Outcome:
-    """Evaluate, then ``steps`` AdamW steps with clipping. All ranks call this."""
+def train(
+    engine: NativeEngine, batches: Sequence[Batch], loss: Loss, steps: int = STEPS, start: Llama | None = None
+) -> Outcome:
+    """Evaluate, ``steps`` AdamW steps with clipping, evaluate; with ``start``, load its weights and evaluate
+    once more. All ranks call this."""
     objective = GlobalMeanObjective(loss)
     evaluated = engine.evaluate(batches, objective)
     logps = []
@@ -306,12 +325,21 @@ def train(engine: NativeEngine, batches: Sequence[Batch], loss: Loss, steps: int
         optimizer.step()
     assert outcome is not None
     outcome.weights = {name: whole(p) for name, p in engine.named_parameters()}
+    outcome.final = float(engine.evaluate(batches, objective).loss)
+    if start is not None:
+        engine.load_weights(ModuleWeights(start))
+        outcome.restarted = float(engine.evaluate(batches, objective).loss)
     return outcome
 
 
 def run_cases(rank: int, world: int, cases: Sequence[Case]) -> list[Outcome]:
     """For ``run_parallel``: every case in turn."""
-    return [train(c.engine(rank), c.micro_batches(rank, c.examples()), LOSSES[c.loss]) for c in cases]
+    return [run_case(rank, case) for case in cases]
+
+
+def run_case(rank: int, case: Case) -> Outcome:
+    batches = case.micro_batches(rank, case.examples())
+    return train(case.engine(rank), batches, LOSSES[case.loss], case.steps, make_model(0, case.shape))
 
 
 def outcomes(cases: dict[str, Case]) -> dict[str, list[Outcome]]:
@@ -328,15 +356,15 @@ def oracle_loss(loss: str, model: Llama, reference: Llama, examples: Sequence[Ex
     return orpo_loss(model, examples, BETA) if loss == "orpo" else dpo_loss(model, reference, examples, BETA)
 
 
-def oracle(case: Case, examples: ExampleSet | None = None, steps: int = STEPS) -> Outcome:
+def oracle(case: Case) -> Outcome:
     """The same training by the plain model, one response at a time, with torch's own clipping."""
-    chosen = (examples or case.examples()).examples
+    chosen = case.examples().examples
     model, reference = make_model(0, case.shape), make_model(1, case.shape)
     parameters = list(model.parameters())
     optimizer = adamw(parameters)
     outcome: Outcome | None = None
     size = torch.nn.utils.get_total_norm(parameters)
-    for _ in range(steps):
+    for _ in range(case.steps):
         loss = oracle_loss(case.loss, model, reference, chosen)
         found = gradients(loss, model)
         for name, parameter in model.named_parameters():
@@ -346,6 +374,8 @@ def oracle(case: Case, examples: ExampleSet | None = None, steps: int = STEPS) -
         optimizer.step()
     assert outcome is not None
     outcome.weights = {name: p.detach() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        outcome.final = float(oracle_loss(case.loss, model, reference, chosen))
     return outcome
 
 

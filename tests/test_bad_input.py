@@ -100,8 +100,8 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tensor parallel": (
         ("distributed_strategy.tensor_model_parallel_size=4", "trainer.devices=1"),
         (
-            "distributed_strategy.tensor_model_parallel_size: must be 1",
-            "but is 4; distributed_strategy.tensor_model_parallel_size=1 trainer.devices=N runs",
+            "trainer.devices: times trainer.num_nodes must be a multiple of tensor_model_parallel_size (4)",
+            "= 4, but is 1",
         ),
     ),
     "seed": (("seed=-1",), ("seed: must be at least 0, but is -1",)),

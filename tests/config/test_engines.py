@@ -36,12 +36,10 @@ def test_engine_is_chosen(load: Load, overrides: list[str], neuron: bool, wanted
     ("override", "rule"),
     [
         (
-            "distributed_strategy.tensor_model_parallel_size=2",
-            "must be 1 (engine native cannot do otherwise in this "
-            "version), but is 2; distributed_strategy.tensor_model_parallel_size=1 trainer.devices=N runs",
+            "distributed_strategy.context_parallel_size=2",
+            "must be 1 (engine native cannot do otherwise in this version), but is 2; with 1, sequence_parallel "
+            "over tensor_model_parallel_size=N ranks spreads long sequences",
         ),
-        ("distributed_strategy.context_parallel_size=2", "context_parallel_size: must be 1"),
-        ("distributed_strategy.fsdp=True", "fsdp: must be False"),
         ("model_alignment_strategy.peft={}", "peft: must not be set"),
     ],
 )
@@ -74,6 +72,16 @@ def test_what_the_nxd_engine_cannot_do_in_this_version(load: Load) -> None:
     engine_faults(load("distributed_strategy: {engine: nxd, tensor_model_parallel_size: 2}"), "nxd")
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["tensor_model_parallel_size=2", "sequence_parallel=True", "zero1=True", "fsdp=True", "fsdp=full"],
+)
+def test_native_engine_spreads_the_model(load: Load, override: str) -> None:
+    config = load("", f"distributed_strategy.{override}")
+    engine_faults(config, "native")
+    assert notices(config, "native") == []
+
+
 def test_one_notice_names_every_key_without_effect(repo: Path) -> None:
     (notice,) = notices(load_config("hf_llama3_8B_DPO_config", [], repo / "conf"), "native")
     assert notice.startswith("keys without effect on engine native: ")
@@ -87,7 +95,7 @@ def test_one_notice_names_every_key_without_effect(repo: Path) -> None:
         *("neuron_rt_exec_timeout", "neuron_experimental_compress_rg", "distributed_strategy.kv_replicator"),
         *("model.qkv_linear", "model.fuse_qkv", "model.fusions.softmax", "model.fusions.flash_attention"),
         *("model.use_cpu_initialization", "exp_manager.save_xser", "exp_manager.load_xser"),
-        *("exp_manager.ckpt_ptl_version", "precision.xla_use_bf16", "distributed_strategy.zero1"),
+        *("exp_manager.ckpt_ptl_version", "precision.xla_use_bf16"),
     ):
         assert key in notice
     for key in ("data.seq_length", "model.optim.betas", "model.rope_theta", "trainer.max_steps"):

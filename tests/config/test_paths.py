@@ -106,6 +106,13 @@ def test_tensor_parallel_size_must_divide_the_model(reject: Reject, size: int, r
     assert all(f"{key}: {rule}" in message for rule in rules)
 
 
+def test_tensor_parallel_size_must_divide_the_vocabulary(reject: Reject, files: Path) -> None:
+    shape = {"num_attention_heads": 8, "hidden_size": 64, "vocab_size": 3002}
+    (files / "config.json").write_text(json.dumps(shape))
+    message = reject("distributed_strategy.tensor_model_parallel_size=4", "trainer.devices=4")
+    assert "must divide vocab_size (3002), but is 4; possible are 1, 2, 19, 38, 79" in message
+
+
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [

@@ -68,3 +68,15 @@ def test_small_examples_share_a_block() -> None:
 def test_rows_that_are_no_blocks_are_refused(row: list[tuple[int, int, int]], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         BlockAttention().prepare(segments([row]))
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_row_of_padding_has_gradients_too(size: int) -> None:
+    """Zeros, and not None: FSDP sums what there is, so ranks would sum different weights."""
+    q, k, v = (torch.randn(1, size, heads, 4, requires_grad=True) for heads in (4, 2, 2))
+    attention = BlockAttention()
+    out = attention(q, k, v, attention.prepare(torch.full((1, size), PADDING_SEGMENT)))
+    assert out.equal(v.repeat_interleave(2, 2))
+    out.sum().backward()
+    for x, wanted in ((q, 0.0), (k, 0.0), (v, 2.0)):
+        assert x.grad is not None and x.grad.equal(torch.full_like(x, wanted))

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 def train(config: Config, env: RunEnv) -> int:
     """Train as configured; returns the exit status. Raises UserError for what the user can mend."""
     # Lightning and NeMo take seconds to import, which conversions do not need.
+    from nxdt_align.build.preconditions import other_processes_are_there
     from nxdt_align.build.run import Run
 
     engine = resolve_engine(config, neuron_available())
@@ -23,4 +24,5 @@ def train(config: Config, env: RunEnv) -> int:
     if env.rank == 0:
         for notice in notices(config, engine):
             log.info("%s", notice)
-    return Run(config, env).fit()
+    with other_processes_are_there(env.world_size, config.distributed_strategy.timeout_minutes):
+        return Run(config, env).fit()

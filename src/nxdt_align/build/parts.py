@@ -37,8 +37,6 @@ from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 
 log = logging.getLogger(__name__)
-TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for the others. Rank 0 may read all weights meanwhile, for their fingerprint."""
 
 
 def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topology:
@@ -47,7 +45,8 @@ def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topolog
         own = dist.get_default_backend_for_device(where)
         backend = own if where.type == "cpu" else f"cpu:gloo,{where.type}:{own}"
         try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            timeout = timedelta(minutes=config.distributed_strategy.timeout_minutes)
+            dist.init_process_group(backend, timeout=timeout)
         except ValueError as error:
             raise UserError(
                 f"the {env.world_size} processes (WORLD_SIZE) cannot find each other: {error}; start with "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from nxdt_align.config.schema import Config
@@ -37,6 +38,28 @@ def require_validation_in_epoch(config: Config, steps_per_epoch: int) -> None:
             f"check_val_every_n_epoch is set, but is {trainer.val_check_interval}; set "
             "trainer.check_val_every_n_epoch=null to count steps across epochs"
         )
+
+
+_LOST = ("gloo/", "nccl", "timed out", "timeout", "connection closed", "connection reset")
+"""What a RuntimeError of a collective says, lower-case, where another process does not answer."""
+
+
+@contextmanager
+def other_processes_are_there(world_size: int, timeout_minutes: float) -> Iterator[None]:
+    """What torch.distributed raises where another process has ended, or hangs, becomes a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        is_lost = isinstance(error, dist.DistError) or any(sign in text.lower() for sign in _LOST)
+        if world_size == 1 or not is_lost:
+            raise
+        cause = text.rpartition("] ")[2][:150]
+        raise UserError(
+            f"another of the run's {world_size} processes has ended, or has not answered for "
+            f"distributed_strategy.timeout_minutes ({timeout_minutes:g}): {cause}. Its own message says why; "
+            "with exp_manager.resume_if_exists the run goes on from its newest checkpoint"
+        ) from error
 
 
 @contextmanager

@@ -83,8 +83,7 @@ def resolve_engine(config: Config, neuron_available: bool) -> Engine:
 
 # What an engine cannot do in this version: path -> (values that it can, why not the others, what to do).
 
-_ONE_DEVICE = "distributed_strategy.{key}=1 trainer.devices=N runs, with N copies of the model"
-_PARALLEL_KEYS = ("tensor_model_parallel_size", "context_parallel_size")
+_SPREAD_OTHERWISE = "with 1, sequence_parallel over tensor_model_parallel_size=N ranks spreads long sequences"
 _NXD_KEYS = (
     *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
     "context_parallel_size",
@@ -93,8 +92,7 @@ _NOT_YET = "engine {engine} cannot do otherwise in this version"
 
 LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
     "native": {
-        **{f"distributed_strategy.{key}": (1, _ONE_DEVICE.format(key=key)) for key in _PARALLEL_KEYS},
-        "distributed_strategy.fsdp": (False, "leave it out"),
+        "distributed_strategy.context_parallel_size": (1, _SPREAD_OTHERWISE),
         "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
     },
     "nxd": {
@@ -146,7 +144,6 @@ _NEURON = (
     *("exp_manager.save_xser", "exp_manager.load_xser", "exp_manager.ckpt_ptl_version"),
 )
 _NATIVE_NOT_YET = (
-    *("distributed_strategy.zero1", "distributed_strategy.sequence_parallel"),
     "exp_manager.enable_recovery_time_instrumentation",
     *("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
 )

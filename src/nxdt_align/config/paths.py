@@ -155,11 +155,11 @@ def _shape(config: Config, shape: dict[str, Any]) -> Iterator[Fault]:
 def _tensor_parallel(size: int, shape: dict[str, Any]) -> Iterator[Fault]:
     if size < 1:
         return
-    for key in ("num_attention_heads", "intermediate_size"):
+    for key in ("num_attention_heads", "intermediate_size", "vocab_size"):
         whole = _size(shape, key)
         if whole is not None and whole % size:
             divisors = ", ".join(str(d) for d in range(1, 129) if whole % d == 0)
-            advice = f"possible are {divisors}" if key == "num_attention_heads" else ""
+            advice = f"possible are {divisors}" if key != "intermediate_size" else ""
             yield Fault(_TP, f"must divide {key} ({whole})", size, advice)
     kv_heads = _size(shape, "num_key_value_heads")
     if kv_heads is not None and kv_heads % size and size % kv_heads:

@@ -51,6 +51,7 @@ RANGES: dict[str, tuple[str, float]] = {
     f"{_STRATEGY}.virtual_pipeline_model_parallel_size": (_AT_LEAST, 1),
     f"{_STRATEGY}.context_parallel_size": (_AT_LEAST, 1),
     f"{_STRATEGY}.kv_replicator": (_AT_LEAST, 1),
+    f"{_STRATEGY}.timeout_minutes": (_ABOVE, 0),
     "data.seq_length": (_AT_LEAST, 2),
     "data.micro_batch_size": (_AT_LEAST, 1),
     "data.global_batch_size": (_AT_LEAST, 1),

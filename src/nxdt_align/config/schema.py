@@ -136,6 +136,8 @@ class DistributedStrategyConfig:
     (FSDP2)."""
     sequence_parallel: bool = False
     """Shard activations along the sequence over the tensor-parallel ranks."""
+    timeout_minutes: float = 30.0
+    """(ours) How long a process waits for the others before it gives up, as when one of them hangs."""
     kv_replicator: int = 1
     """Copies of each key and value head, for more tensor-parallel ranks than such heads."""
 

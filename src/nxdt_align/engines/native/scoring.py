@@ -41,7 +41,9 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch, want_collisions: bool) -> TokenLogps:
         rows = self.rows(ModelInputs.of(batch))
-        return self.read(self.run(rows.input_ids, rows), rows, want_collisions)
+        logps, collisions = self.read(self.run(rows.input_ids, rows), rows, want_collisions)
+        # FSDP hangs its backward hooks on a module's output, which must not be a view.
+        return TokenLogps(logps.clone(), collisions)
 
     def rows(self, inputs: ModelInputs) -> Rows:
         """The tokens that the layers run over: without padding where shapes may follow the data."""

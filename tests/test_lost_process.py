@@ -1,0 +1,143 @@
+"""A process of a run that dies, or hangs: the others end in time, and say so in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_fixture import run_parallel
+from training_fixture import Project
+
+from nxdt_align.build.preconditions import other_processes_are_there
+from nxdt_align.errors import UserError
+
+ENDLESS = (
+    *(
+        "trainer.devices=2",
+        "trainer.max_steps=1000000",
+        "trainer.max_epochs=-1",
+        "trainer.limit_val_batches=0",
+    ),
+    *("exp_manager.checkpoint_callback_params.every_n_train_steps=1000000", "exp_manager.export_hf=False"),
+)
+PATIENCE = 120
+
+
+def wait_for(text: str, file: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while text not in file.read_text():
+        assert time.monotonic() < deadline, f"no {text!r} in time:\n{file.read_text()[-3000:]}"
+        assert all(p.poll() is None for p in processes), file.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def environment(**more: str) -> dict[str, str]:
+    source = str(Path(__file__).parents[1] / "src")
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "PYTHONUNBUFFERED": "1", **more}
+
+
+def start(project: Project, rank: int, port: int, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "nxdt_align", *project.arguments(*ENDLESS, *overrides)]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, env=environment(**ranks, **address), stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def test_the_other_process_is_killed(tmp_path: Path) -> None:
+    project = Project.create(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    processes = [start(project, rank, port, logs[rank]) for rank in range(2)]
+    try:
+        wait_for("preflight: policy and reference agree", logs[0], processes)
+        processes[1].kill()
+        assert processes[0].wait(PATIENCE) == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    errors = [line for line in logs[0].read_text().splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "another of the run's 2 processes has ended" in errors[0], errors
+    assert "onnection" in errors[0] and "resume_if_exists" in errors[0]
+    assert "Traceback" not in logs[0].read_text()
+
+
+def wait_for_a_process_that_hangs(rank: int, world: int) -> str:
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    if rank == 1:
+        time.sleep(4)
+        return ""
+    try:
+        with other_processes_are_there(world, 1 / 60):
+            dist.all_reduce(torch.zeros(1), group=group)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_the_other_process_hangs() -> None:
+    told, _ = run_parallel(2, wait_for_a_process_that_hangs)
+    assert told.startswith("another of the run's 2 processes has ended, or has not answered for ")
+    assert "timeout_minutes (0.0166667): Timed out waiting 1000ms" in told
+
+
+def test_errors_of_other_kinds_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), other_processes_are_there(2, 30):
+        raise RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="timed out"), other_processes_are_there(1, 30):
+        raise RuntimeError("timed out")
+
+
+def test_train_sh_ends_when_a_process_is_killed(repo: Path, tmp_path: Path) -> None:
+    project = Project.create(tmp_path)
+    log = tmp_path / "log"
+    config = str(tmp_path / "conf" / "run.yaml")
+    variables = environment(
+        NXDT_ALIGN_PYTHON=sys.executable,
+        CONF_FILE=config,
+        LOG_PATH=str(tmp_path),
+    )
+    with log.open("ab") as output:
+        launcher = subprocess.Popen(
+            [str(repo / "examples" / "train.sh"), *ENDLESS],
+            cwd=project.root,
+            env=variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for("preflight: policy and reference agree", log, [launcher])
+        os.kill(worker(tmp_path, rank=1), signal.SIGKILL)
+        assert launcher.wait(PATIENCE) != 0
+    finally:
+        launcher.terminate()
+        launcher.wait(PATIENCE)
+    assert "Signal 9 (SIGKILL)" in log.read_text()
+
+
+def worker(folder: Path, rank: int) -> int:
+    """The process of this run that has ``rank``; found among all by the run's own folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        is_trainer = f"--config-path\0{folder}/conf" in command and "torch.distributed.run" not in command
+        if is_trainer and f"RANK={rank}" in variables:
+            return int(process.name)
+    raise AssertionError(f"no process of rank {rank}")
