@@ -9,7 +9,7 @@ import torch
 from oracle import TINY, plain_model
 
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native.pipeline import require_torch
+from nxdt_align.engines.native.pipeline import check_count, require_torch
 from nxdt_align.engines.native.stages import Stage, layers_of_stages, prune, stages_of_rank
 from nxdt_align.models.llama import Llama, LlamaDecoderLayer
 from nxdt_align.models.partition import stage_of_layer
@@ -113,3 +113,20 @@ def test_a_torch_whose_pipelines_go_wrong(version: str) -> None:
 @pytest.mark.parametrize("version", ["2.13.0+cpu", "2.14.0a0+git12", "3.0.0"])
 def test_a_torch_that_is_new_enough(version: str) -> None:
     require_torch(version)
+
+
+@pytest.mark.parametrize(
+    ("count", "chunks", "rule"),
+    [
+        (3, 1, r"pipeline of 4 ranks needs at least 4 micro-batches, but has 3; .* min_micro_batches=4"),
+        (9, 2, r"at least 4 micro-batches, but 9 are no multiple of 2 rounds; .* round_size=4"),
+    ],
+)
+def test_micro_batches_that_a_schedule_does_not_take(count: int, chunks: int, rule: str) -> None:
+    with pytest.raises(EngineError, match=rule):
+        check_count(count, 4, chunks)
+
+
+@pytest.mark.parametrize(("count", "chunks"), [(4, 1), (9, 1), (1, 2), (3, 2), (10, 2), (12, 2)])
+def test_micro_batches_that_a_schedule_takes(count: int, chunks: int) -> None:
+    check_count(count, 4, chunks)

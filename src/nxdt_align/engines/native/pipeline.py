@@ -6,7 +6,6 @@ micro-batches of a step.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +31,6 @@ from nxdt_align.models.llama import Llama
 from nxdt_align.ops.ragged import ModelInputs
 
 LEAST_TORCH = (2, 13)
-KEPT_SCHEDULES = 4
-"""Schedules kept for the next step of the same shape. Each holds receive buffers for n micro-batches."""
 
 
 def require_torch(version: str = torch.__version__) -> None:
@@ -61,6 +58,22 @@ class HiddenStates:
     def shape(self, rows: int, tokens: int) -> tuple[int, int, int]:
         places = -(-tokens // self.shards)
         return (1, rows * places, self.size) if self.ragged else (rows, places, self.size)
+
+
+def check_count(micro_batches: int, ranks: int, chunks: int) -> None:
+    """Raise EngineError for a number of micro-batches that the schedule of a training step does not take."""
+    if chunks == 1 and micro_batches < ranks:
+        raise EngineError(
+            f"a training step through a pipeline of {ranks} ranks needs at least {ranks} micro-batches, but "
+            f"has {micro_batches}; plan its rows with min_micro_batches={ranks}, which adds empty ones"
+        )
+    rounds = max(1, micro_batches // ranks)
+    if chunks > 1 and micro_batches % rounds:
+        raise EngineError(
+            f"a training step through an interleaved pipeline of {ranks} ranks needs rounds of one size, of "
+            f"at least {ranks} micro-batches, but {micro_batches} are no multiple of {rounds} rounds; plan "
+            f"its rows with round_size={ranks}, which adds empty ones"
+        )
 
 
 class StageScorer(nn.Module):
@@ -119,6 +132,13 @@ class _Shape:
     """Tensors that the last stage gives a micro-batch: log-probs, and collisions."""
 
 
+@dataclass(frozen=True)
+class _Made:
+    shape: _Shape
+    schedule: Any
+    stages: Sequence[PipelineStage]
+
+
 class PipelineRunner:
     """A Runner for a model that is cut into stages. All ranks of ``group`` make the same calls.
 
@@ -136,7 +156,7 @@ class PipelineRunner:
         self._stages = stages
         self._group = group
         self._device = device
-        self._schedules: OrderedDict[_Shape, Any] = OrderedDict()
+        self._latest: dict[bool, _Made] = {}
         self._share: Share | None = None
 
     @torch.no_grad()
@@ -160,10 +180,17 @@ class PipelineRunner:
         rows, tokens = micro_batches[0].input_ids.shape
         responses = micro_batches[0].labels.shape[1]
         outputs = 2 if want_collisions else 1
-        schedule = self._schedule(_Shape(training, count, rows, tokens, responses, outputs))
+        made = self._schedule(_Shape(training, count, rows, tokens, responses, outputs))
         # The number of each micro-batch, on the host: all that the loss needs to know as its target.
         target = torch.arange(count) if training else None
-        found = schedule.step(target=target, want_collisions=want_collisions, **inputs._asdict())
+        try:
+            found = made.schedule.step(target=target, want_collisions=want_collisions, **inputs._asdict())
+        except RuntimeError as error:
+            self._latest.clear()
+            # A stage's error says what tensors went in; its cause says what went wrong.
+            raise error.__cause__ or error from None
+        for stage in made.stages:
+            stage.clear_runtime_states()
         results = self._told(found, (outputs, count * rows, responses))
         logps, *collisions = (list(result.split(rows)) for result in results)
         return [TokenLogps(*result) for result in zip(logps, *(collisions or [[None] * count]), strict=True)]
@@ -182,23 +209,31 @@ class PipelineRunner:
         logps, *collisions = output
         return self._share(int(index), TokenLogps(logps, collisions[0] if collisions else None))
 
-    def _schedule(self, shape: _Shape) -> Any:
-        """Stage objects keep the shapes that they were made for, so each shape has its own."""
-        schedule = self._schedules.pop(shape, None) or self._new_schedule(shape)
-        self._schedules[shape] = schedule
-        if len(self._schedules) > KEPT_SCHEDULES:
-            self._schedules.popitem(last=False)
-        return schedule
+    def _schedule(self, shape: _Shape) -> _Made:
+        """The last one of its kind where that has the same shape: a schedule keeps the shapes that it was
+        made for, and receive buffers for n micro-batches, so no more than two are kept."""
+        made = self._latest.pop(shape.training, None)
+        if made is None or made.shape != shape:
+            made = None  # its buffers go before those of the next
+            made = self._made(shape)
+        self._latest[shape.training] = made
+        return made
 
-    def _new_schedule(self, shape: _Shape) -> Any:
-        stages: list[Any] = [self._pipeline_stage(stage, shape) for stage in self._stages]
+    def _made(self, shape: _Shape) -> _Made:
         count = shape.micro_batches
+        if shape.training:
+            check_count(count, self._group.size, len(self._stages))
+        stages: list[Any] = [self._pipeline_stage(stage, shape) for stage in self._stages]
+        is_single = len(stages) == 1
+        schedule: Any
         if not shape.training:
-            return ScheduleGPipe(stages[0], count) if len(stages) == 1 else ScheduleLoopedBFS(stages, count)
+            schedule = ScheduleGPipe(stages[0], count) if is_single else ScheduleLoopedBFS(stages, count)
         # Shares of the loss add up, so gradients are not divided by their number.
-        if len(stages) == 1:
-            return Schedule1F1B(stages[0], count, self._loss, scale_grads=False)
-        return ScheduleInterleaved1F1B(stages, count, self._loss, scale_grads=False)
+        elif is_single:
+            schedule = Schedule1F1B(stages[0], count, self._loss, scale_grads=False)
+        else:
+            schedule = ScheduleInterleaved1F1B(stages, count, self._loss, scale_grads=False)
+        return _Made(shape, schedule, stages)
 
     def _pipeline_stage(self, scorer: StageScorer, shape: _Shape) -> PipelineStage:
         """Shapes are given, so that no micro-batch is spent on finding them out."""
