@@ -47,7 +47,8 @@ def test_the_loss_curves_are_the_same(repo: Path, tmp_path: Path) -> None:
     project = Project.create(tmp_path)
     common = (f"trainer.max_steps={STEPS}", "precision.type=fp32", "exp_manager.export_hf=True")
     common += ("model.optim.lr=1e-3",)
-    assert project.train(f"exp_manager.exp_dir={tmp_path}/native", *common) == 0
+    native = (*common, "distributed_strategy.engine=native")
+    assert project.train(f"exp_manager.exp_dir={tmp_path}/native", *native) == 0
     nxd = (f"exp_manager.exp_dir={tmp_path}/nxd", *common, *NXD)
     train_sh(repo, project, *nxd, "trainer.max_steps=8", "exp_manager.export_hf=False")
     said = train_sh(repo, project, *nxd)

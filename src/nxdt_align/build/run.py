@@ -209,9 +209,8 @@ class Run:
             first = ReferencePass(self.engine, self.data, store, origin, trial=trial, like_policy=alike)
         if not self.config.exp_manager.preflight:
             return [first], record
-        tolerance = max(
-            PREFLIGHT_TOLERANCE[p.coarsest] for p in (self.parts.precision, self.parts.reference_precision)
-        )
+        precisions = (self.parts.precision, self.parts.reference_precision)
+        tolerance = max(PREFLIGHT_TOLERANCE[p.coarsest] for p in precisions)
         preflight = Preflight(
             self.engine,
             self.data,

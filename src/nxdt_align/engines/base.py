@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class Engine(ABC):
 
     topology: Topology
     device: torch.device
-    lazy: ClassVar[bool] = False
+    lazy: bool = False
     """Whether operations are recorded and run as one compiled graph at ``mark_step``. What a step
     computes must then be the same at every step, or it is another graph."""
 

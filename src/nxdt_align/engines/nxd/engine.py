@@ -51,6 +51,7 @@ class NxDEngine(Engine):
     ) -> None:
         self.config = config
         self.device = mesh.platform.device
+        self.lazy = mesh.platform.place != "cpu"
         self.topology = mesh.topology
         self._platform, self._parallel, self._groups = mesh.platform, mesh.parallel, mesh.groups
         self._attention = attention or DenseAttention()

@@ -1,0 +1,187 @@
+"""What of the NxD engine needs no neuronx-distributed: places, messages, groups, a run's settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from oracle import TINY
+
+from nxdt_align.build.nxd import NxDParts, parallel_of, precision_of, save_options_of
+from nxdt_align.config.load import load_config
+from nxdt_align.config.schema import Config
+from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.nxd import checkpoint, compat
+from nxdt_align.engines.nxd.kv_groups import check_kv_groups
+from nxdt_align.engines.nxd.settings import Precision, SaveOptions
+from nxdt_align.errors import UserError
+
+Load = Callable[..., Config]
+
+
+@pytest.fixture
+def load(repo: Path) -> Load:
+    return lambda *overrides: load_config("tiny_llama_DPO_config", list(overrides), repo / "conf")
+
+
+# Places
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "variable", "place"),
+    [
+        ("cpu", None, "cpu"),
+        ("xla", None, "xla"),
+        ("neuron", "1", "neuron"),
+        ("auto", None, "neuron"),
+        ("auto", "0", "neuron"),
+        ("auto", "1", "cpu"),
+    ],
+)
+def test_places(monkeypatch: pytest.MonkeyPatch, accelerator: str, variable: str | None, place: str) -> None:
+    monkeypatch.delenv("NXD_CPU_MODE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("NXD_CPU_MODE", variable)
+    assert compat.place_of(accelerator) == place
+
+
+def test_cuda_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"not on cuda; distributed_strategy.engine=native does"):
+        compat.place_of("cuda")
+
+
+def test_several_processes_on_xla_are_refused() -> None:
+    with pytest.raises(EngineError, match="in one process, but there are 2"):
+        compat.start("xla", 0, 2)
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "neuronx_distributed", None)
+    with pytest.raises(EngineError, match=r"cannot import neuronx_distributed: .*pip.repos.neuron"):
+        compat.import_nxd()
+
+
+def test_a_placeholder_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "neuronx_distributed", ModuleType("neuronx_distributed"))
+    with pytest.raises(EngineError, match="a placeholder; install the real packages"):
+        compat.import_nxd()
+
+
+def test_a_run_without_the_packages_says_what_to_install(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nxdt_align.config.engines._has_module", lambda name: False)
+    config = load("distributed_strategy.engine=nxd", "trainer.accelerator=cpu")
+    with pytest.raises(UserError, match="not installed: neuronx-distributed, torch-xla"):
+        NxDParts(config, None, TINY)  # type: ignore[arg-type]
+
+
+# Groups
+
+
+def test_ranks_that_share_kv_heads_must_be_of_one_tensor_parallel_group() -> None:
+    """tp 4, multiplier 2: ranks r and r + 2 hold the same heads. On trn1 NxD spreads a tensor-parallel group
+    of 4 over every second rank of 8, but shares kv heads among neighbours."""
+    check_kv_groups([[0, 2], [1, 3], [4, 6], [5, 7]], [[0, 1, 2, 3], [4, 5, 6, 7]], 2)
+    check_kv_groups([[0], [1]], [[0, 1]], 1)
+    with pytest.raises(EngineError, match="gradients of other heads would be summed"):
+        check_kv_groups([[0, 2], [1, 3], [4, 6], [5, 7]], [[0, 2, 4, 6], [1, 3, 5, 7]], 2)
+
+
+# A run's settings
+
+
+def test_sizes(load: Load) -> None:
+    config = load(
+        "distributed_strategy.tensor_model_parallel_size=4",
+        "distributed_strategy.kv_replicator=2",
+        "distributed_strategy.sequence_parallel=True",
+        "distributed_strategy.zero1=True",
+        "model.qkv_linear=True",
+    )
+    on_neuron, on_cpu = (parallel_of(config, TINY, place) for place in ("neuron", "cpu"))
+    assert (on_neuron.tensor, on_neuron.kv_multiplier, on_neuron.qkv) == (4, 2, "fused")
+    assert on_neuron.sequence and on_neuron.zero1 and not on_cpu.zero1
+    split = parallel_of(load("model.qkv_linear=True", "model.fuse_qkv=False"), TINY, "cpu")
+    assert split.qkv == "split" and not split.sequence
+    assert parallel_of(load(), TINY, "cpu").qkv == "separate"
+    assert parallel_of(load(), replace(TINY, num_key_value_heads=4), "cpu").qkv == "coalesced"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "fault"),
+    [
+        (["tensor_model_parallel_size=3"], {}, "must divide intermediate_size|does not fit 4 query heads"),
+        (["tensor_model_parallel_size=4", "kv_replicator=3"], {}, "multipliers that fit: 2"),
+        (["tensor_model_parallel_size=4", "kv_replicator=2"], {}, "use qkv_linear"),
+        (
+            ["pipeline_model_parallel_size=2"],
+            {"tie_word_embeddings": True},
+            "must be 1 for a model whose head is tied",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit(
+    load: Load, monkeypatch: pytest.MonkeyPatch, overrides: list[str], model: dict[str, Any], fault: str
+) -> None:
+    monkeypatch.setattr("nxdt_align.config.engines._has_module", lambda name: True)
+    keys = [f"distributed_strategy.{key}" for key in overrides]
+    if "qkv_linear" not in fault:
+        keys.append("model.qkv_linear=True")
+    with pytest.raises(UserError, match=fault):
+        NxDParts(load("trainer.accelerator=cpu", *keys), None, replace(TINY, **model))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "wanted"),
+    [
+        ("fp32", "neuron", Precision()),
+        ("mixed_precision", "neuron", Precision(torch.bfloat16, masters=True)),
+        ("mixed_precisionSR", "cpu", Precision(torch.bfloat16, masters=True)),
+        ("bf16SR", "neuron", Precision(torch.bfloat16)),
+        ("bf16SR", "cpu", Precision(torch.bfloat16, masters=True)),
+    ],
+)
+def test_precision(load: Load, kind: str, place: compat.Place, wanted: Precision) -> None:
+    assert precision_of(load(f"precision.type={kind}"), place) == wanted
+
+
+def test_autocast_is_refused(load: Load) -> None:
+    with pytest.raises(UserError, match=r"precision.type: autocast is not in engine nxd; mixed_precision"):
+        precision_of(load("precision.type=autocast"), "cpu")
+
+
+def test_the_form_of_checkpoints(load: Load) -> None:
+    mixed, key = Precision(torch.bfloat16, masters=True), "exp_manager.checkpoint_callback_params"
+    plain = load("exp_manager.save_xser=False")
+    assert save_options_of(plain, mixed) == SaveOptions(False, torch.bfloat16)
+    assert save_options_of(plain, Precision()) == SaveOptions(False, None)
+    exact = load("exp_manager.save_xser=True", f"+{key}.use_master_weights_in_ckpt=True")
+    assert save_options_of(exact, mixed) == SaveOptions(True, None)
+
+
+# Checkpoints, as far as they can be judged without NxD
+
+
+def test_a_folder_is_a_checkpoint_when_every_file_is_there(tmp_path: Path) -> None:
+    torch.save({"global_step": 3}, tmp_path / checkpoint.EXTRA)
+    assert not checkpoint.is_checkpoint(tmp_path) and checkpoint.checkpoint_step(tmp_path) is None
+    checkpoint.write_summary(tmp_path, 3, {"tensor": 1}, has_optimizer=False)
+    assert checkpoint.is_checkpoint(tmp_path) and checkpoint.checkpoint_step(tmp_path) == 3
+    assert checkpoint.read_extra(tmp_path) == {"global_step": 3}
+    summary = json.loads((tmp_path / checkpoint.SUMMARY).read_text())
+    (tmp_path / checkpoint.SUMMARY).write_text(json.dumps({**summary, "version": 99}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"not one that this version reads: .*version 99"):
+        checkpoint.require_whole(tmp_path)
+
+
+def test_values_that_would_run_code_are_refused(tmp_path: Path) -> None:
+    torch.save({"path": Path("x")}, tmp_path / checkpoint.EXTRA)
+    checkpoint.write_summary(tmp_path, 3, {}, has_optimizer=False)
+    with pytest.raises(checkpoint.CheckpointError, match=r"user_content\.pt cannot be read as plain values"):
+        checkpoint.read_extra(tmp_path)
