@@ -80,7 +80,7 @@ class Run:
             cache_dir=None if env.compile_only else self._cache("tokens"),
             with_prompts=self.objective.needs_prompts,
             **parts.micro_batch_needs(config),
-            fixed_micro_batches=self.device.type == "xla",
+            fixed_micro_batches=self.device.type == "xla" or env.compile_only,
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         if env.compile_only:
