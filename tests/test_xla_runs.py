@@ -96,7 +96,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def trial(project: Project) -> tuple[Finished, list[Path]]:
     """A trial run of a device that computes zeros, and the files that it made."""
     before = set(project.root.rglob("*"))
-    done = run(project, "ahead", f"trainer.max_steps={STEPS}", compile="1", code=STUB)
+    # Setting to zero is itself a graph, and another one as values pile up.
+    settings = (f"trainer.max_steps={STEPS}", "exp_manager.fail_on_recompile=False")
+    done = run(project, "ahead", *settings, compile="1", code=STUB)
     return done, sorted(path for path in set(project.root.rglob("*")) - before if path.is_file())
 
 
