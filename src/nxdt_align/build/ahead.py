@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import Engine
@@ -22,21 +21,34 @@ def manifest_path(experiments: Path, config: Config) -> Path:
     return experiments / "compile" / f"{name}_{config.model_alignment_strategy.objective}.json"
 
 
-def conclude_trial(engine: Engine, compilations: int, manifest: Path) -> None:
-    """Print the totals, and write the manifest where all graphs were compiled.
+@contextmanager
+def compiling(engine: Engine, compilations: Callable[[], int], manifest: Path) -> Iterator[None]:
+    """Entered around a trial: prints the totals, and writes the manifest where all graphs were compiled.
 
     ``compilations``: how many were begun. Raises CompileError where one failed or none was found.
     """
     if not isinstance(engine, xla.XlaEngine) or engine.graphs is None:
+        yield
         return
-    engine.note_graphs()
-    graphs = list(engine.graphs.graphs.values())
-    totals = Totals(compilations, len(graphs), compilations - len(graphs))
-    print(totals)
-    sys.stdout.flush()
+    try:
+        yield
+    except RuntimeError as error:
+        totals = _totals(engine, engine.graphs, compilations())
+        if totals.failed == 0:
+            raise
+        log.error("%s", error)
+        print(totals, flush=True)
+        totals.require_success("torch_xla")
+    totals = _totals(engine, engine.graphs, compilations())
+    print(totals, flush=True)
     totals.require_success("torch_xla")
-    write_manifest(manifest, graphs, {"torch": torch.__version__, "torch_xla": xla.version()})
+    write_manifest(manifest, engine.graphs.graphs.values(), xla.versions())
     log.info("manifest of the graphs: %s", manifest)
+
+
+def _totals(engine: xla.XlaEngine, graphs: xla.GraphLog, begun: int) -> Totals:
+    engine.note_graphs()
+    return Totals(begun, len(graphs.graphs), begun - len(graphs.graphs))
 
 
 def conclude_run(engine: Engine, manifest: Path) -> None:

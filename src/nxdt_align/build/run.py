@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 
 from nxdt_align.build import parts
-from nxdt_align.build.ahead import conclude_run, conclude_trial, manifest_path
+from nxdt_align.build.ahead import compiling, conclude_run, manifest_path
 from nxdt_align.build.engines import join
 from nxdt_align.build.env import RunEnv
 from nxdt_align.build.preconditions import (
@@ -75,7 +76,7 @@ class Run:
             cache_dir=None if env.compile_only else self._cache("tokens"),
             with_prompts=self.objective.needs_prompts,
             **parts.micro_batch_needs(config),
-            fixed_micro_batches=self.parts.device.type == "xla",
+            fixed_micro_batches=self.parts.device.type == "xla" or env.compile_only,
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         if env.compile_only:
@@ -100,9 +101,15 @@ class Run:
             if not self.env.compile_only:
                 self._start_experiment(trainer, run, identity, identity_parts)
             taken_up = None if resumed is None else str(resumed)
-            trainer.fit(self._module(), datamodule=self.data, ckpt_path=taken_up)
+            with self._trial():
+                trainer.fit(self._module(), datamodule=self.data, ckpt_path=taken_up)
         self._conclude(trainer, run)
         return 0
+
+    def _trial(self) -> AbstractContextManager[None]:
+        if not self.env.compile_only:
+            return nullcontext()
+        return compiling(self.engine, xla.compilations, self._manifest)
 
     # Places
 
@@ -357,7 +364,6 @@ class Run:
         steps = trainer.global_step
         if self.env.compile_only:
             log.info("trial run done: %d steps, of which nothing was written", steps)
-            conclude_trial(self.engine, xla.compilations() if self.engine.lazy else 0, self._manifest)
             return
         conclude_run(self.engine, self._manifest)
         log.info("done: %d steps, %d samples", steps, self.data.consumed_samples(steps))

@@ -83,8 +83,9 @@ class Saver:
         """
         self.finish()
         content = _collect(Path(directory), named_parameters, optimizer, extra, self.ranks())
-        if background:
+        if background or content.is_lazy:
             content = content.copied()
+        if background:
             self._flight = _Flight(lambda: _write(content))
         else:
             _write(content)
@@ -153,6 +154,11 @@ class _Content:
     step: int
     has_optimizer: bool
     ranks: Ranks
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether each view of a value that is written would be a graph to compile."""
+        return any(part.local.device.type == "xla" for part in self.parts.values())
 
     def copied(self) -> _Content:
         """The same, with values that training does not change."""

@@ -37,8 +37,9 @@ def _torch_xla() -> Any:
     return torch_xla
 
 
-def version() -> str:
-    return str(_torch_xla().__version__)
+def versions() -> dict[str, str]:
+    """Of what a graph's key depends on."""
+    return {"torch": torch.__version__, "torch_xla": str(_torch_xla().__version__)}
 
 
 def device() -> torch.device:
