@@ -37,8 +37,8 @@ def test_engine_is_chosen(load: Load, overrides: list[str], neuron: bool, wanted
     [
         (
             "distributed_strategy.context_parallel_size=2",
-            "must be 1 (engine native cannot do otherwise in this version), but is 2; with 1, sequence_parallel "
-            "over tensor_model_parallel_size=N ranks spreads long sequences",
+            "must be 1 (engine native cannot do otherwise in this version), but is 2; with 1, "
+            "sequence_parallel over tensor_model_parallel_size=N ranks spreads long sequences",
         ),
         ("model_alignment_strategy.peft={}", "peft: must not be set"),
     ],
