@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -103,11 +102,10 @@ def run(repo: Path, tmp_path: Path) -> Run:
         ["config", "--config-name", "hf_llama3_8B_DPO_config", "trainer.max_steps=3"],
     ],
 )
-def test_it_answers_in_under_two_seconds(run: Run, arguments: list[str]) -> None:
-    start = time.monotonic()
+def test_it_answers(run: Run, arguments: list[str]) -> None:
+    """Quickly, too, as nothing heavy is imported for it: see the next test."""
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 2
     assert done.stdout
 
 
@@ -258,7 +256,7 @@ def test_train_stops_before_it_builds_anything(
 ) -> None:
     arguments = [
         "trainer.devices=2",
-        "distributed_strategy.tensor_model_parallel_size=2",
+        "model_alignment_strategy.peft={}",
         "data.train_dir=/no.jsonl",
     ]
     assert main(["train", "--config-name", good, *arguments]) == 1
@@ -266,7 +264,7 @@ def test_train_stops_before_it_builds_anything(
     err = capsys.readouterr().err
     assert err.startswith("error: 3 faults in ")
     assert "number of processes that run (1), but is 2 x 1 = 2" in err
-    assert "tensor_model_parallel_size: must be 1 (engine native" in err
+    assert "model_alignment_strategy.peft: must not be set" in err
 
 
 def test_one_process_of_a_node_reports_the_faults_that_all_find(
@@ -371,7 +369,7 @@ def test_environment_is_set_before_anything_is_built(
     assert seen["NEURON_RT_EXEC_TIMEOUT"] == "7", "the user's"
     assert seen["NEURON_CC_FLAGS"].startswith("-O1 --model-type transformer --enable")
     assert seen["NEURON_COMPILE_CACHE_URL"] == f"{tmp_path}/cache"
-    assert seen["XLA_DOWNCAST_BF16"] == "1"
+    assert seen["XLA_DOWNCAST_BF16"] == "0"
 
 
 def test_another_engine_sets_nothing(build: FakeBuild, own_environment: dict[str, str], good: str) -> None:
@@ -407,7 +405,7 @@ def test_print_env_trains_nothing_and_needs_no_packages(
     assert main([*arguments, "distributed_strategy.engine=nxd"]) == 0
     said = capsys.readouterr()
     assert "export NEURON_RT_EXEC_TIMEOUT=7  # already set\n" in said.out
-    assert "export XLA_DOWNCAST_BF16=1  # YAML (precision.type)\n" in said.out
+    assert "export XLA_DOWNCAST_BF16=0  # YAML (engine nxd)\n" in said.out
     assert build.calls == []
     assert main([*arguments, "distributed_strategy.engine=native"]) == 0
     said = capsys.readouterr()

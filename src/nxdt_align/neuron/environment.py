@@ -32,8 +32,8 @@ KEYS: dict[str, str] = {
     CACHE: "compiler_cache_url",
     FLAGS: "compiler_flags, precision.type",
     "NEURON_RT_EXEC_TIMEOUT": "neuron_rt_exec_timeout",
-    "XLA_USE_BF16": "precision.type",
-    "XLA_DOWNCAST_BF16": "precision.type",
+    "XLA_USE_BF16": "engine nxd",
+    "XLA_DOWNCAST_BF16": "engine nxd",
     "NEURON_RT_STOCHASTIC_ROUNDING_EN": "precision.type",
 }
 """Variable -> the keys that it follows from."""
@@ -49,25 +49,23 @@ _NO_CAST = "--auto-cast none"
 class _Format:
     """One value of ``precision.type`` in the stack's terms; None leaves a variable unset."""
 
-    use_bf16: str
-    downcast_bf16: str
     stochastic_rounding: str | None
     flags: tuple[str, ...]
 
 
 _FORMATS: dict[str, _Format] = {
-    "bf16SR":            _Format("1", "0", "1", (_ACCUMULATE,)),
-    "mixed_precision":   _Format("0", "1", "0", (_ACCUMULATE,)),
-    "mixed_precisionSR": _Format("0", "1", "1", (_ACCUMULATE,)),
-    "fp32":              _Format("0", "0", None, (_NO_CAST,)),
-    "autocast":          _Format("0", "0", "0", (_ACCUMULATE, _NO_CAST)),
+    "bf16SR":            _Format("1", (_ACCUMULATE,)),
+    "mixed_precision":   _Format("0", (_ACCUMULATE,)),
+    "mixed_precisionSR": _Format("1", (_ACCUMULATE,)),
+    "fp32":              _Format(None, (_NO_CAST,)),
+    "autocast":          _Format("0", (_ACCUMULATE, _NO_CAST)),
 }  # fmt: skip
 
 
 def _format(precision: PrecisionConfig) -> _Format:
     if precision.type == "manual":
         rounding = precision.neuron_rt_stochastic_rounding_en
-        return _Format(precision.xla_use_bf16, precision.xla_downcast_bf16, rounding, ())
+        return _Format(rounding, ())
     return _FORMATS[precision.type.replace("precision_SR", "precisionSR")]
 
 
@@ -86,8 +84,10 @@ def neuron_environment(config: Config) -> dict[str, str]:
         CACHE: config.compiler_cache_url,
         FLAGS: add_flags(config.compiler_flags, " ".join(chosen.flags)),
         "NEURON_RT_EXEC_TIMEOUT": str(config.neuron_rt_exec_timeout),
-        "XLA_USE_BF16": chosen.use_bf16,
-        "XLA_DOWNCAST_BF16": chosen.downcast_bf16,
+        # The one difference from NxDT: engine nxd says itself which tensors are bf16, and under either of
+        # these XLA would store its float32 master weights, gradient sums and log-probabilities as bf16.
+        "XLA_USE_BF16": "0",
+        "XLA_DOWNCAST_BF16": "0",
         "NEURON_RT_STOCHASTIC_ROUNDING_EN": chosen.stochastic_rounding,
     }
     return {name: value for name, value in values.items() if value}
