@@ -92,7 +92,7 @@ def test_parallel_sizes() -> None:
     native = sizes("distributed_strategy.engine=native")
     assert native.kv_heads == 8, "whole where there are fewer heads than ranks"
     three = ("trainer.num_nodes=3", "distributed_strategy.pipeline_model_parallel_size=3")
-    assert sizes(*three).stages == (11, 11, 10)
+    assert sizes(*three).stages == (10, 11, 11)
     cuts = "model.pipeline_cuts=[model.layers.4,model.layers.9]"
     assert sizes(*three, cuts).stages == (5, 5, 22)
 

@@ -85,6 +85,8 @@ class RowPlanner:
         ranks: data-parallel size.
         micro_batch_size: pairs (layout none) or rows (packed layouts) a micro-batch.
         min_micro_batches: at least so many a rank, as a pipeline schedule needs.
+        round_size: micro-batches go in as many rounds of at least so many as there can be, all of one
+            size, as an interleaved pipeline schedule needs; 1 for any number.
         fixed_micro_batches: every step of a bucket gets the same number of micro-batches, for devices to
             which another number is another graph. It is the most that a sample of steps needs; a step
             that needs more gets twice as many.
@@ -178,10 +180,10 @@ class RowPlanner:
         """``rows`` and the empty ones that make whole micro-batches of them, as many as a rank needs."""
         unit = self.ranks * self.micro_batch_size
         count = max(-(-rows // unit), self.min_micro_batches)
-        if bucket is not None:
-            count = _round_up(count, self._micro_batches.get(bucket, 1))
+        multiple = 1 if bucket is None else self._micro_batches.get(bucket, 1)
+        count = _round_up(count, multiple)
         while count % max(1, count // self.round_size):
-            count += 1
+            count += multiple
         return count * unit
 
     def _most_micro_batches(self, examples_per_step: int) -> dict[Bucket, int]:

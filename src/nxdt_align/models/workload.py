@@ -108,5 +108,6 @@ class Workload:
 
 
 def even_stages(layers: int, stages: int) -> tuple[int, ...]:
-    """Layers of each pipeline stage: the first ones have one more where they do not come out even."""
-    return tuple(layers // stages + (i < layers % stages) for i in range(stages))
+    """Layers of each pipeline stage. Where they do not come out even, the last ones have one more, as in NxD:
+    they keep the activations of fewer micro-batches."""
+    return tuple(layers // stages + (i >= stages - layers % stages) for i in range(stages))

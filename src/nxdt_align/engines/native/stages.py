@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from torch import nn
 
 from nxdt_align.engines.base import EngineError
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.workload import even_stages
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,7 @@ def stages_of_rank(
 
 
 def layers_of_stages(layers: int, stages: int, cuts: Sequence[int] | None = None) -> list[range]:
-    """The layers of each stage.
-
-    Even shares, and one layer more in each of the last ``layers % stages``, as in NxD: later stages keep
-    the activations of fewer micro-batches.
+    """The layers of each stage: those up to each cut, or ``even_stages``.
 
     Raises EngineError for more stages than layers, or cuts that leave a stage without a layer.
     """
@@ -74,9 +72,7 @@ def layers_of_stages(layers: int, stages: int, cuts: Sequence[int] | None = None
             f"be 1 to the number of layers ({layers}), but is {stages}"
         )
     if cuts is None:
-        small, larger = divmod(layers, stages)
-        sizes = [small] * (stages - larger) + [small + 1] * larger
-        ends = [sum(sizes[: i + 1]) for i in range(stages)]
+        ends = list(accumulate(even_stages(layers, stages)))
     else:
         ends = [*(cut + 1 for cut in cuts), layers]
     shares = [range(start, end) for start, end in pairwise([0, *ends])]
