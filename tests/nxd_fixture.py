@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -63,28 +62,29 @@ class Case:
 Job = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def run_ranks(world: int, jobs: Sequence[Job], folder: Path, environment: Mapping[str, str] = {}) -> Any:
+def run_ranks(world: int, jobs: Sequence[Job], folder: Path, *, gloo: bool = True) -> Any:
     """Results as [job][rank]. A job is a function of this or a test module, and arguments for it.
 
-    Raises what a rank raised first.
+    Raises what a rank raised first. Without ``gloo`` a job joins a process group itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_rank, (world, list(jobs), str(folder), dict(environment)), nprocs=world)
+    torch.multiprocessing.spawn(_rank, (world, list(jobs), str(folder), gloo), nprocs=world)
     results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
     return list(zip(*results, strict=True))
 
 
-def _rank(rank: int, world: int, jobs: list[Job], folder: str, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+def _rank(rank: int, world: int, jobs: list[Job], folder: str, gloo: bool) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    if gloo:
+        store = dist.FileStore(f"{folder}/store", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     results = []
     for function, arguments in jobs:
         results.append(function(*arguments))
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if gloo:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # Models and data

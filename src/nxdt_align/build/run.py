@@ -262,11 +262,13 @@ class Run:
             log_gradient_norm=config.exp_manager.log_gradient_norm,
         )
         plan = OptimizerPlan(
-            build=lambda engine: optim.build_optimizer(
-                engine.named_parameters(),
-                model.optim.name,
-                model.optim.settings(),
-                layer_norm_weight_decay=model.do_layer_norm_weight_decay,
+            build=lambda engine: engine.adopt_optimizer(
+                optim.build_optimizer(
+                    engine.named_parameters(),
+                    model.optim.name,
+                    model.optim.settings(),
+                    layer_norm_weight_decay=model.do_layer_norm_weight_decay,
+                )
             ),
             schedule=lambda optimizer: self._schedule(optimizer),
         )

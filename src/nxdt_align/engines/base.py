@@ -130,6 +130,11 @@ class Engine(ABC):
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's trainable parameters under the plain Llama's names."""
 
+    def adopt_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """What trains in place of ``optimizer``, which was built on ``named_parameters``: itself, or one of
+        the same class and settings that the engine has spread over ranks."""
+        return optimizer
+
     @abstractmethod
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights by name, one after the other, whole and on the CPU; yields on rank 0 alone.

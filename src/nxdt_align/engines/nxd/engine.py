@@ -19,6 +19,7 @@ from nxdt_align.engines.nxd.saving import Checkpoints
 from nxdt_align.engines.nxd.scoring import Runner, Scorer
 from nxdt_align.engines.nxd.settings import Precision, SaveOptions
 from nxdt_align.engines.nxd.shards import Shards
+from nxdt_align.engines.nxd.zero import ShardedOptimizer
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
@@ -59,7 +60,11 @@ class NxDEngine(Engine):
         self._configure = configure_model
         self._shards = Shards(config, mesh.parallel, mesh.groups)
         self._policy = self._build()
-        self._masters = MasterWeights(self._weights()) if precision.masters else None
+        # ZeRO-1 keeps float32 weights itself, this rank's rows of them.
+        has_masters = precision.masters and not mesh.parallel.zero1
+        self._masters = MasterWeights(self._weights()) if has_masters else None
+        self._sharded: ShardedOptimizer | None = None
+        self._mesh = mesh
         self._is_behind = True
         self._reference: Scorer | None = None
         self._checkpoints = Checkpoints(mesh, save_options)
@@ -108,6 +113,12 @@ class NxDEngine(Engine):
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self._shards.whole(self.named_parameters())
 
+    def adopt_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        if not self._parallel.zero1:
+            return optimizer
+        self._sharded = ShardedOptimizer(optimizer, self._mesh, float32_sums=self._precision.masters)
+        return self._sharded
+
     def _publish(self) -> None:
         """Bring the weights that are computed with up to the masters, where those may have moved."""
         if self._masters is not None and self._is_behind:
@@ -122,14 +133,19 @@ class NxDEngine(Engine):
         parameters = self.named_parameters()
         for _, parameter in parameters:
             parameter.grad = None
+        if self._sharded is not None:
+            self._sharded.zero_grad(set_to_none=True)
         self._publish()
         batches = self._with_reference(micro_batches, objective)
         output = steps.forward_and_backward(self._runner(), self._groups.data, batches, objective)
         for _, parameter in parameters:
-            if parameter.grad is None:
+            if parameter.grad is None and not hasattr(parameter, "main_grad"):
                 parameter.grad = torch.zeros_like(parameter)
         self._groups.tensor.sum(self._shards.partial_gradients(parameters))
-        self._groups.data.sum([p.grad for _, p in parameters if p.grad is not None])
+        if self._sharded is not None:
+            self._sharded.reduce()
+        else:
+            self._groups.data.sum([p.grad for _, p in parameters if p.grad is not None])
         self._is_behind = True  # the optimizer's step comes next
         return output
 
@@ -166,9 +182,14 @@ class NxDEngine(Engine):
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """As the contract says; not by NxD's clip_grad_norm, which counts replicated kv heads as often as
         they are replicated."""
-        parameters = [(n, p) for n, p in self.named_parameters() if p.grad is not None]
-        gradients = [(n, p.grad) for n, p in parameters if p.grad is not None]
-        norm = self._shards.norm(gradients)
+        if self._sharded is None:
+            gradients = [(n, p.grad) for n, p in self.named_parameters() if p.grad is not None]
+            norm = self._shards.norm(gradients)
+        else:
+            names = {id(p): name for name, p in self.named_parameters()}
+            rows = [(names[id(p)], gradient, first) for p, gradient, first in self._sharded.gradients()]
+            gradients = [(name, gradient) for name, gradient, _ in rows]
+            norm = self._shards.norm_of_rows(rows)
         if max_norm is not None:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
             for _, gradient in gradients:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nxdt_align.engines.base import EngineError, WeightSource
 from nxdt_align.engines.nxd.layers import mark
-from nxdt_align.engines.nxd.mesh import Groups
+from nxdt_align.engines.nxd.mesh import Group, Groups
 from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import Partition, local_tensors, weight_shape
@@ -27,9 +27,10 @@ class Part:
     first_row: int
     rows: int
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """The view of a tensor of the parameter's shape."""
-        return tensor[self.first_row : self.first_row + self.rows]
+    def of(self, tensor: Tensor, start: int = 0) -> Tensor:
+        """The view of a tensor of the parameter's shape, or of its rows from ``start`` on."""
+        first, last = self.first_row - start, self.first_row + self.rows - start
+        return tensor[max(first, 0) : max(last, 0)]
 
 
 class Shards:
@@ -116,13 +117,24 @@ class Shards:
         Args:
             tensors: this rank's, under NxD's names: parameters, or their gradients.
         """
+        return self._norm((local, tensor, 0) for local, tensor in tensors)
+
+    @torch.no_grad()
+    def norm_of_rows(self, tensors: Iterable[tuple[str, Tensor, int]]) -> Tensor:
+        """As ``norm``, where each data-parallel rank has some rows: name, rows, and the first one's number.
+        Rows beyond the parameter's are padding."""
+        return self._norm(tensors, self._groups.data)
+
+    def _norm(self, tensors: Iterable[tuple[str, Tensor, int]], *further: Group) -> Tensor:
         total: Tensor | None = None
-        for local, tensor in tensors:
+        for local, tensor, start in tensors:
             for part in self._parts[local]:
-                square = part.of(tensor).float().square().sum() / self.copies(part.name)
+                square = part.of(tensor, start).float().square().sum() / self.copies(part.name)
                 total = square if total is None else total + square
         assert total is not None
-        return self._groups.pipeline.summed(self._groups.tensor.summed(total)).sqrt()
+        for group in (self._groups.tensor, self._groups.pipeline, *further):
+            total = group.summed(total)
+        return total.sqrt()
 
     def partial_gradients(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Tensor]:
         """Gradients of which each tensor-parallel rank has a part: those of the norms under sequence
@@ -130,9 +142,10 @@ class Shards:
         if not self._parallel.sequence:
             return []
         return [
-            parameter.grad
+            gradient
             for local, parameter in parameters
-            if split_of(self._parts[local][0].name).replicated and parameter.grad is not None
+            if split_of(self._parts[local][0].name).replicated
+            and (gradient := getattr(parameter, "main_grad", parameter.grad)) is not None
         ]
 
 

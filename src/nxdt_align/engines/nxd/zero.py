@@ -1,0 +1,71 @@
+"""ZeRO-1: the optimizer's state and its float32 weights, split over the data-parallel ranks by NxD."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from neuronx_distributed.optimizer import NeuronZero1Optimizer
+from neuronx_distributed.parallel_layers import parallel_state
+from torch import Tensor
+
+from nxdt_align.engines.nxd.mesh import Mesh
+
+
+class ShardedOptimizer(NeuronZero1Optimizer):  # type: ignore[misc]
+    """An optimizer of the same class and settings as ``optimizer``, on this rank's rows of each parameter.
+
+    The engine calls ``reduce`` before it clips, on rows that are sums over the ranks: NxD's own step
+    takes means, and a norm that counts replicated kv heads as often as they are replicated. Only XLA
+    devices have it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, mesh: Mesh, *, float32_sums: bool) -> None:
+        self._hooks = (
+            list(optimizer._optimizer_step_pre_hooks.values()),
+            list(optimizer._optimizer_step_post_hooks.values()),
+        )
+        taken = inspect.signature(type(optimizer).__init__).parameters
+        super().__init__(
+            optimizer.param_groups,
+            type(optimizer),
+            optimizer_dtype=torch.float32,
+            grad_clipping=False,
+            pin_layout=False,
+            sharding_groups=parallel_state.get_data_parallel_replica_groups(),
+            grad_norm_groups=parallel_state.get_tensor_model_parallel_replica_groups(),
+            use_grad_acc_hook=float32_sums,
+            higher_cc_precision=float32_sums,
+            save_master_weights=True,
+            **{key: value for key, value in optimizer.defaults.items() if key in taken},
+        )
+        size, groups = mesh.groups.data.size, self.sharding_groups
+        # NxD divides by the group's size.
+        self._sums = [{"scale_factor": float(size), "sharding_group": groups, "group_size": size}]
+
+    def init_zero(self) -> None:
+        super().init_zero()
+        # The caller's hooks, which for instance bring the learning rate to the device.
+        before, after = self._hooks
+        for hook in before:
+            self.base_optimizer.register_step_pre_hook(hook)
+        for hook in after:
+            self.base_optimizer.register_step_post_hook(hook)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Sum the gradients over the ranks; each keeps those of its rows."""
+        self._reduce_gradients(sharding_scheme=self._sums)
+
+    def gradients(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Parameter, the gradient of this rank's rows of it, and the first row's number; after ``reduce``."""
+        for group, shards in zip(self.param_groups, self.base_optimizer.param_groups, strict=True):
+            for parameter, shard in zip(group["params"], shards["params"], strict=True):
+                yield parameter, shard.grad, self.local_rank * shard.shape[0]
+
+    def step(self, closure: Any = None, **kwargs: Any) -> None:
+        """Update this rank's rows, from gradients that ``reduce`` has summed, and gather all rows."""
+        assert closure is None
+        self._update_parameters()
