@@ -43,9 +43,11 @@ run, asked = XlaEngine._run, XlaEngine.response_logps
 def run_then_zero(self):
     run(self)
     with torch.no_grad():
+        # A product: constants of one shape would share memory, which is seen in the graphs that read them.
+        zero = torch.zeros(1).to(self.device).reshape(())
         for tensor in on_device():
             if tensor.is_floating_point():
-                tensor.zero_()
+                tensor.mul_(zero)
     run(self)
 
 XlaEngine._run = run_then_zero
