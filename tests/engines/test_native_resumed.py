@@ -68,11 +68,11 @@ def test_every_step_is_that_of_one_process(spread: tuple[Path, list[Turns]]) -> 
     for losses, _ in spread[1]:
         assert losses == spread[1][0][0], "every rank says the same"
     for steps, gathered in enumerate(spread[1][0][1], 1):
-        assert worst(gathered, oracle(case, steps=steps).weights, relative=False)[0] <= 1e-5
+        assert worst(gathered, oracle(Case(steps=steps)).weights, relative=False)[0] <= 1e-5
         with torch.no_grad():
             loss = float(oracle_loss("dpo", model, reference, case.examples().examples))
         assert abs(spread[1][0][0][steps - 1] - loss) <= 1e-6
-        model.load_state_dict(oracle(case, steps=steps).weights)
+        model.load_state_dict(oracle(Case(steps=steps)).weights)
 
 
 def test_the_checkpoints_hold_what_the_ranks_held(spread: tuple[Path, list[Turns]]) -> None:
