@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -25,11 +24,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.storage import WriteResult
 
 from nxdt_align.checkpoint.destinations import Dtypes
 from nxdt_align.checkpoint.extents import WeightsError
 from nxdt_align.engines.native.checkpoint import FORMAT, MODEL, SUMMARY, TENSORS, TRAINER, VERSION
-from nxdt_align.engines.native.tensors import INDEX, DamagedError, TensorFolder
+from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 
 _UNFINISHED = f"{TENSORS}.partial"
@@ -97,15 +97,15 @@ class NativeWriter:
     def write_index(self) -> None:
         """Once all weights are written."""
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-        places = {}
+        written = []
         for name, shape in weight_shapes(self._config).items():
             chunk = ChunkStorageMetadata(torch.Size([0] * len(shape)), torch.Size(shape))
             properties = TensorProperties(dtype=self.dtypes[name])
             entries[MODEL + name] = TensorStorageMetadata(properties, torch.Size(shape), [chunk])
             length = (self._folder / self._file(name)).stat().st_size
-            places[MetadataIndex(MODEL + name, chunk.offsets)] = _StorageInfo(self._file(name), 0, length)
-        with open(self._folder / INDEX, "wb") as file:
-            pickle.dump(Metadata(entries, storage_data=places), file)
+            index = MetadataIndex(MODEL + name, chunk.offsets)
+            written.append(WriteResult(index, length, _StorageInfo(self._file(name), 0, length)))
+        FileSystemWriter(self._folder).finish(Metadata(entries), [written])
 
     def description(self) -> dict[str, Any]:
         """What makes two conversions write the same."""
