@@ -1,9 +1,12 @@
-"""``trainer.accelerator: xla``, and where COMPILE=1 takes its trial steps."""
+"""The device of a run: ``trainer.accelerator``, and where COMPILE=1 takes its trial steps."""
 
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +25,48 @@ def config(accelerator: Accelerator, attention: Attention = "auto") -> Config:
     )
 
 
+@pytest.mark.parametrize("accelerator", ["cuda", "neuron"])
+def test_an_accelerator_that_is_not_here(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(UserError, match=f"is {accelerator}, but torch finds no acceler.*=cpu runs"):
+        device(config(accelerator), RunEnv())
+    other = torch.device("xpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: other)
+    with pytest.raises(UserError, match=f"is {accelerator}, but torch finds xpu alone"):
+        device(config(accelerator), RunEnv())
+
+
+NEURON = """
+import sys, types
+import torch
+# A backend of its own name, as PyTorch's native Neuron registers itself; it has no kernels here.
+torch.utils.rename_privateuse1_backend("neuron")
+torch._register_device_module("neuron", types.SimpleNamespace(is_available=lambda: True))
+moved_to = []
+torch.accelerator.set_device_index = moved_to.append
+from nxdt_align.build.env import RunEnv
+from nxdt_align.build.parts import attention, device
+from nxdt_align.config.schema import Config, TrainerConfig
+from dataclasses import replace
+config = replace(Config(), trainer=TrainerConfig(accelerator=sys.argv[1]))
+found = device(config, RunEnv(local_rank=3))
+print(found, moved_to, type(attention(config, found)).__name__)
+"""
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "neuron"])
+def test_any_accelerator_goes_the_same_way(accelerator: str, repo: Path) -> None:
+    """No vendor is asked for. In a process of its own, as a backend has one name for good."""
+    command = [sys.executable, "-c", NEURON, accelerator]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repo / "src", check=True)
+    assert done.stdout.split("\n")[0] == "neuron:3 [3] DenseAttention"
+
+
 @pytest.fixture(params=[True, False], ids=["with torch_xla", "without"])
 def has_torch_xla(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The meta device stands for torch_xla's."""
     monkeypatch.setattr(xla, "is_available", lambda: request.param)
     monkeypatch.setattr(xla, "device", lambda: torch.device("meta"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return bool(request.param)
 
 

@@ -94,20 +94,18 @@ def micro_batch_needs(config: Config) -> MicroBatchNeeds:
 def device(config: Config, env: RunEnv) -> torch.device:
     """The device of this process. Raises UserError for one that is not here."""
     chosen = config.trainer.accelerator
-    if chosen == "neuron":
-        raise UserError(
-            f"trainer.accelerator: must be auto, cpu, cuda or xla in this version, but is {chosen}; "
-            "trainer.accelerator=cpu runs here"
-        )
     if chosen == "xla":
         return _xla_device(env)
-    if chosen == "cuda" and not torch.cuda.is_available():
+    # Whatever kind this torch is built for: CUDA, or a backend that registers itself, as Neuron's does.
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if chosen in ("cuda", "neuron") and (present is None or present.type != chosen):
+        found = "no accelerator" if present is None else f"{present.type} alone"
         raise UserError(
-            "trainer.accelerator: is cuda, but torch finds no CUDA device; trainer.accelerator=cpu runs here"
+            f"trainer.accelerator: is {chosen}, but torch finds {found}; trainer.accelerator=cpu runs here"
         )
-    if chosen == "cuda" or (chosen == "auto" and torch.cuda.is_available()):
-        torch.cuda.set_device(env.local_rank)
-        return torch.device("cuda", env.local_rank)
+    if chosen != "cpu" and present is not None:
+        torch.accelerator.set_device_index(env.local_rank)
+        return torch.device(present.type, env.local_rank)
     return _trial_device(config, env) if env.compile_only else torch.device("cpu")
 
 
