@@ -108,7 +108,8 @@ def examples() -> ExampleSet:
     return random_examples(PAIRS, seed=4, prompt=(1, 20), response=(1, 14))
 
 
-def dataset(topology: Any, layout: Layout = "packed") -> StepDataset:
+def dataset(topology: Any, layout: Layout = "packed", row: int | None = None) -> StepDataset:
+    """``row``: tokens of a row, where they are not to be chosen."""
     found = examples()
     planner = RowPlanner(
         found,
@@ -117,6 +118,7 @@ def dataset(topology: Any, layout: Layout = "packed") -> StepDataset:
         seq_length=96,
         ranks=topology.data_parallel_size,
         micro_batch_size=1,
+        buckets=None if row is None else [row],
     )
     return StepDataset(found, planner, layout, topology)  # type: ignore[arg-type]
 
