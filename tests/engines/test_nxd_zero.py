@@ -69,8 +69,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
 
 def test_it_trains_as_adamw_does(results: Any) -> None:
     """Three steps with clipping on the plain model: losses and norms to 2e-6, weights to 1e-6 on average.
-    Adam divides an entry's gradient by its own size, so where that is rounding noise an entry may be off by
-    a part of its step of 1e-2: 3e-4 at most."""
+    Adam divides a gradient by its own size, so where that is rounding noise an entry may be off by a
+    part of its step of 1e-2: 3e-4 at most."""
     model = plain(0)
     optimizer = torch.optim.AdamW(model.parameters(), **SETTINGS)
     for loss, norm in results[False]["curve"]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nxdt_align.batch import Batch
-from nxdt_align.engines.base import EngineError
+from nxdt_align.batch import PADDING_SEGMENT, Batch
 from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.nxd.mesh import Group
 from nxdt_align.engines.nxd.settings import Parallel
@@ -34,9 +34,9 @@ class Scorer(nn.Module):
         self._shard = VocabShard(tensor.rank * rows, tensor.maximum, tensor.summed)
 
     def forward(self, batch: Batch, want_collisions: bool) -> TokenLogps:
-        self._check_length(batch.input_ids.shape[1])
-        context = self._attention.prepare(batch.segment_ids)
-        hidden = self.llama(batch.input_ids, batch.position_ids, context)
+        input_ids, position_ids, segment_ids = self._padded(batch)
+        context = self._attention.prepare(segment_ids)
+        hidden = self.llama(input_ids, position_ids, context)
         index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
         logps, collisions = token_logps(
             hidden.gather(1, index),
@@ -47,13 +47,12 @@ class Scorer(nn.Module):
         )
         return TokenLogps(logps, collisions)
 
-    def _check_length(self, tokens: int) -> None:
-        if self._parallel.sequence and tokens % self._parallel.tensor:
-            raise EngineError(
-                f"distributed_strategy.sequence_parallel: rows are split over "
-                f"{self._parallel.tensor} tensor-parallel ranks, but a row has {tokens} tokens; make "
-                "data.seq_length a multiple of it"
-            )
+    def _padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions and segments; under sequence parallel of a length that the ranks divide."""
+        extra = -batch.input_ids.shape[1] % self._parallel.tensor if self._parallel.sequence else 0
+        parts = ((batch.input_ids, 0), (batch.position_ids, 0), (batch.segment_ids, PADDING_SEGMENT))
+        ids, positions, segments = (F.pad(part, (0, extra), value=value) for part, value in parts)
+        return ids, positions, segments
 
 
 class Runner:
