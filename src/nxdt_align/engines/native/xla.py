@@ -114,6 +114,7 @@ class XlaEngine(NativeEngine):
 
     def load_weights(self, source: WeightSource) -> None:
         super().load_weights(source)
+        self._unalias()
         self._run()
 
     def load_reference(self, source: WeightSource | None) -> None:
@@ -147,8 +148,16 @@ class XlaEngine(NativeEngine):
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         extra = super().load(directory, optimizer)
+        self._unalias()
         self._run()
         return extra
+
+    @torch.no_grad()
+    def _unalias(self) -> None:
+        """Weights are read through views of them, which torch_xla remembers: each later look at a weight
+        would be a graph."""
+        for _, parameter in self.named_parameters():
+            parameter.data = parameter.detach().clone()
 
     def _run(self) -> None:
         _torch_xla().sync()
