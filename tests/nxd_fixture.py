@@ -172,8 +172,7 @@ def _place(
     for start, stop in ranges:
         piece = share.narrow(dim, at, stop - start)
         place = target.narrow(dim, start, stop - start)
-        assert bool(place.isnan().all()) or torch.allclose(
-            place, piece, rtol=tolerance, atol=tolerance / 100
-        ), name
+        is_first = bool(place.isnan().all())
+        assert is_first or torch.allclose(place, piece, rtol=tolerance, atol=tolerance / 100), name
         place.copy_(piece)
         at += stop - start
