@@ -2,176 +2,26 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from memory_fixture import DEEP, PRECISIONS, RECOMPUTE, WIDE_HEAD, Run, batch, bytes_of_a_rank
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nxdt_align.batch import Batch, SlotRole, Topology
-from nxdt_align.checkpoint.hf import FreshWeights
-from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.mesh import Parallel
-from nxdt_align.engines.native.precision import Precision
-from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.models.activations import kept_of_layer
 from nxdt_align.models.config import parameter_count
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.memory import Memory, estimate
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
-from nxdt_align.models.workload import Formats, Workload
+from nxdt_align.models.workload import Workload
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES
-from nxdt_align.training.adamw import AdamWFP32OptState
 
 TOLERANCE = 0.12
 """Of what a step allocates beyond weights, masters and optimizer states, which must be exact."""
-
-DEEP = LlamaConfig(
-    vocab_size=2000,
-    hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    head_dim=32,
-)
-"""Activations of the layers outweigh the head."""
-WIDE_HEAD = LlamaConfig(
-    vocab_size=8000,
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=32,
-    tie_word_embeddings=True,
-)
-"""The head outweighs the layers; it is the embedding."""
-
-PRECISIONS = {
-    "fp32": (Precision(), Formats(weight=4, gradient=4, master=0, state=8, activation=4)),
-    "bf16": (
-        Precision(compute=torch.bfloat16),
-        Formats(weight=2, gradient=4, master=4, state=8, activation=2),
-    ),
-    "autocast": (
-        Precision(autocast=True),
-        Formats(weight=4, gradient=4, master=0, state=8, activation=2, autocast=True),
-    ),
-}
-RECOMPUTE = [
-    (),
-    ("full",),
-    ("CoreAttention",),
-    ("LlamaMLP",),
-    ("LlamaRMSNorm", "ActivationMultiplyMLP"),
-]
-
-
-def batch(rows: int, tokens: int, responses: int, vocabulary: int) -> Batch:
-    """A pair a row; the last ``responses`` tokens are the two responses'."""
-    half = responses // 2
-    generator = torch.Generator().manual_seed(0)
-
-    def of_rows(values: Tensor) -> Tensor:
-        return values.expand(rows, -1).contiguous()
-
-    def ids(columns: int) -> Tensor:
-        return torch.randint(0, vocabulary, (rows, columns), generator=generator)
-
-    segments = torch.zeros(tokens, dtype=torch.long)
-    segments[tokens - responses : tokens - half] = 1
-    segments[tokens - half :] = 2
-    return Batch(
-        input_ids=ids(tokens),
-        position_ids=of_rows(torch.arange(tokens)),
-        segment_ids=of_rows(segments),
-        response_positions=of_rows(torch.arange(tokens - responses, tokens)),
-        labels=ids(responses),
-        slot_index=of_rows((torch.arange(responses) >= half).long()),
-        slot_valid=torch.ones(rows, 2, dtype=torch.bool),
-        slot_role=of_rows(torch.tensor([SlotRole.CHOSEN, SlotRole.REJECTED])),
-        desirable=torch.ones(rows, 2, dtype=torch.bool),
-        record_index=torch.zeros(rows, 2, dtype=torch.long),
-        global_pairs=torch.tensor(float(rows)),
-        global_tokens=torch.tensor(float(rows * responses)),
-        reference_logps=torch.zeros(rows, 2),
-    )
-
-
-def peak_of(function: Callable[[], object]) -> int:
-    """Most bytes that torch's allocator has handed out and not got back, since ``function`` began."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    allocations = sorted(
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
-    )
-    assert allocations, "torch reported no allocation"
-    now = most = 0
-    for _, size in allocations:
-        now += size
-        most = max(most, now)
-    return most
-
-
-class Run:
-    """An engine in its steady state: its optimizer has made a step, its gradients are gone."""
-
-    def __init__(
-        self, config: LlamaConfig, precision: Precision, recompute: tuple[str, ...], **engine: Any
-    ) -> None:
-        full = recompute == ("full",)
-
-        def configure(model: Llama) -> None:
-            granularity = "full" if full else "selective" if recompute else None
-            model.set_checkpointing(granularity, () if full else recompute)
-
-        self.engine = NativeEngine(
-            config, DenseAttention(), precision=precision, configure_model=configure, **engine
-        )
-        self.engine.load_weights(FreshWeights(config, 0))
-        self.parameters = [p for _, p in self.engine.named_parameters()]
-        self.optimizer = AdamWFP32OptState(self.parameters)
-        self.objective = GlobalMeanObjective(DPOLoss(0.1))
-
-    def step(self, batches: list[Batch]) -> None:
-        self.engine.step(batches, self.objective)
-        self.engine.clip_gradients(1.0)
-        self.optimizer.step()
-
-    def state_bytes(self) -> int:
-        """Of this rank."""
-        values = [v for state in self.optimizer.state.values() for v in state.values()]
-        return sum(local(v).nbytes for v in values if isinstance(v, Tensor) and v.ndim > 0)
-
-    def parameter_bytes(self) -> int:
-        return sum(local(p).nbytes for p in self.parameters)
-
-    def peak_of_a_step(self, batches: list[Batch]) -> int:
-        """Beyond what lies there between two steps."""
-        self.step(batches)
-        for parameter in self.parameters:
-            parameter.grad = None
-        return peak_of(lambda: self.step(batches))
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def compare(
@@ -260,14 +110,6 @@ PARALLEL_TOLERANCE = 0.18
 """FSDP's buffers and what DTensor gathers weigh more in a model as small as this."""
 
 
-@pytest.fixture
-def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A process group whose collectives return at once, and their results are not right."""
-    dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
-    yield request.param
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("ranks", "parallel"),
     [
@@ -277,15 +119,12 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
         (2, Parallel(zero1=True)),
         (2, Parallel(fsdp=True)),
     ],
-    indirect=["ranks"],
     ids=["tp2", "tp2-sp", "tp4-sp", "zero1", "fsdp"],
 )
 def test_a_rank_allocates_what_is_planned(ranks: int, parallel: Parallel) -> None:
     """bf16. On 4 ranks, each has the whole weights of the 2 key-value heads. FSDP gathers within the step."""
-    precision, formats = PRECISIONS["bf16"]
-    topology = Topology.of_rank(0, ranks, tensor_parallel_size=parallel.tensor, pipeline_parallel_size=1)
-    run = Run(DEEP, precision, (), topology=topology, parallel=parallel)
-    measured = run.peak_of_a_step([batch(2, 256, 64, DEEP.vocab_size)] * 2)
+    formats = PRECISIONS["bf16"][1]
+    states, parameters, measured = bytes_of_a_rank(ranks, parallel)
     is_sharded = parallel.zero1 or parallel.fsdp
     need = estimate(
         Workload(
@@ -305,8 +144,8 @@ def test_a_rank_allocates_what_is_planned(ranks: int, parallel: Parallel) -> Non
             kept=KEPT_BYTES,
         )
     )
-    assert need.states == run.state_bytes()
-    assert need.masters == run.parameter_bytes()
+    assert need.states == states
+    assert need.masters == parameters
     estimated = need.gradients + need.activations + need.scratch + (need.weights if is_sharded else 0)
     assert abs(estimated / measured - 1) <= PARALLEL_TOLERANCE, f"{estimated:,} for {measured:,}"
 
