@@ -323,6 +323,7 @@ def train(
             parameter_norm=float(parameter_norm),
             logps=logps,
         )
+        assert not engine.skips_step
         optimizer.step()
     assert outcome is not None
     outcome.weights = {name: whole(p) for name, p in engine.named_parameters()}
