@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -322,6 +323,7 @@ def train(
             parameter_norm=float(parameter_norm),
             logps=logps,
         )
+        assert not engine.skips_step
         optimizer.step()
     assert outcome is not None
     outcome.weights = {name: whole(p) for name, p in engine.named_parameters()}
@@ -377,6 +379,16 @@ def oracle(case: Case) -> Outcome:
     with torch.no_grad():
         outcome.final = float(oracle_loss(case.loss, model, reference, chosen))
     return outcome
+
+
+def exact_gradients(case: Case) -> dict[str, Tensor]:
+    """The plain model's gradients in float64, also where a Llama computes in float32 whatever its dtype."""
+    model, reference = (make_model(seed, case.shape).double() for seed in (0, 1))
+    with mock.patch.object(Tensor, "float", Tensor.double):
+        loss = oracle_loss(case.loss, model, reference, case.examples().examples)
+        found = gradients(loss, model)
+    assert all(gradient.dtype == torch.float64 for gradient in found.values())
+    return found
 
 
 def merged(ranks: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

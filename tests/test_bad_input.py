@@ -237,6 +237,10 @@ LATER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (RESUME + "={weights}/hf_nan", *ORPO),
         ("reduced_train_loss is nan at step 1", "check the weights that the run starts from"),
     ),
+    "NaN in the weights, fp16": (
+        (RESUME + "={weights}/hf_nan", "precision.type=fp16", *ORPO),
+        ("reduced_train_loss is nan at step 1", "check the weights that the run starts from"),
+    ),
     "NaN in the weights, reference during training": (
         (RESUME + "={weights}/hf_nan", f"{DPO}.precompute_ref_log_probs=False"),
         ("preflight: ", "log-probabilities are not finite before the first step", "check the weights"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from training_fixture import Project, scalars
 
+from nxdt_align.engines.native import loss_scale
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 
 TIMES = {"throughput", "throughput_peak"}
@@ -234,15 +235,42 @@ def test_a_full_checkpoint_goes_on_where_weight_init_only_is_false(project: Proj
 
 
 @pytest.mark.parametrize(
-    "kind", ["mixed_precision", "mixed_precisionSR", "mixed_precision_SR", "bf16SR", "autocast", "manual"]
+    "kind",
+    ["mixed_precision", "mixed_precisionSR", "mixed_precision_SR", "bf16SR", "autocast", "manual", "fp16"],
 )
 def test_every_precision_trains(project: Project, kind: str) -> None:
-    """In bf16 the loss starts at ln 2 within the preflight's tolerance, and stays finite."""
+    """In 16 bits the loss starts at ln 2 within the preflight's tolerance, and stays finite."""
     where = f"exp_manager.exp_dir={project.root}/{kind}"
     manual = ("precision.xla_downcast_bf16='1'",) if kind == "manual" else ()
     assert project.train(where, f"precision.type={kind}", "trainer.max_steps=3", *manual) == 0
     losses = [value for _, value in scalars(project.only_run(kind))["reduced_train_loss"]]
     assert losses[0] == pytest.approx(math.log(2), abs=0.05) and all(map(math.isfinite, losses))
+
+
+def test_fp16_skips_what_overflows_and_goes_on_after_a_break(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipped steps use up their data and count, but move neither weights nor the learning rate; the scale
+    and their number are logged, and a run that was stopped in between ends as one that was not."""
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**40)
+    monkeypatch.setattr(loss_scale, "BACKOFF", 2.0**-7)
+    for folder, stops in (("fp16-whole", (8,)), ("fp16-broken", (2, 5, 8))):
+        for steps in stops:
+            where = f"exp_manager.exp_dir={project.root}/{folder}"
+            assert project.train(where, "precision.type=fp16", f"trainer.max_steps={steps}") == 0
+    run = project.only_run("fp16-whole")
+    assert_same_run(project.only_run("fp16-broken"), run)
+    curves = {tag: [value for _, value in points] for tag, points in scalars(run).items()}
+    count = int(curves["skipped_steps"][-1])
+    assert 3 <= count <= 5
+    assert curves["skipped_steps"] == [min(step, count) for step in range(1, 9)]
+    assert curves["loss_scale"] == [2.0 ** (40 - 7 * min(step, count)) for step in range(1, 9)]
+    assert curves["consumed_samples"] == [4, 8, 12, 16, 20, 22, 26, 30]
+    assert len(curves["gradient_norm"]) == 8 - count
+    assert curves["global_step"] == list(range(1, 9))
+    assert all(map(math.isfinite, curves["reduced_train_loss"]))
+    assert len(set(curves["parameter_norm"][:count])) == 1 < len(set(curves["parameter_norm"][count:]))
+    assert len(set(curves["lr"][: count + 1])) == 1 < len(set(curves["lr"][count:]))
 
 
 @pytest.mark.parametrize(

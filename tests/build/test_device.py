@@ -14,7 +14,7 @@ import torch
 from nxdt_align.build.env import RunEnv
 from nxdt_align.build.parts import device
 from nxdt_align.config.data import Attention, DataConfig
-from nxdt_align.config.schema import Accelerator, Config, TrainerConfig
+from nxdt_align.config.schema import Accelerator, Config, PrecisionConfig, TrainerConfig
 from nxdt_align.engines.native import xla
 from nxdt_align.errors import UserError
 
@@ -113,3 +113,14 @@ def test_a_trial_that_cannot_compile_says_why(
     env = RunEnv(world_size=processes, compile_only=True)
     assert device(config("cpu", attention), env).type == "cpu"
     assert f"{why}, so that the trial steps run and nothing is compiled ahead" in caplog.text
+
+
+def test_a_trial_of_fp16_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it skips a step is no part of a graph."""
+    monkeypatch.setattr(xla, "is_available", lambda: True)
+    caplog.set_level(logging.INFO)
+    half = replace(config("cpu"), precision=PrecisionConfig(type="fp16"))
+    assert device(half, RunEnv(compile_only=True)).type == "cpu"
+    assert "precision.type: fp16 is not in the engine's compiled graphs, so that the trial" in caplog.text

@@ -57,6 +57,7 @@ def test_shipped_yaml_fits_a_neuron_core() -> None:
         (["precision.type=mixed_precision_SR"], Formats(2, 4, 4, 8, 2)),
         (["precision.type=fp32"], Formats(4, 4, 0, 8, 4)),
         (["precision.type=autocast"], Formats(4, 4, 0, 8, 2, autocast=True)),
+        (["precision.type=fp16", "trainer.accelerator=cuda"], Formats(2, 4, 4, 8, 2)),
         (["precision.type=bf16SR"], Formats(2, 2, 0, 8, 2)),
         (["precision.type=bf16SR", "model.optim.name=adamw"], Formats(2, 2, 0, 4, 2)),
         (["precision.type=bf16SR", "trainer.accelerator=cpu"], Formats(2, 4, 4, 8, 2)),

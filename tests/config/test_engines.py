@@ -9,7 +9,7 @@ import pytest
 from config import yamls
 
 from nxdt_align.config.check import ConfigError, engine_faults, notices, resolve_engine
-from nxdt_align.config.engines import NO_EFFECT
+from nxdt_align.config.engines import NO_EFFECT, Engine
 from nxdt_align.config.keys import leaf_paths
 from nxdt_align.config.load import load_config
 from nxdt_align.config.schema import Config
@@ -48,6 +48,27 @@ def test_limits_of_the_native_engine(load: Load, override: str, rule: str) -> No
     with pytest.raises(ConfigError) as error:
         engine_faults(config, "native")
     assert rule in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "overrides", "rule"),
+    [
+        ("nxd", (), "precision.type: must not be fp16 on engine nxd; precision.type=mixed_precision"),
+        (
+            "native",
+            ("trainer.accelerator=xla",),
+            "precision.type: must not be fp16 with trainer.accelerator xla; precision.type=mixed_precision",
+        ),
+    ],
+)
+def test_fp16_is_the_native_engines_and_in_no_graph(
+    load: Load, engine: Engine, overrides: tuple[str, ...], rule: str
+) -> None:
+    config = load("", "precision.type=fp16", *overrides)
+    with pytest.raises(ConfigError) as error:
+        engine_faults(config, engine)
+    assert rule in str(error.value)
+    engine_faults(load("", "precision.type=fp16"), "native")
 
 
 def test_native_engine_runs_the_defaults(load: Load) -> None:

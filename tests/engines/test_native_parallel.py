@@ -17,6 +17,7 @@ from parallel_fixture import (
     SHAPE,
     Case,
     Outcome,
+    exact_gradients,
     merged,
     oracle,
     outcomes,
@@ -43,8 +44,8 @@ WEIGHT_TOLERANCE = 1e-5
 BF16_LOSS_TOLERANCE = 0.005
 BF16_GRADIENT_TOLERANCE = 0.06
 """Relative L2 error of a parameter's gradient: ranks round partial sums to 8 bits before adding them."""
-REAL_GRADIENT_TOLERANCE = 5e-6
-"""Ten times as many tokens as the random pairs: fp32's rounding of such sums, the plain model's included."""
+REAL_ROUNDING = 3e-6
+"""The largest error that one process's own rounding in fp32 may give on real pairs, against float64."""
 
 SPREADS = {
     "tp2": Case(tensor=2),
@@ -186,6 +187,12 @@ def real_pairs(file: Path, count: int) -> ExampleSet:
 
 
 def test_real_pairs(shared_data: Path) -> None:
+    """Pairs of HH-RLHF, 48 prompt and up to 2 x 48 response tokens each, against gradients in float64.
+
+    Seen: the ranks 1.7e-6 away, one process 2.1e-6, the plain model in fp32 2.4e-6. So fp32 itself is further
+    than 1e-6 from the truth with that many tokens, and two right results are up to 2.7e-6 apart; the ranks
+    may be at most 1e-6 further from the truth than one process is.
+    """
     shape = replace(SHAPE, vocab_size=len(make_tokenizer()))
     case = Case(
         tensor=2,
@@ -197,7 +204,11 @@ def test_real_pairs(shared_data: Path) -> None:
         steps=2,
     )
     ranks = [outcome for (outcome,) in run_parallel(4, run_cases_of, case)]
-    assert_as(ranks, oracle(case), REAL_GRADIENT_TOLERANCE)
+    exact = exact_gradients(case)
+    rounding, name = worst(run_case(0, case.alone).gradients, exact, relative=True)
+    print(f"one process {rounding:.1e}")
+    assert rounding <= REAL_ROUNDING, name
+    assert_as(ranks, replace(oracle(case), gradients=exact), rounding + GRADIENT_TOLERANCE)
 
 
 def run_cases_of(rank: int, world: int, case: Case) -> list[Outcome]:

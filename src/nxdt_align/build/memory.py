@@ -155,7 +155,7 @@ def workload(config: Config, model: LlamaConfig, layout: Layout, responses: int,
 
 
 def _formats(config: Config, where: str) -> Formats:
-    """``precision`` in bytes: engine nxd has what NxDT has, native float32 masters below any bf16."""
+    """``precision`` in bytes: engine nxd has what NxDT has, native float32 masters below any 16 bits."""
     precision, optim = config.precision, config.model.optim
     states = _STATES.get(optim.name, 2) + bool(optim.params.get("amsgrad"))
     if optim.name in ("sgd", "rmsprop") and optim.params.get("momentum"):
@@ -166,7 +166,7 @@ def _formats(config: Config, where: str) -> Formats:
         return Formats(weight=4, gradient=4, master=0, state=4 * states, activation=4)
     if kind == "autocast":
         return Formats(weight=4, gradient=4, master=0, state=4 * states, activation=2, autocast=True)
-    if where != "neuron" or kind.startswith("mixed_precision"):
+    if where != "neuron" or kind == "fp16" or kind.startswith("mixed_precision"):
         return Formats(weight=2, gradient=4, master=4, state=4 * states, activation=2)
     masters = 4 if kind == "manual" and precision.master_weights else 0
     gradient = 4 if kind == "manual" and precision.fp32_grad_acc else 2

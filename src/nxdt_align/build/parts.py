@@ -117,6 +117,8 @@ def _trial_device(config: Config, env: RunEnv) -> torch.device:
         why = "torch_xla's CPU device runs one process"
     elif config.data.attention not in ("auto", "dense"):
         why = f"data.attention: {config.data.attention} has no static shapes"
+    elif config.precision.type == "fp16":
+        why = "precision.type: fp16 is not in the engine's compiled graphs"
     else:
         return _xla_device(env)
     log.info("COMPILE=1: %s, so that the trial steps run and nothing is compiled ahead", why)
@@ -251,6 +253,8 @@ def precision(config: Config) -> Precision:
     if kind == "autocast":
         log.info("precision.type autocast: fp32 weights, operations as torch.autocast chooses for bf16")
         return Precision(autocast=True)
+    if kind == "fp16":
+        return Precision(compute=torch.float16)
     log.info("precision.type %s: bf16 weights and activations, fp32 master weights and gradients", kind)
     if "SR" in kind or (kind == "manual" and not settings.master_weights):
         log.info("stochastic rounding is the Neuron hardware's; fp32 master weights stand in for it here")

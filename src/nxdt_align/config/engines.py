@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from nxdt_align.config.faults import ConfigError, Fault
@@ -115,7 +115,19 @@ def find_engine_faults(config: Config, engine: Engine) -> list[Fault]:
                 found.append(Fault(path, f"must not be set: {not_yet}", advice=advice))
             else:
                 found.append(Fault(path, f"must be {allowed} ({not_yet})", value, advice))
-    return found
+    return [*found, *_fp16_faults(config, engine)]
+
+
+def _fp16_faults(config: Config, engine: Engine) -> Iterator[Fault]:
+    """Whether a step is skipped is decided on the host, outside of any compiled graph."""
+    if config.precision.type != "fp16":
+        return
+    advice = "precision.type=mixed_precision computes in bf16, which needs no loss scale"
+    if engine == "nxd":
+        yield Fault("precision.type", "must not be fp16 on engine nxd", advice=advice)
+    elif config.trainer.accelerator == "xla":
+        rule = "must not be fp16 with trainer.accelerator xla"
+        yield Fault("precision.type", rule, advice=advice, involves=("trainer.accelerator",))
 
 
 def engine_faults(config: Config, engine: Engine) -> None:

@@ -53,7 +53,14 @@ __all__ = [
 Accelerator = Literal["auto", "neuron", "cpu", "cuda", "xla"]
 EngineName = Literal["nxd", "native"]
 PrecisionType = Literal[
-    "fp32", "bf16SR", "mixed_precision", "mixed_precisionSR", "mixed_precision_SR", "autocast", "manual"
+    "fp32",
+    "bf16SR",
+    "mixed_precision",
+    "mixed_precisionSR",
+    "mixed_precision_SR",
+    "autocast",
+    "manual",
+    "fp16",
 ]
 
 
@@ -149,7 +156,8 @@ class PrecisionConfig:
     type: PrecisionType = "mixed_precision"
     """mixed_precision: bf16 with master weights and gradient sums in fp32; mixed_precisionSR (also
     mixed_precision_SR): that with stochastic rounding; bf16SR: bf16 with stochastic rounding;
-    autocast: torch.autocast; fp32; manual: by the keys below."""
+    autocast: torch.autocast; fp32; manual: by the keys below; fp16 (ours, engine native alone): fp16 with
+    master weights and gradient sums in fp32 and a dynamic loss scale."""
     master_weights: bool = False
     """Keep a copy of the weights in fp32 (read with type manual)."""
     fp32_grad_acc: bool = False

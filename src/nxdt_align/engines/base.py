@@ -130,6 +130,16 @@ class Engine(ABC):
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's trainable parameters under the plain Llama's names."""
 
+    @property
+    def skips_step(self) -> bool:
+        """Whether the last ``step`` gave gradients that overflowed (fp16): the optimizer must not move for
+        them, and the engine has done what makes the next step better. The same on every rank."""
+        return False
+
+    def status(self) -> dict[str, float]:
+        """Numbers of the engine's own for the log, on the host; the same names at every step."""
+        return {}
+
     def adopt_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """What trains in place of ``optimizer``, which was built on ``named_parameters``: itself, or one of
         the same class and settings that the engine has spread over ranks."""

@@ -98,9 +98,10 @@ class AlignmentModule(LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         learning_rate = optimizer.param_groups[0]["lr"]
+        # Counted also where the engine skips it (see EngineStrategy.optimizer_step): its data are used up.
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
-        if scheduler is not None:
+        if scheduler is not None and not self.engine.skips_step:
             scheduler.step()
         norms = self._norms(gradient_norm)
         self.engine.mark_step()
@@ -114,11 +115,12 @@ class AlignmentModule(LightningModule):
         return self.global_step % self._settings.log_every_n_steps == 0
 
     def _norms(self, gradient_norm: Tensor) -> dict[str, Tensor]:
-        """Where a step is a compiled graph, every step computes them, so that all are one graph."""
+        """Where a step is a compiled graph, every step computes them, so that all are one graph. Gradients
+        that overflowed have no norm."""
         norms = {}
         if self._settings.log_parameter_norm and (self._logs_now or self.engine.lazy):
             norms["parameter_norm"] = self.engine.parameter_norm()
-        if self._settings.log_gradient_norm:
+        if self._settings.log_gradient_norm and not self.engine.skips_step:
             norms["gradient_norm"] = gradient_norm
         return norms
 
@@ -135,6 +137,7 @@ class AlignmentModule(LightningModule):
         numbers = {name: float(value) for name, value in self._objective.finish(means).items()}
         numbers["lr"] = float(learning_rate)
         numbers |= {name: float(fetched[name]) for name in norms}
+        numbers |= self.engine.status()
         numbers["global_step"] = float(step)
         numbers["consumed_samples"] = float(consumed)
         numbers["throughput"] = throughput

@@ -85,6 +85,10 @@ class EngineStrategy(ParallelStrategy):
     def model_to_device(self) -> None:
         """The engine has placed its model already."""
 
+    def optimizer_step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Nothing, where the engine skips the step."""
+        return None if self.engine.skips_step else super().optimizer_step(optimizer, *args, **kwargs)
+
     # Communication
 
     def barrier(self, name: str | None = None) -> None:

@@ -16,6 +16,7 @@ from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, 
 from nxdt_align.engines.native import checkpoint, collectives
 from nxdt_align.engines.native.gathering import whole_tensors
 from nxdt_align.engines.native.loading import copy_weights, fill
+from nxdt_align.engines.native.loss_scale import LossScale
 from nxdt_align.engines.native.mesh import Groups, Parallel
 from nxdt_align.engines.native.model import Blueprint, RankModel, check_pipeline
 from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, total_norm
@@ -25,6 +26,9 @@ from nxdt_align.engines.native.saving import Saver
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention
+
+LOSS_SCALE = "loss_scale"
+"""Key of a checkpoint's values."""
 
 
 class NativeEngine(Engine):
@@ -66,6 +70,8 @@ class NativeEngine(Engine):
         self._policy = self._blueprint.build()
         has_copies = precision.has_masters and not self._groups.shards_data
         self._masters = MasterWeights(self._policy.named_parameters()) if has_copies else None
+        needs_scale = precision.needs_loss_scale
+        self._loss_scale = LossScale(self.device, self._groups.world) if needs_scale else None
         self._is_behind = True
         self._reference: RankModel | None = None
         self._saver = Saver()
@@ -112,10 +118,24 @@ class NativeEngine(Engine):
             parameter.grad = None
         self._publish()
         batches = self._with_reference(micro_batches, objective)
-        output = steps.forward_and_backward(self._policy.runner, self._groups.data, batches, objective)
-        finish_gradients([p for _, p in self.named_parameters()], self._groups)
+        scale, runner = self._loss_scale, self._policy.runner
+        runner = runner if scale is None else scale.over(runner)
+        output = steps.forward_and_backward(runner, self._groups.data, batches, objective)
+        parameters = [p for _, p in self.named_parameters()]
+        finish_gradients(parameters, self._groups)
+        if scale is not None:
+            scale.unscale(parameters)
         self._is_behind = True  # the optimizer's step comes next
         return output
+
+    @property
+    def skips_step(self) -> bool:
+        return self._loss_scale is not None and self._loss_scale.skips_step
+
+    def status(self) -> dict[str, float]:
+        if self._loss_scale is None:
+            return {}
+        return {"loss_scale": self._loss_scale.value, "skipped_steps": float(self._loss_scale.skipped_steps)}
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         self._publish()
@@ -170,6 +190,8 @@ class NativeEngine(Engine):
         *,
         background: bool = False,
     ) -> None:
+        if self._loss_scale is not None:
+            extra = {**extra, LOSS_SCALE: self._loss_scale.state()}
         self._saver.save(directory, self.named_parameters(), optimizer, extra, background=background)
 
     def finish_saving(self) -> None:
@@ -182,4 +204,6 @@ class NativeEngine(Engine):
         self._saver.finish()
         extra = checkpoint.load(directory, self.named_parameters(), optimizer)
         self._weights_changed()
+        if self._loss_scale is not None and LOSS_SCALE in extra:
+            self._loss_scale.load_state(extra[LOSS_SCALE])
         return extra

@@ -34,6 +34,11 @@ class Precision:
         """Whether the weights that are computed with are copies of float32 master weights."""
         return self.compute != torch.float32
 
+    @property
+    def needs_loss_scale(self) -> bool:
+        """Whether gradients may leave the range of the dtype that they are computed in."""
+        return self.compute == torch.float16
+
 
 class MasterWeights:
     """float32 master weights and gradients of a model that computes in a lower precision.

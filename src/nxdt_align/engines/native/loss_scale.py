@@ -1,0 +1,117 @@
+"""fp16's loss scale: what backward starts from is scaled so that no gradient vanishes, and a step with one
+that left the range is skipped.
+
+torch.amp.GradScaler's rule and its two functions. The class itself unscales the gradients of an optimizer
+and steps that; an engine has shards of gradients and no optimizer, and all its ranks must decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.native.collectives import Group
+from nxdt_align.engines.native.norms import local
+from nxdt_align.engines.steps import Runner, Share, TokenLogps
+
+log = logging.getLogger(__name__)
+INITIAL, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
+"""GradScaler's own: the first scale; what it is multiplied by after so many good steps in a row, or after a
+skipped one."""
+SMALLEST = 2.0**-10
+"""A scale below which a run has no hope: gradients of 6e7 have overflowed by then."""
+
+
+class LossScale:
+    """The scale of this run, the same on every rank.
+
+    Args:
+        device: where gradients are.
+        world: all ranks, which skip a step together.
+    """
+
+    def __init__(self, device: torch.device, world: Group) -> None:
+        self._world = world
+        self._scale = torch.full((), INITIAL, dtype=torch.float32, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
+        self.value = INITIAL
+        """That the next step starts with."""
+        self.skips_step = False
+        """Whether the last step is to be skipped."""
+        self.skipped_steps = 0
+
+    def over(self, runner: Runner) -> Runner:
+        """``runner`` with every share of the loss scaled."""
+        return _ScaledRunner(runner, self._scale)
+
+    @torch.no_grad()
+    def unscale(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Bring float32 gradients back to the loss's own scale, and the scale up to date with them.
+
+        Raises EngineError, on all ranks, once the scale has fallen below SMALLEST.
+        """
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        found = torch.zeros_like(self._scale)
+        # The scale is a power of 2, so its reciprocal is exact.
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._scale.reciprocal())
+        found = self._world.largest(found)
+        torch._amp_update_scale_(self._scale, self._good_steps, found, GROWTH, BACKOFF, GROWTH_INTERVAL)
+        before = self.value
+        overflowed, self.value = torch.stack([found, self._scale]).tolist()
+        self.skips_step = overflowed > 0
+        if self.skips_step:
+            self._note_skipped(before)
+
+    def _note_skipped(self, scale: float) -> None:
+        self.skipped_steps += 1
+        if self._world.rank == 0:
+            log.info(
+                "step skipped: gradients overflowed fp16 at a loss scale of %g; now %g", scale, self.value
+            )
+        if self.value < SMALLEST:
+            raise EngineError(
+                f"precision.type: with fp16 gradients are not finite even at a loss scale of {scale:g}, "
+                "which no scale can mend; check the weights that the run starts from, lower model.optim.lr, "
+                "or set precision.type=mixed_precision (bf16)"
+            )
+
+    # Checkpoints
+
+    def state(self) -> dict[str, float]:
+        return {
+            "scale": self.value,
+            "good_steps": int(self._good_steps),
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state()``."""
+        self.value = float(state["scale"])
+        self._scale.fill_(self.value)
+        self._good_steps.fill_(int(state["good_steps"]))
+        self.skipped_steps = int(state["skipped_steps"])
+
+
+class _ScaledRunner:
+    """A Runner whose backward passes start from scaled shares; what it returns is as ever."""
+
+    def __init__(self, runner: Runner, scale: Tensor) -> None:
+        self._runner = runner
+        self._scale = scale
+
+    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
+        return self._runner.forward(micro_batches, want_collisions=want_collisions)
+
+    def backward(
+        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+    ) -> list[TokenLogps]:
+        def scaled(index: int, result: TokenLogps) -> Tensor:
+            return share(index, result) * self._scale
+
+        return self._runner.backward(micro_batches, scaled, want_collisions=want_collisions)
