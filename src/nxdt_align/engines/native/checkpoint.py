@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.archives import check_archive, reason
 from nxdt_align.engines.native.collectives import Ranks
+from nxdt_align.engines.native.loading import filling
 from nxdt_align.engines.native.optimizer_state import NamedOptimizerState, parameter_names, restore
 from nxdt_align.engines.native.parts import Part
 from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
@@ -58,7 +59,7 @@ def load(
     dtype or set of weights (all are named, and nothing is filled).
     """
     directory, ranks = Path(directory), Ranks()
-    parameters = {MODEL + name: parameter for name, parameter in named_parameters}
+    parameters: dict[str, Tensor] = {MODEL + name: parameter for name, parameter in named_parameters}
     wanted = _union(ranks.gather({key: (tuple(p.shape), p.dtype) for key, p in parameters.items()}))
     moved = None if optimizer is None else parameter_names(optimizer, named_parameters)
     everywhere = set().union(*(names or () for names in ranks.gather(moved)))
@@ -68,8 +69,8 @@ def load(
         _check_fit(directory, tensors, wanted)
         saved = None if optimizer is None else _optimizer_state(directory, tensors, trainer, parameters)
     with ranks.together(CheckpointError):
-        parts = {key: Part.of(parameter) for key, parameter in parameters.items()}
-        _guarded(directory, lambda: tensors.read_into(parts))
+        with filling(parameters) as parts:
+            _guarded(directory, lambda: tensors.read_into(parts))
         if optimizer is not None and saved is not None:
             restore(optimizer, named_parameters, saved, everywhere)
     extra: dict[str, Any] = trainer["extra"]

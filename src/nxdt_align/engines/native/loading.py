@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,11 +38,29 @@ def fill(named_parameters: Iterable[tuple[str, Tensor]], source: WeightSource) -
         _check_fit(wanted, source)
     with ranks.together():
         for name, parameter in parameters.items():
-            part = Part.of(parameter)
-            if part.is_whole:
-                part.local.copy_(source.read(name))
-            elif part.local.numel():
-                part.local.copy_(source.read_slice(name, part.region))
+            with filling({name: parameter}) as parts:
+                _read(parts[name], name, source)
+
+
+@contextmanager
+def filling(tensors: dict[str, Tensor]) -> Iterator[dict[str, Part]]:
+    """Their parts under their names, whose ``local`` is to be filled before the end.
+
+    It is the tensors' own memory, but on a lazy device memory on the CPU, which is handed over at the end:
+    there a copy into a tensor is an operation, so a graph to compile, and a whole tensor from the CPU is none.
+    """
+    lazy = [name for name, tensor in tensors.items() if tensor.device.type == "xla"]
+    on_cpu = {name: torch.empty_like(tensors[name], device="cpu") for name in lazy}
+    yield {name: Part.of(tensor) for name, tensor in (tensors | on_cpu).items()}
+    for name in lazy:
+        tensors[name].data = on_cpu[name].to(tensors[name].device)
+
+
+def _read(part: Part, name: str, source: WeightSource) -> None:
+    if part.is_whole:
+        part.local.copy_(source.read(name))
+    elif part.local.numel():
+        part.local.copy_(source.read_slice(name, part.region))
 
 
 def _check_fit(wanted: Mapping[str, Shape], source: WeightSource) -> None:

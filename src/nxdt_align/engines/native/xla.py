@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -104,6 +105,34 @@ def shapes_of(micro_batches: Sequence[Batch]) -> Shapes:
     return tuple((*b.input_ids.shape, b.labels.shape[1], b.slot_valid.shape[1]) for b in micro_batches)
 
 
+@contextmanager
+def _state_as_computed(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Have the state that is loaded within be what a step leaves behind: data on the device, each tensor
+    its own.
+
+    torch_xla makes a constant of a copied scalar that is 0 or 1, and one input of all that are equal: the
+    step behind a checkpoint would be another graph than one behind a step.
+    """
+    saved: dict[int, dict[str, Any]] = {}
+    hook = optimizer.register_load_state_dict_pre_hook(lambda _, given: saved.update(given["state"]))
+    try:
+        yield
+    finally:
+        hook.remove()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in saved.items():
+        state = optimizer.state[parameters[index]]
+        for key, value in values.items():
+            if isinstance(state[key], Tensor) and state[key].device.type == "xla":
+                state[key] = _as_data(value.to(state[key].dtype))
+
+
+def _as_data(value: Tensor) -> Tensor:
+    """A tensor on the CPU as one on the device, without a graph."""
+    found: list[Tensor] = _torch_xla()._XLAC._xla_tensors_from_aten([value], [str(device())], None)
+    return found[0]
+
+
 class XlaEngine(NativeEngine):
     """Takes what NativeEngine takes; ``device`` is ``xla.device()``."""
 
@@ -114,7 +143,6 @@ class XlaEngine(NativeEngine):
 
     def load_weights(self, source: WeightSource) -> None:
         super().load_weights(source)
-        self._unalias()
         self._run()
 
     def load_reference(self, source: WeightSource | None) -> None:
@@ -147,17 +175,10 @@ class XlaEngine(NativeEngine):
         return [float(value) for value in found]
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-        extra = super().load(directory, optimizer)
-        self._unalias()
+        with nullcontext() if optimizer is None else _state_as_computed(optimizer):
+            extra = super().load(directory, optimizer)
         self._run()
         return extra
-
-    @torch.no_grad()
-    def _unalias(self) -> None:
-        """Weights are read through views of them, which torch_xla remembers: each later look at a weight
-        would be a graph."""
-        for _, parameter in self.named_parameters():
-            parameter.data = parameter.detach().clone()
 
     def _run(self) -> None:
         _torch_xla().sync()
