@@ -47,7 +47,7 @@ def filling(tensors: dict[str, Tensor]) -> Iterator[dict[str, Part]]:
     """Their parts under their names, whose ``local`` is to be filled before the end.
 
     It is the tensors' own memory, but on a lazy device memory on the CPU, which is handed over at the end:
-    there a copy into a tensor is an operation, so a graph to compile, and a whole tensor from the CPU is none.
+    there a copy into a tensor is an operation, so a graph to compile; a whole tensor from the CPU is none.
     """
     lazy = [name for name, tensor in tensors.items() if tensor.device.type == "xla"]
     on_cpu = {name: torch.empty_like(tensors[name], device="cpu") for name in lazy}
