@@ -39,9 +39,9 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         ),
         (f"{ALIGN}.dpo.truncation_mode=start", "must be one of keep_start, keep_end, but is 'start'"),
         (
-            "precision.type=fp16",
+            "precision.type=fp8",
             "must be one of fp32, bf16SR, mixed_precision, mixed_precisionSR, "
-            "mixed_precision_SR, autocast, manual, but is 'fp16'",
+            "mixed_precision_SR, autocast, manual, fp16, but is 'fp8'",
         ),
         (
             f"{ALIGN}.orpo.beta=0.1",
