@@ -47,7 +47,7 @@ def filling(tensors: dict[str, Tensor]) -> Iterator[dict[str, Part]]:
     """Their parts under their names, whose ``local`` is to be filled before the end.
 
     It is the tensors' own memory, but on a lazy device memory on the CPU, which is handed over at the end:
-    there a copy into a tensor is an operation, so a graph to compile, and a whole tensor from the CPU is none.
+    there a copy into a tensor is an operation, part of a graph to compile, and a tensor that comes is not.
     """
     lazy = [name for name, tensor in tensors.items() if tensor.device.type == "xla"]
     on_cpu = {name: torch.empty_like(tensors[name], device="cpu") for name in lazy}
@@ -86,9 +86,10 @@ def copy_weights(source: Iterable[tuple[str, Tensor]], target: Iterable[tuple[st
     Every rank calls this and holds no more than its parts and one whole tensor."""
     for (name, from_), (other, to) in zip(source, target, strict=True):
         assert name == other
-        part = Part.of(to)
-        if part.region == Part.of(from_).region:
-            part.local.copy_(Part.of(from_).local)
-        else:
-            whole = from_.full_tensor() if isinstance(from_, DTensor) else from_
-            part.local.copy_(whole[part.region])
+        with filling({name: to}) as parts:
+            part = parts[name]
+            if part.region == Part.of(from_).region:
+                part.local.copy_(Part.of(from_).local)
+            else:
+                whole = from_.full_tensor() if isinstance(from_, DTensor) else from_
+                part.local.copy_(whole[part.region])
