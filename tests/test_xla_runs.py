@@ -56,7 +56,9 @@ XlaEngine.response_logps = lambda self, *a, **k: torch.zeros_like(asked(self, *a
 sys.exit(main())
 """
 """The command line on a device that computes nothing: every output of a step is zero, as while Neuron's
-graphs are extracted; weights that are read from files are those."""
+graphs are extracted. It is a simulation: the device does compute, zeroes are put in place behind each step by
+graphs that are then in the manifest too, and weights keep the values of their files until the first step, as
+whatever no graph has made does on Neuron."""
 
 
 @dataclass
@@ -130,6 +132,7 @@ def test_totals_are_printed_and_the_manifest_is_all_that_is_written(trial: Any, 
 def test_no_graph_of_two_epochs_validation_and_a_resume_is_outside_the_manifest(
     ahead: list[Finished], project: Project
 ) -> None:
+    """Neither of the run that is broken off in its second epoch nor of the one that takes it up."""
     for part in ahead:
         compiled, outside = part.graphs
         assert compiled > 0 and outside == 0, part.log[-3000:]

@@ -22,6 +22,7 @@ from torch import Tensor
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Objective, StepOutput, WeightSource
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.loading import filling
 
 Shapes = tuple[tuple[int, ...], ...]
 """Rows, tokens, response tokens and responses a row: of each micro-batch."""
@@ -179,6 +180,17 @@ class XlaEngine(NativeEngine):
             extra = super().load(directory, optimizer)
         self._run()
         return extra
+
+    @torch.no_grad()
+    def _weights_changed(self) -> None:
+        """Loaded masters are rounded on the CPU, and the weights that are computed with are data as well."""
+        self._policy.weights_changed()
+        if self._masters is not None:
+            weights: dict[str, Tensor] = dict(self._policy.named_parameters())
+            with filling(weights) as parts:
+                for name, master in self._masters.named_parameters():
+                    parts[name].local.copy_(master)
+        self._is_behind = False
 
     def _run(self) -> None:
         _torch_xla().sync()
