@@ -145,6 +145,13 @@ def engine(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
 # Beside the ranks
 
 
+def one_copy(case: Case, ranks: Sequence[Any], copy: int) -> list[Any]:
+    """What the ranks of one copy of the model found, out of all ranks': data-parallel ranks come between
+    tensor-parallel ones and stages."""
+    stages = range(case.pp)
+    return [r for s in stages for r in ranks[(s * case.dp + copy) * case.tp :][: case.tp]]
+
+
 def whole(
     case: Case, config: LlamaConfig, shards: Sequence[Mapping[str, Tensor]], tolerance: float = 1e-5
 ) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
-"""The same configuration through both engines: the NxD engine in CPU mode on two tensor-parallel ranks,
-stopped and gone on with, against the native engine in one process."""
+"""The same configuration through both engines: the NxD engine in CPU mode on two tensor-parallel ranks or two
+pipeline stages, stopped and gone on with, against the native engine in one process."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ pytestmark = pytest.mark.nxd
 STEPS = 20
 NXD = (
     *("distributed_strategy.engine=nxd", "trainer.accelerator=cpu", "trainer.devices=2"),
-    *("distributed_strategy.tensor_model_parallel_size=2", "distributed_strategy.sequence_parallel=True"),
     *("distributed_strategy.zero1=True", "model.qkv_linear=True", "exp_manager.seconds_to_sleep=0.1"),
 )
+SPREAD = {
+    "tensor": (
+        "distributed_strategy.tensor_model_parallel_size=2",
+        "distributed_strategy.sequence_parallel=True",
+    ),
+    "pipeline": ("distributed_strategy.pipeline_model_parallel_size=2",),
+}
 
 
 def train_sh(repo: Path, project: Project, *overrides: str) -> str:
@@ -39,7 +45,8 @@ def train_sh(repo: Path, project: Project, *overrides: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_loss_curves_are_the_same(repo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("spread", SPREAD)
+def test_the_loss_curves_are_the_same(repo: Path, tmp_path: Path, spread: str) -> None:
     """20 steps of DPO with clipping, a schedule, the reference pass and validation: 1e-5 on the loss, 1e-4
     on the gradients' norm and on every exported weight."""
     require_nxd()
@@ -49,7 +56,7 @@ def test_the_loss_curves_are_the_same(repo: Path, tmp_path: Path) -> None:
     common += ("model.optim.lr=1e-3",)
     native = (*common, "distributed_strategy.engine=native")
     assert project.train(f"exp_manager.exp_dir={tmp_path}/native", *native) == 0
-    nxd = (f"exp_manager.exp_dir={tmp_path}/nxd", *common, *NXD)
+    nxd = (f"exp_manager.exp_dir={tmp_path}/nxd", *common, *NXD, *SPREAD[spread])
     train_sh(repo, project, *nxd, "trainer.max_steps=8", "exp_manager.export_hf=False")
     said = train_sh(repo, project, *nxd)
     assert "going on from this run's own checkpoint" in said

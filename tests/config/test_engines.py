@@ -85,12 +85,15 @@ def test_native_engine_runs_pipelines(load: Load) -> None:
 
 
 def test_what_the_nxd_engine_cannot_do_in_this_version(load: Load) -> None:
-    text = "distributed_strategy: {engine: nxd, pipeline_model_parallel_size: 2, fsdp: true}"
+    sizes = "pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 2"
+    text = f"distributed_strategy: {{engine: nxd, {sizes}, fsdp: true}}"
     with pytest.raises(ConfigError) as error:
         engine_faults(load(text), "nxd")
     assert "fsdp: must be False (engine nxd cannot do otherwise in this version)" in str(error.value)
-    assert "pipeline_model_parallel_size: must be 1 (engine nxd" in str(error.value)
-    engine_faults(load("distributed_strategy: {engine: nxd, tensor_model_parallel_size: 2}"), "nxd")
+    assert "virtual_pipeline_model_parallel_size: must be 1 (engine nxd" in str(error.value)
+    assert " pipeline_model_parallel_size: must be" not in str(error.value)
+    for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        engine_faults(load(f"distributed_strategy: {{engine: nxd, {size}: 2}}"), "nxd")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from nxd_fixture import (
     engine,
     examples,
     objective,
+    one_copy,
     plain,
     require_nxd,
     run_ranks,
@@ -34,6 +35,7 @@ CASES = [
     Case(tp=2, dp=2, sp=True),
     Case(tp=4, kv=2, sp=True, qkv="fused"),
     Case(tp=2, dp=2, qkv="separate"),
+    Case(tp=2, pp=2, sp=True),
 ]
 PRECISIONS = ["fp32", "bf16"]
 CONVERTED = Case(tp=4, kv=2, sp=True)
@@ -186,8 +188,9 @@ def test_a_run_goes_on_bit_for_bit(results: Any, folder: Path, case: Case, preci
 def test_the_converter_reads_it(results: Any, folder: Path, case: Case, precision: str) -> None:
     source = NxDTFolder(folder / f"{CASES.index(case)}{precision}" / "step=2", CONFIG)
     assert source.partition.tp == case.tp and source.partition.kv_multiplier == case.kv
-    saved = [rank[3] for rank in results["twice", case, precision]][: case.tp]
-    wanted = whole(case, CONFIG, saved)
+    assert source.partition.pp == case.pp
+    saved = [rank[3] for rank in results["twice", case, precision]]
+    wanted = whole(case, CONFIG, one_copy(case, saved, 0))
     for name in source.names():
         assert source.dtype(name) == (torch.float32 if precision == "fp32" else torch.bfloat16)
         assert torch.equal(source.read(name), wanted[name].to(source.dtype(name))), name

@@ -1,4 +1,4 @@
-"""The NxD engine over tensor-parallel and data-parallel ranks, against the plain model."""
+"""The NxD engine over tensor-parallel ranks, data-parallel ranks and stages, against the plain model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nxd_fixture import (
     engine,
     examples,
     objective,
+    one_copy,
     plain,
     require_nxd,
     run_ranks,
@@ -39,6 +40,8 @@ CASES = [
     Case(tp=4, kv=2, sp=True),
     Case(tp=4, kv=2, sp=True, qkv="fused"),
     Case(tp=2, dp=2, sp=True),
+    Case(pp=2),
+    Case(tp=2, pp=2, sp=True),
 ]
 ODD_ROW = 75
 """Tokens that two ranks do not divide."""
@@ -116,6 +119,7 @@ EXTRA = {
     "low": (low_precision, Case(tp=2)),
     "low sp": (low_precision, Case(tp=2, sp=True)),
     "again": (recomputed, Case(tp=2, sp=True)),
+    "again pp": (recomputed, Case(pp=2)),
     "logps": (log_probs, Case(tp=2)),
 }
 
@@ -158,7 +162,7 @@ def test_loss_and_gradients_are_the_plain_models(results: Any, case: Case, loss:
     for rank in ranks:
         assert abs(float(rank["loss"] - value)) <= TOLERANCE * max(1.0, float(value))
     for copy in range(case.dp):
-        shards = ranks[copy * case.tp : (copy + 1) * case.tp]
+        shards = one_copy(case, ranks, copy)
         got = whole(case, CONFIG, [rank["gradients"] for rank in shards])
         errors = {name: float((got[name] - g).abs().max()) / largest for name, g in gradient.items()}
         assert max(errors.values()) <= TOLERANCE, errors
@@ -181,8 +185,9 @@ def test_bf16_loses_no_gradient(extras: Any, key: str) -> None:
         assert float((got[name] - tensor).abs().max()) <= 0.08 * float(tensor.abs().max()), name
 
 
-def test_recomputed_activations_change_nothing(extras: Any) -> None:
-    for kept, again in extras["again"]:
+@pytest.mark.parametrize("key", ["again", "again pp"])
+def test_recomputed_activations_change_nothing(extras: Any, key: str) -> None:
+    for kept, again in extras[key]:
         for name, tensor in kept.items():
             assert torch.equal(tensor, again[name]), name
 

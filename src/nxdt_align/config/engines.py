@@ -84,10 +84,7 @@ def resolve_engine(config: Config, neuron_available: bool) -> Engine:
 # What an engine cannot do in this version: path -> (values that it can, why not the others, what to do).
 
 _SPREAD_OTHERWISE = "with 1, sequence_parallel over tensor_model_parallel_size=N ranks spreads long sequences"
-_NXD_KEYS = (
-    *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"),
-    "context_parallel_size",
-)
+_NXD_KEYS = ("virtual_pipeline_model_parallel_size", "context_parallel_size")
 _NOT_YET = "engine {engine} cannot do otherwise in this version"
 
 LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {

@@ -14,6 +14,7 @@ from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.nxd.layers import parallelize
 from nxdt_align.engines.nxd.mesh import Mesh
+from nxdt_align.engines.nxd.pipeline import PipelineRunner
 from nxdt_align.engines.nxd.precision import MasterWeights
 from nxdt_align.engines.nxd.saving import Checkpoints
 from nxdt_align.engines.nxd.scoring import Runner, Scorer
@@ -26,7 +27,7 @@ from nxdt_align.ops.attention import Attention, DenseAttention
 
 
 class NxDEngine(Engine):
-    """A Llama spread over tensor-parallel ranks, and copies of it over data-parallel ones.
+    """A Llama spread over tensor-parallel ranks and stages, and copies of it over data-parallel ranks.
 
     Parameters go by NxD's names (``named_parameters``), those of its checkpoints: ``weight_q`` for the
     plain Llama's ``q_proj.weight``, one ``gate_up_proj.weight`` for two.
@@ -60,13 +61,14 @@ class NxDEngine(Engine):
         self._configure = configure_model
         self._shards = Shards(config, mesh.parallel, mesh.groups)
         self._policy = self._build()
+        self._runner = self._runner_of(self._policy)
         # ZeRO-1 keeps float32 weights itself, this rank's rows of them.
         has_masters = precision.masters and not mesh.parallel.zero1
         self._masters = MasterWeights(self._weights()) if has_masters else None
         self._sharded: ShardedOptimizer | None = None
         self._mesh = mesh
         self._is_behind = True
-        self._reference: Scorer | None = None
+        self._reference: steps.Runner | None = None
         self._checkpoints = Checkpoints(mesh, save_options)
 
     def _build(self) -> Scorer:
@@ -77,9 +79,15 @@ class NxDEngine(Engine):
         dtype = self._precision.compute
         llama = llama.to(dtype=dtype)
         parallelize(llama, self._parallel, dtype, cpu_mode=self._platform.place == "cpu")
-        llama = llama.to_empty(device=self.device)
+        self._shards.materialize(llama, self.device)
         self._shards.mark(llama)
         return Scorer(llama, self._attention, self._parallel, self._groups.tensor)
+
+    def _runner_of(self, scorer: Scorer) -> steps.Runner:
+        if self._parallel.pipeline == 1:
+            return Runner(scorer, self._platform)
+        local = [parameter for _, parameter in self._shards.named_parameters(scorer.llama)]
+        return PipelineRunner(scorer, local, self._shards.stage_ends(), self._groups, self._platform)
 
     def _weights(self) -> list[tuple[str, nn.Parameter]]:
         """What is computed with, which master weights stand above."""
@@ -93,16 +101,17 @@ class NxDEngine(Engine):
         self._publish()
 
     def load_reference(self, source: WeightSource | None) -> None:
-        self._reference = self._build()
-        self._reference.requires_grad_(False)
-        parameters = self._shards.named_parameters(self._reference.llama)
+        reference = self._build()
+        reference.requires_grad_(False)
+        self._reference = self._runner_of(reference)
+        parameters = self._shards.named_parameters(reference.llama)
         if source is not None:
             self._shards.fill(parameters, source)
             return
         self._publish()
         policy = dict(self._weights())
         for name, parameter in parameters:
-            parameter.copy_(policy[name])
+            parameter.copy_(policy[name].detach())
 
     def drop_reference(self) -> None:
         self._reference = None
@@ -137,7 +146,7 @@ class NxDEngine(Engine):
             self._sharded.zero_grad(set_to_none=True)
         self._publish()
         batches = self._with_reference(micro_batches, objective)
-        output = steps.forward_and_backward(self._runner(), self._groups.data, batches, objective)
+        output = steps.forward_and_backward(self._runner, self._groups.data, batches, objective)
         for _, parameter in parameters:
             if parameter.grad is None and not hasattr(parameter, "main_grad"):
                 parameter.grad = torch.zeros_like(parameter)
@@ -152,26 +161,27 @@ class NxDEngine(Engine):
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         self._publish()
         batches = self._with_reference(micro_batches, objective)
-        return steps.evaluate(self._runner(), self._groups.data, batches, objective)
+        return steps.evaluate(self._runner, self._groups.data, batches, objective)
 
     def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
         self._publish()
-        if reference and self._reference is None:
-            raise EngineError("reference log-probs were asked for, but no reference model was loaded")
-        scorer = self._reference if reference and self._reference is not None else self._policy
-        (result,) = Runner(scorer, self._platform).forward([batch], want_collisions=False)
-        return batch.sum_logps(result.logps)
+        if not reference:
+            (result,) = self._runner.forward([batch], want_collisions=False)
+            return batch.sum_logps(result.logps)
+        return self._reference_logps([batch])[0]
 
-    def _runner(self) -> Runner:
-        return Runner(self._policy, self._platform)
+    def _reference_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
+        if self._reference is None:
+            raise EngineError("reference log-probs were asked for, but no reference model was loaded")
+        results = self._reference.forward(batches, want_collisions=False)
+        return [batch.sum_logps(result.logps) for batch, result in zip(batches, results, strict=True)]
 
     def _with_reference(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Batch]:
-        if not objective.needs_reference:
+        lacking = [b for b in micro_batches if b.reference_logps is None]
+        if not objective.needs_reference or not lacking:
             return list(micro_batches)
-        return [
-            b if b.reference_logps is not None else b.with_reference(self.response_logps(b, reference=True))
-            for b in micro_batches
-        ]
+        found = iter(self._reference_logps(lacking))
+        return [b if b.reference_logps is not None else b.with_reference(next(found)) for b in micro_batches]
 
     def mark_step(self) -> None:
         """The end of a step: of the optimizer's, too."""

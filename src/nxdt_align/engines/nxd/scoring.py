@@ -28,15 +28,18 @@ class Scorer(nn.Module):
     def __init__(self, llama: Llama, attention: Attention, parallel: Parallel, tensor: Group) -> None:
         super().__init__()
         self.llama = llama
-        self._attention = attention
+        self.attention = attention
         self._parallel = parallel
         rows = llama.config.vocab_size // tensor.size
         self._shard = VocabShard(tensor.rank * rows, tensor.maximum, tensor.summed)
 
     def forward(self, batch: Batch, want_collisions: bool) -> TokenLogps:
-        input_ids, position_ids, segment_ids = self._padded(batch)
-        context = self._attention.prepare(segment_ids)
-        hidden = self.llama(input_ids, position_ids, context)
+        input_ids, position_ids, segment_ids = self.padded(batch)
+        context = self.attention.prepare(segment_ids)
+        return self.read(self.llama(input_ids, position_ids, context), batch, want_collisions)
+
+    def read(self, hidden: Tensor, batch: Batch, want_collisions: bool) -> TokenLogps:
+        """The head, over what comes out below it: (B, S, D)."""
         index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
         logps, collisions = token_logps(
             hidden.gather(1, index),
@@ -47,7 +50,7 @@ class Scorer(nn.Module):
         )
         return TokenLogps(logps, collisions)
 
-    def _padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions and segments; under sequence parallel of a length that the ranks divide."""
         extra = -batch.input_ids.shape[1] % self._parallel.tensor if self._parallel.sequence else 0
         parts = ((batch.input_ids, 0), (batch.position_ids, 0), (batch.segment_ids, PADDING_SEGMENT))

@@ -13,7 +13,7 @@ from nxdt_align.engines.nxd.layers import mark
 from nxdt_align.engines.nxd.mesh import Group, Groups
 from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.models.llama import Llama
-from nxdt_align.models.partition import Partition, local_tensors, weight_shape
+from nxdt_align.models.partition import Partition, local_tensors, stage_of_layer, weight_shape
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, split_of
 
@@ -56,11 +56,27 @@ class Shards:
             row += rows
 
     def named_parameters(self, llama: Llama) -> list[tuple[str, nn.Parameter]]:
-        """Under NxD's names, which are the modules' own but for separate q, k and v."""
-        return [
+        """This stage's, under NxD's names, which are the modules' own but for separate q, k and v."""
+        named = (
             (name.replace(".qkv_proj.", ".") if name not in self._parts else name, parameter)
             for name, parameter in llama.named_parameters()
-        ]
+        )
+        return [(name, parameter) for name, parameter in named if name in self._parts]
+
+    def materialize(self, llama: Llama, device: torch.device) -> None:
+        """Bring this stage of a Llama that is on the meta device to ``device``, without values; the rest
+        stays where it is."""
+        mine = {id(parameter) for _, parameter in self.named_parameters(llama)}
+        for module in llama.modules():
+            if any(id(parameter) in mine for parameter in module.parameters(recurse=False)):
+                module.to_empty(device=device, recurse=False)
+        llama.model.rotary_emb.to_empty(device=device)
+
+    def stage_ends(self) -> list[int]:
+        """The numbers of the stages' last layers, but for the last stage's."""
+        layers, stages = self.partition.config.num_hidden_layers, self._parallel.pipeline
+        of = [stage_of_layer(number, layers, stages) for number in range(layers)]
+        return [number for number in range(layers - 1) if of[number] != of[number + 1]]
 
     def mark(self, llama: Llama) -> None:
         """Tell NxD how each parameter is split."""
@@ -86,11 +102,25 @@ class Shards:
         """Whole weights under the plain Llama's names, on the CPU, on the first rank alone. Every rank
         iterates to the end."""
         is_first = torch.distributed.get_rank() == 0
-        for local, parameter in parameters:
-            for part in self._parts[local]:
-                shares = self._groups.tensor.gather(part.of(parameter.detach()).contiguous())
-                if is_first:
-                    yield part.name, self._put_together(part.name, shares.cpu())
+        held = dict(parameters)
+        like = next(iter(held.values()))
+        for stage in range(self._parallel.pipeline):
+            for local, names in local_tensors(self.partition, stage).items():
+                for part in self._stacked(names):
+                    share = self._from(stage, held.get(local), part, like)
+                    shares = self._groups.tensor.gather(share)
+                    if is_first:
+                        yield part.name, self._put_together(part.name, shares.cpu())
+
+    def _from(self, stage: int, parameter: nn.Parameter | None, part: Part, like: Tensor) -> Tensor:
+        """A stage's share of a plain weight, on the same rank of every stage; ``like`` has its dtype."""
+        pipeline = self._groups.pipeline
+        if stage == pipeline.rank:
+            assert parameter is not None
+            share = part.of(parameter.detach()).contiguous()
+        else:
+            share = torch.zeros(self.partition.local_shape(part.name), dtype=like.dtype, device=like.device)
+        return pipeline.summed(share)
 
     def _put_together(self, name: str, shares: Tensor) -> Tensor:
         """``shares``: those of all tensor-parallel ranks, on a new first dimension."""

@@ -1,0 +1,208 @@
+"""A Llama cut into the stages of a pipeline by NxD's NxDPPModel, with the loss inside the model.
+
+NxD traces the model with torch.fx, cuts the trace after decoder layers (evenly, what is left over in the
+last stages), and runs 1F1B. It keeps the shapes and the number of micro-batches that it met first, so
+each has a model of its own here, over the same weights.
+
+Legend: ``B`` rows, ``S`` tokens, ``D`` hidden, ``M`` micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from neuronx_distributed.pipeline import NxDPPModel
+from torch import Tensor, nn
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.nxd.compat import Platform
+from nxdt_align.engines.nxd.mesh import Groups
+from nxdt_align.engines.nxd.scoring import Scorer
+from nxdt_align.engines.steps import Share, TokenLogps
+from nxdt_align.models.llama import LlamaDecoderLayer
+
+INPUTS = ("input_ids", "position_ids", "segment_ids")
+
+
+@dataclass
+class Turn:
+    """One run's micro-batches, as the last stage meets them."""
+
+    model: NxDPPModel
+    micro_batches: Sequence[Batch]
+    want_collisions: bool
+    share: Share | None
+    """None where nothing is trained."""
+    results: list[TokenLogps] = field(default_factory=list)
+
+
+class Places(nn.Module):
+    """What every layer of a stage is told of its tokens; each stage works it out, so that it is not sent."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.rotary_emb = scorer.llama.model.rotary_emb
+        self._attention = scorer.attention
+
+    def forward(self, position_ids: Tensor, segment_ids: Tensor) -> tuple[Any, Any]:
+        return self.rotary_emb(position_ids), self._attention.prepare(segment_ids)
+
+
+class Reader(nn.Module):
+    """The head and the loss of the last stage: (B, S, D) -> what NxD calls the loss, () float32."""
+
+    turn: Turn | None = None
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        # NxD trains what it finds in a stage's modules.
+        self.lm_head = scorer.llama.lm_head
+        self._read = scorer.read
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        turn = self.turn
+        assert turn is not None
+        nothing = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        if turn.model.tracing:
+            return nothing  # NxD only asks for the shapes between stages
+        index = len(turn.results)
+        result = self._read(hidden, turn.micro_batches[index], turn.want_collisions)
+        collisions = result.collisions
+        turn.results.append(
+            TokenLogps(result.logps.detach(), None if collisions is None else collisions.detach())
+        )
+        if turn.share is None:
+            return nothing
+        # NxD takes the mean over the micro-batches; shares add up.
+        return turn.share(index, result) * len(turn.micro_batches)
+
+
+class StagedScorer(nn.Module):
+    """A Scorer in the form in which NxD can trace and cut it: a row of modules that it does not look into."""
+
+    def __init__(self, scorer: Scorer, stage_ends: Sequence[int]) -> None:
+        super().__init__()
+        self.llama = scorer.llama
+        self.places = Places(scorer)
+        self.reader = Reader(scorer)
+        self._ends = frozenset(stage_ends)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+        body = self.llama.model
+        assert body.embed_tokens is not None and body.norm is not None
+        x = body.embed_tokens(input_ids)
+        where = self.places(position_ids, segment_ids)
+        for number, layer in enumerate(body.layers.children()):
+            x = layer(x, where[0], where[1])
+            if number in self._ends:
+                # In the trace this comes after the cut: it is the next stage's own.
+                where = self.places(position_ids, segment_ids)
+        return self.reader(body.norm(x))  # type: ignore[no-any-return]
+
+
+class PipelineRunner:
+    """A Runner for a model of which each rank holds a stage.
+
+    Args:
+        scorer: over a Llama whose other stages' weights are on the meta device.
+        local: this stage's weights.
+        stage_ends: the numbers of the stages' last layers, but for the last stage's.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        local: Sequence[nn.Parameter],
+        stage_ends: Sequence[int],
+        groups: Groups,
+        platform: Platform,
+    ) -> None:
+        self._scorer, self._groups, self._platform = scorer, groups, platform
+        self._staged = StagedScorer(scorer, stage_ends)
+        self._local = {id(parameter) for parameter in local}
+        self._models: dict[tuple[int, ...], NxDPPModel] = {}
+
+    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
+        """As the contract says."""
+        return self._run(micro_batches, None, want_collisions)
+
+    def backward(
+        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+    ) -> list[TokenLogps]:
+        """As the contract says."""
+        return self._run(micro_batches, share, want_collisions)
+
+    def _run(
+        self, micro_batches: Sequence[Batch], share: Share | None, want_collisions: bool
+    ) -> list[TokenLogps]:
+        inputs = self._inputs(micro_batches)
+        rows, tokens = inputs["input_ids"].shape
+        model = self._model(len(micro_batches), rows, tokens)
+        turn = self._staged.reader.turn = Turn(model, micro_batches, want_collisions, share)
+        # With grad mode as NxD sets it: its shapes come with which tensors want gradients.
+        (model.run_eval if share is None else model.run_train)(**inputs)
+        self._staged.reader.turn = None
+        return self._tell(turn)
+
+    def _inputs(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """(M * B, S) int64 each, on the CPU, from where NxD brings each micro-batch to the device."""
+        shapes = {tuple(batch.input_ids.shape) for batch in micro_batches}
+        if len(shapes) != 1:
+            raise EngineError(
+                f"a pipeline takes micro-batches of one shape at a time, but got {sorted(shapes)}"
+            )
+        parts = [self._scorer.padded(batch.map(_to_cpu)) for batch in micro_batches]
+        columns = zip(*parts, strict=True)
+        return {name: torch.cat(column) for name, column in zip(INPUTS, columns, strict=True)}
+
+    def _model(self, count: int, rows: int, tokens: int) -> NxDPPModel:
+        key = (count, rows, tokens)
+        if key not in self._models:
+            self._models[key] = self._cut(count)
+        return self._models[key]
+
+    def _cut(self, count: int) -> NxDPPModel:
+        body = self._scorer.llama.model
+        leaves = {type(module).__name__ for module in (body.norm, self._staged.places, self._staged.reader)}
+        model = NxDPPModel(
+            self._staged,
+            transformer_layer_cls=LlamaDecoderLayer,
+            num_microbatches=count,
+            output_loss_value_spec=True,
+            input_names=list(INPUTS),
+            auto_partition=True,
+            leaf_module_cls=sorted(leaves),
+            tracer_cls="torch",
+            # The weights are on the device, and gradients are summed over data-parallel ranks, by the engine.
+            use_model_wrapper=True,
+            use_optimizer_wrapper=True,
+            # Nothing waits for the device: ``Turn`` has the results.
+            return_loss_on_cpu=False,
+        )
+        if {id(parameter) for parameter in model.local_parameters()} != self._local:
+            raise EngineError(
+                "neuronx-distributed cuts the model at other layers than this version of nxdt-align knows of"
+            )
+        return model
+
+    def _tell(self, turn: Turn) -> list[TokenLogps]:
+        """The last stage's results on every stage, in one reduction."""
+        batch, stage = turn.micro_batches[0], self._groups.pipeline
+        shape = (1 + turn.want_collisions, len(turn.micro_batches), *batch.labels.shape)
+        values = torch.zeros(shape, dtype=torch.float32, device=batch.labels.device)
+        if stage.rank == stage.size - 1:
+            columns = zip(*(result[: shape[0]] for result in turn.results), strict=True)
+            values = torch.stack([torch.stack(column) for column in columns])
+        stage.sum([values])
+        self._platform.mark_step()
+        if turn.want_collisions:
+            return [TokenLogps(logps, collisions) for logps, collisions in zip(*values, strict=True)]
+        return [TokenLogps(logps, None) for logps in values[0]]
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.cpu()

@@ -1,0 +1,186 @@
+"""The NxD engine's pipeline: unequal stages, other shapes and numbers of micro-batches, every rank told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from nxd_fixture import (
+    CONFIG,
+    Case,
+    dataset,
+    engine,
+    examples,
+    objective,
+    plain,
+    require_nxd,
+    run_ranks,
+    weights,
+    whole,
+)
+from oracle import gradients, orpo_loss, pair_logps
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines.base import EngineError
+from nxdt_align.models.llama import Llama
+from nxdt_align.ops.attention import DenseAttention
+from nxdt_align.ops.logprobs import token_logps
+
+pytestmark = pytest.mark.nxd
+CASE = Case(pp=2)
+THREE_LAYERS = replace(CONFIG, num_hidden_layers=3)
+EVERY = tuple(range(len(examples())))
+ROUNDS: list[tuple[Any, int | None]] = [
+    ("packed", None),
+    ("none", None),
+    ("shared_prompt", 75),
+    ("packed", None),
+]
+"""Layout and tokens of a row: other shapes and counts, and the first again."""
+
+
+def rounds() -> dict[str, Any]:
+    built = engine(CASE, THREE_LAYERS)
+    built.load_weights(weights(0, THREE_LAYERS))
+    steps, sizes = [], []
+    for layout, row in ROUNDS:
+        batches = dataset(built.topology, layout, row)[EVERY]
+        sizes.append((len(batches), *batches[0].input_ids.shape))
+        output = built.step(batches, objective("orpo"))
+        found = {name: p.grad.clone() for name, p in built.named_parameters()}
+        steps.append((output.loss, found, built.evaluate(batches, objective("orpo")).loss))
+        left = {name: p.grad for name, p in built.named_parameters()}
+        assert all(torch.equal(found[name], left[name]) for name in found)
+    return {
+        "steps": steps,
+        "sizes": sizes,
+        "sent": [
+            len(received)
+            for model in built._runner._models.values()
+            for received in model.stage_id_to_IO_input_names.values()
+        ],
+        "held": sum(not p.is_meta for p in built._policy.llama.parameters()),
+        "whole": list(built.whole_parameters()),
+    }
+
+
+def logps() -> dict[str, Any]:
+    """Of the policy; of another reference, and of a copy of the policy as one; collisions beside them."""
+    built = engine(CASE, THREE_LAYERS)
+    built.load_weights(weights(0, THREE_LAYERS))
+    batches = dataset(built.topology, "none")[EVERY]
+    policy = [built.response_logps(b) for b in batches]
+    built.load_reference(weights(1, THREE_LAYERS))
+    other = [built.response_logps(b, reference=True) for b in batches]
+    built.load_reference(None)
+    copied = [built.response_logps(b, reference=True) for b in batches]
+    collisions = built._runner.forward(batches, want_collisions=True)
+    with pytest.raises(EngineError) as error:
+        odd = dataset(built.topology, "none", 75)[EVERY]
+        built.evaluate([batches[0], odd[0]], objective("orpo"))
+    return {
+        "batches": batches,
+        "policy": policy,
+        "other": other,
+        "copied": copied,
+        "collisions": [tuple(result) for result in collisions],
+        "refusal": str(error.value),
+    }
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    require_nxd()
+    found = run_ranks(2, [(rounds, ()), (logps, ())], tmp_path_factory.mktemp("ranks"))
+    return dict(zip(("rounds", "logps"), found, strict=True))
+
+
+def test_each_shape_and_count_trains_as_the_plain_model(results: Any) -> None:
+    """Through one engine that meets them in turn. Loss to 1e-6; gradients to 2e-6 of the largest entry: over
+    three layers they round to 1.3e-6, without a pipeline, too."""
+    ranks = results["rounds"]
+    sizes = ranks[0]["sizes"]
+    assert len({size[0] for size in sizes}) > 1 and len({size[1:] for size in sizes}) > 2
+    model = plain(0, THREE_LAYERS)
+    value = orpo_loss(model, examples().examples, 0.1)
+    gradient = gradients(value, model)
+    largest = max(float(g.abs().max()) for g in gradient.values())
+    for turn in range(len(ROUNDS)):
+        for rank in ranks:
+            loss, _, validation = rank["steps"][turn]
+            assert float(loss) == pytest.approx(float(value), rel=1e-6)
+            assert float(validation) == pytest.approx(float(value), rel=1e-6)
+        got = whole(CASE, THREE_LAYERS, [rank["steps"][turn][1] for rank in ranks])
+        for name, tensor in gradient.items():
+            assert float((got[name] - tensor).abs().max()) <= 2e-6 * largest, name
+
+
+def test_a_rank_holds_its_stage_alone(results: Any) -> None:
+    """Three layers on two stages: one, and two in the last, as NxD cuts."""
+    first, last = results["rounds"]
+    layer = len([name for name in first["steps"][0][1] if ".layers.0." in name])
+    assert first["held"] == len(first["steps"][0][1]) == 1 + layer
+    assert last["held"] == len(last["steps"][0][1]) == 2 * layer + 2
+
+
+def test_stages_send_hidden_states_alone(results: Any) -> None:
+    """No masks, and no rotary angles: each stage has the tokens' positions and segments."""
+    for rank in results["rounds"]:
+        assert rank["sent"] == [0, 1] * 3, "a model for each shape and count"
+
+
+def test_the_first_rank_gets_every_stages_weights(results: Any) -> None:
+    first, last = results["rounds"]
+    wanted = dict(plain(0, THREE_LAYERS).named_parameters())
+    assert last["whole"] == [] and {name for name, _ in first["whole"]} == set(wanted)
+    for name, tensor in first["whole"]:
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def test_every_stage_knows_the_log_probs(results: Any) -> None:
+    wanted = {key: scores(plain(seed, THREE_LAYERS)) for key, seed in (("policy", 0), ("other", 1))}
+    wanted["copied"] = wanted["policy"]
+    for rank in results["logps"]:
+        for key, scored in wanted.items():
+            seen = 0
+            for batch, found in zip(rank["batches"], rank[key], strict=True):
+                for row, slot in batch.slot_valid.nonzero().tolist():
+                    place = int(batch.record_index[row, slot]), int(batch.slot_role[row, slot])
+                    assert float(found[row, slot]) == pytest.approx(scored[place], rel=2e-6)
+                    seen += 1
+            assert seen == len(scored)
+
+
+def scores(model: Llama) -> dict[tuple[int, int], float]:
+    with torch.no_grad():
+        pairs = [pair_logps(model, example) for example in examples().examples]
+    return {(i, role): float(value) for i, pair in enumerate(pairs) for role, value in enumerate(pair)}
+
+
+def test_collisions_come_with_them(results: Any) -> None:
+    model = Llama(THREE_LAYERS, DenseAttention())
+    model.load_state_dict(plain(0, THREE_LAYERS).state_dict())
+    for rank in results["logps"]:
+        for batch, (logps, collisions) in zip(rank["batches"], rank["collisions"], strict=True):
+            wanted_logps, wanted = reference(model, batch)
+            assert torch.allclose(logps, wanted_logps, atol=2e-6, rtol=1e-6)
+            assert torch.allclose(collisions, wanted, atol=2e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def reference(model: Llama, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    context = DenseAttention().prepare(batch.segment_ids)
+    hidden = model(batch.input_ids, batch.position_ids, context)
+    index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
+    logps, collisions = token_logps(
+        hidden.gather(1, index), model.head_weight, batch.labels, want_collisions=True
+    )
+    assert collisions is not None
+    return logps, collisions
+
+
+def test_micro_batches_of_several_shapes_are_refused(results: Any) -> None:
+    for rank in results["logps"]:
+        assert rank["refusal"].endswith("micro-batches of one shape at a time, but got [(2, 75), (2, 96)]")
