@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from nxd_source import supply_neuron_only_modules
 from oracle import TINY, ExampleSet, ModuleWeights, causal_attention, random_examples
 from torch import Tensor
 
@@ -28,7 +28,6 @@ from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import Partition, local_tensors
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 
-STUBS = Path(__file__).parent / "nxd_stubs"
 CONFIG = replace(TINY, vocab_size=64, num_attention_heads=8, head_dim=4)
 """Eight query heads to two kv heads; sizes that four ranks divide."""
 PAIRS = 6
@@ -39,8 +38,7 @@ def require_nxd() -> None:
     for name in ("neuronx_distributed", "torch_xla"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not here")
-    if importlib.util.find_spec("torch_neuronx") is None:
-        sys.path.append(str(STUBS))
+    supply_neuron_only_modules()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 # Anyone may import these; they import nothing of ours but each other.
 FOUNDATION = ("errors", "files", "__version__")
 
+SHARED_BY_ENGINES = ("engines.base", "engines.steps", "engines.plain", "engines.masters")
+
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -30,9 +32,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engines.base": ("batch",),
     "engines.steps": ("engines.base", "batch"),
     "engines.plain": (),
-    "engines.native": ("engines.base", "engines.steps", "engines.plain", "models", "ops", "batch", "config"),
+    "engines.masters": (),
+    "engines.native": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),
     "engines.native.checkpoint": ("engines", "models", "ops", "batch", "config", "checkpoint.names"),
-    "engines.nxd": ("engines.base", "engines.steps", "engines.plain", "models", "ops", "batch", "config"),
+    "engines.nxd": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),
     "engines.nxd.checkpoint": ("engines", "models", "ops", "batch", "config", "checkpoint.names"),
     "reference": ("engines.base", "batch"),
     "training": ("engines.base", "losses", "batch", "config", "neuron.monitor"),
@@ -60,6 +63,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "models": ("torch",),
     "engines.base": ("torch",),
     "engines.steps": ("torch",),
+    "engines.masters": ("torch",),
     "config": ("omegaconf", "hydra"),
     "cli": (),
     "cli_conversion": (),

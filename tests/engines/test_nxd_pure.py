@@ -76,6 +76,7 @@ def test_a_placeholder_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_without_the_packages_says_what_to_install(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nxdt_align.config.engines._has_module", lambda name: False)
+    monkeypatch.setattr("nxdt_align.config.engines._is_installed", lambda package: False)
     config = load("distributed_strategy.engine=nxd", "trainer.accelerator=cpu")
     with pytest.raises(UserError, match="not installed: neuronx-distributed, torch-xla"):
         NxDParts(config, None, TINY)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
+from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native import checkpoint, collectives
 from nxdt_align.engines.native.gathering import whole_tensors
 from nxdt_align.engines.native.loading import copy_weights, fill
@@ -21,7 +22,7 @@ from nxdt_align.engines.native.mesh import Groups, Parallel
 from nxdt_align.engines.native.model import Blueprint, RankModel, check_pipeline
 from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.parallelize import check_sizes
-from nxdt_align.engines.native.precision import MasterWeights, Precision
+from nxdt_align.engines.native.precision import Precision
 from nxdt_align.engines.native.saving import Saver
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig

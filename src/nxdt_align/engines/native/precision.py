@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -38,44 +36,3 @@ class Precision:
     def needs_loss_scale(self) -> bool:
         """Whether gradients may leave the range of the dtype that they are computed in."""
         return self.compute == torch.float16
-
-
-class MasterWeights:
-    """float32 master weights and gradients of a model that computes in a lower precision.
-
-    Each micro-batch's gradient is added to the master's in float32 as soon as it is complete, so
-    that accumulation over micro-batches loses nothing.
-    """
-
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        self._pairs: list[tuple[str, nn.Parameter, nn.Parameter]] = []
-        for name, parameter in named_parameters:
-            master = nn.Parameter(parameter.detach().float().clone())
-            master.grad = None
-            self._pairs.append((name, parameter, master))
-            parameter.register_post_accumulate_grad_hook(_Adder(master))  # type: ignore[no-untyped-call]
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for name, _, master in self._pairs:
-            yield name, master
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the masters into the weights that are computed with."""
-        for _, parameter, master in self._pairs:
-            parameter.copy_(master)
-
-
-class _Adder:
-    """Moves a complete low-precision gradient into its master's float32 gradient."""
-
-    def __init__(self, master: nn.Parameter) -> None:
-        self._master = master
-
-    def __call__(self, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        if self._master.grad is None:
-            self._master.grad = parameter.grad.float()
-        else:
-            self._master.grad += parameter.grad
-        parameter.grad = None

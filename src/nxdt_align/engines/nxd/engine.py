@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from nxdt_align.batch import Batch
 from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
+from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.nxd.layers import parallelize
 from nxdt_align.engines.nxd.mesh import Mesh
 from nxdt_align.engines.nxd.pipeline import PipelineRunner
-from nxdt_align.engines.nxd.precision import MasterWeights
 from nxdt_align.engines.nxd.saving import Checkpoints
 from nxdt_align.engines.nxd.scoring import Runner, Scorer
 from nxdt_align.engines.nxd.settings import Precision, SaveOptions
@@ -117,7 +117,7 @@ class NxDEngine(Engine):
         self._reference = None
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return self._masters.named_parameters() if self._masters is not None else self._weights()
+        return list(self._masters.named_parameters()) if self._masters is not None else self._weights()
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self._shards.whole(self.named_parameters())
