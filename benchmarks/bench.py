@@ -12,7 +12,6 @@ import argparse
 import json
 import logging
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -166,12 +165,18 @@ def _measure_memory(workload: Workload, model: str, name: str) -> float:
     sizes = example_tokens(workload.examples, "shared_prompt")
     pairs = np.argsort(sizes)[len(sizes) // 2 :][: workload.batch_size].tolist()
     pairs = pairs[:PADDED_PAIRS] if name == "padded" else pairs
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_rss()
     for _ in range(2):
         contender.train(pairs)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    return _peak_rss() - before
+
+
+def _peak_rss() -> float:
+    """MiB, on Linux. Not getrusage's: that starts from the peak of the process that started this one."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 COLUMNS = (

@@ -110,21 +110,24 @@ def test_two_shards_of_the_vocabulary_equal_the_whole() -> None:
 
 
 MEMORY_SCRIPT = """
-import resource, torch
+import torch
+from pathlib import Path
 from nxdt_align.ops.logprobs import token_logps
+def peak():  # KiB; getrusage's starts from the peak of the process that started this one
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 torch.manual_seed(0)
 hidden = torch.randn(1, 8192, 64).requires_grad_()
 head = torch.randn(128256, 64).requires_grad_()
 labels = torch.randint(0, 128256, (1, 8192))
 token_logps(hidden[:, :64], head, labels[:, :64])[0].sum().backward()
 hidden.grad = None
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 token_logps(hidden, head, labels)[0].sum().backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+print((peak() - before) / 2**20)
 """
 
 
 def test_memory_of_a_long_row_is_far_below_its_logits() -> None:
     """8,192 positions x 128,256 tokens: full fp32 logits are 3.9 GiB; here the peak grows by < 1 GiB."""
     done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.93
+    assert 0.1 < float(done.stdout) < 0.93
