@@ -51,6 +51,24 @@ class Case:
     dp: int = 1
     sp: bool = False
     qkv: str = "split"
+    cuts: tuple[int, ...] | None = None
+
+    @property
+    def config(self) -> LlamaConfig:
+        """As many kv heads as query heads where these three are one layer."""
+        heads = CONFIG.num_attention_heads if self.qkv == "coalesced" else CONFIG.num_key_value_heads
+        return replace(CONFIG, num_key_value_heads=heads)
+
+    @property
+    def parallel(self) -> Parallel:
+        return Parallel(
+            self.tp,
+            self.pp,
+            self.sp,
+            self.kv,
+            self.qkv,  # type: ignore[arg-type]
+            pipeline_cuts=self.cuts,
+        )
 
     @property
     def world(self) -> int:
@@ -136,8 +154,7 @@ def engine(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
     from nxdt_align.engines.nxd.mesh import forget_groups, make_mesh
 
     forget_groups()
-    parallel = Parallel(case.tp, case.pp, case.sp, case.kv, case.qkv)  # type: ignore[arg-type]
-    return NxDEngine(config, make_mesh(parallel, platform), **settings)
+    return NxDEngine(config, make_mesh(case.parallel, platform), **settings)
 
 
 # Beside the ranks
@@ -155,7 +172,7 @@ def whole(
 ) -> dict[str, Tensor]:
     """Whole tensors under the plain Llama's names out of each rank's, which must agree where they
     hold the same. ``shards`` are those of the ranks of one copy of the model, tensor-parallel fastest."""
-    partition = Partition(config, case.tp, case.pp, case.kv, case.qkv)  # type: ignore[arg-type]
+    partition = case.parallel.partition(config)
     found = {name: torch.full(shape, torch.nan) for name, shape in weight_shapes(config).items()}
     for stage in range(case.pp):
         for local, names in local_tensors(partition, stage).items():

@@ -91,9 +91,56 @@ def test_what_the_nxd_engine_cannot_do_in_this_version(load: Load) -> None:
         engine_faults(load(text), "nxd")
     assert "fsdp: must be False (engine nxd cannot do otherwise in this version)" in str(error.value)
     assert "virtual_pipeline_model_parallel_size: must be 1 (engine nxd" in str(error.value)
+    assert "first share of the layers alone" in str(error.value)
     assert " pipeline_model_parallel_size: must be" not in str(error.value)
     for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         engine_faults(load(f"distributed_strategy: {{engine: nxd, {size}: 2}}"), "nxd")
+
+
+def test_the_nxd_engine_takes_up_these_keys(load: Load) -> None:
+    text = """
+distributed_strategy: {engine: nxd, pipeline_model_parallel_size: 2}
+model: {num_layers: 4, pipeline_cuts: [model.layers.0]}
+model_alignment_strategy: {reference_dtype: fp32}
+precision: {type: manual, xla_downcast_bf16: '1', master_weights: True, fp32_grad_acc: True,
+            fp32_grads_cc: True, parallel_layers_reduce_dtype: bf16}
+"""
+    engine_faults(load(text), "nxd")
+    assert notices(load(text), "nxd") == []
+
+
+MANUAL = ("precision.type=manual", "precision.xla_downcast_bf16='1'")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (
+            ("precision.type=mixed_precision", "precision.parallel_layers_reduce_dtype=fp32"),
+            "parallel_layers_reduce_dtype: must be bf16 with precision.type mixed_precision on engine nxd",
+        ),
+        (
+            ("precision.type=fp32", "precision.parallel_layers_reduce_dtype=bf16"),
+            "parallel_layers_reduce_dtype: must be fp32 with precision.type fp32 on engine nxd",
+        ),
+        (
+            (*MANUAL, "precision.fp32_grad_acc=True"),
+            "fp32_grad_acc: must be False without precision.master_weights on engine nxd",
+        ),
+        (
+            (*MANUAL, "precision.fp32_grads_cc=True"),
+            "fp32_grads_cc: must be False without precision.master_weights on engine nxd",
+        ),
+    ],
+)
+def test_number_formats_that_the_nxd_engine_has_not(
+    load: Load, overrides: tuple[str, ...], fault: str
+) -> None:
+    config = load("", *overrides)
+    with pytest.raises(ConfigError) as error:
+        engine_faults(config, "nxd")
+    assert fault in str(error.value)
+    engine_faults(config, "native")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.pipeline import check_count, require_torch
 from nxdt_align.engines.native.stages import Stage, layers_of_stages, prune, stages_of_rank
 from nxdt_align.models.llama import Llama, LlamaDecoderLayer
-from nxdt_align.models.partition import stage_of_layer
+from nxdt_align.models.partition import even_cuts
 from nxdt_align.ops.attention import DenseAttention
 
 DEEP = replace(TINY, num_hidden_layers=5)
@@ -51,8 +51,7 @@ def test_stages_go_round_the_ranks() -> None:
 def test_even_shares_are_those_of_nxd(layers: int, stages: int) -> None:
     shares = layers_of_stages(layers, stages)
     assert [n for share in shares for n in share] == list(range(layers))
-    for index, share in enumerate(shares):
-        assert all(stage_of_layer(layer, layers, stages) == index for layer in share)
+    assert tuple(share[-1] for share in shares[:-1]) == even_cuts(layers, stages)
 
 
 def test_cuts_are_after_the_layers_named() -> None:

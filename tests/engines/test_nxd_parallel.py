@@ -26,6 +26,7 @@ from oracle import dpo_loss, gradients, orpo_loss
 from nxdt_align.batch import IGNORE_LABEL
 from nxdt_align.engines.nxd.settings import Precision
 from nxdt_align.models.llama import Llama
+from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import DenseAttention
 
 pytestmark = pytest.mark.nxd
@@ -38,7 +39,11 @@ CASES = [
     Case(tp=2, qkv="separate", sp=True),
     Case(tp=4, kv=2),
     Case(tp=4, kv=2, sp=True),
+    Case(tp=4, kv=2, qkv="fused"),
     Case(tp=4, kv=2, sp=True, qkv="fused"),
+    Case(tp=2, kv=2, qkv="fused"),
+    Case(tp=2, qkv="coalesced"),
+    Case(tp=2, qkv="coalesced", sp=True),
     Case(tp=2, dp=2, sp=True),
     Case(pp=2),
     Case(tp=2, pp=2, sp=True),
@@ -50,9 +55,9 @@ TOLERANCE = 1e-6
 
 
 def step(case: Case, loss: str) -> dict[str, Any]:
-    built = engine(case)
-    built.load_weights(weights(0))
-    built.load_reference(weights(1))
+    built = engine(case, case.config)
+    built.load_weights(weights(0, case.config))
+    built.load_reference(weights(1, case.config))
     # A row's length is made up for where tokens are split; a pair's prompt is shared here and there.
     layout, row = ("shared_prompt", ODD_ROW) if loss == "orpo" else ("packed", None)
     data = dataset(built.topology, layout, row)  # type: ignore[arg-type]
@@ -142,10 +147,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, str], 
     return found
 
 
-def wanted(loss: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model = plain(0)
+def wanted(loss: str, config: LlamaConfig = CONFIG) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model = plain(0, config)
     value = (
-        dpo_loss(model, plain(1), examples().examples, 0.1)
+        dpo_loss(model, plain(1, config), examples().examples, 0.1)
         if loss == "dpo"
         else orpo_loss(model, examples().examples, 0.1)
     )
@@ -157,22 +162,22 @@ def wanted(loss: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def test_loss_and_gradients_are_the_plain_models(results: Any, case: Case, loss: str) -> None:
     """Loss to 1e-6, gradients to 1e-6 of the largest entry; the norm, each weight once; clipped by it."""
     ranks = results[case, loss]
-    value, gradient = wanted(loss)
+    value, gradient = wanted(loss, case.config)
     largest = max(float(g.abs().max()) for g in gradient.values())
     for rank in ranks:
         assert abs(float(rank["loss"] - value)) <= TOLERANCE * max(1.0, float(value))
     for copy in range(case.dp):
         shards = one_copy(case, ranks, copy)
-        got = whole(case, CONFIG, [rank["gradients"] for rank in shards])
+        got = whole(case, case.config, [rank["gradients"] for rank in shards])
         errors = {name: float((got[name] - g).abs().max()) / largest for name, g in gradient.items()}
         assert max(errors.values()) <= TOLERANCE, errors
         norm = float(torch.cat([g.flatten() for g in gradient.values()]).norm())
-        clipped = whole(case, CONFIG, [rank["clipped"] for rank in shards])
+        clipped = whole(case, case.config, [rank["clipped"] for rank in shards])
         for name, tensor in clipped.items():
             assert torch.allclose(tensor, got[name] * 0.1 / norm, rtol=1e-4, atol=1e-9)
         for rank in shards:
             assert float(rank["norm"]) == pytest.approx(norm, rel=1e-6)
-            parameters = torch.cat([p.detach().flatten() for p in plain(0).parameters()])
+            parameters = torch.cat([p.detach().flatten() for p in plain(0, case.config).parameters()])
             assert float(rank["parameter_norm"]) == pytest.approx(float(parameters.norm()), rel=1e-6)
 
 

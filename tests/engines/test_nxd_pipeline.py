@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,14 +24,18 @@ from nxd_fixture import (
 from oracle import gradients, orpo_loss, pair_logps
 
 from nxdt_align.batch import Batch
+from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.engines.base import EngineError
 from nxdt_align.models.llama import Llama
+from nxdt_align.models.partition import even_cuts
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.logprobs import token_logps
 
 pytestmark = pytest.mark.nxd
-CASE = Case(pp=2)
+CASE, CUT = Case(pp=2), Case(pp=2, cuts=(1,))
 THREE_LAYERS = replace(CONFIG, num_hidden_layers=3)
+SIZES = [(3, 2), (7, 3), (8, 3), (32, 6), (4, 4)]
+"""Layers, stages."""
 EVERY = tuple(range(len(examples())))
 ROUNDS: list[tuple[Any, int | None]] = [
     ("packed", None),
@@ -67,6 +72,30 @@ def rounds() -> dict[str, Any]:
     }
 
 
+def cut_otherwise(folder: str) -> dict[str, Any]:
+    """Two layers, and one in the last stage; a checkpoint of it, met by stages of even shares."""
+    built = engine(CUT, THREE_LAYERS)
+    built.load_weights(weights(0, THREE_LAYERS))
+    output = built.step(dataset(built.topology, "packed")[EVERY], objective("orpo"))
+    built.save(Path(folder), None, {"global_step": 1})
+    every = list(built.whole_parameters())
+    again = engine(CUT, THREE_LAYERS)
+    again.load(Path(folder), None)
+    saved, read = dict(built.named_parameters()), dict(again.named_parameters())
+    with pytest.raises(EngineError) as error:
+        engine(CASE, THREE_LAYERS).load(Path(folder), None)
+    from neuronx_distributed.pipeline.partition import create_partitions
+
+    return {
+        "loss": output.loss,
+        "gradients": {name: p.grad for name, p in built.named_parameters()},
+        "whole": every,
+        "read": saved.keys() == read.keys() and all(torch.equal(saved[n], read[n]) for n in saved),
+        "refusal": str(error.value),
+        "nxds own": {sizes: tuple(create_partitions(sizes[1], list(range(sizes[0])))) for sizes in SIZES},
+    }
+
+
 def logps() -> dict[str, Any]:
     """Of the policy; of another reference, and of a copy of the policy as one; collisions beside them."""
     built = engine(CASE, THREE_LAYERS)
@@ -94,8 +123,10 @@ def logps() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     require_nxd()
-    found = run_ranks(2, [(rounds, ()), (logps, ())], tmp_path_factory.mktemp("ranks"))
-    return dict(zip(("rounds", "logps"), found, strict=True))
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = {"rounds": (rounds, ()), "logps": (logps, ()), "cut": (cut_otherwise, (str(folder / "step=1"),))}
+    found = dict(zip(jobs, run_ranks(2, list(jobs.values()), folder / "files"), strict=True))
+    return {**found, "folder": folder / "step=1"}
 
 
 def test_each_shape_and_count_trains_as_the_plain_model(results: Any) -> None:
@@ -116,6 +147,40 @@ def test_each_shape_and_count_trains_as_the_plain_model(results: Any) -> None:
         got = whole(CASE, THREE_LAYERS, [rank["steps"][turn][1] for rank in ranks])
         for name, tensor in gradient.items():
             assert float((got[name] - tensor).abs().max()) <= 2e-6 * largest, name
+
+
+def test_stages_of_chosen_sizes_train_as_the_plain_model(results: Any) -> None:
+    """``pipeline_cuts`` after the second of three layers: loss to 1e-6, gradients to 2e-6 (see above)."""
+    ranks = results["cut"]
+    model = plain(0, THREE_LAYERS)
+    value = orpo_loss(model, examples().examples, 0.1)
+    gradient = gradients(value, model)
+    largest = max(float(g.abs().max()) for g in gradient.values())
+    assert {n.split(".")[2] for n in ranks[0]["gradients"] if ".layers." in n} == {"0", "1"}
+    assert {n.split(".")[2] for n in ranks[1]["gradients"] if ".layers." in n} == {"2"}
+    got = whole(CUT, THREE_LAYERS, [rank["gradients"] for rank in ranks])
+    for name, tensor in gradient.items():
+        assert float((got[name] - tensor).abs().max()) <= 2e-6 * largest, name
+    for rank in ranks:
+        assert float(rank["loss"]) == pytest.approx(float(value), rel=1e-6)
+    for name, tensor in ranks[0]["whole"]:
+        assert torch.equal(tensor, model.get_parameter(name)), name
+
+
+def test_a_checkpoint_goes_on_with_the_same_cuts_alone(results: Any) -> None:
+    """The optimizer's state is numbered within a stage; the weights can be read whatever the cuts."""
+    for rank in results["cut"]:
+        assert rank["read"] and "pipeline_cuts [1] (now [0])" in rank["refusal"]
+        assert "model.pipeline_cuts as they were" in rank["refusal"]
+    source = NxDTFolder(results["folder"], THREE_LAYERS)
+    wanted = dict(plain(0, THREE_LAYERS).named_parameters())
+    assert source.partition.cuts == (1,) and set(source.names()) == set(wanted)
+    for name in source.names():
+        assert torch.equal(source.read(name), wanted[name]), name
+
+
+def test_even_shares_are_where_nxd_cuts_by_itself(results: Any) -> None:
+    assert results["cut"][0]["nxds own"] == {sizes: even_cuts(*sizes) for sizes in SIZES}
 
 
 def test_a_rank_holds_its_stage_alone(results: Any) -> None:

@@ -14,7 +14,13 @@ import pytest
 import torch
 from oracle import TINY
 
-from nxdt_align.build.nxd import NxDParts, parallel_of, precision_of, save_options_of
+from nxdt_align.build.nxd import (
+    NxDParts,
+    parallel_of,
+    precision_of,
+    reference_precision_of,
+    save_options_of,
+)
 from nxdt_align.config.load import load_config
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import EngineError
@@ -112,6 +118,8 @@ def test_sizes(load: Load) -> None:
     assert split.qkv == "split" and not split.sequence
     assert parallel_of(load(), TINY, "cpu").qkv == "separate"
     assert parallel_of(load(), replace(TINY, num_key_value_heads=4), "cpu").qkv == "coalesced"
+    cut = ("distributed_strategy.pipeline_model_parallel_size=2", "model.pipeline_cuts=[model.layers.0]")
+    assert parallel_of(load(*cut), TINY, "cpu").pipeline_cuts == (0,)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +158,62 @@ def test_sizes_that_do_not_fit(
 )
 def test_precision(load: Load, kind: str, place: compat.Place, wanted: Precision) -> None:
     assert precision_of(load(f"precision.type={kind}"), place) == wanted
+
+
+LOW = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("keys", "on_neuron", "on_cpu"),
+    [
+        ("xla_use_bf16='0'", Precision(), Precision()),
+        ("xla_use_bf16='1'", Precision(LOW), Precision(LOW)),
+        (
+            "xla_downcast_bf16='1' neuron_rt_stochastic_rounding_en='1'",
+            Precision(LOW),
+            Precision(LOW, masters=True),
+        ),
+        (
+            "xla_downcast_bf16='1' master_weights=True",
+            *(Precision(LOW, masters=True, float32_sums=False, float32_reductions=False),) * 2,
+        ),
+        (
+            "xla_downcast_bf16='1' master_weights=True fp32_grads_cc=True",
+            *(Precision(LOW, masters=True, float32_sums=False),) * 2,
+        ),
+        (
+            "xla_downcast_bf16='1' master_weights=True fp32_grad_acc=True",
+            *(Precision(LOW, masters=True),) * 2,
+        ),
+    ],
+)
+def test_manual_precision(load: Load, keys: str, on_neuron: Precision, on_cpu: Precision) -> None:
+    config = load("precision.type=manual", *(f"precision.{key}" for key in keys.split()))
+    assert precision_of(config, "neuron") == on_neuron and precision_of(config, "cpu") == on_cpu
+
+
+def test_how_gradients_are_added_up_is_no_part_of_a_references_identity() -> None:
+    low_sums = Precision(LOW, masters=True, float32_sums=False, float32_reductions=False)
+    assert str(low_sums) == str(Precision(LOW, masters=True)) != str(Precision())
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "wanted"),
+    [
+        ("fp32", None, Precision()),
+        ("fp32", "bf16", Precision(torch.bfloat16)),
+        ("mixed_precision", "fp32", Precision()),
+        ("mixed_precision", "bf16", Precision(torch.bfloat16, masters=True)),
+        ("mixed_precision", None, Precision(torch.bfloat16, masters=True)),
+    ],
+)
+def test_a_reference_of_the_policys_dtype_is_like_it(
+    load: Load, kind: str, dtype: str | None, wanted: Precision
+) -> None:
+    """So that the policy itself can be asked before its first step, and stored values are found again."""
+    chosen = f"model_alignment_strategy.reference_dtype={dtype or 'null'}"
+    config = load(f"precision.type={kind}", chosen)
+    assert reference_precision_of(config, precision_of(config, "cpu")) == wanted
 
 
 def test_autocast_is_refused(load: Load) -> None:

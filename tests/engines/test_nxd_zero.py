@@ -10,8 +10,16 @@ import torch
 from nxd_fixture import CONFIG, dataset, examples, objective, plain, require_nxd, run_ranks, weights
 from oracle import gradients, orpo_loss
 
+from nxdt_align.engines.nxd.settings import Precision
+
 pytestmark = [pytest.mark.nxd, pytest.mark.xla]
 STEPS, LIMIT, SETTINGS = 3, 1.0, {"lr": 1e-2, "weight_decay": 0.01}
+PRECISIONS = {
+    "fp32": Precision(),
+    "masters": Precision(torch.bfloat16, masters=True),
+    "low sums": Precision(torch.bfloat16, masters=True, float32_sums=False),
+    "bf16": Precision(torch.bfloat16),
+}
 
 
 def start(precision: Any) -> tuple[Any, torch.optim.Optimizer]:
@@ -40,31 +48,38 @@ def train(built: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[tupl
     return found
 
 
-def run(masters: bool, folder: str) -> dict[str, Any]:
-    from nxdt_align.engines.nxd.settings import Precision
-
-    precision = Precision(torch.bfloat16, masters=True) if masters else Precision()
+def run(kind: str, folder: str) -> dict[str, Any]:
+    precision = PRECISIONS[kind]
     built, optimizer = start(precision)
     curve = train(built, optimizer, STEPS)
     once = {name: p.detach().cpu() for name, p in built.named_parameters()}
     first, optimizer = start(precision)
     train(first, optimizer, 2)
     first.save(Path(folder), optimizer, {"global_step": 2})
-    second, optimizer = start(precision)
-    second.load(Path(folder), optimizer)
-    resumed = train(second, optimizer, STEPS - 2)
+    second, second_optimizer = start(precision)
+    second.load(Path(folder), second_optimizer)
+    resumed = train(second, second_optimizer, STEPS - 2)
     twice = {name: p.detach().cpu() for name, p in second.named_parameters()}
     whole = dict(built.whole_parameters())
-    return {"curve": curve, "resumed": resumed, "once": once, "twice": twice, "whole": whole}
+    rows = second_optimizer.base_optimizer
+    return {
+        "curve": curve,
+        "resumed": resumed,
+        "once": once,
+        "twice": twice,
+        "whole": whole,
+        "rows": {row.dtype for group in rows.param_groups for row in group["params"]},
+        "state": {state[key].dtype for state in rows.state.values() for key in ("exp_avg", "exp_avg_sq")},
+    }
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     require_nxd()
     folder = tmp_path_factory.mktemp("zero")
-    jobs = [(run, (masters, str(folder / f"{masters}"))) for masters in (False, True)]
-    (plain_run,), (low_run,) = run_ranks(1, jobs, folder / "ranks", gloo=False)
-    return {False: plain_run, True: low_run}
+    jobs = [(run, (kind, str(folder / kind))) for kind in PRECISIONS]
+    ranks = run_ranks(1, jobs, folder / "ranks", gloo=False)
+    return {kind: found for kind, (found,) in zip(PRECISIONS, ranks, strict=True)}
 
 
 def test_it_trains_as_adamw_does(results: Any) -> None:
@@ -73,7 +88,7 @@ def test_it_trains_as_adamw_does(results: Any) -> None:
     part of its step of 1e-2: 3e-4 at most."""
     model = plain(0)
     optimizer = torch.optim.AdamW(model.parameters(), **SETTINGS)
-    for loss, norm in results[False]["curve"]:
+    for loss, norm in results["fp32"]["curve"]:
         value = orpo_loss(model, examples().examples, 0.1)
         for (_, parameter), gradient in zip(
             model.named_parameters(), gradients(value, model).values(), strict=True
@@ -84,21 +99,27 @@ def test_it_trains_as_adamw_does(results: Any) -> None:
         assert loss == pytest.approx(float(value.detach()), rel=2e-6)
         assert norm == pytest.approx(float(wanted), rel=2e-6)
     for name, parameter in model.named_parameters():
-        error = (results[False]["whole"][name] - parameter.detach()).abs()
+        error = (results["fp32"]["whole"][name] - parameter.detach()).abs()
         assert float(error.mean()) <= 1e-6 and float(error.max()) <= 3e-4, name
 
 
-def test_bf16_has_float32_masters(results: Any) -> None:
-    """The curve stays near float32's: without masters, updates of 1e-2 on weights of 0.15 would be lost."""
-    low, exact = results[True]["curve"], results[False]["curve"]
-    assert all(t.dtype == torch.bfloat16 for t in results[True]["once"].values())
-    for (loss, _), (wanted, _) in zip(low, exact, strict=True):
+@pytest.mark.parametrize("kind", ["masters", "low sums", "bf16"])
+def test_bf16_trains_near_float32(results: Any, kind: str) -> None:
+    found, exact = results[kind], results["fp32"]["curve"]
+    assert all(t.dtype == torch.bfloat16 for t in found["once"].values())
+    for (loss, _), (wanted, _) in zip(found["curve"], exact, strict=True):
         assert loss == pytest.approx(wanted, rel=2e-2)
 
 
-@pytest.mark.parametrize("masters", [False, True])
-def test_a_run_goes_on_bit_for_bit(results: Any, masters: bool) -> None:
-    found = results[masters]
+@pytest.mark.parametrize("kind", PRECISIONS)
+def test_rows_and_states_are_float32_where_there_are_masters(results: Any, kind: str) -> None:
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    assert results[kind]["rows"] == results[kind]["state"] == {dtype}
+
+
+@pytest.mark.parametrize("kind", PRECISIONS)
+def test_a_run_goes_on_bit_for_bit(results: Any, kind: str) -> None:
+    found = results[kind]
     assert found["resumed"] == found["curve"][2:]
     for name, tensor in found["once"].items():
         assert torch.equal(tensor, found["twice"][name]), name

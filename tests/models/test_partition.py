@@ -17,10 +17,10 @@ from nxdt_align.models.partition import (
     PartitionError,
     default_multiplier,
     default_qkv,
+    even_cuts,
     fitting_multipliers,
     fitting_tp,
     local_tensors,
-    stage_of_layer,
 )
 from nxdt_align.models.presets import LLAMA3_8B, TINY, LlamaConfig, weight_shapes
 
@@ -67,9 +67,27 @@ def test_vocabulary_is_padded_to_what_divides() -> None:
 
 def test_layers_left_over_go_to_the_last_stages() -> None:
     """7 layers over 3 stages: 2, 2, 3; 8 over 3: 2, 3, 3."""
-    assert [stage_of_layer(i, 7, 3) for i in range(7)] == [0, 0, 1, 1, 2, 2, 2]
-    assert [stage_of_layer(i, 8, 3) for i in range(8)] == [0, 0, 1, 1, 1, 2, 2, 2]
-    assert [stage_of_layer(i, 4, 4) for i in range(4)] == [0, 1, 2, 3]
+    assert even_cuts(7, 3) == (1, 3) and even_cuts(8, 3) == (1, 4)
+    assert even_cuts(4, 4) == (0, 1, 2) and even_cuts(4, 1) == ()
+    assert stages(Partition(replace(TINY, num_hidden_layers=7), pp=3)) == [0, 0, 1, 1, 2, 2, 2]
+
+
+def test_a_stage_ends_after_each_cut() -> None:
+    seven = replace(TINY, num_hidden_layers=7)
+    assert stages(Partition(seven, pp=3, cuts=(0, 4))) == [0, 1, 1, 1, 1, 2, 2]
+    assert stages(Partition(seven, pp=2, cuts=(5,))) == [0, 0, 0, 0, 0, 0, 1]
+
+
+def stages(partition: Partition) -> list[int]:
+    numbers = range(partition.config.num_hidden_layers)
+    return [stage for i in numbers for stage in partition.stage_of(f"model.layers.{i}.mlp.down_proj.weight")]
+
+
+@pytest.mark.parametrize("cuts", [(0,), (0, 1, 2), (4, 1), (1, 1), (1, 6), (-1, 3)])
+def test_cuts_that_leave_a_stage_without_a_layer_are_refused(cuts: tuple[int, ...]) -> None:
+    rule = r"pipeline_cuts must be 2 layers below the last \(6\) in ascending order"
+    with pytest.raises(PartitionError, match=rule):
+        Partition(replace(TINY, num_hidden_layers=7), pp=3, cuts=cuts)
 
 
 @pytest.mark.parametrize(

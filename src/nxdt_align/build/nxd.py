@@ -8,6 +8,7 @@ import torch
 
 from nxdt_align.build.env import RunEnv
 from nxdt_align.config.engines import find_missing_neuron_packages
+from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.nxd import checkpoint, compat
@@ -15,11 +16,12 @@ from nxdt_align.engines.nxd.flash import CausalFlashAttention, nki_kernel
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
 from nxdt_align.errors import UserError
 from nxdt_align.models.llama import Llama
-from nxdt_align.models.partition import QKV, Partition, PartitionError
+from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 
 log = logging.getLogger(__name__)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class NxDParts:
@@ -39,7 +41,7 @@ class NxDParts:
         parallel = parallel_of(config, model, place)
         _check_sizes(parallel, model)
         self.precision = precision_of(config, place)
-        self.reference_precision = self.precision
+        self.reference_precision = reference_precision_of(config, self.precision)
         self.platform = compat.start(place, env.rank, env.world_size)
         self.device = self.platform.device
         from nxdt_align.engines.nxd.mesh import make_mesh
@@ -55,6 +57,7 @@ class NxDParts:
             self.mesh,
             attention=self._attention(),
             precision=self.precision,
+            reference_precision=self.reference_precision,
             save_options=save_options_of(self._config, self.precision),
             configure_model=self._configure,
         )
@@ -96,6 +99,7 @@ def parallel_of(config: Config, model: LlamaConfig, place: compat.Place) -> Para
         kv_multiplier=strategy.kv_replicator,
         qkv=_qkv(config, model),
         zero1=strategy.zero1 and place != "cpu",
+        pipeline_cuts=cut_layers(config),
     )
 
 
@@ -107,11 +111,11 @@ def _qkv(config: Config, model: LlamaConfig) -> QKV:
 
 def _check_sizes(parallel: Parallel, model: LlamaConfig) -> None:
     try:
-        Partition(model, parallel.tensor, parallel.pipeline, parallel.kv_multiplier, parallel.qkv)
+        parallel.partition(model)
     except PartitionError as error:
         raise UserError(
-            "distributed_strategy (tensor_model_parallel_size, pipeline_model_parallel_size, kv_replicator) "
-            f"and model.qkv_linear do not fit the model: {error}"
+            "distributed_strategy (tensor_model_parallel_size, pipeline_model_parallel_size, kv_replicator), "
+            f"model.qkv_linear and model.pipeline_cuts do not fit the model: {error}"
         ) from error
     if parallel.pipeline > 1 and model.tie_word_embeddings:
         raise UserError(
@@ -121,7 +125,7 @@ def _check_sizes(parallel: Parallel, model: LlamaConfig) -> None:
 
 
 def precision_of(config: Config, place: compat.Place) -> Precision:
-    """``precision.type`` in this engine's terms. Raises UserError for what it does not have."""
+    """``precision`` in this engine's terms. Raises UserError for what it does not have."""
     kind, settings = config.precision.type, config.precision
     if kind == "autocast":
         raise UserError(
@@ -131,10 +135,28 @@ def precision_of(config: Config, place: compat.Place) -> Precision:
     is_low = settings.xla_use_bf16 == "1" or settings.xla_downcast_bf16 == "1"
     if kind == "fp32" or (kind == "manual" and not is_low):
         return Precision()
-    rounds = kind == "bf16SR" or (kind == "manual" and not settings.master_weights)
+    if kind == "manual" and settings.master_weights:
+        sums = settings.fp32_grad_acc
+        return Precision(
+            torch.bfloat16,
+            masters=True,
+            float32_sums=sums,
+            float32_reductions=sums or settings.fp32_grads_cc,
+        )
+    if kind.startswith("mixed_precision"):
+        return Precision(torch.bfloat16, masters=True)
+    rounds = kind == "bf16SR" or settings.neuron_rt_stochastic_rounding_en == "1"
     if rounds and place != "neuron":
         log.info("stochastic rounding is the Neuron hardware's; fp32 master weights stand in for it here")
-    return Precision(torch.bfloat16, masters=not rounds or place != "neuron")
+    return Precision(torch.bfloat16, masters=rounds and place != "neuron")
+
+
+def reference_precision_of(config: Config, policy: Precision) -> Precision:
+    """What the frozen reference computes in: ``reference_dtype``, or as the policy. The policy's own where
+    the dtype is the same, since masters change no log-probability."""
+    chosen = config.model_alignment_strategy.reference_dtype
+    dtype = policy.compute if chosen is None else _DTYPES[chosen]
+    return policy if dtype == policy.compute else Precision(dtype)
 
 
 def save_options_of(config: Config, precision: Precision) -> SaveOptions:

@@ -210,9 +210,9 @@ class Run:
         record = {ORIGIN: origin_record(origin.source, self._fingerprint(origin.source))}
         before = self.config.model_alignment_strategy.precompute_ref_log_probs
         store = self._store(origin) if before else None
-        first: Callback = ReferenceDuringTraining(self.engine, origin)
+        alike, trial = self.parts.reference_precision == self.parts.precision, self.env.compile_only
+        first: Callback = ReferenceDuringTraining(self.engine, origin, like_policy=alike)
         if store is not None:
-            alike, trial = self.parts.reference_precision == self.parts.precision, self.env.compile_only
             first = ReferencePass(self.engine, self.data, store, origin, trial=trial, like_policy=alike)
         if not self.config.exp_manager.preflight:
             return [first], record

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,11 +32,12 @@ from nxdt_align.models.partition import (
     QKV,
     Partition,
     PartitionError,
+    even_cuts,
     local_tensors,
 )
 from nxdt_align.models.presets import LlamaConfig
 
-MODEL, DONE, TAG = "model", "done", "checkpoint"
+MODEL, DONE, TAG, LAYERS = "model", "done", "checkpoint", "model.layers."
 TENSORS, INFO = ".tensors", ".info.pt"
 _SHARD = re.compile(r"^dp_rank_(\d{2,})_tp_rank_(\d{2,})_pp_rank_(\d{2,})\.pt$")
 _EXPERTS = re.compile(r"^dp_rank_\d+_ep_rank_\d+_")
@@ -189,7 +191,7 @@ class NxDTFolder:
     def _partition(self, config: LlamaConfig) -> Partition:
         tp, pp = 1 + max(t for t, _ in self._files), 1 + max(p for _, p in self._files)
         local = {name: extent for p in range(pp) for name, extent in self._files[0, p].items()}
-        layers = 1 + max((int(n.split(".")[2]) for n in local if n.startswith("model.layers.")), default=-1)
+        layers = 1 + max((int(n.split(".")[2]) for n in local if n.startswith(LAYERS)), default=-1)
         qkv = _qkv_style(self.path, local)
         if layers != config.num_hidden_layers:
             raise WeightsError(
@@ -204,7 +206,7 @@ class NxDTFolder:
                 f"{config.vocab_size}; give the config.json that belongs to them"
             )
         try:
-            return Partition(config, tp, pp, multiplier, qkv, vocab)
+            return Partition(config, tp, pp, multiplier, qkv, vocab, _cuts(self._files, layers, pp))
         except PartitionError as error:
             raise WeightsError(f"{self.path} does not fit the model configuration: {error}") from error
 
@@ -337,6 +339,16 @@ def _kv_multiplier(path: Path, config: LlamaConfig, local: Mapping[str, Extent],
             "to the shards"
         )
     return rows // one
+
+
+def _cuts(files: Files, layers: int, pp: int) -> tuple[int, ...] | None:
+    """The stages' last layers, as the shards have them; None where they are even, or the shards do not hold
+    the layers in a row."""
+    held = [sorted({int(n.split(".")[2]) for n in files[0, p] if n.startswith(LAYERS)}) for p in range(pp)]
+    if not all(held) or list(chain.from_iterable(held)) != list(range(layers)):
+        return None
+    ends = tuple(numbers[-1] for numbers in held[:-1])
+    return None if ends == even_cuts(layers, pp) else ends
 
 
 def _misfit(path: Path, faults: list[str]) -> WeightsError:

@@ -84,7 +84,10 @@ def resolve_engine(config: Config, neuron_available: bool) -> Engine:
 # What an engine cannot do in this version: path -> (values that it can, why not the others, what to do).
 
 _SPREAD_OTHERWISE = "with 1, sequence_parallel over tensor_model_parallel_size=N ranks spreads long sequences"
-_NXD_KEYS = ("virtual_pipeline_model_parallel_size", "context_parallel_size")
+_NXDS_VALIDATION_STOPS = (
+    "leave it out: neuronx-distributed's schedule without gradients goes through each rank's first share of "
+    "the layers alone, so that there would be no validation and no reference pass"
+)
 _NOT_YET = "engine {engine} cannot do otherwise in this version"
 
 LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
@@ -93,7 +96,8 @@ LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
         "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
     },
     "nxd": {
-        **{f"distributed_strategy.{key}": (1, "leave it out") for key in _NXD_KEYS},
+        "distributed_strategy.virtual_pipeline_model_parallel_size": (1, _NXDS_VALIDATION_STOPS),
+        "distributed_strategy.context_parallel_size": (1, "leave it out"),
         "distributed_strategy.fsdp": (False, "distributed_strategy.zero1=True shards the optimizer's state"),
         "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
     },
@@ -112,7 +116,7 @@ def find_engine_faults(config: Config, engine: Engine) -> list[Fault]:
                 found.append(Fault(path, f"must not be set: {not_yet}", advice=advice))
             else:
                 found.append(Fault(path, f"must be {allowed} ({not_yet})", value, advice))
-    return [*found, *_fp16_faults(config, engine)]
+    return [*found, *_fp16_faults(config, engine), *(_nxd_faults(config) if engine == "nxd" else ())]
 
 
 def _fp16_faults(config: Config, engine: Engine) -> Iterator[Fault]:
@@ -125,6 +129,32 @@ def _fp16_faults(config: Config, engine: Engine) -> Iterator[Fault]:
     elif config.trainer.accelerator == "xla":
         rule = "must not be fp16 with trainer.accelerator xla"
         yield Fault("precision.type", rule, advice=advice, involves=("trainer.accelerator",))
+
+
+def _nxd_faults(config: Config) -> Iterator[Fault]:
+    """Number formats of reductions and of gradients that engine nxd has not."""
+    precision = config.precision
+    is_float32 = precision.type == "fp32" or (
+        precision.type == "manual" and "1" not in (precision.xla_use_bf16, precision.xla_downcast_bf16)
+    )
+    wanted, given = "fp32" if is_float32 else "bf16", precision.parallel_layers_reduce_dtype
+    if given not in (None, wanted):
+        rule = (
+            f"must be {wanted} with precision.type {precision.type} on engine nxd, as neuronx-distributed "
+            "loses gradients where its layers reduce in another format than they compute in"
+        )
+        path = "precision.parallel_layers_reduce_dtype"
+        yield Fault(path, rule, given, "leave it out", ("precision.type",))
+    if precision.type != "manual" or is_float32 or precision.master_weights:
+        return
+    for key in ("fp32_grad_acc", "fp32_grads_cc"):
+        if getattr(precision, key):
+            rule = (
+                "must be False without precision.master_weights on engine nxd, as gradients then have the "
+                "format of the bf16 weights that the optimizer moves"
+            )
+            advice = "precision.master_weights=True gives it fp32 weights and gradients"
+            yield Fault(f"precision.{key}", rule, True, advice, ("precision.master_weights",))
 
 
 def engine_faults(config: Config, engine: Engine) -> None:
@@ -157,11 +187,9 @@ _NATIVE_NOT_YET = (
     *("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
 )
 _NXD_NOT_YET = (
-    *("model.pipeline_cuts", "model.transpose_nki_inputs", "model.use_cpu_initialization"),
+    *("model.transpose_nki_inputs", "model.use_cpu_initialization"),
     *("exp_manager.load_xser", "exp_manager.async_checkpointing", "exp_manager.ckpt_ptl_version"),
     *("exp_manager.enable_recovery_time_instrumentation", "trainer.sequential_move_factor"),
-    *("precision.parallel_layers_reduce_dtype", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
-    "model_alignment_strategy.reference_dtype",
 )
 # A native checkpoint keeps the weights that the optimizer moves, float32 masters where there are such:
 # without them a run would not go on as if it had not been interrupted. (NxDT itself reads save_bf16 nowhere.)

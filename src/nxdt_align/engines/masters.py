@@ -12,20 +12,31 @@ class MasterWeights:
     """float32 master weights and gradients of a model that computes in a lower precision.
 
     Each micro-batch's gradient is added to the master's in float32 as soon as it is complete, so
-    that accumulation over micro-batches loses nothing.
+    that accumulation over micro-batches loses nothing. Without ``float32_sums`` gradients add up in the
+    lower precision, which takes half of the memory, until ``take_gradients``.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, float32_sums: bool = True
+    ) -> None:
         self._pairs: list[tuple[str, nn.Parameter, nn.Parameter]] = []
         for name, parameter in named_parameters:
             master = nn.Parameter(parameter.detach().float().clone())
             master.grad = None
             self._pairs.append((name, parameter, master))
-            parameter.register_post_accumulate_grad_hook(_Adder(master))  # type: ignore[no-untyped-call]
+            if float32_sums:
+                parameter.register_post_accumulate_grad_hook(_Adder(master))  # type: ignore[no-untyped-call]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, _, master in self._pairs:
             yield name, master
+
+    def take_gradients(self) -> None:
+        """Move complete sums of gradients from the lower precision to the masters."""
+        for _, parameter, master in self._pairs:
+            if parameter.grad is not None:
+                master.grad = parameter.grad.float()
+                parameter.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -7,15 +7,18 @@ for trn1 (neuronx-distributed, scripts/checkpoint_converter.py and pipeline/part
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from math import ceil
 from typing import Literal, get_args
 
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, VOCAB, Split, split_of
+from nxdt_align.models.workload import even_stages
 
 QKV = Literal["split", "fused", "separate", "coalesced"]
 """How an attention layer keeps its projections.
@@ -46,6 +49,8 @@ class Partition:
     qkv: QKV = "split"
     vocab: int | None = None
     """Rows of embedding and head, padded to; None: the next multiple of tp. The rows added are 0."""
+    cuts: tuple[int, ...] | None = None
+    """Layers after which a stage ends, but for the last stage's; None: as NxD cuts by itself."""
 
     def __post_init__(self) -> None:
         faults = [*_size_faults(self), *(_head_faults(self) if self.tp > 0 < self.kv_multiplier else ())]
@@ -56,10 +61,15 @@ class Partition:
     def padded_vocab(self) -> int:
         return self.vocab or ceil(self.config.vocab_size / self.tp) * self.tp
 
+    @property
+    def stage_ends(self) -> tuple[int, ...]:
+        """The numbers of the stages' last layers, but for the last stage's."""
+        return even_cuts(self.config.num_hidden_layers, self.pp) if self.cuts is None else self.cuts
+
     def stage_of(self, name: str) -> list[int]:
         """The pipeline stages that hold the weight ``name``; a tied embedding is in the first and last."""
         if name.startswith("model.layers."):
-            return [stage_of_layer(int(name.split(".")[2]), self.config.num_hidden_layers, self.pp)]
+            return [bisect_left(self.stage_ends, int(name.split(".")[2]))]
         return [0] if name == EMBEDDING else [self.pp - 1]
 
     def ranges(self, name: str, rank: int) -> tuple[int, list[Range]]:
@@ -108,13 +118,10 @@ def weight_shape(config: LlamaConfig, name: str) -> tuple[int, ...]:
     return _shapes(config)[name]
 
 
-def stage_of_layer(layer: int, layers: int, pp: int) -> int:
-    """The stage of a layer: evenly many a stage, and one more in each of the last ``layers % pp``."""
-    small, larger = divmod(layers, pp)
-    first_larger = (pp - larger) * small
-    if layer < first_larger:
-        return layer // small
-    return pp - larger + (layer - first_larger) // (small + 1)
+def even_cuts(layers: int, pp: int) -> tuple[int, ...]:
+    """The last layer of each stage but the last: evenly many a stage, and one more in each of the last
+    ``layers % pp``."""
+    return tuple(end - 1 for end in accumulate(even_stages(layers, pp)))[:-1]
 
 
 def default_multiplier(config: LlamaConfig, tp: int) -> int:
@@ -192,6 +199,11 @@ def _size_faults(p: Partition) -> Iterator[str]:
             yield f"the {what} must be at least 1, but is {value}"
     if not 1 <= p.pp <= layers:
         yield f"the pipeline-parallel size must be 1 to num_hidden_layers ({layers}), but is {p.pp}"
+    elif p.cuts is not None and not _are_cuts(p.cuts, layers, p.pp):
+        yield (
+            f"pipeline_cuts must be {p.pp - 1} layers below the last ({layers - 1}) in ascending order, but "
+            f"are {list(p.cuts)}"
+        )
     if p.qkv not in get_args(QKV):
         yield f"qkv must be one of {', '.join(get_args(QKV))}, but is {p.qkv!r}"
     if p.vocab is not None and p.tp > 0 and (p.vocab < vocab or p.vocab % p.tp):
@@ -199,6 +211,12 @@ def _size_faults(p: Partition) -> Iterator[str]:
             f"the padded vocabulary must be a multiple of the tensor-parallel size ({p.tp}) and at least "
             f"vocab_size ({vocab}), but is {p.vocab}; {ceil(vocab / p.tp) * p.tp} fits"
         )
+
+
+def _are_cuts(cuts: tuple[int, ...], layers: int, pp: int) -> bool:
+    """Whether each of ``pp`` stages then holds a layer."""
+    bounds = [-1, *cuts, layers - 1]
+    return len(cuts) == pp - 1 and all(a < b for a, b in pairwise(bounds))
 
 
 def _head_faults(p: Partition) -> Iterator[str]:

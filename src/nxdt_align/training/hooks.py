@@ -115,12 +115,14 @@ class ReferencePass(Callback):
 class ReferenceDuringTraining(Callback):
     """``precompute_ref_log_probs: False``: a frozen reference beside the policy, asked at each step."""
 
-    def __init__(self, engine: Engine, origin: ReferenceOrigin) -> None:
+    def __init__(self, engine: Engine, origin: ReferenceOrigin, *, like_policy: bool = True) -> None:
         self._engine = engine
         self._origin = origin
+        self._like_policy = like_policy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        copies_policy = self._origin.is_start and trainer.ckpt_path is None
+        # A reference of more digits than the policy computes with reads its own weights.
+        copies_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
         self._engine.load_reference(None if copies_policy else self._origin.source)
 
 

@@ -25,7 +25,10 @@ from nxdt_align.engines.base import EngineError
 FORMAT, VERSION = "nxdt-align NxD checkpoint", 1
 SUMMARY, EXTRA = "nxdt_align.json", "user_content.pt"
 MODEL, OPTIMIZER = "model", "optim"
-SIZES = ("tensor", "pipeline", "data", "kv_multiplier", "qkv", "zero1")
+CUTS = "pipeline_cuts"
+"""The stages' last layers, whether they were asked for or even; not in checkpoints of before there was a
+choice, which are even."""
+SIZES = ("tensor", "pipeline", "data", "kv_multiplier", "qkv", "zero1", CUTS)
 """What must be as it was for a rank to find its shards again."""
 
 
@@ -103,14 +106,14 @@ def write_summary(directory: Path, step: int, sizes: dict[str, Any], has_optimiz
 
 def require_sizes(directory: Path, summary: dict[str, Any], present: dict[str, Any]) -> None:
     """Raise CheckpointError where the ranks were otherwise when the checkpoint was written."""
-    saved = summary["parallel"]
+    saved = {CUTS: present.get(CUTS), **summary["parallel"]}
     # Data-parallel ranks hold the same, unless the optimizer's state is split over them.
     matter = [key for key in SIZES if key != "data" or saved["zero1"] or present["zero1"]]
     differ = [f"{key} {saved[key]} (now {present[key]})" for key in matter if saved[key] != present[key]]
     if differ:
         raise CheckpointError(
             f"checkpoint {directory} was written by ranks of other sizes: {', '.join(differ)}. Set "
-            "distributed_strategy as it was; or convert the weights with nxdt-align convert, and start "
+            "distributed_strategy and model.pipeline_cuts as they were; or convert the weights with nxdt-align convert, and start "
             "from them with model.weight_init_only: True"
         )
 

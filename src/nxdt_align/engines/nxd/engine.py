@@ -37,6 +37,7 @@ class NxDEngine(Engine):
         mesh: this process among those that it is spread over.
         attention: how packed rows are attended over; of static shapes.
         precision: compute dtype, and whether float32 master weights are kept.
+        reference_precision: that of the frozen reference; the policy's where None.
         save_options: the form of checkpoints.
         configure_model: called with each Llama that is built, before it is spread.
     """
@@ -48,6 +49,7 @@ class NxDEngine(Engine):
         *,
         attention: Attention | None = None,
         precision: Precision = Precision(),  # noqa: B008 (frozen)
+        reference_precision: Precision | None = None,
         save_options: SaveOptions = SaveOptions(),  # noqa: B008 (frozen)
         configure_model: Callable[[Llama], None] = lambda model: None,
     ) -> None:
@@ -58,25 +60,27 @@ class NxDEngine(Engine):
         self._platform, self._parallel, self._groups = mesh.platform, mesh.parallel, mesh.groups
         self._attention = attention or DenseAttention()
         self._precision = precision
+        self._reference_precision = reference_precision or precision
         self._configure = configure_model
         self._shards = Shards(config, mesh.parallel, mesh.groups)
-        self._policy = self._build()
+        self._policy = self._build(precision.compute)
         self._runner = self._runner_of(self._policy)
         # ZeRO-1 keeps float32 weights itself, this rank's rows of them.
         has_masters = precision.masters and not mesh.parallel.zero1
-        self._masters = MasterWeights(self._weights()) if has_masters else None
+        self._masters = (
+            MasterWeights(self._weights(), float32_sums=precision.float32_sums) if has_masters else None
+        )
         self._sharded: ShardedOptimizer | None = None
         self._mesh = mesh
         self._is_behind = True
         self._reference: steps.Runner | None = None
-        self._checkpoints = Checkpoints(mesh, save_options)
+        self._checkpoints = Checkpoints(mesh, save_options, self._shards.partition.stage_ends)
 
-    def _build(self) -> Scorer:
+    def _build(self, dtype: torch.dtype) -> Scorer:
         """A model without values: each rank then fills its shares only."""
         with torch.device("meta"):
             llama = Llama(self.config, self._attention)
         self._configure(llama)
-        dtype = self._precision.compute
         llama = llama.to(dtype=dtype)
         parallelize(llama, self._parallel, dtype, cpu_mode=self._platform.place == "cpu")
         self._shards.materialize(llama, self.device)
@@ -87,7 +91,7 @@ class NxDEngine(Engine):
         if self._parallel.pipeline == 1:
             return Runner(scorer, self._platform)
         local = [parameter for _, parameter in self._shards.named_parameters(scorer.llama)]
-        return PipelineRunner(scorer, local, self._shards.stage_ends(), self._groups, self._platform)
+        return PipelineRunner(scorer, local, self._shards.partition.stage_ends, self._groups, self._platform)
 
     def _weights(self) -> list[tuple[str, nn.Parameter]]:
         """What is computed with, which master weights stand above."""
@@ -101,15 +105,14 @@ class NxDEngine(Engine):
         self._publish()
 
     def load_reference(self, source: WeightSource | None) -> None:
-        reference = self._build()
+        reference = self._build(self._reference_precision.compute)
         reference.requires_grad_(False)
         self._reference = self._runner_of(reference)
         parameters = self._shards.named_parameters(reference.llama)
         if source is not None:
             self._shards.fill(parameters, source)
             return
-        self._publish()
-        policy = dict(self._weights())
+        policy = dict(self.named_parameters())
         for name, parameter in parameters:
             parameter.copy_(policy[name].detach())
 
@@ -125,7 +128,7 @@ class NxDEngine(Engine):
     def adopt_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if not self._parallel.zero1:
             return optimizer
-        self._sharded = ShardedOptimizer(optimizer, self._mesh, float32_sums=self._precision.masters)
+        self._sharded = ShardedOptimizer(optimizer, self._mesh, self._precision)
         return self._sharded
 
     def _publish(self) -> None:
@@ -139,14 +142,24 @@ class NxDEngine(Engine):
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         # What the optimizer has recorded since the last step is a graph of its own.
         self._platform.mark_step()
-        parameters = self.named_parameters()
-        for _, parameter in parameters:
+        for _, parameter in (*self.named_parameters(), *self._weights()):
             parameter.grad = None
         if self._sharded is not None:
             self._sharded.zero_grad(set_to_none=True)
         self._publish()
         batches = self._with_reference(micro_batches, objective)
         output = steps.forward_and_backward(self._runner, self._groups.data, batches, objective)
+        self._finish_gradients()
+        self._is_behind = True  # the optimizer's step comes next
+        return output
+
+    def _finish_gradients(self) -> None:
+        """Gradients of every parameter, summed over the ranks that have parts of them."""
+        waiting = None if self._precision.float32_sums else self._masters
+        if waiting is not None and self._precision.float32_reductions:
+            waiting.take_gradients()
+            waiting = None
+        parameters = self.named_parameters() if waiting is None else self._weights()
         for _, parameter in parameters:
             if parameter.grad is None and not hasattr(parameter, "main_grad"):
                 parameter.grad = torch.zeros_like(parameter)
@@ -155,8 +168,8 @@ class NxDEngine(Engine):
             self._sharded.reduce()
         else:
             self._groups.data.sum([p.grad for _, p in parameters if p.grad is not None])
-        self._is_behind = True  # the optimizer's step comes next
-        return output
+        if waiting is not None:
+            waiting.take_gradients()
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         self._publish()

@@ -1,8 +1,8 @@
 """A Llama cut into the stages of a pipeline by NxD's NxDPPModel, with the loss inside the model.
 
-NxD traces the model with torch.fx, cuts the trace after decoder layers (evenly, what is left over in the
-last stages), and runs 1F1B. It keeps the shapes and the number of micro-batches that it met first, so
-each has a model of its own here, over the same weights.
+NxD traces the model with torch.fx, cuts the trace after the decoder layers that it is told, and runs
+1F1B. It keeps the shapes and the number of micro-batches that it met first, so each has a model of its own
+here, over the same weights.
 
 Legend: ``B`` rows, ``S`` tokens, ``D`` hidden, ``M`` micro-batches.
 """
@@ -123,6 +123,7 @@ class PipelineRunner:
     ) -> None:
         self._scorer, self._groups, self._platform = scorer, groups, platform
         self._staged = StagedScorer(scorer, stage_ends)
+        self._cuts = [f"llama.model.layers.{number}" for number in stage_ends]
         self._local = {id(parameter) for parameter in local}
         self._models: dict[tuple[int, ...], NxDPPModel] = {}
 
@@ -174,7 +175,7 @@ class PipelineRunner:
             num_microbatches=count,
             output_loss_value_spec=True,
             input_names=list(INPUTS),
-            auto_partition=True,
+            pipeline_cuts=self._cuts,
             leaf_module_cls=sorted(leaves),
             tracer_cls="torch",
             # The weights are on the device, and gradients are summed over data-parallel ranks, by the engine.

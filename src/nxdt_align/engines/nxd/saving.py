@@ -32,9 +32,9 @@ NamedParameters = Sequence[tuple[str, nn.Parameter]]
 class Checkpoints:
     """Writes and reads one rank's part of a checkpoint. All ranks make the same calls."""
 
-    def __init__(self, mesh: Mesh, options: SaveOptions) -> None:
+    def __init__(self, mesh: Mesh, options: SaveOptions, stage_ends: Sequence[int]) -> None:
         self._parallel, self._groups, self._platform = mesh.parallel, mesh.groups, mesh.platform
-        self._options = options
+        self._options, self._stage_ends = options, list(stage_ends)
         self._xser = options.xser and mesh.platform.place != "cpu"
         if options.xser and not self._xser:
             log.info(
@@ -43,7 +43,7 @@ class Checkpoints:
 
     @property
     def _sizes(self) -> dict[str, Any]:
-        sizes = {**asdict(self._parallel), "data": self._groups.data.size}
+        sizes = {**asdict(self._parallel), "data": self._groups.data.size, "pipeline_cuts": self._stage_ends}
         return {key: sizes[key] for key in checkpoint.SIZES}
 
     def save(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from nxdt_align.models.partition import QKV
+from nxdt_align.models.partition import QKV, Partition
+from nxdt_align.models.presets import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,29 @@ class Parallel:
     kv_multiplier: int = 1
     qkv: QKV = "split"
     zero1: bool = False
+    pipeline_cuts: tuple[int, ...] | None = None
+    """Layers after which the model is cut into stages; None for even shares."""
+
+    def partition(self, config: LlamaConfig) -> Partition:
+        """A model spread so. Raises PartitionError for sizes that do not go together."""
+        return Partition(
+            config, self.tensor, self.pipeline, self.kv_multiplier, self.qkv, cuts=self.pipeline_cuts
+        )
 
 
 @dataclass(frozen=True)
 class Precision:
-    """``compute``: dtype of weights and activations; ``masters``: the optimizer works on float32 copies of
-    the weights, and micro-batches' gradients are added up in float32."""
+    """Number formats. What only gradients pass through is no part of its text, which tells apart what gives
+    other log-probabilities."""
 
     compute: torch.dtype = torch.float32
+    """Of weights and activations."""
     masters: bool = False
+    """The optimizer works on float32 copies of the weights. Without them gradients are in ``compute``."""
+    float32_sums: bool = field(default=True, repr=False)
+    """With ``masters``: micro-batches' gradients are added up in float32, and reduced over ranks so."""
+    float32_reductions: bool = field(default=True, repr=False)
+    """With ``masters``: gradients are reduced over ranks in float32, whatever they were added up in."""
 
     @property
     def coarsest(self) -> torch.dtype:

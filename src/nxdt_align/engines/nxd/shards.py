@@ -13,7 +13,7 @@ from nxdt_align.engines.nxd.layers import mark
 from nxdt_align.engines.nxd.mesh import Group, Groups
 from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.models.llama import Llama
-from nxdt_align.models.partition import Partition, local_tensors, stage_of_layer, weight_shape
+from nxdt_align.models.partition import Partition, local_tensors, weight_shape
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, split_of
 
@@ -37,9 +37,7 @@ class Shards:
     """One rank's parameters, under NxD's names."""
 
     def __init__(self, config: LlamaConfig, parallel: Parallel, groups: Groups) -> None:
-        self.partition = Partition(
-            config, parallel.tensor, parallel.pipeline, parallel.kv_multiplier, parallel.qkv
-        )
+        self.partition = parallel.partition(config)
         _check_vocabulary(self.partition)
         self._parallel = parallel
         self._groups = groups
@@ -71,12 +69,6 @@ class Shards:
             if any(id(parameter) in mine for parameter in module.parameters(recurse=False)):
                 module.to_empty(device=device, recurse=False)
         llama.model.rotary_emb.to_empty(device=device)
-
-    def stage_ends(self) -> list[int]:
-        """The numbers of the stages' last layers, but for the last stage's."""
-        layers, stages = self.partition.config.num_hidden_layers, self._parallel.pipeline
-        of = [stage_of_layer(number, layers, stages) for number in range(layers)]
-        return [number for number in range(layers - 1) if of[number] != of[number + 1]]
 
     def mark(self, llama: Llama) -> None:
         """Tell NxD how each parameter is split."""

@@ -1,4 +1,4 @@
-"""ZeRO-1: the optimizer's state and its float32 weights, split over the data-parallel ranks by NxD."""
+"""ZeRO-1: the optimizer's state and its weights, split over the data-parallel ranks by NxD."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from neuronx_distributed.parallel_layers import parallel_state
 from torch import Tensor
 
 from nxdt_align.engines.nxd.mesh import Mesh
+from nxdt_align.engines.nxd.settings import Precision
 
 
 class ShardedOptimizer(NeuronZero1Optimizer):  # type: ignore[misc]
@@ -19,10 +20,10 @@ class ShardedOptimizer(NeuronZero1Optimizer):  # type: ignore[misc]
 
     The engine calls ``reduce`` before it clips, on rows that are sums over the ranks: NxD's own step
     takes means, and a norm that counts replicated kv heads as often as they are replicated. Only XLA
-    devices have it.
+    devices have it. The rows are float32 where ``precision`` has masters, else as the weights are.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, mesh: Mesh, *, float32_sums: bool) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, mesh: Mesh, precision: Precision) -> None:
         self._hooks = (
             list(optimizer._optimizer_step_pre_hooks.values()),
             list(optimizer._optimizer_step_post_hooks.values()),
@@ -31,13 +32,13 @@ class ShardedOptimizer(NeuronZero1Optimizer):  # type: ignore[misc]
         super().__init__(
             optimizer.param_groups,
             type(optimizer),
-            optimizer_dtype=torch.float32,
+            optimizer_dtype=torch.float32 if precision.masters else precision.compute,
             grad_clipping=False,
             pin_layout=False,
             sharding_groups=parallel_state.get_data_parallel_replica_groups(),
             grad_norm_groups=parallel_state.get_tensor_model_parallel_replica_groups(),
-            use_grad_acc_hook=float32_sums,
-            higher_cc_precision=float32_sums,
+            use_grad_acc_hook=precision.masters and precision.float32_sums,
+            higher_cc_precision=precision.masters and precision.float32_reductions,
             save_master_weights=True,
             **{key: value for key, value in optimizer.defaults.items() if key in taken},
         )
