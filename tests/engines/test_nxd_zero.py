@@ -13,7 +13,12 @@ from oracle import gradients, orpo_loss
 from nxdt_align.engines.nxd.settings import Precision
 
 pytestmark = [pytest.mark.nxd, pytest.mark.xla]
-STEPS, LIMIT, SETTINGS = 3, 1.0, {"lr": 1e-2, "weight_decay": 0.01}
+STEPS, LIMIT = 3, 1.0
+# An update is lr * m / (sqrt(v) + eps), so that with AdamW's own eps of 1e-8 the rounding of a gradient of
+# 1e-8 moves an entry by a part of its step of 1e-2. Measured here, largest difference of a weight from the
+# plain model's: eps 1e-8: 9.5e-5, at a gradient of 1.8e-8; 1e-5: 2.7e-6; 1e-4: 2.1e-6; 1e-3: 4.2e-7. The
+# plain model in float32 is as far from itself in float64: 6.2e-5, 2.2e-6, 7.8e-7, 2.7e-7.
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.01, "eps": 1e-3}
 PRECISIONS = {
     "fp32": Precision(),
     "masters": Precision(torch.bfloat16, masters=True),
@@ -83,9 +88,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_it_trains_as_adamw_does(results: Any) -> None:
-    """Three steps with clipping on the plain model: losses and norms to 2e-6, weights to 1e-6 on average.
-    Adam divides a gradient by its own size, so where that is rounding noise an entry may be off by a
-    part of its step of 1e-2: 3e-4 at most."""
+    """Three steps with clipping on the plain model: losses and norms to 2e-6, every weight to 1e-6."""
     model = plain(0)
     optimizer = torch.optim.AdamW(model.parameters(), **SETTINGS)
     for loss, norm in results["fp32"]["curve"]:
@@ -100,7 +103,7 @@ def test_it_trains_as_adamw_does(results: Any) -> None:
         assert norm == pytest.approx(float(wanted), rel=2e-6)
     for name, parameter in model.named_parameters():
         error = (results["fp32"]["whole"][name] - parameter.detach()).abs()
-        assert float(error.mean()) <= 1e-6 and float(error.max()) <= 3e-4, name
+        assert float(error.max()) <= 1e-6, name
 
 
 @pytest.mark.parametrize("kind", ["masters", "low sums", "bf16"])
