@@ -113,8 +113,8 @@ def require_sizes(directory: Path, summary: dict[str, Any], present: dict[str, A
     if differ:
         raise CheckpointError(
             f"checkpoint {directory} was written by ranks of other sizes: {', '.join(differ)}. Set "
-            "distributed_strategy and model.pipeline_cuts as they were; or convert the weights with nxdt-align convert, and start "
-            "from them with model.weight_init_only: True"
+            "distributed_strategy and model.pipeline_cuts as they were; or convert the weights with "
+            "nxdt-align convert, and start from them with model.weight_init_only: True"
         )
 
 
