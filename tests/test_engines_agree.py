@@ -69,3 +69,23 @@ def test_the_loss_curves_are_the_same(repo: Path, tmp_path: Path, spread: str) -
     assert exported.names() == other.names()
     for name in other.names():
         assert float((exported.read(name) - other.read(name)).abs().max()) <= 1e-4, name
+
+
+def test_the_reference_has_a_dtype_of_its_own(repo: Path, tmp_path: Path) -> None:
+    """A bf16 reference beside an fp32 policy: margins that are not 0 at the first step, by bf16's rounding;
+    with the weights of the policy's start, whether they are asked before training or during it."""
+    require_nxd()
+    project = Project.create(tmp_path)
+    common = (*NXD, "trainer.devices=1", "trainer.max_steps=2", "precision.type=fp32")
+    margins = []
+    for before in (True, False):
+        where = f"exp_manager.exp_dir={tmp_path}/{before}"
+        chosen = (
+            "model_alignment_strategy.reference_dtype=bf16",
+            f"model_alignment_strategy.dpo.precompute_ref_log_probs={before}",
+        )
+        said = train_sh(repo, project, where, *common, *chosen)
+        assert "reference_dtype" not in said, "no notice of a key without effect"
+        margins.append(scalars(project.only_run(str(before)))["rewards/margins"][0][1])
+    assert all(1e-5 < abs(margin) < 0.05 for margin in margins)
+    assert margins[0] == pytest.approx(margins[1], abs=5e-3)
