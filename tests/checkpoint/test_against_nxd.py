@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nxdt_align.checkpoint.hf import HFFolder, write_hf_folder
 from nxdt_align.checkpoint.names import to_hf
-from nxdt_align.checkpoint.nxdt import shard_name
+from nxdt_align.checkpoint.nxdt_files import shard_name
 from nxdt_align.models.presets import LlamaConfig
 
 pytestmark = pytest.mark.nxd

@@ -1,8 +1,9 @@
-"""Meta's download, made from known weights by undoing what Hugging Face's conversion does."""
+"""Meta's download: weights, their order, their shape, and what is wrong with a damaged one."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,57 +11,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_fixture import fresh, run
+from meta_fixture import CONFIG, write_meta
 from torch import Tensor
 
 from nxdt_align.build.conversion import open_weights
 from nxdt_align.checkpoint.extents import WeightsError
 from nxdt_align.checkpoint.hf import HFFolder
-from nxdt_align.checkpoint.meta import _LAYER, _TABLE, MetaFolder
-from nxdt_align.models.presets import LlamaConfig
-
-CONFIG = LlamaConfig(
-    vocab_size=48,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=4,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    max_position_embeddings=8192,
-    bos_token_id=128000,
-    eos_token_id=128001,
-)
-PARAMS: dict[str, Any] = {"dim": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5}
-
-
-def metas_rows(weight: Tensor, heads: int) -> Tensor:
-    """Row i of a head's first half to 2i, of its second half to 2i + 1."""
-    half = weight.view(heads, 2, -1, weight.shape[1])
-    return torch.stack((half[:, 0], half[:, 1]), 2).reshape(weight.shape)
-
-
-def write_meta(folder: Path, config: LlamaConfig, shards: int, embedding_dim: int, **params: Any) -> None:
-    folder.mkdir()
-    weights = fresh(config)
-    files: list[dict[str, Tensor]] = [{} for _ in range(shards)]
-    for theirs, (ours, dim) in _TABLE.items():
-        layers = range(config.num_hidden_layers) if _LAYER.match(theirs.replace("*", "0")) else [0]
-        for i in layers:
-            if (name := ours.replace("*", str(i))) not in weights:
-                continue
-            weight = weights[name]
-            if ".q_proj" in name or ".k_proj" in name:
-                weight = metas_rows(weight, len(weight) // config.head_dim)
-            split = embedding_dim if theirs == "tok_embeddings.weight" else dim
-            parts = [weight] * shards if split is None else list(weight.chunk(shards, split))
-            for file, part in zip(files, parts, strict=True):
-                file[theirs.replace("*", str(i))] = part.clone()
-    for number, file in enumerate(files):
-        file["rope.freqs"] = torch.ones(2)
-        torch.save(file, folder / f"consolidated.{number:02d}.pth")
-    (folder / "params.json").write_text(json.dumps(PARAMS | {"rope_theta": 500000.0} | params))
+from nxdt_align.checkpoint.meta import MetaFolder
 
 
 @pytest.mark.parametrize(("shards", "embedding_dim"), [(1, 0), (2, 0), (2, 1)])
@@ -107,9 +64,34 @@ def test_shape_follows_from_params(tmp_path: Path) -> None:
     assert (old.rope_theta, old.max_position_embeddings, old.bos_token_id) == (10000.0, 4096, 1)
 
 
+def test_a_head_that_is_the_embedding_is_tied(tmp_path: Path) -> None:
+    """Llama 3.2's download holds both. Where a given config.json says that they are tied, they must be."""
+    write_meta(tmp_path / "meta", CONFIG, 1, 0)
+    tied = tmp_path / "config.json"
+    tied.write_text(json.dumps(replace(CONFIG, tie_word_embeddings=True).to_hf_dict()))
+    with pytest.raises(WeightsError, match=r"output.weight and tok_embeddings.weight differ"):
+        run(tmp_path / "meta", tmp_path / "hf", to="hf", config=tied)
+    file = tmp_path / "meta" / "consolidated.00.pth"
+    tensors = torch.load(file, weights_only=True)
+    torch.save(tensors | {"output.weight": tensors["tok_embeddings.weight"].clone()}, file)
+    for name, config in (("found out", None), ("given", tied)):
+        run(tmp_path / "meta", tmp_path / name, to="hf", config=config)
+        source, shape = open_weights(tmp_path / name)
+        assert shape.tie_word_embeddings and "lm_head.weight" not in source.names()
+
+
 def lose_param(folder: Path) -> None:
     values = json.loads((folder / "params.json").read_text())
     (folder / "params.json").write_text(json.dumps({k: v for k, v in values.items() if k != "n_heads"}))
+
+
+def lose(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for file in folder.glob("*.pth"):
+            tensors = torch.load(file, weights_only=True)
+            torch.save({n: t for n, t in tensors.items() if n != name}, file)
+
+    return change
 
 
 def reshape(folder: Path) -> None:
@@ -124,6 +106,8 @@ def reshape(folder: Path) -> None:
         (lambda f: (f / "consolidated.01.pth").unlink(), "or a shard is missing"),
         (lambda f: (f / "params.json").unlink(), "params.json cannot be read"),
         (lose_param, "params.json has no usable 'n_heads': give the model's config.json with --config"),
+        (lose("tok_embeddings.weight"), "params.json: missing: model.embed_tokens.weight"),
+        (lose("layers.0.attention.wo.weight"), "missing: model.layers.0.self_attn.o_proj.weight"),
         (reshape, "consolidated.01.pth differs from the first shard in output.weight"),
     ],
 )

@@ -12,7 +12,7 @@ from checkpoint_fixture import run
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from nxdt_align.checkpoint.nxdt import shard_name
+from nxdt_align.checkpoint.nxdt_files import shard_name
 from nxdt_align.models.presets import TINY, LlamaConfig
 
 IDS = torch.tensor([[1, 17, 90, 33, 4, 121]])

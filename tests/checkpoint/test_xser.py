@@ -17,7 +17,7 @@ from checkpoint_fixture import CONFIG, SIZES, MakeHF, load, run, same_folders
 from nxd_source import supply_neuron_only_modules
 from torch import Tensor
 
-from nxdt_align.checkpoint.nxdt import shard_name
+from nxdt_align.checkpoint.nxdt_files import shard_name
 
 SHARDS = [shard_name(tp, pp) for tp in range(SIZES["tp"]) for pp in range(SIZES["pp"])]
 

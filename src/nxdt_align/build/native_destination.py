@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nxdt_align.checkpoint.destinations import Dtypes
+from nxdt_align.checkpoint.destinations import Dtypes, rename_back
 from nxdt_align.checkpoint.extents import WeightsError
 from nxdt_align.engines.native.checkpoint import FORMAT, MODEL, SUMMARY, TENSORS, TRAINER, VERSION
 from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
@@ -67,6 +67,10 @@ class NativeDestination:
             "files": {str(file.relative_to(staging)): file.stat().st_size for file in files},
         }
         (staging / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+
+    def restart(self, staging: Path) -> None:
+        (staging / SUMMARY).unlink(missing_ok=True)
+        rename_back(staging / TENSORS, staging / _UNFINISHED)
 
 
 class NativeWriter:

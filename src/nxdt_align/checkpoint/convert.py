@@ -98,6 +98,7 @@ class Conversion:
                 self._write(staging, writer)
                 if self._verify or staging.resumed:
                     self._check(staging)
+                staging.flush()  # so that what says that the folder is whole is true of the device too
                 self._destination.finish(staging.folder, self._record(staging))
                 staging.publish()
             except UserError:
@@ -159,6 +160,8 @@ class Conversion:
             for _ in writer.create():
                 pass
             staging.record_created()
+        else:
+            self._destination.restart(staging.folder)
         writer.open()
         lock = threading.Lock()
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from nxdt_align.checkpoint.export import config_json, tokenizer_files
 from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.checkpoint.hf_writer import CONFIG, UNFINISHED_CONFIG, HFWriter
-from nxdt_align.checkpoint.nxdt import DONE, MODEL, TAG, NxDTFolder
+from nxdt_align.checkpoint.nxdt import NxDTFolder
+from nxdt_align.checkpoint.nxdt_files import DONE, MODEL, TAG
 from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
 from nxdt_align.checkpoint.source import Source
 from nxdt_align.models.partition import Partition
@@ -63,6 +64,10 @@ class Destination(Protocol):
         """Make the folder one that is loaded; the last thing written says that it is whole."""
         ...
 
+    def restart(self, staging: Path) -> None:
+        """Undo what an interrupted ``finish`` has done, all or some of it."""
+        ...
+
 
 class HFDestination:
     """A folder that transformers loads."""
@@ -84,6 +89,9 @@ class HFDestination:
             shutil.copyfile(file, staging / file.name)
         os.rename(staging / UNFINISHED_CONFIG, staging / CONFIG)
 
+    def restart(self, staging: Path) -> None:
+        rename_back(staging / CONFIG, staging / UNFINISHED_CONFIG)
+
 
 class NxDTDestination:
     """A folder that NxD Training's ``resume_from_checkpoint`` takes."""
@@ -104,3 +112,13 @@ class NxDTDestination:
         (staging / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         (staging / TAG).write_text("1")
         (staging / DONE).write_text("1")
+
+    def restart(self, staging: Path) -> None:
+        for name in (DONE, TAG):
+            (staging / name).unlink(missing_ok=True)
+        rename_back(staging / MODEL, staging / _UNFINISHED_MODEL)
+
+
+def rename_back(finished: Path, unfinished: Path) -> None:
+    if finished.exists():
+        os.rename(finished, unfinished)

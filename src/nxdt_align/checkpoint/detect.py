@@ -10,8 +10,10 @@ from nxdt_align.checkpoint.extents import WeightsError
 from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.checkpoint.meta import MetaFolder, is_meta_folder
 from nxdt_align.checkpoint.names import summary
-from nxdt_align.checkpoint.nxdt import MODEL, NxDTFolder, model_folder
+from nxdt_align.checkpoint.nxdt import NxDTFolder
+from nxdt_align.checkpoint.nxdt_files import MODEL, model_folder
 from nxdt_align.checkpoint.source import Source
+from nxdt_align.checkpoint.staging import JOURNAL
 from nxdt_align.models.presets import LlamaConfig, read_config_json, weight_shapes
 
 _FIRST_FORMAT = re.compile(r"^tp_rank_\d+_pp_rank_\d+")
@@ -19,9 +21,11 @@ Layout = Literal["hf", "nxdt", "meta"]
 
 
 def layout_of(path: Path) -> Layout:
-    """The kind of weights at ``path``. Raises WeightsError where there is nothing."""
+    """The kind of weights at ``path``. Raises WeightsError where there is nothing, or nothing whole."""
     if not path.exists():
         raise WeightsError(f"{path} does not exist: give a folder of weights")
+    if (path / JOURNAL).is_file():
+        raise WeightsError(f"{path} is what a conversion left that was interrupted: go on with it (--resume)")
     if path.is_dir() and model_folder(path) is not None:
         return "nxdt"
     _refuse_first_format(path)
@@ -60,6 +64,12 @@ def config_file_of(path: Path, given: Path | None) -> Path:
     )
 
 
+def read_shape(path: Path) -> LlamaConfig:
+    """The model's shape in a config.json, or in that of a folder, whatever its attention window: weights
+    that are carried attend to nothing. Raises ModelConfigError."""
+    return read_config_json(path, sequence_length=1)
+
+
 def open_source(
     path: Path, config_file: Path | None = None, *, unequal_replicas: bool = False
 ) -> tuple[Source, LlamaConfig]:
@@ -70,14 +80,14 @@ def open_source(
     """
     layout = layout_of(path)
     if layout == "meta":
-        meta = MetaFolder(path, None if config_file is None else read_config_json(config_file))
+        meta = MetaFolder(path, None if config_file is None else read_shape(config_file))
         return meta, meta.config
     if layout == "nxdt":
-        config = read_config_json(config_file_of(path, config_file))
+        config = read_shape(config_file_of(path, config_file))
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=unequal_replicas)
         return sharded, sharded.config
     folder = HFFolder(path, config_file)
-    config = read_config_json(config_file or (path if path.is_dir() else path.parent))
+    config = read_shape(config_file or (path if path.is_dir() else path.parent))
     folder.check_against(config)
     return folder, config
 

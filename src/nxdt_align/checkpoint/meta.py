@@ -63,7 +63,7 @@ class MetaFolder:
             raise WeightsError(f"{self.path} holds tensors that no Llama has: {', '.join(summary(unknown))}")
         self.config = config or self._config(params)
         if HEAD in self._names and self.config.tie_word_embeddings:
-            del self._names[HEAD]
+            self._drop_tied_head()
         self._check()
 
     def __str__(self) -> str:
@@ -111,10 +111,11 @@ class MetaFolder:
             raise WeightsError(
                 f"{self.path / PARAMS} has no usable {error}: give the model's config.json with --config"
             ) from error
-        values["vocab_size"] = self.shape(EMBEDDING)[0]
         gate = "model.layers.0.mlp.gate_up_proj.gate_proj.weight"
-        if gate not in self._names:
-            raise WeightsError(f"{self.path} has no layers.0.feed_forward.w1.weight")
+        for name in (EMBEDDING, gate):
+            if name not in self._names:
+                raise WeightsError(f"{self.path} does not fit its {PARAMS}: missing: {name}")
+        values["vocab_size"] = self.shape(EMBEDDING)[0]
         values["intermediate_size"] = self.shape(gate)[0]
         config = from_hf_dict(values, where=str(self.path / PARAMS))
         is_small = (config.hidden_size, config.num_hidden_layers) in ((2048, 16), (3072, 28))
@@ -123,6 +124,14 @@ class MetaFolder:
             scaling = RopeScaling("llama3", factor, 1.0, 4.0, 8192)
             config = replace(config, rope_scaling=scaling, max_position_embeddings=131072)
         return replace(config, tie_word_embeddings=self._is_tied())
+
+    def _drop_tied_head(self) -> None:
+        if not self._is_tied():
+            raise WeightsError(
+                f"{self}: the model configuration ties the head to the embedding, but output.weight and "
+                "tok_embeddings.weight differ: set tie_word_embeddings to false"
+            )
+        del self._names[HEAD]
 
     def _is_tied(self) -> bool:
         if HEAD not in self._names:

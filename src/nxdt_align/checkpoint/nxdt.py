@@ -1,18 +1,12 @@
 """NxD's checkpoint folder as a source of whole weights under the plain Llama's names.
 
-::
-
-    <tag>/checkpoint, done     text "1"
-    <tag>/model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt            a dictionary of local tensors, or (xser)
-    <tag>/model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt.tensors/   of references to files in this folder
-
 Sizes, layout and kv multiplier follow from the files and the model's shape.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -24,8 +18,16 @@ from nxdt_align.checkpoint.extents import Extent, WeightsError, read_into, same_
 from nxdt_align.checkpoint.hf import content_fingerprint
 from nxdt_align.checkpoint.memory import empty
 from nxdt_align.checkpoint.names import is_recomputed, summary
+from nxdt_align.checkpoint.nxdt_files import (
+    TENSORS,
+    Files,
+    find_shards,
+    model_folder,
+    open_shard,
+    refuse_unfinished,
+    shard_name,
+)
 from nxdt_align.checkpoint.regions import read_region
-from nxdt_align.checkpoint.torch_files import TensorReference, read_index, tensors_of
 from nxdt_align.models.partition import (
     EMBEDDING,
     HEAD,
@@ -37,25 +39,8 @@ from nxdt_align.models.partition import (
 )
 from nxdt_align.models.presets import LlamaConfig
 
-MODEL, DONE, TAG, LAYERS = "model", "done", "checkpoint", "model.layers."
-TENSORS, INFO = ".tensors", ".info.pt"
-_SHARD = re.compile(r"^dp_rank_(\d{2,})_tp_rank_(\d{2,})_pp_rank_(\d{2,})\.pt$")
-_EXPERTS = re.compile(r"^dp_rank_\d+_ep_rank_\d+_")
-
-Files = dict[tuple[int, int], dict[str, Extent]]
-"""(tp rank, pp rank) -> local tensors by NxD's names."""
-
-
-def shard_name(tp_rank: int, pp_rank: int) -> str:
-    return f"dp_rank_00_tp_rank_{tp_rank:02d}_pp_rank_{pp_rank:02d}.pt"
-
-
-def model_folder(path: Path) -> Path | None:
-    """The folder of shards at ``path``, a checkpoint's folder or its model folder; None for neither."""
-    for folder in (path / MODEL, path):
-        if folder.is_dir() and any(_SHARD.match(f.name) or _EXPERTS.match(f.name) for f in folder.iterdir()):
-            return folder
-    return None
+_OR_MISSING = "or shards of the highest ranks are missing"
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 class NxDTFolder:
@@ -83,9 +68,9 @@ class NxDTFolder:
         if folder is None:
             raise WeightsError(f"{self.path} holds no shards of NxD (dp_rank_00_tp_rank_00_pp_rank_00.pt)")
         if shards is None:
-            _refuse_unfinished(folder)
-        grid = _find_shards(folder)
-        self._files = {place: _open_shard(file) for place, file in grid.items()}
+            refuse_unfinished(folder)
+        grid = find_shards(folder)
+        self._files = {place: open_shard(file) for place, file in grid.items()}
         self.is_xser = any(file.with_name(file.name + TENSORS).is_dir() for file in grid.values())
         self._paths = list(grid.values())
         self._unequal = unequal_replicas
@@ -191,24 +176,26 @@ class NxDTFolder:
     def _partition(self, config: LlamaConfig) -> Partition:
         tp, pp = 1 + max(t for t, _ in self._files), 1 + max(p for _, p in self._files)
         local = {name: extent for p in range(pp) for name, extent in self._files[0, p].items()}
-        layers = 1 + max((int(n.split(".")[2]) for n in local if n.startswith(LAYERS)), default=-1)
+        layers = 1 + max(_layers(local), default=-1)
         qkv = _qkv_style(self.path, local)
         if layers != config.num_hidden_layers:
             raise WeightsError(
                 f"{self.path} does not fit the model configuration: the shards hold {layers} layers, but "
-                f"num_hidden_layers is {config.num_hidden_layers}"
+                f"num_hidden_layers is {config.num_hidden_layers}, {_OR_MISSING}"
             )
         multiplier = _kv_multiplier(self.path, config, local, tp, qkv)
         vocab = next((e.shape[0] * tp for n, e in local.items() if n == EMBEDDING), None)
         if vocab is not None and vocab < config.vocab_size:
             raise WeightsError(
                 f"{self.path}: the shards hold {vocab} rows of {EMBEDDING}, but the model's vocab_size is "
-                f"{config.vocab_size}; give the config.json that belongs to them"
+                f"{config.vocab_size}; give the config.json that belongs to them, {_OR_MISSING}"
             )
         try:
             return Partition(config, tp, pp, multiplier, qkv, vocab, _cuts(self._files, layers, pp))
         except PartitionError as error:
-            raise WeightsError(f"{self.path} does not fit the model configuration: {error}") from error
+            raise WeightsError(
+                f"{self.path} does not fit the model configuration, {_OR_MISSING}: {error}"
+            ) from error
 
     def _check(self) -> dict[str, tuple[list[Extent], int]]:
         """Weight -> each tensor-parallel rank's tensor, and the row at which the weight starts in it."""
@@ -258,57 +245,6 @@ class NxDTFolder:
         self.partition = replace(self.partition, config=replace(self.config, tie_word_embeddings=False))
 
 
-def _refuse_unfinished(folder: Path) -> None:
-    """A save that was interrupted has its tag file and no ``done``; NxD's converter writes neither."""
-    tag = folder.parent if folder.name == MODEL else folder
-    if (tag / TAG).is_file() and not (tag / DONE).is_file():
-        raise WeightsError(
-            f"{tag} is not finished: it has no `{DONE}` file, so whatever wrote it was interrupted; "
-            "take another checkpoint, or write it again"
-        )
-
-
-def _find_shards(folder: Path) -> dict[tuple[int, int], Path]:
-    files = sorted(folder.iterdir())
-    experts = next((f.name for f in files if _EXPERTS.match(f.name)), None)
-    if experts is not None:
-        raise WeightsError(f"{folder / experts} is a shard of a mixture of experts, which is not supported")
-    matches = [(match, file) for file in files if (match := _SHARD.match(file.name))]
-    replicas = [file.name for match, file in matches if int(match[1])]
-    if replicas:
-        raise WeightsError(
-            f"{folder} holds shards of several data-parallel ranks, such as {replicas[0]}: surplus"
-        )
-    found = {(int(match[2]), int(match[3])): file for match, file in matches}
-    tp, pp = 1 + max(t for t, _ in found), 1 + max(p for _, p in found)
-    missing = [shard_name(t, p) for t in range(tp) for p in range(pp) if (t, p) not in found]
-    if missing:
-        shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-        raise WeightsError(
-            f"{folder} has {len(found)} shards, but tp {tp} x pp {pp} (the highest ranks among them) needs "
-            f"{tp * pp}. Missing: {shown}; or the highest ranks are surplus, left over from another model"
-        )
-    return dict(sorted(found.items()))
-
-
-def _open_shard(path: Path) -> dict[str, Extent]:
-    tensors = tensors_of(path, read_index(path))
-    return {
-        name: _referred(path, name, found) if isinstance(found, TensorReference) else found
-        for name, found in tensors.items()
-    }
-
-
-def _referred(path: Path, name: str, reference: TensorReference) -> Extent:
-    file = path.with_name(path.name + TENSORS) / f"tensor_{int(reference.tid)}.pt"
-    if not file.is_file():
-        raise WeightsError(f"{path} refers to {file} for {name}, which is missing: copy the checkpoint again")
-    found = read_index(file)
-    if not isinstance(found, Extent):
-        raise WeightsError(f"{file} must hold one tensor, {name}")
-    return found
-
-
 def _qkv_style(path: Path, local: Mapping[str, Extent]) -> QKV:
     marks: dict[str, QKV] = {
         ".qkv_proj.weight_qkv": "fused",
@@ -336,15 +272,20 @@ def _kv_multiplier(path: Path, config: LlamaConfig, local: Mapping[str, Extent],
         raise WeightsError(
             f"{path}: the shards hold {rows} rows of keys, but the model has {config.num_key_value_heads} kv "
             f"heads of {config.head_dim}: {one} rows, or a multiple of it. Give the config.json that belongs "
-            "to the shards"
+            f"to the shards, {_OR_MISSING}"
         )
     return rows // one
+
+
+def _layers(names: Iterable[str]) -> set[int]:
+    """The numbers of the decoder layers that the names are of."""
+    return {int(match[1]) for name in names if (match := _LAYER.match(name))}
 
 
 def _cuts(files: Files, layers: int, pp: int) -> tuple[int, ...] | None:
     """The stages' last layers, as the shards have them; None where they are even, or the shards do not hold
     the layers in a row."""
-    held = [sorted({int(n.split(".")[2]) for n in files[0, p] if n.startswith(LAYERS)}) for p in range(pp)]
+    held = [sorted(_layers(files[0, stage])) for stage in range(pp)]
     if not all(held) or list(chain.from_iterable(held)) != list(range(layers)):
         return None
     ends = tuple(numbers[-1] for numbers in held[:-1])
@@ -355,7 +296,7 @@ def _misfit(path: Path, faults: list[str]) -> WeightsError:
     shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
     return WeightsError(
         f"{path} does not fit the model configuration:\n  " + "\n  ".join(shown) + "\n"
-        "num_hidden_layers, hidden_size and the other sizes must be those of the weights"
+        f"num_hidden_layers, hidden_size and the other sizes must be those of the weights, {_OR_MISSING}"
     )
 
 

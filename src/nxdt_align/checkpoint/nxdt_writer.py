@@ -21,7 +21,7 @@ from torch.utils import serialization
 from nxdt_align.checkpoint.direct import BLOCK
 from nxdt_align.checkpoint.extents import Extent, WeightsError, write_bytes
 from nxdt_align.checkpoint.memory import empty
-from nxdt_align.checkpoint.nxdt import INFO, TENSORS, shard_name
+from nxdt_align.checkpoint.nxdt_files import INFO, TENSORS, shard_name
 from nxdt_align.checkpoint.torch_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of
 from nxdt_align.models.partition import EMBEDDING, HEAD, Partition, local_tensors
 

@@ -76,13 +76,17 @@ class Staging:
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def publish(self) -> None:
-        """Flush every file and give the folder its name."""
-        (self.folder / JOURNAL).unlink()
+    def flush(self) -> None:
+        """Bring every file and folder to the device."""
         for parent, _, names in os.walk(self.folder):
             for name in names:
                 flush(Path(parent) / name)
             flush(Path(parent))
+
+    def publish(self) -> None:
+        """Give the folder its name. Up to here an interrupted conversion has its journal to go on from."""
+        self.flush()
+        (self.folder / JOURNAL).unlink()
         os.rename(self.folder, self.destination)
         flush(self.destination.parent)
 
@@ -114,22 +118,30 @@ class Staging:
         whole = text[: text.rfind("\n") + 1]
         if len(whole) < len(text):  # the last line was being written
             self._file.truncate(len(whole.encode()))
-        entries = [json.loads(line) for line in whole.splitlines()]
-        if self._resume and entries and entries[0].get("identity") != self._identity:
+        entries = self._entries(whole) if self._resume else []
+        if not entries:
+            self._clear()
+            self._append({"identity": self._identity})
+            return
+        if entries[0].get("identity") != self._identity:
             raise WeightsError(
                 f"{self.folder} is left from another conversion (its source has changed, or the options are "
                 "others): call again as then, or without --resume to start over"
             )
-        if not self._resume or not entries:
-            self._clear()
-            self._append({"identity": self._identity})
-            return
         self.resumed = True
         for entry in entries[1:]:
             if "name" in entry:
                 self.checksums[entry["name"]] = entry["crc32"]
                 self.nans[entry["name"]] = entry["nans"]
             self.is_created = self.is_created or "created" in entry
+
+    def _entries(self, text: str) -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in text.splitlines()]
+        except ValueError as error:
+            raise WeightsError(
+                f"{self.folder / JOURNAL} is damaged: call again without --resume to start over"
+            ) from error
 
     def _clear(self) -> None:
         for entry in self.folder.iterdir():

@@ -91,7 +91,9 @@ class _OldTorchFile:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             raise damaged(path, "PyTorch", error) from error
-        if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        if not isinstance(content, dict) or not all(
+            isinstance(key, str) and isinstance(x, Tensor) for key, x in content.items()
+        ):
             raise WeightsError(f"{path} must hold a dictionary of tensors, as save_pretrained writes it")
         self._tensors: dict[str, Tensor] = content
 

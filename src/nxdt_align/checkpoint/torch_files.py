@@ -67,7 +67,7 @@ def read_index(path: Path) -> Any:
             return _Unpickler(path, archive.read(pickled), records, prefix).load()
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise damaged(path, "PyTorch", error) from error
-    except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, struct.error, RuntimeError, OverflowError) as error:
         raise damaged(path, "PyTorch", error) from error
 
 
@@ -86,7 +86,7 @@ def tensors_of(path: Path, saved: Any) -> dict[str, Extent | TensorReference]:
     if isinstance(saved, Mapping) and isinstance(saved.get("model"), Mapping):
         saved = saved["model"]
     if not isinstance(saved, Mapping) or not all(
-        isinstance(x, (Extent, TensorReference)) for x in saved.values()
+        isinstance(key, str) and isinstance(x, (Extent, TensorReference)) for key, x in saved.items()
     ):
         raise WeightsError(f"{path} must hold a dictionary of tensors, as torch.save writes a state dict")
     return dict(saved)
