@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,12 @@ import torch
 from checkpoint_fixture import fresh
 from training_fixture import Project, scalars
 
+from nxdt_align.build.conversion import open_weights
 from nxdt_align.checkpoint.hf import HFFolder, write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.cli import main
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
-from nxdt_align.models.presets import TINY, read_config_json
+from nxdt_align.models.presets import LLAMA3_8B, TINY, read_config_json
 
 
 @pytest.fixture
@@ -54,6 +58,46 @@ def test_xser_there_and_back_under_nxds_names(hf: Path, tmp_path: Path) -> None:
     assert main(["convert", xser, again, "--tp", "2", "--convert_from_xser"]) == 0
     assert not NxDTFolder(again, TINY).is_xser
     assert NxDTFolder(again, TINY).fingerprint() == HFFolder(hf).fingerprint()
+
+
+def test_xser_flags_keep_the_sizes(hf: Path, tmp_path: Path) -> None:
+    """NxD's converter rewrites the shards that are there."""
+    assert main(["convert", str(hf), f"{tmp_path}/plain", "--tp", "4", "--pp", "2", "--fuse_qkv"]) == 0
+    assert main(["convert", f"{tmp_path}/plain", f"{tmp_path}/xser", "--convert_to_xser"]) == 0
+    plain, xser = (NxDTFolder(tmp_path / name, TINY) for name in ("plain", "xser"))
+    assert xser.is_xser and xser.partition == plain.partition
+    assert (xser.partition.tp, xser.partition.pp, xser.partition.qkv) == (4, 2, "fused")
+
+
+def documented(repo: Path, page: str) -> list[list[str]]:
+    """The conversion commands in a page's bash blocks, in order, without their comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (repo / page).read_text(), re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    return [line[1:] for line in lines if line[:1] == ["nxdt-align"] and line[1] in VERBS]
+
+
+VERBS = ("convert", "export", "inspect")
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/conversion.md", 5)])
+def test_documented_commands_run_one_after_the_other(
+    page: str, count: int, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are written, on a small model with as many heads as the one that they name."""
+    monkeypatch.chdir(tmp_path)
+    small = {"hidden_size": 64, "head_dim": 2, "intermediate_size": 64, "vocab_size": 96}
+    config = replace(LLAMA3_8B, num_hidden_layers=4, **small)
+    write_hf_folder("Meta-Llama-3-8B", config, fresh(config))
+    (tmp_path / "Meta-Llama-3-8B" / "tokenizer.json").write_text("{}")
+    for checkpoint in ("CHECKPOINT", "nemo_experiments/hf_llama/DATE/checkpoints/NAME"):
+        assert main(["convert", "Meta-Llama-3-8B", checkpoint, "--to", "native"]) == 0
+    commands = documented(repo, page)
+    assert len(commands) == count
+    for command in commands:
+        assert main(command) == 0, command
+    made = [command[2] for command in commands if command[0] != "inspect"]
+    prints = {source.fingerprint() for source, _ in (open_weights(Path(place)) for place in made)}  # type: ignore[attr-defined]
+    assert prints == {HFFolder("Meta-Llama-3-8B").fingerprint()}
 
 
 def test_inspect_says_what_it_is(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

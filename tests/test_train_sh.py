@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -148,6 +149,16 @@ def test_runs_from_examples(train: Trainer) -> None:
     result = train(LOG_PATH=str(train.folder / "logs"), CONF_FILE="hf_llama3_8B_ORPO_config")
     assert result.status == 0
     assert result.calls[-1]["cwd"] == str(train.repo / "examples")
+
+
+def test_readmes_commands_as_written(train: Trainer) -> None:
+    readme = (train.repo / "README.md").read_text()
+    (block,) = re.findall(r"^```bash\n(cd examples\n.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    environment = train.environment(LOG_PATH=str(train.folder / "logs"))
+    subprocess.run(["bash", "-euc", block], cwd=train.repo, env=environment, check=True, timeout=60)
+    arguments = json.loads(train.calls.read_text().splitlines()[-1])["argv"]
+    assert arguments[2] == "train" and after(arguments, "--config-name") == "hf_llama3_8B_DPO_config"
+    assert arguments[-2:] == ["data.train_dir=/data/my_pairs.jsonl", "trainer.max_steps=100"]
 
 
 def test_unknown_config_is_named_with_the_known_ones(train: Trainer) -> None:

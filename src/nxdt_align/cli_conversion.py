@@ -83,8 +83,22 @@ def _add(
 
 def _add_sizes(verb: argparse.ArgumentParser) -> None:
     add = verb.add_argument
-    add("--tp", "--tp_size", dest="tp", type=_size, metavar="N", help="tensor-parallel size (default: 1)")
-    add("--pp", "--pp_size", dest="pp", type=_size, metavar="N", help="pipeline-parallel size (default: 1)")
+    add(
+        "--tp",
+        "--tp_size",
+        dest="tp",
+        type=_size,
+        metavar="N",
+        help="tensor-parallel size (default: that of the shards read, or 1)",
+    )
+    add(
+        "--pp",
+        "--pp_size",
+        dest="pp",
+        type=_size,
+        metavar="N",
+        help="pipeline-parallel size (default: the same)",
+    )
     add(
         *("--kv-replicator", "--kv_size_multiplier"),
         dest="kv_multiplier",
@@ -127,7 +141,7 @@ def _add_common(verb: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the first rank's copy of heads and norms where ranks differ",
     )
-    add("--workers", type=_size, metavar="N", help="threads (default: as many as cores, at most 4)")
+    add("--workers", type=_size, metavar="N", help="threads (default: 4)")
     add("--quiet", action="store_true", help="no progress bar")
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
+import re
 import resource
 import shutil
 import signal
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,10 @@ from checkpoint_fixture import (
 )
 from torch import Tensor
 
+from nxdt_align.build.conversion import open_weights
 from nxdt_align.checkpoint.hf import WeightsError, write_hf_folder
-from nxdt_align.checkpoint.nxdt import shard_name
+from nxdt_align.checkpoint.nxdt import NxDTFolder
+from nxdt_align.checkpoint.nxdt_files import shard_name
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import PartitionError
 
@@ -53,6 +58,21 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
         "has 7 shards.*Missing: dp_rank_00_tp_rank_02_pp_rank_01.pt",
     ),
     (
+        "shards of the highest rank missing",
+        lambda f: [(f / "model" / shard_name(3, p)).unlink() for p in (0, 1)],
+        "or shards of the highest ranks are missing",
+    ),
+    (
+        "shards of the upper half missing",
+        lambda f: [(f / "model" / shard_name(t, p)).unlink() for t in (2, 3) for p in (0, 1)],
+        "or shards of the highest ranks are missing",
+    ),
+    (
+        "shards of the last stage missing",
+        lambda f: [(f / "model" / shard_name(t, 1)).unlink() for t in range(4)],
+        "hold 1 layers, but num_hidden_layers is 3, or shards of the highest ranks are missing",
+    ),
+    (
         "surplus shard",
         lambda f: shutil.copy(first(f), f / "model" / shard_name(4, 0)),
         "has 9 shards, but tp 5.*surplus",
@@ -69,6 +89,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
         lambda f: torch.save({"a": os.system}, first(f)),
         "posix.system, which has no place among weights",
     ),
+    ("numbers for names", lambda f: torch.save({3: torch.ones(1)}, first(f)), "a dictionary of tensors"),
     ("not tensors", lambda f: torch.save({"a": 3}, first(f)), "must hold a dictionary of tensors"),
     (
         "wrong shape",
@@ -144,6 +165,46 @@ def test_a_damaged_checkpoint_is_refused(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["hf", "nxdt"]
 
 
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "hf": ({"to": "hf"}, "*.safetensors"),
+    "plain": (SIZES, "model/*.pt"),
+    "xser": (SIZES | {"xser": True}, "model/*.pt"),
+    "xser tensors": (SIZES | {"xser": True}, "model/*/*.pt"),
+    "native": ({"to": "native"}, "tensors/*.distcp"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_file_cut_anywhere_is_refused(kind: str, seed: int, make_hf: MakeHF, tmp_path: Path) -> None:
+    options, pattern = KINDS[kind]
+    run(make_hf(CONFIG), tmp_path / "out", **options)
+    rng = random.Random(seed)
+    file = rng.choice(sorted(f for f in (tmp_path / "out").glob(pattern) if not f.name.endswith(".info.pt")))
+    os.truncate(file, rng.randrange(file.stat().st_size))
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "out"))):
+        run(tmp_path / "out", tmp_path / "back", to="hf", config=tmp_path / "hf" / "config.json")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["hf", "out"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_changed_bytes_are_refused_or_carried_but_never_a_crash(
+    seed: int, make_hf: MakeHF, tmp_path: Path
+) -> None:
+    """Bytes of a shard's index, its pickle and its ZIP records: whatever they come to say."""
+    run(make_hf(CONFIG), tmp_path / "out", tp=1)
+    rng, file = random.Random(seed), first(tmp_path / "out")
+    content = file.read_bytes()
+    index = [*range(3000), *range(len(content) - 4000, len(content))]
+    for _ in range(40):
+        changed = bytearray(content)
+        for place in rng.choices(index, k=rng.choice([1, 1, 3])):
+            changed[place] = rng.randrange(256)
+        file.write_bytes(changed)
+        with suppress(UserError):
+            open_weights(tmp_path / "out")
+
+
 @pytest.mark.parametrize("lost", ["tensor_3.pt", ""])
 def test_a_lost_xser_file_is_named(lost: str, make_hf: MakeHF, tmp_path: Path) -> None:
     run(make_hf(CONFIG), tmp_path / "out", **SIZES, xser=True)
@@ -202,6 +263,9 @@ def test_sizes_that_do_not_fit_leave_nothing(make_hf: MakeHF, tmp_path: Path) ->
         ),
         ({"n_layers": 4}, "--n_layers is 4, but .* has 3"),
         ({"load_xser": True}, "--load_xser is True, but .* holds plain files"),
+        ({"qkv_linear": True, "fuse_qkv": True}, "q, k and v are fused, but .* holds them split"),
+        ({"vocab": 128}, "--vocab-size pads the vocabulary of shards, but the target is hf"),
+        ({"to": "native", "tokenizer": Path("x")}, "--tokenizer is copied .* but the target is native"),
     ],
 )
 def test_what_the_user_states_of_the_source_is_checked(
@@ -209,7 +273,15 @@ def test_what_the_user_states_of_the_source_is_checked(
 ) -> None:
     with pytest.raises(UserError, match=fault):
         run(nxdt, tmp_path / "back", **options)
-    run(nxdt, tmp_path / "back", **SIZES, n_layers=3, load_xser=False)
+    run(nxdt, tmp_path / "back", **SIZES, n_layers=3, load_xser=False, qkv_linear=True)
+
+
+def test_sizes_without_shards_are_refused(make_hf: MakeHF, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is native, and .* has none; .*, or write shards with --to nxdt"):
+        run(make_hf(CONFIG), tmp_path / "out", to="native", tp=4)
+    run(tmp_path / "hf", tmp_path / "out", to="native")
+    run(tmp_path / "out", tmp_path / "shards", **SIZES)
+    assert NxDTFolder(tmp_path / "shards", CONFIG).partition.tp == 4
 
 
 def test_config_of_another_model_is_refused(make_hf: MakeHF, tmp_path: Path) -> None:

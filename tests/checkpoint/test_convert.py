@@ -31,7 +31,8 @@ from nxdt_align.checkpoint import convert as convert_module
 from nxdt_align.checkpoint.direct import BLOCK
 from nxdt_align.checkpoint.extents import Extent
 from nxdt_align.checkpoint.hf import HFFolder, WeightsError, write_hf_folder
-from nxdt_align.checkpoint.nxdt import NxDTFolder, shard_name
+from nxdt_align.checkpoint.nxdt import NxDTFolder
+from nxdt_align.checkpoint.nxdt_files import shard_name
 from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
 from nxdt_align.checkpoint.torch_files import read_index
 from nxdt_align.errors import UserError
@@ -70,6 +71,91 @@ def test_other_sizes_directly(other: dict[str, Any], make_hf: MakeHF, tmp_path: 
     run(tmp_path / "one", tmp_path / "two", to="nxdt", **other)
     run(tmp_path / "two", tmp_path / "back")
     same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+Held = tuple[int, int, int, str, int]
+"""tp, pp, kv multiplier, qkv, rows of the vocabulary."""
+
+
+def held_in(folder: Path) -> Held:
+    source = open_weights(folder)[0]
+    assert isinstance(source, NxDTFolder)
+    held = source.partition
+    return held.tp, held.pp, held.kv_multiplier, held.qkv, held.padded_vocab
+
+
+@pytest.mark.parametrize(
+    ("source", "stated", "held"),
+    [
+        (SIZES, {"xser": True}, (4, 2, 2, "split", 100)),
+        (SIZES | {"vocab": 128, "qkv_linear": True, "fuse_qkv": True}, {}, (4, 2, 2, "fused", 128)),
+        (SIZES | {"vocab": 104}, {"tp": 8}, (8, 2, 4, "split", 104)),
+        (SIZES | {"vocab": 100}, {"tp": 8, "pp": 1}, (8, 1, 4, "split", 104)),
+        (SIZES, {"tp": 1}, (1, 2, 1, "separate", 100)),
+        (SIZES, {"tp": 8, "fuse_qkv": True}, (8, 2, 4, "fused", 104)),
+        (SIZES | {"tp": 2, "qkv_linear": True}, {}, (2, 2, 2, "split", 100)),
+        ({"tp": 2, "qkv_linear": False}, {"pp": 3}, (2, 3, 1, "separate", 100)),
+        ({"tp": 2, "qkv_linear": False}, {"tp": 4}, (4, 1, 2, "split", 100)),
+        (SIZES, {"tp": 2, "qkv_linear": False}, (2, 2, 1, "separate", 100)),
+    ],
+)
+def test_of_shards_to_shards_what_is_not_stated_stays(
+    source: dict[str, Any], stated: dict[str, Any], held: Held, make_hf: MakeHF, tmp_path: Path
+) -> None:
+    """But for a layer that NxD does not load at the sizes that are stated: GQAQKVColumnParallelLinear is for
+    tp = kv heads x multiplier, separate layers for a multiplier of 1."""
+    run(make_hf(CONFIG), tmp_path / "one", **source)
+    run(tmp_path / "one", tmp_path / "two", to="nxdt", **stated)
+    assert held_in(tmp_path / "two") == held
+    run(tmp_path / "two", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_kind_by_way_of_any_others(seed: int, tmp_path: Path) -> None:
+    """Hugging Face -> shards -> other shards -> our own -> shards -> Hugging Face, at random sizes, with a
+    vocabulary that is padded otherwise in each, and in one dtype that holds all values of the first."""
+    rng = random.Random(seed)
+    config = random_config(rng)
+    write_hf_folder(tmp_path / "hf", config, fresh(config, seed, torch.bfloat16))
+
+    def sizes() -> dict[str, Any]:
+        tp = rng.choice(fitting_tp(config))
+        rows = rng.choice([None, tp * (config.vocab_size // tp + rng.randint(1, 9))])
+        multiplier = rng.choice(fitting_multipliers(config, tp))
+        drawn = {"tp": tp, "pp": rng.randint(1, config.num_hidden_layers), "kv_multiplier": multiplier}
+        style = {"qkv_linear": True, "fuse_qkv": rng.random() < 0.5}
+        return drawn | style | {"vocab": rows, "xser": rng.random() < 0.5, "to": "nxdt"}
+
+    dtype = rng.choice([None, "fp32"])
+    chain = [sizes() | {"dtype": dtype}, sizes(), {"to": "native"}, sizes(), {"to": "hf", "dtype": "bf16"}]
+    place = tmp_path / "hf"
+    for number, options in enumerate(chain):
+        run(place, tmp_path / str(number), **options)
+        place = tmp_path / str(number)
+    same_folders(tmp_path / "hf", place)
+
+
+def test_padding_stays_where_the_configuration_asks_for_it(make_hf: MakeHF, tmp_path: Path) -> None:
+    """vocab_size set to the padded size, as NxD Training needs it: the same file makes a run here load it."""
+    run(make_hf(CONFIG), tmp_path / "out", **SIZES, vocab=112)
+    source = NxDTFolder(tmp_path / "out", replace(CONFIG, vocab_size=112))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        padded = torch.cat((fresh(CONFIG)[name], torch.zeros(13, CONFIG.hidden_size)))
+        assert torch.equal(source.read(name), padded)
+        assert torch.equal(source.read_slice(name, (slice(90, 112), slice(3, 9))), padded[90:112, 3:9])
+
+
+def test_a_mistral_whose_window_is_shorter_than_its_context(make_hf: MakeHF, tmp_path: Path) -> None:
+    """As Mistral-7B-v0.1's. Training on it is refused for sequences that reach past the window, where
+    attention would differ; weights are converted as any others."""
+    make_hf(replace(CONFIG, model_type="mistral", sliding_window=64, max_position_embeddings=2048))
+    run(tmp_path / "hf", tmp_path / "out", **SIZES)
+    run(tmp_path / "out", tmp_path / "native", to="native")
+    run(tmp_path / "native", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+    before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back"))
+    assert before == after and after["sliding_window"] == 64
 
 
 # The files

@@ -14,7 +14,7 @@ from nxdt_align.build.native_destination import NativeDestination
 from nxdt_align.checkpoint import inspect
 from nxdt_align.checkpoint.convert import Conversion, Report
 from nxdt_align.checkpoint.destinations import Destination, HFDestination, NxDTDestination
-from nxdt_align.checkpoint.detect import check_names, layout_of, open_source
+from nxdt_align.checkpoint.detect import check_names, layout_of, open_source, read_shape
 from nxdt_align.checkpoint.inspect import to_text
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.checkpoint.source import Source
@@ -26,7 +26,7 @@ from nxdt_align.models.partition import (
     default_multiplier,
     default_qkv,
 )
-from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
+from nxdt_align.models.presets import LlamaConfig, from_hf_dict
 from nxdt_align.training.runs import IDENTITY_FILE
 
 __all__ = ["ConvertOptions", "convert", "describe", "open_weights", "to_text"]
@@ -100,7 +100,7 @@ def open_weights(
     if not is_checkpoint(path):
         return open_source(path, config_file, unequal_replicas=first_replica)
     native = NativeCheckpoint(path)
-    config = read_config_json(config_file) if config_file is not None else _run_model(path)
+    config = read_shape(config_file) if config_file is not None else _run_model(path)
     check_names(native, config)
     return native, config
 
@@ -109,11 +109,12 @@ def _run_model(checkpoint: Path) -> LlamaConfig:
     """The shape in the record that a run keeps in its folder, above its checkpoints; that of a converted
     one is in it."""
     if (checkpoint / "config.json").is_file():
-        return read_config_json(checkpoint)
+        return read_shape(checkpoint)
     for folder in list(checkpoint.absolute().parents)[:2]:
         file = folder / IDENTITY_FILE
         if file.is_file():
-            return from_hf_dict(json.loads(file.read_text())["of"]["model"], where=str(file))
+            values = json.loads(file.read_text())["of"]["model"]
+            return from_hf_dict(values, sequence_length=1, where=str(file))  # as ``read_shape``
     raise UserError(
         f"no {IDENTITY_FILE} above {checkpoint} says what model it is of: give its config.json with --config"
     )
@@ -121,6 +122,7 @@ def _run_model(checkpoint: Path) -> LlamaConfig:
 
 def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) -> None:
     """Sizes that the user gave for the source must be those that it has."""
+    _check_target(options, source)
     if options.n_layers not in (None, 0, config.num_hidden_layers):
         raise UserError(
             f"--n_layers is {options.n_layers}, but {source} has {config.num_hidden_layers}; leave it out"
@@ -142,13 +144,47 @@ def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) 
         raise UserError(
             f"{source}: {'; '.join(wrong)}. Shards are missing or surplus, or leave the sizes out"
         )
+    qkv = _stated_qkv(options, config)
+    if qkv not in (None, held.qkv):
+        raise UserError(
+            f"--qkv_linear, --fuse_qkv and --coalesce_qkv say that q, k and v are {qkv}, but {source} holds "
+            f"them {held.qkv}; leave them out"
+        )
+
+
+def _check_target(options: ConvertOptions, source: Source) -> None:
+    """Options that have no place in what is written."""
+    target = _target(options, source)
+    if target != "nxdt" and not isinstance(source, NxDTFolder) and _states_shards(options):
+        raise UserError(
+            f"sizes and forms of shards are given, but the target is {target}, and {source} has none; leave "
+            "them out, or write shards with --to nxdt"
+        )
+    if options.vocab is not None and target != "nxdt":
+        raise UserError(
+            f"--vocab-size pads the vocabulary of shards, but the target is {target}, which takes vocab_size "
+            "of config.json; leave it out"
+        )
+    if options.tokenizer is not None and target != "hf":
+        raise UserError(
+            f"--tokenizer is copied into a Hugging Face folder, but the target is {target}; leave it out"
+        )
 
 
 def _target(options: ConvertOptions, source: Source) -> str:
-    """hf, nxdt or native: as asked; else away from what the source is, unless sizes are given."""
+    """hf, nxdt or native: as asked; else away from what the source is."""
     if options.to is not None:
         return options.to
-    return "hf" if isinstance(source, (NxDTFolder, NativeCheckpoint)) else "nxdt"
+    if isinstance(source, NativeCheckpoint):
+        return "nxdt" if _states_shards(options) else "hf"
+    return "hf" if isinstance(source, NxDTFolder) else "nxdt"
+
+
+def _states_shards(options: ConvertOptions) -> bool:
+    """Whether anything is said that shards alone have."""
+    said = (options.tp, options.pp, options.kv_multiplier, options.vocab)
+    styles = (options.qkv_linear, options.fuse_qkv, options.coalesce_qkv)
+    return options.xser or any(value is not None for value in (*said, *styles))
 
 
 def _destination(
@@ -163,7 +199,8 @@ def _destination(
         return HFDestination(
             config, dtypes, tokenizer=options.tokenizer, max_shard_bytes=options.max_shard_bytes
         )
-    partition = _partition(options, config)
+    held = source.partition if isinstance(source, NxDTFolder) else None
+    partition = _partition(options, config, held)
     if partition.padded_vocab != config.vocab_size:
         log.info(
             "the vocabulary of %d is padded to %d rows: set vocab_size to that in the config.json that "
@@ -182,27 +219,40 @@ def _destination(
     return NxDTDestination(partition, dtypes, xser=options.xser)
 
 
-def _partition(options: ConvertOptions, config: LlamaConfig) -> Partition:
-    tp = options.tp or 1
-    multiplier = options.kv_multiplier or default_multiplier(config, tp)
-    qkv = _qkv(options, config, tp, multiplier)
+def _partition(options: ConvertOptions, config: LlamaConfig, held: Partition | None) -> Partition:
+    """``held``: that of the shards that are the source, of which what is not stated stays as it is."""
+    tp, pp = (options.tp or held.tp, options.pp or held.pp) if held else (options.tp or 1, options.pp or 1)
+    unstated = held.kv_multiplier if held and tp == held.tp else default_multiplier(config, tp)
+    multiplier = options.kv_multiplier or unstated
+    qkv = _stated_qkv(options, config) or _usual_qkv(config, tp, multiplier, held)
     if options.kv_multiplier is None and qkv in ("separate", "coalesced"):
         multiplier = 1
-    return Partition(config, tp, options.pp or 1, multiplier, qkv, options.vocab)
+    vocab = options.vocab
+    if vocab is None and held and held.padded_vocab % tp == 0:
+        vocab = held.padded_vocab
+    return Partition(config, tp, pp, multiplier, qkv, vocab)
 
 
-def _qkv(options: ConvertOptions, config: LlamaConfig, tp: int, multiplier: int) -> QKV:
-    """The layer that NxD Training builds from the same settings."""
+def _stated_qkv(options: ConvertOptions, config: LlamaConfig) -> QKV | None:
+    """The layer that NxD Training builds from the same settings; None where nothing is stated."""
     is_mha = config.num_attention_heads == config.num_key_value_heads
+    if options.qkv_linear is options.fuse_qkv is options.coalesce_qkv is None:
+        return None
     if options.qkv_linear:
         return "fused" if options.fuse_qkv else "split"
     if options.coalesce_qkv or (options.fuse_qkv and is_mha):
         return "coalesced"
-    if options.fuse_qkv:
-        return "fused"
-    if options.qkv_linear is None and options.fuse_qkv is None and options.coalesce_qkv is None:
+    return "fused" if options.fuse_qkv else "separate"
+
+
+def _usual_qkv(config: LlamaConfig, tp: int, multiplier: int, held: Partition | None) -> QKV:
+    """That of the source's shards where NxD loads it at these sizes, or they have not changed."""
+    if held is None:
         return default_qkv(config, tp, multiplier)
-    return "separate"
+    is_linear = held.qkv in ("split", "fused")
+    fits = tp == config.num_key_value_heads * multiplier if is_linear else multiplier == 1
+    is_same = (tp, multiplier) == (held.tp, held.kv_multiplier)
+    return held.qkv if fits or is_same else default_qkv(config, tp, multiplier)
 
 
 def describe(path: Path, config_file: Path | None = None) -> dict[str, Any]:
