@@ -111,6 +111,22 @@ def test_of_shards_to_shards_what_is_not_stated_stays(
     same_folders(tmp_path / "hf", tmp_path / "back")
 
 
+def test_of_shards_to_shards_cuts_of_ones_own_stay_with_their_number(make_hf: MakeHF, tmp_path: Path) -> None:
+    """As model.pipeline_cuts makes them: after layer 1 of 3, where even stages end after layer 0."""
+    run(make_hf(CONFIG), tmp_path / "one", **SIZES)
+    moved = "model.layers.1."
+    for rank in range(4):
+        first, last = (tmp_path / "one" / "model" / shard_name(rank, stage) for stage in range(2))
+        early, late = load(first), load(last)
+        torch.save(early | {n: t for n, t in late.items() if n.startswith(moved)}, first)
+        torch.save({n: t for n, t in late.items() if not n.startswith(moved)}, last)
+    for name, stated, cuts in (("two", {"tp": 2}, (1,)), ("three", {"pp": 3}, None)):
+        run(tmp_path / "one", tmp_path / name, to="nxdt", **stated)
+        assert NxDTFolder(tmp_path / name, CONFIG).partition.cuts == cuts
+        run(tmp_path / name, tmp_path / f"{name} back")
+        same_folders(tmp_path / "hf", tmp_path / f"{name} back")
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_any_kind_by_way_of_any_others(seed: int, tmp_path: Path) -> None:
     """Hugging Face -> shards -> other shards -> our own -> shards -> Hugging Face, at random sizes, with a

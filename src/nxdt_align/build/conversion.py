@@ -230,7 +230,8 @@ def _partition(options: ConvertOptions, config: LlamaConfig, held: Partition | N
     vocab = options.vocab
     if vocab is None and held and held.padded_vocab % tp == 0:
         vocab = held.padded_vocab
-    return Partition(config, tp, pp, multiplier, qkv, vocab)
+    cuts = held.cuts if held and pp == held.pp else None
+    return Partition(config, tp, pp, multiplier, qkv, vocab, cuts)
 
 
 def _stated_qkv(options: ConvertOptions, config: LlamaConfig) -> QKV | None:
