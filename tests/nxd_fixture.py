@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
-from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.losses.reference_free import ORPOLoss
@@ -155,6 +155,40 @@ def engine(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
 
     forget_groups()
     return NxDEngine(config, make_mesh(case.parallel, platform), **settings)
+
+
+def optimizer_of(built: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for _, p in built.named_parameters()], lr=1e-2)
+
+
+def train(built: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
+    losses = []
+    data = dataset(built.topology)
+    for _ in range(steps):
+        output = built.step(data[tuple(range(len(examples())))], objective("orpo"))
+        built.clip_gradients(1.0)
+        optimizer.step()
+        losses.append(output.loss)
+    return losses
+
+
+def start(case: Case, **settings: Any) -> Any:
+    built = engine(case, **settings)
+    built.load_weights(weights(0))
+    return built
+
+
+def snapshot(built: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in built.named_parameters()}
+
+
+def settings_of(precision: str) -> dict[str, Any]:
+    if precision == "fp32":
+        return {}
+    return {
+        "precision": Precision(torch.bfloat16, masters=True),
+        "save_options": SaveOptions(low_precision=torch.bfloat16),
+    }
 
 
 # Beside the ranks

@@ -17,7 +17,10 @@ from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 # Anyone may import these; they import nothing of ours but each other.
 FOUNDATION = ("errors", "files", "__version__")
 
-SHARED_BY_ENGINES = ("engines.base", "engines.steps", "engines.plain", "engines.masters")
+SHARED_BY_ENGINES = (
+    *("engines.base", "engines.steps", "engines.plain", "engines.masters"),
+    *("engines.summary", "engines.flight"),
+)
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -33,6 +36,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engines.steps": ("engines.base", "batch"),
     "engines.plain": (),
     "engines.masters": (),
+    "engines.summary": ("engines.base",),
+    "engines.flight": ("engines.summary",),
     "engines.native": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),
     "engines.native.checkpoint": ("engines", "models", "ops", "batch", "config", "checkpoint.names"),
     "engines.nxd": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.checkpoint import (
-    CheckpointError,
     NativeCheckpoint,
     checkpoint_step,
     describe,
@@ -31,6 +30,7 @@ from nxdt_align.engines.native.checkpoint import (
 )
 from nxdt_align.engines.native.saving import save
 from nxdt_align.engines.plain import to_plain
+from nxdt_align.engines.summary import CheckpointError
 from nxdt_align.errors import UserError
 
 REPO = Path(__file__).parents[2]
@@ -305,7 +305,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from torch import nn
-from nxdt_align.engines.native.checkpoint import CheckpointError
+from nxdt_align.engines.summary import CheckpointError
 from nxdt_align.engines.native.saving import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
@@ -378,8 +378,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from nxdt_align.engines.native.checkpoint import CheckpointError, load
+from nxdt_align.engines.native.checkpoint import load
 from nxdt_align.engines.native.saving import save
+from nxdt_align.engines.summary import CheckpointError
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank)
 named = [("weight", nn.Parameter(torch.arange(4.0)))]
@@ -428,7 +429,7 @@ def test_missing_empty_and_foreign_folders(tmp_path: Path) -> None:
     expect_refusal(tmp_path / "empty", "the folder is empty")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_text("")
-    expect_refusal(tmp_path / "other", "not a whole checkpoint of nxdt-align: it holds model.safetensors")
+    expect_refusal(tmp_path / "other", "not a whole checkpoint of nxdt-align: .*; it holds model.safetensors")
     expect_refusal(tmp_path / "other" / "model.safetensors", "not a folder")
 
 

@@ -15,12 +15,15 @@ from nxd_fixture import (
     dataset,
     engine,
     examples,
-    objective,
     one_copy,
+    optimizer_of,
     plain,
     require_nxd,
     run_ranks,
-    weights,
+    settings_of,
+    snapshot,
+    start,
+    train,
     whole,
 )
 
@@ -28,7 +31,6 @@ from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.checkpoint import SUMMARY, checkpoint_step, is_checkpoint, read_extra
-from nxdt_align.engines.nxd.settings import Precision, SaveOptions
 
 pytestmark = pytest.mark.nxd
 CASES = [
@@ -40,31 +42,6 @@ CASES = [
 PRECISIONS = ["fp32", "bf16"]
 CONVERTED = Case(tp=4, kv=2, sp=True)
 LAST = 4
-
-
-def optimizer_of(built: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for _, p in built.named_parameters()], lr=1e-2)
-
-
-def train(built: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
-    losses = []
-    data = dataset(built.topology)
-    for _ in range(steps):
-        output = built.step(data[tuple(range(len(examples())))], objective("orpo"))
-        built.clip_gradients(1.0)
-        optimizer.step()
-        losses.append(output.loss)
-    return losses
-
-
-def start(case: Case, **settings: Any) -> Any:
-    built = engine(case, **settings)
-    built.load_weights(weights(0))
-    return built
-
-
-def snapshot(built: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in built.named_parameters()}
 
 
 def straight(case: Case, precision: str) -> Any:
@@ -88,15 +65,6 @@ def stop_and_go_on(case: Case, precision: str, folder: str) -> Any:
     return losses, snapshot(second), found, snapshot(first)
 
 
-def settings_of(precision: str) -> dict[str, Any]:
-    if precision == "fp32":
-        return {}
-    return {
-        "precision": Precision(torch.bfloat16, masters=True),
-        "save_options": SaveOptions(low_precision=torch.bfloat16),
-    }
-
-
 def refusals(case: Case, other: Case, folder: str) -> list[str]:
     """What ``load`` says of folders that do not fit: cut short, damaged, of other sizes, not there."""
     first = start(case)
@@ -107,9 +75,9 @@ def refusals(case: Case, other: Case, folder: str) -> list[str]:
     first.barrier()
     found = [refusal(first, Path(folder))]
     if first.topology.rank == 0:
-        summary = json.loads((Path(folder) / SUMMARY).read_text())
+        summary = json.loads((Path(folder) / SUMMARY.name).read_text())
         summary["files"][str(shard.relative_to(folder))] = shard.stat().st_size
-        (Path(folder) / SUMMARY).write_text(json.dumps(summary))
+        (Path(folder) / SUMMARY.name).write_text(json.dumps(summary))
     first.barrier()
     found += [refusal(first, Path(folder)), refusal(first, Path(folder) / "no")]
     return [*found, refusal(engine(other), Path(folder))]

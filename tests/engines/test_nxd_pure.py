@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from oracle import TINY
 
 from nxdt_align.build.nxd import (
     NxDParts,
+    form_notes,
     parallel_of,
     precision_of,
     reference_precision_of,
@@ -27,6 +29,7 @@ from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd import checkpoint, compat
 from nxdt_align.engines.nxd.kv_groups import check_kv_groups
 from nxdt_align.engines.nxd.settings import Precision, SaveOptions
+from nxdt_align.engines.summary import CheckpointError
 from nxdt_align.errors import UserError
 
 Load = Callable[..., Config]
@@ -230,23 +233,49 @@ def test_the_form_of_checkpoints(load: Load) -> None:
     assert save_options_of(exact, mixed) == SaveOptions(True, None)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "form", "said"),
+    [
+        (["exp_manager.load_xser=True"], "plain", "load_xser: is True, but .* holds plain files, one a rank"),
+        (["exp_manager.load_xser=False"], "xser", r"is False, but .* holds a file a tensor \(xser\)"),
+        (["exp_manager.load_xser=True"], "xser", None),
+        (["exp_manager.load_xser=False"], "plain", None),
+        ([], "plain", None),
+        (["exp_manager.load_xser=True"], "no shards", None),
+    ],
+)
+@pytest.mark.parametrize("place", ["model", "."])
+def test_load_xser_against_what_is_there(
+    load: Load, tmp_path: Path, overrides: list[str], form: str, said: str | None, place: str
+) -> None:
+    shard = tmp_path / place / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
+    shard.parent.mkdir(exist_ok=True)
+    if form != "no shards":
+        shard.touch()
+    if form == "xser":
+        shard.with_name(f"{shard.name}.tensors").mkdir()
+        shard.with_name(f"{shard.name}.info.pt").touch()
+    notes = form_notes(load(*overrides), tmp_path)
+    assert (notes == []) if said is None else re.search(said, *notes)
+
+
 # Checkpoints, as far as they can be judged without NxD
 
 
 def test_a_folder_is_a_checkpoint_when_every_file_is_there(tmp_path: Path) -> None:
     torch.save({"global_step": 3}, tmp_path / checkpoint.EXTRA)
     assert not checkpoint.is_checkpoint(tmp_path) and checkpoint.checkpoint_step(tmp_path) is None
-    checkpoint.write_summary(tmp_path, 3, {"tensor": 1}, has_optimizer=False)
+    checkpoint.SUMMARY.write(tmp_path, checkpoint.description({"global_step": 3}, {"tensor": 1}, False))
     assert checkpoint.is_checkpoint(tmp_path) and checkpoint.checkpoint_step(tmp_path) == 3
     assert checkpoint.read_extra(tmp_path) == {"global_step": 3}
-    summary = json.loads((tmp_path / checkpoint.SUMMARY).read_text())
-    (tmp_path / checkpoint.SUMMARY).write_text(json.dumps({**summary, "version": 99}))
-    with pytest.raises(checkpoint.CheckpointError, match=r"not one that this version reads: .*version 99"):
-        checkpoint.require_whole(tmp_path)
+    summary = json.loads((tmp_path / checkpoint.SUMMARY.name).read_text())
+    (tmp_path / checkpoint.SUMMARY.name).write_text(json.dumps({**summary, "version": 99}))
+    with pytest.raises(CheckpointError, match=r"not one that this version reads: .*version 99"):
+        checkpoint.SUMMARY.require_whole(tmp_path)
 
 
 def test_values_that_would_run_code_are_refused(tmp_path: Path) -> None:
     torch.save({"path": Path("x")}, tmp_path / checkpoint.EXTRA)
-    checkpoint.write_summary(tmp_path, 3, {}, has_optimizer=False)
-    with pytest.raises(checkpoint.CheckpointError, match=r"user_content\.pt cannot be read as plain values"):
+    checkpoint.SUMMARY.write(tmp_path, checkpoint.description({}, {}, False))
+    with pytest.raises(CheckpointError, match=r"user_content\.pt cannot be read as plain values"):
         checkpoint.read_extra(tmp_path)

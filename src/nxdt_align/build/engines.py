@@ -57,6 +57,10 @@ class EngineParts(Protocol):
 
     def engine(self) -> Engine: ...
 
+    def notes_on(self, folder: Path) -> list[str]:
+        """What the user should know of the weights or the checkpoint in ``folder``, which the run reads."""
+        ...
+
 
 def join(config: Config, env: RunEnv, model: LlamaConfig) -> EngineParts:
     """Join the processes of the run, for the engine that ``config`` asks for; only that one is imported."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nxdt_align.build import parts
 from nxdt_align.build.env import RunEnv
 from nxdt_align.config.schema import Config
@@ -46,3 +48,6 @@ class NativeParts:
         if isinstance(engine, xla.XlaEngine):
             engine.graphs = xla.graph_log()
         return engine
+
+    def notes_on(self, folder: Path) -> list[str]:
+        return []

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from nxdt_align.checkpoint.destinations import Dtypes, rename_back
 from nxdt_align.checkpoint.extents import WeightsError
-from nxdt_align.engines.native.checkpoint import FORMAT, MODEL, SUMMARY, TENSORS, TRAINER, VERSION
+from nxdt_align.engines.native.checkpoint import MODEL, SUMMARY, TENSORS, TRAINER
 from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 
@@ -57,16 +57,13 @@ class NativeDestination:
         torch.save({"extra": {}, "optimizer": None}, staging / TRAINER)
         (staging / "config.json").write_text(json.dumps(self._config.to_hf_dict(), indent=2) + "\n")
         files = [*sorted((staging / TENSORS).iterdir()), staging / TRAINER]
-        summary = {
-            "format": FORMAT,
-            "version": VERSION,
+        said = {
             "step": 0,
             "parameters": sum(prod(shape) for shape in weight_shapes(self._config).values()),
             "dtypes": sorted({str(d).removeprefix("torch.") for d in writer.dtypes.values()}),
             "has_optimizer": False,
-            "files": {str(file.relative_to(staging)): file.stat().st_size for file in files},
         }
-        (staging / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        SUMMARY.write(staging, said, files)
 
     def restart(self, staging: Path) -> None:
         (staging / SUMMARY).unlink(missing_ok=True)

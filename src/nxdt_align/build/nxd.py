@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
@@ -61,6 +62,9 @@ class NxDParts:
             save_options=save_options_of(self._config, self.precision),
             configure_model=self._configure,
         )
+
+    def notes_on(self, folder: Path) -> list[str]:
+        return form_notes(self._config, folder)
 
     def _configure(self, llama: Llama) -> None:
         model = self._config.model
@@ -168,3 +172,18 @@ def save_options_of(config: Config, precision: Precision) -> SaveOptions:
     elif precision.masters and not settings.checkpoint_callback_params.use_master_weights_in_ckpt:
         low = precision.compute
     return SaveOptions(xser=settings.save_xser, low_precision=low)
+
+
+def form_notes(config: Config, folder: Path) -> list[str]:
+    """Where ``load_xser`` is set to something else than what ``folder`` holds. NxDT reads no less then: it,
+    too, finds out what form the files have."""
+    key, wanted = "exp_manager.load_xser", config.exp_manager.load_xser
+    shards = [*folder.glob("model/dp_rank_*.pt*"), *folder.glob("dp_rank_*.pt*")]
+    is_xser = any(shard.suffix == ".tensors" for shard in shards)
+    if key not in config.given or not shards or is_xser == wanted:
+        return []
+    held = "a file a tensor (xser)" if is_xser else "plain files, one a rank"
+    return [
+        f"{key}: is {wanted}, but {folder} holds {held}; they are read as what they are. {key}={is_xser} "
+        "agrees with them"
+    ]

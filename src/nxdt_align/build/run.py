@@ -91,6 +91,7 @@ class Run:
         if run.checkpoint is None:
             self.engine.load_weights(self.start)
         resumed = self._resume_point(run)
+        self._note_what_is_read(run)
         callbacks, record = self._reference(None if resumed == run.checkpoint else resumed)
         if self.engine.lazy:
             callbacks.append(RecompileGuard(xla.compilations, stop=self.config.exp_manager.fail_on_recompile))
@@ -196,6 +197,11 @@ class Run:
             return Path(given)
         log.info("a new run, from %s", self.start)
         return None
+
+    def _note_what_is_read(self, run: RunFolder) -> None:
+        read = run.checkpoint or self.config.exp_manager.resume_from_checkpoint
+        for note in self.parts.notes_on(Path(read)) if read is not None else []:
+            log.info("%s", note)
 
     # Parts
 

@@ -187,8 +187,7 @@ _NATIVE_NOT_YET = (
     *("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
 )
 _NXD_NOT_YET = (
-    *("model.transpose_nki_inputs", "model.use_cpu_initialization"),
-    *("exp_manager.load_xser", "exp_manager.async_checkpointing", "exp_manager.ckpt_ptl_version"),
+    *("model.transpose_nki_inputs", "model.use_cpu_initialization", "exp_manager.ckpt_ptl_version"),
     *("exp_manager.enable_recovery_time_instrumentation", "trainer.sequential_move_factor"),
 )
 # A native checkpoint keeps the weights that the optimizer moves, float32 masters where there are such:

@@ -165,7 +165,8 @@ class ExpManagerConfig:
     save_xser: bool = True
     """Write checkpoints in torch_xla's one-file-a-tensor form."""
     load_xser: bool = True
-    """Read checkpoints in that form."""
+    """That checkpoints are read in that form. Which form a folder has is found out on reading; where this
+    key is set and says otherwise, a line of the log says so (engine nxd)."""
     save_bf16: bool = False
     """Write checkpoint weights in bf16."""
     async_checkpointing: bool = False

@@ -14,7 +14,6 @@ Reading one never executes anything in it. saving.py writes them.
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
@@ -25,25 +24,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.archives import check_archive, reason
 from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.loading import filling
 from nxdt_align.engines.native.optimizer_state import NamedOptimizerState, parameter_names, restore
 from nxdt_align.engines.native.parts import Part
 from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
+from nxdt_align.engines.summary import CheckpointError, Summary, damaged
 
-FORMAT = "nxdt-align native checkpoint"
-VERSION = 1
-SUMMARY, TENSORS, TRAINER = "checkpoint.json", "tensors", "trainer.pt"
+SUMMARY = Summary("checkpoint.json", "nxdt-align native checkpoint", 1, "nxdt-align")
+TENSORS, TRAINER = "tensors", "trainer.pt"
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 T = TypeVar("T")
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
-
-
-class CheckpointError(EngineError):
-    """A checkpoint that cannot be written, read, or used with this model."""
 
 
 @torch.no_grad()
@@ -64,7 +58,7 @@ def load(
     moved = None if optimizer is None else parameter_names(optimizer, named_parameters)
     everywhere = set().union(*(names or () for names in ranks.gather(moved)))
     with ranks.together(CheckpointError):
-        _require_whole(directory)
+        SUMMARY.require_whole(directory)
         tensors, trainer = _read(directory)
         _check_fit(directory, tensors, wanted)
         saved = None if optimizer is None else _optimizer_state(directory, tensors, trainer, parameters)
@@ -79,13 +73,13 @@ def load(
 
 def is_checkpoint(path: Path) -> bool:
     """Whether ``path`` is a checkpoint of this kind, whole or damaged."""
-    return (Path(path) / SUMMARY).is_file() or (Path(path) / TENSORS).is_dir()
+    return (Path(path) / SUMMARY.name).is_file() or (Path(path) / TENSORS).is_dir()
 
 
 def checkpoint_step(path: Path) -> int | None:
     """The optimizer steps of a whole checkpoint; None where ``path`` is not one."""
     try:
-        return int(_require_whole(Path(path))["step"])
+        return int(SUMMARY.require_whole(Path(path))["step"])
     except CheckpointError:
         return None
 
@@ -95,14 +89,14 @@ def describe(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError where ``path`` is not a whole checkpoint.
     """
-    summary = _require_whole(Path(path))
+    summary = SUMMARY.require_whole(Path(path))
     wanted = ("step", "parameters", "dtypes", "has_optimizer")
     return {key: summary[key] for key in wanted} | {"bytes": sum(summary["files"].values())}
 
 
 def read_extra(path: Path) -> dict[str, Any]:
     """What ``save`` was given as ``extra``. Raises CheckpointError as ``load`` does."""
-    _require_whole(Path(path))
+    SUMMARY.require_whole(Path(path))
     extra: dict[str, Any] = _read(Path(path))[1]["extra"]
     return extra
 
@@ -115,7 +109,7 @@ class NativeCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        _require_whole(self.path)
+        SUMMARY.require_whole(self.path)
         self._tensors = _guarded(self.path, lambda: TensorFolder(self.path / TENSORS))
         self._names = [n.removeprefix(MODEL) for n in self._tensors.names() if n.startswith(MODEL)]
 
@@ -152,46 +146,13 @@ class NativeCheckpoint:
 # Reading
 
 
-def _require_whole(directory: Path) -> dict[str, Any]:
-    """``checkpoint.json``. Raises CheckpointError unless every file that it names is there in full."""
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"checkpoint {directory}: {'not a folder' if directory.exists() else 'missing'}"
-        )
-    found = sorted(f.name for f in directory.iterdir())
-    if not found:
-        raise CheckpointError(f"checkpoint {directory}: the folder is empty; name one that a run has written")
-    if SUMMARY not in found:
-        kind = f"{SUMMARY} is missing" if TENSORS in found else f"it holds {', '.join(found[:5])}"
-        raise CheckpointError(f"{directory} is not a whole checkpoint of nxdt-align: {kind}")
-    try:
-        summary = json.loads((directory / SUMMARY).read_text())
-        if (summary["format"], summary["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"format {summary['format']!r}, version {summary['version']}")
-        files: dict[str, int] = dict(summary["files"])
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"checkpoint {directory}: {SUMMARY} is not one that this version reads: {error!r}"
-        ) from error
-    for name, size in files.items():
-        path = directory / name
-        have = path.stat().st_size if path.is_file() else None
-        if have != size:
-            what = "is missing" if have is None else f"has {have} bytes instead of {size}"
-            raise CheckpointError(
-                f"checkpoint {directory} is incomplete: {name} {what}. "
-                "Take another checkpoint, or copy it again"
-            )
-    return dict(summary)
-
-
 def _read(directory: Path) -> tuple[TensorFolder, dict[str, Any]]:
     tensors = _guarded(directory, lambda: TensorFolder(directory / TENSORS))
     try:
         check_archive(directory / TRAINER)
         trainer = torch.load(directory / TRAINER, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise _damaged(directory, f"{TRAINER}: {reason(error)}") from error
+        raise damaged(directory, f"{TRAINER}: {reason(error)}") from error
     return tensors, trainer
 
 
@@ -248,10 +209,4 @@ def _guarded(directory: Path, read: Callable[[], T]) -> T:
     try:
         return read()
     except DamagedError as error:
-        raise _damaged(directory, str(error)) from error
-
-
-def _damaged(directory: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"checkpoint {directory} is damaged: {what}. Take another checkpoint, or copy it again"
-    )
+        raise damaged(directory, str(error)) from error

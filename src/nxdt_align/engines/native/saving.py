@@ -6,10 +6,7 @@ The format is checkpoint.py's.
 from __future__ import annotations
 
 import io
-import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -18,15 +15,13 @@ from typing import Any
 
 import torch
 
+from nxdt_align.engines.flight import Flight
 from nxdt_align.engines.native.checkpoint import (
-    FORMAT,
     MODEL,
     OPTIMIZER,
     SUMMARY,
     TENSORS,
     TRAINER,
-    VERSION,
-    CheckpointError,
     NamedParameters,
 )
 from nxdt_align.engines.native.collectives import Ranks
@@ -34,6 +29,7 @@ from nxdt_align.engines.native.optimizer_state import by_name, merged
 from nxdt_align.engines.native.parts import Part
 from nxdt_align.engines.native.tensors import TensorFolder, write_tensors
 from nxdt_align.engines.plain import to_plain
+from nxdt_align.engines.summary import CheckpointError
 from nxdt_align.files import atomic_folder, explain
 
 
@@ -64,7 +60,7 @@ class Saver:
 
     def __init__(self) -> None:
         self._ranks: Ranks | None = None
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
 
     def save(
         self,
@@ -86,7 +82,7 @@ class Saver:
         if background or content.is_lazy:
             content = content.copied()
         if background:
-            self._flight = _Flight(lambda: _write(content))
+            self._flight = Flight(lambda: _write(content))
         else:
             _write(content)
 
@@ -109,38 +105,6 @@ class Saver:
             action()
         else:
             self._flight.then(action)
-
-
-class _Flight:
-    """A write on a thread of its own, and what is to be done when it is whole."""
-
-    def __init__(self, write: Callable[[], None]) -> None:
-        self._actions: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._is_whole = False
-        thread = ThreadPoolExecutor(1, "checkpoint")
-        self._written = thread.submit(self._run, write)
-        thread.shutdown(wait=False)
-
-    def _run(self, write: Callable[[], None]) -> None:
-        write()
-        with self._lock:
-            self._is_whole = True
-            for action in self._actions:
-                action()
-
-    def then(self, action: Callable[[], None]) -> None:
-        with self._lock:
-            if not self._is_whole:
-                self._actions.append(action)
-                return
-        action()
-
-    def wait(self) -> None:
-        try:
-            self._written.result()
-        except CheckpointError as error:
-            raise CheckpointError(f"{error} (it was being written in the background)") from error
 
 
 @dataclass(frozen=True)
@@ -202,8 +166,7 @@ def _write(content: _Content) -> None:
         with ranks.together(CheckpointError), _faults_of(directory):
             if ranks.rank == 0:
                 (folder / TRAINER).write_bytes(content.trainer)
-                summary = _summary(folder, content)
-                (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+                SUMMARY.write(folder, _summary(folder, content))
                 stack.close()
 
 
@@ -232,13 +195,9 @@ def _to_bytes(value: Any) -> bytes:
 def _summary(folder: Path, content: _Content) -> dict[str, Any]:
     written = TensorFolder(folder / TENSORS)
     weights = [name for name in written.names() if name.startswith(MODEL)]
-    files = sorted(f for f in folder.rglob("*") if f.is_file())
     return {
-        "format": FORMAT,
-        "version": VERSION,
         "step": content.step,
         "parameters": sum(prod(written.shape(name)) for name in weights),
         "dtypes": sorted({str(written.dtype(name)).removeprefix("torch.") for name in weights}),
         "has_optimizer": content.has_optimizer,
-        "files": {str(f.relative_to(folder)): f.stat().st_size for f in files},
     }

@@ -243,8 +243,13 @@ class NxDEngine(Engine):
         *,
         background: bool = False,
     ) -> None:
-        """As the contract says; at once, whether ``background`` or not."""
-        self._checkpoints.save(directory, self.named_parameters(), optimizer, extra)
+        self._checkpoints.save(directory, self.named_parameters(), optimizer, extra, background=background)
+
+    def finish_saving(self) -> None:
+        self._checkpoints.finish()
+
+    def once_saved(self, action: Callable[[], None]) -> None:
+        self._checkpoints.then(action)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         extra = self._checkpoints.load(directory, self.named_parameters(), optimizer)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import neuronx_distributed as nxd
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from nxdt_align.engines.flight import Flight
 from nxdt_align.engines.nxd import checkpoint
-from nxdt_align.engines.nxd.checkpoint import MODEL, OPTIMIZER, CheckpointError
+from nxdt_align.engines.nxd.checkpoint import DONE, MODEL, OPTIMIZER, SUMMARY
 from nxdt_align.engines.nxd.compat import only_plain_values
-from nxdt_align.engines.nxd.mesh import Mesh
+from nxdt_align.engines.nxd.files import Files, apart_from_training
+from nxdt_align.engines.nxd.mesh import Groups, Mesh
 from nxdt_align.engines.nxd.settings import SaveOptions
 from nxdt_align.engines.plain import to_plain
+from nxdt_align.engines.summary import CheckpointError, damaged
 from nxdt_align.files import atomic_folder, explain
 
 log = logging.getLogger(__name__)
@@ -27,15 +32,19 @@ MASTERS = "master_weights"
 """Key of the optimizer's file: the weights that the optimizer works on, where the model's file has them
 in a lower precision."""
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
+T = TypeVar("T")
 
 
 class Checkpoints:
-    """Writes and reads one rank's part of a checkpoint. All ranks make the same calls."""
+    """Writes and reads one rank's part of a checkpoint, at most one at a time. All ranks make the same
+    calls."""
 
     def __init__(self, mesh: Mesh, options: SaveOptions, stage_ends: Sequence[int]) -> None:
         self._parallel, self._groups, self._platform = mesh.parallel, mesh.groups, mesh.platform
         self._options, self._stage_ends = options, list(stage_ends)
         self._xser = options.xser and mesh.platform.place != "cpu"
+        self._flight: Flight | None = None
+        self._of_threads: Groups | None = None
         if options.xser and not self._xser:
             log.info(
                 "exp_manager.save_xser: not in CPU mode, where xser files cannot be read back: plain files"
@@ -52,12 +61,21 @@ class Checkpoints:
         parameters: NamedParameters,
         optimizer: torch.optim.Optimizer | None,
         extra: Mapping[str, Any],
+        *,
+        background: bool = False,
     ) -> None:
-        """Write a checkpoint at ``directory``; whatever was there stays until the new one is whole.
+        """Write a checkpoint at ``directory``, once the one before is done; whatever was there stays until
+        the new one is whole.
+
+        Args:
+            background: return as soon as the values are in this rank's memory on the host. What fails
+                after that is raised by the next ``save`` or ``finish``.
 
         Raises CheckpointError on every rank where any cannot write.
         """
-        is_writer = torch.distributed.get_rank() == 0
+        self.finish()
+        groups = self._groups_of_threads() if background else self._groups
+        is_writer = dist.get_rank() == 0
         with ExitStack() as stack:
 
             def begin() -> tuple[Path, Any]:
@@ -67,42 +85,83 @@ class Checkpoints:
                     (folder / part).mkdir() if is_writer else None
                 return folder, to_plain(extra)
 
-            folder, plain = self._together(directory, begin)
-            folder = Path(self._groups.broadcast_object(str(folder)))
-            self._together(directory, lambda: self._write(folder, parameters, optimizer, plain))
+            own, plain = _write_together(self._groups, directory, begin)
+            folder = Path(self._groups.broadcast_object(str(own)))
+            files = Files(deferred=background)
+            collect = partial(self._collect, files, folder, parameters, optimizer, plain)
+            _write_together(self._groups, directory, collect)
 
             def end() -> None:
                 if is_writer:
-                    step = int(extra.get("global_step", 0))
-                    checkpoint.write_summary(folder, step, self._sizes, optimizer is not None)
-                    stack.close()
+                    (folder / DONE).write_text("1")
+                    said = checkpoint.description(plain, self._sizes, optimizer is not None)
+                    SUMMARY.write(folder, said)
+                    placing.close()
 
-            self._together(directory, end)
+            placing = stack.pop_all()
+            complete = partial(_complete, groups, directory, placing, files.write, end)
+            if background:
+                self._flight = Flight(complete)
+            else:
+                complete()
 
-    def _write(
+    def _groups_of_threads(self) -> Groups:
+        """The ranks' groups for a thread that talks while training does; the first call is a collective."""
+        if self._of_threads is None:
+            host = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+            self._of_threads = replace(self._groups, host=host)
+        return self._of_threads
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one. Raises CheckpointError where it failed."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.wait()
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do ``action`` once the save in the background is whole, or now if there is none; never, if that
+        save fails."""
+        if self._flight is None:
+            action()
+        else:
+            self._flight.then(action)
+
+    def _collect(
         self,
+        files: Files,
         folder: Path,
         parameters: NamedParameters,
         optimizer: torch.optim.Optimizer | None,
         extra: dict[str, Any],
     ) -> None:
+        """Have NxD write this rank's files, or hand them to ``files`` to be written later."""
+        model, state = self._values(parameters, optimizer)
+        if files.deferred:
+            model, state = apart_from_training(model), apart_from_training(state)
+        with files.taken_from_nxd():
+            nxd.save_checkpoint(
+                str(folder),
+                tag=".",
+                model=model,
+                optimizer=state,
+                zero1_optimizer=self._parallel.zero1,
+                user_content=extra,
+                use_xser=self._xser,
+            )
+
+    def _values(
+        self, parameters: NamedParameters, optimizer: torch.optim.Optimizer | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+        """What the model's file holds, and the optimizer's."""
         model: dict[str, Tensor] = {name: p.detach() for name, p in parameters}
-        state = None
-        if optimizer is not None:
-            state = optimizer.state_dict()
-            low = self._options.low_precision
-            if low is not None and any(t.dtype != low for t in model.values()):
-                state = {**state, MASTERS: model}
-                model = {name: tensor.to(low) for name, tensor in model.items()}
-        nxd.save_checkpoint(
-            str(folder),
-            tag=".",
-            model=model,
-            optimizer=state,
-            zero1_optimizer=self._parallel.zero1,
-            user_content=extra,
-            use_xser=self._xser,
-        )
+        if optimizer is None:
+            return model, None
+        state = optimizer.state_dict()
+        low = self._options.low_precision
+        if low is not None and any(t.dtype != low for t in model.values()):
+            state = {**state, MASTERS: model}
+            model = {name: tensor.to(low) for name, tensor in model.items()}
+        return model, state
 
     def load(
         self, directory: Path, parameters: NamedParameters, optimizer: torch.optim.Optimizer | None
@@ -112,9 +171,9 @@ class Checkpoints:
         Raises CheckpointError: not a checkpoint, incomplete, damaged, of ranks of other sizes, or of
         another model.
         """
-        model, state, extra = self._together(
-            directory, lambda: self._read(directory, parameters, wants_optimizer=optimizer is not None)
-        )
+        self.finish()
+        read = partial(self._read, directory, parameters, wants_optimizer=optimizer is not None)
+        model, state, extra = _together(self._groups, read)
         for name, parameter in parameters:
             parameter.detach().copy_(model[name])
         if optimizer is not None:
@@ -125,7 +184,7 @@ class Checkpoints:
         self, directory: Path, parameters: NamedParameters, *, wants_optimizer: bool
     ) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any]]:
         """What the parameters are filled with, the optimizer's state, and ``extra``."""
-        summary = checkpoint.require_whole(directory)
+        summary = SUMMARY.require_whole(directory)
         checkpoint.require_sizes(directory, summary, self._sizes)
         self._check_form(directory)
         if wants_optimizer and not summary["has_optimizer"]:
@@ -142,7 +201,7 @@ class Checkpoints:
                 )
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
-            raise checkpoint.damaged(directory, reason or type(error).__name__) from error
+            raise damaged(directory, reason or type(error).__name__) from error
         masters = None if state is None else state.pop(MASTERS, None)
         filling = masters if masters is not None else model
         _check_fit(directory, parameters, filling)
@@ -157,24 +216,56 @@ class Checkpoints:
                 "data-parallel rank, or convert it with nxdt-align convert"
             )
 
-    def _together(self, directory: Path, act: Callable[[], Any]) -> Any:
-        """Do a part of a save or a load; if any rank fails, all raise."""
-        result, fault = None, None
-        try:
-            result = act()
-        except OSError as error:
-            fault = (
-                f"cannot write checkpoint {directory}: {explain(error)}. Earlier checkpoints are whole, and "
-                "the run can go on from the newest"
-            )
-        except TypeError as error:
-            fault = f"cannot write checkpoint {directory}: {error}"
-        except CheckpointError as error:
-            fault = str(error)
-        faults = [found for found in self._groups.gather_objects(fault) if found is not None]
-        if faults:
-            raise CheckpointError(faults[0])
-        return result
+
+def _complete(
+    groups: Groups,
+    directory: Path,
+    placing: ExitStack,
+    write: Callable[[], None],
+    end: Callable[[], None],
+) -> None:
+    """Write, and put the folder in its place when all ranks have; else it goes away."""
+    with placing:
+        _write_together(groups, directory, write)
+        _write_together(groups, directory, end)
+
+
+def _together(groups: Groups, act: Callable[[], T]) -> T:
+    """Do a part of a save or a load; if any rank fails, all raise the same."""
+    fault: str | None = None
+    try:
+        result = act()
+    except CheckpointError as error:
+        fault = str(error)
+    faults = [found for found in groups.gather_objects(fault) if found is not None]
+    if faults:
+        raise CheckpointError(faults[0])
+    return result
+
+
+def _write_together(groups: Groups, directory: Path, act: Callable[[], T]) -> T:
+    def explained() -> T:
+        with _faults_of(directory):
+            return act()
+
+    with _faults_of(directory):  # a rank that is gone
+        return _together(groups, explained)
+
+
+@contextmanager
+def _faults_of(directory: Path) -> Iterator[None]:
+    """What can go wrong when ``directory`` is written, as a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write checkpoint {directory}: {explain(error)}. Earlier checkpoints are whole, and "
+            "the run can go on from the newest"
+        ) from error
+    except (TypeError, RuntimeError) as error:
+        # A value that is not plain; torch's writer, which hides the system's error; a rank that is gone.
+        said = str(error).partition("\n")[0]
+        raise CheckpointError(f"cannot write checkpoint {directory}: {said}") from error
 
 
 def _check_fit(directory: Path, parameters: NamedParameters, tensors: Mapping[str, Tensor]) -> None:
