@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,32 @@ def settings_of(precision: str) -> dict[str, Any]:
         "precision": Precision(torch.bfloat16, masters=True),
         "save_options": SaveOptions(low_precision=torch.bfloat16),
     }
+
+
+@contextmanager
+def storage(save: Callable[..., None]) -> Iterator[None]:
+    """Inside, ``save(real, self, content, filename)`` stands for the call with which NxD writes a file."""
+    from neuronx_distributed.trainer.checkpoint_storage import FilesysCheckpointStorage
+
+    real = FilesysCheckpointStorage.save_object
+    FilesysCheckpointStorage.save_object = lambda *arguments: save(real, *arguments)
+    try:
+        yield
+    finally:
+        FilesysCheckpointStorage.save_object = real
+
+
+@contextmanager
+def held() -> Iterator[threading.Event]:
+    """Inside, no file is written before the event is set."""
+    go = threading.Event()
+
+    def save(real: Callable[..., None], *arguments: Any) -> None:
+        assert go.wait(300), "never let go"
+        real(*arguments)
+
+    with storage(save):
+        yield go
 
 
 # Beside the ranks

@@ -25,8 +25,7 @@ def test_a_run_goes_on_as_after_saves_at_once(repo: Path, tmp_path: Path) -> Non
     train_sh(repo, project, f"exp_manager.exp_dir={tmp_path}/whole", *common, "trainer.max_steps=6")
     behind = (f"exp_manager.exp_dir={tmp_path}/behind", *common, "exp_manager.async_checkpointing=True")
     said = train_sh(repo, project, *behind, "trainer.max_steps=4")
-    (line,) = (line for line in said.splitlines() if "keys without effect on engine nxd" in line)
-    assert "async_checkpointing" not in line and "load_xser" not in line
+    assert "keys without effect" not in said
     said = train_sh(repo, project, *behind, "trainer.max_steps=6")
     assert "going on from this run's own checkpoint" in said
     assert "exp_manager.load_xser: is True, but" in said and "holds plain files" in said

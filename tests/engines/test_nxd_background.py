@@ -16,12 +16,14 @@ import torch
 from nxd_fixture import (
     Case,
     engine,
+    held,
     optimizer_of,
     require_nxd,
     run_ranks,
     settings_of,
     snapshot,
     start,
+    storage,
     train,
 )
 
@@ -33,32 +35,6 @@ CASES = [Case(tp=2, dp=2, sp=True), Case(tp=2, pp=2, sp=True)]
 PRECISIONS = ["fp32", "bf16"]
 FAILING = 1
 """The rank whose disk is full."""
-
-
-@contextmanager
-def storage(save: Callable[..., None]) -> Iterator[None]:
-    """Inside, ``save(real, self, content, filename)`` stands for the call with which NxD writes a file."""
-    from neuronx_distributed.trainer.checkpoint_storage import FilesysCheckpointStorage
-
-    real = FilesysCheckpointStorage.save_object
-    FilesysCheckpointStorage.save_object = lambda *arguments: save(real, *arguments)
-    try:
-        yield
-    finally:
-        FilesysCheckpointStorage.save_object = real
-
-
-@contextmanager
-def held() -> Iterator[threading.Event]:
-    """Inside, no file is written before the event is set."""
-    go = threading.Event()
-
-    def save(real: Callable[..., None], *arguments: Any) -> None:
-        assert go.wait(60), "never let go"
-        real(*arguments)
-
-    with storage(save):
-        yield go
 
 
 def resumed(case: Case, precision: str, folder: Path) -> Any:

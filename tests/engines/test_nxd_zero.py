@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from nxd_fixture import CONFIG, dataset, examples, objective, plain, require_nxd, run_ranks, weights
+from nxd_fixture import (
+    CONFIG,
+    dataset,
+    examples,
+    held,
+    objective,
+    plain,
+    require_nxd,
+    run_ranks,
+    weights,
+)
 from oracle import gradients, orpo_loss
 
-from nxdt_align.engines.nxd.settings import Precision
+from nxdt_align.engines.nxd.settings import Precision, SaveOptions
 
 pytestmark = [pytest.mark.nxd, pytest.mark.xla]
 STEPS, LIMIT = 3, 1.0
@@ -25,9 +35,11 @@ PRECISIONS = {
     "low sums": Precision(torch.bfloat16, masters=True, float32_sums=False),
     "bf16": Precision(torch.bfloat16),
 }
+BEHIND = ("fp32", "masters")
+"""Of those, what is also saved in the background."""
 
 
-def start(precision: Any) -> tuple[Any, torch.optim.Optimizer]:
+def start(precision: Any, **settings: Any) -> tuple[Any, torch.optim.Optimizer]:
     from nxdt_align.engines.nxd import compat
 
     platform = compat.start("xla")
@@ -35,7 +47,8 @@ def start(precision: Any) -> tuple[Any, torch.optim.Optimizer]:
     from nxdt_align.engines.nxd.mesh import make_mesh
     from nxdt_align.engines.nxd.settings import Parallel
 
-    built = NxDEngine(CONFIG, make_mesh(Parallel(zero1=True, qkv="fused"), platform), precision=precision)
+    mesh = make_mesh(Parallel(zero1=True, qkv="fused"), platform)
+    built = NxDEngine(CONFIG, mesh, precision=precision, **settings)
     built.load_weights(weights(0))
     optimizer = torch.optim.AdamW([p for _, p in built.named_parameters()], **SETTINGS)
     return built, built.adopt_optimizer(optimizer)
@@ -78,13 +91,33 @@ def run(kind: str, folder: str) -> dict[str, Any]:
     }
 
 
+def run_behind(kind: str, folder: str) -> dict[str, Any]:
+    """Gone on from a checkpoint with a file a tensor, of which none is written before the run that it is of
+    has made another step."""
+    settings = {"precision": PRECISIONS[kind], "save_options": SaveOptions(xser=True)}
+    first, optimizer = start(**settings)
+    train(first, optimizer, 2)
+    with held() as go:
+        first.save(Path(folder), optimizer, {"global_step": 2}, background=True)
+        train(first, optimizer, 1)
+        was_there = Path(folder).exists()
+        go.set()
+        first.finish_saving()
+    second, optimizer = start(**settings)
+    second.load(Path(folder), optimizer)
+    resumed = train(second, optimizer, STEPS - 2)
+    weights = {name: p.detach().cpu() for name, p in second.named_parameters()}
+    return {"was_there": was_there, "resumed": resumed, "weights": weights}
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     require_nxd()
     folder = tmp_path_factory.mktemp("zero")
-    jobs = [(run, (kind, str(folder / kind))) for kind in PRECISIONS]
-    ranks = run_ranks(1, jobs, folder / "ranks", gloo=False)
-    return {kind: found for kind, (found,) in zip(PRECISIONS, ranks, strict=True)}
+    jobs: dict[Any, Any] = {kind: (run, (kind, str(folder / kind))) for kind in PRECISIONS}
+    jobs |= {(kind, "behind"): (run_behind, (kind, str(folder / f"{kind}-behind"))) for kind in BEHIND}
+    ranks = run_ranks(1, list(jobs.values()), folder / "ranks", gloo=False)
+    return {key: found for key, (found,) in zip(jobs, ranks, strict=True)}
 
 
 def test_it_trains_as_adamw_does(results: Any) -> None:
@@ -126,3 +159,11 @@ def test_a_run_goes_on_bit_for_bit(results: Any, kind: str) -> None:
     assert found["resumed"] == found["curve"][2:]
     for name, tensor in found["once"].items():
         assert torch.equal(tensor, found["twice"][name]), name
+
+
+@pytest.mark.parametrize("kind", BEHIND)
+def test_a_save_in_the_background_holds_the_values_of_its_moment(results: Any, kind: str) -> None:
+    behind = results[kind, "behind"]
+    assert not behind["was_there"] and behind["resumed"] == results[kind]["curve"][2:]
+    for name, tensor in results[kind]["once"].items():
+        assert torch.equal(tensor, behind["weights"][name]), name

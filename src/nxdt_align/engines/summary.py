@@ -31,9 +31,7 @@ class Summary:
     version: int
     writer: str
 
-    def write(
-        self, directory: Path, said: Mapping[str, Any], files: Iterable[Path] | None = None
-    ) -> None:
+    def write(self, directory: Path, said: Mapping[str, Any], files: Iterable[Path] | None = None) -> None:
         """Describe the folder, whose other files (or ``files``) are all there. Raises OSError."""
         if files is None:
             files = sorted(f for f in directory.rglob("*") if f.is_file())

@@ -177,6 +177,7 @@ class Checkpoints:
         for name, parameter in parameters:
             parameter.detach().copy_(model[name])
         if optimizer is not None:
+            assert state is not None
             optimizer.load_state_dict(state)
         return dict(extra)
 
@@ -232,12 +233,15 @@ def _complete(
 
 def _together(groups: Groups, act: Callable[[], T]) -> T:
     """Do a part of a save or a load; if any rank fails, all raise the same."""
-    fault: str | None = None
+    fault: Exception | None = None
     try:
         result = act()
-    except CheckpointError as error:
-        fault = str(error)
-    faults = [found for found in groups.gather_objects(fault) if found is not None]
+    except Exception as error:  # the others are told before it is raised
+        fault = error
+    told = groups.gather_objects(None if fault is None else str(fault) or type(fault).__name__)
+    if fault is not None and not isinstance(fault, CheckpointError):
+        raise fault
+    faults = [found for found in told if found is not None]
     if faults:
         raise CheckpointError(faults[0])
     return result
