@@ -49,10 +49,19 @@ class Files(nxd_checkpoint.CheckpointIOState):  # type: ignore[misc]
             nxd_checkpoint.g_iostate = before
 
     def write(self) -> None:
-        """Write what waits. Raises OSError, or RuntimeError where torch's writer fails."""
+        """Write what waits. Raises OSError."""
         while self._pending:
-            content, filename = self._pending.pop(0)
+            self._save(*self._pending.pop(0))
+
+    def _save(self, content: Any, filename: str) -> None:
+        try:
             self._storage.save_object(content, filename)
+        except RuntimeError as error:
+            # torch's writer keeps the system's reason to itself.
+            said = str(error).partition("\n")[0]
+            raise OSError(
+                f"torch could not write {filename} whole; is the disk full, or a quota used up? ({said})"
+            ) from error
 
     # What nxd.save_checkpoint calls.
 
@@ -64,7 +73,7 @@ class Files(nxd_checkpoint.CheckpointIOState):  # type: ignore[misc]
         if self.deferred:
             self._pending.append((obj, filename))
         else:
-            super().add_save_task(obj, filename)
+            self._save(obj, filename)
 
     def end(self, num_kept: int | None) -> None:
         """Nothing: the caller knows when the files of all ranks are whole."""

@@ -267,7 +267,7 @@ def _faults_of(directory: Path) -> Iterator[None]:
             "the run can go on from the newest"
         ) from error
     except (TypeError, RuntimeError) as error:
-        # A value that is not plain; torch's writer, which hides the system's error; a rank that is gone.
+        # A value that is not plain; a rank that is gone.
         said = str(error).partition("\n")[0]
         raise CheckpointError(f"cannot write checkpoint {directory}: {said}") from error
 
