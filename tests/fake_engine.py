@@ -114,6 +114,9 @@ class FakeEngine(Engine):
     def broadcast_object(self, value: Any) -> Any:
         return copy.deepcopy(self._exchange.swap(self.topology.rank, value)[0])
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        return copy.deepcopy(self._exchange.swap(self.topology.rank, value))
+
     def barrier(self) -> None:
         self._exchange.swap(self.topology.rank, None)
 

@@ -19,7 +19,7 @@ FOUNDATION = ("errors", "files", "__version__")
 
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.steps", "engines.plain", "engines.masters"),
-    *("engines.summary", "engines.flight"),
+    *("engines.summary", "engines.flight", "engines.xla"),
 )
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
@@ -38,6 +38,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engines.masters": (),
     "engines.summary": ("engines.base",),
     "engines.flight": ("engines.summary",),
+    "engines.xla": ("engines.base", "batch"),
     "engines.native": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),
     "engines.native.checkpoint": ("engines", "models", "ops", "batch", "config", "checkpoint.names"),
     "engines.nxd": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),
@@ -83,8 +84,8 @@ RESERVED: dict[str, tuple[str, ...]] = {
     "lightning": ("training", "data.module", "build"),
     "pytorch_lightning": (),
     "nemo": ("training",),
-    "torch_xla": ("engines.nxd", "neuron.compile", "engines.native.xla"),
-    "torch_neuronx": ("engines.nxd", "neuron.compile", "engines.native.xla"),
+    "torch_xla": ("engines.nxd", "engines.xla", "neuron.compile"),
+    "torch_neuronx": ("engines.nxd", "engines.xla", "neuron.compile"),
     "neuronx_distributed": ("engines.nxd", "neuron.compile"),
     "libneuronxla": ("engines.nxd", "neuron.compile"),
     "torch.distributed": ("engines.native", "engines.nxd", "training", "build"),

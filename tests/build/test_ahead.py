@@ -5,32 +5,38 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nxdt_align.build.ahead import compiling, conclude_run
-from nxdt_align.engines.native import xla
+from nxdt_align.engines.base import Graph
 from nxdt_align.neuron.compile import CompileError
 
 
-class Engine(xla.XlaEngine):
-    """An engine that has nothing but a log of graphs."""
+class Compiler:
+    """One that has compiled the graphs of these keys, and failed at others."""
 
-    def __init__(self, *keys: str) -> None:
-        graphs = {key: xla.Graph(key, "training step", ((1, 128, 64, 6),)) for key in keys}
-        self.graphs: Any = SimpleNamespace(graphs=graphs, note=lambda name, shapes: None)
+    def __init__(self, *keys: str, failed: int = 0, tells_keys: bool = True) -> None:
+        self._graphs = {key: Graph(key, "training step", ((1, 128, 64, 6),)) for key in keys}
+        self._failed, self._tells_keys = failed, tells_keys
 
+    def begin(self, name: str, micro_batches: Any) -> None:
+        raise AssertionError("nothing is computed here")
 
-@pytest.fixture(autouse=True)
-def versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla, "versions", lambda: {"torch": "2.9.0", "torch_xla": "2.9.0"})
+    def count(self) -> int:
+        return len(self._graphs) + self._failed
+
+    def graphs(self) -> dict[str, Graph] | None:
+        return self._graphs if self._tells_keys else None
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": "2.9.0", "torch_xla": "2.9.0"}
 
 
 def test_totals_and_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = tmp_path / "compile" / "run_dpo.json"
-    with compiling(Engine("1", "2"), lambda: 2, manifest):
+    with compiling(Compiler("1", "2"), manifest):
         pass
     assert capsys.readouterr().out.splitlines() == [
         "Total graphs: 2",
@@ -48,7 +54,7 @@ def test_a_graph_that_does_not_compile_fails_the_command(
     """The runtime's error becomes a line of the log; a trial that fails leaves no manifest."""
     with (
         pytest.raises(CompileError, match="1 of 3 graphs did not compile"),
-        compiling(Engine("1", "2"), lambda: 3, tmp_path / "m.json"),
+        compiling(Compiler("1", "2", failed=1), tmp_path / "m.json"),
     ):
         raise RuntimeError("INTERNAL: no such instruction")
     assert "Total failed compilations: 1" in capsys.readouterr().out
@@ -57,7 +63,7 @@ def test_a_graph_that_does_not_compile_fails_the_command(
 
 
 def test_another_error_is_not_the_compilers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError, match="of ours"), compiling(Engine("1"), lambda: 1, tmp_path / "m.json"):
+    with pytest.raises(RuntimeError, match="of ours"), compiling(Compiler("1"), tmp_path / "m.json"):
         raise RuntimeError("of ours")
     assert capsys.readouterr().out == ""
 
@@ -65,7 +71,7 @@ def test_another_error_is_not_the_compilers(tmp_path: Path, capsys: pytest.Captu
 def test_no_graph_fails_the_command(tmp_path: Path) -> None:
     with (
         pytest.raises(CompileError, match="found no graph to compile"),
-        compiling(Engine(), lambda: 0, tmp_path / "m.json"),
+        compiling(Compiler(), tmp_path / "m.json"),
     ):
         pass
 
@@ -73,11 +79,28 @@ def test_no_graph_fails_the_command(tmp_path: Path) -> None:
 def test_a_run_names_graphs_outside_the_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     manifest = tmp_path / "m.json"
-    conclude_run(Engine("1"), manifest)
+    conclude_run(Compiler("1"), manifest)
     assert f"graphs: 1 compiled; COMPILE=1 would list them in {manifest}" in caplog.text
-    with compiling(Engine("1", "2"), lambda: 2, manifest):
+    with compiling(Compiler("1", "2"), manifest):
         pass
-    conclude_run(Engine("1", "7"), manifest)
+    conclude_run(Compiler("1", "7"), manifest)
     assert f"graphs: 2 compiled, 1 outside the manifest {manifest}" in caplog.text
     assert "not in the manifest: graph 7, training step of shapes ((1, 128, 64, 6),)" in caplog.text
     assert "graph 1," not in caplog.text
+
+
+@pytest.mark.parametrize("compiler", [None, Compiler("1", tells_keys=False)], ids=["no graphs", "Neuron"])
+def test_where_this_process_has_no_list_of_graphs(
+    compiler: Compiler | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """neuron_parallel_compile prints totals of its own, which ours must not follow."""
+    caplog.set_level(logging.INFO)
+    manifest = tmp_path / "m.json"
+    with compiling(compiler, manifest):
+        pass
+    conclude_run(compiler, manifest)
+    assert capsys.readouterr().out == "" and not manifest.exists()
+    assert ("graphs: 1 compiled or taken from Neuron's cache" in caplog.text) == (compiler is not None)

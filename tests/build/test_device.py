@@ -15,7 +15,7 @@ from nxdt_align.build.env import RunEnv
 from nxdt_align.build.parts import device
 from nxdt_align.config.data import Attention, DataConfig
 from nxdt_align.config.schema import Accelerator, Config, PrecisionConfig, TrainerConfig
-from nxdt_align.engines.native import xla
+from nxdt_align.engines import xla
 from nxdt_align.errors import UserError
 
 

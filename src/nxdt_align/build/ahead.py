@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from nxdt_align.config.schema import Config
-from nxdt_align.engines.base import Engine
-from nxdt_align.engines.native import xla
+from nxdt_align.engines.base import Compiler, Graph
 from nxdt_align.neuron.compile import Totals, read_manifest, write_manifest
 
 log = logging.getLogger(__name__)
@@ -22,41 +21,48 @@ def manifest_path(experiments: Path, config: Config) -> Path:
 
 
 @contextmanager
-def compiling(engine: Engine, compilations: Callable[[], int], manifest: Path) -> Iterator[None]:
+def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
     """Entered around a trial: prints the totals, and writes the manifest where all graphs were compiled.
 
-    ``compilations``: how many were begun. Raises CompileError where one failed or none was found.
+    On Neuron, where neuron_parallel_compile does so, and where nothing is compiled, nothing happens here.
+    Raises CompileError where a compilation failed or there was none.
     """
-    if not isinstance(engine, xla.XlaEngine) or engine.graphs is None:
+    if compiler is None or compiler.graphs() is None:
         yield
         return
     try:
         yield
     except RuntimeError as error:
-        totals = _totals(engine, engine.graphs, compilations())
+        totals = _totals(compiler)
         if totals.failed == 0:
             raise
         log.error("%s", error)
         print(totals, flush=True)
         totals.require_success("torch_xla")
-    totals = _totals(engine, engine.graphs, compilations())
+    totals = _totals(compiler)
     print(totals, flush=True)
     totals.require_success("torch_xla")
-    write_manifest(manifest, engine.graphs.graphs.values(), xla.versions())
+    write_manifest(manifest, _graphs(compiler).values(), compiler.versions())
     log.info("manifest of the graphs: %s", manifest)
 
 
-def _totals(engine: xla.XlaEngine, graphs: xla.GraphLog, begun: int) -> Totals:
-    engine.note_graphs()
-    return Totals(begun, len(graphs.graphs), begun - len(graphs.graphs))
+def _graphs(compiler: Compiler) -> Mapping[str, Graph]:
+    return compiler.graphs() or {}
 
 
-def conclude_run(engine: Engine, manifest: Path) -> None:
+def _totals(compiler: Compiler) -> Totals:
+    begun, compiled = compiler.count(), len(_graphs(compiler))
+    return Totals(begun, compiled, begun - compiled)
+
+
+def conclude_run(compiler: Compiler | None, manifest: Path) -> None:
     """Say how many graphs were compiled, and which of them no trial run saw."""
-    if not isinstance(engine, xla.XlaEngine) or engine.graphs is None:
+    if compiler is None:
         return
-    engine.note_graphs()
-    graphs = engine.graphs.graphs
+    graphs = compiler.graphs()
+    if graphs is None:
+        log.info("graphs: %d compiled or taken from Neuron's cache", compiler.count())
+        return
     known = read_manifest(manifest)
     if known is None:
         log.info("graphs: %d compiled; COMPILE=1 would list them in %s", len(graphs), manifest)

@@ -7,11 +7,13 @@ from pathlib import Path
 from nxdt_align.build import parts
 from nxdt_align.build.env import RunEnv
 from nxdt_align.config.schema import Config
+from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine
-from nxdt_align.engines.native import checkpoint, xla
+from nxdt_align.engines.native import checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.model import check_pipeline
 from nxdt_align.engines.native.parallelize import check_sizes
+from nxdt_align.engines.native.xla import XlaEngine
 from nxdt_align.models.presets import LlamaConfig
 
 
@@ -35,7 +37,7 @@ class NativeParts:
         recompute = tuple(model.activations_checkpoint_recompute or ())
         on_xla = self.device.type == "xla"
         how = xla.recompute if on_xla else None
-        engine = (xla.XlaEngine if on_xla else NativeEngine)(
+        engine = (XlaEngine if on_xla else NativeEngine)(
             self._model,
             parts.attention(self._config, self.device),
             precision=self.precision,
@@ -45,8 +47,8 @@ class NativeParts:
             device=self.device,
             configure_model=lambda llama: llama.set_checkpointing(granularity, recompute, how),
         )
-        if isinstance(engine, xla.XlaEngine):
-            engine.graphs = xla.graph_log()
+        if on_xla:
+            engine.compiler = xla.compiler()
         return engine
 
     def notes_on(self, folder: Path) -> list[str]:

@@ -11,7 +11,8 @@ from nxdt_align.build.env import RunEnv
 from nxdt_align.config.engines import find_missing_neuron_packages
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
-from nxdt_align.engines.base import Engine
+from nxdt_align.engines import xla
+from nxdt_align.engines.base import Compiler, Engine
 from nxdt_align.engines.nxd import checkpoint, compat
 from nxdt_align.engines.nxd.flash import CausalFlashAttention, nki_kernel
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
@@ -45,6 +46,7 @@ class NxDParts:
         self.reference_precision = reference_precision_of(config, self.precision)
         self.platform = compat.start(place, env.rank, env.world_size)
         self.device = self.platform.device
+        self._compiler = _compiler_of(place, env)
         from nxdt_align.engines.nxd.mesh import make_mesh
 
         self.mesh = make_mesh(parallel, self.platform)
@@ -53,7 +55,7 @@ class NxDParts:
     def engine(self) -> Engine:
         from nxdt_align.engines.nxd.engine import NxDEngine
 
-        return NxDEngine(
+        engine = NxDEngine(
             self._model,
             self.mesh,
             attention=self._attention(),
@@ -62,6 +64,8 @@ class NxDParts:
             save_options=save_options_of(self._config, self.precision),
             configure_model=self._configure,
         )
+        engine.compiler = self._compiler
+        return engine
 
     def notes_on(self, folder: Path) -> list[str]:
         return form_notes(self._config, folder)
@@ -86,6 +90,18 @@ class NxDParts:
             log.info("model.fusions.flash_attention: packed rows need a mask, which the kernel does not take")
             return DenseAttention()
         return CausalFlashAttention(nki_kernel())
+
+
+def _compiler_of(place: compat.Place, env: RunEnv) -> Compiler | None:
+    """Neuron's own compiler lists its graphs, in the cache that neuron_parallel_compile fills."""
+    if place != "cpu":
+        return xla.compiler(tells_keys=place == "xla")
+    if env.compile_only:
+        log.info(
+            "COMPILE=1: neuronx-distributed's CPU mode has no graphs, so that the trial steps run and "
+            "nothing is compiled ahead; trainer.accelerator=xla compiles them, in one process"
+        )
+    return None
 
 
 def parallel_of(config: Config, model: LlamaConfig, place: compat.Place) -> Parallel:

@@ -22,8 +22,8 @@ from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.data.tokenize import Tokenization, load_tokenizer
 from nxdt_align.data.truncation import Truncation
+from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
-from nxdt_align.engines.native import xla
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision

@@ -27,7 +27,6 @@ from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import WeightSource
-from nxdt_align.engines.native import xla
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.neuron.monitor import NeuronMonitor
@@ -93,8 +92,9 @@ class Run:
         resumed = self._resume_point(run)
         self._note_what_is_read(run)
         callbacks, record = self._reference(None if resumed == run.checkpoint else resumed)
-        if self.engine.lazy:
-            callbacks.append(RecompileGuard(xla.compilations, stop=self.config.exp_manager.fail_on_recompile))
+        compiler, stop = self.engine.compiler, self.config.exp_manager.fail_on_recompile
+        if compiler is not None:
+            callbacks.append(RecompileGuard(compiler.count, stop=stop))
         exports = self.config.exp_manager.export_hf and not self.env.compile_only
         finish = FinishRun(self.engine, self._export, run.path / EXPORT if exports else None)
         with misconfiguration_is_the_users():
@@ -110,7 +110,7 @@ class Run:
     def _trial(self) -> AbstractContextManager[None]:
         if not self.env.compile_only:
             return nullcontext()
-        return compiling(self.engine, xla.compilations, self._manifest)
+        return compiling(self.engine.compiler, self._manifest)
 
     # Places
 
@@ -373,7 +373,7 @@ class Run:
         if self.env.compile_only:
             log.info("trial run done: %d steps, of which nothing was written", steps)
             return
-        conclude_run(self.engine, self._manifest)
+        conclude_run(self.engine.compiler, self._manifest)
         log.info("done: %d steps, %d samples", steps, self.data.consumed_samples(steps))
         log.info("experiment folder: %s", run.path)
         if self.config.exp_manager.export_hf:

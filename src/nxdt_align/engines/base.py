@@ -91,6 +91,45 @@ class StepOutput:
     metrics: dict[str, Tensor]
 
 
+Shapes = tuple[tuple[int, ...], ...]
+"""Rows, tokens, response tokens and responses a row: of each micro-batch."""
+
+
+def shapes_of(micro_batches: Sequence[Batch]) -> Shapes:
+    return tuple((*b.input_ids.shape, b.labels.shape[1], b.slot_valid.shape[1]) for b in micro_batches)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A compiled graph. ``key``: the same for the same graph in every process."""
+
+    key: str
+    name: str
+    """What was computed."""
+    shapes: Shapes
+    """Of the micro-batches that it was computed of."""
+
+
+class Compiler(Protocol):
+    """What compiles a lazy device's graphs, as far as this process sees it."""
+
+    def begin(self, name: str, micro_batches: Sequence[Batch]) -> None:
+        """What is compiled from now on belongs to this."""
+        ...
+
+    def count(self) -> int:
+        """Graphs compiled so far, those that failed included."""
+        ...
+
+    def graphs(self) -> dict[str, Graph] | None:
+        """Those compiled so far by their keys; None where the device does not tell their keys."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Of what a graph's key depends on."""
+        ...
+
+
 class Engine(ABC):
     """A model spread over devices. All ranks make the same calls in the same order."""
 
@@ -99,6 +138,9 @@ class Engine(ABC):
     lazy: bool = False
     """Whether operations are recorded and run as one compiled graph at ``mark_step``. What a step
     computes must then be the same at every step, or it is another graph."""
+    compiler: Compiler | None = None
+    """Of a lazy device's graphs. Whoever builds an engine for a run hands it in, before anything is
+    computed."""
 
     @abstractmethod
     def load_weights(self, source: WeightSource) -> None:
@@ -174,6 +216,10 @@ class Engine(ABC):
         """Rank 0's ``value`` on every rank."""
 
     @abstractmethod
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's ``value``, in the order of the ranks, on every rank; over the host."""
+
+    @abstractmethod
     def barrier(self) -> None: ...
 
     @abstractmethod
@@ -203,3 +249,8 @@ class Engine(ABC):
     @abstractmethod
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         """Fill policy and optimizer from ``save``'s folder and return ``extra``."""
+
+    def _computes(self, what: str, micro_batches: Sequence[Batch]) -> None:
+        """Have graphs that are compiled from now on go by this name."""
+        if self.compiler is not None:
+            self.compiler.begin(what, micro_batches)

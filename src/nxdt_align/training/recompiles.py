@@ -10,13 +10,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nxdt_align.batch import Batch
+from nxdt_align.engines.base import Shapes, shapes_of
 from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
 
 ALLOWED = 2
 """Steps of each shape that may compile: the second one's optimizer has a state."""
-Shape = tuple[tuple[int, ...], ...]
 
 
 class RecompileGuard(Callback):
@@ -31,7 +31,7 @@ class RecompileGuard(Callback):
     def __init__(self, compilations: Callable[[], int], *, stop: bool) -> None:
         self._compilations = compilations
         self._stop = stop
-        self._visits: Counter[tuple[str, Shape]] = Counter()
+        self._visits: Counter[tuple[str, Shapes]] = Counter()
         self._before = 0
         self.surprises = 0
         """Graphs compiled where none should be."""
@@ -60,16 +60,16 @@ class RecompileGuard(Callback):
         self._check("validation", where, batch)
 
     def _check(self, kind: str, where: str, batch: Sequence[Batch]) -> None:
-        shape = tuple((*b.input_ids.shape, b.labels.shape[1], b.slot_valid.shape[1]) for b in batch)
-        self._visits[kind, shape] += 1
+        shapes = shapes_of(batch)
+        self._visits[kind, shapes] += 1
         compiled = self._compilations() - self._before
-        if compiled == 0 or self._visits[kind, shape] <= ALLOWED:
+        if compiled == 0 or self._visits[kind, shapes] <= ALLOWED:
             return
         self.surprises += compiled
-        earlier = self._visits[kind, shape] - 1
+        earlier = self._visits[kind, shapes] - 1
         message = (
             f"{where} compiled {compiled} graph(s), though {earlier} batches of its shapes came before it: "
-            f"{describe(shape)}. A number that changes from step to step has become a constant of the "
+            f"{describe(shapes)}. A number that changes from step to step has become a constant of the "
             "graph, as from an optimizer's setting or a loss of one's own that reads a value"
         )
         if self._stop:
@@ -77,10 +77,10 @@ class RecompileGuard(Callback):
         log.warning("%s", message)
 
 
-def describe(shape: Shape) -> str:
+def describe(shapes: Shapes) -> str:
     """The micro-batches' shapes in words."""
     return "; ".join(
         f"{count} micro-batch(es) of {rows} row(s) x {tokens} tokens, {responses} response tokens and "
         f"{slots} responses a row"
-        for (rows, tokens, responses, slots), count in Counter(shape).items()
+        for (rows, tokens, responses, slots), count in Counter(shapes).items()
     )

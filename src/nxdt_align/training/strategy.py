@@ -106,10 +106,10 @@ class EngineStrategy(ParallelStrategy):
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if self.engine.topology.data_parallel_size == 1:
-            return decision
-        votes = self.engine.all_gather(torch.tensor([int(decision)], device=self.engine.device))
-        return bool(votes.all() if all else votes.any())
+        """Whether all ranks, or any, decide so: of every stage and tensor-parallel rank, too, since a
+        deadline or a signal reaches each process at its own time."""
+        votes = self.engine.gather_objects(bool(decision))
+        return False not in votes if all else True in votes
 
     # Checkpoints
 

@@ -178,6 +178,9 @@ class NativeEngine(Engine):
     def broadcast_object(self, value: Any) -> Any:
         return collectives.broadcast_object(value)
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        return collectives.Ranks().gather(value)
+
     def barrier(self) -> None:
         collectives.barrier()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nxdt_align.engines import xla
 from nxdt_align.engines.base import EngineError, WeightSource
 from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.parts import Part
@@ -46,14 +47,10 @@ def fill(named_parameters: Iterable[tuple[str, Tensor]], source: WeightSource) -
 def filling(tensors: dict[str, Tensor]) -> Iterator[dict[str, Part]]:
     """Their parts under their names, whose ``local`` is to be filled before the end.
 
-    It is the tensors' own memory, but on a lazy device memory on the CPU, which is handed over at the end:
-    there a copy into a tensor is an operation, so a graph to compile; a whole tensor from the CPU is none.
+    It is the tensors' own memory, but on a lazy device memory on the CPU, which is handed over at the end.
     """
-    lazy = [name for name, tensor in tensors.items() if tensor.device.type == "xla"]
-    on_cpu = {name: torch.empty_like(tensors[name], device="cpu") for name in lazy}
-    yield {name: Part.of(tensor) for name, tensor in (tensors | on_cpu).items()}
-    for name in lazy:
-        tensors[name].data = on_cpu[name].to(tensors[name].device)
+    with xla.filling(tensors) as targets:
+        yield {name: Part.of(target) for name, target in targets.items()}
 
 
 def _read(part: Part, name: str, source: WeightSource) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nxdt_align.batch import Batch
-from nxdt_align.engines import steps
+from nxdt_align.engines import steps, xla
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.nxd.layers import parallelize
@@ -101,8 +102,7 @@ class NxDEngine(Engine):
 
     def load_weights(self, source: WeightSource) -> None:
         self._shards.fill(self.named_parameters(), source)
-        self._is_behind = True
-        self._publish()
+        self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
         reference = self._build(self._reference_precision.compute)
@@ -112,9 +112,7 @@ class NxDEngine(Engine):
         if source is not None:
             self._shards.fill(parameters, source)
             return
-        policy = dict(self.named_parameters())
-        for name, parameter in parameters:
-            parameter.copy_(policy[name].detach())
+        _copy(self.named_parameters(), parameters)
 
     def drop_reference(self) -> None:
         self._reference = None
@@ -131,6 +129,13 @@ class NxDEngine(Engine):
         self._sharded = ShardedOptimizer(optimizer, self._mesh, self._precision)
         return self._sharded
 
+    def _weights_changed(self) -> None:
+        """The weights that are computed with are the masters', rounded; on a lazy device they are data as
+        well, where ``publish`` would be a graph."""
+        if self._masters is not None:
+            _copy(self._masters.named_parameters(), self._weights())
+        self._is_behind = False
+
     def _publish(self) -> None:
         """Bring the weights that are computed with up to the masters, where those may have moved."""
         if self._masters is not None and self._is_behind:
@@ -140,6 +145,7 @@ class NxDEngine(Engine):
     # Forward and backward
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        self._computes("training step", micro_batches)
         # What the optimizer has recorded since the last step is a graph of its own.
         self._platform.mark_step()
         for _, parameter in (*self.named_parameters(), *self._weights()):
@@ -172,11 +178,13 @@ class NxDEngine(Engine):
             waiting.take_gradients()
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        self._computes("validation step", micro_batches)
         self._publish()
         batches = self._with_reference(micro_batches, objective)
         return steps.evaluate(self._runner, self._groups.data, batches, objective)
 
     def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
+        self._computes("log-probabilities without gradients", [batch])
         self._publish()
         if not reference:
             (result,) = self._runner.forward([batch], want_collisions=False)
@@ -198,7 +206,13 @@ class NxDEngine(Engine):
 
     def mark_step(self) -> None:
         """The end of a step: of the optimizer's, too."""
+        # Here and not when they are needed next, so that all steps begin with the same graph.
+        self._publish()
         self._platform.mark_step()
+
+    def fetch(self, values: Sequence[Tensor]) -> list[float]:
+        """On a lazy device without a graph of its own, where ``mark_step`` came before."""
+        return xla.fetch(values) if self.lazy else super().fetch(values)
 
     # Norms
 
@@ -230,6 +244,9 @@ class NxDEngine(Engine):
     def broadcast_object(self, value: Any) -> Any:
         return self._groups.broadcast_object(value)
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        return self._groups.gather_objects(value)
+
     def barrier(self) -> None:
         self._groups.barrier()
 
@@ -252,7 +269,16 @@ class NxDEngine(Engine):
         self._checkpoints.then(action)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-        extra = self._checkpoints.load(directory, self.named_parameters(), optimizer)
-        self._is_behind = True
-        self._publish()
+        with nullcontext() if optimizer is None else xla.state_as_computed(optimizer):
+            extra = self._checkpoints.load(directory, self.named_parameters(), optimizer)
+            self._weights_changed()
         return extra
+
+
+@torch.no_grad()
+def _copy(source: Iterable[tuple[str, nn.Parameter]], target: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Give parameters the values of those of the same names."""
+    values = dict(source)
+    for name, parameter in target:
+        with xla.filling({name: parameter}) as filled:
+            filled[name].copy_(values[name])

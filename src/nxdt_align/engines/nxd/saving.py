@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nxdt_align.engines import xla
 from nxdt_align.engines.flight import Flight
-from nxdt_align.engines.nxd import checkpoint
+from nxdt_align.engines.nxd import checkpoint, xser
 from nxdt_align.engines.nxd.checkpoint import DONE, MODEL, OPTIMIZER, SUMMARY
 from nxdt_align.engines.nxd.compat import only_plain_values
 from nxdt_align.engines.nxd.files import Files, apart_from_training
@@ -160,7 +161,8 @@ class Checkpoints:
         low = self._options.low_precision
         if low is not None and any(t.dtype != low for t in model.values()):
             state = {**state, MASTERS: model}
-            model = {name: tensor.to(low) for name, tensor in model.items()}
+            # On the host: on a lazy device a cast is a graph.
+            model = {name: tensor.cpu().to(low) for name, tensor in model.items()}
         return model, state
 
     def load(
@@ -175,7 +177,8 @@ class Checkpoints:
         read = partial(self._read, directory, parameters, wants_optimizer=optimizer is not None)
         model, state, extra = _together(self._groups, read)
         for name, parameter in parameters:
-            parameter.detach().copy_(model[name])
+            with torch.no_grad(), xla.filling({name: parameter}) as filled:
+                filled[name].copy_(model[name])
         if optimizer is not None:
             assert state is not None
             optimizer.load_state_dict(state)
@@ -187,19 +190,14 @@ class Checkpoints:
         """What the parameters are filled with, the optimizer's state, and ``extra``."""
         summary = SUMMARY.require_whole(directory)
         checkpoint.require_sizes(directory, summary, self._sizes)
-        self._check_form(directory)
         if wants_optimizer and not summary["has_optimizer"]:
             raise CheckpointError(
                 f"checkpoint {directory} holds no optimizer state; set model.weight_init_only: True to "
                 "start a new run from its weights"
             )
-        model: dict[str, Tensor] = {}
-        state: dict[str, Any] | None = {} if summary["has_optimizer"] else None
         try:
             with only_plain_values():
-                extra = nxd.load_checkpoint(
-                    str(directory), tag=".", model=model, optimizer=state, strict=False
-                )
+                model, state, extra = self._read_files(directory, summary["has_optimizer"])
         except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
             raise damaged(directory, reason or type(error).__name__) from error
@@ -208,14 +206,24 @@ class Checkpoints:
         _check_fit(directory, parameters, filling)
         return filling, state, extra
 
-    def _check_form(self, directory: Path) -> None:
-        is_xser = any((directory / MODEL).glob("*.tensors"))
-        if is_xser and self._platform.place == "cpu" and self._groups.data.size > 1:
-            raise CheckpointError(
-                f"checkpoint {directory} has a file for each tensor (save_xser), which neuronx-distributed "
-                "reads wrongly in CPU mode with data parallel ranks; read it on Neuron devices, in one "
-                "data-parallel rank, or convert it with nxdt-align convert"
-            )
+    def _read_files(
+        self, directory: Path, has_optimizer: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any]]:
+        model: dict[str, Tensor] = {}
+        state: dict[str, Any] | None = {} if has_optimizer else None
+        if not xser.is_in(directory / MODEL):
+            extra = nxd.load_checkpoint(str(directory), tag=".", model=model, optimizer=state, strict=False)
+            return model, state, extra
+        model = xser.read(directory / MODEL / self._shard(0))
+        if has_optimizer:
+            copy = self._groups.data.rank if self._parallel.zero1 else 0
+            state = xser.read(directory / OPTIMIZER / self._shard(copy))
+        return model, state, checkpoint.read_extra(directory)
+
+    def _shard(self, copy: int) -> str:
+        """The name that NxD gives this rank's files. ``copy``: the data-parallel rank."""
+        tensor, stage = self._groups.tensor.rank, self._groups.pipeline.rank
+        return f"dp_rank_{copy:02d}_tp_rank_{tensor:02d}_pp_rank_{stage:02d}.pt"
 
 
 def _complete(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nxdt_align.engines import xla
 from nxdt_align.engines.base import EngineError, WeightSource
 from nxdt_align.engines.nxd.layers import mark
 from nxdt_align.engines.nxd.mesh import Group, Groups
@@ -68,6 +69,8 @@ class Shards:
         for module in llama.modules():
             if any(id(parameter) in mine for parameter in module.parameters(recurse=False)):
                 module.to_empty(device=device, recurse=False)
+                with xla.filling(dict(module.named_parameters(recurse=False))):
+                    """On a lazy device memory is an operation's result, so a graph, but for data."""
         llama.model.rotary_emb.to_empty(device=device)
 
     def mark(self, llama: Llama) -> None:
@@ -83,11 +86,14 @@ class Shards:
         """
         _check_fit(self.partition.config, source)
         for local, parameter in parameters:
-            for part in self._parts[local]:
-                whole = source.read(part.name)
-                dim, ranges = self.partition.ranges(part.name, self._groups.tensor.rank)
-                pieces = [whole.narrow(dim, start, stop - start) for start, stop in ranges]
-                part.of(parameter).copy_(torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0])
+            with xla.filling({local: parameter}) as filled:
+                for part in self._parts[local]:
+                    part.of(filled[local]).copy_(self._share(part.name, source.read(part.name)))
+
+    def _share(self, name: str, whole: Tensor) -> Tensor:
+        dim, ranges = self.partition.ranges(name, self._groups.tensor.rank)
+        pieces = [whole.narrow(dim, start, stop - start) for start, stop in ranges]
+        return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
 
     @torch.no_grad()
     def whole(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from neuronx_distributed.optimizer import NeuronZero1Optimizer
 from neuronx_distributed.parallel_layers import parallel_state
 from torch import Tensor
 
+from nxdt_align.engines import xla
 from nxdt_align.engines.nxd.mesh import Mesh
 from nxdt_align.engines.nxd.settings import Precision
 
@@ -65,6 +66,21 @@ class ShardedOptimizer(NeuronZero1Optimizer):  # type: ignore[misc]
         for group, shards in zip(self.param_groups, self.base_optimizer.param_groups, strict=True):
             for parameter, shard in zip(group["params"], shards["params"], strict=True):
                 yield parameter, shard.grad, self.local_rank * shard.shape[0]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As NxD's, for a model whose weights are loaded; but values reach the device as data. NxD makes
+        gradients of zeros and gathers the weights anew, in graphs that no other part of a run has."""
+        given = {key: value for key, value in state_dict.items() if key != "base_state"}
+        torch.optim.Optimizer.load_state_dict(self, given)
+        self.init_zero()
+        shards = [shard for group in self.base_optimizer.param_groups for shard in group["params"]]
+        masters = state_dict["sharded_master_weights"]
+        with torch.no_grad(), xla.filling({str(i): shard for i, shard in enumerate(shards)}) as filled:
+            for i in range(len(shards)):
+                filled[str(i)].copy_(masters[i])
+        state = {"state": state_dict["base_state"], "param_groups": given["param_groups"]}
+        with xla.state_as_computed(self.base_optimizer):
+            self.base_optimizer.load_state_dict(state)
 
     def step(self, closure: Any = None, **kwargs: Any) -> None:
         """Update this rank's rows, from gradients that ``reduce`` has summed, and gather all rows."""

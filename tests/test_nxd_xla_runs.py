@@ -1,0 +1,85 @@
+"""Whole runs of engine nxd on torch_xla's CPU device: COMPILE=1, then training with validation and a resume.
+
+As trn1 is set up: bf16, master weights and optimizer states under ZeRO-1, a file a tensor in checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nxd_fixture import require_nxd
+from training_fixture import Project, scalars
+from xla_fixture import STEPS, Finished, broken_off, make_project, run, trial
+
+pytestmark = [pytest.mark.nxd, pytest.mark.xla]
+NXD = (
+    *("distributed_strategy.engine=nxd", "distributed_strategy.zero1=True", "model.qkv_linear=True"),
+    *("precision.type=mixed_precision", "exp_manager.save_xser=True", "exp_manager.seconds_to_sleep=0.1"),
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    require_nxd()
+    return make_project(tmp_path_factory.mktemp("nxd"))
+
+
+@pytest.fixture(scope="module")
+def tried(project: Project) -> tuple[Finished, list[Path]]:
+    return trial(project, "ahead", *NXD)
+
+
+@pytest.fixture(scope="module")
+def ahead(project: Project, tried: Any) -> list[Finished]:
+    """The run itself behind the trial."""
+    return broken_off(project, "ahead", *NXD)
+
+
+def test_the_manifest_is_all_that_is_written(tried: Any, project: Project) -> None:
+    done, files = tried
+    assert files == [project.root / "ahead" / "compile" / "run_dpo.json"]
+    graphs = json.loads(files[0].read_text())["graphs"]
+    assert f"Total graphs: {len(graphs)}" in done.stdout.splitlines()
+    assert "Total failed compilations: 0" in done.stdout.splitlines()
+    for name in ("training step", "validation step", "log-probabilities without gradients"):
+        shapes = {shape[1] for graph in graphs if graph["name"] == name for shape in graph["shapes"]}
+        assert shapes == {128, 256}, name
+
+
+def test_no_graph_of_two_epochs_validation_and_a_resume_is_outside_the_manifest(
+    ahead: list[Finished], project: Project
+) -> None:
+    for part in ahead:
+        compiled, outside = part.graphs
+        assert compiled > 0 and outside == 0, part.log[-3000:]
+    assert "going on from this run's own checkpoint" in ahead[1].log
+    curves = scalars(project.only_run("ahead"))
+    assert [step for step, _ in curves["reduced_train_loss"]] == list(range(1, STEPS + 1))
+    assert len(curves["val_loss"]) == STEPS // 3
+
+
+def test_compiling_ahead_changes_no_value(ahead: list[Finished], project: Project) -> None:
+    """Against one run that was neither compiled ahead nor broken off: every curve bit for bit."""
+    never = run(project, "never", *NXD, f"trainer.max_steps={STEPS}")
+    assert "COMPILE=1 would list them" in never.log
+    got, want = (scalars(project.only_run(name)) for name in ("ahead", "never"))
+    assert got.keys() == want.keys()
+    for tag, wanted in want.items():
+        if not tag.startswith("throughput"):
+            assert got[tag] == wanted, tag
+
+
+def test_it_trains_as_the_native_engine_does(project: Project) -> None:
+    """In fp32, without ZeRO-1: losses to 1e-5 of the plain CPU's, the gradients' norm to 1e-4."""
+    settings = ("trainer.max_steps=4", "precision.type=fp32", "distributed_strategy.zero1=False")
+    run(project, "fp32", *NXD, *settings)
+    where = (f"exp_manager.exp_dir={project.root}/plain", "trainer.accelerator=cpu")
+    native = ("distributed_strategy.engine=native", "exp_manager.export_hf=False", "data.buckets=[128,256]")
+    assert project.train(*where, *native, *settings, "exp_manager.log_gradient_norm=True") == 0
+    got, want = (scalars(project.only_run(name)) for name in ("fp32", "plain"))
+    for tag, tolerance in (("reduced_train_loss", 1e-5), ("val_loss", 1e-5), ("gradient_norm", 1e-4)):
+        wanted = [value for _, value in want[tag]]
+        assert [value for _, value in got[tag]] == pytest.approx(wanted, abs=tolerance, rel=tolerance), tag
