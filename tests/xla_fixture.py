@@ -29,16 +29,14 @@ from nxdt_align.build.native import NativeParts
 from nxdt_align.build.nxd import NxDParts
 from nxdt_align.cli import main
 from nxdt_align.engines import xla
-from nxdt_align.engines.native.xla import XlaEngine
-from nxdt_align.engines.nxd.compat import Platform
 
 def on_device():
     kinds = (torch.Tensor, torch.nn.Parameter)
     return [t for t in gc.get_objects() if type(t) in kinds and t.device.type == "xla"]
 
 def zeroing(mark):
-    def mark_then_zero(self):
-        mark(self)
+    def mark_then_zero():
+        mark()
         with torch.no_grad():
             # A product: constants of one shape would share memory, which is seen in the graphs that read it.
             zero = torch.zeros(1).to(xla.device()).reshape(())
@@ -52,20 +50,19 @@ def stub(build):
     def engine(self):
         built = build(self)
         asked = built.response_logps
+        built.mark_step = zeroing(built.mark_step)
         built.fetch = lambda values: [0.0] * len(values)
         built.response_logps = lambda *a, **k: torch.zeros_like(asked(*a, **k).cpu()).to(built.device)
         return built
     return engine
 
-XlaEngine.mark_step = zeroing(XlaEngine.mark_step)
-Platform.mark_step = zeroing(Platform.mark_step)
 NativeParts.engine, NxDParts.engine = stub(NativeParts.engine), stub(NxDParts.engine)
 sys.exit(main())
 """
-"""The command line on a device that computes nothing: every output of a graph is zero, as while Neuron's
-graphs are extracted. It is a simulation: the device does compute, zeroes are put in place behind each graph
-by graphs that are then in the manifest too, and weights keep the values of their files until the first graph,
-as whatever no graph has made does on Neuron."""
+"""The command line on a device that computes nothing: every output of a step is zero, as while Neuron's
+graphs are extracted. It is a simulation: the device does compute, zeroes are put in place behind each step by
+graphs that are then in the manifest too, and weights keep the values of their files until the first step, as
+whatever no graph has made does on Neuron."""
 
 
 @dataclass

@@ -21,9 +21,12 @@ KINDS = {
 
 
 class Trainer:
-    """An engine with its optimizer, and what was compiled for it step by step."""
+    """An engine with its weights and its optimizer, in a run's order, and what is compiled for them.
 
-    def __init__(self, kind: str, xser: bool) -> None:
+    ``checkpoint``: where it goes on from; None for a new run.
+    """
+
+    def __init__(self, kind: str, xser: bool, checkpoint: Path | None) -> None:
         from nxdt_align.engines.nxd import compat
 
         platform = compat.start("xla")
@@ -36,18 +39,25 @@ class Trainer:
         forget_groups()
         is_low, zero1 = KINDS[kind]
         self.compilations = xla.XlaCompiler(tells_keys=False).count
+        mesh = make_mesh(Parallel(zero1=zero1, qkv="split"), platform)  # which runs a graph of NxD's
         before = self.compilations()
         self.engine = NxDEngine(
             CONFIG,
-            make_mesh(Parallel(zero1=zero1, qkv="split"), platform),
+            mesh,
             precision=Precision(torch.bfloat16, masters=True) if is_low else Precision(),
             save_options=SaveOptions(xser=xser, low_precision=torch.bfloat16),
         )
         self.batches = dataset(self.engine.topology, row=96)[tuple(range(len(examples())))]
+        if checkpoint is None:
+            self.engine.load_weights(weights(0))
+        else:
+            self.engine.load(checkpoint, None)
         settings = {"lr": 1e-3, "weight_decay": 0.01}
         parameters = self.engine.named_parameters()
         optimizer = build_optimizer(parameters, "adamw_fp32OptState", settings)
         self.optimizer = self.engine.adopt_optimizer(optimizer)
+        if checkpoint is not None:
+            self.engine.load(checkpoint, self.optimizer)
         self.compiled_at_start = self.compilations() - before
 
     def step(self) -> tuple[list[float], int]:
@@ -63,21 +73,16 @@ class Trainer:
 
 def train(kind: str, saved: int, xser: bool, folder: str) -> dict[str, Any]:
     """STEPS steps, saved behind one of them; then gone on with from there by new objects."""
-    first = Trainer(kind, xser)
-    before = first.compilations()
-    first.engine.load_weights(weights(0))
-    found: dict[str, Any] = {"loading": first.compilations() - before + first.compiled_at_start, "steps": []}
+    first = Trainer(kind, xser, None)
+    found: dict[str, Any] = {"loading": first.compiled_at_start, "steps": []}
     for i in range(STEPS):
         if i == saved:
             before = first.compilations()
             first.engine.save(Path(folder), first.optimizer, {"global_step": i})
             found["saving"] = first.compilations() - before
         found["steps"].append(first.step())
-    second = Trainer(kind, xser)
-    before = second.compilations()
-    second.engine.load(Path(folder), None)
-    second.engine.load(Path(folder), second.optimizer)
-    found["resuming"] = second.compilations() - before + second.compiled_at_start
+    second = Trainer(kind, xser, Path(folder))
+    found["resuming"] = second.compiled_at_start
     found["resumed"] = [second.step() for _ in range(STEPS - saved)]
     return found
 

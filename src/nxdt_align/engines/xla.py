@@ -126,6 +126,12 @@ def filling(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         tensors[name].data = on_cpu[name].to(tensors[name].device)
 
 
+def make_data(tensors: Mapping[str, Tensor]) -> None:
+    """Have tensors without values be data. On a lazy device they are an operation's result, so a graph."""
+    with filling(tensors):
+        pass
+
+
 @contextmanager
 def state_as_computed(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Have the state that is loaded within be what a step leaves behind: data on the device, each tensor

@@ -71,6 +71,8 @@ class NxDEngine(Engine):
         self._masters = (
             MasterWeights(self._weights(), float32_sums=precision.float32_sums) if has_masters else None
         )
+        if self._masters is not None:
+            xla.make_data(dict(self._masters.named_parameters()))
         self._sharded: ShardedOptimizer | None = None
         self._mesh = mesh
         self._is_behind = True

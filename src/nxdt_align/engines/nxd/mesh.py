@@ -9,6 +9,7 @@ from typing import Any
 import neuronx_distributed as nxd
 import torch
 import torch.distributed as dist
+import torch_xla.core.xla_model as xm
 from neuronx_distributed.parallel_layers import comm, parallel_state
 from torch import Tensor
 
@@ -129,6 +130,9 @@ def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
             parallel_state.get_tensor_model_parallel_replica_groups(),
             parallel.kv_multiplier,
         )
+    if platform.place != "cpu":
+        # As NxD's ranks meet when they save: in a graph, which a trial run then has as well.
+        xm.rendezvous("nxdt-align: groups are made")
     is_gloo = dist.get_backend() == "gloo"
     groups = Groups(
         Group(parallel_state.get_tensor_model_parallel_group()),

@@ -69,8 +69,7 @@ class Shards:
         for module in llama.modules():
             if any(id(parameter) in mine for parameter in module.parameters(recurse=False)):
                 module.to_empty(device=device, recurse=False)
-                with xla.filling(dict(module.named_parameters(recurse=False))):
-                    """On a lazy device memory is an operation's result, so a graph, but for data."""
+                xla.make_data(dict(module.named_parameters(recurse=False)))
         llama.model.rotary_emb.to_empty(device=device)
 
     def mark(self, llama: Llama) -> None:
@@ -115,7 +114,10 @@ class Shards:
         pipeline = self._groups.pipeline
         if stage == pipeline.rank:
             assert parameter is not None
-            share = part.of(parameter.detach()).contiguous()
+            held = parameter.detach()
+            if pipeline.size == self._groups.tensor.size == 1:
+                held = held.cpu()  # first: on a lazy device each slice is a graph
+            share = part.of(held).contiguous()
         else:
             share = torch.zeros(self.partition.local_shape(part.name), dtype=like.dtype, device=like.device)
         return pipeline.summed(share)

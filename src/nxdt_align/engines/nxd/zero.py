@@ -71,7 +71,10 @@ class ShardedOptimizer(NeuronZero1Optimizer):  # type: ignore[misc]
         """As NxD's, for a model whose weights are loaded; but values reach the device as data. NxD makes
         gradients of zeros and gathers the weights anew, in graphs that no other part of a run has."""
         given = {key: value for key, value in state_dict.items() if key != "base_state"}
+        settings = dict(self.defaults)
         torch.optim.Optimizer.load_state_dict(self, given)
+        # torch adds ``differentiable`` to them, which not every class takes.
+        self.defaults = settings
         self.init_zero()
         shards = [shard for group in self.base_optimizer.param_groups for shard in group["params"]]
         masters = state_dict["sharded_master_weights"]
@@ -82,7 +85,11 @@ class ShardedOptimizer(NeuronZero1Optimizer):  # type: ignore[misc]
         with xla.state_as_computed(self.base_optimizer):
             self.base_optimizer.load_state_dict(state)
 
-    def step(self, closure: Any = None, **kwargs: Any) -> None:
-        """Update this rank's rows, from gradients that ``reduce`` has summed, and gather all rows."""
-        assert closure is None
+    def step(self, closure: Any = None, **kwargs: Any) -> Any:
+        """Update this rank's rows, from gradients that ``reduce`` has summed, and gather all rows.
+
+        ``closure`` is called first, as Lightning has its hooks in there, but may make no gradients.
+        """
+        result = None if closure is None else closure()
         self._update_parameters()
+        return result
