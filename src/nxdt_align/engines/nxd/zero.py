@@ -71,10 +71,10 @@ class ShardedOptimizer(NeuronZero1Optimizer):  # type: ignore[misc]
         """As NxD's, for a model whose weights are loaded; but values reach the device as data. NxD makes
         gradients of zeros and gathers the weights anew, in graphs that no other part of a run has."""
         given = {key: value for key, value in state_dict.items() if key != "base_state"}
-        settings = dict(self.defaults)
+        settings = set(self.defaults)
         torch.optim.Optimizer.load_state_dict(self, given)
-        # torch adds ``differentiable`` to them, which not every class takes.
-        self.defaults = settings
+        for added in set(self.defaults) - settings:
+            del self.defaults[added]  # ``differentiable``, which not every class takes
         self.init_zero()
         shards = [shard for group in self.base_optimizer.param_groups for shard in group["params"]]
         masters = state_dict["sharded_master_weights"]
