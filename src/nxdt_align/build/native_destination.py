@@ -66,7 +66,7 @@ class NativeDestination:
         SUMMARY.write(staging, said, files)
 
     def restart(self, staging: Path) -> None:
-        (staging / SUMMARY).unlink(missing_ok=True)
+        (staging / SUMMARY.name).unlink(missing_ok=True)
         rename_back(staging / TENSORS, staging / _UNFINISHED)
 
 
