@@ -48,7 +48,8 @@ class Checkpoints:
         self._of_threads: Groups | None = None
         if options.xser and not self._xser:
             log.info(
-                "exp_manager.save_xser: not in CPU mode, where neuronx-distributed itself reads such files wrongly: plain files"
+                "exp_manager.save_xser: not in CPU mode, where neuronx-distributed itself reads such files "
+                "wrongly: plain files"
             )
 
     @property
