@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 def train(config: Config, env: RunEnv) -> int:
     """Train as configured; returns the exit status. Raises UserError for what the user can mend."""
     # Lightning and NeMo take seconds to import, which conversions do not need.
+    from nxdt_align.build.parts import end_processes
     from nxdt_align.build.preconditions import other_processes_are_there
     from nxdt_align.build.run import Run
 
@@ -25,4 +26,6 @@ def train(config: Config, env: RunEnv) -> int:
         for notice in notices(config, engine):
             log.info("%s", notice)
     with other_processes_are_there(env.world_size, config.distributed_strategy.timeout_minutes):
-        return Run(config, env).fit()
+        status = Run(config, env).fit()
+        end_processes()
+    return status

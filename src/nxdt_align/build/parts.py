@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from datetime import timedelta
 from pathlib import Path
@@ -59,6 +60,20 @@ def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topolog
         tensor_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_parallel_size=parallel.pipeline_model_parallel_size,
     )
+
+
+def end_processes() -> None:
+    """Leave the process group, if there is one, when all its processes are done.
+
+    gloo's threads end with it. One that is still letting go of a tensor when the interpreter goes down
+    cannot have its lock any more, and aborts the process ("terminate called without an active exception").
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    if dist.get_backend() != "xla":  # which has no gloo beside it
+        dist.all_reduce(torch.zeros(()))
+    gc.collect()  # a group's threads end with the last object that refers to it
+    dist.destroy_process_group()
 
 
 def parallel(config: Config) -> Parallel:

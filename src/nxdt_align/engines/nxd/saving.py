@@ -242,17 +242,17 @@ def _complete(
 
 def _together(groups: Groups, act: Callable[[], T]) -> T:
     """Do a part of a save or a load; if any rank fails, all raise the same."""
-    fault: Exception | None = None
     try:
         result = act()
+    except CheckpointError as error:
+        told = groups.gather_objects(str(error))
+        raise CheckpointError(next(found for found in told if found is not None)) from error
     except Exception as error:  # the others are told before it is raised
-        fault = error
-    told = groups.gather_objects(None if fault is None else str(fault) or type(fault).__name__)
-    if fault is not None and not isinstance(fault, CheckpointError):
-        raise fault
-    faults = [found for found in told if found is not None]
-    if faults:
-        raise CheckpointError(faults[0])
+        groups.gather_objects(str(error) or type(error).__name__)
+        raise
+    fault = next((found for found in groups.gather_objects(None) if found is not None), None)
+    if fault is not None:
+        raise CheckpointError(fault)
     return result
 
 
