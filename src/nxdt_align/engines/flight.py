@@ -41,3 +41,24 @@ class Flight:
             self._written.result()
         except CheckpointError as error:
             raise CheckpointError(f"{error} (it was being written in the background)") from error
+
+
+class BackgroundSaving:
+    """Keeps at most one checkpoint in flight; what an engine's saver offers to those who wait for it."""
+
+    def __init__(self) -> None:
+        self._flight: Flight | None = None
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one. Raises CheckpointError where it failed."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.wait()
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do ``action`` once the save in the background is whole, or now if there is none; never, if that
+        save fails."""
+        if self._flight is None:
+            action()
+        else:
+            self._flight.then(action)

@@ -6,7 +6,7 @@ The format is checkpoint.py's.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nxdt_align.engines.flight import Flight
+from nxdt_align.engines.flight import BackgroundSaving, Flight
 from nxdt_align.engines.native.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -55,12 +55,12 @@ def save(
     _write(_collect(Path(directory), named_parameters, optimizer, extra, Ranks()))
 
 
-class Saver:
+class Saver(BackgroundSaving):
     """Writes checkpoints, at most one at a time, on a thread where asked. All ranks make the same calls."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._ranks: Ranks | None = None
-        self._flight: Flight | None = None
 
     def save(
         self,
@@ -91,20 +91,6 @@ class Saver:
         if self._ranks is None:
             self._ranks = Ranks(own_group=True)
         return self._ranks
-
-    def finish(self) -> None:
-        """Wait for the save in the background, if there is one. Raises CheckpointError where it failed."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            flight.wait()
-
-    def then(self, action: Callable[[], None]) -> None:
-        """Do ``action`` once the save in the background is whole, or now if there is none; never, if that
-        save fails."""
-        if self._flight is None:
-            action()
-        else:
-            self._flight.then(action)
 
 
 @dataclass(frozen=True)

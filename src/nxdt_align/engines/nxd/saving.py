@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nxdt_align.engines import xla
-from nxdt_align.engines.flight import Flight
+from nxdt_align.engines.flight import BackgroundSaving, Flight
 from nxdt_align.engines.nxd import checkpoint, xser
 from nxdt_align.engines.nxd.checkpoint import DONE, MODEL, OPTIMIZER, SUMMARY
 from nxdt_align.engines.nxd.compat import only_plain_values
@@ -36,15 +36,15 @@ NamedParameters = Sequence[tuple[str, nn.Parameter]]
 T = TypeVar("T")
 
 
-class Checkpoints:
+class Checkpoints(BackgroundSaving):
     """Writes and reads one rank's part of a checkpoint, at most one at a time. All ranks make the same
     calls."""
 
     def __init__(self, mesh: Mesh, options: SaveOptions, stage_ends: Sequence[int]) -> None:
+        super().__init__()
         self._parallel, self._groups, self._platform = mesh.parallel, mesh.groups, mesh.platform
         self._options, self._stage_ends = options, list(stage_ends)
         self._xser = options.xser and mesh.platform.place != "cpu"
-        self._flight: Flight | None = None
         self._of_threads: Groups | None = None
         if options.xser and not self._xser:
             log.info(
@@ -113,20 +113,6 @@ class Checkpoints:
             host = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
             self._of_threads = replace(self._groups, host=host)
         return self._of_threads
-
-    def finish(self) -> None:
-        """Wait for the save in the background, if there is one. Raises CheckpointError where it failed."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            flight.wait()
-
-    def then(self, action: Callable[[], None]) -> None:
-        """Do ``action`` once the save in the background is whole, or now if there is none; never, if that
-        save fails."""
-        if self._flight is None:
-            action()
-        else:
-            self._flight.then(action)
 
     def _collect(
         self,
