@@ -19,7 +19,7 @@ FOUNDATION = ("errors", "files", "__version__")
 
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.steps", "engines.plain", "engines.masters"),
-    *("engines.summary", "engines.flight", "engines.xla"),
+    *("engines.summary", "engines.faults", "engines.flight", "engines.xla"),
 )
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
@@ -37,6 +37,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engines.plain": (),
     "engines.masters": (),
     "engines.summary": ("engines.base",),
+    "engines.faults": ("engines.base", "engines.summary"),
     "engines.flight": ("engines.summary",),
     "engines.xla": ("engines.base", "batch"),
     "engines.native": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),

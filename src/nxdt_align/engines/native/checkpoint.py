@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nxdt_align.engines import faults
 from nxdt_align.engines.native.archives import check_archive, reason
 from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.loading import filling
@@ -54,13 +55,13 @@ def load(
     """
     directory, ranks = Path(directory), Ranks()
     parameters: dict[str, Tensor] = {MODEL + name: parameter for name, parameter in named_parameters}
-    wanted = _union(ranks.gather({key: (tuple(p.shape), p.dtype) for key, p in parameters.items()}))
+    wanted = _union(ranks.gather({name: (tuple(p.shape), p.dtype) for name, p in named_parameters}))
     moved = None if optimizer is None else parameter_names(optimizer, named_parameters)
     everywhere = set().union(*(names or () for names in ranks.gather(moved)))
     with ranks.together(CheckpointError):
         SUMMARY.require_whole(directory)
         tensors, trainer = _read(directory)
-        _check_fit(directory, tensors, wanted)
+        faults.require_same_tensors(directory, _weights(tensors), wanted)
         saved = None if optimizer is None else _optimizer_state(directory, tensors, trainer, parameters)
     with ranks.together(CheckpointError):
         with filling(parameters) as parts:
@@ -156,30 +157,16 @@ def _read(directory: Path) -> tuple[TensorFolder, dict[str, Any]]:
     return tensors, trainer
 
 
+def _weights(tensors: TensorFolder) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {
+        name.removeprefix(MODEL): (tensors.shape(name), tensors.dtype(name))
+        for name in tensors.names()
+        if name.startswith(MODEL)
+    }
+
+
 def _union(of_ranks: Sequence[Mapping[str, T]]) -> dict[str, T]:
     return {key: value for held in of_ranks for key, value in held.items()}
-
-
-def _check_fit(
-    directory: Path, tensors: TensorFolder, model: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-) -> None:
-    """Report all weights of another shape, dtype or name at once."""
-    there, wanted = {n for n in tensors.names() if n.startswith(MODEL)}, set(model)
-    faults = []
-    for key in sorted(there & wanted):
-        name, have, (want, dtype) = key.removeprefix(MODEL), tensors.shape(key), model[key]
-        if have != want:
-            faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
-        elif tensors.dtype(key) != dtype:
-            faults.append(f"{name} is {tensors.dtype(key)}, but the model keeps {dtype}")
-    faults += [f"missing: {n.removeprefix(MODEL)}" for n in sorted(wanted - there)]
-    faults += [f"not in the model: {n.removeprefix(MODEL)}" for n in sorted(there - wanted)]
-    if faults:
-        raise CheckpointError(
-            f"checkpoint {directory} does not fit the model ({len(faults)} tensors):\n  "
-            + "\n  ".join(faults)
-            + "\nThe model and precision.type must be those of the run that wrote it"
-        )
 
 
 def _optimizer_state(

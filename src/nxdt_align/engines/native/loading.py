@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nxdt_align.engines import xla
-from nxdt_align.engines.base import EngineError, WeightSource
+from nxdt_align.engines import faults, xla
+from nxdt_align.engines.base import WeightSource
+from nxdt_align.engines.faults import Shape
 from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.parts import Part
-
-Shape = tuple[int, ...]
 
 
 @torch.no_grad()
@@ -36,7 +35,7 @@ def fill(named_parameters: Iterable[tuple[str, Tensor]], source: WeightSource) -
     for shapes in ranks.gather({name: tuple(p.shape) for name, p in parameters.items()}):
         wanted |= shapes
     with ranks.together():
-        _check_fit(wanted, source)
+        faults.require_same_shapes(source, wanted)
     with ranks.together():
         for name, parameter in parameters.items():
             with filling({name: parameter}) as parts:
@@ -58,23 +57,6 @@ def _read(part: Part, name: str, source: WeightSource) -> None:
         part.local.copy_(source.read(name))
     elif part.local.numel():
         part.local.copy_(source.read_slice(name, part.region))
-
-
-def _check_fit(wanted: Mapping[str, Shape], source: WeightSource) -> None:
-    """All that does not fit is reported at once."""
-    there = set(source.names())
-    faults = [f"missing: {name}" for name in sorted(set(wanted) - there)]
-    faults += [f"not in the model: {name}" for name in sorted(there - set(wanted))]
-    for name in sorted(there & set(wanted)):
-        have, want = tuple(source.shape(name)), wanted[name]
-        if have != want:
-            faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
-    if faults:
-        shown = "\n  ".join(faults)
-        raise EngineError(
-            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}\n"
-            "model.model_config, model.num_layers and model.hidden_size must be those of the weights"
-        )
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ The format is checkpoint.py's.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nxdt_align.engines import faults
 from nxdt_align.engines.flight import BackgroundSaving, Flight
 from nxdt_align.engines.native.checkpoint import (
     MODEL,
@@ -30,7 +31,7 @@ from nxdt_align.engines.native.parts import Part
 from nxdt_align.engines.native.tensors import TensorFolder, write_tensors
 from nxdt_align.engines.plain import to_plain
 from nxdt_align.engines.summary import CheckpointError
-from nxdt_align.files import atomic_folder, explain
+from nxdt_align.files import atomic_folder
 
 
 def save(
@@ -124,7 +125,7 @@ def _collect(
     extra: Mapping[str, Any],
     ranks: Ranks,
 ) -> _Content:
-    with ranks.together(CheckpointError), _faults_of(directory):
+    with ranks.together(CheckpointError), faults.writing(directory):
         tensors = {MODEL + name: parameter.detach() for name, parameter in named_parameters}
         state = None if optimizer is None else by_name(optimizer, named_parameters)
         settings = None if state is None else to_plain(state.plain)
@@ -141,35 +142,19 @@ def _collect(
 def _write(content: _Content) -> None:
     """The folder, from all ranks; the same fault on all of them."""
     directory, ranks = content.directory, content.ranks
-    with _faults_of(directory), ExitStack() as stack:
+    with faults.writing(directory), ExitStack() as stack:
         # An error in the block takes the temporary folder away; closing the stack puts it in place.
-        with ranks.together(CheckpointError), _faults_of(directory):
+        with ranks.together(CheckpointError), faults.writing(directory):
             own = stack.enter_context(atomic_folder(directory)) if ranks.rank == 0 else directory
             if ranks.rank == 0:
                 (own / TENSORS).mkdir()
         folder = ranks.broadcast(own)
         write_tensors(folder / TENSORS, content.parts, ranks)
-        with ranks.together(CheckpointError), _faults_of(directory):
+        with ranks.together(CheckpointError), faults.writing(directory):
             if ranks.rank == 0:
                 (folder / TRAINER).write_bytes(content.trainer)
                 SUMMARY.write(folder, _summary(folder, content))
                 stack.close()
-
-
-@contextmanager
-def _faults_of(directory: Path) -> Iterator[None]:
-    """What can go wrong when ``directory`` is written, as a CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write checkpoint {directory}: {explain(error)}. Earlier checkpoints are whole, and "
-            "the run can go on from the newest"
-        ) from error
-    except (TypeError, RuntimeError) as error:
-        # A value that is not plain; a rank that is gone.
-        said = str(error).partition("\n")[0]
-        raise CheckpointError(f"cannot write checkpoint {directory}: {said}") from error
 
 
 def _to_bytes(value: Any) -> bytes:

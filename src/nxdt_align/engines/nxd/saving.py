@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nxdt_align.engines import xla
+from nxdt_align.engines import faults, xla
 from nxdt_align.engines.flight import BackgroundSaving, Flight
 from nxdt_align.engines.nxd import checkpoint, xser
 from nxdt_align.engines.nxd.checkpoint import DONE, MODEL, OPTIMIZER, SUMMARY
@@ -26,7 +26,7 @@ from nxdt_align.engines.nxd.mesh import Groups, Mesh
 from nxdt_align.engines.nxd.settings import SaveOptions
 from nxdt_align.engines.plain import to_plain
 from nxdt_align.engines.summary import CheckpointError, damaged
-from nxdt_align.files import atomic_folder, explain
+from nxdt_align.files import atomic_folder
 
 log = logging.getLogger(__name__)
 MASTERS = "master_weights"
@@ -190,7 +190,7 @@ class Checkpoints(BackgroundSaving):
             raise damaged(directory, reason or type(error).__name__) from error
         masters = None if state is None else state.pop(MASTERS, None)
         filling = masters if masters is not None else model
-        _check_fit(directory, parameters, filling)
+        faults.require_same_tensors(directory, _shapes(filling.items()), _shapes(parameters))
         return filling, state, extra
 
     def _read_files(
@@ -244,43 +244,12 @@ def _together(groups: Groups, act: Callable[[], T]) -> T:
 
 def _write_together(groups: Groups, directory: Path, act: Callable[[], T]) -> T:
     def explained() -> T:
-        with _faults_of(directory):
+        with faults.writing(directory):
             return act()
 
-    with _faults_of(directory):  # a rank that is gone
+    with faults.writing(directory):  # a rank that is gone
         return _together(groups, explained)
 
 
-@contextmanager
-def _faults_of(directory: Path) -> Iterator[None]:
-    """What can go wrong when ``directory`` is written, as a CheckpointError."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write checkpoint {directory}: {explain(error)}. Earlier checkpoints are whole, and "
-            "the run can go on from the newest"
-        ) from error
-    except (TypeError, RuntimeError) as error:
-        # A value that is not plain; a rank that is gone.
-        said = str(error).partition("\n")[0]
-        raise CheckpointError(f"cannot write checkpoint {directory}: {said}") from error
-
-
-def _check_fit(directory: Path, parameters: NamedParameters, tensors: Mapping[str, Tensor]) -> None:
-    """Report all weights of another shape, dtype or name at once."""
-    wanted, faults = dict(parameters), []
-    for name in sorted(set(tensors) & set(wanted)):
-        have, want = tensors[name], wanted[name]
-        if have.shape != want.shape:
-            faults.append(f"{name} has shape {list(have.shape)}, but the model has {list(want.shape)}")
-        elif have.dtype != want.dtype:
-            faults.append(f"{name} is {have.dtype}, but the model keeps {want.dtype}")
-    faults += [f"missing: {name}" for name in sorted(set(wanted) - set(tensors))]
-    faults += [f"not in the model: {name}" for name in sorted(set(tensors) - set(wanted))]
-    if faults:
-        raise CheckpointError(
-            f"checkpoint {directory} does not fit the model ({len(faults)} tensors):\n  "
-            + "\n  ".join(faults)
-            + "\nThe model and precision.type must be those of the run that wrote it"
-        )
+def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors}

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nxdt_align.engines import xla
+from nxdt_align.engines import faults, xla
 from nxdt_align.engines.base import EngineError, WeightSource
 from nxdt_align.engines.nxd.layers import mark
 from nxdt_align.engines.nxd.mesh import Group, Groups
 from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.models.llama import Llama
-from nxdt_align.models.partition import Partition, local_tensors, weight_shape
+from nxdt_align.models.partition import Partition, local_tensors
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, split_of
 
@@ -83,7 +83,7 @@ class Shards:
 
         Raises EngineError naming every missing, surplus or misshapen tensor.
         """
-        _check_fit(self.partition.config, source)
+        faults.require_same_shapes(source, weight_shapes(self.partition.config))
         for local, parameter in parameters:
             with xla.filling({local: parameter}) as filled:
                 for part in self._parts[local]:
@@ -185,20 +185,4 @@ def _check_vocabulary(partition: Partition) -> None:
         raise EngineError(
             f"distributed_strategy.tensor_model_parallel_size: must divide the model's vocab_size "
             f"({vocabulary}) with engine nxd, but is {partition.tp}"
-        )
-
-
-def _check_fit(config: LlamaConfig, source: WeightSource) -> None:
-    there, wanted = set(source.names()), set(weight_shapes(config))
-    faults = [f"missing: {name}" for name in sorted(wanted - there)]
-    faults += [f"not in the model: {name}" for name in sorted(there - wanted)]
-    for name in sorted(there & wanted):
-        have, want = tuple(source.shape(name)), weight_shape(config, name)
-        if have != want:
-            faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
-    if faults:
-        shown = "\n  ".join(faults)
-        raise EngineError(
-            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}\n"
-            "model.model_config, model.num_layers and model.hidden_size must be those of the weights"
         )
