@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ class Exchange:
     """Lets the engines of several threads meet, as a process group lets processes."""
 
     def __init__(self, ranks: int) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=20)
+        self.barrier = threading.Barrier(ranks, timeout=120)
         self.box: list[Any] = [None] * ranks
 
     def swap(self, rank: int, value: Any) -> list[Any]:
@@ -85,7 +84,6 @@ class FakeEngine(Engine):
         exchange: Exchange | None = None,
         *,
         fail_after: int | None = None,
-        seconds: float = 0.0,
         poison: int | None = None,
     ) -> None:
         self.topology = Topology(ranks, rank, ranks, rank)
@@ -93,12 +91,11 @@ class FakeEngine(Engine):
         self.calls: list[Tensor] = []
         self.asked_reference: list[bool] = []
         self._exchange = exchange or Exchange(ranks)
-        self._fail_after, self._seconds, self._poison = fail_after, seconds, poison
+        self._fail_after, self._poison = fail_after, poison
 
     def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
         if self._fail_after is not None and len(self.calls) >= self._fail_after:
             raise RuntimeError("the machine went away")
-        time.sleep(self._seconds)
         self.calls.append(batch.input_ids)
         self.asked_reference.append(reference)
         # Neighbours in the row leave a trace in the last bits, as they do in a real batched product.

@@ -59,7 +59,7 @@ def kill_a_conversion(kind: str, moment: str, folder: Path) -> Path:
     context.set_forkserver_preload(["torch"])
     process = context.Process(target=convert_and_die, args=(kind, moment, folder))
     process.start()
-    process.join(120)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
     (left,) = (f for f in folder.iterdir() if f.name != "hf")
     assert left.name.startswith("."), "it has taken the destination's name"

@@ -48,8 +48,8 @@ from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 
-TIMEOUT = 240
-"""Seconds that the processes of one call may take."""
+TIMEOUT = 900
+"""Seconds that the processes of one call may take, on a loaded machine too: few take more than 20."""
 CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 """Exit codes of a process whose memory is damaged."""
 

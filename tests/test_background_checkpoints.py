@@ -56,12 +56,16 @@ from nxdt_align.cli import main
 from nxdt_align.engines.native import saving
 from nxdt_align.training.module import AlignmentModule
 summary, log_step = saving._summary, AlignmentModule._log_step
+begun = threading.Event()
 def slow(folder, content):
     if content.step == 4:
+        begun.set()
         threading.Event().wait()
     return summary(folder, content)
 def told(module, *arguments):
     log_step(module, *arguments)
+    if module.global_step == 6:
+        assert begun.wait(300)
     print("trained", module.global_step, flush=True)
 saving._summary, AlignmentModule._log_step = slow, told
 main(sys.argv[1:])

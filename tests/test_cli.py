@@ -87,7 +87,7 @@ def run(repo: Path, tmp_path: Path) -> Run:
         environment = {"PYTHONPATH": str(repo / "src"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
         command = [sys.executable, "-m", "nxdt_align", *arguments]
         return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
         )
 
     return start

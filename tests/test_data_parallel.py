@@ -24,7 +24,7 @@ def train_sh(repo: Path, project: Project, *overrides: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 

@@ -37,7 +37,7 @@ def run_demo(
     python.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "NXDT_ALIGN_PYTHON": str(python), **variables}
     command = [str(repo / "examples" / "demo.sh"), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     lines = calls.read_text().splitlines() if calls.exists() else []
     return done, [json.loads(line) for line in lines]
 

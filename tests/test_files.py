@@ -114,7 +114,7 @@ from nxdt_align.files import atomic_folder
 with atomic_folder(sys.argv[1]) as folder:
     (folder / "part").write_bytes(b"x" * 1000)
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,7 +29,8 @@ ENDLESS = (
     ),
     *("exp_manager.checkpoint_callback_params.every_n_train_steps=1000000", "exp_manager.export_hf=False"),
 )
-PATIENCE = 120
+PATIENCE = 600
+"""Seconds: what a loaded machine may take. Nothing here takes as long as it may."""
 
 
 def wait_for(text: str, file: Path, processes: list[subprocess.Popen[bytes]]) -> None:
@@ -46,8 +47,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(project: Project, rank: int, port: int, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """``port``: of a store of this process's, as torchrun's workers meet at a store of torchrun's."""
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     command = [sys.executable, "-m", "nxdt_align", *project.arguments(*ENDLESS, *overrides)]
     with log.open("wb") as output:
         return subprocess.Popen(
@@ -57,11 +59,10 @@ def start(project: Project, rank: int, port: int, log: Path, *overrides: str) ->
 
 def test_the_other_process_is_killed(tmp_path: Path) -> None:
     project = Project.create(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # A port that is merely free now can be taken before the run opens it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
-    processes = [start(project, rank, port, logs[rank]) for rank in range(2)]
+    processes = [start(project, rank, store.port, logs[rank]) for rank in range(2)]
     try:
         wait_for("preflight: policy and reference agree", logs[0], processes)
         processes[1].kill()
@@ -72,15 +73,16 @@ def test_the_other_process_is_killed(tmp_path: Path) -> None:
             process.wait()
     errors = [line for line in logs[0].read_text().splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "another of the run's 2 processes has ended" in errors[0], errors
-    assert "onnection" in errors[0] and "resume_if_exists" in errors[0]
+    assert re.search("onnection|Broken pipe", errors[0]) and "resume_if_exists" in errors[0]
     assert "Traceback" not in logs[0].read_text()
 
 
 def wait_for_a_process_that_hangs(rank: int, world: int) -> str:
-    group = dist.new_group(timeout=timedelta(seconds=1))
+    # The ranks need not meet within the second that the collective has.
+    group = dist.new_group()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
     if rank == 1:
-        time.sleep(4)
-        return ""
+        return ""  # and waits at the end of the test, not in the collective
     try:
         with other_processes_are_there(world, 1 / 60):
             dist.all_reduce(torch.zeros(1), group=group)

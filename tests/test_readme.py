@@ -34,7 +34,7 @@ def test_marked_command_runs(command: str, repo: Path, tmp_path: Path) -> None:
         "PYTHONPATH": str(repo / "src"),
     }
     done = subprocess.run(
-        ["bash", "-euc", command], cwd=repo, env=environment, capture_output=True, text=True, timeout=60
+        ["bash", "-euc", command], cwd=repo, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -32,7 +32,7 @@ if os.environ.get("FAKE_SLEEP"):
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda *_: (print("asked to stop", flush=True), sys.exit(17)))
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 sys.exit(int(os.environ.get("FAKE_STATUS", "0")))
 """
 
@@ -81,7 +81,7 @@ class Trainer:
             env=self.environment(**variables),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         lines = self.calls.read_text().splitlines() if self.calls.exists() else []
         return Result(done.returncode, done.stdout, done.stderr, [json.loads(line) for line in lines])
@@ -155,7 +155,7 @@ def test_readmes_commands_as_written(train: Trainer) -> None:
     readme = (train.repo / "README.md").read_text()
     (block,) = re.findall(r"^```bash\n(cd examples\n.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     environment = train.environment(LOG_PATH=str(train.folder / "logs"))
-    subprocess.run(["bash", "-euc", block], cwd=train.repo, env=environment, check=True, timeout=60)
+    subprocess.run(["bash", "-euc", block], cwd=train.repo, env=environment, check=True, timeout=300)
     arguments = json.loads(train.calls.read_text().splitlines()[-1])["argv"]
     assert arguments[2] == "train" and after(arguments, "--config-name") == "hf_llama3_8B_DPO_config"
     assert arguments[-2:] == ["data.train_dir=/data/my_pairs.jsonl", "trainer.max_steps=100"]
@@ -251,12 +251,12 @@ def test_stop_signal_reaches_the_trainer(train: Trainer, stop: signal.Signals) -
         text=True,
     )
     log = train.cwd / "nemo_experiments" / "logs" / "log"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not (log.exists() and "ready" in log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, "the trainer did not start"
         time.sleep(0.05)
     process.send_signal(stop)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 17, "the trainer's own status"
     assert "asked to stop" in output
     assert "asked to stop" in log.read_text()

@@ -324,7 +324,7 @@ def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -347,7 +347,7 @@ from torch import nn
 from nxdt_align.engines.native import saving
 def slow(*arguments):
     print("tensors written", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 saving._summary = slow
 saving.save(Path(sys.argv[1]), [("weight", nn.Parameter(torch.zeros(10)))], None, {"global_step": 9})
 """
@@ -404,7 +404,7 @@ def test_two_ranks_write_one_and_fail_together(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        assert [p.wait(timeout=120) for p in processes] == [0, 0]
+        assert [p.wait(timeout=600) for p in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

@@ -16,7 +16,8 @@ from nxdt_align.neuron.monitor import NeuronMonitor
 
 Install = Callable[[str], Path]
 FOREVER = "while True:\n    print(BUSY, flush=True)\n    time.sleep(0.02)"
-SECONDS = 10.0
+SECONDS = 120.0
+"""What a loaded machine may take."""
 
 
 @pytest.fixture
@@ -46,6 +47,14 @@ def is_running(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def has_ended(pid: int) -> bool:
+    """Of a process that lost its parent: where process 1 reaps none it stays a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def pid_in(file: Path) -> int:
@@ -122,12 +131,17 @@ def test_an_endless_line_takes_little_memory(
     assert monitor.newest() is None
 
 
-def test_a_program_that_falls_silent_gives_no_stale_values(install: Install) -> None:
+def test_a_program_that_falls_silent_gives_no_stale_values(install: Install, tmp_path: Path) -> None:
     monitor = NeuronMonitor(max_age=0.3)
-    install("print(BUSY, flush=True)\ntime.sleep(60)")
+    quiet = tmp_path / "quiet"
+    install(
+        f"while not os.path.exists({str(quiet)!r}):\n    print(BUSY, flush=True)\n    time.sleep(0.02)\n"
+        "time.sleep(600)"
+    )
     try:
         monitor.start()
         wait_for(monitor.newest)
+        quiet.touch()
         wait_for(lambda: monitor.newest() is None)
     finally:
         monitor.stop()
@@ -141,7 +155,7 @@ def test_one_warning_for_an_error_that_lasts(
         "    data = json.loads(BUSY)\n"
         "    data['neuron_runtime_data'][0]['error'] = f'lost device 3 at {i} s'\n"
         "    print(json.dumps(data), flush=True)\n"
-        "print(BUSY, flush=True)\ntime.sleep(60)"
+        "print(BUSY, flush=True)\ntime.sleep(600)"
     )
     monitor.start()
     wait_for(lambda: (newest := monitor.newest()) and not newest.errors)
@@ -152,7 +166,7 @@ def test_stop_kills_the_whole_group_and_leaves_no_zombie(
     install: Install, monitor: NeuronMonitor, tmp_path: Path
 ) -> None:
     """The program ignores SIGTERM's politeness for its child, which would live on without it."""
-    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     install(
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.DEVNULL)\n"
         f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
@@ -164,7 +178,7 @@ def test_stop_kills_the_whole_group_and_leaves_no_zombie(
     monitor.stop()
     monitor.stop()
     assert not is_running(pids[1])
-    wait_for(lambda: not is_running(pids[0]))
+    wait_for(lambda: has_ended(pids[0]))
 
 
 def test_a_program_that_ignores_the_signal_is_killed(
@@ -195,6 +209,6 @@ def test_it_ends_with_the_process_that_started_it(
         f"while monitor.newest() is None: time.sleep(0.01)\n{end}\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(repo / "src")}
-    subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    subprocess.run([sys.executable, "-c", code], env=environment, timeout=300)
     pid = pid_in(tmp_path / "pid")
-    wait_for(lambda: not is_running(pid))
+    wait_for(lambda: has_ended(pid))

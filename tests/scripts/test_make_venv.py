@@ -41,7 +41,7 @@ class Machine:
     def run(self, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": str(self.bin), **variables}
         command = [str(self.script), str(self.venv)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     @property
     def installs(self) -> list[str]:

@@ -20,14 +20,14 @@ def write_log(folder: Path, tags: tuple[str, ...] = TAGS) -> None:
                 writer.add_scalar(tag, 0.25 * step, step)
 
 
-def plot(repo: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def plot(repo: Path, fonts: dict[str, str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(repo / "scripts" / "plot_rewards.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, env=fonts)
 
 
-def test_draws_a_picture(repo: Path, tmp_path: Path) -> None:
+def test_draws_a_picture(repo: Path, tmp_path: Path, fonts: dict[str, str]) -> None:
     write_log(tmp_path / "run")
-    done = plot(repo, tmp_path / "run", "--out", tmp_path / "new" / "rewards.png")
+    done = plot(repo, fonts, tmp_path / "run", "--out", tmp_path / "new" / "rewards.png")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "new" / "rewards.png").read_bytes().startswith(b"\x89PNG")
 
@@ -44,14 +44,14 @@ def test_picture_shows_the_logged_values(repo: Path, tmp_path: Path, monkeypatch
     assert np.asarray(lines[0].get_ydata()).tolist() == [0.25, 0.5, 0.75]
 
 
-def test_folder_without_a_log_is_one_message(repo: Path, tmp_path: Path) -> None:
-    done = plot(repo, tmp_path)
+def test_folder_without_a_log_is_one_message(repo: Path, tmp_path: Path, fonts: dict[str, str]) -> None:
+    done = plot(repo, fonts, tmp_path)
     assert done.returncode == 1
     assert done.stderr == f"error: {tmp_path} holds no TensorBoard log (events.out.tfevents.*)\n"
 
 
-def test_missing_metric_is_named(repo: Path, tmp_path: Path) -> None:
+def test_missing_metric_is_named(repo: Path, tmp_path: Path, fonts: dict[str, str]) -> None:
     write_log(tmp_path, TAGS[:2])
-    done = plot(repo, tmp_path)
+    done = plot(repo, fonts, tmp_path)
     assert done.returncode == 1
     assert "has no rewards/accuracies; it has rewards/chosen, rewards/rejected" in done.stderr

@@ -28,7 +28,7 @@ def decide(decisions: list[bool], sizes: dict[str, int], *, all: bool) -> list[b
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(300)
     return answers
 
 
