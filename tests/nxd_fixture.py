@@ -20,6 +20,7 @@ from nxd_source import supply_neuron_only_modules
 from oracle import TINY, ExampleSet, ModuleWeights, causal_attention, random_examples
 from torch import Tensor
 
+from nxdt_align.batch import Batch
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
@@ -165,19 +166,30 @@ def optimizer_of(built: Any) -> torch.optim.Optimizer:
 
 def train(built: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
     losses = []
-    data = dataset(built.topology)
+    batches = batches_of(built)
     for _ in range(steps):
-        output = built.step(data[tuple(range(len(examples())))], objective("orpo"))
+        output = built.step(batches, objective("orpo"))
         built.clip_gradients(1.0)
         optimizer.step()
         losses.append(output.loss)
     return losses
 
 
-def start(case: Case, **settings: Any) -> Any:
-    built = engine(case, **settings)
-    built.load_weights(weights(0))
+def start(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
+    """An engine with ``plain(0, config)``'s weights."""
+    built = engine(case, config, **settings)
+    built.load_weights(weights(0, config))
     return built
+
+
+def batches_of(built: Any, layout: Layout = "packed", row: int | None = None) -> list[Batch]:
+    """This rank's of one step over all pairs; ``row`` as for ``dataset``."""
+    found: list[Batch] = dataset(built.topology, layout, row)[tuple(range(PAIRS))]
+    return found
+
+
+def gradients_of(built: Any) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in built.named_parameters()}
 
 
 def snapshot(built: Any) -> dict[str, torch.Tensor]:

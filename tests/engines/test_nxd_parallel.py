@@ -10,14 +10,15 @@ import torch
 from nxd_fixture import (
     CONFIG,
     Case,
-    dataset,
-    engine,
+    batches_of,
     examples,
+    gradients_of,
     objective,
     one_copy,
     plain,
     require_nxd,
     run_ranks,
+    start,
     weights,
     whole,
 )
@@ -55,16 +56,14 @@ TOLERANCE = 1e-6
 
 
 def step(case: Case, loss: str) -> dict[str, Any]:
-    built = engine(case, case.config)
-    built.load_weights(weights(0, case.config))
+    built = start(case, case.config)
     built.load_reference(weights(1, case.config))
     # A row's length is made up for where tokens are split; a pair's prompt is shared here and there.
-    layout, row = ("shared_prompt", ODD_ROW) if loss == "orpo" else ("packed", None)
-    data = dataset(built.topology, layout, row)  # type: ignore[arg-type]
-    output = built.step(data[tuple(range(len(examples())))], objective(loss))
-    found = {name: p.grad.clone() for name, p in built.named_parameters()}
+    batches = batches_of(built, "shared_prompt", ODD_ROW) if loss == "orpo" else batches_of(built)
+    output = built.step(batches, objective(loss))
+    found = gradients_of(built)
     norm = built.clip_gradients(0.1)
-    clipped = {name: p.grad.clone() for name, p in built.named_parameters()}
+    clipped = gradients_of(built)
     return {
         "loss": output.loss,
         "metrics": output.metrics,
@@ -78,10 +77,9 @@ def step(case: Case, loss: str) -> dict[str, Any]:
 
 def low_precision(case: Case) -> dict[str, torch.Tensor]:
     """Gradients of a bf16 model: by NxD's default its layers would lose those of their inputs."""
-    built = engine(case, precision=Precision(torch.bfloat16, masters=True))
-    built.load_weights(weights(0))
-    built.step(dataset(built.topology)[tuple(range(len(examples())))], objective("orpo"))
-    return {name: p.grad for name, p in built.named_parameters()}
+    built = start(case, precision=Precision(torch.bfloat16, masters=True))
+    built.step(batches_of(built), objective("orpo"))
+    return gradients_of(built)
 
 
 def recomputed(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -89,20 +87,18 @@ def recomputed(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     found = []
     for granularity in (None, "full"):
         how = functools.partial(Llama.set_checkpointing, granularity=granularity)
-        built = engine(case, configure_model=how)
-        built.load_weights(weights(0))
-        built.step(dataset(built.topology)[tuple(range(len(examples())))], objective("orpo"))
-        found.append({name: p.grad for name, p in built.named_parameters()})
+        built = start(case, configure_model=how)
+        built.step(batches_of(built), objective("orpo"))
+        found.append(gradients_of(built))
     return found[0], found[1]
 
 
 def log_probs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a micro-batch's response tokens: ours, and NxD's from whole logits."""
-    built = engine(case)
-    built.load_weights(weights(0))
+    built = start(case)
     from neuronx_distributed.parallel_layers.loss_functions import from_parallel_logits_to_logprobs
 
-    batch = dataset(built.topology, "none")[tuple(range(len(examples())))][0]
+    batch = batches_of(built, "none")[0]
     scorer = built._policy
     with torch.no_grad():
         ours = scorer(batch, False).logps

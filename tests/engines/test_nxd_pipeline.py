@@ -11,13 +11,15 @@ import torch
 from nxd_fixture import (
     CONFIG,
     Case,
-    dataset,
+    batches_of,
     engine,
     examples,
+    gradients_of,
     objective,
     plain,
     require_nxd,
     run_ranks,
+    start,
     weights,
     whole,
 )
@@ -36,7 +38,6 @@ CASE, CUT = Case(pp=2), Case(pp=2, cuts=(1,))
 THREE_LAYERS = replace(CONFIG, num_hidden_layers=3)
 SIZES = [(3, 2), (7, 3), (8, 3), (32, 6), (4, 4)]
 """Layers, stages."""
-EVERY = tuple(range(len(examples())))
 ROUNDS: list[tuple[Any, int | None]] = [
     ("packed", None),
     ("none", None),
@@ -48,14 +49,13 @@ ROUNDS: list[tuple[Any, int | None]] = [
 
 
 def rounds() -> dict[str, Any]:
-    built = engine(CASE, THREE_LAYERS)
-    built.load_weights(weights(0, THREE_LAYERS))
+    built = start(CASE, THREE_LAYERS)
     steps, sizes = [], []
     for layout, row in ROUNDS:
-        batches = dataset(built.topology, layout, row)[EVERY]
+        batches = batches_of(built, layout, row)
         sizes.append((len(batches), *batches[0].input_ids.shape))
         output = built.step(batches, objective("orpo"))
-        found = {name: p.grad.clone() for name, p in built.named_parameters()}
+        found = gradients_of(built)
         steps.append((output.loss, found, built.evaluate(batches, objective("orpo")).loss))
         left = {name: p.grad for name, p in built.named_parameters()}
         assert all(torch.equal(found[name], left[name]) for name in found)
@@ -74,9 +74,8 @@ def rounds() -> dict[str, Any]:
 
 def cut_otherwise(folder: str) -> dict[str, Any]:
     """Two layers, and one in the last stage; a checkpoint of it, met by stages of even shares."""
-    built = engine(CUT, THREE_LAYERS)
-    built.load_weights(weights(0, THREE_LAYERS))
-    output = built.step(dataset(built.topology, "packed")[EVERY], objective("orpo"))
+    built = start(CUT, THREE_LAYERS)
+    output = built.step(batches_of(built), objective("orpo"))
     built.save(Path(folder), None, {"global_step": 1})
     every = list(built.whole_parameters())
     again = engine(CUT, THREE_LAYERS)
@@ -88,7 +87,7 @@ def cut_otherwise(folder: str) -> dict[str, Any]:
 
     return {
         "loss": output.loss,
-        "gradients": {name: p.grad for name, p in built.named_parameters()},
+        "gradients": gradients_of(built),
         "whole": every,
         "read": saved.keys() == read.keys() and all(torch.equal(saved[n], read[n]) for n in saved),
         "refusal": str(error.value),
@@ -98,9 +97,8 @@ def cut_otherwise(folder: str) -> dict[str, Any]:
 
 def logps() -> dict[str, Any]:
     """Of the policy; of another reference, and of a copy of the policy as one; collisions beside them."""
-    built = engine(CASE, THREE_LAYERS)
-    built.load_weights(weights(0, THREE_LAYERS))
-    batches = dataset(built.topology, "none")[EVERY]
+    built = start(CASE, THREE_LAYERS)
+    batches = batches_of(built, "none")
     policy = [built.response_logps(b) for b in batches]
     built.load_reference(weights(1, THREE_LAYERS))
     other = [built.response_logps(b, reference=True) for b in batches]
@@ -108,7 +106,7 @@ def logps() -> dict[str, Any]:
     copied = [built.response_logps(b, reference=True) for b in batches]
     collisions = built._runner.forward(batches, want_collisions=True)
     with pytest.raises(EngineError) as error:
-        odd = dataset(built.topology, "none", 75)[EVERY]
+        odd = batches_of(built, "none", 75)
         built.evaluate([batches[0], odd[0]], objective("orpo"))
     return {
         "batches": batches,

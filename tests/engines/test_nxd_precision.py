@@ -9,14 +9,14 @@ import torch
 from nxd_fixture import (
     CONFIG,
     Case,
-    dataset,
-    engine,
+    batches_of,
     examples,
+    gradients_of,
     objective,
     plain,
     require_nxd,
     run_ranks,
-    weights,
+    start,
     whole,
 )
 from oracle import gradients, orpo_loss
@@ -38,14 +38,13 @@ CASES = {"data": DATA, "tensor": TENSOR}
 
 def step(case: Case, formats: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Two steps' gradients, each of two micro-batches or more a rank."""
-    built = engine(case, precision=FORMATS[formats])
-    built.load_weights(weights(0))
-    batches = dataset(built.topology)[tuple(range(len(examples())))]
+    built = start(case, precision=FORMATS[formats])
+    batches = batches_of(built)
     assert len(batches) > 1
     found = []
     for _ in range(2):
         built.step(batches, objective("orpo"))
-        found.append({name: p.grad.clone() for name, p in built.named_parameters()})
+        found.append(gradients_of(built))
     return found[0], found[1]
 
 
