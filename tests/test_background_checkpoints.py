@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import assert_same_run
-from training_fixture import Project
+from training_fixture import Project, assert_same_run
 
 from nxdt_align.engines.native import saving
 from nxdt_align.engines.native.checkpoint import checkpoint_step

@@ -15,9 +15,8 @@ from oracle import (
     plain_model,
     random_examples,
 )
-from test_data_parallel import final_weights, train_sh
 from test_layouts import GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, dataset, engine
-from training_fixture import Project, scalars
+from training_fixture import Project, final_weights, scalars, train_sh
 
 from nxdt_align.data.packing import Layout
 from nxdt_align.losses.objective import GlobalMeanObjective

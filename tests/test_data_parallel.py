@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from training_fixture import Project, scalars
+from training_fixture import Project, final_weights, scalars, train_sh
 
 from nxdt_align.checkpoint.hf import HFFolder
-from nxdt_align.engines.native.checkpoint import NativeCheckpoint
-
-
-def train_sh(repo: Path, project: Project, *overrides: str) -> None:
-    environment = {**os.environ, "NXDT_ALIGN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment["CONF_FILE"] = str(project.root / "conf" / "run.yaml")
-    done = subprocess.run(
-        [str(repo / "examples" / "train.sh"), *overrides],
-        cwd=project.root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    (folder,) = [f for f in (run / "checkpoints").iterdir() if f.is_dir()]
-    source = NativeCheckpoint(folder)
-    return {name: source.read(name) for name in source.names()}
 
 
 def test_two_processes_train_as_one(repo: Path, tmp_path: Path) -> None:

@@ -3,14 +3,11 @@ pipeline stages, stopped and gone on with, against the native engine in one proc
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from nxd_fixture import require_nxd
-from training_fixture import Project, scalars
+from training_fixture import Project, scalars, train_sh
 
 from nxdt_align.checkpoint.hf import HFFolder
 
@@ -27,22 +24,6 @@ SPREAD = {
     ),
     "pipeline": ("distributed_strategy.pipeline_model_parallel_size=2",),
 }
-
-
-def train_sh(repo: Path, project: Project, *overrides: str) -> str:
-    environment = {**os.environ, "NXDT_ALIGN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    environment["CONF_FILE"] = str(project.root / "conf" / "run.yaml")
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
-        [str(repo / "examples" / "train.sh"), *overrides],
-        cwd=project.root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("spread", SPREAD)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from nxd_fixture import require_nxd
-from test_engines_agree import NXD, SPREAD, train_sh
-from training_fixture import Project
+from test_engines_agree import NXD, SPREAD
+from training_fixture import Project, train_sh
 
 from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.engines.nxd.checkpoint import checkpoint_step

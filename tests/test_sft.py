@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from oracle import assert_gradients_close, gradients, plain_model, random_examples, response_logp
-from test_data_parallel import final_weights
 from test_layouts import GRADIENT_TOLERANCE, dataset, engine
-from training_fixture import Project, scalars
+from training_fixture import Project, final_weights, scalars
 
 from nxdt_align.data.packing import Layout
 from nxdt_align.data.token_cache import TokenColumns

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_fixture import Project, scalars
+from training_fixture import ORPO, Project, assert_same_run, final_weights, scalars
 
 from nxdt_align.engines.native import loss_scale
-from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 
-TIMES = {"throughput", "throughput_peak"}
 NXDT_METRICS = {
     *("reduced_train_loss", "chosen_rewards", "rejected_rewards", "lr", "parameter_norm", "gradient_norm"),
     *("global_step", "consumed_samples", "throughput", "throughput_peak"),
@@ -22,7 +20,6 @@ TRL_METRICS = {
     *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
     *("logps/chosen", "logps/rejected"),
 }
-ORPO = ("~model_alignment_strategy.dpo", "model_alignment_strategy.orpo.beta=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -35,23 +32,6 @@ def whole(project: Project) -> Path:
     """The folder of a run of 8 steps that nothing interrupted: 22 pairs by 4 are epochs of 6 steps."""
     assert project.train(f"exp_manager.exp_dir={project.root}/whole") == 0
     return project.only_run("whole")
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    (folder,) = [f for f in (run / "checkpoints").iterdir() if f.is_dir()]
-    source = NativeCheckpoint(folder)
-    return {name: source.read(name) for name in source.names()}
-
-
-def assert_same_run(got: Path, want: Path) -> None:
-    """Weights bit for bit, and every logged value but the times."""
-    got_weights, want_weights = weights(got), weights(want)
-    assert got_weights.keys() == want_weights.keys()
-    assert all(torch.equal(got_weights[name], want_weights[name]) for name in want_weights)
-    got_curves, want_curves = scalars(got), scalars(want)
-    assert got_curves.keys() == want_curves.keys()
-    for tag in want_curves.keys() - TIMES:
-        assert got_curves[tag] == want_curves[tag], tag
 
 
 def test_a_fresh_run_starts_at_ln_2_and_logs_every_metric_at_every_step(whole: Path) -> None:
@@ -80,7 +60,7 @@ def test_the_export_loads_in_transformers_and_generates(whole: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(whole / "hf_export")
     ids = tokenizer("the a is", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=5, do_sample=False).shape[1] > ids.shape[1]
-    trained = weights(whole)["model.embed_tokens.weight"]
+    trained = final_weights(whole)["model.embed_tokens.weight"]
     assert torch.equal(model.get_input_embeddings().weight.data, trained)
 
 
@@ -230,7 +210,7 @@ def test_a_full_checkpoint_goes_on_where_weight_init_only_is_false(project: Proj
     (half,) = (project.only_run("first-half") / "checkpoints").iterdir()
     overrides = (f"exp_manager.resume_from_checkpoint='{half}'", "model.weight_init_only=False")
     assert project.train(f"exp_manager.exp_dir={project.root}/second-half", *overrides) == 0
-    got, want = weights(project.only_run("second-half")), weights(whole)
+    got, want = final_weights(project.only_run("second-half")), final_weights(whole)
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from small_tokenizers import make_tokenizer
 
 from nxdt_align.cli import main
+from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 
+ORPO = ("~model_alignment_strategy.dpo", "model_alignment_strategy.orpo.beta=0.1")
+"""Instead of the YAML's DPO."""
+TIMES = {"throughput", "throughput_peak"}
 WORDS = [
     "the",
     "a",
@@ -176,6 +184,23 @@ class Project:
         return run
 
 
+def train_sh(repo: Path, project: Project, *overrides: str) -> str:
+    """What examples/train.sh says of a run that must end well."""
+    environment = {**os.environ, "NXDT_ALIGN_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment["CONF_FILE"] = str(project.root / "conf" / "run.yaml")
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [str(repo / "examples" / "train.sh"), *overrides],
+        cwd=project.root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Every TensorBoard curve of a run's folder: (step, value)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -186,3 +211,21 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
         tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
         for tag in accumulator.Tags()["scalars"]
     }
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Of the one checkpoint that a run has left."""
+    (folder,) = [f for f in (run / "checkpoints").iterdir() if f.is_dir()]
+    source = NativeCheckpoint(folder)
+    return {name: source.read(name) for name in source.names()}
+
+
+def assert_same_run(got: Path, want: Path) -> None:
+    """Weights bit for bit, and every logged value but the times."""
+    got_weights, want_weights = final_weights(got), final_weights(want)
+    assert got_weights.keys() == want_weights.keys()
+    assert all(torch.equal(got_weights[name], want_weights[name]) for name in want_weights)
+    got_curves, want_curves = scalars(got), scalars(want)
+    assert got_curves.keys() == want_curves.keys()
+    for tag in want_curves.keys() - TIMES:
+        assert got_curves[tag] == want_curves[tag], tag
