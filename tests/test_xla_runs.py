@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 from training_fixture import Project, scalars
-from xla_fixture import SETTINGS, STEPS, Finished, broken_off, make_project, run, trial
+from xla_fixture import (
+    SETTINGS,
+    STEPS,
+    Finished,
+    assert_all_was_compiled_ahead,
+    broken_off,
+    make_project,
+    run,
+    trial,
+)
 
 pytestmark = pytest.mark.xla
 pytest.importorskip("torch_xla")
@@ -51,13 +60,7 @@ def test_no_graph_of_two_epochs_validation_and_a_resume_is_outside_the_manifest(
     ahead: list[Finished], project: Project
 ) -> None:
     """Neither of the run that is broken off in its second epoch nor of the one that takes it up."""
-    for part in ahead:
-        compiled, outside = part.graphs
-        assert compiled > 0 and outside == 0, part.log[-3000:]
-    assert "going on from this run's own checkpoint" in ahead[1].log
-    curves = scalars(project.only_run("ahead"))
-    assert [step for step, _ in curves["reduced_train_loss"]] == list(range(1, STEPS + 1))
-    assert len(curves["val_loss"]) == STEPS // 3
+    assert_all_was_compiled_ahead(ahead, project.only_run("ahead"))
 
 
 def test_orpo_trains_as_on_the_cpu(project: Project) -> None:

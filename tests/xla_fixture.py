@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from training_fixture import Project
+from training_fixture import Project, scalars
 
 STEPS = 11
 """Two epochs of 22 pairs, 4 a step, but for the last step."""
@@ -112,3 +112,14 @@ def trial(project: Project, experiments: str, *overrides: str) -> tuple[Finished
 def broken_off(project: Project, experiments: str, *overrides: str) -> list[Finished]:
     """A run that stops in its second epoch, and the one that takes it up."""
     return [run(project, experiments, *overrides, f"trainer.max_steps={steps}") for steps in (7, STEPS)]
+
+
+def assert_all_was_compiled_ahead(parts: list[Finished], run: Path) -> None:
+    """``broken_off``'s runs needed no graph that the trial had not listed, and together are one run."""
+    for part in parts:
+        compiled, outside = part.graphs
+        assert compiled > 0 and outside == 0, part.log[-3000:]
+    assert "going on from this run's own checkpoint" in parts[1].log
+    curves = scalars(run)
+    assert [step for step, _ in curves["reduced_train_loss"]] == list(range(1, STEPS + 1))
+    assert len(curves["val_loss"]) == STEPS // 3
