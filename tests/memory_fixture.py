@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,14 +39,13 @@ DEEP = LlamaConfig(
     head_dim=32,
 )
 """Activations of the layers outweigh the head."""
-WIDE_HEAD = LlamaConfig(
+WIDE_HEAD = replace(
+    DEEP,
     vocab_size=8000,
     hidden_size=128,
     intermediate_size=352,
-    num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=4,
-    head_dim=32,
     tie_word_embeddings=True,
 )
 """The head outweighs the layers; it is the embedding."""

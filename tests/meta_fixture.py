@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,14 @@ from checkpoint_fixture import fresh
 from torch import Tensor
 
 from nxdt_align.checkpoint.meta import _LAYER, _TABLE
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import TINY, LlamaConfig
 
-CONFIG = LlamaConfig(
+CONFIG = replace(
+    TINY,
     vocab_size=48,
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=4,
-    rms_norm_eps=1e-5,
     rope_theta=500000.0,
     max_position_embeddings=8192,
     bos_token_id=128000,
