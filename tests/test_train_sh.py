@@ -3,97 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-# Stands for python: answers "processes", and writes down every call.
-RECORDER = """#!{python}
-import json, os, signal, sys, time
-with open({calls!r}, "a") as file:
-    file.write(json.dumps({{"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}}) + "\\n")
-if "processes" in sys.argv:
-    if os.environ.get("FAKE_CONFIG_ERROR"):
-        sys.exit("error: trainer.devices must be positive")
-    print(os.environ.get("FAKE_PROCESSES", "1"))
-    sys.exit(0)
-print("training on stdout", flush=True)
-print("training on stderr", file=sys.stderr, flush=True)
-if os.environ.get("FAKE_SLEEP"):
-    for stop in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(stop, lambda *_: (print("asked to stop", flush=True), sys.exit(17)))
-    print("ready", flush=True)
-    time.sleep(600)
-sys.exit(int(os.environ.get("FAKE_STATUS", "0")))
-"""
-
-
-def write_script(path: Path, text: str) -> Path:
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
-@dataclass
-class Result:
-    status: int
-    stdout: str
-    stderr: str
-    calls: list[dict[str, Any]]
-
-    @property
-    def trained(self) -> list[str]:
-        """Arguments of the call that starts training, which must be the last."""
-        return list(self.calls[-1]["argv"])
-
-
-class Trainer:
-    """Runs train.sh from a folder of its own, with nothing of this process's environment but PATH."""
-
-    def __init__(self, repo: Path, folder: Path) -> None:
-        self.repo, self.folder = repo, folder
-        self.script = str(repo / "examples" / "train.sh")
-        self.calls = folder / "calls.jsonl"
-        self.bin = folder / "bin"
-        self.bin.mkdir()
-        recorder = RECORDER.format(python=sys.executable, calls=str(self.calls))
-        self.python = write_script(self.bin / "recorder", recorder)
-        self.cwd = folder / "work"
-        self.cwd.mkdir()
-
-    def environment(self, **variables: str) -> dict[str, str]:
-        path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
-        return {"PATH": path, "HOME": str(self.folder), "NXDT_ALIGN_PYTHON": str(self.python), **variables}
-
-    def __call__(self, *arguments: str, **variables: str) -> Result:
-        done = subprocess.run(
-            [self.script, *arguments],
-            cwd=self.cwd,
-            env=self.environment(**variables),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
-        return Result(done.returncode, done.stdout, done.stderr, [json.loads(line) for line in lines])
+from train_sh_fixture import Trainer, after, write_script
 
 
 @pytest.fixture
 def train(repo: Path, tmp_path: Path) -> Trainer:
     return Trainer(repo, tmp_path)
-
-
-def after(arguments: list[str], option: str) -> str:
-    return arguments[arguments.index(option) + 1]
 
 
 def test_one_process_runs_the_trainer_itself(train: Trainer) -> None:
@@ -249,6 +173,8 @@ def test_stop_signal_reaches_the_trainer(train: Trainer, stop: signal.Signals) -
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # Ignored, as in a background job, no shell could catch it.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     log = train.cwd / "nemo_experiments" / "logs" / "log"
     deadline = time.monotonic() + 300
@@ -260,106 +186,6 @@ def test_stop_signal_reaches_the_trainer(train: Trainer, stop: signal.Signals) -
     assert process.returncode == 17, "the trainer's own status"
     assert "asked to stop" in output
     assert "asked to stop" in log.read_text()
-
-
-def test_several_processes_run_under_torchrun(train: Trainer) -> None:
-    arguments = train("trainer.devices=4", FAKE_PROCESSES="4").trained
-    assert arguments[:2] == ["-m", "torch.distributed.run"]
-    assert after(arguments, "--nproc_per_node") == "4"
-    assert "--standalone" in arguments
-    at = arguments.index("nxdt_align")
-    assert arguments[at - 1 : at + 2] == ["-m", "nxdt_align", "train"]
-    assert arguments[-1] == "trainer.devices=4"
-
-
-SLURM = {"SLURM_NNODES": "4", "SLURM_NTASKS": "4", "SLURM_NODEID": "2", "SLURM_JOB_ID": "77"}
-
-
-@pytest.fixture
-def scontrol(train: Trainer) -> None:
-    script = '#!/bin/sh\n[ "$*" = "show hostnames trn[1-4]" ] && printf "trn1\\ntrn2\\ntrn3\\ntrn4\\n"\n'
-    write_script(train.bin / "scontrol", script)
-
-
-@pytest.mark.usefixtures("scontrol")
-def test_slurm_node(train: Trainer) -> None:
-    result = train(FAKE_PROCESSES="32", SLURM_JOB_NODELIST="trn[1-4]", SLURM_RESTART_COUNT="1", **SLURM)
-    assert result.status == 0
-    expected = "-m torch.distributed.run --nproc_per_node 32 --nnodes 4 --node_rank 2"
-    expected += " --master_addr trn1 --master_port 41000 -m nxdt_align train"
-    assert " ".join(result.trained).startswith(expected)
-    assert "trainer.num_nodes=4" in result.trained
-    assert "trainer.num_nodes=4" in result.calls[0]["argv"], (
-        "the process count is that of the whole job's config"
-    )
-    assert result.calls[-1]["env"]["FI_PROVIDER"] == "efa"
-    assert (train.cwd / "nemo_experiments/logs/77/1/2/log").exists()
-
-
-@pytest.mark.usefixtures("scontrol")
-def test_slurm_one_process_a_node_still_meets_the_others(train: Trainer) -> None:
-    result = train(SLURM_JOB_NODELIST="trn[1-4]", MASTER_PORT="5000", **SLURM)
-    assert after(result.trained, "--nproc_per_node") == "1"
-    assert after(result.trained, "--master_port") == "5000"
-
-
-@pytest.mark.usefixtures("scontrol")
-def test_slurm_step_on_some_of_the_nodes(train: Trainer) -> None:
-    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "trn[1-4]"}
-    result = train(**SLURM, **step)
-    assert after(result.trained, "--nnodes") == "2"
-
-
-def test_slurm_with_several_tasks_a_node_is_refused(train: Trainer) -> None:
-    result = train(**{**SLURM, "SLURM_NTASKS": "128"})
-    assert result.status == 1
-    assert "128 tasks on 4 nodes" in result.stderr
-    assert result.calls == []
-
-
-def test_slurm_without_host_names_is_refused(train: Trainer) -> None:
-    write_script(train.bin / "scontrol", "#!/bin/sh\nexit 1\n")
-    result = train(**SLURM)
-    assert result.status == 1
-    assert "set MASTER_ADDR" in result.stderr
-
-
-def test_slurm_on_one_node_needs_no_rendezvous(train: Trainer) -> None:
-    result = train(SLURM_NNODES="1", SLURM_JOB_ID="78", FAKE_PROCESSES="2")
-    assert "--standalone" in result.trained
-    assert (train.cwd / "nemo_experiments/logs/78/0/0/log").exists()
-
-
-MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
-
-
-def test_mpi_node(train: Trainer) -> None:
-    result = train(MASTER_ADDR="10.0.0.1", FAKE_PROCESSES="32", **MPI)
-    expected = "-m torch.distributed.run --nproc_per_node 32 --nnodes 2 --node_rank 1"
-    expected += " --master_addr 10.0.0.1 --master_port 41000 -m nxdt_align train"
-    assert " ".join(result.trained).startswith(expected)
-    assert result.calls[-1]["env"]["CCOM_SOCKET_IFNAME"] == "eth0"
-
-
-@pytest.mark.skipif(Path("/nodelist_helper.py").exists(), reason="this machine can name the job's hosts")
-def test_mpi_without_master_address_is_refused(train: Trainer) -> None:
-    result = train(**MPI)
-    assert result.status == 1
-    assert "MASTER_ADDR" in result.stderr
-    assert result.calls == []
-
-
-def test_mpi_with_several_tasks_a_node_is_refused(train: Trainer) -> None:
-    result = train(MASTER_ADDR="h", OMPI_COMM_WORLD_LOCAL_SIZE="32", **MPI)
-    assert result.status == 1
-    assert "32 tasks on one node" in result.stderr
-
-
-def test_worker_of_torchrun_trains_as_the_rank_that_it_is(train: Trainer) -> None:
-    result = train(TORCHELASTIC_RUN_ID="job", GROUP_WORLD_SIZE="2", RANK="5")
-    assert [call["argv"][:3] for call in result.calls] == [["-m", "nxdt_align", "train"]]
-    assert result.trained[-1] == "trainer.num_nodes=2"
-    assert (train.cwd / "nemo_experiments/logs/job/rank_5/log").exists()
 
 
 def test_compile_without_neuron_is_the_trainers_own(train: Trainer) -> None:
@@ -402,31 +228,11 @@ def test_totals_of_the_compiler_decide(train: Trainer, failed: int, status: int)
     assert "Traceback" not in log
 
 
-@pytest.mark.usefixtures("scontrol")
-def test_print_env_is_one_process_that_sees_the_nodes_environment(train: Trainer) -> None:
-    result = train("trainer.max_steps=3", "--print-env", SLURM_JOB_NODELIST="trn[1-4]", **SLURM)
-    (call,) = result.calls
-    arguments = call["argv"]
-    assert arguments[:3] == ["-m", "nxdt_align", "train"]
-    assert arguments[-3:] == ["trainer.num_nodes=4", "trainer.max_steps=3", "--print-env"]
-    assert call["env"]["FI_PROVIDER"] == "efa"
-    assert not (train.cwd / "nemo_experiments").exists(), "nothing is logged"
-
-
 def test_print_env_with_the_real_command_line(train: Trainer) -> None:
     result = train("distributed_strategy.engine=nxd", "--print-env", NXDT_ALIGN_PYTHON=sys.executable)
     assert result.status == 0, result.stderr
     assert "export NEURON_RT_EXEC_TIMEOUT=100  # YAML (neuron_rt_exec_timeout)" in result.stdout
     assert "export MALLOC_ARENA_MAX=128  # already set" in result.stdout
-
-
-def test_what_nxd_training_exports_for_efa_is_set_and_may_be_overridden(train: Trainer) -> None:
-    exports = {"FI_EFA_USE_DEVICE_RDMA": "1", "FI_PROVIDER": "efa", "FI_EFA_FORK_SAFE": "1"}
-    environment = train(MASTER_ADDR="h", **MPI).calls[-1]["env"]
-    assert {name: environment[name] for name in exports} == exports
-    environment = train(MASTER_ADDR="h", FI_PROVIDER="tcp", **MPI).calls[-1]["env"]
-    assert environment["FI_PROVIDER"] == "tcp"
-    assert "FI_PROVIDER" not in train().calls[-1]["env"], "one node needs no EFA"
 
 
 def test_interpreter_of_the_active_environment(train: Trainer) -> None:
