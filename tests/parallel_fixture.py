@@ -1,25 +1,14 @@
-"""Several processes on this machine, a small four-layer Llama spread over them, and what one process
-gets of it without any of the code that spreads."""
+"""A small four-layer Llama spread over several processes, and what one process gets of it without any of
+the code that spreads."""
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
-import signal
-import tempfile
-import time
-import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from oracle import (
     ExampleSet,
     ModuleWeights,
@@ -29,6 +18,7 @@ from oracle import (
     orpo_loss,
     random_examples,
 )
+from rank_processes import run_parallel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -48,11 +38,6 @@ from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 
-TIMEOUT = 900
-"""Seconds that the processes of one call may take, on a loaded machine too: few take more than 20."""
-CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
-"""Exit codes of a process whose memory is damaged."""
-
 SHAPE = LlamaConfig(
     vocab_size=64,
     hidden_size=32,
@@ -70,95 +55,6 @@ LOSSES: dict[str, Loss] = {
     "aot": DPOLoss(BETA, loss_types=("aot",)),
 }
 ATTENTIONS: dict[str, Attention] = {"dense": DenseAttention(), "blocks": BlockAttention()}
-
-
-# Processes
-
-
-def run_parallel(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``function(rank, world, *arguments)`` in each of ``world`` processes with a gloo group, all at once.
-
-    Returns the ranks' results, which torch.save must be able to write. ``function`` must be importable by
-    its module's name. Raises AssertionError with the traceback of the first rank that fails.
-
-    A rank that a signal ends (the C library's "unaligned tcache chunk", say) is no exception of ours to
-    trace: all start once more, with a warning. torch 2.13's gloo damages the heap now and then: seen once in
-    these tests, and at will in a loop of nothing but torch's own functional collectives, of which one result
-    was dropped unwaited. What our own code damages fails the second time too.
-    """
-    try:
-        return _run(world, function, arguments)
-    except RankCrash as crash:
-        warnings.warn(f"{crash}; all ranks are started once more", RuntimeWarning, stacklevel=2)
-    return _run(world, function, arguments)
-
-
-class RankCrash(AssertionError):
-    """A rank that a signal ended, not an exception."""
-
-
-def _run(world: int, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
-    # A server that has imported torch forks the processes: each starts in well under a second.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp"])
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        processes = [
-            context.Process(target=_rank, args=(folder, rank, world, function, arguments), daemon=True)
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
-        _await(processes, folder)
-        for rank, process in enumerate(processes):
-            if process.exitcode in CRASHES:
-                raise RankCrash(f"rank {rank} was ended by {signal.Signals(-process.exitcode).name}")
-        results = [_result(folder, rank) for rank in range(world)]
-    return results
-
-
-def _rank(
-    folder: Path, rank: int, world: int, function: Callable[..., Any], arguments: Sequence[Any]
-) -> None:
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=TIMEOUT),
-        )
-        result = function(rank, world, *arguments)
-        dist.barrier()
-    except BaseException:
-        (folder / f"{rank}.error").write_text(traceback.format_exc())
-        os._exit(1)
-    torch.save(result, folder / f"{rank}.part")
-    (folder / f"{rank}.part").replace(folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def _await(processes: Sequence[Any], folder: Path) -> None:
-    """Ends as soon as one has failed: the others would wait for it."""
-    deadline = time.monotonic() + TIMEOUT
-    while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
-        if any(folder.glob("*.error")):
-            break
-        time.sleep(0.02)
-    if any(folder.glob("*.error")) or time.monotonic() >= deadline:
-        for process in processes:
-            process.kill()
-    for process in processes:
-        process.join()
-
-
-def _result(folder: Path, rank: int) -> Any:
-    errors = sorted(folder.glob("*.error"), key=lambda f: f.stat().st_mtime)
-    assert not errors, f"rank {errors[0].stem} of a parallel test failed:\n{errors[0].read_text()}"
-    path = folder / f"{rank}.pt"
-    assert path.exists(), f"rank {rank} gave no result within {TIMEOUT} s"
-    return torch.load(path, weights_only=False)
 
 
 # Model and data

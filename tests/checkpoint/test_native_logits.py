@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_fixture import run
-from parallel_fixture import run_parallel
+from rank_processes import run_parallel
 from shard_loading import CASES, WORLD, Scores, all_scores, random_ids
 from torch import Tensor
 

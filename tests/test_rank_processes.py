@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from parallel_fixture import RankCrash, run_parallel
+from rank_processes import RankCrash, run_parallel
 
 
 def crash(rank: int, world: int, marker: Path, times: int) -> int:
