@@ -34,7 +34,8 @@ def test_logits_are_those_of_metas_own_rotation(tmp_path: Path) -> None:
     the same products of queries and keys under Hugging Face's (i, i + d/2)."""
     write_meta(tmp_path / "meta", CONFIG, 1, 0)
     raw = torch.load(tmp_path / "meta" / "consolidated.00.pth", weights_only=True)
-    source, d, x = MetaFolder(tmp_path / "meta"), CONFIG.head_dim, torch.randn(5, 16)
+    source, d = MetaFolder(tmp_path / "meta"), CONFIG.head_dim
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     angle = torch.arange(5)[:, None] * CONFIG.rope_theta ** (-torch.arange(0, d, 2) / d)
 
     def metas(weight: Tensor) -> Tensor:
