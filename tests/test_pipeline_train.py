@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from test_data_parallel import final_weights, train_sh
 from training_fixture import Project, scalars
+from transformers import AutoModelForCausalLM
 
 from nxdt_align.cli import main
 
@@ -56,19 +58,19 @@ def test_the_plan_counts_the_rows_that_only_a_schedule_needs(
     assert "empty" not in capsys.readouterr().out, "fewer micro-batches than ranks are one round"
 
 
-def test_a_tied_head_is_refused_before_data_are_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nxdt_align.build.run.ModelAlignmentDataModule", lambda *_, **__: pytest.fail("data"))
-    monkeypatch.setattr("nxdt_align.build.parts.start_processes", lambda *_: None)
-    monkeypatch.setattr("nxdt_align.config.check._wrong_world", lambda *_: pytest.fail("wrong world"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_tied_head_over_two_stages(repo: Path, tmp_path: Path) -> None:
+    """The export is what one process exports, to 5e-5, and transformers opens it: one weight, tied."""
     project = Project.create(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(
-        text.replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
-    )
-    assert project.train(STAGES, "trainer.devices=2") == 1
-    assert re.search(
-        r"pipeline_model_parallel_size: must be 1 for a model whose head is tied", capsys.readouterr().err
-    )
+    shape = tmp_path / "config.json"
+    shape.write_text(shape.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    steps = ("trainer.max_steps=2", "trainer.limit_val_batches=0")
+    assert project.train(f"exp_manager.exp_dir={tmp_path}/one", *steps) == 0
+    train_sh(repo, project, f"exp_manager.exp_dir={tmp_path}/two", "trainer.devices=2", STAGES, *steps)
+    runs = [project.only_run(name) for name in ("one", "two")]
+    one, two = (load_file(run / "hf_export" / "model.safetensors") for run in runs)
+    assert one.keys() == two.keys() and "lm_head.weight" not in two
+    for name, tensor in two.items():
+        assert float((tensor - one[name]).abs().max()) <= 5e-5, name
+    model = AutoModelForCausalLM.from_pretrained(runs[1] / "hf_export")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.equal(two["model.embed_tokens.weight"])

@@ -8,11 +8,12 @@ from functools import cache
 import pytest
 import torch
 from oracle import assert_gradients_close
-from parallel_fixture import Case, merged, oracle, outcomes, worst
+from parallel_fixture import SHAPE, Case, merged, oracle, outcomes, worst
 from parallel_fixture import Outcome as Training
 from pipeline_fixture import Outcome, Sequence, Step, in_one_process, over_ranks
 
 from nxdt_align.engines.native.precision import Precision
+from nxdt_align.models.presets import LlamaConfig
 
 TOLERANCE = 1e-6
 """Of the loss and the norms, and of each gradient relative to its largest entry."""
@@ -30,9 +31,22 @@ SPREADS = {
     "pp2 tp2 sp": Case(pipeline=2, tensor=2, sequence_parallel=True),
     "pp2 tp2": Case(pipeline=2, tensor=2, attention="blocks"),
 }
+TIED = replace(SHAPE, tie_word_embeddings=True)
+TIED_SPREADS = {
+    f"{name}, tied head": replace(SPREADS[name], shape=TIED)
+    for name in (
+        "pp2",
+        "pp2 x 2 chunks",
+        "pp4",
+        "pp2 dp2 zero1",
+        "pp2 x 2 chunks dp2 fsdp",
+        "pp2 tp2 sp",
+        "pp2 tp2",
+    )
+}
 TRAININGS = {
     f"{name}, {loss}": replace(case, loss=loss)
-    for name, case in SPREADS.items()
+    for name, case in (SPREADS | TIED_SPREADS).items()
     for loss in ("dpo", "orpo")
     if loss == "orpo" or not (case.zero1 or case.fsdp)
 }
@@ -44,14 +58,15 @@ def trained() -> dict[str, list[Training]]:
 
 
 @cache
-def oracle_of(loss: str) -> Training:
-    return oracle(Case(loss=loss))
+def oracle_of(loss: str, shape: LlamaConfig) -> Training:
+    return oracle(Case(loss=loss, shape=shape))
 
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_as_the_plain_model(trained: dict[str, list[Training]], name: str) -> None:
-    """Loss and metrics on every rank, each gradient on its stage's ranks, 5 steps of AdamW."""
-    ranks, want = trained[name], oracle_of(TRAININGS[name].loss)
+    """Loss and metrics on every rank, each gradient on its stage's ranks, 5 steps of AdamW. A tied embedding
+    is the same on both of its stages to the last bit."""
+    ranks, want = trained[name], oracle_of(TRAININGS[name].loss, TRAININGS[name].shape)
     for got in ranks:
         assert abs(got.loss - want.loss) <= TOLERANCE
         assert abs(got.evaluated - want.loss) <= TOLERANCE
@@ -88,6 +103,9 @@ SEQUENCES = {
         Case(pipeline=2, virtual_pipeline=2, checkpointing=SELECTIVE), (Step(), Step("orpo"))
     ),
     "bf16": Sequence(Case(pipeline=2, precision=Precision(torch.bfloat16)), (Step(), Step(kind="score"))),
+    "bf16, tied head": Sequence(
+        Case(pipeline=2, shape=TIED, precision=Precision(torch.bfloat16)), (Step(), Step(kind="score"))
+    ),
     "autocast": Sequence(Case(pipeline=2, precision=Precision(autocast=True)), (Step(),)),
     "changing pp4 blocks": Sequence(Case(pipeline=4, attention="blocks"), (*CHANGING, *ROWS)),
     "changing tp2 sp blocks": Sequence(

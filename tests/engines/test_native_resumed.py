@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from parallel_fixture import (
     CLIP,
     LOSSES,
+    SHAPE,
     STEPS,
     Case,
     adamw,
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.models.presets import LlamaConfig
 
 Turns = tuple[list[float], list[dict[str, Tensor]]]
 """Of one rank: each step's loss, and the whole weights after it (rank 0 alone)."""
@@ -35,11 +38,15 @@ LAYOUTS = (
 """tensor 4 is above the two kv heads."""
 
 
-def take_turns(rank: int, world: int, folder: Path) -> Turns:
+SHAPES = {"": SHAPE, "tied head": replace(SHAPE, tie_word_embeddings=True)}
+
+
+def take_turns(rank: int, world: int, folder: Path, shape: LlamaConfig) -> Turns:
     """For ``run_parallel``: one step in each layout."""
     losses, weights = [], []
     before: Path | None = None
-    for step, case in enumerate(LAYOUTS, 1):
+    for step, layout in enumerate(LAYOUTS, 1):
+        case = replace(layout, shape=shape)
         engine = case.engine(rank)
         optimizer = adamw([p for _, p in engine.named_parameters()])
         if before is not None:
@@ -55,28 +62,31 @@ def take_turns(rank: int, world: int, folder: Path) -> Turns:
     return losses, weights
 
 
-@pytest.fixture(scope="module")
-def spread(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Turns]]:
-    folder = tmp_path_factory.mktemp("turns")
-    return folder, run_parallel(4, take_turns, folder)
+@pytest.fixture(scope="module", params=SHAPES)
+def spread(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LlamaConfig, Path, list[Turns]]:
+    folder, shape = tmp_path_factory.mktemp("turns"), SHAPES[request.param]
+    return shape, folder, run_parallel(4, take_turns, folder, shape)
 
 
-def test_every_step_is_that_of_one_process(spread: tuple[Path, list[Turns]]) -> None:
+def test_every_step_is_that_of_one_process(spread: tuple[LlamaConfig, Path, list[Turns]]) -> None:
     """Loss within 1e-6, weights within 1e-5 after each AdamW step with clipping."""
     assert len(LAYOUTS) == STEPS
-    case, model, reference = Case(), make_model(0), make_model(1)
-    for losses, _ in spread[1]:
-        assert losses == spread[1][0][0], "every rank says the same"
-    for steps, gathered in enumerate(spread[1][0][1], 1):
-        assert worst(gathered, oracle(Case(steps=steps)).weights, relative=False)[0] <= 1e-5
+    shape, _, ranks = spread
+    case, model, reference = Case(shape=shape), make_model(0, shape), make_model(1, shape)
+    for losses, _ in ranks:
+        assert losses == ranks[0][0], "every rank says the same"
+    for steps, gathered in enumerate(ranks[0][1], 1):
+        assert worst(gathered, oracle(replace(case, steps=steps)).weights, relative=False)[0] <= 1e-5
         with torch.no_grad():
             loss = float(oracle_loss("dpo", model, reference, case.examples().examples))
-        assert abs(spread[1][0][0][steps - 1] - loss) <= 1e-6
-        model.load_state_dict(oracle(Case(steps=steps)).weights)
+        assert abs(ranks[0][0][steps - 1] - loss) <= 1e-6
+        model.load_state_dict(oracle(replace(case, steps=steps)).weights)
 
 
-def test_the_checkpoints_hold_what_the_ranks_held(spread: tuple[Path, list[Turns]]) -> None:
-    folder, ranks = spread
+def test_the_checkpoints_hold_what_the_ranks_held(spread: tuple[LlamaConfig, Path, list[Turns]]) -> None:
+    _, folder, ranks = spread
     for step, gathered in enumerate(ranks[0][1], 1):
         source = NativeCheckpoint(folder / f"step={step}")
         assert sorted(source.names()) == sorted(gathered)

@@ -16,6 +16,7 @@ from nxdt_align.models.partition import even_cuts
 from nxdt_align.ops.attention import DenseAttention
 
 DEEP = replace(TINY, num_hidden_layers=5)
+TIED = replace(DEEP, tie_word_embeddings=True)
 
 
 def on_meta() -> Llama:
@@ -69,11 +70,20 @@ def test_more_stages_than_layers() -> None:
         stages_of_rank(DEEP, 0, 3, chunks=2)
 
 
-def test_a_tied_head_cannot_be_two_stages() -> None:
-    tied = replace(DEEP, tie_word_embeddings=True)
-    with pytest.raises(EngineError, match=r"must be 1 for a model whose head is tied .* but is 2; tensor_"):
-        stages_of_rank(tied, 0, 2)
-    assert stages_of_rank(tied, 0, 1) == [Stage(0, 1, range(5))]
+def test_a_tied_embedding_is_in_the_first_and_the_last_stage() -> None:
+    """In the last one as the head alone: hidden states go in."""
+    holders = []
+    for rank in range(2):
+        for stage in stages_of_rank(TIED, rank, 2, chunks=2):
+            llama = Llama(TIED, DenseAttention())
+            prune(llama, stage)
+            assert llama.lm_head is None and (llama.model.norm is not None) == stage.is_last
+            if any("embed" in name for name, _ in llama.named_parameters()):
+                holders.append(stage.index)
+                ids = torch.zeros(1, 3, dtype=torch.int64)
+                x = ids if stage.is_first else torch.randn(1, 3, TIED.hidden_size)
+                assert llama(x, ids, None).shape == (1, 3, TIED.hidden_size)
+    assert sorted(holders) == [0, 3]
 
 
 def test_a_stage_draws_the_whole_models_fresh_weights() -> None:

@@ -205,6 +205,16 @@ def test_pipeline_stages_hold_their_layers_and_what_is_in_flight() -> None:
     assert first.activations - few.activations == 2 * 29 * per_layer
 
 
+def test_a_tied_head_is_a_copy_in_the_last_stage() -> None:
+    """fp32: each number of the last stage, the copy's 8,000 x 128 too, is in weights and gradients."""
+    tied = replace(EIGHT_B, model=WIDE_HEAD, formats=PRECISIONS["fp32"][1])
+    own = replace(tied, model=replace(WIDE_HEAD, tie_word_embeddings=False))
+    assert estimate(own).weights - estimate(tied).weights == 8000 * 128 * 4
+    own, tied = (replace(work, stages=(1, 3), micro_batches=2) for work in (own, tied))
+    assert estimate(own).stage == 1
+    assert estimate(own).weights == estimate(tied).weights
+
+
 def test_zero1_and_fsdp_divide_their_shares() -> None:
     one = estimate(EIGHT_B)
     zero1 = estimate(replace(EIGHT_B, data_parallel=8, zero1=True))

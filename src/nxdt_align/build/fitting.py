@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nxdt_align.config.check import resolve_engine
 from nxdt_align.config.schema import Config
 from nxdt_align.models.presets import LlamaConfig
 
@@ -132,7 +133,8 @@ def _tensor_parallel(config: Config, model: LlamaConfig) -> list[Change]:
 
 def _pipeline(config: Config, model: LlamaConfig) -> list[Change]:
     now = config.distributed_strategy.pipeline_model_parallel_size
-    if model.tie_word_embeddings or config.model.pipeline_cuts is not None:
+    is_nxd = resolve_engine(config, neuron_available=True) == "nxd"
+    if (is_nxd and model.tie_word_embeddings) or config.model.pipeline_cuts is not None:
         return []
     return [
         Change({_PIPELINE: stages} | _cores(config, config.model_parallel_size // now * stages))

@@ -218,8 +218,11 @@ class LlamaModel(nn.Module):
     """Everything below the head.
 
     ``embed_tokens`` and ``norm`` may be taken out (set to None), and ``layers`` be a ModuleDict of some of
-    them: without an embedding, hidden states go in; without a norm, they come out as the last layer's.
+    them. Hidden states go in where ``takes_hidden_states`` says so; an embedding that is there all the same
+    is the head's. Without a norm, they come out as the last layer's.
     """
+
+    takes_hidden_states = False
 
     embed_tokens: nn.Embedding | None
     layers: nn.ModuleList | nn.ModuleDict
@@ -236,7 +239,8 @@ class LlamaModel(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, context: Any) -> Tensor:
         """(B, S) int64 token ids, or (B, S, D) hidden states, and (B, S) int64 -> (B, S, D)."""
-        if self.embed_tokens is not None:
+        if not self.takes_hidden_states:
+            assert self.embed_tokens is not None
             x = self.embed_tokens(x)
         rotary = self.rotary_emb(position_ids)
         for layer in self.layers.children():
@@ -276,7 +280,7 @@ class Llama(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
         """(B, S), (B, S) int64 -> the hidden states below the head, (B, S, D): see ``logits``.
 
-        Where ``model`` has no embedding: hidden states, (B, S, D), in the place of ``input_ids``.
+        Where ``model`` takes hidden states: those, (B, S, D), in the place of ``input_ids``.
         """
         return self.model(input_ids, position_ids, context)  # type: ignore[no-any-return]
 

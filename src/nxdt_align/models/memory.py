@@ -93,7 +93,8 @@ class _Weights:
         layer = [size for name, size in sizes.items() if name.startswith("model.layers.0.")]
         is_first, is_last = stage == 0, stage == len(work.layers_of_stages) - 1
         embedding = sizes["model.embed_tokens.weight"]
-        above = sizes["model.norm.weight"] + sizes.get("lm_head.weight", 0)
+        # A tied head is a copy of the embedding in a last stage that is not the first.
+        above = sizes["model.norm.weight"] + sizes.get("lm_head.weight", 0 if is_first else embedding)
         return cls(
             layer=sum(layer),
             layers=work.layers_of_stages[stage],

@@ -65,7 +65,7 @@ class NativeEngine(Engine):
         self.topology = topology
         self.device = torch.device(device)
         self.config = config
-        self._groups = Groups.join(parallel, topology, self.device.type)
+        self._groups = Groups.join(parallel, topology, self.device.type, tied_head=config.tie_word_embeddings)
         self._blueprint = Blueprint(config, attention, precision, self._groups, self.device, configure_model)
         self._reference_precision = reference_precision or precision
         self._policy = self._blueprint.build()
@@ -122,10 +122,9 @@ class NativeEngine(Engine):
         scale, runner = self._loss_scale, self._policy.runner
         runner = runner if scale is None else scale.over(runner)
         output = steps.forward_and_backward(runner, self._groups.data, batches, objective)
-        parameters = [p for _, p in self.named_parameters()]
-        finish_gradients(parameters, self._groups)
+        finish_gradients(self.named_parameters(), self._groups)
         if scale is not None:
-            scale.unscale(parameters)
+            scale.unscale([parameter for _, parameter in self.named_parameters()])
         self._is_behind = True  # the optimizer's step comes next
         return output
 
@@ -165,10 +164,10 @@ class NativeEngine(Engine):
     # Norms
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
-        return clip_gradients([p for _, p in self.named_parameters()], max_norm, self._groups)
+        return clip_gradients(self.named_parameters(), max_norm, self._groups)
 
     def parameter_norm(self) -> Tensor:
-        return total_norm([p for _, p in self.named_parameters()], self._groups)
+        return total_norm(self.named_parameters(), self._groups)
 
     # Groups
 

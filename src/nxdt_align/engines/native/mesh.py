@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nxdt_align.batch import Topology
@@ -44,10 +45,19 @@ class Groups:
     data: Group = field(default_factory=lambda: Group(0, 1))
     tensor: Group = field(default_factory=lambda: Group(0, 1))
     pipeline: Group = field(default_factory=lambda: Group(0, 1))
+    ends: Group = field(default_factory=lambda: Group(0, 1))
+    """The first and the last stage of a pipeline, which both hold an embedding that is the head too; on
+    other stages and for other models the rank alone."""
 
     @classmethod
-    def join(cls, parallel: Parallel, topology: Topology, device_type: str) -> Groups:
-        """The groups of this process; all processes call this together, after init_process_group."""
+    def join(
+        cls, parallel: Parallel, topology: Topology, device_type: str, *, tied_head: bool = False
+    ) -> Groups:
+        """The groups of this process; all processes call this together, after init_process_group.
+
+        Args:
+            tied_head: whether the model's head is its embedding.
+        """
         sizes = (topology.pipeline_parallel_size, topology.data_parallel_size, topology.tensor_parallel_size)
         assert (parallel.pipeline, parallel.tensor) == (sizes[0], sizes[2]), (parallel, topology)
         if topology.world_size == 1:
@@ -60,6 +70,7 @@ class Groups:
             data=_group(mesh, DATA),
             tensor=_group(mesh, TENSOR),
             pipeline=_group(mesh, PIPELINE),
+            ends=_ends(mesh) if tied_head else Group(0, 1),
         )
 
     @property
@@ -88,3 +99,17 @@ class Groups:
 
 def _group(mesh: DeviceMesh, name: str) -> Group:
     return Group(mesh.get_local_rank(name), mesh[name].size(), mesh.get_group(name))
+
+
+def _ends(mesh: DeviceMesh) -> Group:
+    """The ranks at the two ends of this rank's pipeline, where it is one of them."""
+    stage, stages = mesh.get_local_rank(PIPELINE), mesh[PIPELINE].size()
+    own = Group(0, 1)
+    if stages == 1:
+        return own
+    pairs = mesh.mesh[[0, -1]].flatten(1).T.tolist()
+    for pair in pairs:
+        group = dist.new_group(pair)
+        if dist.get_rank() in pair:
+            own = Group(int(stage > 0), 2, group)
+    return own

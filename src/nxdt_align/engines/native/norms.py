@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nxdt_align.engines.native.mesh import Groups
+from nxdt_align.models.partition import EMBEDDING
+
+Named = Sequence[tuple[str, nn.Parameter]]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -18,12 +21,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def finish_gradients(parameters: Sequence[nn.Parameter], groups: Groups) -> None:
+def finish_gradients(named_parameters: Named, groups: Groups) -> None:
     """Sum what a step has added up over the ranks that hold parts of it; zeros where there is nothing.
 
     A weight that all tensor-parallel ranks hold gets from each a part of its gradient (``Partial``), where
     each sees some of the tokens or uses some of its rows. Data-parallel sums are FSDP's, where it is on.
+    A tied embedding gets one part as the first stage's embedding, the other as the last stage's head.
     """
+    parameters = [parameter for _, parameter in named_parameters]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -36,6 +41,7 @@ def finish_gradients(parameters: Sequence[nn.Parameter], groups: Groups) -> None
         )
     if not groups.shards_data:
         groups.data.sum([local(p.grad) for p in parameters if p.grad is not None])
+    groups.ends.sum([local(p.grad) for n, p in named_parameters if n == EMBEDDING and p.grad is not None])
 
 
 def _is_partial(gradient: Tensor | None) -> bool:
@@ -43,31 +49,35 @@ def _is_partial(gradient: Tensor | None) -> bool:
 
 
 @torch.no_grad()
-def total_norm(tensors: Sequence[Tensor], groups: Groups) -> Tensor:
-    """The L2 norm of all ranks' tensors, () float32, the same on every rank. One reduction."""
-    square = torch.stack([n.square() for n in torch._foreach_norm([local(t).float() for t in tensors])])
-    share = torch.tensor([1 / _copies(t, groups) for t in tensors], device=square.device)
+def total_norm(named: Sequence[tuple[str, Tensor]], groups: Groups) -> Tensor:
+    """The L2 norm of all ranks' tensors, () float32, the same on every rank. One reduction.
+
+    Args:
+        named: parameters, or their gradients, under the parameters' names.
+    """
+    square = torch.stack([n.square() for n in torch._foreach_norm([local(t).float() for _, t in named])])
+    share = torch.tensor([1 / _copies(name, tensor, groups) for name, tensor in named], device=square.device)
     return groups.world.summed((square * share).sum()).sqrt()
 
 
-def _copies(tensor: Tensor, groups: Groups) -> int:
+def _copies(name: str, tensor: Tensor, groups: Groups) -> int:
     """How many ranks hold the same numbers."""
+    ranks = groups.data.size * groups.tensor.size * (groups.ends.size if name == EMBEDDING else 1)
     if not isinstance(tensor, DTensor):
-        return groups.data.size * groups.tensor.size
+        return ranks
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
-    parts = prod(size for placement, size in sizes if not placement.is_replicate())
-    return groups.data.size * groups.tensor.size // parts
+    return ranks // prod(size for placement, size in sizes if not placement.is_replicate())
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None, groups: Groups) -> Tensor:
+def clip_gradients(named_parameters: Named, max_norm: float | None, groups: Groups) -> Tensor:
     """Scale all gradients so that their norm is at most ``max_norm``; returns what it was.
 
     As torch.nn.utils.clip_grad_norm_ computes it.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [(name, p.grad) for name, p in named_parameters if p.grad is not None]
     norm = total_norm(gradients, groups)
     if max_norm is not None:
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_([local(g) for g in gradients], scale)
+        torch._foreach_mul_([local(gradient) for _, gradient in gradients], scale)
     return norm

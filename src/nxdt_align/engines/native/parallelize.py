@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -29,6 +37,7 @@ from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups, Parallel
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.models.llama import Llama
+from nxdt_align.models.partition import EMBEDDING
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.models.sharding import KV_HEADS, REPLICATED, VOCAB, split_of
 
@@ -95,8 +104,8 @@ def _style(config: LlamaConfig, name: str, groups: Groups, residual: Placement) 
         return ReplicatedWeight(residual)
     if split == KV_HEADS and groups.tensor.size > config.num_key_value_heads:
         return OwnKvHeads(config, groups)
-    if split == VOCAB and "embed" in name:
-        return RowwiseParallel(input_layouts=Replicate(), output_layouts=residual)
+    if name == EMBEDDING:
+        return OwnVocabulary(groups, residual)
     return ColwiseParallel() if split.dim == 0 else RowwiseParallel(output_layouts=residual)
 
 
@@ -135,11 +144,45 @@ class OwnKvHeads(ParallelStyle):
         return module
 
 
+class OwnVocabulary(ParallelStyle):
+    """An embedding of which each rank holds the vectors of its share of the vocabulary, and adds those of
+    other tokens as zeros. DTensor's own embedding has each rank compute the whole matrix's gradient."""
+
+    def __init__(self, groups: Groups, residual: Placement) -> None:
+        self._rank = groups.tensor.rank
+        self._residual = residual
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, nn.Embedding)
+        first = self._rank * (module.num_embeddings // device_mesh.size())
+        distribute_module(module, device_mesh, _divide_rows)
+        module.forward = partial(_own_embeddings, module, first, self._residual)  # type: ignore[method-assign]
+        return module
+
+
+def _own_embeddings(module: nn.Embedding, first: int, residual: Placement, ids: Tensor) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, DTensor)
+    own = weight.to_local(grad_placements=[Shard(0)])
+    rows = ids - first
+    is_foreign = (rows < 0) | (rows >= own.shape[0])
+    vectors = F.embedding(rows.masked_fill(is_foreign, 0), own).masked_fill(is_foreign[..., None], 0.0)
+    summand: Any = DTensor.from_local(vectors, weight.device_mesh, [Partial()], run_check=False)
+    whole: Tensor = summand.redistribute(placements=[residual]).to_local()
+    return whole
+
+
 def _linear_rows(module: nn.Linear, rows: slice, x: DTensor) -> Tensor:
     weight = module.weight
     assert isinstance(weight, DTensor)
     own = weight.to_local(grad_placements=[Partial()])[rows]
     return F.linear(x.to_local(grad_placements=[Partial()]), own)
+
+
+def _divide_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for key, parameter in module.named_parameters(recurse=False):
+        rows = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
 
 
 def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:

@@ -50,13 +50,6 @@ def stages_of_rank(
     Raises EngineError where the model cannot be cut so.
     """
     count = ranks * chunks
-    if config.tie_word_embeddings and count > 1:
-        raise EngineError(
-            "distributed_strategy.pipeline_model_parallel_size: must be 1 for a model whose head is tied to "
-            "its embedding (tie_word_embeddings in model.model_config), as the first and the last stage "
-            f"would share one weight, but is {ranks}; tensor_model_parallel_size, zero1 and fsdp spread such "
-            "a model"
-        )
     shares = layers_of_stages(config.num_hidden_layers, count, cuts)
     return [Stage(index, count, shares[index]) for index in range(rank, count, ranks)]
 
@@ -85,12 +78,17 @@ def layers_of_stages(layers: int, stages: int, cuts: Sequence[int] | None = None
 
 
 def prune(llama: Llama, stage: Stage) -> None:
-    """Leave of ``llama`` what ``stage`` holds; every weight keeps its name in the whole model."""
+    """Leave of ``llama`` what ``stage`` holds; every weight keeps its name in the whole model.
+
+    An embedding that is the head too is in the first and in the last stage.
+    """
     model = llama.model
     assert isinstance(model.layers, nn.ModuleList), "this model has been cut already"
     model.layers = nn.ModuleDict({str(i): model.layers[i] for i in stage.layers})
     if not stage.is_first:
-        model.embed_tokens = None
+        model.takes_hidden_states = True
+        if not (stage.is_last and llama.config.tie_word_embeddings):
+            model.embed_tokens = None
     if not stage.is_last:
         model.norm = None
         llama.lm_head = None
