@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_fixture import run_parallel
+from parallel_fixture import Case, run_parallel
 from training_fixture import Project
 
 from nxdt_align.build.preconditions import other_processes_are_there
+from nxdt_align.engines.native.collectives import Ranks
+from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.errors import UserError
 
 ENDLESS = (
@@ -95,6 +98,29 @@ def test_the_other_process_hangs() -> None:
     told, _ = run_parallel(2, wait_for_a_process_that_hangs)
     assert told.startswith("another of the run's 2 processes has ended, or has not answered for ")
     assert "timeout_minutes (0.0166667): Timed out waiting 1000ms" in told
+
+
+def wait_in_groups_of_which_rank_3_is_one(rank: int, world: int) -> list[str]:
+    """What each group's first collective says in 2 stages x 2 data-parallel ranks, of which one hangs."""
+    spread, patience = Case(pipeline=2, data=2), timedelta(seconds=1)
+    groups = Groups.join(spread.parallel, spread.topology(rank), "cpu", tied_head=True, timeout=patience)
+    all_ranks = Ranks(own_group=True, timeout=patience)
+    waiting = {1: (groups.pipeline, groups.ends), 2: (groups.data,)}.get(rank, ())
+    calls = [partial(group.summed, torch.zeros(1)) for group in waiting]
+    calls += [partial(all_ranks.gather, rank)] if rank == 0 else []
+    said = []
+    for call in calls:
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        said.append(str(caught.value))
+    return said
+
+
+def test_every_group_waits_as_long_as_it_is_told() -> None:
+    """torch gives a group 30 minutes, or 10 on nccl, whatever init_process_group was told."""
+    told = run_parallel(4, wait_in_groups_of_which_rank_3_is_one)
+    assert [len(said) for said in told] == [1, 2, 1, 0]
+    assert all("Timed out waiting 1000ms" in line for said in told for line in said), told
 
 
 def test_errors_of_other_kinds_stay_what_they_are() -> None:

@@ -46,6 +46,7 @@ class NativeParts:
             parallel=parts.parallel(self._config),
             device=self.device,
             configure_model=lambda llama: llama.set_checkpointing(granularity, recompute, how),
+            timeout=parts.timeout(self._config),
         )
         if on_xla:
             engine.compiler = xla.compiler()

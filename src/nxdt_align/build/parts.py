@@ -46,8 +46,7 @@ def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topolog
         own = dist.get_default_backend_for_device(where)
         backend = own if where.type == "cpu" else f"cpu:gloo,{where.type}:{own}"
         try:
-            timeout = timedelta(minutes=config.distributed_strategy.timeout_minutes)
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=timeout(config))
         except ValueError as error:
             raise UserError(
                 f"the {env.world_size} processes (WORLD_SIZE) cannot find each other: {error}; start with "
@@ -60,6 +59,11 @@ def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topolog
         tensor_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_parallel_size=parallel.pipeline_model_parallel_size,
     )
+
+
+def timeout(config: Config) -> timedelta:
+    """How long a process waits for the others."""
+    return timedelta(minutes=config.distributed_strategy.timeout_minutes)
 
 
 def end_processes() -> None:

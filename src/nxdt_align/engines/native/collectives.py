@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from nxdt_align.engines.base import EngineError
 
@@ -82,18 +84,27 @@ def barrier() -> None:
         dist.barrier()
 
 
+def set_timeout(group: dist.ProcessGroup | None, timeout: timedelta | None) -> None:
+    """How long a rank of ``group`` waits for the others. torch gives each group 30 minutes, or 10 on nccl,
+    whatever init_process_group was told. None for either changes nothing."""
+    if group is not None and timeout is not None:
+        _set_pg_timeout(timeout, group)
+
+
 class Ranks:
     """All processes, as they agree over plain values (names, sizes, faults).
 
     Args:
         own_group: talk in a process group of one's own, over the CPU, so that a thread can do so while
             training goes on. Making it is a collective call.
+        timeout: how long a rank waits for the others in that group; torch's default where None.
     """
 
-    def __init__(self, *, own_group: bool = False) -> None:
+    def __init__(self, *, own_group: bool = False, timeout: timedelta | None = None) -> None:
         self.size = dist.get_world_size() if active() else 1
         self.rank = dist.get_rank() if active() else 0
         self.group = dist.new_group(backend="gloo") if own_group and active() else None
+        set_timeout(self.group, timeout)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank, in the order of the ranks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class NativeEngine(Engine):
         parallel: how the model is spread over them.
         device: where this process's part of it lives.
         configure_model: called with each Llama that is built, e.g. to set activation checkpointing.
+        timeout: how long a process waits for others; torch's default where None.
 
     Raises EngineError for sizes of the model that the ranks cannot share.
     """
@@ -59,13 +61,16 @@ class NativeEngine(Engine):
         parallel: Parallel = Parallel(),  # noqa: B008 (frozen)
         device: torch.device | str = "cpu",
         configure_model: Callable[[Llama], None] = lambda model: None,
+        timeout: timedelta | None = None,
     ) -> None:
         check_sizes(config, parallel.tensor)
         check_pipeline(config, parallel)
         self.topology = topology
         self.device = torch.device(device)
         self.config = config
-        self._groups = Groups.join(parallel, topology, self.device.type, tied_head=config.tie_word_embeddings)
+        self._groups = Groups.join(
+            parallel, topology, self.device.type, tied_head=config.tie_word_embeddings, timeout=timeout
+        )
         self._blueprint = Blueprint(config, attention, precision, self._groups, self.device, configure_model)
         self._reference_precision = reference_precision or precision
         self._policy = self._blueprint.build()
@@ -75,7 +80,7 @@ class NativeEngine(Engine):
         self._loss_scale = LossScale(self.device, self._groups.world) if needs_scale else None
         self._is_behind = True
         self._reference: RankModel | None = None
-        self._saver = Saver()
+        self._saver = Saver(timeout)
 
     # Weights
 

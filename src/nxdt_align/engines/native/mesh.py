@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nxdt_align.batch import Topology
-from nxdt_align.engines.native.collectives import Group
+from nxdt_align.engines.native.collectives import Group, set_timeout
 
 PIPELINE, DATA, TENSOR = "pp", "dp", "tp"
 """The mesh's dimensions, outermost first, as ``Topology.of_rank`` numbers the ranks."""
@@ -51,19 +52,26 @@ class Groups:
 
     @classmethod
     def join(
-        cls, parallel: Parallel, topology: Topology, device_type: str, *, tied_head: bool = False
+        cls,
+        parallel: Parallel,
+        topology: Topology,
+        device_type: str,
+        *,
+        tied_head: bool = False,
+        timeout: timedelta | None = None,
     ) -> Groups:
         """The groups of this process; all processes call this together, after init_process_group.
 
         Args:
             tied_head: whether the model's head is its embedding.
+            timeout: how long a rank waits for the others of a group; torch's default where None.
         """
         sizes = (topology.pipeline_parallel_size, topology.data_parallel_size, topology.tensor_parallel_size)
         assert (parallel.pipeline, parallel.tensor) == (sizes[0], sizes[2]), (parallel, topology)
         if topology.world_size == 1:
             return cls(parallel)
         mesh = init_device_mesh(device_type, sizes, mesh_dim_names=(PIPELINE, DATA, TENSOR))
-        return cls(
+        groups = cls(
             parallel,
             mesh,
             world=Group(topology.rank, topology.world_size),
@@ -72,6 +80,9 @@ class Groups:
             pipeline=_group(mesh, PIPELINE),
             ends=_ends(mesh) if tied_head else Group(0, 1),
         )
+        for group in (groups.data, groups.tensor, groups.pipeline, groups.ends):
+            set_timeout(group.group, timeout)
+        return groups
 
     @property
     def tensor_mesh(self) -> DeviceMesh | None:

@@ -9,6 +9,7 @@ import io
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,15 @@ def save(
 
 
 class Saver(BackgroundSaving):
-    """Writes checkpoints, at most one at a time, on a thread where asked. All ranks make the same calls."""
+    """Writes checkpoints, at most one at a time, on a thread where asked. All ranks make the same calls.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: how long a rank waits for the others; torch's default where None.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
         super().__init__()
+        self._timeout = timeout
         self._ranks: Ranks | None = None
 
     def save(
@@ -90,7 +96,7 @@ class Saver(BackgroundSaving):
     def ranks(self) -> Ranks:
         """All ranks in a group of their own over the CPU; the first call is a collective."""
         if self._ranks is None:
-            self._ranks = Ranks(own_group=True)
+            self._ranks = Ranks(own_group=True, timeout=self._timeout)
         return self._ranks
 
 
