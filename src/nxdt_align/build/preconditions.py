@@ -54,7 +54,7 @@ def other_processes_are_there(world_size: int, timeout_minutes: float) -> Iterat
         is_lost = isinstance(error, dist.DistError) or any(sign in text.lower() for sign in _LOST)
         if world_size == 1 or not is_lost:
             raise
-        cause = text.rpartition("] ")[2][:150]
+        cause = text.rpartition("] ")[2].partition(". ")[0][:150]
         raise UserError(
             f"another of the run's {world_size} processes has ended, or has not answered for "
             f"distributed_strategy.timeout_minutes ({timeout_minutes:g}): {cause}. Its own message says why; "

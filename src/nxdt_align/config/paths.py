@@ -20,6 +20,7 @@ _TOKENIZER_FILES = (
     *("spiece.model", "sentencepiece.bpe.model"),
 )
 _TP = "distributed_strategy.tensor_model_parallel_size"
+_LARGEST_TP = 128
 
 
 def path_faults(config: Config) -> list[Fault]:
@@ -153,17 +154,20 @@ def _shape(config: Config, shape: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _tensor_parallel(size: int, shape: dict[str, Any]) -> Iterator[Fault]:
-    if size < 1:
-        return
-    for key in ("num_attention_heads", "intermediate_size", "vocab_size"):
-        whole = _size(shape, key)
-        if whole is not None and whole % size:
-            divisors = ", ".join(str(d) for d in range(1, 129) if whole % d == 0)
-            advice = f"possible are {divisors}" if key != "intermediate_size" else ""
-            yield Fault(_TP, f"must divide {key} ({whole})", size, advice)
+    rules = _broken_rules(size, shape) if size >= 1 else []
+    fitting = ", ".join(str(n) for n in range(1, _LARGEST_TP + 1) if rules and not _broken_rules(n, shape))
+    for rule in rules:
+        yield Fault(_TP, rule, size, f"possible are {fitting}")
+
+
+def _broken_rules(size: int, shape: dict[str, Any]) -> list[str]:
+    """What keeps ``size`` ranks from sharing a model evenly."""
+    sizes = {key: _size(shape, key) for key in ("num_attention_heads", "intermediate_size", "vocab_size")}
+    rules = [f"must divide {key} ({whole})" for key, whole in sizes.items() if whole and whole % size]
     kv_heads = _size(shape, "num_key_value_heads")
-    if kv_heads is not None and kv_heads % size and size % kv_heads:
-        yield Fault(_TP, f"must divide num_key_value_heads ({kv_heads}), or be a multiple of it", size)
+    if kv_heads and kv_heads % size and size % kv_heads:
+        rules.append(f"must divide num_key_value_heads ({kv_heads}), or be a multiple of it")
+    return rules
 
 
 def _size(shape: dict[str, Any], key: str) -> int | None:
