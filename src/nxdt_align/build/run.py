@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -295,6 +296,8 @@ class Run:
 
     def _trainer(self, callbacks: list[Callback], record: dict[str, Any]) -> Trainer:
         settings = self.config.trainer
+        # Advice to reduce validation's values, which are means over all ranks already.
+        warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
         strategy = EngineStrategy(
             self.engine,
             parts.cluster(self.env),
