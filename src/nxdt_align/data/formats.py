@@ -186,7 +186,7 @@ def from_messages(row: Row) -> list[Draft]:
 
 
 def from_input_output(row: Row) -> list[Draft]:
-    """``input``, ``output``. Alpaca's ``instruction`` beside them is a part of the prompt, and would be lost."""
+    """``input``, ``output``. Alpaca's ``instruction`` beside them is a part of the prompt that must stay."""
     instruction = row.get("instruction")
     if isinstance(instruction, str) and instruction.strip():
         found = f"`instruction` is {excerpt(instruction)} beside `input`; join the two in the file"
