@@ -186,6 +186,14 @@ def test_columns_that_nothing_reads_are_told(tmp_path: Path) -> None:
     assert load_records([chat], "response", format="messages").unread == {}
 
 
+def test_an_empty_response_is_named(tmp_path: Path) -> None:
+    single = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": " ", "label": True}])
+    with pytest.raises(DataError, match="1: the response to 'p' is ' '"):
+        load_records([single], "unpaired")
+    with pytest.raises(DataError, match="1: the rejected response to 'p1' is ''"):
+        load(write(tmp_path / "b.jsonl", [row(1, rejected="")]))
+
+
 def test_an_instruction_is_not_lost(tmp_path: Path) -> None:
     """Alpaca's records have the task in ``instruction`` and its material, often empty, in ``input``."""
     alpaca = {"instruction": "Translate.", "input": "house", "output": "casa"}

@@ -164,10 +164,10 @@ def _fault_of(draft: Draft) -> BadRecord | None:
     prompt = draft.prompt
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         return BadRecord("empty prompt", f"the prompt is {prompt!r}")
-    names = ("chosen", "rejected") if len(draft.responses) == 2 else ("response",)
+    names = ("chosen response", "rejected response") if len(draft.responses) == 2 else ("response",)
     for name, text in zip(names, draft.responses, strict=True):
         if not text.strip():
-            return BadRecord("empty response", f"the {name} response to {excerpt(prompt)} is {text!r}")
+            return BadRecord("empty response", f"the {name} to {excerpt(prompt)} is {text!r}")
     if len(draft.responses) == 2 and draft.responses[0] == draft.responses[1]:
         return BadRecord("chosen equal to rejected", excerpt(draft.responses[0]))
     return None
