@@ -15,7 +15,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import load_loss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.types import Loss
+from nxdt_align.losses.types import Loss, ResponseLogps
 
 MODULE = """
 import torch
@@ -97,6 +97,16 @@ class Learned(torch.nn.Module):
     def forward(self, policy, reference):
         return LossOutput(-self.scale * policy.chosen_logps)
 
+class Buffered(torch.nn.Module):
+    needs_reference = False
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([2.0, 3.0]))
+
+    def forward(self, policy, reference):
+        return LossOutput(-self.scale * policy.chosen_logps)
+
 builtin = torch.nn.functional.logsigmoid
 
 class Tokens:
@@ -143,6 +153,14 @@ def test_our_signature_with_settings_and_declarations(make_batch: Callable[..., 
 
 def test_a_function_takes_its_settings_at_each_call(make_batch: Callable[..., Batch]) -> None:
     assert value(load_loss("own_losses.function", {"scale": 3.0}), make_batch).item() == 6.0
+
+
+def test_buffers_follow_the_run_to_its_device() -> None:
+    """The meta device stands for any that is not the CPU: the two do not mix in a product."""
+    loss = load_loss("own_losses.Buffered")
+    sums = torch.zeros(4, device="meta")
+    policy = ResponseLogps(sums=sums, counts=sums, valid=sums > 0, desirable=sums > 0, roles=sums.long())
+    assert loss(policy, None).losses.device.type == "meta"
 
 
 def test_a_loss_of_single_responses(make_batch: Callable[..., Batch]) -> None:
