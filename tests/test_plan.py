@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def test_plan_does_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"{start}: must be a folder that exists, but is '{tmp_path}/far'" in capsys.readouterr().err
     assert plan(project, f"data.train_dir={tmp_path}/none.jsonl") == 1
     assert "data.train_dir: must be a file or folder that exists" in capsys.readouterr().err
+
+
+def test_a_bucket_that_the_validation_data_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = Project.create(tmp_path)
+    long = {"prompt": "of it", "chosen": "the " * 60, "rejected": "a " * 60}
+    (tmp_path / "val.jsonl").write_text(json.dumps(long) + "\n")
+    assert plan(project, "data.buckets=[128]") == 1
+    assert "the longest example of data.val_dir after truncation, which takes" in capsys.readouterr().err
 
 
 def test_plan_of_layout_none_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             round_size=self._round_size if split == "train" else 1,
             with_prompts=self._with_prompts,
             fixed_micro_batches=self._fixed_micro_batches,
+            name=f"data.{split}_dir",
         )
         report = PlanReport.measure(planner, len(examples), data.global_batch_size, data.seq_length)
         self.reports[split] = (

@@ -93,6 +93,7 @@ class RowPlanner:
             that needs more gets twice as many.
         seq_length: the longest sequence after truncation; the row length of layout none.
         with_prompts: leave room for the prompts' tokens among those that are predicted.
+        name: of the data set, for messages.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class RowPlanner:
         round_size: int = 1,
         with_prompts: bool = False,
         fixed_micro_batches: bool = False,
+        name: str = "the data",
     ) -> None:
         self.layout: Layout = layout
         self.ranks = ranks
@@ -121,7 +123,7 @@ class RowPlanner:
         self._responses = example_responses(lengths, layout, with_prompts)
         longest = int(self._tokens.max())
         if buckets is not None:
-            _check_buckets(buckets, longest, layout)
+            _check_buckets(buckets, longest, layout, name)
             sizes = tuple(buckets)
         elif layout == "none":
             sizes = (seq_length,)
@@ -283,13 +285,13 @@ def _candidates(largest: int, typical_step: int) -> list[int]:
     return sorted(grid)
 
 
-def _check_buckets(buckets: Sequence[int], longest: int, layout: Layout) -> None:
+def _check_buckets(buckets: Sequence[int], longest: int, layout: Layout, name: str) -> None:
     if not buckets or any(b <= 0 for b in buckets) or sorted(set(buckets)) != list(buckets):
         raise UserError(
             f"data.buckets: must be positive row lengths in ascending order, but is {list(buckets)}"
         )
     if buckets[-1] < longest:
         raise UserError(
-            f"data.buckets: the largest must hold the longest example after truncation, which takes "
-            f"{longest} tokens in layout {layout}, but is {buckets[-1]}; {_round_up(longest)} would fit"
+            f"data.buckets: the largest must hold the longest example of {name} after truncation, which "
+            f"takes {longest} tokens in layout {layout}, but is {buckets[-1]}; {_round_up(longest)} would fit"
         )
