@@ -205,6 +205,10 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("exp_manager.explicit_log_dir={root}/train.jsonl",),
         ("exp_manager.explicit_log_dir: must be a folder that can be written to", "choose another folder"),
     ),
+    "a loss of one's own that is not there": (
+        ("model_alignment_strategy.loss=no_such_module.Loss",),
+        ("model_alignment_strategy.loss: no_such_module.Loss: the module no_such_module does not import",),
+    ),
     "file as cache": (
         ("data.cache_dir={root}/train.jsonl",),
         ("data.cache_dir: must be a folder that can be written to", "choose another folder"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -27,6 +28,32 @@ def test_plan_prints_the_rows_and_builds_no_model(
     for what in ("buckets: ", "each one graph", "fill: ", "against layout none: ", "data-parallel ranks: 1"):
         assert what in said
     assert not (tmp_path / "experiments").exists()
+
+
+def test_plan_does_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only their config.json is read, and that only where model.model_config names none."""
+    project, start = Project.create(tmp_path), "exp_manager.resume_from_checkpoint"
+    absent = (f"{start}={tmp_path}/far", f"model_alignment_strategy.reference_model={tmp_path}/away")
+    assert plan(project, *absent) == 0
+    said = capsys.readouterr()
+    assert "train data: 22 examples" in said.out
+    assert f"notice: train would stop: {start}: must be a folder that exists, but is" in said.err
+    assert "notice: train would stop: model_alignment_strategy.reference_model: must be a folder" in said.err
+
+    assert plan(project, *absent, "model.model_config=null") == 1
+    assert f"{start}: must be a folder that exists, but is '{tmp_path}/far'" in capsys.readouterr().err
+    assert plan(project, f"data.train_dir={tmp_path}/none.jsonl") == 1
+    assert "data.train_dir: must be a file or folder that exists" in capsys.readouterr().err
+
+
+def test_a_bucket_that_the_validation_data_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = Project.create(tmp_path)
+    long = {"prompt": "of it", "chosen": "the " * 60, "rejected": "a " * 60}
+    (tmp_path / "val.jsonl").write_text(json.dumps(long) + "\n")
+    assert plan(project, "data.buckets=[128]") == 1
+    assert "the longest example of data.val_dir after truncation, which takes" in capsys.readouterr().err
 
 
 def test_plan_of_layout_none_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.config.check import (
     ConfigError,
     Fault,
+    check_notices,
     load_checked,
     neuron_available,
     resolve_engine,
@@ -199,6 +200,9 @@ def _overrides(arguments: argparse.Namespace, environment: _Environment) -> list
 
 # Verbs
 
+_WEIGHTS = ("exp_manager.resume_from_checkpoint", "model_alignment_strategy.reference_model")
+"""Keys of folders of weights; the first has the config.json too, where model.model_config names none."""
+
 
 def _config(arguments: argparse.Namespace, environment: _Environment) -> int:
     config, missing = _read(arguments, environment, checked=not arguments.no_check)
@@ -230,8 +234,14 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 
 def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
-    """Fewer processes than the run's will do, and none of its packages: one plans for all ranks."""
-    config = _checked(arguments, environment, None, notify=True, any_engine=True)
+    """Fewer processes than the run's will do, no weights and none of its packages: one plans for all."""
+    config, missing = _read(arguments, environment, checked=True)
+    unread = set(_WEIGHTS) if config.model.model_config is not None else set(_WEIGHTS[1:])
+    needed = [fault for fault in missing if fault.path not in unread]
+    if needed:
+        raise ConfigError(needed, config.source)
+    for notice in (*check_notices(config), *(f"train would stop: {fault}" for fault in missing)):
+        _note(notice)
     from nxdt_align.build.plan import plan_report
 
     print(plan_report(config))
@@ -326,12 +336,9 @@ def _checked(
     environment: _Environment,
     world_size: int | None,
     notify: bool,
-    any_engine: bool = False,
 ) -> Config:
     overrides = _overrides(arguments, environment)
-    config, notices = load_checked(
-        arguments.config_name, overrides, arguments.config_path, world_size, any_engine
-    )
+    config, notices = load_checked(arguments.config_name, overrides, arguments.config_path, world_size)
     for notice in notices if notify else ():
         _note(notice)
     return config

@@ -59,7 +59,7 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         ("trainer.check_val_every_n_epoch=null", "trainer.val_check_interval: must be a number of steps"),
         ("trainer.limit_val_batches=1.5", "must be a share from 0.0 to 1.0, or a whole number, but is 1.5"),
         ("trainer.lnc=3", "trainer.lnc: must be 1 or 2, but is 3"),
-        ("data.buckets=[128,64]", "must be positive row lengths in ascending order, but is [128, 64]"),
+        ("data.buckets=[128,64]", "in ascending order, but is [128, 64]; [64, 128] would be"),
         ("exp_manager.ema.enable=True", "exp_manager.ema.enable: must be False"),
         ("exp_manager.checkpoint_callback_params.always_save_nemo=True", "no .nemo archive is written here"),
         (f"{SPREAD}.expert_model_parallel_size=2", "must be 1 (the models here have no experts), but is 2"),

@@ -37,7 +37,7 @@ def test_a_key_is_described_with_type_default_and_meaning() -> None:
         ("trainer.max_step", "trainer.max_steps"),
         ("trainer.seq_length", "data.seq_length"),
         ("exp_manger", "exp_manager"),
-        ("model_alignment_strategy.dpo.beta", "model_alignment_strategy.orpo.beta"),
+        ("model_alignment_strategy.dpo.beta", "model_alignment_strategy.dpo.kl_beta"),
         ("zzz.qqq", None),
     ],
 )

@@ -43,6 +43,15 @@ DPO = f"{ALIGN}.dpo"
         (["ld_alpha=1.5"], "ld_alpha: must be at most 1, but is 1.5"),
         (["nll_scale=-1"], "nll_scale: must be at least 0, but is -1.0"),
         (["loss_type=[sigmoid,ippo]"], "loss_type: must be one of sigmoid, robust"),
+        (["loss_type=[sigmoid,ippo]"], "but is ['sigmoid', 'ippo']; did you mean ipo?"),
+        (["loss_type=[sigmoid,bco_pair,sft]"], f"'sft']; {DPO}.nll_scale adds that term to any loss_type"),
+        (["loss_type=rso"], f"but is 'rso'; loss_type hinge is it, with {DPO}.gamma"),
+        (["loss_type=simpo"], f"but is 'simpo'; {ALIGN}.simpo in the place of dpo is it"),
+        (["beta=0.1"], f"{DPO}.beta: is not a known key; did you mean {DPO}.kl_beta?"),
+        (["rpo_alpha=1"], f"did you mean {DPO}.nll_scale?"),
+        (["kl_beta=inf"], f"{DPO}.kl_beta: must be a finite number, but is inf"),
+        (["loss_weights=[nan]"], f"{DPO}.loss_weights: must be a finite number, but is [nan]"),
+        (["f_alpha_divergence_coef=nan"], "f_alpha_divergence_coef: must be a finite number, but is nan"),
     ],
 )
 def test_settings_of_dpo_that_break_a_rule(reject: Reject, overrides: list[str], rule: str) -> None:
@@ -58,6 +67,9 @@ def test_settings_of_dpo_that_break_a_rule(reject: Reject, overrides: list[str],
         ("simpo", "label_smoothing=0.7", "simpo.label_smoothing: must be below 0.5, but is 0.7"),
         ("orpo", "nll_scale=-1", "orpo.nll_scale: must be at least 0, but is -1.0"),
         ("kto", "beta=0", "kto.beta: must be above 0, but is 0.0"),
+        ("simpo", "simpo_gamma=1", f"did you mean {ALIGN}.simpo.gamma?"),
+        ("cpo", "cpo_alpha=1", f"did you mean {ALIGN}.cpo.nll_scale?"),
+        ("kto", "kl_beta=1", f"did you mean {ALIGN}.kto.beta?"),
         ("kto", "undesirable_weight=-1", "kto.undesirable_weight: must be at least 0, but is -1.0"),
         ("cpo", "max_prompt_length=4096", "must be below data.seq_length (4096)"),
     ],
@@ -66,6 +78,11 @@ def test_settings_of_others_that_break_a_rule(
     reject: Reject, objective: str, override: str, rule: str
 ) -> None:
     assert rule in reject(f"~{DPO}", f"{ALIGN}.{objective}.{override}")
+
+
+def test_kto_with_no_weight_at_all(reject: Reject) -> None:
+    weights = (f"{ALIGN}.kto.desirable_weight=0", f"{ALIGN}.kto.undesirable_weight=0")
+    assert "nothing would be trained" in reject(f"~{DPO}", *weights)
 
 
 @pytest.mark.parametrize(

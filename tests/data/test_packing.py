@@ -115,6 +115,28 @@ def test_ranks_get_about_equal_work(ranks: int) -> None:
     assert report.steps == sum(report.steps_of_bucket.values()) == 10
 
 
+@pytest.mark.parametrize(("pairs", "ranks", "micro"), [(4, 4, 1), (6, 2, 3), (9, 3, 1)])
+def test_ranks_share_a_step_that_fits_fewer_rows(pairs: int, ranks: int, micro: int) -> None:
+    """Pairs of 9 places, up to 7 of them in a row of 64: the rows that every rank has to have anyway take
+    an equal share each."""
+    data = FakeLengths(np.full(36, 5), np.tile([3, 2], (36, 1)))
+    plans = planner(data, "shared_prompt", ranks=ranks, micro_batch_size=micro, examples_per_step=pairs)
+    step = plans.plan(range(pairs))
+    assert len(step.rows) == ranks * micro
+    assert sorted(len(row) for row in step.rows) == [pairs // (ranks * micro)] * (ranks * micro)
+    assert PlanReport.measure(plans, 36, pairs, 100).imbalance == 1.0
+
+
+def test_equal_rows_are_no_more_rows() -> None:
+    """Work is made equal in the rows that one rank would fill, and examples stay within a row's places."""
+    data = lengths(400, seed=3)
+    one = planner(data, "shared_prompt", examples_per_step=40, buckets=[192])
+    four = planner(data, "shared_prompt", examples_per_step=40, buckets=[192], ranks=4)
+    for step in np.split(np.arange(400), 10):
+        fewest = len(one.plan(step.tolist()).rows)
+        assert len(four.plan(step.tolist()).rows) == -(-fewest // 4) * 4
+
+
 def test_report_of_a_plan_counted_by_hand() -> None:
     """Two pairs of 9 places each in one row of 64: 18 of 64 places hold a token, where layout none has
     4 rows of 100."""

@@ -175,6 +175,36 @@ def test_columns_of_no_format(tmp_path: Path) -> None:
         load(write(tmp_path / "a.jsonl", [row(1)]), columns={"promt": "instr"})
 
 
+def test_columns_that_nothing_reads_are_told(tmp_path: Path) -> None:
+    """By the first record; a null counts as missing, and a mapped column is read."""
+    told = write(tmp_path / "a.jsonl", [row(1, system="s", score=0.5, other=None), row(2, later=1)])
+    plain = write(tmp_path / "b.jsonl", [{"prompt": "p", "better": "a", "rejected": "b"}])
+    assert load(told).unread == {told.path: ["system", "score"]}
+    assert load(plain, columns={"chosen": "better"}).unread == {}
+    turns = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]}
+    chat = write(tmp_path / "c.jsonl", [turns])
+    assert load_records([chat], "response", format="messages").unread == {}
+
+
+def test_an_empty_response_is_named(tmp_path: Path) -> None:
+    single = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": " ", "label": True}])
+    with pytest.raises(DataError, match="1: the response to 'p' is ' '"):
+        load_records([single], "unpaired")
+    with pytest.raises(DataError, match="1: the rejected response to 'p1' is ''"):
+        load(write(tmp_path / "b.jsonl", [row(1, rejected="")]))
+
+
+def test_an_instruction_is_not_lost(tmp_path: Path) -> None:
+    """Alpaca's records have the task in ``instruction`` and its material, often empty, in ``input``."""
+    alpaca = {"instruction": "Translate.", "input": "house", "output": "casa"}
+    source = write(tmp_path / "a.jsonl", [alpaca])
+    with pytest.raises(DataError, match=r"`instruction` is 'Translate\.' beside `input`; join the two"):
+        load_records([source], "response")
+    no_input = write(tmp_path / "b.jsonl", [{**alpaca, "input": ""}])
+    mapped = load_records([no_input], "response", columns={"input": "instruction"})
+    assert mapped.records[0].prompt == "Translate."
+
+
 def test_limit_takes_the_head(tmp_path: Path) -> None:
     """What comes behind it is not even looked at; several pairs of one record count each."""
     source = write(tmp_path / "a.jsonl", [row(0), row(1), {"broken": 1}])

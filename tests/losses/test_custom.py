@@ -15,7 +15,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import load_loss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.types import Loss
+from nxdt_align.losses.types import Loss, ResponseLogps
 
 MODULE = """
 import torch
@@ -82,6 +82,33 @@ class Declares:
 class NotCallable:
     pass
 
+class FailsToStart:
+    def __init__(self):
+        raise RuntimeError("no weights here")
+
+def of_nothing(policy, reference):
+    return LossOutput(torch.zeros(2, requires_grad=True))
+
+class Learned(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, policy, reference):
+        return LossOutput(-self.scale * policy.chosen_logps)
+
+class Buffered(torch.nn.Module):
+    needs_reference = False
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor([2.0, 3.0]))
+
+    def forward(self, policy, reference):
+        return LossOutput(-self.scale * policy.chosen_logps)
+
+builtin = torch.nn.functional.logsigmoid
+
 class Tokens:
     needs_reference, normaliser = False, "tokens"
     def __call__(self, policy, reference):
@@ -96,6 +123,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     (tmp_path / "own_losses.py").write_text(dedent(MODULE))
     (tmp_path / "broken_losses.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "script_losses.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     for name in ("own_losses", "broken_losses"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -127,6 +155,14 @@ def test_a_function_takes_its_settings_at_each_call(make_batch: Callable[..., Ba
     assert value(load_loss("own_losses.function", {"scale": 3.0}), make_batch).item() == 6.0
 
 
+def test_buffers_follow_the_run_to_its_device() -> None:
+    """The meta device stands for any that is not the CPU: the two do not mix in a product."""
+    loss = load_loss("own_losses.Buffered")
+    sums = torch.zeros(4, device="meta")
+    policy = ResponseLogps(sums=sums, counts=sums, valid=sums > 0, desirable=sums > 0, roles=sums.long())
+    assert loss(policy, None).losses.device.type == "meta"
+
+
 def test_a_loss_of_single_responses(make_batch: Callable[..., Batch]) -> None:
     loss = load_loss("own_losses.Tokens", data="responses")
     assert loss.normaliser == "tokens" and not loss.paired
@@ -152,6 +188,11 @@ def test_rewards_of_labelled_completions_are_refused(name: str) -> None:
     [
         ("no_such_module.Loss", {}, r"no_such_module does not import \(ModuleNotFoundError: .*looked up in"),
         ("broken_losses.Loss", {}, "broken_losses does not import .*nothing_of_this_name"),
+        ("script_losses.Loss", {}, r"script_losses does not import \(SystemExit: 3\)"),
+        ("own_losses.FailsToStart", {}, r"cannot be made .* RuntimeError: no weights here; it takes \(\)"),
+        ("own_losses.of_nothing", {}, "losses without a gradient; they must depend on the policy's"),
+        ("own_losses.Learned", {}, r"has parameters of its own \(scale\), which nothing would train"),
+        ("own_losses.builtin", {}, r"called as \(policy, reference\), but it is .*log_sigmoid"),
         ("own_losses.Missing", {}, "own_losses has no Missing; it has .*Torchtune, Ours, function"),
         ("own_losses.NUMBER", {}, "must be a class or a function, but is int 3"),
         ("own_losses.Ours", {}, r"missing .*'margin'; it takes \(\*, margin\)"),

@@ -29,7 +29,7 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.errors import UserError
-from nxdt_align.losses.custom import Data, load_loss
+from nxdt_align.losses.custom import CustomLossError, Data, load_loss
 from nxdt_align.losses.registry import build_loss, loss_settings
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
@@ -292,6 +292,10 @@ def loss(config: Config) -> Loss:
     """The loss that ``model_alignment_strategy`` chooses. Raises UserError for one's own that is unfit."""
     strategy = config.model_alignment_strategy
     if strategy.loss is not None:
-        return load_loss(strategy.loss, strategy.loss_settings, EXAMPLES_OF.get(strategy.objective, "pairs"))
+        examples = EXAMPLES_OF.get(strategy.objective, "pairs")
+        try:
+            return load_loss(strategy.loss, strategy.loss_settings, examples)
+        except CustomLossError as error:
+            raise UserError(f"model_alignment_strategy.loss: {error}") from error
     settings = {name: getattr(strategy.active, name) for name in loss_settings(strategy.objective)}
     return build_loss(strategy.objective, settings)

@@ -23,6 +23,7 @@ __all__ = [
     "ConfigError",
     "Fault",
     "check",
+    "check_notices",
     "engine_faults",
     "find_faults",
     "load_checked",
@@ -45,6 +46,11 @@ def check(config: Config, world_size: int | None = None, engine: Engine | None =
     faults = find_faults(config, world_size, engine)
     if faults:
         raise ConfigError(faults, config.source)
+    return check_notices(config)
+
+
+def check_notices(config: Config) -> list[str]:
+    """What the user may want to know of a configuration without fault."""
     return [notice for rule in NOTICES for notice in rule(config)]
 
 
@@ -53,15 +59,14 @@ def load_checked(
     overrides: Sequence[str] = (),
     config_dir: Path | None = None,
     world_size: int | None = None,
-    any_engine: bool = False,
 ) -> tuple[Config, list[str]]:
     """``load_config`` and ``check`` in one, so that the faults of both come in one ConfigError.
 
     Returns the configuration and check's notices. The configuration is held to the limits of the
-    engine that would run it on this machine, except with ``any_engine``.
+    engine that would run it on this machine.
     """
     config, faults = read_config(config_name_or_path, overrides, config_dir)
-    engine = None if any_engine else resolve_engine(config, neuron_available())
+    engine = resolve_engine(config, neuron_available())
     faults = with_check(config, faults, world_size, engine)
     if faults:
         raise ConfigError(faults, config.source)

@@ -8,11 +8,13 @@ that has no null.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from nxdt_align.config.elsewhere import loss_type_advice
 from nxdt_align.config.faults import Fault, nearest, show
 from nxdt_align.config.keys import alternatives, hints_of, key_fields, nearest_key, section_type, type_name
 from nxdt_align.config.megatron import megatron_key
@@ -102,8 +104,10 @@ def _unknown(path: str) -> Fault:
 
 def _unfit(error: _Unfit, hint: Any, value: Any, path: str) -> Fault:
     choices = [str(c) for o in alternatives(hint) if get_origin(o) is Literal for c in get_args(o)]
-    near = nearest(str(value), choices)
-    return Fault(path, str(error), value, f"did you mean {near}?" if near else "")
+    unknown = next((v for v in value if v not in choices), "") if isinstance(value, list) else value
+    near = nearest(str(unknown), choices)
+    advice = f"did you mean {near}?" if near else ""
+    return Fault(path, str(error), value, loss_type_advice(path, unknown) or advice)
 
 
 def _check_alias(path: str, value: Any, siblings: Mapping[Any, Any], walk: Walk) -> None:
@@ -118,12 +122,13 @@ def _check_alias(path: str, value: Any, siblings: Mapping[Any, Any], walk: Walk)
 def _convert(hint: Any, value: Any, path: str, walk: Walk, is_path: bool) -> Any:
     options = [option for option in alternatives(hint) if option is not type(None)]
     exact = [option for option in options if type(value) is option]
+    rule = ""
     for option in exact or options:
         try:
             return _convert_one(option, value, path, walk, is_path)
-        except _Unfit:
-            continue
-    raise _Unfit("must be " + _wanted(options))
+        except _Unfit as error:
+            rule = str(error) or rule
+    raise _Unfit(rule or "must be " + _wanted(options))
 
 
 def _wanted(options: list[Any]) -> str:
@@ -193,9 +198,15 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise _Unfit
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         raise _Unfit from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        # A NaN would pass every comparison that a rule makes the other way round.
+        raise _Unfit("must be a finite number")
+    return number
 
 
 def _integer(value: Any) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from nxdt_align.config.elsewhere import KEYS_ELSEWHERE
 from nxdt_align.config.faults import nearest, show
 from nxdt_align.config.megatron import MEGATRON_KEYS
 from nxdt_align.config.schema import Config
@@ -75,10 +76,14 @@ def leaf_paths() -> list[str]:
 
 
 def nearest_key(path: str) -> str | None:
-    """The known key that ``path`` was probably meant for: one of the same name elsewhere in the tree,
-    else a similar name in the same section, else a similar path."""
+    """The known key that ``path`` was probably meant for: what another library calls so in the same
+    section, else one of the same name elsewhere in the tree, else a similar name in the section, else a
+    similar path."""
     section, _, name = path.rpartition(".")
     known = list(all_keys())
+    here = f"{section}.{KEYS_ELSEWHERE.get(name, '')}"
+    if here in known:
+        return here
     same_name = [other for other in known if other.rpartition(".")[2] == name]
     if same_name:
         return same_name[0]

@@ -65,6 +65,14 @@ def loss_weights(config: Config) -> Iterator[Fault]:
         yield Fault(path, "must be at least 0, and not all 0", weights)
 
 
+def kto_weights(config: Config) -> Iterator[Fault]:
+    kto = config.model_alignment_strategy.kto
+    if kto is not None and kto.desirable_weight == kto.undesirable_weight == 0:
+        rule = "must be above 0 where undesirable_weight is 0: nothing would be trained"
+        other = f"{_ALIGN}.kto.undesirable_weight"
+        yield Fault(f"{_ALIGN}.kto.desirable_weight", rule, 0.0, involves=(other,))
+
+
 def own_loss(config: Config) -> Iterator[Fault]:
     strategy = config.model_alignment_strategy
     path = strategy.loss
@@ -76,7 +84,7 @@ def own_loss(config: Config) -> Iterator[Fault]:
         yield Fault(f"{_ALIGN}.loss", "must be a dotted path, module.name", path)
 
 
-RULES: tuple[Callable[[Config], Iterator[Fault]], ...] = (dpo_forms, loss_weights, own_loss)
+RULES: tuple[Callable[[Config], Iterator[Fault]], ...] = (dpo_forms, loss_weights, kto_weights, own_loss)
 
 
 # Notices

@@ -217,7 +217,9 @@ def lengths(config: Config) -> Iterator[Fault]:
             yield Fault(path, rule, settings.max_prompt_length, involves=("data.seq_length",))
     buckets = config.data.buckets
     if buckets is not None and (not buckets or buckets[0] < 1 or list(buckets) != sorted(set(buckets))):
-        yield Fault("data.buckets", "must be positive row lengths in ascending order", buckets)
+        fitting = sorted({bucket for bucket in buckets if bucket > 0})
+        advice = f"{fitting} would be" if fitting else "leave it out to have them chosen from the data"
+        yield Fault("data.buckets", "must be positive row lengths in ascending order", buckets, advice)
 
 
 def trainer(config: Config) -> Iterator[Fault]:

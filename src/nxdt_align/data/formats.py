@@ -185,6 +185,15 @@ def from_messages(row: Row) -> list[Draft]:
     return [Draft(turns[:-1], (as_answer(turns[-1:], name),))]
 
 
+def from_input_output(row: Row) -> list[Draft]:
+    """``input``, ``output``. Alpaca's ``instruction`` beside them is a part of the prompt that must stay."""
+    instruction = row.get("instruction")
+    if isinstance(instruction, str) and instruction.strip():
+        found = f"`instruction` is {excerpt(instruction)} beside `input`; join the two in the file"
+        raise BadRecord("instruction beside input", found)
+    return [Draft(as_prompt(take(row, "input"), "input"), (as_answer(take(row, "output"), "output"),))]
+
+
 def _from_columns(prompt: str, response: str) -> Convert:
     def convert(row: Row) -> list[Draft]:
         return [Draft(as_prompt(take(row, prompt), prompt), (as_answer(take(row, response), response),))]
@@ -253,7 +262,7 @@ RESPONSE_FORMATS = (
     Format("prompt_completion", ("prompt", "completion"), _from_columns("prompt", "completion")),
     Format("responses", ("prompt", "sft_target"), _from_columns("prompt", "sft_target")),
     *(replace(f, convert=_preferred(f.convert)) for f in PAIR_FORMATS if f.name != "responses"),
-    Format("input_output", ("input", "output"), _from_columns("input", "output")),
+    Format("input_output", ("input", "output"), from_input_output),
     Format("messages", ("messages",), from_messages),
     Format("messages", ("conversations",), from_messages),
 )
@@ -277,6 +286,12 @@ def named_format(name: str, kind: Kind) -> Format:
 def detect_format(row: Row, kind: Kind) -> Format | None:
     """The first format of the table that ``row``'s keys fit."""
     return next((f for f in FORMATS[kind] if f.matches(row)), None)
+
+
+def unread_columns(row: Row, format: Format, kind: Kind) -> list[str]:
+    """Columns of ``row`` that no format of this name reads."""
+    read = {key for each in FORMATS[kind] if each.name == format.name for key in each.keys}
+    return [str(key) for key, value in row.items() if value is not None and key not in read]
 
 
 def nearest_format(row: Row, kind: Kind) -> tuple[str, list[str]]:

@@ -27,6 +27,8 @@ from nxdt_align.data.unpaired import with_mismatched
 from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
+_PART_OF_A_PROMPT = {"system", "instruction", "input", "context", "history", "tools"}
+"""Columns that, where they are not read, are probably missed."""
 Split = Literal["train", "val"]
 DEFAULT_LAYOUT: Layout = "shared_prompt"
 RECORD_KIND: dict[str, Kind] = {"sft": "response", "kto": "unpaired"}
@@ -140,6 +142,9 @@ class ModelAlignmentDataModule(LightningDataModule):
         records = self._records(sources, split)
         if records.report.total:
             log.warning("%s", records.report.summary())
+        for path, columns in records.unread.items():
+            level = logging.WARNING if _PART_OF_A_PROMPT & set(columns) else logging.INFO
+            log.log(level, "%s: read as %s; columns not read: %s", path, records.format, ", ".join(columns))
         examples = tokenize_records(records.records, self._tokenization, self._cache_dir)
         sft = self._config.model_alignment_strategy.sft
         if sft is not None and sft.train_on_prompt:
@@ -156,6 +161,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             round_size=self._round_size if split == "train" else 1,
             with_prompts=self._with_prompts,
             fixed_micro_batches=self._fixed_micro_batches,
+            name=f"data.{split}_dir",
         )
         report = PlanReport.measure(planner, len(examples), data.global_batch_size, data.seq_length)
         self.reports[split] = (

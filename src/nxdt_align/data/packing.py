@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from nxdt_align.data.fitting import Room, best_fit, level
 from nxdt_align.errors import UserError
 
 Layout = Literal["none", "packed", "shared_prompt"]
@@ -92,6 +93,7 @@ class RowPlanner:
             that needs more gets twice as many.
         seq_length: the longest sequence after truncation; the row length of layout none.
         with_prompts: leave room for the prompts' tokens among those that are predicted.
+        name: of the data set, for messages.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class RowPlanner:
         round_size: int = 1,
         with_prompts: bool = False,
         fixed_micro_batches: bool = False,
+        name: str = "the data",
     ) -> None:
         self.layout: Layout = layout
         self.ranks = ranks
@@ -120,7 +123,7 @@ class RowPlanner:
         self._responses = example_responses(lengths, layout, with_prompts)
         longest = int(self._tokens.max())
         if buckets is not None:
-            _check_buckets(buckets, longest, layout)
+            _check_buckets(buckets, longest, layout, name)
             sizes = tuple(buckets)
         elif layout == "none":
             sizes = (seq_length,)
@@ -138,6 +141,10 @@ class RowPlanner:
         fitting = self.fitting(examples) if bucket is None else [bucket]
         plans = [(self._rows(tokens, responses, fits), fits) for fits in fitting]
         rows, chosen = min(plans, key=lambda p: (len(p[0]) * p[1].tokens, p[1].tokens))
+        if self.ranks > 1 and self.layout != "none":
+            equal = level(tokens, responses, self._room(chosen), len(rows))
+            if equal:
+                rows = min((rows, self._dealt(equal, tokens)), key=lambda r: self._busiest(r, tokens))
         return StepPlan(chosen, tuple(rows))
 
     def fitting(self, examples: Sequence[int]) -> list[Bucket]:
@@ -167,14 +174,25 @@ class RowPlanner:
         if self.layout == "none":
             rows: list[tuple[int, ...]] = [(i,) for i in range(len(tokens))]
         else:
-            rows = _best_fit(tokens, responses, bucket, bucket.slots // self.responses_per_example)
-            rows.sort(key=lambda row: (-int(tokens[list(row)].sum()), row))
-        wanted = self._filled_up(len(rows), bucket)
-        rows += [()] * (wanted - len(rows))
-        # Sorted by fill and dealt to and fro, so that alike rows go to different ranks and no rank
-        # gets the fuller one each time.
-        turns = [rows[i : i + self.ranks] for i in range(0, wanted, self.ranks)]
+            rows = best_fit(tokens, responses, self._room(bucket))
+        rows += [()] * (self._filled_up(len(rows), bucket) - len(rows))
+        return self._dealt(rows, tokens)
+
+    def _room(self, bucket: Bucket) -> Room:
+        return Room(bucket.tokens, bucket.responses, bucket.slots // self.responses_per_example)
+
+    def _dealt(self, rows: Sequence[tuple[int, ...]], tokens: npt.NDArray[Any]) -> list[tuple[int, ...]]:
+        """Sorted by fill and dealt to and fro, so that alike rows go to different ranks and no rank gets
+        the fuller one each time."""
+        if self.layout != "none":
+            rows = sorted(rows, key=lambda row: (-int(tokens[list(row)].sum()), row))
+        turns = [rows[i : i + self.ranks] for i in range(0, len(rows), self.ranks)]
         return [row for i, turn in enumerate(turns) for row in (turn[::-1] if i % 2 else turn)]
+
+    def _busiest(self, rows: Sequence[tuple[int, ...]], tokens: npt.NDArray[Any]) -> int:
+        """Tokens of the rank that has the most."""
+        fills = [int(tokens[list(row)].sum()) for row in rows]
+        return max((sum(fills[rank :: self.ranks]) for rank in range(self.ranks)), default=0)
 
     def _filled_up(self, rows: int, bucket: Bucket | None) -> int:
         """``rows`` and the empty ones that make whole micro-batches of them, as many as a rank needs."""
@@ -226,7 +244,7 @@ class RowPlanner:
         tokens = self._tokens[step]
         if tokens.max() > size:
             return float("inf")
-        rows = _best_fit(tokens, self._responses[step], Bucket(size, size, 2**30), 2**30)
+        rows = best_fit(tokens, self._responses[step], Room(size, size))
         return float(self._filled_up(len(rows), None) * size)
 
     def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[npt.NDArray[Any]]:
@@ -243,9 +261,7 @@ class RowPlanner:
         most_responses, most_examples = needed, 1
         for step in self._sample_steps(examples_per_step):
             inside = step[fits[step]]
-            for row in _best_fit(
-                self._tokens[inside], self._responses[inside], Bucket(size, size, 2**30), 2**30
-            ):
+            for row in best_fit(self._tokens[inside], self._responses[inside], Room(size, size)):
                 most_responses = max(most_responses, int(self._responses[inside[list(row)]].sum()))
                 most_examples = max(most_examples, len(row))
         examples = -(-most_examples * 5 // 4)
@@ -269,40 +285,13 @@ def _candidates(largest: int, typical_step: int) -> list[int]:
     return sorted(grid)
 
 
-def _best_fit(
-    tokens: npt.NDArray[Any], responses: npt.NDArray[Any], bucket: Bucket, max_examples: int
-) -> list[tuple[int, ...]]:
-    """Best-fit decreasing: each example, longest first, into the fullest row that still holds it."""
-    rows: list[list[int]] = []
-    free_tokens: list[int] = []
-    free_responses: list[int] = []
-    for i in np.argsort(-tokens, kind="stable").tolist():
-        need, need_responses = int(tokens[i]), int(responses[i])
-        fitting = [
-            r
-            for r in range(len(rows))
-            if free_tokens[r] >= need and free_responses[r] >= need_responses and len(rows[r]) < max_examples
-        ]
-        if fitting:
-            row = min(fitting, key=lambda r: free_tokens[r])
-        else:
-            row = len(rows)
-            rows.append([])
-            free_tokens.append(bucket.tokens)
-            free_responses.append(bucket.responses)
-        rows[row].append(i)
-        free_tokens[row] -= need
-        free_responses[row] -= need_responses
-    return [tuple(row) for row in rows]
-
-
-def _check_buckets(buckets: Sequence[int], longest: int, layout: Layout) -> None:
+def _check_buckets(buckets: Sequence[int], longest: int, layout: Layout, name: str) -> None:
     if not buckets or any(b <= 0 for b in buckets) or sorted(set(buckets)) != list(buckets):
         raise UserError(
             f"data.buckets: must be positive row lengths in ascending order, but is {list(buckets)}"
         )
     if buckets[-1] < longest:
         raise UserError(
-            f"data.buckets: the largest must hold the longest example after truncation, which takes "
-            f"{longest} tokens in layout {layout}, but is {buckets[-1]}; {_round_up(longest)} would fit"
+            f"data.buckets: the largest must hold the longest example of {name} after truncation, which "
+            f"takes {longest} tokens in layout {layout}, but is {buckets[-1]}; {_round_up(longest)} would fit"
         )

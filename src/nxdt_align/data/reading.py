@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from nxdt_align.data.files import BadRecord, DataError, RawRecord, excerpt, read_raw
-from nxdt_align.data.formats import Draft, Format, Kind, describe_formats, detect_format, nearest_format
+from nxdt_align.data.formats import (
+    Draft,
+    Format,
+    Kind,
+    describe_formats,
+    detect_format,
+    nearest_format,
+    unread_columns,
+)
 from nxdt_align.data.record_types import Record, to_record
 from nxdt_align.data.values import Row
 
@@ -56,6 +64,8 @@ class Reader:
         self._columns = columns
         self.report = BadRecords()
         self.formats: dict[str, None] = {}
+        self.unread: dict[str, list[str]] = {}
+        """Source -> columns of its first row that its format does not read."""
 
     def read(self, path: str, limit: int | None) -> list[Record]:
         """The good records of a source, at most ``limit``. Raises DataError where none can be made."""
@@ -63,6 +73,8 @@ class Reader:
         head, format = self._detect(rows, path)
         records: list[Record] = []
         for row in chain(head, rows):
+            if path not in self.unread:
+                self.unread[path] = unread_columns(self._renamed(row.value), format, self._kind)
             records += self._convert(row, format)
             if limit is not None and len(records) >= limit:
                 return records[:limit]
@@ -152,10 +164,10 @@ def _fault_of(draft: Draft) -> BadRecord | None:
     prompt = draft.prompt
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         return BadRecord("empty prompt", f"the prompt is {prompt!r}")
-    names = ("chosen", "rejected") if len(draft.responses) == 2 else ("response",)
+    names = ("chosen response", "rejected response") if len(draft.responses) == 2 else ("response",)
     for name, text in zip(names, draft.responses, strict=True):
         if not text.strip():
-            return BadRecord("empty response", f"the {name} response to {excerpt(prompt)} is {text!r}")
+            return BadRecord("empty response", f"the {name} to {excerpt(prompt)} is {text!r}")
     if len(draft.responses) == 2 and draft.responses[0] == draft.responses[1]:
         return BadRecord("chosen equal to rejected", excerpt(draft.responses[0]))
     return None

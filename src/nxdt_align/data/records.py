@@ -54,6 +54,8 @@ class RecordSet:
     report: BadRecords
     format: str
     """The format's name; several, joined by commas, where sources differ."""
+    unread: Mapping[str, Sequence[str]]
+    """Source -> columns that its format does not read; none where it reads all."""
 
 
 def load_records(
@@ -95,7 +97,8 @@ def load_records(
         _weighted(part, source, [seed, i])
         for i, (part, source) in enumerate(zip(parts, sources, strict=True))
     )
-    return RecordSet(list(mixed), reader.report, ", ".join(reader.formats))
+    unread = {path: columns for path, columns in reader.unread.items() if columns}
+    return RecordSet(list(mixed), reader.report, ", ".join(reader.formats), unread)
 
 
 def _bad_records_message(report: BadRecords, some_are_good: bool) -> str:

@@ -60,6 +60,8 @@ class CustomLoss:
         return self._path
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
+        if isinstance(self._function, nn.Module):
+            self._function.to(policy.sums.device)  # its buffers
         result = self._function(policy, reference)
         if self._data == "unpaired" and getattr(result, "chosen_rewards", result) is not None:
             raise CustomLossError(
@@ -91,6 +93,7 @@ def load_loss(path: str, settings: Mapping[str, Any] | None = None, data: Data =
     found = _find(path)
     function = _make(found, path, dict(settings or {}))
     _check_parameters(function, path)
+    _check_parameters_of_its_own(function, path)
     loss = CustomLoss(function, path, data)
     if not loss.needs_logits:
         _try_out(loss, path)
@@ -101,8 +104,9 @@ def _find(path: str) -> Callable[..., Any]:
     module_name, _, name = path.rpartition(".")
     try:
         module = _import(module_name)
-    except Exception as error:
-        # Whatever a module raises while it is imported is the user's to see, with the key that named it.
+    except (Exception, SystemExit) as error:
+        # Whatever a module raises while it is imported is the user's to see, with the key that named it; a
+        # script without a guard ends by SystemExit.
         reason = f"{type(error).__name__}: {error}"
         raise CustomLossError(
             f"{path}: the module {module_name} does not import ({reason}); it is looked up in "
@@ -134,10 +138,13 @@ def _make(found: Callable[..., Any], path: str, settings: dict[str, Any]) -> Cal
         return functools.partial(found, **settings) if settings else found
     try:
         made = found(**settings)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
+        # A loss of the user's may raise anything; what it was is in the message.
+        reason = (
+            str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
+        )
         raise CustomLossError(
-            f"{path} cannot be made with loss_settings {settings}: {error}; "
-            f"it takes {inspect.signature(found)}"
+            f"{path} cannot be made with loss_settings {settings}: {reason}; it takes {_signature(found)}"
         ) from error
     if not callable(made):
         raise CustomLossError(
@@ -152,7 +159,13 @@ def _check_parameters(function: Callable[..., Any], path: str) -> None:
     settings: dict[str, Any] = {}
     if isinstance(called, functools.partial):
         settings, called = called.keywords, called.func
-    signature = inspect.signature(called)
+    try:
+        signature = inspect.signature(called)
+    except ValueError as error:
+        raise CustomLossError(
+            f"{path}: {_WANTED}, but it is {_describe(called)}, whose arguments cannot be told; wrap it in a "
+            "function of your own"
+        ) from error
     try:
         signature.bind(None, None, **settings)
     except TypeError as error:
@@ -181,8 +194,15 @@ def _try_out(loss: CustomLoss, path: str) -> None:
             f"{path} must return one loss an example, shape {wanted} for {_PROBE_PAIRS} pairs, but "
             f"returned shape {tuple(output.losses.shape)}"
         )
-    if not output.losses.requires_grad:
+    if not output.losses.requires_grad or not _reaches(output.losses, policy):
         raise CustomLossError(f"{path} returns losses without a gradient; they must depend on the policy's")
+
+
+def _reaches(losses: Tensor, policy: ResponseLogps) -> bool:
+    """Whether the losses' gradient reaches the policy's log-probabilities."""
+    assert policy.token_logps is not None
+    (found,) = torch.autograd.grad(losses.sum(), [policy.token_logps], allow_unused=True)
+    return found is not None
 
 
 def _probe() -> ResponseLogps:
@@ -200,6 +220,23 @@ def _probe() -> ResponseLogps:
         prompt_sums=-(torch.arange(count) % 2 == 0).float(),
         prompt_counts=(torch.arange(count) % 2 == 0).float(),
     )
+
+
+def _check_parameters_of_its_own(function: Callable[..., Any], path: str) -> None:
+    """The optimizer has the model's parameters alone."""
+    names = [name for name, _ in function.named_parameters()] if isinstance(function, nn.Module) else []
+    if names:
+        raise CustomLossError(
+            f"{path} has parameters of its own ({', '.join(names)}), which nothing would train; make them "
+            "settings or buffers"
+        )
+
+
+def _signature(called: Callable[..., Any]) -> str:
+    try:
+        return str(inspect.signature(called))
+    except ValueError:
+        return "arguments that cannot be told"
 
 
 def _describe(value: object) -> str:

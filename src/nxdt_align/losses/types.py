@@ -157,7 +157,7 @@ class ResponseLogps:
 def _no_logits(name: str) -> AttributeError:
     return AttributeError(
         f"a loss read {name}, but logits are never kept: log-probabilities are computed in chunks. "
-        "Use chosen_logps / rejected_logps, or declare `needs_logits = True` on the loss class"
+        "Use chosen_logps / rejected_logps, the responses' summed log-probabilities"
     )
 
 
