@@ -69,6 +69,15 @@ def test_xser_flags_keep_the_sizes(hf: Path, tmp_path: Path) -> None:
     assert (xser.partition.tp, xser.partition.pp, xser.partition.qkv) == (4, 2, "fused")
 
 
+@pytest.mark.parametrize("cuts", ["1", "model.layers.1", '["model.layers.1"]'])
+def test_pipeline_cuts_are_taken_as_the_yaml_has_them(cuts: str, tmp_path: Path) -> None:
+    config = replace(TINY, num_hidden_layers=3)
+    write_hf_folder(tmp_path / "hf", config, fresh(config))
+    assert main(["convert", f"{tmp_path}/hf", f"{tmp_path}/out", "--tp", "2", "--pipeline-cuts", cuts]) == 0
+    partition = NxDTFolder(tmp_path / "out", config).partition
+    assert (partition.pp, partition.cuts) == (2, (1,))
+
+
 def documented(repo: Path, page: str) -> list[list[str]]:
     """The conversion commands in a page's bash blocks, in order, without their comments."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", (repo / page).read_text(), re.MULTILINE | re.DOTALL)
@@ -120,6 +129,8 @@ def test_inspect_says_what_it_is(hf: Path, tmp_path: Path, capsys: pytest.Captur
         (["SRC", "DST", "--hw_backend", "trn2"], "--hw_backend: must be trn1"),
         (["SRC", "DST", "--virtual_pp_size", "2"], "--virtual_pp_size: must be 1"),
         (["missing", "DST"], "missing does not exist: give a folder of weights"),
+        (["SRC", "DST", "--pipeline-cuts", "1"], "must be 1 layers below the last (1) in ascending order"),
+        (["SRC", "DST", "--pp", "2", "--pipeline-cuts", "0,1"], "must be 1 layers below the last (1)"),
         (["SRC", "DST", "--tp", "8"], "tensor-parallel size of 8 does not fit 4 query heads and 2 kv heads"),
     ],
 )
@@ -132,7 +143,16 @@ def test_bad_arguments(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", [["--tp", "0"], ["--qkv_linear", "maybe"], ["--model_style", "megatron"]])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ["--tp", "0"],
+        ["--qkv_linear", "maybe"],
+        ["--model_style", "megatron"],
+        ["--pipeline-cuts", "ten"],
+        ["--pipeline-cuts", "1,"],
+    ],
+)
 def test_bad_values_of_an_option(flag: list[str], hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["convert", str(hf), "out", *flag])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class ConvertOptions:
     config: Path | None = None
     tp: int | None = None
     pp: int | None = None
+    cuts: tuple[int, ...] | None = None
+    """Layers after which a pipeline stage ends."""
     kv_multiplier: int | None = None
     qkv_linear: bool | None = None
     fuse_qkv: bool | None = None
@@ -140,6 +143,8 @@ def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) 
     stated = {"tp_size": options.tp, "pp_size": options.pp, "kv_size_multiplier": options.kv_multiplier}
     found = {"tp_size": held.tp, "pp_size": held.pp, "kv_size_multiplier": held.kv_multiplier}
     wrong = [f"--{k} is {v}, but it is {found[k]}" for k, v in stated.items() if v not in (None, found[k])]
+    if options.cuts not in (None, held.stage_ends):
+        wrong.append(f"--pipeline-cuts is {_listed(options.cuts)}, but it is {_listed(held.stage_ends)}")
     if wrong:
         raise UserError(
             f"{source}: {'; '.join(wrong)}. Shards are missing or surplus, or leave the sizes out"
@@ -150,6 +155,10 @@ def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) 
             f"--qkv_linear, --fuse_qkv and --coalesce_qkv say that q, k and v are {qkv}, but {source} holds "
             f"them {held.qkv}; leave them out"
         )
+
+
+def _listed(layers: Iterable[int] | None) -> str:
+    return ",".join(map(str, layers or ())) or "none"
 
 
 def _check_target(options: ConvertOptions, source: Source) -> None:
@@ -182,7 +191,7 @@ def _target(options: ConvertOptions, source: Source) -> str:
 
 def _states_shards(options: ConvertOptions) -> bool:
     """Whether anything is said that shards alone have."""
-    said = (options.tp, options.pp, options.kv_multiplier, options.vocab)
+    said = (options.tp, options.pp, options.cuts, options.kv_multiplier, options.vocab)
     styles = (options.qkv_linear, options.fuse_qkv, options.coalesce_qkv)
     return options.xser or any(value is not None for value in (*said, *styles))
 
@@ -209,9 +218,10 @@ def _destination(
             partition.padded_vocab,
         )
     log.info(
-        "tensor parallel %d, pipeline parallel %d, kv multiplier %d, q, k and v %s%s",
+        "tensor parallel %d, pipeline parallel %d%s, kv multiplier %d, q, k and v %s%s",
         partition.tp,
         partition.pp,
+        "" if partition.cuts is None else f" (cut after layers {_listed(partition.cuts)})",
         partition.kv_multiplier,
         partition.qkv,
         ", xser" if options.xser else "",
@@ -221,7 +231,10 @@ def _destination(
 
 def _partition(options: ConvertOptions, config: LlamaConfig, held: Partition | None) -> Partition:
     """``held``: that of the shards that are the source, of which what is not stated stays as it is."""
-    tp, pp = (options.tp or held.tp, options.pp or held.pp) if held else (options.tp or 1, options.pp or 1)
+    tp, pp = (held.tp, held.pp) if held else (1, 1)
+    if options.cuts is not None:
+        pp = len(options.cuts) + 1
+    tp, pp = options.tp or tp, options.pp or pp
     unstated = held.kv_multiplier if held and tp == held.tp else default_multiplier(config, tp)
     multiplier = options.kv_multiplier or unstated
     qkv = _stated_qkv(options, config) or _usual_qkv(config, tp, multiplier, held)
@@ -230,7 +243,7 @@ def _partition(options: ConvertOptions, config: LlamaConfig, held: Partition | N
     vocab = options.vocab
     if vocab is None and held and held.padded_vocab % tp == 0:
         vocab = held.padded_vocab
-    cuts = held.cuts if held and pp == held.pp else None
+    cuts = held.cuts if options.cuts is None and held and pp == held.pp else options.cuts
     return Partition(config, tp, pp, multiplier, qkv, vocab, cuts)
 
 
