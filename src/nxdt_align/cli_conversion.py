@@ -178,7 +178,8 @@ def _layers(text: str) -> tuple[int, ...]:
     matches = [_CUT.fullmatch(part.strip(" \"'")) for part in text.strip("[] ").split(",")]
     if None in matches:
         raise argparse.ArgumentTypeError(
-            f"must be layers with commas between them, as 10,20 or model.layers.10,model.layers.20, but is {text!r}"
+            "must be layers with commas between them, as 10,20 or model.layers.10,model.layers.20, but is "
+            f"{text!r}"
         )
     return tuple(int(match[1]) for match in matches if match)
 

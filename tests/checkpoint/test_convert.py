@@ -130,7 +130,13 @@ def test_cuts_of_ones_own(make_hf: MakeHF, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stated", "cuts"),
-    [({"tp": 2}, (1,)), ({"pp": 3}, None), ({"cuts": (0,)}, None), ({"cuts": (0, 1)}, None), ({"pp": 1}, None)],
+    [
+        ({"tp": 2}, (1,)),
+        ({"pp": 3}, None),
+        ({"pp": 1}, None),
+        ({"cuts": (0,)}, None),
+        ({"cuts": (0, 1)}, None),
+    ],
 )
 def test_of_shards_to_shards_cuts_stay_with_their_number(
     stated: dict[str, Any], cuts: tuple[int, ...] | None, make_hf: MakeHF, tmp_path: Path
