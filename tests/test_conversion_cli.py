@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,12 +16,14 @@ import torch
 from checkpoint_fixture import fresh
 from training_fixture import Project, scalars
 
-from nxdt_align.build.conversion import open_weights
+from nxdt_align.build.conversion import describe, open_weights
 from nxdt_align.checkpoint.hf import HFFolder, write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.cli import main
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
+from nxdt_align.engines.nxd.checkpoint import SUMMARY as NXD_SUMMARY
 from nxdt_align.models.presets import LLAMA3_8B, TINY, read_config_json
+from nxdt_align.training.runs import write_identity
 
 
 @pytest.fixture
@@ -119,6 +122,16 @@ def test_inspect_says_what_it_is(hf: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["inspect", str(hf)]) == 0
     text = capsys.readouterr().out
     assert "layout: Hugging Face" in text and "  model.layers.{0-1}.mlp.down_proj.weight" in text
+
+
+def test_who_reads_what_is_printed_may_leave(hf: Path) -> None:
+    """As `nxdt-align inspect PATH | head -1` does."""
+    readable, writable = os.pipe()
+    os.close(readable)
+    command = [sys.executable, "-m", "nxdt_align", "inspect", str(hf)]
+    done = subprocess.run(command, stdout=writable, stderr=subprocess.PIPE, text=True)
+    os.close(writable)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +241,20 @@ def test_a_runs_checkpoint_is_exported_without_its_configuration(project: Projec
         NxDTFolder(tmp_path / "nxdt", read_config_json(tmp_path / "out")).fingerprint()
         == exported.fingerprint()
     )
+
+
+def test_a_checkpoint_of_engine_nxd_is_exported_without_its_configuration(hf: Path, tmp_path: Path) -> None:
+    """Shards and the engine's summary; the shape is in the run's folder."""
+    run, config = tmp_path / "run", read_config_json(hf)
+    checkpoint = run / "checkpoints" / "step=2"
+    assert main(["convert", str(hf), str(checkpoint), "--tp", "2"]) == 0
+    for name in ("config.json", "conversion.json"):
+        (checkpoint / name).unlink()
+    NXD_SUMMARY.write(checkpoint, {"step": 2})
+    write_identity(run, "identity", {"model": config.to_hf_dict()})
+    assert describe(checkpoint)["model"]["query heads"] == config.num_attention_heads
+    assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
+    assert HFFolder(tmp_path / "out").fingerprint() == HFFolder(hf).fingerprint()
 
 
 def test_shards_of_another_model_and_metas_download_are_refused(

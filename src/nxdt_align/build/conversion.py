@@ -15,11 +15,12 @@ from nxdt_align.build.native_destination import NativeDestination
 from nxdt_align.checkpoint import inspect
 from nxdt_align.checkpoint.convert import Conversion, Report
 from nxdt_align.checkpoint.destinations import Destination, HFDestination, NxDTDestination
-from nxdt_align.checkpoint.detect import check_names, layout_of, open_source, read_shape
+from nxdt_align.checkpoint.detect import check_names, find_config_file, layout_of, open_source, read_shape
 from nxdt_align.checkpoint.inspect import to_text
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.checkpoint.source import Source
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import (
     QKV,
@@ -100,15 +101,23 @@ def open_weights(
     path: Path, config_file: Path | None = None, *, first_replica: bool = False
 ) -> tuple[Source, LlamaConfig]:
     """A reader for weights of any kind, and their model's shape. Raises UserError."""
-    if not is_checkpoint(path):
+    is_of_nxd = is_nxd_checkpoint(path)
+    if not is_of_nxd and not is_checkpoint(path):
         return open_source(path, config_file, unequal_replicas=first_replica)
+    config = _run_model(path) if config_file is None else read_shape(config_file)
+    if config is None:
+        raise UserError(
+            f"no {IDENTITY_FILE} above {path} says what model it is of: give its config.json with --config"
+        )
+    if is_of_nxd:
+        sharded = NxDTFolder(path, config, untie=True, unequal_replicas=first_replica)
+        return sharded, sharded.config
     native = NativeCheckpoint(path)
-    config = read_shape(config_file) if config_file is not None else _run_model(path)
     check_names(native, config)
     return native, config
 
 
-def _run_model(checkpoint: Path) -> LlamaConfig:
+def _run_model(checkpoint: Path) -> LlamaConfig | None:
     """The shape in the record that a run keeps in its folder, above its checkpoints; that of a converted
     one is in it."""
     if (checkpoint / "config.json").is_file():
@@ -118,9 +127,7 @@ def _run_model(checkpoint: Path) -> LlamaConfig:
         if file.is_file():
             values = json.loads(file.read_text())["of"]["model"]
             return from_hf_dict(values, sequence_length=1, where=str(file))  # as ``read_shape``
-    raise UserError(
-        f"no {IDENTITY_FILE} above {checkpoint} says what model it is of: give its config.json with --config"
-    )
+    return None
 
 
 def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) -> None:
@@ -271,6 +278,13 @@ def _usual_qkv(config: LlamaConfig, tp: int, multiplier: int, held: Partition | 
 
 def describe(path: Path, config_file: Path | None = None) -> dict[str, Any]:
     """What a checkpoint is, as plain values. Raises UserError where it is none, or is damaged."""
+    layout = "native" if is_checkpoint(path) else layout_of(path)
+    if layout == "nxdt" and config_file is None and not _says_its_model(path):
+        return inspect.describe_bare(path)
     source, config = open_weights(path, config_file)
-    layout = "native" if isinstance(source, NativeCheckpoint) else layout_of(path)
     return inspect.describe(source, config, layout)
+
+
+def _says_its_model(path: Path) -> bool:
+    found = _run_model(path) if is_nxd_checkpoint(path) else find_config_file(path)
+    return found is not None

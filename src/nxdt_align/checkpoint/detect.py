@@ -47,21 +47,13 @@ def _refuse_first_format(path: Path) -> None:
             )
 
 
-def config_file_of(path: Path, given: Path | None) -> Path:
-    """``given``, or the config.json in the folder ``path`` or, for a model folder, beside it.
-
-    Raises WeightsError where there is none.
-    """
-    if given is not None:
-        return given
+def find_config_file(path: Path) -> Path | None:
+    """The config.json in the folder ``path`` or, for a model folder, beside it."""
     folder = path if path.is_dir() else path.parent
     for place in (folder, *([folder.parent] if folder.name == MODEL else [])):
         if (place / "config.json").is_file():
             return place / "config.json"
-    raise WeightsError(
-        f"{path} has no config.json, and the sizes of heads do not follow from shards: give the model's "
-        "config.json with --config"
-    )
+    return None
 
 
 def read_shape(path: Path) -> LlamaConfig:
@@ -83,7 +75,13 @@ def open_source(
         meta = MetaFolder(path, None if config_file is None else read_shape(config_file))
         return meta, meta.config
     if layout == "nxdt":
-        config = read_shape(config_file_of(path, config_file))
+        file = config_file or find_config_file(path)
+        if file is None:
+            raise WeightsError(
+                f"{path} has no config.json, and the sizes of heads do not follow from shards: give the "
+                "model's config.json with --config"
+            )
+        config = read_shape(file)
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=unequal_replicas)
         return sharded, sharded.config
     folder = HFFolder(path, config_file)
