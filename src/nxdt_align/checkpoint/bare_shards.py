@@ -65,7 +65,7 @@ class _Shards:
         self._path = path
         self._files: Files = {place: open_shard(file) for place, file in grid.items()}
         self._is_xser = is_xser(grid.values())
-        self._tp, self._pp = (1 + max(ranks) for ranks in zip(*grid, strict=True))
+        self._tp, self._pp = 1 + max(t for t, _ in grid), 1 + max(p for _, p in grid)
         self._require_alike()
         every = {n: x for stage in range(self._pp) for n, x in self._files[0, stage].items()}
         self._local = {name: extent for name, extent in every.items() if not is_recomputed(name)}

@@ -9,7 +9,7 @@ from typing import Literal
 from nxdt_align.checkpoint.extents import WeightsError
 from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.checkpoint.meta import MetaFolder, is_meta_folder
-from nxdt_align.checkpoint.names import summary
+from nxdt_align.checkpoint.names import shape_faults, summary
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.checkpoint.nxdt_files import MODEL, model_folder
 from nxdt_align.checkpoint.source import Source
@@ -95,9 +95,7 @@ def check_names(source: Source, config: LlamaConfig) -> None:
     wanted, there = weight_shapes(config), set(source.names())
     faults = [f"missing: {name}" for name in summary(set(wanted) - there)]
     faults += [f"surplus: {name}" for name in summary(there - set(wanted))]
-    for name in sorted(there & set(wanted)):
-        if source.shape(name) != wanted[name]:
-            shape = list(source.shape(name))
-            faults.append(f"{name} must have shape {list(wanted[name])}, but has {shape}")
+    held = {name: source.shape(name) for name in there & set(wanted)}
+    faults += shape_faults((n, wanted[n], shape) for n, shape in held.items() if shape != wanted[n])
     if faults:
         raise WeightsError(f"{source} does not fit the model configuration:\n  " + "\n  ".join(faults[:20]))

@@ -76,6 +76,7 @@ class NxDTFolder:
         self._unequal = unequal_replicas
         self.partition = self._partition(config)
         self._tensors = self._check()
+        self._require_padding_of_zeros()
         if config.tie_word_embeddings and HEAD in self._tensors:
             self._resolve_tie(untie)
         self._fingerprint: str | None = None
@@ -164,8 +165,9 @@ class NxDTFolder:
         if not same_bytes(again, first):
             raise WeightsError(
                 f"{self}: tensor-parallel rank {rank} holds another copy of {name} than an earlier rank, "
-                "though copies must be equal. Convert another checkpoint, or take the first copy with "
-                "--first-replica"
+                "though copies must be equal. The config.json may be another model's (num_key_value_heads "
+                f"is {self.config.num_key_value_heads}); else convert another checkpoint, or take the first "
+                "copy with --first-replica"
             )
 
     def _place(self, name: str) -> tuple[list[Extent], int]:
@@ -233,6 +235,20 @@ class NxDTFolder:
             elif extent.dtype != dtype:
                 faults.append(f"{local} is {dtype} on rank 0, but {extent.dtype} on rank {rank}")
         return faults
+
+    def _require_padding_of_zeros(self) -> None:
+        """A row of the embedding that no token has stays 0 in training, the head's does not."""
+        vocab = self.config.vocab_size
+        for rank, extent in enumerate(self._tensors[EMBEDDING][0] if EMBEDDING in self._tensors else ()):
+            _, [(start, stop)] = self.partition.ranges(EMBEDDING, rank)
+            padding = slice(min(max(vocab, start), stop) - start, stop - start)
+            if (read_region(extent, (padding, slice(0, extent.shape[1]))) != 0).any():
+                padded = self.partition.padded_vocab
+                raise WeightsError(
+                    f"{self}: the shards hold {padded} rows of {EMBEDDING}, and those after the model's "
+                    f"vocab_size ({vocab}) are not 0, as padding is: give the config.json that belongs to "
+                    f"them, or set its vocab_size to {padded} to keep all rows"
+                )
 
     def _resolve_tie(self, untie: bool) -> None:
         if torch.equal(self.read(HEAD).view(torch.uint8), self.read(EMBEDDING).view(torch.uint8)):
