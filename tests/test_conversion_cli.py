@@ -63,6 +63,33 @@ def test_xser_there_and_back_under_nxds_names(hf: Path, tmp_path: Path) -> None:
     assert NxDTFolder(again, TINY).fingerprint() == HFFolder(hf).fingerprint()
 
 
+def test_a_direction_that_is_not_the_sources_is_refused(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, xser, out = (str(tmp_path / name) for name in ("plain", "xser", "out"))
+    assert main(["convert", str(hf), plain, "--tp", "2", "--convert_from_full_state"]) == 0
+    assert main(["convert", plain, xser, "--convert_to_xser"]) == 0
+    for source, flag, wanted in (
+        (plain, "from_full_state", "whole weights"),
+        (plain, "from_xser", "xser shards"),
+        (xser, "to_xser", "plain shards"),
+    ):
+        capsys.readouterr()
+        assert main(["convert", source, out, f"--convert_{flag}"]) == 1
+        assert f"--convert_{flag} is for {wanted}, but the NxD checkpoint" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+def test_one_file_of_weights_needs_a_configuration(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (hf / "config.json").rename(tmp_path / "config.json")
+    command = ["convert", f"{hf}/model.safetensors", f"{tmp_path}/out"]
+    assert main(command) == 1
+    assert "has no config.json: give the model's with --config" in capsys.readouterr().err
+    assert main([*command, "--config", f"{tmp_path}/config.json"]) == 0
+
+
 def test_xser_flags_keep_the_sizes(hf: Path, tmp_path: Path) -> None:
     """NxD's converter rewrites the shards that are there."""
     assert main(["convert", str(hf), f"{tmp_path}/plain", "--tp", "4", "--pp", "2", "--fuse_qkv"]) == 0
@@ -139,6 +166,9 @@ def test_who_reads_what_is_printed_may_leave(hf: Path) -> None:
     [
         (["SRC"], "convert needs a source and a destination"),
         (["SRC", "DST", "--convert_to_full_state", "--convert_to_xser"], "give one direction"),
+        (["SRC", "DST", "--convert_to_full_state"], "is for plain shards or xser shards, but the"),
+        (["SRC", "DST", "--convert_to_xser"], "--convert_to_xser is for plain shards, but the"),
+        (["above", "DST"], "a run's checkpoint. Did you mean"),
         (["SRC", "DST", "--hw_backend", "trn2"], "--hw_backend: must be trn1"),
         (["SRC", "DST", "--virtual_pp_size", "2"], "--virtual_pp_size: must be 1"),
         (["missing", "DST"], "missing does not exist: give a folder of weights"),
@@ -151,6 +181,7 @@ def test_bad_arguments(
     arguments: list[str], fault: str, hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"SRC": str(hf), "DST": str(tmp_path / "out"), "missing": str(tmp_path / "missing")}
+    places["above"] = str(tmp_path)
     assert main(["convert", *[places.get(text, text) for text in arguments]]) == 1
     assert fault in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

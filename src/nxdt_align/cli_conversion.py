@@ -51,7 +51,7 @@ def conversion_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if len(directions) > 1:
         raise UserError(f"give one direction, not {' and '.join('--' + name for name in directions)}")
     for direction in directions:
-        values |= _direction(direction, values)
+        values |= _direction(direction) | {"direction": direction}
     for name in _UNSUPPORTED:
         if values.pop(name, 1) != 1:
             raise UserError(f"--{name}: must be 1, no other is supported")
@@ -63,7 +63,7 @@ def conversion_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return values | {"source": source, "destination": destination, "max_shard_bytes": int(size * 1e9)}
 
 
-def _direction(name: str, values: dict[str, Any]) -> dict[str, Any]:
+def _direction(name: str) -> dict[str, Any]:
     """What a --convert_* flag of NxD's converter asks for."""
     if name == "convert_from_xser":
         return {"to": "nxdt", "xser": False}

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import types
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,8 @@ def test_references_are_pickled_as_torch_pickles_them(
     monkeypatch.setattr(sys.modules[name], "TensorReference", FakeReference, raising=False)
     loaded = torch.load(tmp_path / "refs.pt", weights_only=False)
     assert {key: value.tid for key, value in loaded.items()} == {"a": 0, "b" * 300: 1}
+    with zipfile.ZipFile(tmp_path / "refs.pt") as archive:  # the same file at any time of day
+        assert {record.date_time for record in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 @pytest.mark.parametrize("options", [SIZES, SIZES | {"xser": True}, {"to": "hf"}])

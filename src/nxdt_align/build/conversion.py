@@ -35,6 +35,14 @@ __all__ = ["ConvertOptions", "convert", "describe", "open_weights", "to_text"]
 
 log = logging.getLogger(__name__)
 
+_SOURCES = {
+    "convert_from_full_state": ("whole weights",),
+    "convert_to_full_state": ("plain shards", "xser shards"),
+    "convert_from_xser": ("xser shards",),
+    "convert_to_xser": ("plain shards",),
+}
+"""What the flags of NxD's converter are for."""
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -59,6 +67,8 @@ class ConvertOptions:
     """Rows to pad the vocabulary to."""
     xser: bool = False
     load_xser: bool | None = None
+    direction: str | None = None
+    """That flag of NxD's converter which was given; what it says of the source is checked."""
     n_layers: int | None = None
     dtype: str | None = None
     tokenizer: Path | None = None
@@ -132,6 +142,7 @@ def _run_model(checkpoint: Path) -> LlamaConfig | None:
 
 def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) -> None:
     """Sizes that the user gave for the source must be those that it has."""
+    _check_direction(options, source)
     _check_target(options, source)
     if options.n_layers not in (None, 0, config.num_hidden_layers):
         raise UserError(
@@ -166,6 +177,21 @@ def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) 
 
 def _listed(layers: Iterable[int] | None) -> str:
     return ",".join(map(str, layers or ())) or "none"
+
+
+def _check_direction(options: ConvertOptions, source: Source) -> None:
+    """A run's own checkpoint is neither whole nor in shards to whoever reads it."""
+    if options.direction is None or isinstance(source, NativeCheckpoint):
+        return
+    held = "whole weights"
+    if isinstance(source, NxDTFolder):
+        held = "xser shards" if source.is_xser else "plain shards"
+    wanted = _SOURCES[options.direction]
+    if held not in wanted:
+        raise UserError(
+            f"--{options.direction} is for {' or '.join(wanted)}, but {source} holds {held}; leave it out, "
+            "and say with --to what to write (hf or nxdt)"
+        )
 
 
 def _check_target(options: ConvertOptions, source: Source) -> None:

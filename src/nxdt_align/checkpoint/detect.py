@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from nxdt_align.checkpoint.extents import WeightsError
-from nxdt_align.checkpoint.hf import HFFolder
+from nxdt_align.checkpoint.hf import WEIGHT_FILES, HFFolder
 from nxdt_align.checkpoint.meta import MetaFolder, is_meta_folder
 from nxdt_align.checkpoint.names import shape_faults, summary
 from nxdt_align.checkpoint.nxdt import NxDTFolder
@@ -56,6 +56,25 @@ def find_config_file(path: Path) -> Path | None:
     return None
 
 
+def _require_weights(path: Path) -> None:
+    """The folder above that of the weights is the usual mistake. Raises WeightsError."""
+    if path.is_file() or not any(path.iterdir()) or _holds_weights(path):
+        return
+    below = [f for folder in (path, path / "checkpoints") for f in folder.glob("*") if _holds_weights(f)]
+    hint = f". Did you mean {max(below)}?" if below else ""
+    raise WeightsError(
+        f"{path} holds no weights: give a Hugging Face folder ({', '.join(WEIGHT_FILES)}), NxD's shards, "
+        f"Meta's download or a run's checkpoint{hint}"
+    )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return folder.is_dir() and (
+        any((folder / name).is_file() for name in (*WEIGHT_FILES, "checkpoint.json"))
+        or model_folder(folder) is not None
+    )
+
+
 def read_shape(path: Path) -> LlamaConfig:
     """The model's shape in a config.json, or in that of a folder, whatever its attention window: weights
     that are carried attend to nothing. Raises ModelConfigError."""
@@ -84,8 +103,12 @@ def open_source(
         config = read_shape(file)
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=unequal_replicas)
         return sharded, sharded.config
-    folder = HFFolder(path, config_file)
-    config = read_shape(config_file or (path if path.is_dir() else path.parent))
+    _require_weights(path)
+    file = config_file or find_config_file(path)
+    if file is None:
+        raise WeightsError(f"{path} has no config.json: give the model's with --config")
+    folder = HFFolder(path, file)
+    config = read_shape(file)
     folder.check_against(config)
     return folder, config
 

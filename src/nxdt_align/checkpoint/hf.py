@@ -24,7 +24,7 @@ from nxdt_align.models.presets import LlamaConfig, fresh_weight, load_config_jso
 __all__ = ["FreshWeights", "HFFolder", "WeightsError", "content_fingerprint", "write_hf_folder"]
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -161,9 +161,9 @@ def _find_tensors(folder: Path) -> dict[str, TensorFile]:
     if folder.is_file():
         single = open_tensor_file(folder)
         return dict.fromkeys(single.names(), single)
-    found = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise WeightsError(f"{folder} has no weights: it must hold one of {', '.join(_WEIGHT_FILES)}")
+        raise WeightsError(f"{folder} has no weights: it must hold one of {', '.join(WEIGHT_FILES)}")
     if not found.endswith(".index.json"):
         file = open_tensor_file(folder / found)
         return dict.fromkeys(file.names(), file)

@@ -39,6 +39,7 @@ from nxdt_align.models.partition import (
     local_tensors,
 )
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.sharding import KV_HEADS, split_of
 
 _OR_MISSING = "or shards of the highest ranks are missing"
 
@@ -163,10 +164,13 @@ class NxDTFolder:
 
     def _require_same(self, name: str, rank: int, again: Tensor, first: Tensor) -> None:
         if not same_bytes(again, first):
+            doubt = ""
+            if split_of(name) == KV_HEADS:
+                heads = self.config.num_key_value_heads
+                doubt = f"The config.json may be another model's (num_key_value_heads is {heads}); else c"
             raise WeightsError(
                 f"{self}: tensor-parallel rank {rank} holds another copy of {name} than an earlier rank, "
-                "though copies must be equal. The config.json may be another model's (num_key_value_heads "
-                f"is {self.config.num_key_value_heads}); else convert another checkpoint, or take the first "
+                f"though copies must be equal. {doubt or 'C'}onvert another checkpoint, or take the first "
                 "copy with --first-replica"
             )
 
