@@ -342,6 +342,24 @@ def test_an_output_that_is_taken_is_left_alone(make_hf: MakeHF, tmp_path: Path) 
     run(tmp_path / "hf", tmp_path / "out", tp=2)
 
 
+def test_a_cast_that_overflows_is_refused(tmp_path: Path) -> None:
+    """float16 ends at 65504; what is infinite already stays so."""
+    weights = fresh(CONFIG, 0, torch.bfloat16)
+    weights[DOWN][0, :2] = torch.tensor([1e5, float("-inf")])
+    write_hf_folder(tmp_path / "hf", CONFIG, weights)
+    with pytest.raises(WeightsError, match=r"mlp\.down_proj.* largest of torch\.float16 \(65504\), such as 99"):
+        run(tmp_path / "hf", tmp_path / "out", dtype="fp16")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["hf"]
+    run(tmp_path / "hf", tmp_path / "out", dtype="fp32")
+    weights[DOWN][0, 0] = 65504
+    write_hf_folder(tmp_path / "fits", CONFIG, weights)
+    with pytest.raises(WeightsError, match="65536"):  # bfloat16's nearest
+        run(tmp_path / "fits", tmp_path / "half", dtype="fp16")
+    weights[DOWN][0, 0] = 65280
+    write_hf_folder(tmp_path / "fits", CONFIG, weights, overwrite=True)
+    run(tmp_path / "fits", tmp_path / "half", dtype="fp16")
+
+
 def test_nans_are_counted_and_kept(make_hf: MakeHF, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = fresh(CONFIG)
     weights[DOWN][0, :3] = float("nan")
