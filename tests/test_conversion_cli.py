@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -15,12 +16,14 @@ import torch
 from checkpoint_fixture import fresh
 from training_fixture import Project, scalars
 
-from nxdt_align.build.conversion import open_weights
+from nxdt_align.build.conversion import describe, open_weights
 from nxdt_align.checkpoint.hf import HFFolder, write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.cli import main
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
+from nxdt_align.engines.nxd.checkpoint import SUMMARY as NXD_SUMMARY
 from nxdt_align.models.presets import LLAMA3_8B, TINY, read_config_json
+from nxdt_align.training.runs import write_identity
 
 
 @pytest.fixture
@@ -60,6 +63,33 @@ def test_xser_there_and_back_under_nxds_names(hf: Path, tmp_path: Path) -> None:
     assert NxDTFolder(again, TINY).fingerprint() == HFFolder(hf).fingerprint()
 
 
+def test_a_direction_that_is_not_the_sources_is_refused(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, xser, out = (str(tmp_path / name) for name in ("plain", "xser", "out"))
+    assert main(["convert", str(hf), plain, "--tp", "2", "--convert_from_full_state"]) == 0
+    assert main(["convert", plain, xser, "--convert_to_xser"]) == 0
+    for source, flag, wanted in (
+        (plain, "from_full_state", "whole weights"),
+        (plain, "from_xser", "xser shards"),
+        (xser, "to_xser", "plain shards"),
+    ):
+        capsys.readouterr()
+        assert main(["convert", source, out, f"--convert_{flag}"]) == 1
+        assert f"--convert_{flag} is for {wanted}, but the NxD checkpoint" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+def test_one_file_of_weights_needs_a_configuration(
+    hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (hf / "config.json").rename(tmp_path / "config.json")
+    command = ["convert", f"{hf}/model.safetensors", f"{tmp_path}/out"]
+    assert main(command) == 1
+    assert "has no config.json: give the model's with --config" in capsys.readouterr().err
+    assert main([*command, "--config", f"{tmp_path}/config.json"]) == 0
+
+
 def test_xser_flags_keep_the_sizes(hf: Path, tmp_path: Path) -> None:
     """NxD's converter rewrites the shards that are there."""
     assert main(["convert", str(hf), f"{tmp_path}/plain", "--tp", "4", "--pp", "2", "--fuse_qkv"]) == 0
@@ -67,6 +97,15 @@ def test_xser_flags_keep_the_sizes(hf: Path, tmp_path: Path) -> None:
     plain, xser = (NxDTFolder(tmp_path / name, TINY) for name in ("plain", "xser"))
     assert xser.is_xser and xser.partition == plain.partition
     assert (xser.partition.tp, xser.partition.pp, xser.partition.qkv) == (4, 2, "fused")
+
+
+@pytest.mark.parametrize("cuts", ["1", "model.layers.1", '["model.layers.1"]'])
+def test_pipeline_cuts_are_taken_as_the_yaml_has_them(cuts: str, tmp_path: Path) -> None:
+    config = replace(TINY, num_hidden_layers=3)
+    write_hf_folder(tmp_path / "hf", config, fresh(config))
+    assert main(["convert", f"{tmp_path}/hf", f"{tmp_path}/out", "--tp", "2", "--pipeline-cuts", cuts]) == 0
+    partition = NxDTFolder(tmp_path / "out", config).partition
+    assert (partition.pp, partition.cuts) == (2, (1,))
 
 
 def documented(repo: Path, page: str) -> list[list[str]]:
@@ -112,14 +151,29 @@ def test_inspect_says_what_it_is(hf: Path, tmp_path: Path, capsys: pytest.Captur
     assert "layout: Hugging Face" in text and "  model.layers.{0-1}.mlp.down_proj.weight" in text
 
 
+def test_who_reads_what_is_printed_may_leave(hf: Path) -> None:
+    """As `nxdt-align inspect PATH | head -1` does."""
+    readable, writable = os.pipe()
+    os.close(readable)
+    command = [sys.executable, "-m", "nxdt_align", "inspect", str(hf)]
+    done = subprocess.run(command, stdout=writable, stderr=subprocess.PIPE, text=True)
+    os.close(writable)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
         (["SRC"], "convert needs a source and a destination"),
         (["SRC", "DST", "--convert_to_full_state", "--convert_to_xser"], "give one direction"),
+        (["SRC", "DST", "--convert_to_full_state"], "is for plain shards or xser shards, but the"),
+        (["SRC", "DST", "--convert_to_xser"], "--convert_to_xser is for plain shards, but the"),
+        (["above", "DST"], "a run's checkpoint. Did you mean"),
         (["SRC", "DST", "--hw_backend", "trn2"], "--hw_backend: must be trn1"),
         (["SRC", "DST", "--virtual_pp_size", "2"], "--virtual_pp_size: must be 1"),
         (["missing", "DST"], "missing does not exist: give a folder of weights"),
+        (["SRC", "DST", "--pipeline-cuts", "1"], "must be 1 layers below the last (1) in ascending order"),
+        (["SRC", "DST", "--pp", "2", "--pipeline-cuts", "0,1"], "must be 1 layers below the last (1)"),
         (["SRC", "DST", "--tp", "8"], "tensor-parallel size of 8 does not fit 4 query heads and 2 kv heads"),
     ],
 )
@@ -127,12 +181,22 @@ def test_bad_arguments(
     arguments: list[str], fault: str, hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"SRC": str(hf), "DST": str(tmp_path / "out"), "missing": str(tmp_path / "missing")}
+    places["above"] = str(tmp_path)
     assert main(["convert", *[places.get(text, text) for text in arguments]]) == 1
     assert fault in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("flag", [["--tp", "0"], ["--qkv_linear", "maybe"], ["--model_style", "megatron"]])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ["--tp", "0"],
+        ["--qkv_linear", "maybe"],
+        ["--model_style", "megatron"],
+        ["--pipeline-cuts", "ten"],
+        ["--pipeline-cuts", "1,"],
+    ],
+)
 def test_bad_values_of_an_option(flag: list[str], hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["convert", str(hf), "out", *flag])
@@ -208,6 +272,20 @@ def test_a_runs_checkpoint_is_exported_without_its_configuration(project: Projec
         NxDTFolder(tmp_path / "nxdt", read_config_json(tmp_path / "out")).fingerprint()
         == exported.fingerprint()
     )
+
+
+def test_a_checkpoint_of_engine_nxd_is_exported_without_its_configuration(hf: Path, tmp_path: Path) -> None:
+    """Shards and the engine's summary; the shape is in the run's folder."""
+    run, config = tmp_path / "run", read_config_json(hf)
+    checkpoint = run / "checkpoints" / "step=2"
+    assert main(["convert", str(hf), str(checkpoint), "--tp", "2"]) == 0
+    for name in ("config.json", "conversion.json"):
+        (checkpoint / name).unlink()
+    NXD_SUMMARY.write(checkpoint, {"step": 2})
+    write_identity(run, "identity", {"model": config.to_hf_dict()})
+    assert describe(checkpoint)["model"]["query heads"] == config.num_attention_heads
+    assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
+    assert HFFolder(tmp_path / "out").fingerprint() == HFFolder(hf).fingerprint()
 
 
 def test_shards_of_another_model_and_metas_download_are_refused(

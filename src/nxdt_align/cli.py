@@ -292,7 +292,7 @@ def _help_keys(arguments: argparse.Namespace, environment: _Environment) -> int:
     if section and section not in all_keys():
         near = nearest_key(section)
         raise UserError(f"no key {section!r}{f'; did you mean {near}?' if near else ''}")
-    print(describe_keys(section))
+    _show(describe_keys(section))
     return 0
 
 
@@ -309,7 +309,7 @@ def _inspect(arguments: argparse.Namespace, environment: _Environment) -> int:
     from nxdt_align.build import conversion
 
     found = conversion.describe(arguments.path, arguments.config)
-    print(json.dumps(found, indent=2) if arguments.json else conversion.to_text(found))
+    _show(json.dumps(found, indent=2) if arguments.json else conversion.to_text(found))
     return 0
 
 
@@ -342,6 +342,14 @@ def _checked(
     for notice in notices if notify else ():
         _note(notice)
     return config
+
+
+def _show(text: str) -> None:
+    """Print what may be long; who reads it may leave before its end, as ``head`` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _note(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ _DIRECTIONS = (
     "convert_to_xser",
 )
 _UNSUPPORTED = ("virtual_pp_size", "ep_size")
+_CUT = re.compile(r"(?:(?:model\.)?layers\.)?(\d+)")
 
 
 def add_conversion_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,7 +51,7 @@ def conversion_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if len(directions) > 1:
         raise UserError(f"give one direction, not {' and '.join('--' + name for name in directions)}")
     for direction in directions:
-        values |= _direction(direction, values)
+        values |= _direction(direction) | {"direction": direction}
     for name in _UNSUPPORTED:
         if values.pop(name, 1) != 1:
             raise UserError(f"--{name}: must be 1, no other is supported")
@@ -61,7 +63,7 @@ def conversion_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return values | {"source": source, "destination": destination, "max_shard_bytes": int(size * 1e9)}
 
 
-def _direction(name: str, values: dict[str, Any]) -> dict[str, Any]:
+def _direction(name: str) -> dict[str, Any]:
     """What a --convert_* flag of NxD's converter asks for."""
     if name == "convert_from_xser":
         return {"to": "nxdt", "xser": False}
@@ -98,6 +100,13 @@ def _add_sizes(verb: argparse.ArgumentParser) -> None:
         type=_size,
         metavar="N",
         help="pipeline-parallel size (default: the same)",
+    )
+    add(
+        "--pipeline-cuts",
+        dest="cuts",
+        type=_layers,
+        metavar="LAYERS",
+        help="layers after which a stage ends, as model.pipeline_cuts: 10,20 (default: even stages)",
     )
     add(
         *("--kv-replicator", "--kv_size_multiplier"),
@@ -162,6 +171,17 @@ def _boolean(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"must be True or False, but is {text!r}")
     return values[text.lower()]
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Numbers or names of layers, with or without the brackets and quotes that they have in YAML."""
+    matches = [_CUT.fullmatch(part.strip(" \"'")) for part in text.strip("[] ").split(",")]
+    if None in matches:
+        raise argparse.ArgumentTypeError(
+            "must be layers with commas between them, as 10,20 or model.layers.10,model.layers.20, but is "
+            f"{text!r}"
+        )
+    return tuple(int(match[1]) for match in matches if match)
 
 
 def _size(text: str) -> int:

@@ -31,7 +31,7 @@ from checkpoint_fixture import (
 from torch import Tensor
 
 from nxdt_align.build.conversion import open_weights
-from nxdt_align.checkpoint.hf import WeightsError, write_hf_folder
+from nxdt_align.checkpoint.hf import HFFolder, WeightsError, write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.checkpoint.nxdt_files import shard_name
 from nxdt_align.errors import UserError
@@ -117,7 +117,8 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
             f / "model" / shard_name(2, 0),
             lambda t: t["model.layers.0.self_attn.qkv_proj.weight_k"].add_(1) is None,
         ),
-        "rank 2 holds another copy of model.layers.0.self_attn.qkv_proj.k_proj.weight.*--first-replica",
+        "rank 2 holds another copy of model.layers.0.self_attn.qkv_proj.k_proj.weight.*may be another model's"
+        r" \(num_key_value_heads is 2\).*--first-replica",
     ),
     (
         "norms differ",
@@ -261,6 +262,7 @@ def test_sizes_that_do_not_fit_leave_nothing(make_hf: MakeHF, tmp_path: Path) ->
             {"pp": 1, "kv_multiplier": 1},
             "--pp_size is 1, but it is 2; --kv_size_multiplier is 1, but it is 2",
         ),
+        ({"cuts": (1,)}, "--pipeline-cuts is 1, but it is 0. Shards"),
         ({"n_layers": 4}, "--n_layers is 4, but .* has 3"),
         ({"load_xser": True}, "--load_xser is True, but .* holds plain files"),
         ({"qkv_linear": True, "fuse_qkv": True}, "q, k and v are fused, but .* holds them split"),
@@ -292,6 +294,38 @@ def test_config_of_another_model_is_refused(make_hf: MakeHF, tmp_path: Path) -> 
         run(tmp_path / "hf", tmp_path / "out", tp=2)
 
 
+def test_a_vocabulary_smaller_than_that_of_the_shards_is_refused(nxdt: Path, tmp_path: Path) -> None:
+    """Rows that hold tokens are no padding; 99 tokens are padded to 100 rows, the 100th is 0."""
+    change_config(nxdt, vocab_size=98)
+    fault = r"hold 100 rows .* after the model's vocab_size \(98\) are not 0.* set its vocab_size to 100"
+    with pytest.raises(WeightsError, match=fault):
+        run(nxdt, tmp_path / "back")
+    change_config(nxdt, vocab_size=100)
+    run(nxdt, tmp_path / "back")
+    assert HFFolder(tmp_path / "back").shape("model.embed_tokens.weight") == (100, 16)
+
+
+def test_padding_of_the_head_may_have_been_trained(nxdt: Path, tmp_path: Path) -> None:
+    """Rows that no label names still get gradients, of the softmax."""
+
+    def train(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"][-1] = 0.5
+
+    edit(nxdt / "model" / shard_name(3, 1), train)
+    run(nxdt, tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+def test_a_layer_that_does_not_fit_is_named_with_all_others(make_hf: MakeHF, tmp_path: Path) -> None:
+    """One line for all layers: a model has up to a hundred."""
+    change_config(make_hf(CONFIG), num_key_value_heads=1)
+    with pytest.raises(WeightsError) as error:
+        run(tmp_path / "hf", tmp_path / "out", tp=2)
+    for kind in "kv":
+        line = f"model.layers.{{0-2}}.self_attn.{kind}_proj.weight must have shape [4, 16], but has [8, 16]"
+        assert line in str(error.value)
+
+
 def test_an_output_that_is_taken_is_left_alone(make_hf: MakeHF, tmp_path: Path) -> None:
     make_hf(CONFIG)
     (tmp_path / "out").mkdir()
@@ -306,6 +340,24 @@ def test_an_output_that_is_taken_is_left_alone(make_hf: MakeHF, tmp_path: Path) 
     assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "hf", "out"]
     (tmp_path / "out" / "thesis.tex").unlink()
     run(tmp_path / "hf", tmp_path / "out", tp=2)
+
+
+def test_a_cast_that_overflows_is_refused(tmp_path: Path) -> None:
+    """float16 ends at 65504; what is infinite already stays so."""
+    weights = fresh(CONFIG, 0, torch.bfloat16)
+    weights[DOWN][0, :2] = torch.tensor([1e5, float("-inf")])
+    write_hf_folder(tmp_path / "hf", CONFIG, weights)
+    with pytest.raises(WeightsError, match=r"down_proj.* largest of torch\.float16 \(65504\), such as 99"):
+        run(tmp_path / "hf", tmp_path / "out", dtype="fp16")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["hf"]
+    run(tmp_path / "hf", tmp_path / "out", dtype="fp32")
+    weights[DOWN][0, 0] = 65504
+    write_hf_folder(tmp_path / "fits", CONFIG, weights)
+    with pytest.raises(WeightsError, match="65536"):  # bfloat16's nearest
+        run(tmp_path / "fits", tmp_path / "half", dtype="fp16")
+    weights[DOWN][0, 0] = 65280
+    write_hf_folder(tmp_path / "fits", CONFIG, weights, overwrite=True)
+    run(tmp_path / "fits", tmp_path / "half", dtype="fp16")
 
 
 def test_nans_are_counted_and_kept(make_hf: MakeHF, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

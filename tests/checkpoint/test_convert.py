@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import types
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,20 +112,41 @@ def test_of_shards_to_shards_what_is_not_stated_stays(
     same_folders(tmp_path / "hf", tmp_path / "back")
 
 
-def test_of_shards_to_shards_cuts_of_ones_own_stay_with_their_number(make_hf: MakeHF, tmp_path: Path) -> None:
+def test_cuts_of_ones_own(make_hf: MakeHF, tmp_path: Path) -> None:
     """As model.pipeline_cuts makes them: after layer 1 of 3, where even stages end after layer 0."""
-    run(make_hf(CONFIG), tmp_path / "one", **SIZES)
+    run(make_hf(CONFIG), tmp_path / "even", **SIZES)
+    run(tmp_path / "hf", tmp_path / "cut", tp=4, kv_multiplier=2, cuts=(1,))
     moved = "model.layers.1."
     for rank in range(4):
-        first, last = (tmp_path / "one" / "model" / shard_name(rank, stage) for stage in range(2))
-        early, late = load(first), load(last)
-        torch.save(early | {n: t for n, t in late.items() if n.startswith(moved)}, first)
-        torch.save({n: t for n, t in late.items() if not n.startswith(moved)}, last)
-    for name, stated, cuts in (("two", {"tp": 2}, (1,)), ("three", {"pp": 3}, None)):
-        run(tmp_path / "one", tmp_path / name, to="nxdt", **stated)
-        assert NxDTFolder(tmp_path / name, CONFIG).partition.cuts == cuts
-        run(tmp_path / name, tmp_path / f"{name} back")
-        same_folders(tmp_path / "hf", tmp_path / f"{name} back")
+        early, late = (load(tmp_path / "even" / "model" / shard_name(rank, stage)) for stage in range(2))
+        expected = early | {n: t for n, t in late.items() if n.startswith(moved)}
+        found = load(tmp_path / "cut" / "model" / shard_name(rank, 0))
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        last = load(tmp_path / "cut" / "model" / shard_name(rank, 1))
+        assert list(last) == [name for name in late if not name.startswith(moved)]
+    run(tmp_path / "cut", tmp_path / "back", cuts=(1,))
+    same_folders(tmp_path / "hf", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("stated", "cuts"),
+    [
+        ({"tp": 2}, (1,)),
+        ({"pp": 3}, None),
+        ({"pp": 1}, None),
+        ({"cuts": (0,)}, None),
+        ({"cuts": (0, 1)}, None),
+    ],
+)
+def test_of_shards_to_shards_cuts_stay_with_their_number(
+    stated: dict[str, Any], cuts: tuple[int, ...] | None, make_hf: MakeHF, tmp_path: Path
+) -> None:
+    run(make_hf(CONFIG), tmp_path / "one", tp=4, kv_multiplier=2, cuts=(1,))
+    run(tmp_path / "one", tmp_path / "two", to="nxdt", **stated)
+    assert NxDTFolder(tmp_path / "two", CONFIG).partition.cuts == cuts
+    run(tmp_path / "two", tmp_path / "back")
+    same_folders(tmp_path / "hf", tmp_path / "back")
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -270,6 +292,8 @@ def test_references_are_pickled_as_torch_pickles_them(
     monkeypatch.setattr(sys.modules[name], "TensorReference", FakeReference, raising=False)
     loaded = torch.load(tmp_path / "refs.pt", weights_only=False)
     assert {key: value.tid for key, value in loaded.items()} == {"a": 0, "b" * 300: 1}
+    with zipfile.ZipFile(tmp_path / "refs.pt") as archive:  # the same file at any time of day
+        assert {record.date_time for record in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 @pytest.mark.parametrize("options", [SIZES, SIZES | {"xser": True}, {"to": "hf"}])

@@ -124,6 +124,18 @@ def test_the_tutorials_sizes_are_the_defaults() -> None:
     assert fitting_tp(LLAMA3_8B) == [1, 2, 4, 8, 16, 32] and fitting_multipliers(LLAMA3_8B, 32) == [4]
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 8])
+def test_every_size_that_fits_has_defaults_that_do(kv_heads: int, group: int) -> None:
+    """Also where ranks hold copies of several kv heads each: 3 kv heads of 12 query heads on 2 ranks are
+    dealt twice, (K0 K1 K2)(K0 K1 K2), which separate layers do not do."""
+    config = replace(TINY, num_attention_heads=kv_heads * group, num_key_value_heads=kv_heads)
+    config = replace(config, intermediate_size=config.num_attention_heads)
+    for tp in fitting_tp(config):
+        multiplier = default_multiplier(config, tp)
+        Partition(config, tp, 1, multiplier, default_qkv(config, tp, multiplier))
+
+
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
@@ -132,6 +144,7 @@ def test_the_tutorials_sizes_are_the_defaults() -> None:
             {"tp": 4},
             "kv multiplier of 1 does not spread 2 kv heads.*over 4 ranks; multipliers that fit: 2, 4",
         ),
+        ({"tp": 4, "qkv": "separate"}, "fit with qkv_linear, as other layers have no copies: 2, 4"),
         ({"tp": 64}, "64 does not fit"),
         ({"pp": 3}, r"must be 1 to num_hidden_layers \(2\), but is 3"),
         ({"tp": 0}, "tensor-parallel size must be at least 1, but is 0"),

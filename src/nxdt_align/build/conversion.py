@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from nxdt_align.build.native_destination import NativeDestination
 from nxdt_align.checkpoint import inspect
 from nxdt_align.checkpoint.convert import Conversion, Report
 from nxdt_align.checkpoint.destinations import Destination, HFDestination, NxDTDestination
-from nxdt_align.checkpoint.detect import check_names, layout_of, open_source, read_shape
+from nxdt_align.checkpoint.detect import check_names, find_config_file, layout_of, open_source, read_shape
 from nxdt_align.checkpoint.inspect import to_text
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.checkpoint.source import Source
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import (
     QKV,
@@ -32,6 +34,14 @@ from nxdt_align.training.runs import IDENTITY_FILE
 __all__ = ["ConvertOptions", "convert", "describe", "open_weights", "to_text"]
 
 log = logging.getLogger(__name__)
+
+_SOURCES = {
+    "convert_from_full_state": ("whole weights",),
+    "convert_to_full_state": ("plain shards", "xser shards"),
+    "convert_from_xser": ("xser shards",),
+    "convert_to_xser": ("plain shards",),
+}
+"""What the flags of NxD's converter are for."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -47,6 +57,8 @@ class ConvertOptions:
     config: Path | None = None
     tp: int | None = None
     pp: int | None = None
+    cuts: tuple[int, ...] | None = None
+    """Layers after which a pipeline stage ends."""
     kv_multiplier: int | None = None
     qkv_linear: bool | None = None
     fuse_qkv: bool | None = None
@@ -55,6 +67,8 @@ class ConvertOptions:
     """Rows to pad the vocabulary to."""
     xser: bool = False
     load_xser: bool | None = None
+    direction: str | None = None
+    """That flag of NxD's converter which was given; what it says of the source is checked."""
     n_layers: int | None = None
     dtype: str | None = None
     tokenizer: Path | None = None
@@ -97,15 +111,23 @@ def open_weights(
     path: Path, config_file: Path | None = None, *, first_replica: bool = False
 ) -> tuple[Source, LlamaConfig]:
     """A reader for weights of any kind, and their model's shape. Raises UserError."""
-    if not is_checkpoint(path):
+    is_of_nxd = is_nxd_checkpoint(path)
+    if not is_of_nxd and not is_checkpoint(path):
         return open_source(path, config_file, unequal_replicas=first_replica)
+    config = _run_model(path) if config_file is None else read_shape(config_file)
+    if config is None:
+        raise UserError(
+            f"no {IDENTITY_FILE} above {path} says what model it is of: give its config.json with --config"
+        )
+    if is_of_nxd:
+        sharded = NxDTFolder(path, config, untie=True, unequal_replicas=first_replica)
+        return sharded, sharded.config
     native = NativeCheckpoint(path)
-    config = read_shape(config_file) if config_file is not None else _run_model(path)
     check_names(native, config)
     return native, config
 
 
-def _run_model(checkpoint: Path) -> LlamaConfig:
+def _run_model(checkpoint: Path) -> LlamaConfig | None:
     """The shape in the record that a run keeps in its folder, above its checkpoints; that of a converted
     one is in it."""
     if (checkpoint / "config.json").is_file():
@@ -115,13 +137,12 @@ def _run_model(checkpoint: Path) -> LlamaConfig:
         if file.is_file():
             values = json.loads(file.read_text())["of"]["model"]
             return from_hf_dict(values, sequence_length=1, where=str(file))  # as ``read_shape``
-    raise UserError(
-        f"no {IDENTITY_FILE} above {checkpoint} says what model it is of: give its config.json with --config"
-    )
+    return None
 
 
 def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) -> None:
     """Sizes that the user gave for the source must be those that it has."""
+    _check_direction(options, source)
     _check_target(options, source)
     if options.n_layers not in (None, 0, config.num_hidden_layers):
         raise UserError(
@@ -140,6 +161,8 @@ def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) 
     stated = {"tp_size": options.tp, "pp_size": options.pp, "kv_size_multiplier": options.kv_multiplier}
     found = {"tp_size": held.tp, "pp_size": held.pp, "kv_size_multiplier": held.kv_multiplier}
     wrong = [f"--{k} is {v}, but it is {found[k]}" for k, v in stated.items() if v not in (None, found[k])]
+    if options.cuts not in (None, held.stage_ends):
+        wrong.append(f"--pipeline-cuts is {_listed(options.cuts)}, but it is {_listed(held.stage_ends)}")
     if wrong:
         raise UserError(
             f"{source}: {'; '.join(wrong)}. Shards are missing or surplus, or leave the sizes out"
@@ -149,6 +172,25 @@ def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) 
         raise UserError(
             f"--qkv_linear, --fuse_qkv and --coalesce_qkv say that q, k and v are {qkv}, but {source} holds "
             f"them {held.qkv}; leave them out"
+        )
+
+
+def _listed(layers: Iterable[int] | None) -> str:
+    return ",".join(map(str, layers or ())) or "none"
+
+
+def _check_direction(options: ConvertOptions, source: Source) -> None:
+    """A run's own checkpoint is neither whole nor in shards to whoever reads it."""
+    if options.direction is None or isinstance(source, NativeCheckpoint):
+        return
+    held = "whole weights"
+    if isinstance(source, NxDTFolder):
+        held = "xser shards" if source.is_xser else "plain shards"
+    wanted = _SOURCES[options.direction]
+    if held not in wanted:
+        raise UserError(
+            f"--{options.direction} is for {' or '.join(wanted)}, but {source} holds {held}; leave it out, "
+            "and say with --to what to write (hf or nxdt)"
         )
 
 
@@ -182,7 +224,7 @@ def _target(options: ConvertOptions, source: Source) -> str:
 
 def _states_shards(options: ConvertOptions) -> bool:
     """Whether anything is said that shards alone have."""
-    said = (options.tp, options.pp, options.kv_multiplier, options.vocab)
+    said = (options.tp, options.pp, options.cuts, options.kv_multiplier, options.vocab)
     styles = (options.qkv_linear, options.fuse_qkv, options.coalesce_qkv)
     return options.xser or any(value is not None for value in (*said, *styles))
 
@@ -209,9 +251,10 @@ def _destination(
             partition.padded_vocab,
         )
     log.info(
-        "tensor parallel %d, pipeline parallel %d, kv multiplier %d, q, k and v %s%s",
+        "tensor parallel %d, pipeline parallel %d%s, kv multiplier %d, q, k and v %s%s",
         partition.tp,
         partition.pp,
+        "" if partition.cuts is None else f" (cut after layers {_listed(partition.cuts)})",
         partition.kv_multiplier,
         partition.qkv,
         ", xser" if options.xser else "",
@@ -221,7 +264,10 @@ def _destination(
 
 def _partition(options: ConvertOptions, config: LlamaConfig, held: Partition | None) -> Partition:
     """``held``: that of the shards that are the source, of which what is not stated stays as it is."""
-    tp, pp = (options.tp or held.tp, options.pp or held.pp) if held else (options.tp or 1, options.pp or 1)
+    tp, pp = (held.tp, held.pp) if held else (1, 1)
+    if options.cuts is not None:
+        pp = len(options.cuts) + 1
+    tp, pp = options.tp or tp, options.pp or pp
     unstated = held.kv_multiplier if held and tp == held.tp else default_multiplier(config, tp)
     multiplier = options.kv_multiplier or unstated
     qkv = _stated_qkv(options, config) or _usual_qkv(config, tp, multiplier, held)
@@ -230,7 +276,7 @@ def _partition(options: ConvertOptions, config: LlamaConfig, held: Partition | N
     vocab = options.vocab
     if vocab is None and held and held.padded_vocab % tp == 0:
         vocab = held.padded_vocab
-    cuts = held.cuts if held and pp == held.pp else None
+    cuts = held.cuts if options.cuts is None and held and pp == held.pp else options.cuts
     return Partition(config, tp, pp, multiplier, qkv, vocab, cuts)
 
 
@@ -258,6 +304,13 @@ def _usual_qkv(config: LlamaConfig, tp: int, multiplier: int, held: Partition | 
 
 def describe(path: Path, config_file: Path | None = None) -> dict[str, Any]:
     """What a checkpoint is, as plain values. Raises UserError where it is none, or is damaged."""
+    layout = "native" if is_checkpoint(path) else layout_of(path)
+    if layout == "nxdt" and config_file is None and not _says_its_model(path):
+        return inspect.describe_bare(path)
     source, config = open_weights(path, config_file)
-    layout = "native" if isinstance(source, NativeCheckpoint) else layout_of(path)
     return inspect.describe(source, config, layout)
+
+
+def _says_its_model(path: Path) -> bool:
+    found = _run_model(path) if is_nxd_checkpoint(path) else find_config_file(path)
+    return found is not None

@@ -168,7 +168,7 @@ class Conversion:
         def carry(name: str) -> None:
             tensor = self._source.read(name).contiguous()
             if tensor.dtype != self._target_dtype(name):
-                tensor = empty(tensor.shape, self._target_dtype(name)).copy_(tensor)
+                tensor = _cast(name, tensor, self._target_dtype(name))
             writer.write(name, tensor)
             checksum, nans = zlib.crc32(byte_view(tensor)), count_nans(tensor)
             with lock:
@@ -257,6 +257,23 @@ class _Budget:
             with self._changed:
                 self._left += wanted
                 self._changed.notify_all()
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises WeightsError for a value that is too large for ``dtype``."""
+    cast = empty(tensor.shape, dtype).copy_(tensor)
+    if not (tensor.is_floating_point() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max):
+        return cast
+    before, after = tensor.reshape(-1), cast.reshape(-1)
+    for start in range(0, len(after), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        lost = before[part][after[part].isinf() & ~before[part].isinf()]
+        if len(lost):
+            raise WeightsError(
+                f"--dtype: {name} has values beyond the largest of {dtype} ({torch.finfo(dtype).max:g}), "
+                f"such as {lost[0].item():g}; choose another, or leave it out to keep {tensor.dtype}"
+            )
+    return cast
 
 
 def count_nans(tensor: Tensor) -> int:

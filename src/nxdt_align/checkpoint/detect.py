@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from nxdt_align.checkpoint.extents import WeightsError
-from nxdt_align.checkpoint.hf import HFFolder
+from nxdt_align.checkpoint.hf import WEIGHT_FILES, HFFolder
 from nxdt_align.checkpoint.meta import MetaFolder, is_meta_folder
-from nxdt_align.checkpoint.names import summary
+from nxdt_align.checkpoint.names import shape_faults, summary
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.checkpoint.nxdt_files import MODEL, model_folder
 from nxdt_align.checkpoint.source import Source
@@ -47,20 +47,31 @@ def _refuse_first_format(path: Path) -> None:
             )
 
 
-def config_file_of(path: Path, given: Path | None) -> Path:
-    """``given``, or the config.json in the folder ``path`` or, for a model folder, beside it.
-
-    Raises WeightsError where there is none.
-    """
-    if given is not None:
-        return given
+def find_config_file(path: Path) -> Path | None:
+    """The config.json in the folder ``path`` or, for a model folder, beside it."""
     folder = path if path.is_dir() else path.parent
     for place in (folder, *([folder.parent] if folder.name == MODEL else [])):
         if (place / "config.json").is_file():
             return place / "config.json"
+    return None
+
+
+def _require_weights(path: Path) -> None:
+    """The folder above that of the weights is the usual mistake. Raises WeightsError."""
+    if path.is_file() or not any(path.iterdir()) or _holds_weights(path):
+        return
+    below = [f for folder in (path, path / "checkpoints") for f in folder.glob("*") if _holds_weights(f)]
+    hint = f". Did you mean {max(below)}?" if below else ""
     raise WeightsError(
-        f"{path} has no config.json, and the sizes of heads do not follow from shards: give the model's "
-        "config.json with --config"
+        f"{path} holds no weights: give a Hugging Face folder ({', '.join(WEIGHT_FILES)}), NxD's shards, "
+        f"Meta's download or a run's checkpoint{hint}"
+    )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return folder.is_dir() and (
+        any((folder / name).is_file() for name in (*WEIGHT_FILES, "checkpoint.json"))
+        or model_folder(folder) is not None
     )
 
 
@@ -83,11 +94,21 @@ def open_source(
         meta = MetaFolder(path, None if config_file is None else read_shape(config_file))
         return meta, meta.config
     if layout == "nxdt":
-        config = read_shape(config_file_of(path, config_file))
+        file = config_file or find_config_file(path)
+        if file is None:
+            raise WeightsError(
+                f"{path} has no config.json, and the sizes of heads do not follow from shards: give the "
+                "model's config.json with --config"
+            )
+        config = read_shape(file)
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=unequal_replicas)
         return sharded, sharded.config
-    folder = HFFolder(path, config_file)
-    config = read_shape(config_file or (path if path.is_dir() else path.parent))
+    _require_weights(path)
+    file = config_file or find_config_file(path)
+    if file is None:
+        raise WeightsError(f"{path} has no config.json: give the model's with --config")
+    folder = HFFolder(path, file)
+    config = read_shape(file)
     folder.check_against(config)
     return folder, config
 
@@ -97,9 +118,7 @@ def check_names(source: Source, config: LlamaConfig) -> None:
     wanted, there = weight_shapes(config), set(source.names())
     faults = [f"missing: {name}" for name in summary(set(wanted) - there)]
     faults += [f"surplus: {name}" for name in summary(there - set(wanted))]
-    for name in sorted(there & set(wanted)):
-        if source.shape(name) != wanted[name]:
-            shape = list(source.shape(name))
-            faults.append(f"{name} must have shape {list(wanted[name])}, but has {shape}")
+    held = {name: source.shape(name) for name in there & set(wanted)}
+    faults += shape_faults((n, wanted[n], shape) for n, shape in held.items() if shape != wanted[n])
     if faults:
         raise WeightsError(f"{source} does not fit the model configuration:\n  " + "\n  ".join(faults[:20]))

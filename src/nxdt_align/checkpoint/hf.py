@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from nxdt_align.checkpoint.export import write_hf_folder
-from nxdt_align.checkpoint.names import UnknownNameError, from_hf, is_recomputed, summary, to_hf
+from nxdt_align.checkpoint.names import UnknownNameError, from_hf, is_recomputed, shape_faults, summary, to_hf
 from nxdt_align.checkpoint.tensor_files import TensorFile, WeightsError, open_tensor_file
 from nxdt_align.models.presets import LlamaConfig, fresh_weight, load_config_json, weight_shapes
 
 __all__ = ["FreshWeights", "HFFolder", "WeightsError", "content_fingerprint", "write_hf_folder"]
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-_WEIGHT_FILES = (
+WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -93,10 +93,7 @@ class HFFolder:
         misshapen = [name for name in self.names() if name in wanted and self.shape(name) != wanted[name]]
         faults = [f"missing: {name}" for name in _shown(set(wanted) - set(self._files))]
         faults += [f"surplus: {name}" for name in _shown(set(self._files) - set(wanted))]
-        for name in misshapen:
-            faults.append(
-                f"{to_hf(name)} must have shape {list(wanted[name])}, but has {list(self.shape(name))}"
-            )
+        faults += shape_faults((to_hf(name), wanted[name], self.shape(name)) for name in misshapen)
         if faults:
             raise WeightsError(
                 f"{self} does not fit the model configuration:\n  " + "\n  ".join(faults) + "\n"
@@ -164,9 +161,9 @@ def _find_tensors(folder: Path) -> dict[str, TensorFile]:
     if folder.is_file():
         single = open_tensor_file(folder)
         return dict.fromkeys(single.names(), single)
-    found = next((name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
-        raise WeightsError(f"{folder} has no weights: it must hold one of {', '.join(_WEIGHT_FILES)}")
+        raise WeightsError(f"{folder} has no weights: it must hold one of {', '.join(WEIGHT_FILES)}")
     if not found.endswith(".index.json"):
         file = open_tensor_file(folder / found)
         return dict.fromkeys(file.names(), file)

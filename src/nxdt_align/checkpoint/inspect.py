@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from nxdt_align.checkpoint.bare_shards import describe_shards
 from nxdt_align.checkpoint.names import summary
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.checkpoint.source import Source
@@ -30,13 +32,10 @@ def describe(source: Source, config: LlamaConfig, layout: str) -> dict[str, Any]
     """Layout, sizes, dtypes, parameter count, names and loaders of an opened checkpoint."""
     names = source.names()
     dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in names)
-    found: dict[str, Any] = {
-        "path": str(source.path),
-        "layout": _LAYOUTS[layout],
-        "loaded by": _LOADERS[layout],
+    found = {
+        **_place(source.path, layout),
         "parameters": sum(prod(source.shape(name)) for name in names),
         "dtypes": dict(sorted(dtypes.items())),
-        "bytes on disk": _bytes(source.path),
         "model": {
             "layers": config.num_hidden_layers,
             "hidden size": config.hidden_size,
@@ -53,6 +52,11 @@ def describe(source: Source, config: LlamaConfig, layout: str) -> dict[str, Any]
     return found | {"weights": summary(names)}
 
 
+def describe_bare(path: Path) -> dict[str, Any]:
+    """What shards tell without a config.json. Raises WeightsError where some are missing or damaged."""
+    return _place(path, "nxdt") | describe_shards(path)
+
+
 def to_text(description: dict[str, Any]) -> str:
     """The description in lines for a terminal."""
     lines = []
@@ -66,11 +70,21 @@ def to_text(description: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _place(path: Path, layout: str) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "layout": _LAYOUTS[layout],
+        "loaded by": _LOADERS[layout],
+        "bytes on disk": _bytes(path),
+    }
+
+
 def _shards(source: NxDTFolder) -> dict[str, Any]:
-    held = source.partition
+    held, last = source.partition, source.config.num_hidden_layers - 1
     return {
         "tensor parallel": held.tp,
         "pipeline parallel": held.pp,
+        "layers of the stages": [end - start for start, end in pairwise([-1, *held.stage_ends, last])],
         "kv multiplier": held.kv_multiplier,
         "qkv": held.qkv,
         "files": "xser" if source.is_xser else "plain",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.checkpoint.extents import Extent, WeightsError, read_tensor
-from nxdt_align.checkpoint.names import summary
+from nxdt_align.checkpoint.names import shape_faults, summary
 from nxdt_align.checkpoint.torch_files import read_index, tensors_of
 from nxdt_align.models.partition import EMBEDDING, HEAD
 from nxdt_align.models.presets import LlamaConfig, RopeScaling, from_hf_dict, weight_shapes
@@ -151,11 +151,9 @@ class MetaFolder:
             ]
             odd += [n for n in shard if n not in first]
             faults += [f"consolidated.{i:02d}.pth differs from the first shard in {n}" for n in odd]
-        for name in sorted(set(self._names) & set(wanted)):
-            if not faults and self.shape(name) != wanted[name]:
-                faults.append(
-                    f"{name} must have shape {list(wanted[name])}, but has {list(self.shape(name))}"
-                )
+        if not faults:
+            held = {name: self.shape(name) for name in self._names}
+            faults = shape_faults((n, wanted[n], shape) for n, shape in held.items() if shape != wanted[n])
         if faults:
             shown = "\n  ".join(faults[:20])
             raise WeightsError(f"{self} does not fit its {PARAMS}, or a shard is missing:\n  {shown}")

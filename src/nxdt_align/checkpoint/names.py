@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from nxdt_align.errors import UserError
 
@@ -56,6 +56,15 @@ def summary(names: Iterable[str]) -> list[str]:
     return sorted(
         name.replace("*", _ranges(sorted(found)), 1) if found else name for name, found in layers.items()
     )
+
+
+def shape_faults(faults: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> list[str]:
+    """What to say of weights that have another shape than they must: name, the right one, the one found.
+    Those of several layers are said as one."""
+    alike: dict[str, list[str]] = {}
+    for name, wanted, found in faults:
+        alike.setdefault(f"must have shape {list(wanted)}, but has {list(found)}", []).append(name)
+    return sorted(f"{names} {rule}" for rule, each in alike.items() for names in summary(each))
 
 
 def _translate(name: str, table: Mapping[str, str], owner: str) -> str:

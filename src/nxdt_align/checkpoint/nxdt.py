@@ -5,8 +5,7 @@ Sizes, layout and kv multiplier follow from the files and the model's shape.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -19,11 +18,13 @@ from nxdt_align.checkpoint.hf import content_fingerprint
 from nxdt_align.checkpoint.memory import empty
 from nxdt_align.checkpoint.names import is_recomputed, summary
 from nxdt_align.checkpoint.nxdt_files import (
-    TENSORS,
     Files,
     find_shards,
+    is_xser,
+    layers_of,
     model_folder,
     open_shard,
+    qkv_style,
     refuse_unfinished,
     shard_name,
 )
@@ -38,9 +39,9 @@ from nxdt_align.models.partition import (
     local_tensors,
 )
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.sharding import KV_HEADS, split_of
 
 _OR_MISSING = "or shards of the highest ranks are missing"
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 class NxDTFolder:
@@ -71,11 +72,12 @@ class NxDTFolder:
             refuse_unfinished(folder)
         grid = find_shards(folder)
         self._files = {place: open_shard(file) for place, file in grid.items()}
-        self.is_xser = any(file.with_name(file.name + TENSORS).is_dir() for file in grid.values())
+        self.is_xser = is_xser(grid.values())
         self._paths = list(grid.values())
         self._unequal = unequal_replicas
         self.partition = self._partition(config)
         self._tensors = self._check()
+        self._require_padding_of_zeros()
         if config.tie_word_embeddings and HEAD in self._tensors:
             self._resolve_tie(untie)
         self._fingerprint: str | None = None
@@ -162,10 +164,14 @@ class NxDTFolder:
 
     def _require_same(self, name: str, rank: int, again: Tensor, first: Tensor) -> None:
         if not same_bytes(again, first):
+            doubt = ""
+            if split_of(name) == KV_HEADS:
+                heads = self.config.num_key_value_heads
+                doubt = f"The config.json may be another model's (num_key_value_heads is {heads}); else c"
             raise WeightsError(
                 f"{self}: tensor-parallel rank {rank} holds another copy of {name} than an earlier rank, "
-                "though copies must be equal. Convert another checkpoint, or take the first copy with "
-                "--first-replica"
+                f"though copies must be equal. {doubt or 'C'}onvert another checkpoint, or take the first "
+                "copy with --first-replica"
             )
 
     def _place(self, name: str) -> tuple[list[Extent], int]:
@@ -176,8 +182,8 @@ class NxDTFolder:
     def _partition(self, config: LlamaConfig) -> Partition:
         tp, pp = 1 + max(t for t, _ in self._files), 1 + max(p for _, p in self._files)
         local = {name: extent for p in range(pp) for name, extent in self._files[0, p].items()}
-        layers = 1 + max(_layers(local), default=-1)
-        qkv = _qkv_style(self.path, local)
+        layers = 1 + max(layers_of(local), default=-1)
+        qkv = qkv_style(self.path, local)
         if layers != config.num_hidden_layers:
             raise WeightsError(
                 f"{self.path} does not fit the model configuration: the shards hold {layers} layers, but "
@@ -234,6 +240,20 @@ class NxDTFolder:
                 faults.append(f"{local} is {dtype} on rank 0, but {extent.dtype} on rank {rank}")
         return faults
 
+    def _require_padding_of_zeros(self) -> None:
+        """A row of the embedding that no token has stays 0 in training, the head's does not."""
+        vocab = self.config.vocab_size
+        for rank, extent in enumerate(self._tensors[EMBEDDING][0] if EMBEDDING in self._tensors else ()):
+            _, [(start, stop)] = self.partition.ranges(EMBEDDING, rank)
+            padding = slice(min(max(vocab, start), stop) - start, stop - start)
+            if (read_region(extent, (padding, slice(0, extent.shape[1]))) != 0).any():
+                padded = self.partition.padded_vocab
+                raise WeightsError(
+                    f"{self}: the shards hold {padded} rows of {EMBEDDING}, and those after the model's "
+                    f"vocab_size ({vocab}) are not 0, as padding is: give the config.json that belongs to "
+                    f"them, or set its vocab_size to {padded} to keep all rows"
+                )
+
     def _resolve_tie(self, untie: bool) -> None:
         if torch.equal(self.read(HEAD).view(torch.uint8), self.read(EMBEDDING).view(torch.uint8)):
             return
@@ -243,21 +263,6 @@ class NxDTFolder:
                 "tie_word_embeddings to false"
             )
         self.partition = replace(self.partition, config=replace(self.config, tie_word_embeddings=False))
-
-
-def _qkv_style(path: Path, local: Mapping[str, Extent]) -> QKV:
-    marks: dict[str, QKV] = {
-        ".qkv_proj.weight_qkv": "fused",
-        ".qkv_proj.weight_q": "split",
-        ".qkv_proj.weight": "coalesced",
-        ".self_attn.q_proj.weight": "separate",
-    }
-    for mark, style in marks.items():
-        if any(name.endswith(mark) for name in local):
-            return style
-    if any(".query_key_value." in name or name.startswith("language_model.") for name in local):
-        raise WeightsError(f"{path} is a checkpoint of the megatron model style, and only hf is supported")
-    raise WeightsError(f"{path} holds no attention weights of a Llama: {', '.join(summary(local)[:6])}")
 
 
 def _kv_multiplier(path: Path, config: LlamaConfig, local: Mapping[str, Extent], tp: int, qkv: QKV) -> int:
@@ -277,15 +282,10 @@ def _kv_multiplier(path: Path, config: LlamaConfig, local: Mapping[str, Extent],
     return rows // one
 
 
-def _layers(names: Iterable[str]) -> set[int]:
-    """The numbers of the decoder layers that the names are of."""
-    return {int(match[1]) for name in names if (match := _LAYER.match(name))}
-
-
 def _cuts(files: Files, layers: int, pp: int) -> tuple[int, ...] | None:
     """The stages' last layers, as the shards have them; None where they are even, or the shards do not hold
     the layers in a row."""
-    held = [sorted(_layers(files[0, stage])) for stage in range(pp)]
+    held = [sorted(layers_of(files[0, stage])) for stage in range(pp)]
     if not all(held) or list(chain.from_iterable(held)) != list(range(layers)):
         return None
     ends = tuple(numbers[-1] for numbers in held[:-1])

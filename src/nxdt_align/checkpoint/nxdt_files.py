@@ -10,14 +10,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from nxdt_align.checkpoint.extents import Extent, WeightsError
+from nxdt_align.checkpoint.names import summary
 from nxdt_align.checkpoint.torch_files import TensorReference, read_index, tensors_of
+from nxdt_align.models.partition import QKV
 
 MODEL, DONE, TAG = "model", "done", "checkpoint"
 TENSORS, INFO = ".tensors", ".info.pt"
 _SHARD = re.compile(r"^dp_rank_(\d{2,})_tp_rank_(\d{2,})_pp_rank_(\d{2,})\.pt$")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _EXPERTS = re.compile(r"^dp_rank_\d+_ep_rank_\d+_")
 
 Files = dict[tuple[int, int], dict[str, Extent]]
@@ -88,3 +92,28 @@ def _referred(path: Path, name: str, reference: TensorReference) -> Extent:
     if not isinstance(found, Extent):
         raise WeightsError(f"{file} must hold one tensor, {name}")
     return found
+
+
+def is_xser(shards: Iterable[Path]) -> bool:
+    return any(file.with_name(file.name + TENSORS).is_dir() for file in shards)
+
+
+def qkv_style(path: Path, local: Iterable[str]) -> QKV:
+    """How the tensors that the names are of keep q, k and v. Raises WeightsError for another model's."""
+    marks: dict[str, QKV] = {
+        ".qkv_proj.weight_qkv": "fused",
+        ".qkv_proj.weight_q": "split",
+        ".qkv_proj.weight": "coalesced",
+        ".self_attn.q_proj.weight": "separate",
+    }
+    for mark, style in marks.items():
+        if any(name.endswith(mark) for name in local):
+            return style
+    if any(".query_key_value." in name or name.startswith("language_model.") for name in local):
+        raise WeightsError(f"{path} is a checkpoint of the megatron model style, and only hf is supported")
+    raise WeightsError(f"{path} holds no attention weights of a Llama: {', '.join(summary(local)[:6])}")
+
+
+def layers_of(names: Iterable[str]) -> set[int]:
+    """The numbers of the decoder layers that the names are of."""
+    return {int(match[1]) for name in names if (match := _LAYER.match(name))}

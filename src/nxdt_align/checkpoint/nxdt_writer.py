@@ -208,6 +208,6 @@ def write_references(path: Path, names: list[str]) -> None:
         parts.append(text + b")\x81}X\x03\x00\x00\x00tidJ" + tid.to_bytes(4, "little") + b"sb")
     parts.append(b"u.")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(f"{path.stem}/data.pkl", b"".join(parts))
-        archive.writestr(f"{path.stem}/byteorder", b"little")
-        archive.writestr(f"{path.stem}/version", b"3\n")
+        for record, content in (("data.pkl", b"".join(parts)), ("byteorder", b"little"), ("version", b"3\n")):
+            # ZipInfo: without the time of day, so that the same weights make the same file.
+            archive.writestr(zipfile.ZipInfo(f"{path.stem}/{record}"), content)

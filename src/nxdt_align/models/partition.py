@@ -131,10 +131,12 @@ def default_multiplier(config: LlamaConfig, tp: int) -> int:
 
 
 def default_qkv(config: LlamaConfig, tp: int, kv_multiplier: int) -> QKV:
-    """What NxDT's shipped configurations use at these sizes."""
+    """What NxDT's shipped configurations use at these sizes; copies of kv heads are ``split``'s alone."""
+    if kv_multiplier > 1:
+        return "split"
     if config.num_attention_heads == config.num_key_value_heads:
-        return "coalesced" if kv_multiplier == 1 else "split"
-    return "split" if tp == config.num_key_value_heads * kv_multiplier else "separate"
+        return "coalesced"
+    return "split" if tp == config.num_key_value_heads else "separate"
 
 
 def fitting_multipliers(config: LlamaConfig, tp: int) -> list[int]:
@@ -234,9 +236,10 @@ def _head_faults(p: Partition) -> Iterator[str]:
             f"sizes that fit this model: {_listed(fitting_tp(config))}"
         )
     elif multiplier not in multipliers:
+        only = "" if p.qkv in ("split", "fused") else " with qkv_linear, as other layers have no copies"
         yield (
             f"a kv multiplier of {multiplier} does not spread {kv_heads} kv heads, and {heads} query heads "
-            f"with them, over {tp} ranks; multipliers that fit: {_listed(multipliers)}"
+            f"with them, over {tp} ranks; multipliers that fit{only}: {_listed(multipliers)}"
         )
     if p.qkv in ("separate", "coalesced") and multiplier != 1 and multiplier in multipliers:
         yield (
