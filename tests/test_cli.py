@@ -372,6 +372,30 @@ def test_environment_is_set_before_anything_is_built(
     assert seen["XLA_DOWNCAST_BF16"] == "0"
 
 
+@pytest.mark.parametrize("where", ["distributed_strategy.engine=nxd", "trainer.accelerator=xla"])
+def test_float32_stays_float32_whatever_is_set(
+    build: FakeBuild,
+    own_environment: dict[str, str],
+    good: str,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    tmp_path: Path,
+) -> None:
+    """Under torch_xla's downcasts 257 is 256 and 1 + 2^-10 is 1, in float32 tensors. --print-env and the run
+    agree, and the user is told."""
+    own_environment |= {"XLA_USE_BF16": "1", "XLA_DOWNCAST_BF16": "0"}
+    arguments = ["train", "--config-name", good, where, f"compiler_cache_url={tmp_path}/cache"]
+    assert main([*arguments, "--print-env"]) == 0
+    assert "export XLA_USE_BF16=0  # always, though it was set to 1\n" in capsys.readouterr().out
+    assert own_environment["XLA_USE_BF16"] == "1"
+    assert main(arguments) == 0
+    assert (own_environment["XLA_USE_BF16"], own_environment["XLA_DOWNCAST_BF16"]) == ("0", "0")
+    said = capsys.readouterr().err
+    assert (
+        said.count("is set to 0 instead of") == 1 and "notice: XLA_USE_BF16 is set to 0 instead of 1" in said
+    )
+
+
 def test_another_engine_sets_nothing(build: FakeBuild, own_environment: dict[str, str], good: str) -> None:
     assert main(["train", "--config-name", good, "distributed_strategy.engine=native"]) == 0
     assert "XLA_DOWNCAST_BF16" not in own_environment

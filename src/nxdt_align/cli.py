@@ -28,7 +28,14 @@ from nxdt_align.config.load import presets, read_config, to_yaml
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.files import explain
-from nxdt_align.neuron.environment import describe, missing_variables, neuron_environment
+from nxdt_align.neuron.environment import (
+    DOWNCASTS,
+    describe,
+    missing_from,
+    missing_variables,
+    neuron_environment,
+    replaced,
+)
 
 _DESCRIPTION = """\
 Preference alignment of Llama-family models from NxD Training's YAML.
@@ -219,7 +226,13 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
     _log_to_terminal(environment.rank)
     config = _checked(arguments, environment, environment.world_size, notify=environment.rank == 0)
     # torch_xla and the Neuron runtime read the environment when they are imported.
-    os.environ.update(_missing_variables(config))
+    variables = _missing_variables(config)
+    for name in replaced(os.environ, variables) if environment.rank == 0 else ():
+        _note(
+            f"{name} is set to 0 instead of {os.environ[name]}: torch_xla would hold float32 tensors as bf16, "
+            "log-probabilities and master weights among them; precision.type says what is computed in bf16"
+        )
+    os.environ.update(variables)
     from nxdt_align import build
 
     return build.train(
@@ -256,8 +269,17 @@ def _processes(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 
 def _missing_variables(config: Config) -> dict[str, str]:
-    engine = resolve_engine(config, neuron_available())
-    return missing_variables(config, os.environ) if engine == "nxd" else {}
+    if resolve_engine(config, neuron_available()) == "nxd":
+        return missing_variables(config, os.environ)
+    return missing_from(os.environ, _wanted_variables(config))
+
+
+def _wanted_variables(config: Config) -> dict[str, str]:
+    """On torch_xla's device the native engine has no use for its downcasts either."""
+    if resolve_engine(config, neuron_available()) == "nxd":
+        return neuron_environment(config)
+    is_xla = config.trainer.accelerator == "xla"
+    return {name: "0" for name in DOWNCASTS if is_xla and name in os.environ}
 
 
 def _print_env(arguments: argparse.Namespace, environment: _Environment) -> int:
@@ -268,7 +290,7 @@ def _print_env(arguments: argparse.Namespace, environment: _Environment) -> int:
         _note(
             f"engine {engine} sets none of them; distributed_strategy.engine=nxd shows what it sets on Neuron"
         )
-    print("\n".join(describe(os.environ, neuron_environment(config) if engine == "nxd" else {})))
+    print("\n".join(describe(os.environ, _wanted_variables(config))))
     return 0
 
 

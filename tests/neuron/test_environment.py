@@ -20,6 +20,7 @@ from nxdt_align.neuron.environment import (
     local_cache,
     missing_from,
     neuron_environment,
+    replaced,
 )
 
 
@@ -92,6 +93,17 @@ def test_what_is_set_stays_and_flags_are_added() -> None:
     assert set(absent) == set(wanted) - {"NEURON_RT_EXEC_TIMEOUT"}
     assert absent["NEURON_CC_FLAGS"] == f"--cache_dir=/c --model-type transformer {ACCUMULATE}"
     assert missing_from({**present, **absent}, wanted) == {}, "a second process of the run adds nothing"
+
+
+def test_xlas_downcasts_do_not_stay() -> None:
+    """The exception to what is set: float32 would silently be bf16. A setting of 0, or none, is no matter."""
+    wanted = neuron_environment(config())
+    present = {"XLA_USE_BF16": "1", "XLA_DOWNCAST_BF16": "0"}
+    assert replaced(present, wanted) == ["XLA_USE_BF16"]
+    absent = missing_from(present, wanted)
+    assert absent["XLA_USE_BF16"] == "0" and "XLA_DOWNCAST_BF16" not in absent
+    assert replaced({"XLA_USE_BF16": ""}, wanted) == replaced({}, wanted) == []
+    assert missing_from({**present, **absent}, wanted) == {}
 
 
 @pytest.mark.parametrize(

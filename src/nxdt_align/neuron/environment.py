@@ -22,6 +22,11 @@ CACHE = "NEURON_COMPILE_CACHE_URL"
 DEFAULT_CACHE = "/var/tmp/neuron-compile-cache"
 """Where the Neuron compiler keeps its graphs where nobody says otherwise."""
 
+DOWNCASTS = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
+"""What is 0 whatever the user has set. Under either, torch_xla stores float32 tensors as bf16 without a word:
+log-probabilities, master weights, sums of gradients, and AdamW's step count, which then stops at 256. Under
+the first, float64 tensors as well, so that nothing can be kept out of it."""
+
 Origin = Literal["YAML", "already set", "already set, then YAML"]
 
 KEYS: dict[str, str] = {
@@ -84,26 +89,31 @@ def neuron_environment(config: Config) -> dict[str, str]:
         CACHE: config.compiler_cache_url,
         FLAGS: add_flags(config.compiler_flags, " ".join(chosen.flags)),
         "NEURON_RT_EXEC_TIMEOUT": str(config.neuron_rt_exec_timeout),
-        # The one difference from NxDT: engine nxd says itself which tensors are bf16, and under either of
-        # these XLA would store its float32 master weights, gradient sums and log-probabilities as bf16.
-        "XLA_USE_BF16": "0",
-        "XLA_DOWNCAST_BF16": "0",
+        # The one difference from NxDT: engine nxd says itself which tensors are bf16.
+        **dict.fromkeys(DOWNCASTS, "0"),
         "NEURON_RT_STOCHASTIC_ROUNDING_EN": chosen.stochastic_rounding,
     }
     return {name: value for name, value in values.items() if value}
 
 
 def missing_from(present: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
-    """What of ``wanted`` has still to be set: what is ``present`` stays, but compiler flags are added.
+    """What of ``wanted`` has still to be set: what is ``present`` stays, but compiler flags are added, and
+    DOWNCASTS are what is wanted.
 
     Applied twice, it changes nothing the second time.
     """
     absent = {name: value for name, value in wanted.items() if name not in present}
+    absent |= {name: wanted[name] for name in replaced(present, wanted)}
     if FLAGS in wanted and FLAGS in present:
         merged = add_flags(present[FLAGS], wanted[FLAGS])
         if merged != present[FLAGS].strip():
             absent[FLAGS] = merged
     return absent
+
+
+def replaced(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Those of DOWNCASTS that are ``present`` with another value than the one that is ``wanted``."""
+    return [n for n in DOWNCASTS if n in wanted and (present.get(n) or wanted[n]) != wanted[n]]
 
 
 def missing_variables(config: Config, present: Mapping[str, str]) -> dict[str, str]:
@@ -120,7 +130,7 @@ def missing_variables(config: Config, present: Mapping[str, str]) -> dict[str, s
 
 def describe(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
     """A line of shell for each variable with its value and origin, related ones that are set included."""
-    changed = missing_from(present, wanted)
+    changed, others = missing_from(present, wanted), replaced(present, wanted)
     related = sorted(n for n in present if n.startswith(_RELATED) and n not in wanted)
     lines = []
     for name in (*wanted, *related):
@@ -128,6 +138,8 @@ def describe(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]
         if name in changed:
             origin = "already set, then YAML" if name in present else "YAML"
         about = origin if origin == "already set" else f"{origin} ({KEYS[name]})"
+        if name in others:
+            about = f"always, though it was set to {present[name]}"
         lines.append(f"export {name}={shlex.quote({**present, **changed}[name])}  # {about}")
     return lines
 
