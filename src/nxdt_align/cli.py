@@ -229,8 +229,8 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
     variables = _missing_variables(config)
     for name in replaced(os.environ, variables) if environment.rank == 0 else ():
         _note(
-            f"{name} is set to 0 instead of {os.environ[name]}: torch_xla would hold float32 tensors as bf16, "
-            "log-probabilities and master weights among them; precision.type says what is computed in bf16"
+            f"{name} is set to 0 instead of {os.environ[name]}: torch_xla would hold float32 tensors as "
+            "bf16, log-probabilities and master weights among them; precision.type says what is computed in bf16"
         )
     os.environ.update(variables)
     from nxdt_align import build

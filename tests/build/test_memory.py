@@ -37,11 +37,11 @@ def report(*overrides: str, layout: Layout = "shared_prompt") -> str:
 
 
 def test_shipped_yaml_fits_a_neuron_core() -> None:
-    """tests/models/test_memory.py counts the weights by hand: 276,041,728 of them, at 2 + 4 + 4 + 8 bytes."""
+    """tests/models/test_memory.py counts the weights by hand: 276,369,408 of them, at 2 + 4 + 4 + 8 bytes."""
     said = report()
     assert "memory of a NeuronCore, rows of 4096 tokens x 1, tensor parallel 32, data parallel 1" in said
     figures = {name.strip(): float(size) for name, size in re.findall(r"    ([a-z ]+?) +([\d.]+) GiB", said)}
-    weights = 276_041_728
+    weights = 276_369_408
     assert figures["weights"] == pytest.approx(2 * weights / GIB, abs=0.005)
     assert figures["gradients"] == figures["master weights"] == pytest.approx(4 * weights / GIB, abs=0.005)
     assert figures["optimizer state"] == pytest.approx(8 * weights / GIB, abs=0.005)
@@ -64,7 +64,7 @@ def test_shipped_yaml_fits_a_neuron_core() -> None:
         (["precision.type=manual"], Formats(4, 4, 0, 8, 4)),
         (
             ["precision.type=manual", "precision.xla_downcast_bf16='1'", "precision.master_weights=True"],
-            Formats(2, 2, 4, 8, 2),
+            Formats(2, 2, 4, 8, 2, float32_copy=4),
         ),
         (["model.optim.name=sgd"], Formats(2, 4, 4, 0, 2)),
         (["model.optim.name=sgd", "+model.optim.momentum=0.9"], Formats(2, 4, 4, 4, 2)),
@@ -72,7 +72,34 @@ def test_shipped_yaml_fits_a_neuron_core() -> None:
     ],
 )
 def test_precision_and_optimizer_in_bytes(overrides: list[str], formats: Formats) -> None:
+    assert sizes(*overrides, "distributed_strategy.zero1=False").formats == formats
+
+
+MANUAL = ("precision.type=manual", "precision.xla_downcast_bf16='1'", "precision.master_weights=True")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "formats"),
+    [
+        ((), Formats(2, 4, 4, 8, 2, shard_gradient=4)),
+        (("precision.type=fp32",), Formats(4, 4, 4, 8, 4, shard_gradient=4)),
+        (("precision.type=bf16SR",), Formats(2, 2, 2, 8, 2, shard_gradient=2)),
+        (MANUAL, Formats(2, 2, 4, 8, 2, shard_gradient=4)),
+        ((*MANUAL, "precision.fp32_grads_cc=True"), Formats(2, 2, 4, 8, 2, float32_copy=4, shard_gradient=4)),
+        ((*MANUAL, "precision.fp32_grad_acc=True"), Formats(2, 4, 4, 8, 2, shard_gradient=4)),
+    ],
+)
+def test_nxds_zero1_in_bytes(overrides: tuple[str, ...], formats: Formats) -> None:
+    """NeuronZero1Optimizer keeps this rank's rows of each weight once more, with gradients of their own, and
+    makes float32 copies of whole gradients only to reduce them so."""
     assert sizes(*overrides).formats == formats
+
+
+def test_reductions_in_float32_take_memory_when_activations_are_gone() -> None:
+    """276,369,408 weights a rank (see above), 4 bytes each, twice: more than activations and scratch."""
+    reduced, plain = (estimate(sizes(*MANUAL, f"precision.fp32_grads_cc={on}")) for on in (True, False))
+    assert reduced.activations + reduced.scratch == 8 * 276_369_408
+    assert reduced.total - plain.total == 4 * 276_369_408
 
 
 def test_layouts_and_attention() -> None:
@@ -105,8 +132,12 @@ def test_recomputation_and_reference() -> None:
     selective = "model.activations_checkpoint_granularity=selective"
     assert sizes(selective, named).recompute == ("CoreAttention", "LlamaMLP")
     during = "model_alignment_strategy.dpo.precompute_ref_log_probs=False"
-    assert [sizes().reference, sizes(during).reference] == [False, True]
-    assert not sizes(name=ORPO).reference
+    assert [sizes().reference, sizes(during).reference] == [0, 2]
+    of_its_own = "model_alignment_strategy.reference_dtype=fp32"
+    assert [sizes(of_its_own).reference, sizes(during, of_its_own).reference] == [0, 4]
+    low = (during, "precision.type=fp32", "model_alignment_strategy.reference_dtype=bf16")
+    assert sizes(*low).reference == 2
+    assert sizes(name=ORPO).reference == 0
 
 
 def test_native_zero1_keeps_float32_shards() -> None:

@@ -6,17 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from memory_fixture import DEEP, PRECISIONS, RECOMPUTE, WIDE_HEAD, Run, batch, bytes_of_a_rank
+from memory_fixture import DEEP, PRECISIONS, RECOMPUTE, WIDE_HEAD, Run, batch, bytes_of_a_rank, peak_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.models.activations import kept_of_layer
 from nxdt_align.models.config import parameter_count
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.memory import Memory, estimate
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
-from nxdt_align.models.workload import Workload
+from nxdt_align.models.workload import Formats, Workload
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES
 
@@ -231,9 +232,47 @@ def test_zero1_and_fsdp_divide_their_shares() -> None:
 
 
 def test_a_reference_beside_the_policy_is_one_more_copy_of_the_weights() -> None:
-    one, both = estimate(EIGHT_B), estimate(replace(EIGHT_B, reference=True))
+    one, both = estimate(EIGHT_B), estimate(replace(EIGHT_B, reference=2))
     assert both.weights == 2 * one.weights
     assert replace(both, weights=one.weights) == one
+    assert estimate(replace(EIGHT_B, reference=4)).weights == 3 * one.weights
+
+
+@pytest.mark.parametrize(("policy", "reference"), [("bf16", "fp32"), ("fp32", "bf16"), ("fp32", "fp32")])
+def test_a_references_weights_are_what_is_planned(policy: str, reference: str) -> None:
+    """Of what loading it allocates, to 2% (rotary angles, a weight's copy)."""
+    run = Run(DEEP, PRECISIONS[policy][0], (), reference_precision=PRECISIONS[reference][0])
+    measured = peak_of(lambda: run.engine.load_reference(None))
+    work = Workload(DEEP, PRECISIONS[policy][1], 2, 256, 64, "masked")
+    size = PRECISIONS[reference][1].weight
+    planned = estimate(replace(work, reference=size)).weights - estimate(work).weights
+    assert planned == parameter_count(DEEP) * size
+    assert measured == pytest.approx(planned, rel=0.02)
+
+
+def test_float32_copies_of_gradients_are_what_is_planned() -> None:
+    """Sums in bf16 become the masters' gradients. Those sums stay until then, as a graph's inputs do."""
+    model = Llama(DEEP, DenseAttention()).to(torch.bfloat16)
+    masters = MasterWeights(model.named_parameters(), float32_sums=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    sums = [parameter.grad for parameter in model.parameters()]
+    measured = peak_of(masters.take_gradients)
+    formats = Formats(weight=2, gradient=2, master=4, state=8, activation=2, float32_copy=4)
+    need = estimate(Workload(DEEP, formats, 1, 64, 8, "masked"))
+    assert measured == need.activations + need.scratch == 4 * parameter_count(DEEP)
+    assert need.gradients == sum(gradient.nbytes for gradient in sums if gradient is not None)
+
+
+def test_a_shards_gradients_come_to_the_whole_ones() -> None:
+    """At the optimizer's step, when there are no activations: as many as there are weights, over the ranks."""
+    formats = replace(MIXED, shard_gradient=4)
+    work = replace(EIGHT_B, rows=1, tokens=64, responses=8, formats=formats, zero1=True)
+    for ranks in (1, 2):
+        need = estimate(replace(work, data_parallel=ranks))
+        assert need.activations + need.scratch == 4 * parameter_count(LLAMA3_8B) // ranks
+    long = replace(work, data_parallel=512, tokens=4096, responses=2048)
+    assert estimate(long) == estimate(replace(long, formats=MIXED))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +282,7 @@ def test_a_reference_beside_the_policy_is_one_more_copy_of_the_weights() -> None
         {"recompute": ("LlamaMLP",)},
         {"tokens": 8192},
         {"rows": 2},
-        {"reference": True},
+        {"reference": 2},
         {"tile": 2**30, "kept": 2**30},
     ],
     ids=str,

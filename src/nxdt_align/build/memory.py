@@ -10,7 +10,7 @@ import torch
 from nxdt_align.build import parts
 from nxdt_align.build.fitting import Change, changed, fitting_changes
 from nxdt_align.config.engines import resolve_engine
-from nxdt_align.config.schema import Config
+from nxdt_align.config.schema import Config, PrecisionConfig
 from nxdt_align.data.packing import Bucket, Layout
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.memory import Memory, estimate
@@ -126,9 +126,10 @@ def workload(config: Config, model: LlamaConfig, layout: Layout, responses: int,
     if shards and where != "neuron" and not formats.master:
         # FSDP's shards are float32, and what is computed with is gathered from them.
         formats = replace(formats, master=FLOAT)
+    if strategy.zero1 and where == "neuron":
+        formats = _sharded_by_nxd(formats, config.precision)
     vocabulary = -(-model.vocab_size // tensor)
     tile = CACHED_BYTES if where == "cpu" else chunk_size(vocabulary) * vocabulary * FLOAT
-    settings = config.model_alignment_strategy
     return Workload(
         model=model,
         formats=formats,
@@ -149,9 +150,16 @@ def workload(config: Config, model: LlamaConfig, layout: Layout, responses: int,
         fsdp=strategy.fsdp is not False,
         tile=tile,
         kept=KEPT_BYTES,
-        reference=not settings.precompute_ref_log_probs
-        and GlobalMeanObjective(parts.loss(config)).needs_reference,
+        reference=_reference(config, formats),
     )
+
+
+def _reference(config: Config, formats: Formats) -> int:
+    """Bytes a weight of the reference that is kept while training; 0 where there is none."""
+    settings = config.model_alignment_strategy
+    if settings.precompute_ref_log_probs or not GlobalMeanObjective(parts.loss(config)).needs_reference:
+        return 0
+    return {None: formats.weight, "fp32": FLOAT, "bf16": 2}[settings.reference_dtype]
 
 
 def _formats(config: Config, where: str) -> Formats:
@@ -171,7 +179,23 @@ def _formats(config: Config, where: str) -> Formats:
     masters = 4 if kind == "manual" and precision.master_weights else 0
     gradient = 4 if kind == "manual" and precision.fp32_grad_acc else 2
     state = 4 if masters or optim.name == "adamw_fp32OptState" else 2
-    return Formats(weight=2, gradient=gradient, master=masters, state=state * states, activation=2)
+    copy = 4 if masters and gradient == 2 else 0
+    return Formats(
+        weight=2,
+        gradient=gradient,
+        master=masters,
+        state=state * states,
+        activation=2,
+        float32_copy=copy,
+    )
+
+
+def _sharded_by_nxd(formats: Formats, precision: PrecisionConfig) -> Formats:
+    """ZeRO-1 of engine nxd: each rank has a copy of its rows, in the optimizer's format, with gradients of
+    their own. Whole gradients in float32 are made for ``fp32_grads_cc`` alone."""
+    rows = formats.master or formats.weight
+    copy = formats.float32_copy if precision.fp32_grads_cc else 0
+    return replace(formats, master=rows, shard_gradient=rows, float32_copy=copy)
 
 
 def _attention(config: Config, where: str, layout: Layout) -> AttentionKind:

@@ -27,8 +27,8 @@ class Memory:
     activations: int
     """What the forward pass keeps for the backward pass, of all micro-batches in flight."""
     scratch: int
-    """What exists for a moment: a layer that is recomputed and its gradients, or what is above the last
-    layer, logits included; the larger of the two."""
+    """What exists for a moment: a layer that is recomputed and its gradients; what is above the last layer,
+    logits included; or gradients in the optimizer's format, by when there are no activations: the largest."""
 
     @property
     def total(self) -> int:
@@ -38,7 +38,8 @@ class Memory:
 def estimate(work: Workload) -> Memory:
     """The memory of the stage that needs most, at the moment at which it does.
 
-    That is the backward pass of a micro-batch that is not the first: the others' gradients are there.
+    That is the backward pass of a micro-batch that is not the first: the others' gradients are there; or the
+    optimizer's step.
     """
     return max((_of_stage(work, stage) for stage in range(len(work.layers_of_stages))), key=_total)
 
@@ -56,6 +57,8 @@ def _of_stage(work: Workload, stage: int) -> Memory:
     if stage == stages - 1:
         scratch = max(scratch, above_layers(work, counts.head))
     shard = -(-counts.total // work.data_parallel)
+    # By the optimizer's step activations are gone.
+    scratch = max(scratch, counts.total * formats.float32_copy + shard * formats.shard_gradient - held)
     weights, gradients, reference = counts.total, counts.total * formats.gradient, counts.total
     if work.fsdp and work.data_parallel > 1:
         weights, reference = counts.gathered, shard
@@ -63,7 +66,7 @@ def _of_stage(work: Workload, stage: int) -> Memory:
     optimized = shard if work.zero1 or work.fsdp else counts.total
     return Memory(
         stage=stage,
-        weights=(weights + (reference if work.reference else 0)) * formats.weight,
+        weights=weights * formats.weight + reference * work.reference,
         gradients=gradients,
         masters=optimized * formats.master,
         states=optimized * formats.state,

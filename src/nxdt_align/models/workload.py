@@ -27,13 +27,18 @@ class Formats:
     """Of the weights that are computed with."""
     gradient: int
     master: int
-    """Of master weights; 0 for none."""
+    """Of master weights, or of an optimizer's own copy of its shard; 0 for none."""
     state: int
     """Of the optimizer's states of one weight together."""
     activation: int
     autocast: bool = False
     """torch.autocast: the residual is float32, weights and inputs of each product are cast to
     ``activation`` and kept."""
+    float32_copy: int = 0
+    """Of copies of all gradients that the optimizer's step begins with, where they were added up in a lower
+    precision."""
+    shard_gradient: int = 0
+    """Of the gradients of an optimizer's shard where they are apart from those of the whole weights."""
 
     @property
     def residual(self) -> int:
@@ -76,8 +81,8 @@ class Workload:
     """Bytes of the float32 logits that exist at a time (ops.logprobs)."""
     kept: int = 0
     """Most bytes of probabilities that ops.logprobs keeps for the backward pass."""
-    reference: bool = False
-    """Whether a frozen reference lies beside the policy."""
+    reference: int = 0
+    """Bytes a weight of a frozen reference that lies beside the policy; 0 for none."""
 
     @property
     def layers_of_stages(self) -> tuple[int, ...]:
