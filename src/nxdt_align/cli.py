@@ -230,7 +230,7 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
     for name in replaced(os.environ, variables) if environment.rank == 0 else ():
         _note(
             f"{name} is set to 0 instead of {os.environ[name]}: torch_xla would hold float32 tensors as "
-            "bf16, log-probabilities and master weights among them; precision.type says what is computed in bf16"
+            "bf16, log-probabilities and master weights among them; precision.type says what is to be bf16"
         )
     os.environ.update(variables)
     from nxdt_align import build

@@ -173,6 +173,27 @@ def test_one_notice_names_every_key_without_effect(repo: Path) -> None:
         assert key not in notice
 
 
+def test_the_nxd_engine_says_why_a_key_changes_nothing(repo: Path) -> None:
+    given = ("trainer.lnc=2", "trainer.sequential_move_factor=4", "model.use_cpu_initialization=False")
+    flash = ("model.fusions.flash_attention=False", "model.transpose_nki_inputs=True")
+    (notice,) = notices(load_config("hf_llama3_8B_DPO_config", [*given, *flash], repo / "conf"), "nxd")
+    for key in (
+        *("trainer.lnc (", "exp_manager.ckpt_ptl_version (", "model.transpose_nki_inputs ("),
+        *("model.use_cpu_initialization (", "trainer.sequential_move_factor ("),
+    ):
+        assert key in notice
+
+
+def test_what_the_nxd_engine_does_is_not_named(repo: Path) -> None:
+    """As the shipped YAML has it, and with stages."""
+    done = ("model.transpose_nki_inputs=False", "exp_manager.enable_recovery_time_instrumentation=True")
+    stages = ("trainer.sequential_move_factor=4", "distributed_strategy.pipeline_model_parallel_size=2")
+    config = load_config("hf_llama3_8B_DPO_config", [*done, *stages, "trainer.num_nodes=2"], repo / "conf")
+    (notice,) = notices(config, "nxd")
+    for key in (*(k.partition("=")[0] for k in (*done, *stages)), "use_cpu_initialization"):
+        assert key not in notice
+
+
 def test_keys_that_are_not_given_are_not_named(load: Load) -> None:
     assert notices(load(yamls.TUTORIAL_DPO), "native") == []
 

@@ -11,21 +11,26 @@ from nxdt_align.engines.nxd.flash import CausalFlashAttention
 from nxdt_align.ops.attention import DenseAttention
 
 
-def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: object) -> torch.Tensor:
-    """What NxD's nki_flash_attn_func computes with transposed inputs: (B, N, H, S) -> (B, N, S, H)."""
-    assert settings == {"causal": True, "transpose_nki_inputs": True}
-    q, k, v = (x.transpose(2, 3) for x in (q, k, v))
+def kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, transpose_nki_inputs: bool
+) -> torch.Tensor:
+    """What NxD's nki_flash_attn_func computes: (B, N, H, S) -> (B, N, S, H) with transposed inputs, else
+    (B, N, S, H) -> (B, N, S, H)."""
+    assert causal
+    if transpose_nki_inputs:
+        q, k, v = (x.transpose(2, 3) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def test_real_tokens_are_attended_over_as_with_the_dense_mask() -> None:
+@pytest.mark.parametrize("transpose", [True, False])
+def test_real_tokens_are_attended_over_as_with_the_dense_mask(transpose: bool) -> None:
     """A prompt of 3, a response of 2 and 3 places of padding; 4 query heads to 2 kv heads."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 2, 16), torch.randn(2, 8, 2, 16)
     segments = torch.tensor([[0, 0, 0, 1, 1, -1, -1, -1]]).expand(2, -1)
     dense = DenseAttention()
     wanted = dense(q, k, v, dense.prepare(segments))
-    got = CausalFlashAttention(kernel)(q, k, v, None)
+    got = CausalFlashAttention(kernel, transpose_inputs=transpose)(q, k, v, None)
     assert got.shape == (2, 8, 4, 16)
     assert torch.allclose(got[:, :5], wanted[:, :5], atol=1e-6)
 

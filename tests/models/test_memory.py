@@ -265,7 +265,7 @@ def test_float32_copies_of_gradients_are_what_is_planned() -> None:
 
 
 def test_a_shards_gradients_come_to_the_whole_ones() -> None:
-    """At the optimizer's step, when there are no activations: as many as there are weights, over the ranks."""
+    """At the optimizer's step, when there are no activations: a rank's share of them."""
     formats = replace(MIXED, shard_gradient=4)
     work = replace(EIGHT_B, rows=1, tokens=64, responses=8, formats=formats, zero1=True)
     for ranks in (1, 2):

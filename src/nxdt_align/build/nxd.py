@@ -16,6 +16,7 @@ from nxdt_align.engines.base import Compiler, Engine
 from nxdt_align.engines.nxd import checkpoint, compat
 from nxdt_align.engines.nxd.flash import CausalFlashAttention, nki_kernel
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
+from nxdt_align.engines.nxd.turns import Turns
 from nxdt_align.errors import UserError
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import QKV, PartitionError
@@ -35,7 +36,7 @@ class NxDParts:
     checkpoints = checkpoint
 
     def __init__(self, config: Config, env: RunEnv, model: LlamaConfig) -> None:
-        self._config, self._model = config, model
+        self._config, self._env, self._model = config, env, model
         place = compat.place_of(config.trainer.accelerator)
         missing = find_missing_neuron_packages(cpu_mode=place != "neuron")
         if missing is not None:
@@ -55,6 +56,9 @@ class NxDParts:
     def engine(self) -> Engine:
         from nxdt_align.engines.nxd.engine import NxDEngine
 
+        # As in NxDT, which takes turns with a pipeline alone.
+        trainer, is_piped = self._config.trainer, self.mesh.parallel.pipeline > 1
+        at_once = trainer.sequential_move_factor if is_piped else None
         engine = NxDEngine(
             self._model,
             self.mesh,
@@ -63,6 +67,7 @@ class NxDParts:
             reference_precision=self.reference_precision,
             save_options=save_options_of(self._config, self.precision),
             configure_model=self._configure,
+            turns=Turns(self._env.local_rank, trainer.devices, at_once),
         )
         engine.compiler = self._compiler
         return engine
@@ -89,7 +94,7 @@ class NxDParts:
         if config.data.packing != "none":
             log.info("model.fusions.flash_attention: packed rows need a mask, which the kernel does not take")
             return DenseAttention()
-        return CausalFlashAttention(nki_kernel())
+        return CausalFlashAttention(nki_kernel(), transpose_inputs=config.model.transpose_nki_inputs)
 
 
 def _compiler_of(place: compat.Place, env: RunEnv) -> Compiler | None:

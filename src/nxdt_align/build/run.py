@@ -47,6 +47,7 @@ from nxdt_align.training.hooks import (
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.recompiles import RecompileGuard
 from nxdt_align.training.runs import RunFolder, explicit_run, find_run, run_identity, write_identity
+from nxdt_align.training.start_times import StartTimes
 from nxdt_align.training.strategy import EngineStrategy
 
 log = logging.getLogger(__name__)
@@ -61,11 +62,13 @@ class Run:
         self.config = config
         self.env = env
         self._fingerprints: dict[WeightSource, str] = {}
+        self._times = StartTimes(enabled=config.exp_manager.enable_recovery_time_instrumentation)
         if not env.compile_only:
             self._require_writable_places()
         self.objective = GlobalMeanObjective(parts.loss(config))
         self.model_config = parts.model_config(config)
         self.parts = join(config, env, self.model_config)
+        self._times.done("processes joined")
         self.topology = self.parts.topology
         self.start = parts.start_weights(config, self.model_config)
         self.tokenization = parts.tokenization(config, self.model_config)
@@ -81,7 +84,9 @@ class Run:
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         if env.compile_only:
             self.data.start_trial(self._steps())
+        self._times.done("data read")
         self.engine = self.parts.engine()
+        self._times.done("model made")
 
     def fit(self) -> int:
         seed_everything(self.config.seed, verbose=False)
@@ -90,6 +95,7 @@ class Run:
         run = self._find_run(identity)
         if run.checkpoint is None:
             self.engine.load_weights(self.start)
+        self._times.done("this run looked for" if run.checkpoint is not None else "start weights loaded")
         resumed = self._resume_point(run)
         self._note_what_is_read(run)
         callbacks, record = self._reference(None if resumed == run.checkpoint else resumed)
@@ -99,7 +105,8 @@ class Run:
         exports = self.config.exp_manager.export_hf and not self.env.compile_only
         finish = FinishRun(self.engine, self._export, run.path / EXPORT if exports else None)
         with misconfiguration_is_the_users():
-            trainer = self._trainer([*self._monitor(), *callbacks, finish], {"identity": identity, **record})
+            first = [self._times, *self._monitor()]
+            trainer = self._trainer([*first, *callbacks, finish], {"identity": identity, **record})
             if not self.env.compile_only:
                 self._start_experiment(trainer, run, identity, identity_parts)
             taken_up = None if resumed is None else str(resumed)

@@ -182,14 +182,8 @@ _NEURON = (
     *("precision.neuron_rt_stochastic_rounding_en", "precision.parallel_layers_reduce_dtype"),
     *("exp_manager.save_xser", "exp_manager.load_xser", "exp_manager.ckpt_ptl_version"),
 )
-_NATIVE_NOT_YET = (
-    "exp_manager.enable_recovery_time_instrumentation",
-    *("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc"),
-)
-_NXD_NOT_YET = (
-    *("model.transpose_nki_inputs", "model.use_cpu_initialization", "exp_manager.ckpt_ptl_version"),
-    *("exp_manager.enable_recovery_time_instrumentation", "trainer.sequential_move_factor"),
-)
+_NATIVE_NOT_YET = ("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc")
+_NXD_ON_TRN1 = ("trainer.lnc", "exp_manager.ckpt_ptl_version", "model.fusions.ring_attention")
 # A native checkpoint keeps the weights that the optimizer moves, float32 masters where there are such:
 # without them a run would not go on as if it had not been interrupted. (NxDT itself reads save_bf16 nowhere.)
 _NATIVE_ALWAYS_EXACT = (
@@ -198,13 +192,29 @@ _NATIVE_ALWAYS_EXACT = (
 )
 NO_EFFECT: dict[Engine, tuple[str, ...]] = {
     "native": (*_MEGATRON_OR_LIGHTNING, *_NEURON, *_NATIVE_NOT_YET, *_NATIVE_ALWAYS_EXACT),
-    "nxd": (*_MEGATRON_OR_LIGHTNING, *_NXD_NOT_YET),
+    "nxd": (*_MEGATRON_OR_LIGHTNING, *_NXD_ON_TRN1),
 }
 """Engine -> keys that change nothing on it."""
 
 
 def _runs_on_neuron(config: Config) -> bool:
     return resolve_engine(config, neuron_available()) == "nxd"
+
+
+REASONS: dict[Engine, dict[str, str]] = {
+    "native": {},
+    "nxd": {
+        "trainer.lnc": "a logical NeuronCore of trn1 is a physical one",
+        "exp_manager.ckpt_ptl_version": "checkpoints of this package say their version themselves",
+        "model.fusions.ring_attention": "it is for context parallelism",
+        "model.transpose_nki_inputs": "it is for the kernel of model.fusions.flash_attention",
+        "model.use_cpu_initialization": (
+            "weights are always made on the CPU, so that ranks of any sizes start from the same ones"
+        ),
+        "trainer.sequential_move_factor": "without a pipeline all ranks load their weights at once",
+    },
+}
+"""Engine -> why a key of those that say so in the notice changes nothing."""
 
 
 _ONLY_WITH: dict[str, Callable[[Config], bool]] = {
@@ -217,8 +227,11 @@ _ONLY_WITH: dict[str, Callable[[Config], bool]] = {
     "model.activations_checkpoint_recompute": lambda c: (
         c.model.activations_checkpoint_granularity == "selective"
     ),
+    "model.transpose_nki_inputs": lambda c: c.model.fusions.flash_attention,
+    "model.use_cpu_initialization": lambda c: c.model.use_cpu_initialization,
+    "trainer.sequential_move_factor": lambda c: c.distributed_strategy.pipeline_model_parallel_size > 1,
 }
-"""Keys that count only where another has some value."""
+"""Keys that count only where they or another have some value."""
 
 
 def keys_without_effect(config: Config, engine: Engine) -> list[str]:
@@ -235,5 +248,6 @@ def keys_without_effect(config: Config, engine: Engine) -> list[str]:
 
 def notices(config: Config, engine: Engine) -> list[str]:
     """One notice that names every such key; none where there is no such key."""
-    keys = keys_without_effect(config, engine)
+    reasons = REASONS[engine]
+    keys = [f"{k} ({reasons[k]})" if k in reasons else k for k in keys_without_effect(config, engine)]
     return [f"keys without effect on engine {engine}: {', '.join(keys)}"] if keys else []

@@ -161,7 +161,7 @@ class ExpManagerConfig:
     log_gradient_norm: bool = True
     """Log the gradients' L2 norm before clipping."""
     enable_recovery_time_instrumentation: bool = False
-    """Log how long the stages of a restart take."""
+    """Log how long each part of a start or a restart takes, up to the end of the first step."""
     save_xser: bool = True
     """Write checkpoints in torch_xla's one-file-a-tensor form."""
     load_xser: bool = True
@@ -173,7 +173,7 @@ class ExpManagerConfig:
     """Write checkpoints while training goes on, from a copy of the state in each rank's host memory. At
     most one is under way; what fails in it stops the run at the next one, or at the end."""
     ckpt_ptl_version: str | None = None
-    """Version of Lightning to note in a checkpoint that has none."""
+    """NxDT's: version of Lightning of a checkpoint that does not say. Those of this package always do."""
     export_hf: bool = True
     """(ours) Write the trained model as a Hugging Face folder at the end."""
     preflight: bool = True

@@ -83,12 +83,13 @@ class ModelConfig:
     fuse_qkv: bool = True
     """Keep its three weights as one."""
     transpose_nki_inputs: bool = True
-    """Layout of the inputs of NKI flash attention."""
+    """Bring the inputs of NKI flash attention into the layout that it computes with, instead of having it do
+    so (engine nxd)."""
     pipeline_cuts: tuple[str, ...] | None = None
     """Layers after which the pipeline is cut, e.g. [model.layers.10]; null: even shares, with the layers
     that are left over in the last stages."""
     use_cpu_initialization: bool = False
-    """Make the weights on the CPU and move them to the device."""
+    """Make the weights on the CPU and move them to the device, which is done whatever this says."""
     activations_checkpoint_granularity: Literal["full", "selective"] | None = None
     """What is computed again in the backward pass instead of kept. full: each layer; selective: the
     modules named in activations_checkpoint_recompute; null: nothing."""

@@ -58,6 +58,7 @@ RANGES: dict[str, tuple[str, float]] = {
     "data.dev_choose_samples": (_AT_LEAST, 1),
     "data.num_workers": (_AT_LEAST, 0),
     "model.encoder_seq_length": (_AT_LEAST, 2),
+    "trainer.sequential_move_factor": (_AT_LEAST, 1),
     "model.max_position_embeddings": (_AT_LEAST, 1),
     "model.num_layers": (_AT_LEAST, 1),
     "model.hidden_size": (_AT_LEAST, 1),

@@ -78,7 +78,8 @@ class TrainerConfig:
     lnc: int | None = None
     """Physical NeuronCores to a logical one: 1 or 2 (trn2)."""
     sequential_move_factor: int = 11
-    """Ranks that put their weights on the device at the same time."""
+    """Ranks of a node that read their start weights and put them on the device at the same time, where there
+    is a pipeline (engine nxd)."""
     max_epochs: int = -1
     """Epochs after which training ends; -1 for no limit."""
     max_steps: int = -1

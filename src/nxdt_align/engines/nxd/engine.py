@@ -21,6 +21,7 @@ from nxdt_align.engines.nxd.saving import Checkpoints
 from nxdt_align.engines.nxd.scoring import Runner, Scorer
 from nxdt_align.engines.nxd.settings import Precision, SaveOptions
 from nxdt_align.engines.nxd.shards import Shards
+from nxdt_align.engines.nxd.turns import Turns
 from nxdt_align.engines.nxd.zero import ShardedOptimizer
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
@@ -41,6 +42,7 @@ class NxDEngine(Engine):
         reference_precision: that of the frozen reference; the policy's where None.
         save_options: the form of checkpoints.
         configure_model: called with each Llama that is built, before it is spread.
+        turns: ranks that load weights at the same time.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class NxDEngine(Engine):
         reference_precision: Precision | None = None,
         save_options: SaveOptions = SaveOptions(),  # noqa: B008 (frozen)
         configure_model: Callable[[Llama], None] = lambda model: None,
+        turns: Turns = Turns(),  # noqa: B008 (frozen)
     ) -> None:
         self.config = config
         self.device = mesh.platform.device
@@ -62,7 +65,7 @@ class NxDEngine(Engine):
         self._attention = attention or DenseAttention()
         self._precision = precision
         self._reference_precision = reference_precision or precision
-        self._configure = configure_model
+        self._configure, self._turns = configure_model, turns
         self._shards = Shards(config, mesh.parallel, mesh.groups)
         self._policy = self._build(precision.compute)
         self._runner = self._runner_of(self._policy)
@@ -103,7 +106,7 @@ class NxDEngine(Engine):
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
-        self._shards.fill(self.named_parameters(), source)
+        self._turns.take(lambda: self._shards.fill(self.named_parameters(), source), self.gather_objects)
         self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
@@ -112,7 +115,7 @@ class NxDEngine(Engine):
         self._reference = self._runner_of(reference)
         parameters = self._shards.named_parameters(reference.llama)
         if source is not None:
-            self._shards.fill(parameters, source)
+            self._turns.take(lambda: self._shards.fill(parameters, source), self.gather_objects)
             return
         _copy(self.named_parameters(), parameters)
 

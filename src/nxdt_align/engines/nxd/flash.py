@@ -12,7 +12,8 @@ from torch import Tensor
 from nxdt_align.engines.base import EngineError
 
 Kernel = Callable[..., Tensor]
-"""(B, N, H, S) each -> (B, N, S, H): neuronx_distributed's nki_flash_attn_func."""
+"""neuronx_distributed's nki_flash_attn_func: (B, N, H, S) each, or with transpose_nki_inputs=False
+(B, N, S, H) -> (B, N, S, H)."""
 TILE = 2048
 """The kernel takes rows of a multiple of so many tokens."""
 
@@ -31,12 +32,16 @@ def nki_kernel() -> Kernel:
 
 
 class CausalFlashAttention:
-    """Every token sees the earlier ones of its row: right in layout none, where padding comes last."""
+    """Every token sees the earlier ones of its row: right in layout none, where padding comes last.
+
+    ``transpose_inputs``: whether the kernel gets them as it computes with them, or transposes them itself.
+    """
 
     static_shapes = True
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, *, transpose_inputs: bool = True) -> None:
         self._kernel = kernel
+        self._transpose = transpose_inputs
 
     def prepare(self, segment_ids: Tensor) -> None:
         """Nothing. Raises EngineError for rows of a length that the kernel does not take."""
@@ -52,5 +57,6 @@ class CausalFlashAttention:
         groups = q.shape[2] // k.shape[2]
         if groups > 1:
             k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-        q, k, v = (x.permute(0, 2, 3, 1) for x in (q, k, v))
-        return self._kernel(q, k, v, causal=True, transpose_nki_inputs=True).transpose(1, 2)
+        order = (0, 2, 3, 1) if self._transpose else (0, 2, 1, 3)
+        q, k, v = (x.permute(order) for x in (q, k, v))
+        return self._kernel(q, k, v, causal=True, transpose_nki_inputs=self._transpose).transpose(1, 2)

@@ -79,7 +79,7 @@ class Shards:
 
     @torch.no_grad()
     def fill(self, parameters: Iterable[tuple[str, nn.Parameter]], source: WeightSource) -> None:
-        """Copy this rank's shares of every weight. One whole weight is in memory at a time.
+        """Copy this rank's shares of every weight, of which no more than these are read.
 
         Raises EngineError naming every missing, surplus or misshapen tensor.
         """
@@ -87,11 +87,16 @@ class Shards:
         for local, parameter in parameters:
             with xla.filling({local: parameter}) as filled:
                 for part in self._parts[local]:
-                    part.of(filled[local]).copy_(self._share(part.name, source.read(part.name)))
+                    part.of(filled[local]).copy_(self._share(part.name, source))
 
-    def _share(self, name: str, whole: Tensor) -> Tensor:
+    def _share(self, name: str, source: WeightSource) -> Tensor:
+        """Read in one piece, from the first to the last of what this rank holds."""
         dim, ranges = self.partition.ranges(name, self._groups.tensor.rank)
-        pieces = [whole.narrow(dim, start, stop - start) for start, stop in ranges]
+        first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
+        region = [slice(0, size) for size in self.partition.whole_shape(name)]
+        region[dim] = slice(first, last)
+        read = source.read_slice(name, region)
+        pieces = [read.narrow(dim, start - first, stop - start) for start, stop in ranges]
         return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
 
     @torch.no_grad()
