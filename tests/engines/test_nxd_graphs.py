@@ -9,6 +9,9 @@ import pytest
 import torch
 from nxd_fixture import CONFIG, dataset, examples, objective, require_nxd, run_ranks, weights
 
+from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.losses.preference import DPOLoss
+
 pytestmark = [pytest.mark.nxd, pytest.mark.xla]
 STEPS = 4
 KINDS = {
@@ -87,6 +90,22 @@ def train(kind: str, saved: int, xser: bool, folder: str) -> dict[str, Any]:
     return found
 
 
+def validate() -> list[int]:
+    """Graphs compiled for each of several validation steps of a loss that couples the examples."""
+    engine = (trained := Trainer("fp32", True, None)).engine
+    engine.load_reference(None)
+    counts = []
+    for _ in range(20):
+        before = trained.compilations()
+        engine.evaluate(
+            [b.to(engine.device) for b in trained.batches],
+            GlobalMeanObjective(DPOLoss(0.1, loss_types=("aot",))),
+        )
+        engine.mark_step()
+        counts.append(trained.compilations() - before)
+    return counts
+
+
 CASES = [(kind, saved, xser) for kind in KINDS for saved, xser in ((1, True), (2, False))]
 
 
@@ -118,3 +137,9 @@ def test_a_step_behind_a_checkpoint_is_the_graph_of_one_behind_a_step(
     assert found["resuming"] == 0
     assert [count for _, count in found["resumed"]] == [0] * (STEPS - case[1])
     assert [values for values, _ in found["resumed"]] == [values for values, _ in found["steps"][case[1] :]]
+
+
+def test_validation_of_a_loss_that_couples_examples_is_the_same_graphs(tmp_path: Path) -> None:
+    require_nxd()
+    ((counts,),) = run_ranks(1, [(validate, ())], tmp_path, gloo=False)
+    assert counts[0] > 0 and counts[1:] == [0] * 19, counts

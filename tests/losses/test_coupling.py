@@ -42,6 +42,7 @@ def two_passes(
     """As an engine goes about it; the gradient of all token log-probs, (B, T)."""
     tables = [objective.statistics(b, logps, collisions) for b, logps, collisions in parts]
     loss, metrics, rows = objective.couple(torch.cat(tables), parts[0][0], training=True)
+    assert rows is not None
     found = []
     for (batch, logps, _), gradients in zip(parts, rows.split([len(t) for t in tables]), strict=True):
         leaf = logps.clone().requires_grad_()
@@ -84,7 +85,9 @@ def test_bco_remembers_what_it_was_trained_on(make_batch: MakeBatch) -> None:
     assert objective.state is not None and objective.state[1] == 16
     kept = objective.state.clone()
     moved = objective.statistics(batch, logps - 1, collisions)
-    objective.couple(moved, batch, training=False)
+    loss, metrics, none = objective.couple(moved, batch, training=False)
+    assert none is None, "autograd's thread would hold tensors beyond the end of a validation step"
+    assert not any(value.requires_grad for value in (loss, *metrics.values()))
     assert torch.equal(objective.state, kept)
     resumed = GlobalMeanObjective(LOSSES["bco_pair"])
     resumed.state = kept.clone()

@@ -53,8 +53,8 @@ class Objective(Protocol):
 
     def couple(
         self, table: Tensor, batch: Batch, *, training: bool
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """(N, K) -> loss, metrics, and (N, 2) gradients in the order of ``table``."""
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """(N, K) -> loss, metrics, and while training (N, 2) gradients in the order of ``table``."""
         ...
 
     def surrogate(self, batch: Batch, token_logps: Tensor, gradients: Tensor) -> Tensor:

@@ -116,12 +116,14 @@ def couple(
     *,
     training: bool,
 ) -> tuple[StepOutput, Sequence[Tensor]]:
-    """Loss and metrics of a global batch whose examples the loss couples, and the gradients of each
-    micro-batch's slots, (B * R, 2)."""
+    """Loss and metrics of a global batch whose examples the loss couples, and while training the gradients
+    of each micro-batch's slots, (B * R, 2)."""
     results = runner.forward(micro_batches, want_collisions=objective.needs_collisions)
     tables = [objective.statistics(b, *r) for b, r in zip(micro_batches, results, strict=True)]
     everyone = ranks.gather(torch.cat(tables))
     loss, metrics, gradients = objective.couple(everyone.flatten(0, 1), micro_batches[0], training=training)
+    if gradients is None:
+        return StepOutput(loss=loss, metrics=metrics), []
     mine = gradients.view(*everyone.shape[:2], -1)[ranks.rank if len(everyone) > 1 else 0]
     return StepOutput(loss=loss, metrics=metrics), torch.split(mine, [len(table) for table in tables])
 

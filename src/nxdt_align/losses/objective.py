@@ -101,17 +101,20 @@ class GlobalMeanObjective:
 
     def couple(
         self, table: Tensor, batch: Batch, *, training: bool
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Loss and metrics of the whole global batch, and (N, 2) gradients of its slots' log-probs.
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Loss and metrics of the whole global batch, and (N, 2) gradients of its slots' log-probs, None
+        where it is not ``training``.
 
         ``table``: (N, K), the statistics of all micro-batches and ranks in any fixed order; ``batch``:
         any of the micro-batches, for the global counts. ``training`` lets the loss remember the batch.
         """
-        with torch.enable_grad():
+        # Without need, no gradients: autograd's thread may let go of its last tensor after the step's end is
+        # marked, and on a lazy device whatever is there by then is part of the graph.
+        with torch.set_grad_enabled(training):
             policy, reference = coupling.from_table(table)
             output = self._loss_now(policy, reference, training)(policy, reference)
             share, metrics = self._shares(policy, output, batch)
-            gradients = coupling.gradients_of(share, policy)
+            gradients = coupling.gradients_of(share, policy) if training else None
         return share.detach(), metrics, gradients
 
     def surrogate(self, batch: Batch, token_logps: Tensor, gradients: Tensor) -> Tensor:
