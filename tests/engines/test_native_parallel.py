@@ -110,11 +110,16 @@ def wanted(loss: str, steps: int, pairs: int, tied: bool) -> Outcome:
     return oracle(Case(loss=loss, steps=steps, pairs=pairs, shape=TIED if tied else SHAPE))
 
 
-def assert_as(ranks: list[Outcome], want: Outcome, tolerance: float = GRADIENT_TOLERANCE) -> None:
+def assert_as(
+    ranks: list[Outcome],
+    want: Outcome,
+    tolerance: float = GRADIENT_TOLERANCE,
+    final_tolerance: float = LOSS_TOLERANCE,
+) -> None:
     for got in ranks:
         for loss in (got.loss, got.evaluated, got.restarted):
             assert abs(loss - want.loss) <= LOSS_TOLERANCE
-        assert abs(got.final - want.final) <= LOSS_TOLERANCE
+        assert abs(got.final - want.final) <= final_tolerance
         assert got.norm == pytest.approx(want.norm, rel=NORM_TOLERANCE)
         assert got.parameter_norm == pytest.approx(want.parameter_norm, rel=NORM_TOLERANCE)
     gradient = worst(merged([r.gradients for r in ranks]), want.gradients, relative=True)
@@ -191,7 +196,8 @@ def test_real_pairs(shared_data: Path) -> None:
 
     Seen: the ranks 1.7e-6 away, one process 2.1e-6, the plain model in fp32 2.4e-6. So fp32 itself is further
     than 1e-6 from the truth with that many tokens, and two right results are up to 2.7e-6 apart; the ranks
-    may be at most 1e-6 further from the truth than one process is.
+    may be at most 1e-6 further from the truth than one process is. The loss after two steps of AdamW, which
+    makes small gradients' rounding large, likewise: seen 1.1e-6, one process 0.5e-6.
     """
     shape = replace(SHAPE, vocab_size=len(make_tokenizer()))
     case = Case(
@@ -205,10 +211,13 @@ def test_real_pairs(shared_data: Path) -> None:
     )
     ranks = [outcome for (outcome,) in run_parallel(4, run_cases_of, case)]
     exact = exact_gradients(case)
-    rounding, name = worst(run_case(0, case.alone).gradients, exact, relative=True)
+    alone, want = run_case(0, case.alone), oracle(case)
+    rounding, name = worst(alone.gradients, exact, relative=True)
     print(f"one process {rounding:.1e}")
     assert rounding <= REAL_ROUNDING, name
-    assert_as(ranks, replace(oracle(case), gradients=exact), rounding + GRADIENT_TOLERANCE)
+    drift = abs(alone.final - want.final)
+    assert drift <= LOSS_TOLERANCE
+    assert_as(ranks, replace(want, gradients=exact), rounding + GRADIENT_TOLERANCE, drift + LOSS_TOLERANCE)
 
 
 def run_cases_of(rank: int, world: int, case: Case) -> list[Outcome]:
