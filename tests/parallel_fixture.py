@@ -221,7 +221,7 @@ def train(
 ) -> Outcome:
     """Evaluate, ``steps`` AdamW steps with clipping, evaluate; with ``start``, load its weights and evaluate
     once more. All ranks call this."""
-    objective = GlobalMeanObjective(loss)
+    objective = GlobalMeanObjective(loss, token_statistics=True)
     evaluated = engine.evaluate(batches, objective)
     logps = []
     for batch in batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import lcm
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from parallel_fixture import whole
 from torch import Tensor
 
-from nxdt_align.batch import Batch, SlotRole, Topology
+from nxdt_align.batch import Batch, Reading, SlotRole, Topology
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.parallelize import whole_rows
@@ -125,9 +126,9 @@ def scores(rank: int, case: Case, shards: Path) -> Scores:
     seen: list[Tensor] = []
     read = Scorer.read
 
-    def keeping(scorer: Scorer, hidden: Tensor, rows: Rows, want_collisions: bool) -> TokenLogps:
+    def keeping(scorer: Scorer, hidden: Tensor, rows: Rows, wanted: Sequence[Reading]) -> TokenLogps:
         seen.append(whole_rows(hidden, scorer._groups)[:, :TOKENS] @ whole(scorer.llama.head_weight).T)
-        return read(scorer, hidden, rows, want_collisions)
+        return read(scorer, hidden, rows, wanted)
 
     with mock.patch.object(Scorer, "read", keeping):
         logps = engine.response_logps(batch_of(random_ids(config)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,15 @@ PADDING_SEGMENT = -1
 
 SEGMENT_STRIDE = 16
 """Segment id = example * SEGMENT_STRIDE + part; part 0 is the prompt, 1 and above the responses."""
+
+
+Reading = Literal["collisions", "entropy", "mean_logit", "is_top1"]
+"""What else can be read off the logits while they are there, a value a position, float32, without gradient:
+log of the summed squared probabilities (WPO), the distribution's entropy in nats, the mean of the logits over
+the vocabulary, and whether the label has the largest logit (1 or 0)."""
+
+TOKEN_STATISTICS: tuple[Reading, ...] = ("entropy", "mean_logit", "is_top1")
+"""What is logged of the responses' tokens on request; no loss reads it."""
 
 
 class SlotRole(IntEnum):

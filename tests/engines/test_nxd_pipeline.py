@@ -25,7 +25,7 @@ from nxd_fixture import (
 )
 from oracle import gradients, orpo_loss, pair_logps
 
-from nxdt_align.batch import Batch
+from nxdt_align.batch import Batch, Reading
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.engines.base import EngineError
 from nxdt_align.models.llama import Llama
@@ -34,6 +34,7 @@ from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.logprobs import token_logps
 
 pytestmark = pytest.mark.nxd
+READINGS: tuple[Reading, ...] = ("collisions", "entropy", "mean_logit", "is_top1")
 CASE, CUT = Case(pp=2), Case(pp=2, cuts=(1,))
 THREE_LAYERS = replace(CONFIG, num_hidden_layers=3)
 SIZES = [(3, 2), (7, 3), (8, 3), (32, 6), (4, 4)]
@@ -96,7 +97,7 @@ def cut_otherwise(folder: str) -> dict[str, Any]:
 
 
 def logps() -> dict[str, Any]:
-    """Of the policy; of another reference, and of a copy of the policy as one; collisions beside them."""
+    """Of the policy, of another reference, of a copy of the policy; and what else is read."""
     built = start(CASE, THREE_LAYERS)
     batches = batches_of(built, "none")
     policy = [built.response_logps(b) for b in batches]
@@ -104,7 +105,7 @@ def logps() -> dict[str, Any]:
     other = [built.response_logps(b, reference=True) for b in batches]
     built.load_reference(None)
     copied = [built.response_logps(b, reference=True) for b in batches]
-    collisions = built._runner.forward(batches, want_collisions=True)
+    readings = built._runner.forward(batches, wanted=READINGS)
     with pytest.raises(EngineError) as error:
         odd = batches_of(built, "none", 75)
         built.evaluate([batches[0], odd[0]], objective("orpo"))
@@ -113,7 +114,7 @@ def logps() -> dict[str, Any]:
         "policy": policy,
         "other": other,
         "copied": copied,
-        "collisions": [tuple(result) for result in collisions],
+        "readings": [tuple(result) for result in readings],
         "refusal": str(error.value),
     }
 
@@ -223,26 +224,24 @@ def scores(model: Llama) -> dict[tuple[int, int], float]:
     return {(i, role): float(value) for i, pair in enumerate(pairs) for role, value in enumerate(pair)}
 
 
-def test_collisions_come_with_them(results: Any) -> None:
+def test_what_else_is_read_comes_with_them(results: Any) -> None:
     model = Llama(THREE_LAYERS, DenseAttention())
     model.load_state_dict(plain(0, THREE_LAYERS).state_dict())
     for rank in results["logps"]:
-        for batch, (logps, collisions) in zip(rank["batches"], rank["collisions"], strict=True):
+        for batch, (logps, readings) in zip(rank["batches"], rank["readings"], strict=True):
             wanted_logps, wanted = reference(model, batch)
             assert torch.allclose(logps, wanted_logps, atol=2e-6, rtol=1e-6)
-            assert torch.allclose(collisions, wanted, atol=2e-6, rtol=1e-6)
+            assert len(readings) == len(READINGS)
+            for got, want in zip(readings, wanted, strict=True):
+                assert torch.allclose(got, want, atol=2e-6, rtol=1e-6)
 
 
 @torch.no_grad()
-def reference(model: Llama, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(model: Llama, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     context = DenseAttention().prepare(batch.segment_ids)
     hidden = model(batch.input_ids, batch.position_ids, context)
     index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-    logps, collisions = token_logps(
-        hidden.gather(1, index), model.head_weight, batch.labels, want_collisions=True
-    )
-    assert collisions is not None
-    return logps, collisions
+    return token_logps(hidden.gather(1, index), model.head_weight, batch.labels, wanted=READINGS)
 
 
 def test_micro_batches_of_several_shapes_are_refused(results: Any) -> None:

@@ -36,11 +36,15 @@ def case(make_batch: MakeBatch) -> tuple[Batch, Tensor, Tensor]:
     return batch, torch.where(there, logps, 0.0), torch.where(there, collisions, 0.0)
 
 
+def read(objective: GlobalMeanObjective, collisions: Tensor) -> list[Tensor]:
+    return [collisions for _ in objective.wanted]
+
+
 def two_passes(
     objective: GlobalMeanObjective, parts: list[tuple[Batch, Tensor, Tensor]]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """As an engine goes about it; the gradient of all token log-probs, (B, T)."""
-    tables = [objective.statistics(b, logps, collisions) for b, logps, collisions in parts]
+    tables = [objective.statistics(b, logps, read(objective, collisions)) for b, logps, collisions in parts]
     loss, metrics, rows = objective.couple(torch.cat(tables), parts[0][0], training=True)
     assert rows is not None
     found = []
@@ -60,7 +64,7 @@ def test_every_split_gives_the_gradient_of_the_whole(
         batch = batch.with_tail_weight(tail_weight)
     loss = LOSSES[name]
     leaf = logps.clone().requires_grad_()
-    policy = ResponseLogps.from_tokens(batch, leaf, collisions)
+    policy = ResponseLogps.from_tokens(batch, leaf, {"collisions": collisions})
     assert batch.reference_logps is not None
     losses = loss(policy, policy.with_sums(batch.reference_logps)).losses
     wanted = torch.where(policy.valid[0::2], losses, 0.0).sum() / PAIRS
@@ -78,13 +82,13 @@ def test_every_split_gives_the_gradient_of_the_whole(
 def test_bco_remembers_what_it_was_trained_on(make_batch: MakeBatch) -> None:
     """Two steps of the same batch have the mean of one; validation in between changes nothing, and an
     objective that is handed the state goes on as the first one does."""
-    batch, logps, collisions = case(make_batch)
+    batch, logps, _ = case(make_batch)
     objective = GlobalMeanObjective(LOSSES["bco_pair"])
-    table = objective.statistics(batch, logps, collisions)
+    table = objective.statistics(batch, logps)
     first, _, _ = objective.couple(table, batch, training=True)
     assert objective.state is not None and objective.state[1] == 16
     kept = objective.state.clone()
-    moved = objective.statistics(batch, logps - 1, collisions)
+    moved = objective.statistics(batch, logps - 1)
     loss, metrics, none = objective.couple(moved, batch, training=False)
     assert none is None, "autograd's thread would hold tensors beyond the end of a validation step"
     assert not any(value.requires_grad for value in (loss, *metrics.values()))

@@ -216,7 +216,7 @@ def test_bf16_log_probabilities_are_summed_in_fp32(make_batch: MakeBatch) -> Non
 def test_objective_says_what_it_needs() -> None:
     assert GlobalMeanObjective(DPOLoss(0.1)).needs_reference
     assert not GlobalMeanObjective(ORPOLoss(0.1)).needs_reference
-    assert not GlobalMeanObjective(SFTLoss()).needs_collisions
+    assert not GlobalMeanObjective(SFTLoss()).wanted
     assert GlobalMeanObjective(SFTLoss()).normaliser == "tokens"
     assert GlobalMeanObjective(DPOLoss(0.1)).normaliser == "pairs"
 
@@ -265,7 +265,7 @@ def test_what_no_engine_can_serve_is_refused(make_batch: MakeBatch) -> None:
     batch = make_batch([[1, 1], [1, 1]], 2.0, 4.0)
     with pytest.raises(ValueError, match="no value for a micro-batch alone"):
         GlobalMeanObjective(DPOLoss(0.1, loss_types=("aot",)))(batch, torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="needs the log of summed squared probabilities"):
+    with pytest.raises(ValueError, match=r"needs 1 values a token .*collisions.* but got 0"):
         GlobalMeanObjective(NeedsCollisions())(batch, torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"one value an example, shape \(2,\), but returned shape \(\)"):
         GlobalMeanObjective(OutsideLoss(scalar=True))(batch, torch.zeros(2, 2))

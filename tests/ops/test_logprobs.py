@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import IGNORE_LABEL
+from nxdt_align.batch import IGNORE_LABEL, Reading
 from nxdt_align.ops import logprobs
 from nxdt_align.ops.logprobs import VocabShard, token_logps
+
+ALL_READINGS: tuple[Reading, ...] = ("collisions", "entropy", "mean_logit", "is_top1")
 
 
 def whole(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -62,12 +64,48 @@ def test_ignored_positions_give_zero_and_no_gradient() -> None:
 
 def test_collisions_are_the_log_of_summed_squared_probabilities() -> None:
     hidden, head, labels, _ = sample()
-    _, collisions = token_logps(hidden, head, labels, want_collisions=True)
+    _, (collisions,) = token_logps(hidden, head, labels, wanted=["collisions"])
     wanted = (hidden @ head.T).softmax(-1).square().sum(-1).log()
-    assert collisions is not None and not collisions.requires_grad
+    assert not collisions.requires_grad
     torch.testing.assert_close(
         collisions, torch.where(labels == IGNORE_LABEL, 0.0, wanted), atol=1e-5, rtol=1e-5
     )
+
+
+@torch.no_grad()
+def read_off(hidden: Tensor, head: Tensor, labels: Tensor) -> dict[Reading, Tensor]:
+    """Each reading by its definition, from whole logits in float64."""
+    logits = hidden.double() @ head.double().T
+    logps = logits.log_softmax(-1)
+    return {
+        "collisions": logps.exp().square().sum(-1).log(),
+        "entropy": -(logps.exp() * logps).sum(-1),
+        "mean_logit": logits.mean(-1),
+        "is_top1": (logits.argmax(-1) == labels).double(),
+    }
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("tile_bytes", [2**23, 64 * 64 * 4])
+@pytest.mark.parametrize("names", [ALL_READINGS, ALL_READINGS[::-1], ("is_top1", "entropy")])
+def test_readings_are_those_of_whole_logits(
+    compact: bool, tile_bytes: int, names: tuple[Reading, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for in any order, over one tile or many, beside the same log-probs and gradients."""
+    monkeypatch.setattr(logprobs, "CACHED_BYTES", tile_bytes)
+    hidden, head, labels, weights = sample(vocabulary=300, positions=200)
+    with torch.no_grad():
+        top = (hidden @ head.T).argmax(-1)
+    labels[0] = torch.where(labels[0] == IGNORE_LABEL, IGNORE_LABEL, top[0])  # else hardly any label is first
+    logps, readings = token_logps(hidden, head, labels, compact=compact, wanted=names)
+    for name, got in zip(names, readings, strict=True):
+        assert got.dtype == torch.float32 and not got.requires_grad
+        wanted = torch.where(labels == IGNORE_LABEL, 0.0, read_off(hidden, head, labels)[name])
+        torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5, msg=name)
+    alone, none = token_logps(hidden, head, labels, compact=compact)
+    assert none == () and torch.equal(alone, logps)
+    grads = (torch.autograd.grad((x * weights).sum(), [hidden, head]) for x in (logps, alone))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_bf16_operands_accumulate_in_fp32() -> None:

@@ -65,7 +65,9 @@ class Run:
         self._times = StartTimes(enabled=config.exp_manager.enable_recovery_time_instrumentation)
         if not env.compile_only:
             self._require_writable_places()
-        self.objective = GlobalMeanObjective(parts.loss(config))
+        self.objective = GlobalMeanObjective(
+            parts.loss(config), token_statistics=config.exp_manager.log_token_statistics
+        )
         self.model_config = parts.model_config(config)
         self.parts = join(config, env, self.model_config)
         self._times.done("processes joined")

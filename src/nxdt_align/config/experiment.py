@@ -160,6 +160,9 @@ class ExpManagerConfig:
     """Log the parameters' L2 norm."""
     log_gradient_norm: bool = True
     """Log the gradients' L2 norm before clipping."""
+    log_token_statistics: bool = True
+    """Log what TRL does of the responses' tokens: logits/chosen, logits/rejected, entropy and
+    mean_token_accuracy."""
     enable_recovery_time_instrumentation: bool = False
     """Log how long each part of a start or a restart takes, up to the end of the first step."""
     save_xser: bool = True

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nxdt_align.batch import Batch, Topology
+from nxdt_align.batch import Batch, Reading, Topology
 from nxdt_align.errors import UserError
 
 
@@ -40,14 +40,15 @@ class Objective(Protocol):
     """
 
     needs_reference: bool
-    needs_collisions: bool
+    wanted: Sequence[Reading]
+    """What it reads off the head beside the log-probabilities."""
     couples_examples: bool
 
     def __call__(
-        self, batch: Batch, token_logps: Tensor, collisions: Tensor | None = None
+        self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
-    def statistics(self, batch: Batch, token_logps: Tensor, collisions: Tensor | None = None) -> Tensor:
+    def statistics(self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor] = ()) -> Tensor:
         """(B * R, K) float32, rows in the order of the micro-batch's slots."""
         ...
 

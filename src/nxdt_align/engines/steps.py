@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import Batch
+from nxdt_align.batch import Batch, Reading
 from nxdt_align.engines.base import Objective, StepOutput
 
 
@@ -21,8 +21,11 @@ class TokenLogps(NamedTuple):
 
     logps: Tensor
     """(B, T) float32, nats; 0 where there is no label."""
-    collisions: Tensor | None
-    """(B, T) float32, log of the summed squared probabilities; None where they were not asked for."""
+    readings: tuple[Tensor, ...] = ()
+    """(B, T) float32 for each of what was asked for beside them, without gradient."""
+
+    def detach(self) -> TokenLogps:
+        return TokenLogps(self.logps.detach(), tuple(reading.detach() for reading in self.readings))
 
 
 Share = Callable[[int, TokenLogps], Tensor]
@@ -32,13 +35,13 @@ Share = Callable[[int, TokenLogps], Tensor]
 class Runner(Protocol):
     """Sends micro-batches through a model. All ranks that share the rows make the same calls."""
 
-    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
+    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
         """Without gradients, one result a micro-batch, the same on every rank that shares the rows
         (on all pipeline stages, too)."""
         ...
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
     ) -> list[TokenLogps]:
         """Forward and backward; gradients are *added* to the parameters' and not yet summed over
         data-parallel ranks. Returns what ``forward`` would, detached.
@@ -79,17 +82,17 @@ def forward_and_backward(
         def surrogate(index: int, result: TokenLogps) -> Tensor:
             return objective.surrogate(micro_batches[index], result.logps, gradients[index])
 
-        runner.backward(micro_batches, surrogate, want_collisions=False)
+        runner.backward(micro_batches, surrogate, wanted=())
         return output
 
     shares: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def share(index: int, result: TokenLogps) -> Tensor:
-        loss, metrics = objective(micro_batches[index], result.logps, result.collisions)
+        loss, metrics = objective(micro_batches[index], *result)
         shares[index] = loss.detach(), metrics
         return loss
 
-    results = runner.backward(micro_batches, share, want_collisions=objective.needs_collisions)
+    results = runner.backward(micro_batches, share, wanted=objective.wanted)
     with torch.no_grad():
         # Ranks without the last layers work the metrics out from the log-probs that they are told.
         every = [shares.get(i) or objective(b, *results[i]) for i, b in enumerate(micro_batches)]
@@ -103,7 +106,7 @@ def evaluate(
     """As ``forward_and_backward``, without gradients."""
     if objective.couples_examples:
         return couple(runner, ranks, micro_batches, objective, training=False)[0]
-    results = runner.forward(micro_batches, want_collisions=objective.needs_collisions)
+    results = runner.forward(micro_batches, wanted=objective.wanted)
     return total(ranks, [objective(b, *r) for b, r in zip(micro_batches, results, strict=True)])
 
 
@@ -118,7 +121,7 @@ def couple(
 ) -> tuple[StepOutput, Sequence[Tensor]]:
     """Loss and metrics of a global batch whose examples the loss couples, and while training the gradients
     of each micro-batch's slots, (B * R, 2)."""
-    results = runner.forward(micro_batches, want_collisions=objective.needs_collisions)
+    results = runner.forward(micro_batches, wanted=objective.wanted)
     tables = [objective.statistics(b, *r) for b, r in zip(micro_batches, results, strict=True)]
     everyone = ranks.gather(torch.cat(tables))
     loss, metrics, gradients = objective.couple(everyone.flatten(0, 1), micro_batches[0], training=training)

@@ -9,9 +9,12 @@ not depend on how the batch was split.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from nxdt_align.batch import Reading
 from nxdt_align.losses.types import ResponseLogps
 
 _COLUMNS = ("sums", "plain_sums", "counts", "valid", "desirable", "roles", "collisions", "reference")
@@ -29,13 +32,17 @@ def to_table(policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor:
         policy.roles,
         zeros if policy.collisions is None else policy.collisions,
         zeros if reference is None else reference.sums,
+        *policy.statistics.values(),
     )
     return torch.stack([column.detach().float() for column in columns], 1)
 
 
-def from_table(table: Tensor) -> tuple[ResponseLogps, ResponseLogps]:
-    """Policy, whose ``sums`` and ``plain_sums`` are leaves that take gradients, and reference."""
-    column = dict(zip(_COLUMNS, table.unbind(1), strict=True))
+def from_table(table: Tensor, statistics: Sequence[Reading] = ()) -> tuple[ResponseLogps, ResponseLogps]:
+    """Policy, whose ``sums`` and ``plain_sums`` are leaves that take gradients, and reference.
+
+    ``statistics``: the names of the policy's, which are the last columns.
+    """
+    column = dict(zip((*_COLUMNS, *statistics), table.unbind(1), strict=True))
     policy = ResponseLogps(
         sums=column["sums"].clone().requires_grad_(),
         counts=column["counts"],
@@ -44,6 +51,7 @@ def from_table(table: Tensor) -> tuple[ResponseLogps, ResponseLogps]:
         roles=column["roles"].long(),
         plain_sums=column["plain_sums"].clone().requires_grad_(),
         collisions=column["collisions"],
+        statistics={name: column[name] for name in statistics},
     )
     return policy, policy.with_sums(column["reference"])
 

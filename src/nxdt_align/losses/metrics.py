@@ -11,13 +11,17 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from nxdt_align.batch import Reading, SlotRole
 from nxdt_align.losses.types import LossOutput, ResponseLogps
 
 DIVISOR = " (divisor)"
 
 
-def example_metrics(policy: ResponseLogps, output: LossOutput) -> dict[str, Tensor]:
-    """Metrics an example, (P,) each: NxDT's names, TRL's names, ours on lengths, then the loss's own."""
+def example_metrics(policy: ResponseLogps, output: LossOutput, *, paired: bool) -> dict[str, Tensor]:
+    """Metrics an example, (P,) each: NxDT's names, TRL's names, ours on lengths, then the loss's own.
+
+    ``paired``: slots 2k and 2k+1 are one example.
+    """
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     values: dict[str, Tensor] = {}
     if chosen is not None and rejected is not None:
@@ -32,7 +36,39 @@ def example_metrics(policy: ResponseLogps, output: LossOutput) -> dict[str, Tens
             "logps/rejected": policy.rejected_logps,
             **_length_metrics(policy, (chosen > rejected).float()),
         }
+    if policy.statistics:
+        values |= _pair_statistics(policy) if paired else _single_statistics(policy)
     return {**values, **output.extras}
+
+
+def _pair_statistics(policy: ResponseLogps) -> dict[str, Tensor]:
+    """TRL's, as means over the global batch's tokens: of chosen responses (or desirable ones), of rejected
+    ones, and of both. Mismatched completions count for nothing."""
+    is_single = policy.roles == SlotRole.SINGLE
+    is_chosen = (policy.roles == SlotRole.CHOSEN) | (is_single & policy.desirable)
+    is_rejected = (policy.roles == SlotRole.REJECTED) | (is_single & ~policy.desirable)
+
+    def mean(name: str, statistic: Reading, those: Tensor) -> dict[str, Tensor]:
+        return _mean(name, policy.statistics[statistic] * those, policy.counts * those)
+
+    values = {
+        **mean("logits/chosen", "mean_logit", is_chosen),
+        **mean("logits/rejected", "mean_logit", is_rejected),
+        **mean("mean_token_accuracy", "is_top1", is_chosen),
+        **mean("entropy", "entropy", is_chosen | is_rejected),
+    }
+    return {name: slots.view(-1, 2).sum(1) for name, slots in values.items()}
+
+
+def _single_statistics(policy: ResponseLogps) -> dict[str, Tensor]:
+    return {
+        **_mean("mean_token_accuracy", policy.statistics["is_top1"], policy.counts),
+        **_mean("entropy", policy.statistics["entropy"], policy.counts),
+    }
+
+
+def _mean(name: str, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    return {name: sums, name + DIVISOR: counts}
 
 
 def _length_metrics(policy: ResponseLogps, correct: Tensor) -> dict[str, Tensor]:

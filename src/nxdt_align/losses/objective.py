@@ -6,13 +6,13 @@ batch, ``K`` columns of its table (``coupling.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import Batch
+from nxdt_align.batch import TOKEN_STATISTICS, Batch, Reading
 from nxdt_align.errors import UserError
 from nxdt_align.losses import coupling
 from nxdt_align.losses.metrics import example_metrics, finish
@@ -42,10 +42,14 @@ class GlobalMeanObjective:
 
     Where ``couples_examples``, an engine goes by ``statistics``, ``couple`` and ``surrogate`` instead.
 
+    Args:
+        token_statistics: also report what TRL does of the responses' tokens: entropy, mean logits, and how
+            often the label has the largest logit.
+
     Raises UserError for a loss that no engine can serve.
     """
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Loss, *, token_statistics: bool = False) -> None:
         if loss.needs_logits:
             raise UserError(
                 f"{loss} reads logits, which are never kept: log-probabilities are computed in chunks. "
@@ -63,7 +67,10 @@ class GlobalMeanObjective:
             )
         self.loss = loss
         self.needs_reference = loss.needs_reference
-        self.needs_collisions = loss.needs_collisions
+        self._statistics = TOKEN_STATISTICS if token_statistics else ()
+        collisions: tuple[Reading, ...] = ("collisions",) if loss.needs_collisions else ()
+        self.wanted: Sequence[Reading] = collisions + self._statistics
+        """What is read off the head beside the log-probabilities."""
         self.needs_prompts = loss.needs_prompts
         """Whether batches must hold the prompts' tokens as positions that are predicted."""
         self.couples_examples = loss.couples_examples
@@ -72,18 +79,19 @@ class GlobalMeanObjective:
         """What the loss remembers of earlier steps: part of a checkpoint."""
 
     def __call__(
-        self, batch: Batch, token_logps: Tensor, collisions: Tensor | None = None
+        self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor] = ()
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the loss, () float32, and of each metric, () float32 detached.
 
-        ``token_logps`` and ``collisions``: (B, T) float32. Raises ValueError where the loss needs
-        reference log-probabilities or collisions and there are none, or couples the batch's examples.
+        ``token_logps``: (B, T) float32, and so is each of ``readings``, in the order of ``wanted``.
+        Raises ValueError where the loss needs reference log-probabilities and there are none, or couples
+        the batch's examples; or where readings are missing.
         """
         if self.couples_examples:
             raise ValueError(
                 f"{self.loss} couples the examples of a global batch: it has no value for a micro-batch alone"
             )
-        policy = self._policy(batch, token_logps, collisions)
+        policy = self._policy(batch, token_logps, readings)
         output = self.loss(policy, self._reference(batch, policy))
         return self._shares(policy, output, batch)
 
@@ -94,9 +102,9 @@ class GlobalMeanObjective:
 
     # A loss that couples the batch's examples
 
-    def statistics(self, batch: Batch, token_logps: Tensor, collisions: Tensor | None = None) -> Tensor:
+    def statistics(self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor] = ()) -> Tensor:
         """(B * R, K) float32: what the loss has to know of a micro-batch's slots, without gradients."""
-        policy = self._policy(batch, token_logps.detach(), collisions)
+        policy = self._policy(batch, token_logps.detach(), readings)
         return coupling.to_table(policy, self._reference(batch, policy))
 
     def couple(
@@ -111,7 +119,7 @@ class GlobalMeanObjective:
         # Without need, no gradients: autograd's thread may let go of its last tensor after the step's end is
         # marked, and on a lazy device whatever is there by then is part of the graph.
         with torch.set_grad_enabled(training):
-            policy, reference = coupling.from_table(table)
+            policy, reference = coupling.from_table(table, self._statistics)
             output = self._loss_now(policy, reference, training)(policy, reference)
             share, metrics = self._shares(policy, output, batch)
             gradients = coupling.gradients_of(share, policy) if training else None
@@ -131,11 +139,15 @@ class GlobalMeanObjective:
 
     # Parts
 
-    def _policy(self, batch: Batch, token_logps: Tensor, collisions: Tensor | None) -> ResponseLogps:
-        if self.needs_collisions and collisions is None:
-            raise ValueError(f"{self.loss} needs the log of summed squared probabilities, but got none")
+    def _policy(self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor]) -> ResponseLogps:
+        if len(readings) != len(self.wanted):
+            raise ValueError(
+                f"{self.loss} needs {len(self.wanted)} values a token beside its log-probability "
+                f"{self.wanted}, but got {len(readings)}"
+            )
+        named = dict(zip(self.wanted, readings, strict=True))
         return ResponseLogps.from_tokens(
-            batch, token_logps, collisions, self.loss.needs_tokens, self.needs_prompts
+            batch, token_logps, named, self.loss.needs_tokens, self.needs_prompts
         )
 
     def _reference(self, batch: Batch, policy: ResponseLogps) -> ResponseLogps | None:
@@ -157,7 +169,7 @@ class GlobalMeanObjective:
         pairs, tokens = batch.global_pairs.reshape(-1)[0], batch.global_tokens.reshape(-1)[0]
         share = _masked_sum(output.losses, valid) / (tokens if self.normaliser == "tokens" else pairs)
         with torch.no_grad():
-            values = example_metrics(policy, output)
+            values = example_metrics(policy, output, paired=self.loss.paired)
             metrics = {name: _masked_sum(value, valid) / pairs for name, value in values.items()}
         return share, metrics
 

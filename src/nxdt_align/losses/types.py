@@ -13,7 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import IGNORE_LABEL, Batch
+from nxdt_align.batch import IGNORE_LABEL, TOKEN_STATISTICS, Batch, Reading
 
 Normaliser = Literal["pairs", "tokens"]
 
@@ -42,6 +42,8 @@ class ResponseLogps:
     collisions: Tensor | None = None
     """(N,) float32: sum over the response's tokens of log(sum of squared probabilities), on request
     (WPO, https://arxiv.org/abs/2406.11827)."""
+    statistics: Mapping[Reading, Tensor] = field(default_factory=dict)
+    """(N,) float32 each: sums over the response's tokens of what is logged of them, on request."""
     token_logps: Tensor | None = None
     """(B, T) float32, nats: a value a response position, on request (LD-DPO)."""
     token_slots: Tensor | None = None
@@ -57,11 +59,11 @@ class ResponseLogps:
         cls,
         batch: Batch,
         token_logps: Tensor,
-        collisions: Tensor | None = None,
+        readings: Mapping[Reading, Tensor] = {},
         keep_tokens: bool = False,
         with_prompts: bool = False,
     ) -> ResponseLogps:
-        """Reduce per-position values, (B, T), to slots.
+        """Reduce per-position values, (B, T), to slots. ``readings``: further ones, by name.
 
         ``keep_tokens`` hands the per-position values on to a loss that declares ``needs_tokens``,
         ``with_prompts`` the prompts' sums to one that declares ``needs_prompts``.
@@ -82,7 +84,8 @@ class ResponseLogps:
             desirable=batch.desirable.reshape(-1),
             roles=batch.slot_role.reshape(-1),
             plain_sums=None if batch.token_weights is None else reduce(token_logps),
-            collisions=None if collisions is None else reduce(collisions),
+            collisions=reduce(readings["collisions"]) if "collisions" in readings else None,
+            statistics={name: reduce(readings[name]) for name in TOKEN_STATISTICS if name in readings},
             token_logps=token_logps if keep_tokens else None,
             token_slots=torch.where(is_response, batch.slot_index + row_offset, -1) if keep_tokens else None,
             prompt_sums=batch.sum_per_prompt(token_logps.float()).reshape(-1) if with_prompts else None,

@@ -11,14 +11,14 @@ positions and the vocabulary of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import IGNORE_LABEL
+from nxdt_align.batch import IGNORE_LABEL, Reading
 
 CHUNK_BYTES = 2**27
 """Size of one tile's float32 logits: large enough for full matrix-multiply speed."""
@@ -56,9 +56,9 @@ def token_logps(
     *,
     shard: VocabShard = WHOLE_VOCABULARY,
     compact: bool = False,
-    want_collisions: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """log p(label | hidden) at each position, and on request log(sum over v of p(v)^2).
+    wanted: Sequence[Reading] = (),
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """log p(label | hidden) at each position, and what is ``wanted`` beside it.
 
     Args:
         hidden: (B, T, D), any float dtype: hidden states at the response positions.
@@ -67,24 +67,24 @@ def token_logps(
         shard: which rows of the vocabulary ``head`` holds.
         compact: drop ignored positions before the head. Faster, but the shapes then depend on the
             data: right for eager devices, wrong where a shape is a compiled graph.
-        want_collisions: return the collision term (WPO), without gradient.
+        wanted: further values, without gradient, see ``batch.Reading``.
 
     Returns:
-        (B, T) float32 nats, and (B, T) float32 or None.
+        (B, T) float32 nats, and a (B, T) float32 for each of ``wanted``; 0 at ignored positions.
     """
     shape = labels.shape
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not compact:
-        logps, collisions = _tiled_logps(flat_hidden, head, flat_labels, shard, want_collisions)
-        return logps.view(shape), collisions.view(shape) if want_collisions else None
+        logps, *readings = _tiled_logps(flat_hidden, head, flat_labels, shard, wanted)
+        return logps.view(shape), tuple(reading.view(shape) for reading in readings)
 
     kept = torch.nonzero(flat_labels != IGNORE_LABEL).squeeze(1)
-    logps, collisions = _tiled_logps(
-        flat_hidden.index_select(0, kept), head, flat_labels.index_select(0, kept), shard, want_collisions
+    logps, *readings = _tiled_logps(
+        flat_hidden.index_select(0, kept), head, flat_labels.index_select(0, kept), shard, wanted
     )
     zeros = torch.zeros(flat_labels.shape, dtype=torch.float32, device=labels.device)
     spread = zeros.index_copy(0, kept, logps).view(shape)
-    return spread, zeros.index_copy(0, kept, collisions).view(shape) if want_collisions else None
+    return spread, tuple(zeros.index_copy(0, kept, reading).view(shape) for reading in readings)
 
 
 def chunk_size(vocabulary: int) -> int:
@@ -124,44 +124,66 @@ def _labels_in(labels: Tensor, part: slice, shard: VocabShard) -> tuple[Tensor, 
 
 
 def _tiled_logps(
-    hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, want_collisions: bool
-) -> tuple[Tensor, Tensor]:
-    """(M, D), (V, D), (M,) -> (M,) and (M,) float32."""
-    result: tuple[Tensor, Tensor] = _TiledLogps.apply(hidden, head, labels, shard, want_collisions)  # type: ignore[no-untyped-call]
+    hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, wanted: Sequence[Reading]
+) -> tuple[Tensor, ...]:
+    """(M, D), (V, D), (M,) -> (M,) float32, and as much for each of ``wanted``."""
+    result: tuple[Tensor, ...] = _TiledLogps.apply(hidden, head, labels, shard, tuple(wanted))  # type: ignore[no-untyped-call]
     return result
 
 
 class _Scan:
     """What is summed over the vocabulary while its tiles go by, at C positions: (C,) float32 each."""
 
-    def __init__(self, positions: int, device: torch.device) -> None:
+    def __init__(self, positions: int, device: torch.device, wanted: Sequence[Reading]) -> None:
+        self.wanted = wanted
         self.top = torch.full((positions,), float("-inf"), device=device)
-        self.norm, self.target, self.squares = torch.zeros(3, positions, device=device)
+        self.norm, self.target, self.squares, self.weighted = torch.zeros(4, positions, device=device)
 
-    def add(self, logits: Tensor, column: Tensor, held: Tensor, want_squares: bool) -> tuple[Tensor, Tensor]:
-        """Take a tile, (C, W), whose storage becomes exp(logits - its own top): returned with that top."""
+    def add(self, logits: Tensor, column: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a tile, (C, W), whose storage may be written to. Returns exp(logits - its own top), and that
+        top."""
         tile_top = logits.amax(-1)
         picked = logits.gather(1, column[:, None]).squeeze(1)
         self.target = torch.where(held, picked, self.target)
-        exps = logits.sub_(tile_top[:, None]).exp_()
+        if "entropy" in self.wanted:
+            exps = torch.sub(logits, tile_top[:, None]).exp_()
+            weighted = torch.linalg.vecdot(exps, logits)
+        else:
+            exps = logits.sub_(tile_top[:, None]).exp_()
+            weighted = None
         top = torch.maximum(self.top, tile_top)
         before, now = (self.top - top).exp(), (tile_top - top).exp()
         self.norm = self.norm * before + exps.sum(-1) * now
-        if want_squares:
+        if weighted is not None:
+            self.weighted = self.weighted * before + weighted * now
+        if "collisions" in self.wanted:
             self.squares = self.squares * before.square() + exps.square().sum(-1) * now.square()
         self.top = top
         return exps, tile_top
 
-    def reduced(self, shard: VocabShard, want_squares: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """log-norm, target logit and log of summed squared probabilities, over all shards."""
+    def reduced(self, shard: VocabShard) -> tuple[Tensor, Tensor, dict[Reading, Tensor]]:
+        """log-norm, target logit, and of what is wanted what follows from sums over all shards."""
         top = shard.reduce_max(self.top)
         shift = (self.top - top).exp()
         norm = shard.reduce_sum(self.norm * shift)
         log_norm = top + norm.log()
         target = shard.reduce_sum(self.target)
-        if not want_squares:
-            return log_norm, target, torch.zeros_like(target)
-        return log_norm, target, shard.reduce_sum(self.squares * shift.square()).log() - 2 * norm.log()
+        readings: dict[Reading, Tensor] = {}
+        if "collisions" in self.wanted:
+            readings["collisions"] = shard.reduce_sum(self.squares * shift.square()).log() - 2 * norm.log()
+        if "entropy" in self.wanted:
+            readings["entropy"] = log_norm - shard.reduce_sum(self.weighted * shift) / norm
+        if "is_top1" in self.wanted:
+            readings["is_top1"] = (target >= top).float()
+        return log_norm, target, readings
+
+
+def _mean_logits(hidden: Tensor, head: Tensor, shard: VocabShard) -> Tensor:
+    """(M,) float32: the mean of the logits is the logit of the mean row."""
+    sums = hidden.float() @ head.sum(0, dtype=torch.float32)
+    rows = torch.full((1,), float(head.shape[0]), device=head.device)
+    summed = shard.reduce_sum(torch.cat([sums, rows]))
+    return summed[:-1] / summed[-1]
 
 
 class _TiledLogps(torch.autograd.Function):
@@ -169,34 +191,40 @@ class _TiledLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, want_collisions: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, wanted: tuple[Reading, ...]
+    ) -> tuple[Tensor, ...]:
         positions, vocabulary = hidden.shape[0], head.shape[0]
         rows, columns = _tile_sizes(positions, vocabulary, hidden.device)
         logps = torch.empty(positions, dtype=torch.float32, device=hidden.device)
-        log_norms, collisions = torch.empty_like(logps), torch.zeros_like(logps)
+        log_norms = torch.empty_like(logps)
+        readings = {name: torch.empty_like(logps) for name in wanted}
+        if "mean_logit" in wanted:
+            readings["mean_logit"] = torch.where(
+                labels == IGNORE_LABEL, 0.0, _mean_logits(hidden, head, shard)
+            )
         room = KEPT_BYTES if any(ctx.needs_input_grad) else 0
         kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for part in _parts(positions, rows):
-            scan = _Scan(part.stop - part.start, hidden.device)
+            scan = _Scan(part.stop - part.start, hidden.device, wanted)
             for tile in _parts(vocabulary, columns):
                 logits = _logits(hidden[part], head[tile])
                 placed = _labels_in(labels[part], tile, shard)
-                exps_and_top = scan.add(logits, *placed, want_collisions)
+                exps_and_top = scan.add(logits, *placed)
                 if logits.nbytes <= room:
                     kept[part.start, tile.start] = exps_and_top
                     room -= logits.nbytes
             ignored = labels[part] == IGNORE_LABEL
-            log_norms[part], target, collision = scan.reduced(shard, want_collisions)
+            log_norms[part], target, found = scan.reduced(shard)
             logps[part] = torch.where(ignored, 0.0, target - log_norms[part])
-            collisions[part] = torch.where(ignored, 0.0, collision)
+            for name, reading in found.items():
+                readings[name][part] = torch.where(ignored, 0.0, reading)
         ctx.save_for_backward(hidden, head, labels, log_norms, *(x for pair in kept.values() for x in pair))
         ctx.shard, ctx.kept, ctx.sizes = shard, list(kept), (rows, columns)
-        ctx.mark_non_differentiable(collisions)
-        return logps, collisions
+        ctx.mark_non_differentiable(*readings.values())
+        return logps, *readings.values()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _collisions: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_readings: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, labels, log_norms, *saved = ctx.saved_tensors
         kept = dict(zip(ctx.kept, zip(saved[::2], saved[1::2], strict=True), strict=True))
         grad = torch.where(labels == IGNORE_LABEL, 0.0, grad.float())

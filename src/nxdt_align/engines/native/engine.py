@@ -155,7 +155,7 @@ class NativeEngine(Engine):
         if reference and self._reference is None:
             raise EngineError("reference log-probs were asked for, but no reference model was loaded")
         model = self._reference if reference and self._reference is not None else self._policy
-        results = model.runner.forward(batches, want_collisions=False)
+        results = model.runner.forward(batches, wanted=())
         return [batch.sum_logps(result.logps) for batch, result in zip(batches, results, strict=True)]
 
     def _with_reference(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Batch]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nxdt_align.batch import Batch
+from nxdt_align.batch import Batch, Reading
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.collectives import Group
 from nxdt_align.engines.native.norms import local
@@ -105,13 +105,13 @@ class _ScaledRunner:
         self._runner = runner
         self._scale = scale
 
-    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
-        return self._runner.forward(micro_batches, want_collisions=want_collisions)
+    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
+        return self._runner.forward(micro_batches, wanted=wanted)
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
     ) -> list[TokenLogps]:
         def scaled(index: int, result: TokenLogps) -> Tensor:
             return share(index, result) * self._scale
 
-        return self._runner.backward(micro_batches, scaled, want_collisions=want_collisions)
+        return self._runner.backward(micro_batches, scaled, wanted=wanted)

@@ -21,7 +21,7 @@ from torch.distributed.pipelining import (
 )
 from torch.nn.functional import pad
 
-from nxdt_align.batch import Batch
+from nxdt_align.batch import Batch, Reading
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.collectives import Group
 from nxdt_align.engines.native.scoring import Scorer
@@ -95,7 +95,7 @@ class StageScorer(nn.Module):
         return self.scorer.llama
 
     def forward(
-        self, received: Tensor | None = None, *, want_collisions: bool, **inputs: Tensor
+        self, received: Tensor | None = None, *, wanted: Sequence[Reading], **inputs: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
         """One micro-batch.
 
@@ -103,7 +103,7 @@ class StageScorer(nn.Module):
             received: the earlier stage's hidden states, (B, S, D); None in the first stage.
             inputs: the fields of ModelInputs. Every stage has them: positions and attention come from them.
 
-        Returns (B, S, D); in the last stage (B, T) log-probabilities, and collisions where wanted.
+        Returns (B, S, D); in the last stage (B, T) log-probabilities, and what else is wanted.
         """
         batch = ModelInputs(**inputs)
         rows = self.scorer.rows(batch)
@@ -114,9 +114,9 @@ class StageScorer(nn.Module):
         if not self.stage.is_last:
             missing = self.hidden.shape(*batch.input_ids.shape)[1] - hidden.shape[1]
             return pad(hidden, (0, 0, 0, missing)) if missing else hidden
-        logps, collisions = self.scorer.read(hidden, rows, want_collisions)
+        logps, readings = self.scorer.read(hidden, rows, wanted)
         # Not a view: FSDP and the schedule hook onto outputs, and the latter detaches them in place.
-        return (logps.clone(),) if collisions is None else (logps.clone(), collisions)
+        return logps.clone(), *(reading.clone() for reading in readings)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class _Shape:
     tokens: int
     responses: int
     outputs: int
-    """Tensors that the last stage gives a micro-batch: log-probs, and collisions."""
+    """Tensors that the last stage gives a micro-batch: log-probs, and what is read beside them."""
 
 
 @dataclass(frozen=True)
@@ -160,31 +160,31 @@ class PipelineRunner:
         self._share: Share | None = None
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
-        return self._run(micro_batches, want_collisions, training=False)
+    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
+        return self._run(micro_batches, wanted, training=False)
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
     ) -> list[TokenLogps]:
         self._share = share
         try:
-            return self._run(micro_batches, want_collisions, training=True)
+            return self._run(micro_batches, wanted, training=True)
         finally:
             self._share = None
 
     def _run(
-        self, micro_batches: Sequence[Batch], want_collisions: bool, *, training: bool
+        self, micro_batches: Sequence[Batch], wanted: Sequence[Reading], *, training: bool
     ) -> list[TokenLogps]:
         inputs = _joined(micro_batches)
         count = len(micro_batches)
         rows, tokens = micro_batches[0].input_ids.shape
         responses = micro_batches[0].labels.shape[1]
-        outputs = 2 if want_collisions else 1
+        outputs = 1 + len(wanted)
         made = self._schedule(_Shape(training, count, rows, tokens, responses, outputs))
         # The number of each micro-batch, on the host: all that the loss needs to know as its target.
         target = torch.arange(count) if training else None
         try:
-            found = made.schedule.step(target=target, want_collisions=want_collisions, **inputs._asdict())
+            found = made.schedule.step(target=target, wanted=wanted, **inputs._asdict())
         except RuntimeError as error:
             self._latest.clear()
             # A stage's error says what tensors went in; its cause says what went wrong.
@@ -192,8 +192,8 @@ class PipelineRunner:
         for stage in made.stages:
             stage.clear_runtime_states()
         results = self._told(found, (outputs, count * rows, responses))
-        logps, *collisions = (list(result.split(rows)) for result in results)
-        return [TokenLogps(*result) for result in zip(logps, *(collisions or [[None] * count]), strict=True)]
+        parts = zip(*(result.split(rows) for result in results), strict=True)
+        return [TokenLogps(logps, tuple(readings)) for logps, *readings in parts]
 
     def _told(self, found: Any, shape: tuple[int, ...]) -> Tensor:
         """The last stage's results on every rank, (outputs, n * B, T)."""
@@ -206,8 +206,8 @@ class PipelineRunner:
 
     def _loss(self, output: tuple[Tensor, ...], index: Tensor) -> Tensor:
         assert self._share is not None
-        logps, *collisions = output
-        return self._share(int(index), TokenLogps(logps, collisions[0] if collisions else None))
+        logps, *readings = output
+        return self._share(int(index), TokenLogps(logps, tuple(readings)))
 
     def _schedule(self, shape: _Shape) -> _Made:
         """The last one of its kind where that has the same shape: a schedule keeps the shapes that it was

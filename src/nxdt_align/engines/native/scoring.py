@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
-from nxdt_align.batch import PADDING_SEGMENT, Batch
+from nxdt_align.batch import PADDING_SEGMENT, Batch, Reading
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import reduce_gradients, whole_rows
 from nxdt_align.engines.native.precision import Precision
@@ -39,11 +39,11 @@ class Scorer(nn.Module):
         self._device = device
         self._groups = groups
 
-    def forward(self, batch: Batch, want_collisions: bool) -> TokenLogps:
+    def forward(self, batch: Batch, wanted: Sequence[Reading]) -> TokenLogps:
         rows = self.rows(ModelInputs.of(batch))
-        logps, collisions = self.read(self.run(rows.input_ids, rows), rows, want_collisions)
+        logps, readings = self.read(self.run(rows.input_ids, rows), rows, wanted)
         # FSDP hangs its backward hooks on a module's output, which must not be a view.
-        return TokenLogps(logps.clone(), collisions)
+        return TokenLogps(logps.clone(), readings)
 
     def rows(self, inputs: ModelInputs) -> Rows:
         """The tokens that the layers run over: without padding where shapes may follow the data."""
@@ -65,21 +65,21 @@ class Scorer(nn.Module):
             hidden: Tensor = self.llama(x, position_ids, context)
         return hidden
 
-    def read(self, hidden: Tensor, rows: Rows, want_collisions: bool) -> TokenLogps:
+    def read(self, hidden: Tensor, rows: Rows, wanted: Sequence[Reading]) -> TokenLogps:
         """The head, over what ``run`` gives where the last layer and the norm are."""
         # Outside of autocast, so that the head's product is accumulated in float32.
         at_responses = rows.at_responses(whole_rows(hidden, self._groups))
         weight, tensor = self.llama.head_weight, self._groups.tensor
         own = weight.to_local() if isinstance(weight, DTensor) else weight
-        logps, collisions = token_logps(
+        logps, readings = token_logps(
             at_responses.float() if self._precision.autocast else at_responses,
             own,
             rows.labels,
             shard=VocabShard(tensor.rank * own.shape[0], tensor.largest, tensor.summed),
             compact=self._attention.static_shapes and self._device.type == "cpu",
-            want_collisions=want_collisions,
+            wanted=wanted,
         )
-        return TokenLogps(rows.spread(logps), None if collisions is None else rows.spread(collisions))
+        return TokenLogps(rows.spread(logps), tuple(rows.spread(reading) for reading in readings))
 
 
 class WholeRunner:
@@ -95,20 +95,17 @@ class WholeRunner:
         self._reduces_once = reduce_once and isinstance(scorer, FSDPModule)
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
-        return [self._scorer(batch, want_collisions) for batch in micro_batches]
+    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
+        return [self._scorer(batch, wanted) for batch in micro_batches]
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
     ) -> list[TokenLogps]:
         results = []
         for index, batch in enumerate(micro_batches):
             if self._reduces_once:
                 reduce_gradients(self._scorer, now=index == len(micro_batches) - 1)
-            result = self._scorer(batch, want_collisions)
+            result = self._scorer(batch, wanted)
             share(index, result).backward()  # type: ignore[no-untyped-call]
-            collisions = result.collisions
-            results.append(
-                TokenLogps(result.logps.detach(), None if collisions is None else collisions.detach())
-            )
+            results.append(result.detach())
         return results

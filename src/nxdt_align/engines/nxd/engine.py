@@ -192,14 +192,14 @@ class NxDEngine(Engine):
         self._computes("log-probabilities without gradients", [batch])
         self._publish()
         if not reference:
-            (result,) = self._runner.forward([batch], want_collisions=False)
+            (result,) = self._runner.forward([batch], wanted=())
             return batch.sum_logps(result.logps)
         return self._reference_logps([batch])[0]
 
     def _reference_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
         if self._reference is None:
             raise EngineError("reference log-probs were asked for, but no reference model was loaded")
-        results = self._reference.forward(batches, want_collisions=False)
+        results = self._reference.forward(batches, wanted=())
         return [batch.sum_logps(result.logps) for batch, result in zip(batches, results, strict=True)]
 
     def _with_reference(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Batch]:

@@ -17,7 +17,7 @@ import torch
 from neuronx_distributed.pipeline import NxDPPModel
 from torch import Tensor, nn
 
-from nxdt_align.batch import Batch
+from nxdt_align.batch import Batch, Reading
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.nxd.mesh import Groups
@@ -34,7 +34,7 @@ class Turn:
 
     model: NxDPPModel
     micro_batches: Sequence[Batch]
-    want_collisions: bool
+    wanted: Sequence[Reading]
     share: Share | None
     """None where nothing is trained."""
     results: list[TokenLogps] = field(default_factory=list)
@@ -70,11 +70,8 @@ class Reader(nn.Module):
         if turn.model.tracing:
             return nothing  # NxD only asks for the shapes between stages
         index = len(turn.results)
-        result = self._read(hidden, turn.micro_batches[index], turn.want_collisions)
-        collisions = result.collisions
-        turn.results.append(
-            TokenLogps(result.logps.detach(), None if collisions is None else collisions.detach())
-        )
+        result = self._read(hidden, turn.micro_batches[index], turn.wanted)
+        turn.results.append(result.detach())
         if turn.share is None:
             return nothing
         # NxD takes the mean over the micro-batches; shares add up.
@@ -127,23 +124,23 @@ class PipelineRunner:
         self._local = {id(parameter) for parameter in local}
         self._models: dict[tuple[int, ...], NxDPPModel] = {}
 
-    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
+    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
         """As the contract says."""
-        return self._run(micro_batches, None, want_collisions)
+        return self._run(micro_batches, None, wanted)
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
     ) -> list[TokenLogps]:
         """As the contract says."""
-        return self._run(micro_batches, share, want_collisions)
+        return self._run(micro_batches, share, wanted)
 
     def _run(
-        self, micro_batches: Sequence[Batch], share: Share | None, want_collisions: bool
+        self, micro_batches: Sequence[Batch], share: Share | None, wanted: Sequence[Reading]
     ) -> list[TokenLogps]:
         inputs = self._inputs(micro_batches)
         rows, tokens = inputs["input_ids"].shape
         model = self._model(len(micro_batches), rows, tokens)
-        turn = self._staged.reader.turn = Turn(model, micro_batches, want_collisions, share)
+        turn = self._staged.reader.turn = Turn(model, micro_batches, wanted, share)
         # With grad mode as NxD sets it: its shapes come with which tensors want gradients.
         (model.run_eval if share is None else model.run_train)(**inputs)
         self._staged.reader.turn = None
@@ -193,16 +190,14 @@ class PipelineRunner:
     def _tell(self, turn: Turn) -> list[TokenLogps]:
         """The last stage's results on every stage, in one reduction."""
         batch, stage = turn.micro_batches[0], self._groups.pipeline
-        shape = (1 + turn.want_collisions, len(turn.micro_batches), *batch.labels.shape)
+        shape = (1 + len(turn.wanted), len(turn.micro_batches), *batch.labels.shape)
         values = torch.zeros(shape, dtype=torch.float32, device=batch.labels.device)
         if stage.rank == stage.size - 1:
-            columns = zip(*(result[: shape[0]] for result in turn.results), strict=True)
+            columns = zip(*((logps, *readings) for logps, readings in turn.results), strict=True)
             values = torch.stack([torch.stack(column) for column in columns])
         stage.sum([values])
         self._platform.mark_step()
-        if turn.want_collisions:
-            return [TokenLogps(logps, collisions) for logps, collisions in zip(*values, strict=True)]
-        return [TokenLogps(logps, None) for logps in values[0]]
+        return [TokenLogps(logps, tuple(readings)) for logps, *readings in zip(*values, strict=True)]
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

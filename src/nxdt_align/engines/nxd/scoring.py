@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nxdt_align.batch import PADDING_SEGMENT, Batch
+from nxdt_align.batch import PADDING_SEGMENT, Batch, Reading
 from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.nxd.mesh import Group
 from nxdt_align.engines.nxd.settings import Parallel
@@ -33,22 +33,22 @@ class Scorer(nn.Module):
         rows = llama.config.vocab_size // tensor.size
         self._shard = VocabShard(tensor.rank * rows, tensor.maximum, tensor.summed)
 
-    def forward(self, batch: Batch, want_collisions: bool) -> TokenLogps:
+    def forward(self, batch: Batch, wanted: Sequence[Reading]) -> TokenLogps:
         input_ids, position_ids, segment_ids = self.padded(batch)
         context = self.attention.prepare(segment_ids)
-        return self.read(self.llama(input_ids, position_ids, context), batch, want_collisions)
+        return self.read(self.llama(input_ids, position_ids, context), batch, wanted)
 
-    def read(self, hidden: Tensor, batch: Batch, want_collisions: bool) -> TokenLogps:
+    def read(self, hidden: Tensor, batch: Batch, wanted: Sequence[Reading]) -> TokenLogps:
         """The head, over what comes out below it: (B, S, D)."""
         index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-        logps, collisions = token_logps(
+        logps, readings = token_logps(
             hidden.gather(1, index),
             self.llama.head_weight,
             batch.labels,
             shard=self._shard,
-            want_collisions=want_collisions,
+            wanted=wanted,
         )
-        return TokenLogps(logps, collisions)
+        return TokenLogps(logps, readings)
 
     def padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions and segments; under sequence parallel of a length that the ranks divide."""
@@ -66,20 +66,20 @@ class Runner:
         self._platform = platform
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[Batch], *, want_collisions: bool) -> list[TokenLogps]:
+    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
         results = []
         for batch in micro_batches:
-            results.append(self._scorer(batch, want_collisions))
+            results.append(self._scorer(batch, wanted))
             self._platform.mark_step()
         return results
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, want_collisions: bool
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
     ) -> list[TokenLogps]:
         results = []
         for index, batch in enumerate(micro_batches):
-            logps, collisions = self._scorer(batch, want_collisions)
-            share(index, TokenLogps(logps, collisions)).backward()  # type: ignore[no-untyped-call]
-            results.append(TokenLogps(logps.detach(), None if collisions is None else collisions.detach()))
+            result = self._scorer(batch, wanted)
+            share(index, result).backward()  # type: ignore[no-untyped-call]
+            results.append(result.detach())
             self._platform.mark_step()
         return results
