@@ -62,7 +62,7 @@ class Ours:
         self._optimizer = optim.build_optimizer(
             self._engine.named_parameters(), "adamw_fp32OptState", OPTIMIZER
         )
-        self._objective = GlobalMeanObjective(DPOLoss(BETA))
+        self._objective = GlobalMeanObjective(DPOLoss(BETA), token_statistics=True)
 
     def train(self, indices: Sequence[int]) -> Tensor:
         batches = [b.to(self._engine.device) for b in self._steps[list(indices)]]

@@ -138,7 +138,7 @@ class Run:
         self.engine.load_weights(FreshWeights(config, 0))
         self.parameters = [p for _, p in self.engine.named_parameters()]
         self.optimizer = AdamWFP32OptState(self.parameters)
-        self.objective = GlobalMeanObjective(DPOLoss(0.1))
+        self.objective = GlobalMeanObjective(DPOLoss(0.1), token_statistics=True)
 
     def step(self, batches: list[Batch]) -> None:
         self.engine.step(batches, self.objective)

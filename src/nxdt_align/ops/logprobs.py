@@ -147,7 +147,7 @@ class _Scan:
         self.target = torch.where(held, picked, self.target)
         if "entropy" in self.wanted:
             exps = torch.sub(logits, tile_top[:, None]).exp_()
-            weighted = torch.linalg.vecdot(exps, logits)
+            weighted = logits.mul_(exps).sum(-1)
         else:
             exps = logits.sub_(tile_top[:, None]).exp_()
             weighted = None
@@ -207,12 +207,11 @@ class _TiledLogps(torch.autograd.Function):
         for part in _parts(positions, rows):
             scan = _Scan(part.stop - part.start, hidden.device, wanted)
             for tile in _parts(vocabulary, columns):
-                logits = _logits(hidden[part], head[tile])
                 placed = _labels_in(labels[part], tile, shard)
-                exps_and_top = scan.add(logits, *placed)
-                if logits.nbytes <= room:
-                    kept[part.start, tile.start] = exps_and_top
-                    room -= logits.nbytes
+                exps, top = scan.add(_logits(hidden[part], head[tile]), *placed)
+                if exps.nbytes <= room:
+                    kept[part.start, tile.start] = exps, top
+                    room -= exps.nbytes
             ignored = labels[part] == IGNORE_LABEL
             log_norms[part], target, found = scan.reduced(shard)
             logps[part] = torch.where(ignored, 0.0, target - log_norms[part])
