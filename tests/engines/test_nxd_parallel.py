@@ -101,7 +101,7 @@ def log_probs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     batch = batches_of(built, "none")[0]
     scorer = built._policy
     with torch.no_grad():
-        ours = scorer(batch, False).logps
+        ours = scorer(batch, ()).logps
         context = DenseAttention().prepare(batch.segment_ids)
         hidden = scorer.llama(batch.input_ids, batch.position_ids, context)
         logits = hidden @ scorer.llama.head_weight.T
