@@ -77,6 +77,11 @@ def raises(policy, reference):
 class Declares:
     needs_logits = True
     def __call__(self, policy, reference):
+        return LossOutput(policy.chosen_logits.logsumexp(-1).square().sum(1) / policy.chosen_counts)
+
+class DeclaresInVain:
+    needs_logits = True
+    def __call__(self, policy, reference):
         return LossOutput(-policy.chosen_logits)
 
 class NotCallable:
@@ -208,7 +213,7 @@ def test_rewards_of_labelled_completions_are_refused(name: str) -> None:
         ("own_losses.scalar", {}, r"one loss an example, shape \(2,\) for 2 pairs, but returned shape \(\)"),
         ("own_losses.pair", {}, "but returned a tuple of Tensor, Tensor"),
         ("own_losses.no_gradient", {}, "losses without a gradient"),
-        ("own_losses.reads_logits", {}, "a loss read chosen_logits, but logits are never kept"),
+        ("own_losses.reads_logits", {}, "a loss read chosen_logits, .* Declare it, or use chosen_logps"),
         ("own_losses.raises", {}, "fails on log-probabilities of 2 pairs: KeyError: 'weight'"),
     ],
 )
@@ -217,6 +222,7 @@ def test_what_cannot_be_used_is_told(path: str, settings: dict[str, float], mess
         load_loss(path, settings)
 
 
-def test_one_that_declares_logits_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"own_losses\.Declares reads logits, which are never kept"):
-        GlobalMeanObjective(load_loss("own_losses.Declares"))
+def test_one_that_declares_logits_is_tried_out_on_some() -> None:
+    assert load_loss("own_losses.Declares").needs_logits
+    with pytest.raises(UserError, match=r"one loss an example, .* but returned shape \(2, 2, 8\)"):
+        load_loss("own_losses.DeclaresInVain")

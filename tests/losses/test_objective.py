@@ -239,7 +239,11 @@ class OutsideLoss(ORPOLoss):
         return replace(output, losses=output.losses.mean()) if self.scalar else output
 
 
-class ReadsLogits(OutsideLoss):
+class CouplesLogits(OutsideLoss):
+    couples_examples = needs_logits = True
+
+
+class NeedsLogits(OutsideLoss):
     needs_logits = True
 
 
@@ -256,8 +260,8 @@ class NeedsCollisions(OutsideLoss):
 
 
 def test_what_no_engine_can_serve_is_refused(make_batch: MakeBatch) -> None:
-    with pytest.raises(ValueError, match="reads logits, which are never kept"):
-        GlobalMeanObjective(ReadsLogits())
+    with pytest.raises(ValueError, match=r"couples the examples .* and reads logits"):
+        GlobalMeanObjective(CouplesLogits())
     with pytest.raises(ValueError, match=r"couples the examples .* wants each token's log-probability"):
         GlobalMeanObjective(CouplesTokens())
     with pytest.raises(ValueError, match=r"couples the examples .* wants the prompts' log-probabilities"):
@@ -267,5 +271,7 @@ def test_what_no_engine_can_serve_is_refused(make_batch: MakeBatch) -> None:
         GlobalMeanObjective(DPOLoss(0.1, loss_types=("aot",)))(batch, torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"needs 1 values a token .*collisions.* but got 0"):
         GlobalMeanObjective(NeedsCollisions())(batch, torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"needs 1 values a token .*logits.* but got 0"):
+        GlobalMeanObjective(NeedsLogits())(batch, torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"one value an example, shape \(2,\), but returned shape \(\)"):
         GlobalMeanObjective(OutsideLoss(scalar=True))(batch, torch.zeros(2, 2))

@@ -19,6 +19,7 @@ from nxdt_align.build.env import RunEnv
 from nxdt_align.checkpoint.detect import check_names, layout_of
 from nxdt_align.checkpoint.hf import FreshWeights, HFFolder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
+from nxdt_align.config.check import neuron_available, resolve_engine
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.data.tokenize import Tokenization, load_tokenizer
@@ -294,8 +295,29 @@ def loss(config: Config) -> Loss:
     if strategy.loss is not None:
         examples = EXAMPLES_OF.get(strategy.objective, "pairs")
         try:
-            return load_loss(strategy.loss, strategy.loss_settings, examples)
+            own = load_loss(strategy.loss, strategy.loss_settings, examples)
         except CustomLossError as error:
             raise UserError(f"model_alignment_strategy.loss: {error}") from error
+        if own.needs_logits:
+            _require_whole_logits(config)
+        return own
     settings = {name: getattr(strategy.active, name) for name in loss_settings(strategy.objective)}
     return build_loss(strategy.objective, settings)
+
+
+def _require_whole_logits(config: Config) -> None:
+    strategy = config.distributed_strategy
+    faults = {
+        "distributed_strategy.engine is nxd": resolve_engine(config, neuron_available()) == "nxd",
+        "trainer.accelerator is xla": config.trainer.accelerator == "xla",
+        "tensor_model_parallel_size is above 1": strategy.tensor_model_parallel_size > 1,
+        "pipeline_model_parallel_size is above 1": strategy.pipeline_model_parallel_size > 1,
+    }
+    found = [fault for fault, is_there in faults.items() if is_there]
+    if found:
+        raise UserError(
+            f"model_alignment_strategy.loss: {config.model_alignment_strategy.loss} declares needs_logits, "
+            f"but {' and '.join(found)}, so that no process has whole logits in shapes that follow the data. "
+            "Run it with engine native on cpu or cuda, and tensor and pipeline parallel sizes of 1 (data "
+            "parallel, zero1 and fsdp are fine), or write it over log-probabilities"
+        )

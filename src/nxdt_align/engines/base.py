@@ -45,10 +45,20 @@ class Objective(Protocol):
     couples_examples: bool
 
     def __call__(
-        self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor] = ()
+        self,
+        batch: Batch,
+        token_logps: Tensor,
+        readings: Sequence[Tensor] = (),
+        logits: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
-    def statistics(self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor] = ()) -> Tensor:
+    def statistics(
+        self,
+        batch: Batch,
+        token_logps: Tensor,
+        readings: Sequence[Tensor] = (),
+        logits: Tensor | None = None,
+    ) -> Tensor:
         """(B * R, K) float32, rows in the order of the micro-batch's slots."""
         ...
 

@@ -23,8 +23,11 @@ class TokenLogps(NamedTuple):
     """(B, T) float32, nats; 0 where there is no label."""
     readings: tuple[Tensor, ...] = ()
     """(B, T) float32 for each of what was asked for beside them, without gradient."""
+    logits: Tensor | None = None
+    """(B, T, V) float32, with gradient, where they were asked for; 0 where there is no label."""
 
     def detach(self) -> TokenLogps:
+        """What is told of a micro-batch when its backward pass is over: no logits."""
         return TokenLogps(self.logps.detach(), tuple(reading.detach() for reading in self.readings))
 
 

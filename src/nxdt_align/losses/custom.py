@@ -23,6 +23,7 @@ from nxdt_align.losses.types import Loss, LossOutput, Normaliser, ResponseLogps
 
 Data = Literal["pairs", "unpaired", "responses"]
 _PROBE_PAIRS = 2
+_PROBE_VOCABULARY = 8
 _WANTED = "it must be called as (policy, reference)"
 
 
@@ -95,8 +96,7 @@ def load_loss(path: str, settings: Mapping[str, Any] | None = None, data: Data =
     _check_parameters(function, path)
     _check_parameters_of_its_own(function, path)
     loss = CustomLoss(function, path, data)
-    if not loss.needs_logits:
-        _try_out(loss, path)
+    _try_out(loss, path)
     return loss
 
 
@@ -177,7 +177,7 @@ def _check_parameters(function: Callable[..., Any], path: str) -> None:
 
 def _try_out(loss: CustomLoss, path: str) -> None:
     """One call with numbers that any loss takes, so that a wrong one stops before the model is built."""
-    policy = _probe()
+    policy = _probe(with_logits=loss.needs_logits)
     reference = policy.with_sums(policy.sums.detach() - 0.5) if loss.needs_reference else None
     try:
         output = loss(policy, reference)
@@ -199,13 +199,12 @@ def _try_out(loss: CustomLoss, path: str) -> None:
 
 
 def _reaches(losses: Tensor, policy: ResponseLogps) -> bool:
-    """Whether the losses' gradient reaches the policy's log-probabilities."""
-    assert policy.token_logps is not None
-    (found,) = torch.autograd.grad(losses.sum(), [policy.token_logps], allow_unused=True)
-    return found is not None
+    """Whether the losses' gradient reaches the policy's log-probabilities or logits."""
+    leaves = [leaf for leaf in (policy.token_logps, policy.token_logits) if leaf is not None]
+    return any(found is not None for found in torch.autograd.grad(losses.sum(), leaves, allow_unused=True))
 
 
-def _probe() -> ResponseLogps:
+def _probe(*, with_logits: bool) -> ResponseLogps:
     count = 2 * _PROBE_PAIRS
     tokens = -torch.ones(_PROBE_PAIRS, 4, requires_grad=True)
     return ResponseLogps(
@@ -216,6 +215,9 @@ def _probe() -> ResponseLogps:
         roles=torch.arange(count) % 2,
         collisions=-torch.ones(count),
         token_logps=tokens,
+        token_logits=torch.zeros(_PROBE_PAIRS, 4, _PROBE_VOCABULARY, requires_grad=True)
+        if with_logits
+        else None,
         token_slots=torch.arange(count).repeat_interleave(2).reshape(_PROBE_PAIRS, 4),
         prompt_sums=-(torch.arange(count) % 2 == 0).float(),
         prompt_counts=(torch.arange(count) % 2 == 0).float(),

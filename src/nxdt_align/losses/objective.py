@@ -50,10 +50,10 @@ class GlobalMeanObjective:
     """
 
     def __init__(self, loss: Loss, *, token_statistics: bool = False) -> None:
-        if loss.needs_logits:
+        if loss.couples_examples and loss.needs_logits:
             raise UserError(
-                f"{loss} reads logits, which are never kept: log-probabilities are computed in chunks. "
-                "Choose a loss of log-probabilities"
+                f"{loss} couples the examples of a global batch and reads logits; only sums a response are "
+                "gathered. Choose one of the two"
             )
         if loss.couples_examples and loss.needs_tokens:
             raise UserError(
@@ -67,9 +67,12 @@ class GlobalMeanObjective:
             )
         self.loss = loss
         self.needs_reference = loss.needs_reference
+        self.needs_logits = loss.needs_logits
         self._statistics = TOKEN_STATISTICS if token_statistics else ()
         collisions: tuple[Reading, ...] = ("collisions",) if loss.needs_collisions else ()
-        self.wanted: Sequence[Reading] = collisions + self._statistics
+        logits: tuple[Reading, ...] = ("logits",) if loss.needs_logits else ()
+        self._named = collisions + self._statistics
+        self.wanted: Sequence[Reading] = self._named + logits
         """What is read off the head beside the log-probabilities."""
         self.needs_prompts = loss.needs_prompts
         """Whether batches must hold the prompts' tokens as positions that are predicted."""
@@ -79,19 +82,23 @@ class GlobalMeanObjective:
         """What the loss remembers of earlier steps: part of a checkpoint."""
 
     def __call__(
-        self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor] = ()
+        self,
+        batch: Batch,
+        token_logps: Tensor,
+        readings: Sequence[Tensor] = (),
+        logits: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the loss, () float32, and of each metric, () float32 detached.
 
-        ``token_logps``: (B, T) float32, and so is each of ``readings``, in the order of ``wanted``.
-        Raises ValueError where the loss needs reference log-probabilities and there are none, or couples
-        the batch's examples; or where readings are missing.
+        ``token_logps``: (B, T) float32, and so is each of ``readings``, in the order of ``wanted``;
+        ``logits``: (B, T, V) float32. Raises ValueError where the loss needs reference log-probabilities and
+        there are none, or couples the batch's examples; or where readings or logits are missing.
         """
         if self.couples_examples:
             raise ValueError(
                 f"{self.loss} couples the examples of a global batch: it has no value for a micro-batch alone"
             )
-        policy = self._policy(batch, token_logps, readings)
+        policy = self._policy(batch, token_logps, readings, logits)
         output = self.loss(policy, self._reference(batch, policy))
         return self._shares(policy, output, batch)
 
@@ -102,7 +109,13 @@ class GlobalMeanObjective:
 
     # A loss that couples the batch's examples
 
-    def statistics(self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor] = ()) -> Tensor:
+    def statistics(
+        self,
+        batch: Batch,
+        token_logps: Tensor,
+        readings: Sequence[Tensor] = (),
+        logits: Tensor | None = None,
+    ) -> Tensor:
         """(B * R, K) float32: what the loss has to know of a micro-batch's slots, without gradients."""
         policy = self._policy(batch, token_logps.detach(), readings)
         return coupling.to_table(policy, self._reference(batch, policy))
@@ -139,15 +152,18 @@ class GlobalMeanObjective:
 
     # Parts
 
-    def _policy(self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor]) -> ResponseLogps:
-        if len(readings) != len(self.wanted):
+    def _policy(
+        self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor], logits: Tensor | None = None
+    ) -> ResponseLogps:
+        if len(readings) != len(self._named) or (self.needs_logits and logits is None):
+            got = len(readings) + (logits is not None)
             raise ValueError(
                 f"{self.loss} needs {len(self.wanted)} values a token beside its log-probability "
-                f"{self.wanted}, but got {len(readings)}"
+                f"({', '.join(self.wanted)}), but got {got}"
             )
-        named = dict(zip(self.wanted, readings, strict=True))
+        named = dict(zip(self._named, readings, strict=True))
         return ResponseLogps.from_tokens(
-            batch, token_logps, named, self.loss.needs_tokens, self.needs_prompts
+            batch, token_logps, named, self.loss.needs_tokens, self.needs_prompts, logits
         )
 
     def _reference(self, batch: Batch, policy: ResponseLogps) -> ResponseLogps | None:

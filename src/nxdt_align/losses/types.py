@@ -46,6 +46,8 @@ class ResponseLogps:
     """(N,) float32 each: sums over the response's tokens of what is logged of them, on request."""
     token_logps: Tensor | None = None
     """(B, T) float32, nats: a value a response position, on request (LD-DPO)."""
+    token_logits: Tensor | None = None
+    """(B, T, V) float32: the logits that each response token is predicted with, on request."""
     token_slots: Tensor | None = None
     """(B, T) int64: the slot in 0..N-1 that each of ``token_logps`` counts for; -1 for none."""
     prompt_sums: Tensor | None = None
@@ -62,11 +64,13 @@ class ResponseLogps:
         readings: Mapping[Reading, Tensor] = {},
         keep_tokens: bool = False,
         with_prompts: bool = False,
+        logits: Tensor | None = None,
     ) -> ResponseLogps:
         """Reduce per-position values, (B, T), to slots. ``readings``: further ones, by name.
 
         ``keep_tokens`` hands the per-position values on to a loss that declares ``needs_tokens``,
-        ``with_prompts`` the prompts' sums to one that declares ``needs_prompts``.
+        ``with_prompts`` the prompts' sums to one that declares ``needs_prompts``, ``logits`` to one that
+        declares ``needs_logits``.
         """
         valid = batch.slot_valid.reshape(-1)
         has_label = batch.labels != IGNORE_LABEL
@@ -87,7 +91,10 @@ class ResponseLogps:
             collisions=reduce(readings["collisions"]) if "collisions" in readings else None,
             statistics={name: reduce(readings[name]) for name in TOKEN_STATISTICS if name in readings},
             token_logps=token_logps if keep_tokens else None,
-            token_slots=torch.where(is_response, batch.slot_index + row_offset, -1) if keep_tokens else None,
+            token_logits=logits,
+            token_slots=torch.where(is_response, batch.slot_index + row_offset, -1)
+            if keep_tokens or logits is not None
+            else None,
             prompt_sums=batch.sum_per_prompt(token_logps.float()).reshape(-1) if with_prompts else None,
             prompt_counts=batch.sum_per_prompt(has_label.float()).reshape(-1) if with_prompts else None,
         )
@@ -150,18 +157,37 @@ class ResponseLogps:
 
     @property
     def chosen_logits(self) -> Tensor:
-        raise _no_logits("chosen_logits")
+        """(P, L, V) logits of the chosen responses' tokens, ``chosen_counts`` of each, 0 behind them."""
+        return self._logits("chosen_logits")[0::2]
 
     @property
     def rejected_logits(self) -> Tensor:
-        raise _no_logits("rejected_logits")
+        """(P, L, V), as ``chosen_logits``."""
+        return self._logits("rejected_logits")[1::2]
 
+    @property
+    def response_logits(self) -> Tensor:
+        """(N, L, V) logits of every slot's tokens; L is the longest response's."""
+        return self._logits("response_logits")
 
-def _no_logits(name: str) -> AttributeError:
-    return AttributeError(
-        f"a loss read {name}, but logits are never kept: log-probabilities are computed in chunks. "
-        "Use chosen_logps / rejected_logps, the responses' summed log-probabilities"
-    )
+    def _logits(self, name: str) -> Tensor:
+        if self.token_logits is None or self.token_slots is None:
+            raise AttributeError(
+                f"a loss read {name}, but log-probabilities are computed in chunks, and logits are kept only "
+                "for a loss that declares needs_logits = True, of the policy, not of the reference. Declare "
+                "it, or use chosen_logps / rejected_logps, the responses' summed log-probabilities"
+            )
+        slots = self.token_slots.reshape(-1)
+        places = (slots >= 0).nonzero().squeeze(1)
+        slots = slots[places]
+        # A response's tokens stand side by side: a token's number is its distance from the first.
+        numbers = torch.arange(len(slots), device=slots.device)
+        is_first = torch.cat([slots.new_ones(1), slots[1:] != slots[:-1]]).bool()[: len(slots)]
+        within = numbers - torch.where(is_first, numbers, 0).cummax(0).values
+        longest = int(within.max()) + 1 if len(slots) else 1
+        flat = self.token_logits.flatten(0, 1)
+        whole = flat.new_zeros((len(self.sums), longest, flat.shape[-1]))
+        return whole.index_put((slots, within), flat[places])
 
 
 @dataclass(frozen=True)
@@ -212,7 +238,7 @@ class Loss(Protocol):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the loss reads logits, which no engine here keeps."""
+        """Whether ``token_logits`` are wanted, which only a model that is whole on each rank has."""
         ...
 
     @property

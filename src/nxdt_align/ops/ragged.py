@@ -46,7 +46,7 @@ class Rows(Protocol):
         ...
 
     def spread(self, values: Tensor) -> Tensor:
-        """A value a label -> (B, T), 0 where there is no response token."""
+        """A value, or several, a label -> (B, T, ...), 0 where there is no response token."""
         ...
 
 
@@ -108,6 +108,6 @@ class RaggedRow:
         return hidden[0].index_select(0, self.response_positions)
 
     def spread(self, values: Tensor) -> Tensor:
-        """(M,) -> (B, T), 0 where there is no response token."""
-        zeros = torch.zeros(self._shape.numel(), dtype=values.dtype, device=values.device)
-        return zeros.index_copy(0, self._places, values).view(self._shape)
+        """(M, ...) -> (B, T, ...), 0 where there is no response token."""
+        zeros = values.new_zeros((self._shape.numel(), *values.shape[1:]))
+        return zeros.index_copy(0, self._places, values).view(*self._shape, *values.shape[1:])

@@ -114,7 +114,7 @@ class StageScorer(nn.Module):
         if not self.stage.is_last:
             missing = self.hidden.shape(*batch.input_ids.shape)[1] - hidden.shape[1]
             return pad(hidden, (0, 0, 0, missing)) if missing else hidden
-        logps, readings = self.scorer.read(hidden, rows, wanted)
+        logps, readings, _ = self.scorer.read(hidden, rows, wanted)
         # Not a view: FSDP and the schedule hook onto outputs, and the latter detaches them in place.
         return logps.clone(), *(reading.clone() for reading in readings)
 
@@ -175,6 +175,10 @@ class PipelineRunner:
     def _run(
         self, micro_batches: Sequence[Batch], wanted: Sequence[Reading], *, training: bool
     ) -> list[TokenLogps]:
+        if "logits" in wanted:
+            raise EngineError(
+                "logits stay in a pipeline's last stage, but every stage computes the loss's metrics"
+            )
         inputs = _joined(micro_batches)
         count = len(micro_batches)
         rows, tokens = micro_batches[0].input_ids.shape

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from nxdt_align.batch import PADDING_SEGMENT, Batch, Reading
+from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import reduce_gradients, whole_rows
 from nxdt_align.engines.native.precision import Precision
@@ -41,9 +42,9 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch, wanted: Sequence[Reading]) -> TokenLogps:
         rows = self.rows(ModelInputs.of(batch))
-        logps, readings = self.read(self.run(rows.input_ids, rows), rows, wanted)
+        logps, readings, logits = self.read(self.run(rows.input_ids, rows), rows, wanted)
         # FSDP hangs its backward hooks on a module's output, which must not be a view.
-        return TokenLogps(logps.clone(), readings)
+        return TokenLogps(logps.clone(), readings, None if logits is None else logits.clone())
 
     def rows(self, inputs: ModelInputs) -> Rows:
         """The tokens that the layers run over: without padding where shapes may follow the data."""
@@ -71,15 +72,21 @@ class Scorer(nn.Module):
         at_responses = rows.at_responses(whole_rows(hidden, self._groups))
         weight, tensor = self.llama.head_weight, self._groups.tensor
         own = weight.to_local() if isinstance(weight, DTensor) else weight
+        at_responses = at_responses.float() if self._precision.autocast else at_responses
+        logits = None
+        if "logits" in wanted:
+            if tensor.size > 1:
+                raise EngineError("each tensor-parallel rank has a part of the vocabulary's logits alone")
+            logits = rows.spread((at_responses @ own.T.to(at_responses.dtype)).float())
         logps, readings = token_logps(
-            at_responses.float() if self._precision.autocast else at_responses,
+            at_responses,
             own,
             rows.labels,
             shard=VocabShard(tensor.rank * own.shape[0], tensor.largest, tensor.summed),
             compact=self._attention.static_shapes and self._device.type == "cpu",
-            wanted=wanted,
+            wanted=[name for name in wanted if name != "logits"],
         )
-        return TokenLogps(rows.spread(logps), tuple(rows.spread(reading) for reading in readings))
+        return TokenLogps(rows.spread(logps), tuple(rows.spread(reading) for reading in readings), logits)
 
 
 class WholeRunner:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nxdt_align.batch import PADDING_SEGMENT, Batch, Reading
+from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.nxd.mesh import Group
 from nxdt_align.engines.nxd.settings import Parallel
@@ -40,6 +41,8 @@ class Scorer(nn.Module):
 
     def read(self, hidden: Tensor, batch: Batch, wanted: Sequence[Reading]) -> TokenLogps:
         """The head, over what comes out below it: (B, S, D)."""
+        if "logits" in wanted:
+            raise EngineError("engine nxd keeps no logits: each rank has a part of the vocabulary's alone")
         index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
         logps, readings = token_logps(
             hidden.gather(1, index),
