@@ -114,7 +114,7 @@ def logps() -> dict[str, Any]:
         "policy": policy,
         "other": other,
         "copied": copied,
-        "readings": [tuple(result) for result in readings],
+        "readings": [result[:2] for result in readings],
         "refusal": str(error.value),
     }
 
