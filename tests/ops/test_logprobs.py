@@ -108,6 +108,12 @@ def test_readings_are_those_of_whole_logits(
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_logits_are_no_reading_of_tiles() -> None:
+    hidden, head, labels, _ = sample()
+    with pytest.raises(ValueError, match="logits are never whole here"):
+        token_logps(hidden, head, labels, wanted=["logits"])
+
+
 def test_bf16_operands_accumulate_in_fp32() -> None:
     """NxD's own function is off by 0.06 in bf16; the operands' rounding is all that may remain here."""
     hidden, head, labels, _ = sample(dtype=torch.bfloat16)

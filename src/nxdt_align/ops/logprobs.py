@@ -67,11 +67,14 @@ def token_logps(
         shard: which rows of the vocabulary ``head`` holds.
         compact: drop ignored positions before the head. Faster, but the shapes then depend on the
             data: right for eager devices, wrong where a shape is a compiled graph.
-        wanted: further values, without gradient, see ``batch.Reading``.
+        wanted: further values, without gradient, see ``batch.Reading``; not the logits, which are a product
+            of ``hidden`` and ``head`` that is never whole here. Raises ValueError where they are asked for.
 
     Returns:
         (B, T) float32 nats, and a (B, T) float32 for each of ``wanted``; 0 at ignored positions.
     """
+    if "logits" in wanted:
+        raise ValueError("logits are never whole here: multiply the hidden states by the head")
     shape = labels.shape
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not compact:
