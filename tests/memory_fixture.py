@@ -25,8 +25,8 @@ from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.models.workload import Formats
 from nxdt_align.ops.attention import DenseAttention
+from nxdt_align.planning.workload import Formats
 from nxdt_align.training.adamw import AdamWFP32OptState
 
 DEEP = LlamaConfig(

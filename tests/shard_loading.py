@@ -116,7 +116,7 @@ Scores = tuple[list[Tensor], Tensor]
 
 def scores(rank: int, case: Case, shards: Path) -> Scores:
     """Of an engine that starts from ``resume_from_checkpoint: <shards>``."""
-    from nxdt_align.build.parts import weights_at
+    from nxdt_align.run.assemble import weights_at
 
     parallel, config = case.parallel, case.config
     sizes = {"tensor_parallel_size": parallel.tensor, "pipeline_parallel_size": parallel.pipeline}

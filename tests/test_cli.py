@@ -46,11 +46,11 @@ class FakeBuild:
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> FakeBuild:
     fake = FakeBuild()
-    module: Any = types.ModuleType("nxdt_align.build")
+    module: Any = types.ModuleType("nxdt_align.run")
     module.train = fake.train
     module.RunEnv = types.SimpleNamespace
-    monkeypatch.setitem(sys.modules, "nxdt_align.build", module)
-    monkeypatch.setattr("nxdt_align.build", module, raising=False)
+    monkeypatch.setitem(sys.modules, "nxdt_align.run", module)
+    monkeypatch.setattr("nxdt_align.run", module, raising=False)
     return fake
 
 
@@ -362,8 +362,8 @@ def test_environment_is_set_before_anything_is_built(
             seen.update(own_environment)
             return lambda config, env: 0
 
-    monkeypatch.setitem(sys.modules, "nxdt_align.build", Build("nxdt_align.build"))
-    monkeypatch.setattr("nxdt_align.build", sys.modules["nxdt_align.build"], raising=False)
+    monkeypatch.setitem(sys.modules, "nxdt_align.run", Build("nxdt_align.run"))
+    monkeypatch.setattr("nxdt_align.run", sys.modules["nxdt_align.run"], raising=False)
     own_environment |= {"NEURON_RT_EXEC_TIMEOUT": "7", "NEURON_CC_FLAGS": "-O1"}
     assert main(["train", "--config-name", good, f"compiler_cache_url={tmp_path}/cache"]) == 0
     assert seen["NEURON_RT_EXEC_TIMEOUT"] == "7", "the user's"

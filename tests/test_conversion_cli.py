@@ -16,13 +16,13 @@ import torch
 from checkpoint_fixture import fresh
 from training_fixture import Project, scalars
 
-from nxdt_align.build.conversion import describe, open_weights
 from nxdt_align.checkpoint.hf import HFFolder, write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.cli import main
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 from nxdt_align.engines.nxd.checkpoint import SUMMARY as NXD_SUMMARY
 from nxdt_align.models.presets import LLAMA3_8B, TINY, read_config_json
+from nxdt_align.run.conversion import describe, open_weights
 from nxdt_align.training.runs import write_identity
 
 
@@ -205,7 +205,7 @@ def test_bad_values_of_an_option(flag: list[str], hf: Path, capsys: pytest.Captu
 
 def test_conversion_loads_no_training_library() -> None:
     heavy = ("lightning", "nemo", "transformers")
-    code = f"import sys, nxdt_align.build.conversion; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, nxdt_align.run.conversion; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]"]
 

@@ -50,11 +50,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("models.sharding", "models.presets", "models.partition"),
     "neuron": ("config",),
     "demo": (),
-    "build": (
-        *("batch", "losses", "ops", "models", "config", "data", "engines"),
+    "planning": ("models", "ops", "data", "config"),
+    "run": (
+        *("batch", "losses", "ops", "models", "config", "data", "engines", "planning"),
         *("reference", "training", "checkpoint", "neuron"),
     ),
-    "cli": ("build", "config", "cli_conversion", "neuron.environment", "neuron.compile"),
+    "cli": ("run", "config", "cli_conversion", "neuron.environment", "neuron.compile"),
     "cli_conversion": (),
     "__main__": ("cli",),
     "": (),
@@ -82,14 +83,14 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 
 # Library -> the only places that may import it.
 RESERVED: dict[str, tuple[str, ...]] = {
-    "lightning": ("training", "data.module", "build"),
+    "lightning": ("training", "data.module", "run"),
     "pytorch_lightning": (),
     "nemo": ("training",),
     "torch_xla": ("engines.nxd", "engines.xla", "neuron.compile"),
     "torch_neuronx": ("engines.nxd", "engines.xla", "neuron.compile"),
     "neuronx_distributed": ("engines.nxd", "neuron.compile"),
     "libneuronxla": ("engines.nxd", "neuron.compile"),
-    "torch.distributed": ("engines.native", "engines.nxd", "training", "build"),
+    "torch.distributed": ("engines.native", "engines.nxd", "training", "run"),
 }
 
 ENVIRONMENT_READERS = ("cli", "engines.nxd.compat")
@@ -205,7 +206,7 @@ LAWBREAKERS = [
     ("extra/x.py", "", "is in no room that ROOMS lists"),
     ("reference/cache.py", "import torch.distributed", "imports the library torch.distributed"),
     ("training/module.py", "from nxdt_align.reference import cache", "imports reference.cache"),
-    ("training/module.py", "from nxdt_align import build", "imports build"),
+    ("training/module.py", "from nxdt_align import run", "imports run"),
     ("checkpoint/hf.py", "from nxdt_align.models import llama", "imports models.llama"),
     ("neuron/monitor.py", "import torch", "imports the library torch"),
     ("neuron/environment.py", "import torch", "imports the library torch"),
@@ -213,9 +214,9 @@ LAWBREAKERS = [
     ("cli.py", "from nxdt_align.neuron import monitor", "imports neuron.monitor"),
     ("demo/report.py", "from nxdt_align.losses import DPOLoss", "imports losses.DPOLoss"),
     ("errors.py", "from nxdt_align.batch import Batch", "imports batch.Batch"),
-    ("build.py", "import os\nos.environ['A']", "reads os.environ"),
-    ("build.py", "from os import getenv", "reads os.getenv"),
-    ("build.py", "import nemo.utils", "imports the library nemo"),
+    ("run.py", "import os\nos.environ['A']", "reads os.environ"),
+    ("run.py", "from os import getenv", "reads os.getenv"),
+    ("run.py", "import nemo.utils", "imports the library nemo"),
 ]
 
 
@@ -228,11 +229,11 @@ def test_each_rule_catches_a_file_that_breaks_it(tmp_path: Path, file: str, text
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("cli.py", "import os\nos.environ['A']\nfrom nxdt_align import __version__, build"),
+        ("cli.py", "import os\nos.environ['A']\nfrom nxdt_align import __version__, run"),
         ("engines/nxd/compat.py", "import os, torch_xla\nos.environ['A']"),
         ("engines/native/checkpoint.py", "import nxdt_align.checkpoint.names\nfrom . import engine"),
         ("training/hooks.py", "from nxdt_align.reference.cache import ReferenceStore"),
-        ("build.py", "import torch\ntorch.load(p, weights_only=True)"),
+        ("run.py", "import torch\ntorch.load(p, weights_only=True)"),
         ("engines/__init__.py", "from __future__ import annotations"),
     ],
 )

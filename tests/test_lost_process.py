@@ -17,10 +17,10 @@ import torch.distributed as dist
 from parallel_fixture import Case, run_parallel
 from training_fixture import Project
 
-from nxdt_align.build.preconditions import other_processes_are_there
 from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.errors import UserError
+from nxdt_align.run.preconditions import other_processes_are_there
 
 ENDLESS = (
     *(

@@ -25,8 +25,8 @@ SETTINGS = (
 )
 STUB = """
 import gc, sys, torch
-from nxdt_align.build.native import NativeParts
-from nxdt_align.build.nxd import NxDParts
+from nxdt_align.run.native import NativeParts
+from nxdt_align.run.nxd import NxDParts
 from nxdt_align.cli import main
 from nxdt_align.engines import xla
 

@@ -233,11 +233,11 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
             "bf16, log-probabilities and master weights among them; precision.type says what is to be bf16"
         )
     os.environ.update(variables)
-    from nxdt_align import build
+    from nxdt_align import run
 
-    return build.train(
+    return run.train(
         config,
-        build.RunEnv(
+        run.RunEnv(
             rank=environment.rank,
             world_size=environment.world_size,
             local_rank=environment.local_rank,
@@ -255,7 +255,7 @@ def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
         raise ConfigError(needed, config.source)
     for notice in (*check_notices(config), *(f"train would stop: {fault}" for fault in missing)):
         _note(notice)
-    from nxdt_align.build.plan import plan_report
+    from nxdt_align.run.plan import plan_report
 
     print(plan_report(config))
     return 0
@@ -321,14 +321,14 @@ def _help_keys(arguments: argparse.Namespace, environment: _Environment) -> int:
 def _convert(arguments: argparse.Namespace, environment: _Environment) -> int:
     _log_to_terminal(rank=0)
     values = conversion_options(arguments)
-    from nxdt_align.build import conversion
+    from nxdt_align.run import conversion
 
     conversion.convert(conversion.ConvertOptions(**values))
     return 0
 
 
 def _inspect(arguments: argparse.Namespace, environment: _Environment) -> int:
-    from nxdt_align.build import conversion
+    from nxdt_align.run import conversion
 
     found = conversion.describe(arguments.path, arguments.config)
     _show(json.dumps(found, indent=2) if arguments.json else conversion.to_text(found))

@@ -30,12 +30,12 @@ from checkpoint_fixture import (
 )
 from torch import Tensor
 
-from nxdt_align.build.conversion import open_weights
 from nxdt_align.checkpoint.hf import HFFolder, WeightsError, write_hf_folder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.checkpoint.nxdt_files import shard_name
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import PartitionError
+from nxdt_align.run.conversion import open_weights
 
 
 def edit_all(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

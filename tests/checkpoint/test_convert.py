@@ -27,7 +27,6 @@ from checkpoint_fixture import (
 )
 from torch import Tensor
 
-from nxdt_align.build.conversion import open_weights
 from nxdt_align.checkpoint import convert as convert_module
 from nxdt_align.checkpoint.direct import BLOCK
 from nxdt_align.checkpoint.extents import Extent
@@ -39,6 +38,7 @@ from nxdt_align.checkpoint.torch_files import read_index
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import Partition, fitting_multipliers, fitting_tp
 from nxdt_align.models.presets import TINY, LlamaConfig
+from nxdt_align.run.conversion import open_weights
 
 # There and back
 

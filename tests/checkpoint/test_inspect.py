@@ -15,12 +15,12 @@ from checkpoint_fixture import CONFIG, DOWN, SIZES, MakeHF, edit, fresh, run
 from meta_fixture import CONFIG as METAS
 from meta_fixture import write_meta
 
-from nxdt_align.build.conversion import describe
 from nxdt_align.checkpoint.hf import WeightsError, write_hf_folder
 from nxdt_align.checkpoint.inspect import to_text
 from nxdt_align.checkpoint.names import to_hf
 from nxdt_align.checkpoint.nxdt_files import shard_name
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.run.conversion import describe
 
 Make = Callable[[MakeHF, Path], Path]
 

@@ -14,10 +14,10 @@ from checkpoint_fixture import fresh, run
 from meta_fixture import CONFIG, write_meta
 from torch import Tensor
 
-from nxdt_align.build.conversion import open_weights
 from nxdt_align.checkpoint.extents import WeightsError
 from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.checkpoint.meta import MetaFolder
+from nxdt_align.run.conversion import open_weights
 
 
 @pytest.mark.parametrize(("shards", "embedding_dim"), [(1, 0), (2, 0), (2, 1)])

@@ -15,14 +15,6 @@ import pytest
 import torch
 from oracle import TINY
 
-from nxdt_align.build.nxd import (
-    NxDParts,
-    form_notes,
-    parallel_of,
-    precision_of,
-    reference_precision_of,
-    save_options_of,
-)
 from nxdt_align.config.load import load_config
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import EngineError
@@ -31,6 +23,14 @@ from nxdt_align.engines.nxd.kv_groups import check_kv_groups
 from nxdt_align.engines.nxd.settings import Precision, SaveOptions
 from nxdt_align.engines.summary import CheckpointError
 from nxdt_align.errors import UserError
+from nxdt_align.run.nxd import (
+    NxDParts,
+    form_notes,
+    parallel_of,
+    precision_of,
+    reference_precision_of,
+    save_options_of,
+)
 
 Load = Callable[..., Config]
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nxdt_align.data.fitting import Room, best_fit, level
+from nxdt_align.data.bin_packing import Room, best_fit, level
 from nxdt_align.errors import UserError
 
 Layout = Literal["none", "packed", "shared_prompt"]

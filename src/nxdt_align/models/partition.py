@@ -18,7 +18,6 @@ from typing import Literal, get_args
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, VOCAB, Split, split_of
-from nxdt_align.models.workload import even_stages
 
 QKV = Literal["split", "fused", "separate", "coalesced"]
 """How an attention layer keeps its projections.
@@ -255,3 +254,9 @@ def _head_faults(p: Partition) -> Iterator[str]:
 
 def _listed(sizes: Iterable[int]) -> str:
     return ", ".join(map(str, sizes)) or "none"
+
+
+def even_stages(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each pipeline stage. Where they do not come out even, the last ones have one more, as in NxD:
+    they keep the activations of fewer micro-batches."""
+    return tuple(layers // stages + (i >= stages - layers % stages) for i in range(stages))

@@ -14,8 +14,8 @@ from torch import nn
 
 from nxdt_align.engines.base import EngineError
 from nxdt_align.models.llama import Llama
+from nxdt_align.models.partition import even_stages
 from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.models.workload import even_stages
 
 
 @dataclass(frozen=True)

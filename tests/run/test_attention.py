@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nxdt_align.build.parts import attention
 from nxdt_align.config.data import Attention, DataConfig
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.run.assemble import attention
 
 
 def config(kind: Attention) -> Config:

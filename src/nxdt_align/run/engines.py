@@ -8,11 +8,11 @@ from typing import Protocol
 import torch
 
 from nxdt_align.batch import Topology
-from nxdt_align.build.env import RunEnv
 from nxdt_align.config.check import neuron_available, resolve_engine
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import Engine
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.run.env import RunEnv
 
 
 class Checkpoints(Protocol):
@@ -65,9 +65,9 @@ class EngineParts(Protocol):
 def join(config: Config, env: RunEnv, model: LlamaConfig) -> EngineParts:
     """Join the processes of the run, for the engine that ``config`` asks for; only that one is imported."""
     if resolve_engine(config, neuron_available()) == "nxd":
-        from nxdt_align.build.nxd import NxDParts
+        from nxdt_align.run.nxd import NxDParts
 
         return NxDParts(config, env, model)
-    from nxdt_align.build.native import NativeParts
+    from nxdt_align.run.native import NativeParts
 
     return NativeParts(config, env, model)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nxdt_align.build import parts
 from nxdt_align.checkpoint.hf import FreshWeights
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import WeightSource
@@ -17,6 +16,7 @@ from nxdt_align.engines.native.checkpoint import read_extra
 from nxdt_align.engines.nxd import checkpoint as nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.run import assemble
 from nxdt_align.training.hooks import ReferenceOrigin
 
 RUN_RECORD = "nxdt_align"
@@ -38,7 +38,7 @@ def find_origin(
     """
     chosen = config.model_alignment_strategy.reference_model
     if chosen is not None:
-        source = parts.weights_at(Path(chosen), model, "model_alignment_strategy.reference_model")
+        source = assemble.weights_at(Path(chosen), model, "model_alignment_strategy.reference_model")
         return ReferenceOrigin(source, is_start=False)
     record = None if continued is None else _extra(continued).get(RUN_RECORD, {}).get(ORIGIN)
     return ReferenceOrigin(start if record is None else _recorded(record, model, continued), is_start=True)
@@ -66,7 +66,7 @@ def _recorded(record: dict[str, Any], model: LlamaConfig, checkpoint: Path | Non
     folder = Path(record["path"])
     if not folder.is_dir():
         raise _lost(checkpoint, folder, "is not there")
-    source = parts.weights_at(folder, model, "the checkpoint's reference")
+    source = assemble.weights_at(folder, model, "the checkpoint's reference")
     if source.fingerprint() != record["fingerprint"]:
         raise _lost(checkpoint, folder, "holds other weights now")
     return source

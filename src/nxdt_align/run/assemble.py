@@ -15,7 +15,6 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from nxdt_align.batch import Topology
-from nxdt_align.build.env import RunEnv
 from nxdt_align.checkpoint.detect import check_names, layout_of
 from nxdt_align.checkpoint.hf import FreshWeights, HFFolder
 from nxdt_align.checkpoint.nxdt import NxDTFolder
@@ -37,6 +36,7 @@ from nxdt_align.models.presets import LlamaConfig, read_config_json
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.run.env import RunEnv
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,6 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 
-from nxdt_align.build import parts
-from nxdt_align.build.ahead import compiling, conclude_run, manifest_path
-from nxdt_align.build.engines import join
-from nxdt_align.build.env import RunEnv
-from nxdt_align.build.preconditions import (
-    misconfiguration_is_the_users,
-    require_validation_in_epoch,
-    require_writable,
-)
-from nxdt_align.build.reference import ORIGIN, RUN_RECORD, find_origin, origin_record
 from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
@@ -32,6 +22,16 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.neuron.monitor import NeuronMonitor
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
+from nxdt_align.run import assemble
+from nxdt_align.run.dry_run import compiling, conclude_run, manifest_path
+from nxdt_align.run.engines import join
+from nxdt_align.run.env import RunEnv
+from nxdt_align.run.preconditions import (
+    misconfiguration_is_the_users,
+    require_validation_in_epoch,
+    require_writable,
+)
+from nxdt_align.run.reference_origin import ORIGIN, RUN_RECORD, find_origin, origin_record
 from nxdt_align.training import optim
 from nxdt_align.training.accelerator import EngineAccelerator
 from nxdt_align.training.devices import DeviceMonitor
@@ -66,21 +66,21 @@ class Run:
         if not env.compile_only:
             self._require_writable_places()
         self.objective = GlobalMeanObjective(
-            parts.loss(config), token_statistics=config.exp_manager.log_token_statistics
+            assemble.loss(config), token_statistics=config.exp_manager.log_token_statistics
         )
-        self.model_config = parts.model_config(config)
+        self.model_config = assemble.model_config(config)
         self.parts = join(config, env, self.model_config)
         self._times.done("processes joined")
         self.topology = self.parts.topology
-        self.start = parts.start_weights(config, self.model_config)
-        self.tokenization = parts.tokenization(config, self.model_config)
+        self.start = assemble.start_weights(config, self.model_config)
+        self.tokenization = assemble.tokenization(config, self.model_config)
         self.data = ModelAlignmentDataModule(
             config,
             self.tokenization,
             self.topology,
             cache_dir=None if env.compile_only else self._cache("tokens"),
             with_prompts=self.objective.needs_prompts,
-            **parts.micro_batch_needs(config),
+            **assemble.micro_batch_needs(config),
             fixed_micro_batches=self.parts.device.type == "xla" or env.compile_only,
         )
         require_validation_in_epoch(config, self.data.steps_per_epoch)
@@ -309,7 +309,7 @@ class Run:
         warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
         strategy = EngineStrategy(
             self.engine,
-            parts.cluster(self.env),
+            assemble.cluster(self.env),
             {RUN_RECORD: record},
             background=self.config.exp_manager.async_checkpointing,
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from nxdt_align.build.env import RunEnv
 from nxdt_align.config.engines import find_missing_neuron_packages
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
@@ -22,6 +21,7 @@ from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
+from nxdt_align.run.env import RunEnv
 
 log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

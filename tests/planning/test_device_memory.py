@@ -7,14 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from nxdt_align.build import memory as planned
-from nxdt_align.build import parts
-from nxdt_align.build.memory import GIB, USABLE, memory_report, workload
 from nxdt_align.config.load import load_config
+from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket, Layout
-from nxdt_align.models.memory import estimate
-from nxdt_align.models.presets import LLAMA3_8B
-from nxdt_align.models.workload import Formats, Workload
+from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
+from nxdt_align.planning import device_memory as planned
+from nxdt_align.planning.device_memory import GIB, USABLE, memory_report, workload
+from nxdt_align.planning.estimate import estimate
+from nxdt_align.planning.workload import Formats, Workload
+from nxdt_align.run.assemble import loss
 
 DPO, ORPO = "hf_llama3_8B_DPO_config", "hf_llama3_8B_ORPO_config"
 BUCKET = Bucket(tokens=4096, responses=2048, slots=8)
@@ -22,22 +24,22 @@ ON_8_CORES = ("trainer.devices=8", "distributed_strategy.tensor_model_parallel_s
 EVERYTHING_KEPT = "model.activations_checkpoint_granularity=null"
 
 
-@pytest.fixture(autouse=True)
-def llama3_8b(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the place of the YAML's config.json, which is not on this machine."""
-    monkeypatch.setattr(parts, "model_config", lambda config: LLAMA3_8B)
-
-
 def sizes(*overrides: str, name: str = DPO, layout: Layout = "shared_prompt") -> Workload:
-    return workload(load_config(name, overrides), LLAMA3_8B, layout, 2, BUCKET)
+    config = load_config(name, overrides)
+    return workload(config, LLAMA3_8B, layout, 2, BUCKET, needs_reference=needs_reference(config))
 
 
-def report(*overrides: str, layout: Layout = "shared_prompt") -> str:
-    return memory_report(load_config(DPO, overrides), layout, 2, BUCKET)
+def needs_reference(config: Config) -> bool:
+    return GlobalMeanObjective(loss(config)).needs_reference
+
+
+def report(*overrides: str, layout: Layout = "shared_prompt", model: LlamaConfig = LLAMA3_8B) -> str:
+    config = load_config(DPO, overrides)
+    return memory_report(config, model, layout, 2, BUCKET, needs_reference=needs_reference(config))
 
 
 def test_shipped_yaml_fits_a_neuron_core() -> None:
-    """tests/models/test_memory.py counts the weights by hand: 276,369,408 of them, at 2 + 4 + 4 + 8 bytes."""
+    """test_estimate.py counts the weights by hand: 276,369,408 of them, at 2 + 4 + 4 + 8 bytes."""
     said = report()
     assert "memory of a NeuronCore, rows of 4096 tokens x 1, tensor parallel 32, data parallel 1" in said
     figures = {name.strip(): float(size) for name, size in re.findall(r"    ([a-z ]+?) +([\d.]+) GiB", said)}
@@ -158,7 +160,7 @@ def apply_line(line: str, overrides: tuple[str, ...]) -> float:
     config = load_config(DPO, [*overrides, *keys])
     tokens = BUCKET.tokens * config.data.seq_length // 4096
     responses = BUCKET.responses * config.data.seq_length // 4096
-    work = workload(config, LLAMA3_8B, "shared_prompt", 2, Bucket(tokens, responses, 8))
+    work = workload(config, LLAMA3_8B, "shared_prompt", 2, Bucket(tokens, responses, 8), needs_reference=True)
     return estimate(work).total / GIB
 
 
@@ -199,17 +201,16 @@ def test_several_are_named_only_where_one_is_not_enough() -> None:
     assert "micro_batch_size" not in line, "the others make up for it"
 
 
-def test_where_nothing_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_helps() -> None:
     huge = replace(LLAMA3_8B, num_hidden_layers=4000, intermediate_size=2**20)
-    monkeypatch.setattr(parts, "model_config", lambda config: huge)
-    assert report().endswith("no change of the keys here makes it fit: take a smaller model")
+    assert report(model=huge).endswith("no change of the keys here makes it fit: take a smaller model")
 
 
-def test_advice_names_sizes_that_the_model_can_be_split_by(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_names_sizes_that_the_model_can_be_split_by() -> None:
     """None of 2 to 32 divides 35 heads; layers are cut anywhere."""
     odd = replace(LLAMA3_8B, num_attention_heads=35, num_key_value_heads=7, vocab_size=32000)
-    monkeypatch.setattr(parts, "model_config", lambda config: odd)
-    said = report("trainer.devices=1", "distributed_strategy.tensor_model_parallel_size=1")
+    one_core = ("trainer.devices=1", "distributed_strategy.tensor_model_parallel_size=1")
+    said = report(*one_core, model=odd)
     assert "tensor_model_parallel_size=" not in said
     assert "fits with distributed_strategy.pipeline_model_parallel_size=32 trainer.devices=32" in said
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from nxdt_align.models.activations import above_layers, held_by_model, kept_of_layer, layer_scratch
 from nxdt_align.models.config import weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, split_of
-from nxdt_align.models.workload import Workload
+from nxdt_align.planning.activations import above_layers, held_by_model, kept_of_layer, layer_scratch
+from nxdt_align.planning.workload import Workload
 
 
 @dataclass(frozen=True)

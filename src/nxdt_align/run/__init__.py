@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from nxdt_align.build.env import RunEnv
 from nxdt_align.config.check import check, neuron_available, notices, resolve_engine
 from nxdt_align.config.schema import Config
+from nxdt_align.run.env import RunEnv
 
 __all__ = ["RunEnv", "train"]
 
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 def train(config: Config, env: RunEnv) -> int:
     """Train as configured; returns the exit status. Raises UserError for what the user can mend."""
     # Lightning and NeMo take seconds to import, which conversions do not need.
-    from nxdt_align.build.parts import end_processes
-    from nxdt_align.build.preconditions import other_processes_are_there
-    from nxdt_align.build.run import Run
+    from nxdt_align.run.assemble import end_processes
+    from nxdt_align.run.preconditions import other_processes_are_there
+    from nxdt_align.run.run import Run
 
     engine = resolve_engine(config, neuron_available())
     check(config, env.world_size, engine)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from nxdt_align.batch import Topology
-from nxdt_align.build import parts
-from nxdt_align.build.memory import memory_report
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.planning.device_memory import memory_report
+from nxdt_align.run import assemble
 
 
 def plan_report(config: Config) -> str:
@@ -18,17 +19,25 @@ def plan_report(config: Config) -> str:
     Tokens are taken from ``data.cache_dir`` where it has them, and kept there. Raises UserError for
     data, tokenizer, buckets or a loss of one's own that training would refuse.
     """
-    ranks = config.data_parallel_size
+    ranks, model = config.data_parallel_size, assemble.model_config(config)
+    objective = GlobalMeanObjective(assemble.loss(config))
     cache = config.data.cache_dir
     data = ModelAlignmentDataModule(
         config,
-        parts.tokenization(config, parts.model_config(config)),
+        assemble.tokenization(config, model),
         Topology(data_parallel_size=ranks),
         cache_dir=None if cache is None else Path(cache) / "tokens",
-        with_prompts=parts.loss(config).needs_prompts,
+        with_prompts=objective.needs_prompts,
         fixed_micro_batches=config.trainer.accelerator == "xla",
-        **parts.micro_batch_needs(config),
+        **assemble.micro_batch_needs(config),
     )
     planner = data.splits["train"].planner
-    memory = memory_report(config, data.layout, planner.responses_per_example, planner.buckets[-1])
+    memory = memory_report(
+        config,
+        model,
+        data.layout,
+        planner.responses_per_example,
+        planner.buckets[-1],
+        needs_reference=objective.needs_reference,
+    )
     return "\n".join([*data.reports.values(), f"data-parallel ranks: {ranks}", memory])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nxdt_align.build import parts
-from nxdt_align.build.env import RunEnv
 from nxdt_align.config.schema import Config
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine
@@ -15,6 +13,8 @@ from nxdt_align.engines.native.model import check_pipeline
 from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.engines.native.xla import XlaEngine
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.run import assemble
+from nxdt_align.run.env import RunEnv
 
 
 class NativeParts:
@@ -24,12 +24,12 @@ class NativeParts:
 
     def __init__(self, config: Config, env: RunEnv, model: LlamaConfig) -> None:
         self._config, self._model = config, model
-        self.device = parts.device(config, env)
-        self.topology = parts.start_processes(config, env, self.device)
+        self.device = assemble.device(config, env)
+        self.topology = assemble.start_processes(config, env, self.device)
         check_sizes(model, config.distributed_strategy.tensor_model_parallel_size)
-        check_pipeline(model, parts.parallel(config))
-        self.precision = parts.precision(config)
-        self.reference_precision = parts.reference_precision(config)
+        check_pipeline(model, assemble.parallel(config))
+        self.precision = assemble.precision(config)
+        self.reference_precision = assemble.reference_precision(config)
 
     def engine(self) -> Engine:
         model = self._config.model
@@ -39,14 +39,14 @@ class NativeParts:
         how = xla.recompute if on_xla else None
         engine = (XlaEngine if on_xla else NativeEngine)(
             self._model,
-            parts.attention(self._config, self.device),
+            assemble.attention(self._config, self.device),
             precision=self.precision,
             reference_precision=self.reference_precision,
             topology=self.topology,
-            parallel=parts.parallel(self._config),
+            parallel=assemble.parallel(self._config),
             device=self.device,
             configure_model=lambda llama: llama.set_checkpointing(granularity, recompute, how),
-            timeout=parts.timeout(self._config),
+            timeout=assemble.timeout(self._config),
         )
         if on_xla:
             engine.compiler = xla.compiler()

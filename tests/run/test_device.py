@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nxdt_align.build.env import RunEnv
-from nxdt_align.build.parts import device
 from nxdt_align.config.data import Attention, DataConfig
 from nxdt_align.config.schema import Accelerator, Config, PrecisionConfig, TrainerConfig
 from nxdt_align.engines import xla
 from nxdt_align.errors import UserError
+from nxdt_align.run.assemble import device
+from nxdt_align.run.env import RunEnv
 
 
 def config(accelerator: Accelerator, attention: Attention = "auto") -> Config:
@@ -44,8 +44,8 @@ torch.utils.rename_privateuse1_backend("neuron")
 torch._register_device_module("neuron", types.SimpleNamespace(is_available=lambda: True))
 moved_to = []
 torch.accelerator.set_device_index = moved_to.append
-from nxdt_align.build.env import RunEnv
-from nxdt_align.build.parts import attention, device
+from nxdt_align.run.env import RunEnv
+from nxdt_align.run.assemble import attention, device
 from nxdt_align.config.schema import Config, TrainerConfig
 from dataclasses import replace
 config = replace(Config(), trainer=TrainerConfig(accelerator=sys.argv[1]))

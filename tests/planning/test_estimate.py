@@ -12,14 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native.mesh import Parallel
-from nxdt_align.models.activations import kept_of_layer
 from nxdt_align.models.config import parameter_count
 from nxdt_align.models.llama import Llama
-from nxdt_align.models.memory import Memory, estimate
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
-from nxdt_align.models.workload import Formats, Workload
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES
+from nxdt_align.planning.activations import kept_of_layer
+from nxdt_align.planning.estimate import Memory, estimate
+from nxdt_align.planning.workload import Formats, Workload
 
 TOLERANCE = 0.12
 """Of what a step allocates beyond weights, masters and optimizer states, which must be exact."""

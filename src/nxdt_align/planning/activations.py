@@ -5,7 +5,7 @@ docs/memory.md derives the terms; ``models.workload`` has the legend.
 
 from __future__ import annotations
 
-from nxdt_align.models.workload import FLOAT, Workload
+from nxdt_align.planning.workload import FLOAT, Workload
 
 
 def kept_of_layer(work: Workload) -> int:

@@ -7,16 +7,15 @@ from itertools import pairwise
 
 import torch
 
-from nxdt_align.build import parts
-from nxdt_align.build.fitting import Change, changed, fitting_changes
 from nxdt_align.config.engines import resolve_engine
 from nxdt_align.config.schema import Config, PrecisionConfig
 from nxdt_align.data.packing import Bucket, Layout
-from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.memory import Memory, estimate
+from nxdt_align.models.partition import even_stages
 from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.models.workload import FLOAT, AttentionKind, Formats, Workload, even_stages
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES, chunk_size
+from nxdt_align.planning.changes import Change, changed, fitting_changes
+from nxdt_align.planning.estimate import Memory, estimate
+from nxdt_align.planning.workload import FLOAT, AttentionKind, Formats, Workload
 
 GIB = 2**30
 NEURON_CORE_BYTES = 16 * GIB
@@ -36,16 +35,25 @@ _STATES = {
 """Optimizer -> numbers that it remembers of each weight."""
 
 
-def memory_report(config: Config, layout: Layout, responses: int, bucket: Bucket) -> str:
+def memory_report(
+    config: Config,
+    model: LlamaConfig,
+    layout: Layout,
+    responses: int,
+    bucket: Bucket,
+    *,
+    needs_reference: bool,
+) -> str:
     """What a device needs for the largest bucket, against a NeuronCore's memory where it is one.
 
     Args:
         layout: how examples are laid into rows.
         responses: responses of an example.
         bucket: the largest shape of a row that training meets.
+        needs_reference: whether the loss asks for a reference's log-probabilities.
     """
-    where, model = device_kind(config), parts.model_config(config)
-    work = workload(config, model, layout, responses, bucket)
+    where = device_kind(config)
+    work = workload(config, model, layout, responses, bucket, needs_reference=needs_reference)
     need = estimate(work)
     name = "a NeuronCore" if where == "neuron" else f"a device ({where})"
     head = (
@@ -70,7 +78,8 @@ def memory_report(config: Config, layout: Layout, responses: int, bucket: Bucket
         """With other sizes; rows grow and shrink with data.seq_length."""
         part = other.data.seq_length / config.data.seq_length
         shrunk = replace(bucket, tokens=int(bucket.tokens * part), responses=int(bucket.responses * part))
-        return estimate(workload(other, model, layout, responses, shrunk)).total
+        work = workload(other, model, layout, responses, shrunk, needs_reference=needs_reference)
+        return estimate(work).total
 
     alone, together = fitting_changes(config, model, size_of, int(limit * USABLE))
     if not alone and not together:
@@ -116,7 +125,15 @@ def device_kind(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() and chosen == "auto" else "cpu"
 
 
-def workload(config: Config, model: LlamaConfig, layout: Layout, responses: int, bucket: Bucket) -> Workload:
+def workload(
+    config: Config,
+    model: LlamaConfig,
+    layout: Layout,
+    responses: int,
+    bucket: Bucket,
+    *,
+    needs_reference: bool,
+) -> Workload:
     """The optimizer step of ``config`` in rows of ``bucket``; see ``memory_report``."""
     strategy, where = config.distributed_strategy, device_kind(config)
     tensor, stages = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
@@ -150,14 +167,14 @@ def workload(config: Config, model: LlamaConfig, layout: Layout, responses: int,
         fsdp=strategy.fsdp is not False,
         tile=tile,
         kept=KEPT_BYTES,
-        reference=_reference(config, formats),
+        reference=_reference(config, formats) if needs_reference else 0,
     )
 
 
 def _reference(config: Config, formats: Formats) -> int:
     """Bytes a weight of the reference that is kept while training; 0 where there is none."""
     settings = config.model_alignment_strategy
-    if settings.precompute_ref_log_probs or not GlobalMeanObjective(parts.loss(config)).needs_reference:
+    if settings.precompute_ref_log_probs:
         return 0
     return {None: formats.weight, "fp32": FLOAT, "bf16": 2}[settings.reference_dtype]
 

@@ -110,9 +110,3 @@ class Workload:
     def width(self) -> int:
         """F of this rank."""
         return self.model.intermediate_size // self.tensor_parallel
-
-
-def even_stages(layers: int, stages: int) -> tuple[int, ...]:
-    """Layers of each pipeline stage. Where they do not come out even, the last ones have one more, as in NxD:
-    they keep the activations of fewer micro-batches."""
-    return tuple(layers // stages + (i >= stages - layers % stages) for i in range(stages))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from nxdt_align.build.native_destination import NativeDestination
 from nxdt_align.checkpoint import inspect
 from nxdt_align.checkpoint.convert import Conversion, Report
 from nxdt_align.checkpoint.destinations import Destination, HFDestination, NxDTDestination
@@ -29,6 +28,7 @@ from nxdt_align.models.partition import (
     default_qkv,
 )
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict
+from nxdt_align.run.native_destination import NativeDestination
 from nxdt_align.training.runs import IDENTITY_FILE
 
 __all__ = ["ConvertOptions", "convert", "describe", "open_weights", "to_text"]

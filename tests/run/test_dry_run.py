@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from nxdt_align.build.ahead import compiling, conclude_run
 from nxdt_align.engines.base import Graph
 from nxdt_align.neuron.compile import CompileError
+from nxdt_align.run.dry_run import compiling, conclude_run
 
 
 class Compiler:
