@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from workload import SEQ_LENGTH, Workload
 
 from nxdt_align.batch import Topology
-from nxdt_align.checkpoint.hf import FreshWeights, write_hf_folder
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines.native.engine import NativeEngine
@@ -24,6 +23,7 @@ from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.training import optim
+from nxdt_align.weights.hf import FreshWeights, write_hf_folder
 
 BETA, MAX_NORM = 0.1, 1.0
 OPTIMIZER = {"lr": 1e-5, "weight_decay": 0.01}

@@ -29,11 +29,11 @@ from objective_settings import ENTRIES, Entry
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nxdt_align.checkpoint.names import to_hf
 from nxdt_align.demo.evaluate import HuggingFaceModel, Likelihoods, Pair, Rewards, read_pairs
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, checkpoint_step
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
+from nxdt_align.weights.names import to_hf
 
 MIN_ACCURACY = 0.8
 STEPS, WARMUP_STEPS = 150, 1200

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxdt_align.checkpoint.convert import Report
-from nxdt_align.checkpoint.hf import FreshWeights, HFFolder
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.run.conversion import ConvertOptions, convert
+from nxdt_align.weights.convert import Report
+from nxdt_align.weights.hf import FreshWeights, HFFolder
 
 MakeHF = Callable[..., Path]
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -14,10 +14,10 @@ from typing import Any
 
 from checkpoint_fixture import SIZES, run
 
-from nxdt_align.checkpoint.hf_writer import HFWriter
-from nxdt_align.checkpoint.nxdt_writer import NxDTWriter
-from nxdt_align.checkpoint.staging import Staging
 from nxdt_align.run.native_destination import NativeWriter
+from nxdt_align.weights.hf_writer import HFWriter
+from nxdt_align.weights.nxdt_writer import NxDTWriter
+from nxdt_align.weights.staging import Staging
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain shards": SIZES,

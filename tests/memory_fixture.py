@@ -17,7 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nxdt_align.batch import Batch, SlotRole, Topology
-from nxdt_align.checkpoint.hf import FreshWeights
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
@@ -28,6 +27,7 @@ from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.planning.workload import Formats
 from nxdt_align.training.adamw import AdamWFP32OptState
+from nxdt_align.weights.hf import FreshWeights
 
 DEEP = LlamaConfig(
     vocab_size=2000,

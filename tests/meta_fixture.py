@@ -11,8 +11,8 @@ import torch
 from checkpoint_fixture import fresh
 from torch import Tensor
 
-from nxdt_align.checkpoint.meta import _LAYER, _TABLE
 from nxdt_align.models.presets import TINY, LlamaConfig
+from nxdt_align.weights.meta import _LAYER, _TABLE
 
 CONFIG = replace(
     TINY,

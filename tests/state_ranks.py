@@ -22,7 +22,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, load
 from nxdt_align.engines.native.collectives import Ranks
@@ -33,6 +32,7 @@ from nxdt_align.engines.native.saving import Saver, save
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.models.sharding import split_of
+from nxdt_align.weights.hf import HFFolder
 
 RANKS = 4
 SHAPES = {"col": (8, 6), "row": (6, 8), "norm": (6,), "uneven": (5, 3)}

@@ -25,13 +25,13 @@ from test_train import ORPO, assert_same_run
 from training_fixture import Project
 
 import nxdt_align
-from nxdt_align.checkpoint.hf import HFFolder
-from nxdt_align.checkpoint.names import summary, to_hf
 from nxdt_align.cli import main
 from nxdt_align.data.records import record_id
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, checkpoint_step
 from nxdt_align.engines.native.tensors import write_tensors
 from nxdt_align.reference.cache import _digest
+from nxdt_align.weights.hf import HFFolder
+from nxdt_align.weights.names import summary, to_hf
 
 RESUME = "exp_manager.resume_from_checkpoint"
 DPO = "model_alignment_strategy.dpo"

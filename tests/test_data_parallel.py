@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from training_fixture import Project, final_weights, scalars, train_sh
 
-from nxdt_align.checkpoint.hf import HFFolder
+from nxdt_align.weights.hf import HFFolder
 
 
 def test_two_processes_train_as_one(repo: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from nxd_fixture import require_nxd
 from training_fixture import Project, scalars, train_sh
 
-from nxdt_align.checkpoint.hf import HFFolder
+from nxdt_align.weights.hf import HFFolder
 
 pytestmark = pytest.mark.nxd
 STEPS = 20

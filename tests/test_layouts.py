@@ -22,7 +22,6 @@ from oracle import (
 )
 
 from nxdt_align.batch import Topology
-from nxdt_align.checkpoint.hf import FreshWeights
 from nxdt_align.data.collate import GlobalCounts
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset, look_up_reference
@@ -33,6 +32,7 @@ from nxdt_align.losses.reference_free import ORPOLoss
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.weights.hf import FreshWeights
 
 LAYOUTS: list[Layout] = ["none", "packed", "shared_prompt"]
 ATTENTIONS: dict[str, Attention] = {

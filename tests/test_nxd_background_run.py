@@ -10,8 +10,8 @@ from nxd_fixture import require_nxd
 from test_engines_agree import NXD, SPREAD
 from training_fixture import Project, train_sh
 
-from nxdt_align.checkpoint.hf import HFFolder
 from nxdt_align.engines.nxd.checkpoint import checkpoint_step
+from nxdt_align.weights.hf import HFFolder
 
 pytestmark = pytest.mark.nxd
 

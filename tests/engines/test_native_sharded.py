@@ -12,10 +12,10 @@ import torch
 from state_ranks import BIG, adamw, assert_equal, big_weight, named, run_ranks, state_of, trained, whole
 from torch import nn
 
-from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, describe, load
 from nxdt_align.engines.native.saving import save
 from nxdt_align.models.presets import weight_shapes
+from nxdt_align.weights.hf import write_hf_folder
 
 WORKS = (
     state_ranks.gather,

@@ -27,10 +27,10 @@ from nxd_fixture import (
     whole,
 )
 
-from nxdt_align.checkpoint.hf import write_hf_folder
-from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.checkpoint import SUMMARY, checkpoint_step, is_checkpoint, read_extra
+from nxdt_align.weights.hf import write_hf_folder
+from nxdt_align.weights.nxdt import NxDTFolder
 
 pytestmark = pytest.mark.nxd
 CASES = [

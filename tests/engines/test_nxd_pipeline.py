@@ -26,12 +26,12 @@ from nxd_fixture import (
 from oracle import gradients, orpo_loss, pair_logps
 
 from nxdt_align.batch import Batch, Reading
-from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.engines.base import EngineError
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import even_cuts
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.logprobs import token_logps
+from nxdt_align.weights.nxdt import NxDTFolder
 
 pytestmark = pytest.mark.nxd
 READINGS: tuple[Reading, ...] = ("collisions", "entropy", "mean_logit", "is_top1")

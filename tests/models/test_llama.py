@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nxdt_align.checkpoint.names import to_hf
 from nxdt_align.errors import UserError
 from nxdt_align.models.llama import RECOMPUTABLE, Llama, LlamaRMSNorm, inverse_frequencies
 from nxdt_align.models.presets import TINY, LlamaConfig, RopeScaling, parameter_count, weight_shapes
+from nxdt_align.weights.names import to_hf
 
 LLAMA3_ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
 

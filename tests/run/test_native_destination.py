@@ -9,12 +9,12 @@ import torch
 from checkpoint_fixture import CONFIG, DOWN, fresh, run, same_folders
 from torch import Tensor, nn
 
-from nxdt_align.checkpoint.hf import WeightsError, write_hf_folder
 from nxdt_align.engines.native.checkpoint import checkpoint_step, describe, load, read_extra
 from nxdt_align.engines.native.saving import save
 from nxdt_align.errors import UserError
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.run.native_destination import NativeWriter
+from nxdt_align.weights.hf import WeightsError, write_hf_folder
 
 
 @pytest.fixture

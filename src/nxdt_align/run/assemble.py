@@ -15,9 +15,6 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from nxdt_align.batch import Topology
-from nxdt_align.checkpoint.detect import check_names, layout_of
-from nxdt_align.checkpoint.hf import FreshWeights, HFFolder
-from nxdt_align.checkpoint.nxdt import NxDTFolder
 from nxdt_align.config.check import neuron_available, resolve_engine
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
@@ -37,6 +34,9 @@ from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.run.env import RunEnv
+from nxdt_align.weights.detect import check_names, layout_of
+from nxdt_align.weights.hf import FreshWeights, HFFolder
+from nxdt_align.weights.nxdt import NxDTFolder
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,6 @@ from typing import Any
 
 import torch
 
-from nxdt_align.checkpoint import inspect
-from nxdt_align.checkpoint.convert import Conversion, Report
-from nxdt_align.checkpoint.destinations import Destination, HFDestination, NxDTDestination
-from nxdt_align.checkpoint.detect import check_names, find_config_file, layout_of, open_source, read_shape
-from nxdt_align.checkpoint.inspect import to_text
-from nxdt_align.checkpoint.nxdt import NxDTFolder
-from nxdt_align.checkpoint.source import Source
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
@@ -30,6 +23,13 @@ from nxdt_align.models.partition import (
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict
 from nxdt_align.run.native_destination import NativeDestination
 from nxdt_align.training.runs import IDENTITY_FILE
+from nxdt_align.weights import inspect
+from nxdt_align.weights.convert import Conversion, Report
+from nxdt_align.weights.destinations import Destination, HFDestination, NxDTDestination
+from nxdt_align.weights.detect import check_names, find_config_file, layout_of, open_source, read_shape
+from nxdt_align.weights.inspect import to_text
+from nxdt_align.weights.nxdt import NxDTFolder
+from nxdt_align.weights.source import Source
 
 __all__ = ["ConvertOptions", "convert", "describe", "open_weights", "to_text"]
 

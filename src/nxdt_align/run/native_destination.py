@@ -26,11 +26,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nxdt_align.checkpoint.destinations import Dtypes, rename_back
-from nxdt_align.checkpoint.extents import WeightsError
 from nxdt_align.engines.native.checkpoint import MODEL, SUMMARY, TENSORS, TRAINER
 from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.weights.destinations import Dtypes, rename_back
+from nxdt_align.weights.extents import WeightsError
 
 _UNFINISHED = f"{TENSORS}.partial"
 _ARCHIVE = 4096

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nxdt_align.checkpoint.hf import FreshWeights
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import read_extra
@@ -18,6 +17,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.run import assemble
 from nxdt_align.training.hooks import ReferenceOrigin
+from nxdt_align.weights.hf import FreshWeights
 
 RUN_RECORD = "nxdt_align"
 """Key of a checkpoint's extra values that are this package's own."""

@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 
-from nxdt_align.checkpoint.hf import write_hf_folder
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import WeightSource
@@ -49,6 +48,7 @@ from nxdt_align.training.recompiles import RecompileGuard
 from nxdt_align.training.runs import RunFolder, explicit_run, find_run, run_identity, write_identity
 from nxdt_align.training.start_times import StartTimes
 from nxdt_align.training.strategy import EngineStrategy
+from nxdt_align.weights.hf import write_hf_folder
 
 log = logging.getLogger(__name__)
 EXPORT = "hf_export"

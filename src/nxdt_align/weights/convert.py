@@ -1,0 +1,304 @@
+"""Carries weights from a source to a destination, one at a time, and checks what was written.
+
+Several weights are under way at once, as long as their bytes fit a budget, so that the memory in use
+does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from nxdt_align.errors import UserError
+from nxdt_align.files import explain
+from nxdt_align.weights.destinations import Destination, Writer
+from nxdt_align.weights.direct import past_cache
+from nxdt_align.weights.extents import WeightsError, byte_view
+from nxdt_align.weights.host_memory import empty, reused_memory
+from nxdt_align.weights.names import summary
+from nxdt_align.weights.source import Source, stamp
+from nxdt_align.weights.staging import Staging, flush
+
+log = logging.getLogger(__name__)
+_WORKERS = 4
+_BUDGET = 960 << 20
+"""Bytes of memory for weights under way at once; one that takes more goes alone."""
+_SLACK = 64 << 20
+"""Bytes of disk space for what is not weights."""
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    weights: int
+    bytes_written: int
+    seconds: float
+    nans: dict[str, int]
+    """Weight -> NaN entries, where there are any."""
+    verified: bool
+    resumed: int
+    """Weights that an earlier attempt had written."""
+
+
+class Conversion:
+    """One source and one destination.
+
+    Args:
+        dtype: what weights are cast to; None keeps each as it is.
+        workers: threads.
+        quiet: no progress bar.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        destination: Destination,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        resume: bool = False,
+        verify: bool = True,
+        workers: int | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self._source, self._destination, self._folder = source, destination, folder
+        self._dtype, self._resume, self._verify = dtype, resume, verify
+        self._workers = workers or _WORKERS
+        self._quiet = quiet
+
+    def run(self) -> Report:
+        """Convert, verify and publish.
+
+        Raises UserError for all that the user can mend. What an interruption or a full disk leaves
+        is kept for ``resume``, under a name that no loader takes.
+        """
+        began = time.monotonic()
+        with Staging(self._folder, self._identity(), resume=self._resume) as staging:
+            writer = self._destination.writer(staging.folder)
+            self._require_space(staging, writer.total_bytes())
+            try:
+                earlier = len(staging.checksums)
+                self._write(staging, writer)
+                if self._verify or staging.resumed:
+                    self._check(staging)
+                staging.flush()  # so that what says that the folder is whole is true of the device too
+                self._destination.finish(staging.folder, self._record(staging))
+                staging.publish()
+            except UserError:
+                staging.discard()
+                raise
+            except KeyboardInterrupt:
+                log.warning("interrupted: call again with --resume to go on, or remove %s", staging.folder)
+                raise
+            except OSError as error:
+                raise WeightsError(
+                    f"cannot write {self._folder}: {explain(error)}. What is written is kept in "
+                    f"{staging.folder}; call again with --resume to go on, or remove it"
+                ) from error
+        nans = {name: count for name, count in staging.nans.items() if count}
+        if nans:
+            log.warning("%d NaN entries in %s", sum(nans.values()), ", ".join(summary(nans)))
+        seconds = time.monotonic() - began
+        return Report(
+            len(staging.checksums),
+            writer.total_bytes(),
+            seconds,
+            nans,
+            self._verify or staging.resumed,
+            earlier,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "source": str(self._source.path.absolute()),
+            "files": stamp(self._source.path),
+            "dtype": str(self._dtype),
+            "target": self._destination.writer(Path()).description(),
+        }
+
+    def _record(self, staging: Staging) -> dict[str, Any]:
+        target = self._destination.writer(Path()).description()
+        config = target.pop("config")
+        return {
+            "made_from": str(self._source),
+            **target,
+            "vocab_size": config["vocab_size"],
+            "dtypes": sorted({str(self._target_dtype(name)) for name in self._source.names()}),
+            "crc32": dict(sorted(staging.checksums.items())),
+        }
+
+    def _require_space(self, staging: Staging, needed: int) -> None:
+        missing = needed + _SLACK - staging.bytes_on_disk()
+        free = shutil.disk_usage(staging.folder).free
+        if free < missing:
+            if not staging.resumed:
+                staging.discard()
+            raise WeightsError(
+                f"the output takes {_gigabytes(missing)}, but {self._folder.absolute().parent} has "
+                f"{_gigabytes(free)} free: free some space, or choose another folder"
+            )
+
+    def _write(self, staging: Staging, writer: Writer) -> None:
+        if not staging.is_created:
+            for _ in writer.create():
+                pass
+            staging.record_created()
+        else:
+            self._destination.restart(staging.folder)
+        writer.open()
+        lock = threading.Lock()
+
+        def carry(name: str) -> None:
+            tensor = self._source.read(name).contiguous()
+            if tensor.dtype != self._target_dtype(name):
+                tensor = _cast(name, tensor, self._target_dtype(name))
+            writer.write(name, tensor)
+            checksum, nans = zlib.crc32(byte_view(tensor)), count_nans(tensor)
+            with lock:
+                staging.record(name, checksum, nans)
+
+        self._for_each("writing", [n for n in self._source.names() if n not in staging.checksums], carry)
+
+    def _check(self, staging: Staging) -> None:
+        """Read every weight back, past the system's cache where it lets us, and compare checksums."""
+        for file in sorted(f for f in staging.folder.rglob("*") if f.is_file()):
+            flush(file)
+            _forget(file)
+        written = self._destination.reopen(staging.folder)
+        if written.names() != sorted(self._source.names()):
+            raise WeightsError(f"the names in {self._folder} are not those that were written")
+        wrong: list[str] = []
+
+        def compare(name: str) -> None:
+            tensor = written.read(name)
+            same = tensor.dtype == self._target_dtype(name) and tuple(tensor.shape) == self._source.shape(
+                name
+            )
+            if not same or zlib.crc32(byte_view(tensor)) != staging.checksums[name]:
+                wrong.append(name)
+
+        self._for_each("verifying", written.names(), compare)
+        if wrong:
+            raise WeightsError(
+                f"what was read back differs from what was written: {', '.join(summary(wrong))}. The disk or "
+                "the memory is at fault; nothing is kept"
+            )
+
+    def _target_dtype(self, name: str) -> torch.dtype:
+        return self._dtype or self._source.dtype(name)
+
+    def _for_each(self, label: str, names: list[str], act: Callable[[str], None]) -> None:
+        """Call ``act`` for all names, in threads; the first error stops the others."""
+        budget, stop, own_threads = _Budget(_BUDGET), threading.Event(), torch.get_num_threads()
+        torch.set_num_threads(1)  # of torch's own in each of ours
+        sizes = {name: self._nbytes(name) for name in names}
+        disable = True if self._quiet else None
+        with (
+            tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc=label, disable=disable) as bar,
+            ThreadPoolExecutor(self._workers) as pool,
+        ):
+
+            def guarded(name: str) -> None:
+                # A weight, and a share of it in another order, which may be all of it.
+                with budget.take(2 * sizes[name]), reused_memory(_BUDGET // self._workers), past_cache():
+                    if not stop.is_set():
+                        act(name)
+                        bar.update(sizes[name])
+
+            futures = [pool.submit(guarded, name) for name in names]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            finally:
+                stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                torch.set_num_threads(own_threads)
+
+    def _nbytes(self, name: str) -> int:
+        return prod(self._source.shape(name)) * max(
+            self._source.dtype(name).itemsize, self._target_dtype(name).itemsize
+        )
+
+
+class _Budget:
+    """Lets bytes through until ``most`` are taken; more than that at once only alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def take(self, wanted: int) -> Iterator[None]:
+        wanted = min(wanted, self._most)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= wanted)
+            self._left -= wanted
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += wanted
+                self._changed.notify_all()
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises WeightsError for a value that is too large for ``dtype``."""
+    cast = empty(tensor.shape, dtype).copy_(tensor)
+    if not (tensor.is_floating_point() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max):
+        return cast
+    before, after = tensor.reshape(-1), cast.reshape(-1)
+    for start in range(0, len(after), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        lost = before[part][after[part].isinf() & ~before[part].isinf()]
+        if len(lost):
+            raise WeightsError(
+                f"--dtype: {name} has values beyond the largest of {dtype} ({torch.finfo(dtype).max:g}), "
+                f"such as {lost[0].item():g}; choose another, or leave it out to keep {tensor.dtype}"
+            )
+    return cast
+
+
+def count_nans(tensor: Tensor) -> int:
+    """How many entries are NaN. A sum, which is one of the fastest things to take, is NaN if any is."""
+    if not tensor.is_floating_point():
+        return 0
+    flat = tensor.reshape(-1)
+    if tensor.dtype.itemsize > 1 and not torch.isnan(flat.sum()):
+        return 0
+    count = 0
+    for start in range(0, len(flat), _CHUNK):
+        count += int(torch.isnan(flat[start : start + _CHUNK].float()).sum())
+    return count
+
+
+def _forget(file: Path) -> None:
+    """Ask the system to read the file from the disk next time."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,124 @@
+"""What lies at a path, and a reader for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from nxdt_align.models.presets import LlamaConfig, read_config_json, weight_shapes
+from nxdt_align.weights.extents import WeightsError
+from nxdt_align.weights.hf import WEIGHT_FILES, HFFolder
+from nxdt_align.weights.meta import MetaFolder, is_meta_folder
+from nxdt_align.weights.names import shape_faults, summary
+from nxdt_align.weights.nxdt import NxDTFolder
+from nxdt_align.weights.nxdt_files import MODEL, model_folder
+from nxdt_align.weights.source import Source
+from nxdt_align.weights.staging import JOURNAL
+
+_FIRST_FORMAT = re.compile(r"^tp_rank_\d+_pp_rank_\d+")
+Layout = Literal["hf", "nxdt", "meta"]
+
+
+def layout_of(path: Path) -> Layout:
+    """The kind of weights at ``path``. Raises WeightsError where there is nothing, or nothing whole."""
+    if not path.exists():
+        raise WeightsError(f"{path} does not exist: give a folder of weights")
+    if (path / JOURNAL).is_file():
+        raise WeightsError(f"{path} is what a conversion left that was interrupted: go on with it (--resume)")
+    if path.is_dir() and model_folder(path) is not None:
+        return "nxdt"
+    _refuse_first_format(path)
+    return "meta" if is_meta_folder(path) else "hf"
+
+
+def _refuse_first_format(path: Path) -> None:
+    """NxD has two ways to save; the older one names files otherwise."""
+    for folder in (path, path / MODEL):
+        old = (
+            sorted(f.name for f in folder.iterdir() if _FIRST_FORMAT.match(f.name)) if folder.is_dir() else []
+        )
+        if old:
+            raise WeightsError(
+                f"{folder / old[0]} is of the first format that NxD saved checkpoints in "
+                "(parallel_layers.checkpointing.save), which is not read. Its content is the same: move each "
+                "tp_rank_TT_pp_rank_PP/checkpoint.pt (with xser: tp_rank_TT_pp_rank_PP and its .tensors) to "
+                "model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt (and .pt.tensors)"
+            )
+
+
+def find_config_file(path: Path) -> Path | None:
+    """The config.json in the folder ``path`` or, for a model folder, beside it."""
+    folder = path if path.is_dir() else path.parent
+    for place in (folder, *([folder.parent] if folder.name == MODEL else [])):
+        if (place / "config.json").is_file():
+            return place / "config.json"
+    return None
+
+
+def _require_weights(path: Path) -> None:
+    """The folder above that of the weights is the usual mistake. Raises WeightsError."""
+    if path.is_file() or not any(path.iterdir()) or _holds_weights(path):
+        return
+    below = [f for folder in (path, path / "checkpoints") for f in folder.glob("*") if _holds_weights(f)]
+    hint = f". Did you mean {max(below)}?" if below else ""
+    raise WeightsError(
+        f"{path} holds no weights: give a Hugging Face folder ({', '.join(WEIGHT_FILES)}), NxD's shards, "
+        f"Meta's download or a run's checkpoint{hint}"
+    )
+
+
+def _holds_weights(folder: Path) -> bool:
+    return folder.is_dir() and (
+        any((folder / name).is_file() for name in (*WEIGHT_FILES, "checkpoint.json"))
+        or model_folder(folder) is not None
+    )
+
+
+def read_shape(path: Path) -> LlamaConfig:
+    """The model's shape in a config.json, or in that of a folder, whatever its attention window: weights
+    that are carried attend to nothing. Raises ModelConfigError."""
+    return read_config_json(path, sequence_length=1)
+
+
+def open_source(
+    path: Path, config_file: Path | None = None, *, unequal_replicas: bool = False
+) -> tuple[Source, LlamaConfig]:
+    """A reader for what lies at ``path``, and the model's shape.
+
+    Raises WeightsError, ModelConfigError: nothing of a known kind, damaged, or of another shape than
+    its configuration.
+    """
+    layout = layout_of(path)
+    if layout == "meta":
+        meta = MetaFolder(path, None if config_file is None else read_shape(config_file))
+        return meta, meta.config
+    if layout == "nxdt":
+        file = config_file or find_config_file(path)
+        if file is None:
+            raise WeightsError(
+                f"{path} has no config.json, and the sizes of heads do not follow from shards: give the "
+                "model's config.json with --config"
+            )
+        config = read_shape(file)
+        sharded = NxDTFolder(path, config, untie=True, unequal_replicas=unequal_replicas)
+        return sharded, sharded.config
+    _require_weights(path)
+    file = config_file or find_config_file(path)
+    if file is None:
+        raise WeightsError(f"{path} has no config.json: give the model's with --config")
+    folder = HFFolder(path, file)
+    config = read_shape(file)
+    folder.check_against(config)
+    return folder, config
+
+
+def check_names(source: Source, config: LlamaConfig) -> None:
+    """Raises WeightsError naming what is missing, surplus or of another shape."""
+    wanted, there = weight_shapes(config), set(source.names())
+    faults = [f"missing: {name}" for name in summary(set(wanted) - there)]
+    faults += [f"surplus: {name}" for name in summary(there - set(wanted))]
+    held = {name: source.shape(name) for name in there & set(wanted)}
+    faults += shape_faults((n, wanted[n], shape) for n, shape in held.items() if shape != wanted[n])
+    if faults:
+        raise WeightsError(f"{source} does not fit the model configuration:\n  " + "\n  ".join(faults[:20]))

@@ -1,0 +1,248 @@
+"""Hugging Face model folders as a source of weights, and fresh weights as another.
+
+Both offer names(), shape(), read() and fingerprint() under the plain Llama's names, as
+``engines.base.WeightSource`` asks; ``write_hf_folder`` (export.py) is the way back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nxdt_align.models.presets import LlamaConfig, fresh_weight, load_config_json, weight_shapes
+from nxdt_align.weights.export import write_hf_folder
+from nxdt_align.weights.names import UnknownNameError, from_hf, is_recomputed, shape_faults, summary, to_hf
+from nxdt_align.weights.tensor_files import TensorFile, WeightsError, open_tensor_file
+
+__all__ = ["FreshWeights", "HFFolder", "WeightsError", "content_fingerprint", "write_hf_folder"]
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""In the order in which transformers looks for them."""
+
+
+class HFFolder:
+    """The weights of a folder that transformers' ``save_pretrained`` wrote; tensors are read when asked for.
+
+    Where its ``config.json`` ties the head to the embedding, a head that is stored too is left out.
+
+    Args:
+        path: the folder, or one file of all weights (``pytorch_model.bin``, NxD's ``checkpoint.pt``).
+        config_file: read in the place of the ``config.json`` beside the weights.
+
+    Raises WeightsError (or ModelConfigError for ``config.json``) for a folder that is not one, that
+    is not whole, or that holds what a plain Llama does not have.
+    """
+
+    def __init__(self, path: str | Path, config_file: Path | None = None) -> None:
+        self.path = Path(path)
+        folder = self.path.parent if self.path.is_file() else self.path
+        if not folder.is_dir():
+            raise WeightsError(
+                f"{self.path} is not a folder: give a Hugging Face folder with config.json and weights"
+            )
+        if not any(folder.iterdir()):
+            raise WeightsError(f"the folder {self.path} is empty: it must hold config.json and weights")
+        _, self._config = load_config_json(config_file or folder)
+        self._files = _by_our_name(self.path, _find_tensors(self.path))
+        if self._config.get("tie_word_embeddings", False):
+            self._drop_tied_head()
+        self._fingerprint: str | None = None
+
+    def __str__(self) -> str:
+        return f"the Hugging Face folder {self.path}"
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).shape(to_hf(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file(name).dtype(to_hf(name))
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, on the CPU, in the dtype it is stored in."""
+        return self._file(name).read(to_hf(name))
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        """The part that ``region``, a start and a stop for each dimension, cuts out of the tensor."""
+        return self._file(name).read_slice(to_hf(name), region)
+
+    def fingerprint(self) -> str:
+        """The same for the same weights, however they are spread over files."""
+        if self._fingerprint is None:
+            self._fingerprint = content_fingerprint((name, self.read(name)) for name in self.names())
+        return self._fingerprint
+
+    def check_against(self, config: LlamaConfig) -> None:
+        """Raises WeightsError naming every tensor that is missing, surplus or of another shape."""
+        wanted = weight_shapes(config)
+        misshapen = [name for name in self.names() if name in wanted and self.shape(name) != wanted[name]]
+        faults = [f"missing: {name}" for name in _shown(set(wanted) - set(self._files))]
+        faults += [f"surplus: {name}" for name in _shown(set(self._files) - set(wanted))]
+        faults += shape_faults((to_hf(name), wanted[name], self.shape(name)) for name in misshapen)
+        if faults:
+            raise WeightsError(
+                f"{self} does not fit the model configuration:\n  " + "\n  ".join(faults) + "\n"
+                "num_hidden_layers, hidden_size, tie_word_embeddings and the other sizes must be those of "
+                "the weights"
+            )
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            raise WeightsError(f"{self} has no weight {to_hf(name)}")
+        return self._files[name]
+
+    def _drop_tied_head(self) -> None:
+        if _HEAD not in self._files:
+            return
+        if _EMBEDDING in self._files and not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
+            raise WeightsError(
+                f"{self}: config.json says `tie_word_embeddings` true, but {_HEAD} and {_EMBEDDING} differ: "
+                "set it to false, or remove one of the two"
+            )
+        del self._files[_HEAD]
+
+
+class FreshWeights:
+    """Untrained weights, drawn when asked for; ``seed`` decides them. float32."""
+
+    def __init__(self, config: LlamaConfig, seed: int) -> None:
+        self._config = config
+        self.seed = seed
+        self._shapes = weight_shapes(config)
+
+    def __str__(self) -> str:
+        return f"fresh weights (seed {self.seed})"
+
+    def names(self) -> list[str]:
+        return sorted(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        return fresh_weight(self._config, name, self.seed)
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        """Drawn whole: each entry depends on those before it."""
+        return self.read(name)[tuple(region)]
+
+    def fingerprint(self) -> str:
+        """Follows from what the weights are drawn from, without drawing them."""
+        drawn_from = [self.seed, self._config.initializer_range, sorted(self._shapes.items())]
+        return hashlib.blake2b(json.dumps(["fresh", *drawn_from]).encode(), digest_size=16).hexdigest()
+
+
+def content_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest, 32 hex digits, of names, dtypes, shapes and bytes; ``tensors`` come sorted by name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _find_tensors(folder: Path) -> dict[str, TensorFile]:
+    """Hugging Face's name -> the file that holds the tensor."""
+    if folder.is_file():
+        single = open_tensor_file(folder)
+        return dict.fromkeys(single.names(), single)
+    found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise WeightsError(f"{folder} has no weights: it must hold one of {', '.join(WEIGHT_FILES)}")
+    if not found.endswith(".index.json"):
+        file = open_tensor_file(folder / found)
+        return dict.fromkeys(file.names(), file)
+    weight_map = _read_index(folder / found)
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise WeightsError(f"{folder / found} names files that are missing: {', '.join(missing)}")
+    files = {shard: open_tensor_file(folder / shard) for shard in shards}
+    _require_complete_index(folder / found, weight_map, files)
+    return {name: files[shard] for name, shard in weight_map.items()}
+
+
+def _require_complete_index(
+    index: Path, weight_map: Mapping[str, str], files: Mapping[str, TensorFile]
+) -> None:
+    """Index and shards must say the same, or some are of another model or an earlier save."""
+    held = {shard: set(file.names()) for shard, file in files.items()}
+    absent = [name for name, shard in weight_map.items() if name not in held[shard]]
+    if absent:
+        shown = ", ".join(summary(absent))
+        raise WeightsError(f"{index} names tensors that their files do not hold: {shown}")
+    there = {file.name for file in index.parent.iterdir() if _is_shard_like(file.name, min(files))}
+    surplus = sorted(there - set(files))
+    if surplus:
+        raise WeightsError(
+            f"{index.parent} holds shards that {index.name} does not name: {', '.join(surplus[:5])}. They "
+            "are surplus, of another model or an earlier save: remove them, or take the index of them all"
+        )
+    unnamed = [n for names in held.values() for n in names if n not in weight_map and not is_recomputed(n)]
+    if unnamed:
+        shown = ", ".join(summary(unnamed))
+        raise WeightsError(
+            f"{index} does not name tensors that its files hold: {shown}. Take the index of these files"
+        )
+
+
+def _is_shard_like(name: str, shard: str) -> bool:
+    """Whether the two are files of one series, such as model-00001-of-00004.safetensors."""
+    pattern = re.sub(r"\d+", r"\\d+", re.escape(shard))
+    return re.search(r"\d", shard) is not None and re.fullmatch(pattern, name) is not None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        index: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{path} must have a `weight_map` from tensor names to files")
+    outside = [str(shard) for shard in weight_map.values() if not _is_plain_name(shard)]
+    if outside:
+        raise WeightsError(
+            f"{path}: `weight_map` must name files of its own folder, but names {outside[0]!r}"
+        )
+    return weight_map
+
+
+def _is_plain_name(shard: object) -> bool:
+    return isinstance(shard, str) and Path(shard).name == shard
+
+
+def _by_our_name(folder: Path, tensors: dict[str, TensorFile]) -> dict[str, TensorFile]:
+    files, unknown = {}, []
+    for name, file in tensors.items():
+        if is_recomputed(name):
+            continue
+        try:
+            files[from_hf(name)] = file
+        except UnknownNameError:
+            unknown.append(name)
+    if unknown:
+        raise WeightsError(
+            f"{folder} holds tensors that no plain Llama has: {', '.join(summary(unknown))}. Give the "
+            "folder of a LlamaForCausalLM or MistralForCausalLM without biases, adapters or quantisation"
+        )
+    return files
+
+
+def _shown(names: Iterable[str]) -> list[str]:
+    return summary(to_hf(name) for name in names)

@@ -1,0 +1,213 @@
+"""Writes NxD's checkpoint folder, a whole weight at a time, in any order and from several threads.
+
+Every file is made at its full size first, by torch.save itself with the bytes left out; a weight is
+then cut and put into its places. Names and order are those that NxD's own converter writes.
+"""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import serialization
+
+from nxdt_align.models.partition import EMBEDDING, HEAD, Partition, local_tensors
+from nxdt_align.weights.direct import BLOCK
+from nxdt_align.weights.extents import Extent, WeightsError, write_bytes
+from nxdt_align.weights.host_memory import empty
+from nxdt_align.weights.nxdt_files import INFO, TENSORS, shard_name
+from nxdt_align.weights.torch_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a local tensor."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A weight's part of one rank's tensor: from ``first_row`` on."""
+
+    rank: int
+    extent: Extent
+    first_row: int
+
+
+class NxDTWriter:
+    """The shards in one folder.
+
+    Args:
+        folder: made by ``create``; must not hold files of another layout.
+        dtype: the dtype of each weight, by the plain Llama's name.
+    """
+
+    def __init__(
+        self, folder: Path, partition: Partition, dtype: Callable[[str], torch.dtype], *, xser: bool = False
+    ) -> None:
+        self.folder = folder
+        self.partition = partition
+        self._dtype = dtype
+        self._xser = xser
+        self._places: dict[str, list[_Place]] = {}
+
+    def total_bytes(self) -> int:
+        """Of the tensors in all files."""
+        stages = range(self.partition.pp)
+        each = [Extent(Path(), 0, d, s).nbytes for p in stages for s, d in self._specs(p).values()]
+        return self.partition.tp * sum(each)
+
+    def create(self) -> Iterator[Path]:
+        """Make every file at its full size (holes, which take no space yet); yields each one made."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stage in range(self.partition.pp):
+            specs = self._specs(stage)
+            for rank in range(self.partition.tp):
+                path = self.folder / shard_name(rank, stage)
+                if not self._xser:
+                    _create_plain(path, specs)
+                elif rank == 0:
+                    _create_xser(path, specs)
+                else:
+                    self._copy_xser(self.folder / shard_name(0, stage), path)
+                yield path
+
+    def open(self) -> None:
+        """Find where the tensors are in files that ``create`` has made, now or before."""
+        for stage in range(self.partition.pp):
+            first = self._extents(self.folder / shard_name(0, stage))
+            for rank in range(self.partition.tp):
+                path = self.folder / shard_name(rank, stage)
+                if self._xser:
+                    folder = path.with_name(path.name + TENSORS)
+                    extents = {n: replace(held, path=folder / held.path.name) for n, held in first.items()}
+                else:
+                    extents = self._extents(path) if rank else first
+                for local, names in local_tensors(self.partition, stage).items():
+                    row = 0
+                    for name in names:
+                        self._places.setdefault(name, []).append(_Place(rank, extents[local], row))
+                        row += self.partition.local_shape(name)[0]
+
+    def write(self, name: str, whole: Tensor) -> None:
+        """Put a weight into all its places. Raises OSError. The vocabulary's padding stays 0."""
+        for target in [name, *([HEAD] if name == EMBEDDING and self._is_tied else [])]:
+            spare = empty(self.partition.local_shape(target), whole.dtype)
+            for place in self._places[target]:
+                self._write_share(target, whole, place, spare)
+
+    @property
+    def _is_tied(self) -> bool:
+        return self.partition.config.tie_word_embeddings
+
+    def _write_share(self, name: str, whole: Tensor, place: _Place, spare: Tensor) -> None:
+        dim, ranges = self.partition.ranges(name, place.rank)
+        extent = place.extent
+        if dim == 1:
+            torch.cat([whole[:, start:stop] for start, stop in ranges], dim=1, out=spare)
+            write_bytes(extent.path, extent.offset, spare)
+            return
+        row = place.first_row
+        for start, stop in ranges:
+            rows = whole[start : min(stop, len(whole))]
+            if len(rows):
+                write_bytes(extent.path, extent.offset + row * extent.row_bytes, rows)
+            row += stop - start
+
+    def _specs(self, stage: int) -> dict[str, Spec]:
+        """The stage's local tensors, the same on every rank."""
+        found = {}
+        for local, names in local_tensors(self.partition, stage).items():
+            shape = list(self.partition.local_shape(names[0]))
+            shape[0] = sum(self.partition.local_shape(name)[0] for name in names)
+            dtypes = {self._dtype(EMBEDDING if self._is_tied and n == HEAD else n) for n in names}
+            if len(dtypes) > 1:
+                kinds = " and ".join(sorted(str(dtype) for dtype in dtypes))
+                raise WeightsError(
+                    f"{' and '.join(names)} become one tensor, {local}, but are {kinds}; choose one: --dtype"
+                )
+            found[local] = (tuple(shape), dtypes.pop())
+        return found
+
+    def _extents(self, path: Path) -> dict[str, Extent]:
+        found = {}
+        for name, held in tensors_of(path, read_index(path)).items():
+            if not isinstance(held, Extent):
+                held = read_index(path.with_name(path.name + TENSORS) / f"tensor_{held.tid}.pt")
+            assert isinstance(held, Extent)
+            found[name] = held
+        return found
+
+    def _copy_xser(self, first: Path, path: Path) -> None:
+        """Another rank's files: those of rank 0, which have the same names, sizes and places."""
+        folder = path.with_name(path.name + TENSORS)
+        folder.mkdir(exist_ok=True)
+        for extent in self._extents(first).values():
+            _copy_without_bytes(extent, folder / extent.path.name)
+        shutil.copyfile(first.with_name(first.name + INFO), path.with_name(path.name + INFO))
+        write_references(path, list(self._extents(first)))
+
+    def description(self) -> dict[str, Any]:
+        """What makes two conversions write the same."""
+        return {"layout": "nxdt", "xser": self._xser, **asdict(self.partition)}
+
+
+def _create_plain(path: Path, specs: Mapping[str, Spec]) -> None:
+    with FakeTensorMode():
+        fake = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in specs.items()}
+    _save_without_bytes(fake, path)
+
+
+def _create_xser(path: Path, specs: Mapping[str, Spec]) -> None:
+    folder = path.with_name(path.name + TENSORS)
+    folder.mkdir(exist_ok=True)
+    info = {}
+    for tid, (shape, dtype) in enumerate(specs.values()):
+        with FakeTensorMode():
+            fake = torch.empty(shape, dtype=dtype)
+        _save_without_bytes(fake, folder / f"tensor_{tid}.pt")
+        info[tid] = {"dtype": dtype, "shape": torch.Size(shape), "expert_model_parallel": False}
+    torch.save(info, path.with_name(path.name + INFO))
+    write_references(path, list(specs))
+
+
+def _save_without_bytes(content: Any, path: Path) -> None:
+    usual = serialization.config.save.storage_alignment
+    serialization.config.save.storage_alignment = BLOCK
+    try:
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(content, path)
+    finally:
+        serialization.config.save.storage_alignment = usual
+
+
+def _copy_without_bytes(extent: Extent, path: Path) -> None:
+    """All of a file but its tensor's bytes, for which a hole is left."""
+    end = extent.offset + extent.nbytes
+    with open(extent.path, "rb") as source, open(path, "wb") as target:
+        target.write(source.read(extent.offset))
+        source.seek(end)
+        target.seek(end)
+        target.write(source.read())
+
+
+def write_references(path: Path, names: list[str]) -> None:
+    """A torch.save file of {name: TensorReference(its position)}, as torch_xla's ``xser.save`` leaves it.
+
+    Written opcode by opcode (pickle protocol 2), since the class is torch_xla's, which need not be here.
+    """
+    text = f"c{REFERENCE_MODULE}\n{REFERENCE_NAME}\n".encode()
+    parts = [b"\x80\x02}("]
+    for tid, name in enumerate(names):
+        key = name.encode()
+        parts.append(b"X" + len(key).to_bytes(4, "little") + key)
+        parts.append(text + b")\x81}X\x03\x00\x00\x00tidJ" + tid.to_bytes(4, "little") + b"sb")
+    parts.append(b"u.")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for record, content in (("data.pkl", b"".join(parts)), ("byteorder", b"little"), ("version", b"3\n")):
+            # ZipInfo: without the time of day, so that the same weights make the same file.
+            archive.writestr(zipfile.ZipInfo(f"{path.stem}/{record}"), content)

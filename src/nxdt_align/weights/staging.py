@@ -1,0 +1,165 @@
+"""Where a conversion is written until it is whole, and the journal from which it goes on.
+
+The folder is a hidden sibling of the destination, so that the last step is one rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nxdt_align.weights.extents import WeightsError
+
+JOURNAL = "conversion.jsonl"
+_SUFFIX = ".nxdt-partial"
+
+
+class Staging:
+    """The unfinished output of one conversion; a context that holds a lock on it.
+
+    Args:
+        identity: what source and target are; a conversion that is resumed must have the same.
+        resume: go on from what is there. Without it an earlier leftover is removed.
+
+    Raises WeightsError: the destination is taken, another process is at work, or what is to be resumed
+    is of another conversion.
+    """
+
+    def __init__(self, destination: Path, identity: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.destination = destination.absolute()
+        self.folder = self.destination.with_name(f".{self.destination.name}{_SUFFIX}")
+        self.checksums: dict[str, int] = {}
+        """Weight -> CRC-32 of its bytes, for those that are written."""
+        self.nans: dict[str, int] = {}
+        self.is_created = False
+        """Whether all files are there at full size."""
+        self.resumed = False
+        self._identity = json.loads(json.dumps(identity, default=str))
+        self._resume = resume
+
+    def __enter__(self) -> Staging:
+        self._require_free_destination()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.folder / JOURNAL, "a+")
+        except OSError as error:
+            raise WeightsError(
+                f"cannot write {self.destination}: {error.strerror}; choose another"
+            ) from error
+        try:
+            self._lock()
+            self._take_up()
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def record_created(self) -> None:
+        self.is_created = True
+        self._append({"created": True})
+
+    def record(self, name: str, checksum: int, nans: int) -> None:
+        """Say that the weight is written."""
+        self.checksums[name] = checksum
+        self.nans[name] = nans
+        self._append({"name": name, "crc32": checksum, "nans": nans})
+
+    def discard(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def flush(self) -> None:
+        """Bring every file and folder to the device."""
+        for parent, _, names in os.walk(self.folder):
+            for name in names:
+                flush(Path(parent) / name)
+            flush(Path(parent))
+
+    def publish(self) -> None:
+        """Give the folder its name. Up to here an interrupted conversion has its journal to go on from."""
+        self.flush()
+        (self.folder / JOURNAL).unlink()
+        os.rename(self.folder, self.destination)
+        flush(self.destination.parent)
+
+    def bytes_on_disk(self) -> int:
+        """What the leftover of an earlier attempt takes already."""
+        return sum(f.stat().st_blocks * 512 for f in self.folder.rglob("*") if f.is_file())
+
+    def _require_free_destination(self) -> None:
+        if not os.path.lexists(self.destination):
+            return
+        if not self.destination.is_dir():
+            raise WeightsError(f"{self.destination} is a file: choose a folder for the output")
+        if any(self.destination.iterdir()):
+            raise WeightsError(f"{self.destination} is not empty: choose another folder, or remove it")
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
+                return  # a file system without locks
+            raise WeightsError(
+                f"another conversion is writing {self.destination}: wait for it, or choose another folder"
+            ) from error
+
+    def _take_up(self) -> None:
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind("\n") + 1]
+        if len(whole) < len(text):  # the last line was being written
+            self._file.truncate(len(whole.encode()))
+        entries = self._entries(whole) if self._resume else []
+        if not entries:
+            self._clear()
+            self._append({"identity": self._identity})
+            return
+        if entries[0].get("identity") != self._identity:
+            raise WeightsError(
+                f"{self.folder} is left from another conversion (its source has changed, or the options are "
+                "others): call again as then, or without --resume to start over"
+            )
+        self.resumed = True
+        for entry in entries[1:]:
+            if "name" in entry:
+                self.checksums[entry["name"]] = entry["crc32"]
+                self.nans[entry["name"]] = entry["nans"]
+            self.is_created = self.is_created or "created" in entry
+
+    def _entries(self, text: str) -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in text.splitlines()]
+        except ValueError as error:
+            raise WeightsError(
+                f"{self.folder / JOURNAL} is damaged: call again without --resume to start over"
+            ) from error
+
+    def _clear(self) -> None:
+        for entry in self.folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != JOURNAL:
+                entry.unlink()
+        self._file.truncate(0)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+
+def flush(path: Path) -> None:
+    """Bring a file or folder to the device."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
