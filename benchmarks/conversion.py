@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig, weight_shapes
-from nxdt_align.weights.direct import past_cache
+from nxdt_align.weights.direct_io import past_cache
 from nxdt_align.weights.hf_writer import CONFIG, UNFINISHED_CONFIG, HFWriter
 
 Figures = dict[str, float]

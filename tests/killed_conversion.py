@@ -14,7 +14,7 @@ from typing import Any
 
 from checkpoint_fixture import SIZES, run
 
-from nxdt_align.run.native_destination import NativeWriter
+from nxdt_align.run.native_writer import NativeWriter
 from nxdt_align.weights.hf_writer import HFWriter
 from nxdt_align.weights.nxdt_writer import NxDTWriter
 from nxdt_align.weights.staging import Staging

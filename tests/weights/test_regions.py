@@ -15,7 +15,7 @@ from torch import nn
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 from nxdt_align.engines.native.saving import save
-from nxdt_align.weights import direct
+from nxdt_align.weights import direct_io as direct
 from nxdt_align.weights.extents import Extent, WeightsError
 from nxdt_align.weights.hf import FreshWeights, HFFolder
 from nxdt_align.weights.names import to_hf

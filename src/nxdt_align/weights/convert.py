@@ -27,7 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from nxdt_align.errors import UserError
 from nxdt_align.files import explain
 from nxdt_align.weights.destinations import Destination, Writer
-from nxdt_align.weights.direct import past_cache
+from nxdt_align.weights.direct_io import past_cache
 from nxdt_align.weights.extents import WeightsError, byte_view
 from nxdt_align.weights.host_memory import empty, reused_memory
 from nxdt_align.weights.names import summary

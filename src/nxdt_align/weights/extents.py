@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.errors import UserError
-from nxdt_align.weights.direct import Bytes, read_at, write_at
+from nxdt_align.weights.direct_io import Bytes, read_at, write_at
 from nxdt_align.weights.host_memory import empty
 
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import serialization
 
 from nxdt_align.models.partition import EMBEDDING, HEAD, Partition, local_tensors
-from nxdt_align.weights.direct import BLOCK
+from nxdt_align.weights.direct_io import BLOCK
 from nxdt_align.weights.extents import Extent, WeightsError, write_bytes
 from nxdt_align.weights.host_memory import empty
 from nxdt_align.weights.nxdt_files import INFO, TENSORS, shard_name

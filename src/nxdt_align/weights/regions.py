@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nxdt_align.weights.direct import read_rows_at
+from nxdt_align.weights.direct_io import read_rows_at
 from nxdt_align.weights.extents import Extent, fill_bytes, read_bytes, read_tensor
 from nxdt_align.weights.host_memory import empty
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nxdt_align.weights import direct
-from nxdt_align.weights.direct import BLOCK, past_cache, read_at, write_at
+from nxdt_align.weights import direct_io as direct
+from nxdt_align.weights.direct_io import BLOCK, past_cache, read_at, write_at
 
 
 @pytest.fixture(autouse=True)

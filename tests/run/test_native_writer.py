@@ -13,7 +13,7 @@ from nxdt_align.engines.native.checkpoint import checkpoint_step, describe, load
 from nxdt_align.engines.native.saving import save
 from nxdt_align.errors import UserError
 from nxdt_align.run.conversion import open_weights
-from nxdt_align.run.native_destination import NativeWriter
+from nxdt_align.run.native_writer import NativeWriter
 from nxdt_align.weights.hf import WeightsError, write_hf_folder
 
 
