@@ -23,7 +23,8 @@ from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.training import optim
-from nxdt_align.weights.hf import FreshWeights, write_hf_folder
+from nxdt_align.weights.hf import FreshWeights
+from nxdt_align.weights.hf_writer import write_hf_folder
 
 BETA, MAX_NORM = 0.1, 1.0
 OPTIMIZER = {"lr": 1e-5, "weight_decay": 0.01}

@@ -17,6 +17,7 @@ from torch import Tensor
 from nxdt_align.data.tokenize import Example
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.named_tensors import WeightSource
 
 TINY = LlamaConfig(
     vocab_size=61,
@@ -141,7 +142,7 @@ def assert_gradients_close(got: dict[str, Tensor], want: dict[str, Tensor], tole
         assert error <= tolerance, f"{name}: {error:.2e} > {tolerance:.0e}"
 
 
-class ModuleWeights:
+class ModuleWeights(WeightSource):
     """A model's parameters as an engine's WeightSource."""
 
     def __init__(self, model: Llama) -> None:
@@ -153,11 +154,11 @@ class ModuleWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
         return self._tensors[name][tuple(region)]
-
-    def fingerprint(self) -> str:
-        return "of a test"

@@ -136,9 +136,9 @@ def test_every_misfit_is_named(written: Path) -> None:
     expect_refusal(
         written,
         r"does not fit the model \(4 tensors\):\n"
-        r"  low is torch.bfloat16, but the model keeps torch.float32\n"
-        r"  weight has shape \[4, 3\], but the model has \[4, 2\]\n"
-        r"  missing: more\n  not in the model: norm\n",
+        r"  missing: more\n  surplus: norm\n"
+        r"  low must be torch.float32, but is torch.bfloat16\n"
+        r"  weight must have shape \[4, 2\], but has \[4, 3\]\n",
         net,
     )
 

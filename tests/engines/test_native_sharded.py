@@ -15,7 +15,7 @@ from torch import nn
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, describe, load
 from nxdt_align.engines.native.saving import save
 from nxdt_align.models.presets import weight_shapes
-from nxdt_align.weights.hf import write_hf_folder
+from nxdt_align.weights.hf_writer import write_hf_folder
 
 WORKS = (
     state_ranks.gather,

@@ -29,7 +29,7 @@ from nxd_fixture import (
 
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.checkpoint import SUMMARY, checkpoint_step, is_checkpoint, read_extra
-from nxdt_align.weights.hf import write_hf_folder
+from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.nxdt import NxDTFolder
 
 pytestmark = pytest.mark.nxd

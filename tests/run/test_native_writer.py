@@ -14,7 +14,8 @@ from nxdt_align.engines.native.saving import save
 from nxdt_align.errors import UserError
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.run.native_writer import NativeWriter
-from nxdt_align.weights.hf import WeightsError, write_hf_folder
+from nxdt_align.weights.extents import WeightsError
+from nxdt_align.weights.hf_writer import write_hf_folder
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from checkpoint_fixture import CONFIG, SIZES, MakeHF, fresh, run
 
 from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.weights.hf import write_hf_folder
+from nxdt_align.weights.hf_writer import write_hf_folder
 
 
 @pytest.fixture

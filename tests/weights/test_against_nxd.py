@@ -13,7 +13,8 @@ from nxd_source import supply_neuron_only_modules
 from torch import Tensor
 
 from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.weights.hf import HFFolder, write_hf_folder
+from nxdt_align.weights.hf import HFFolder
+from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.names import to_hf
 from nxdt_align.weights.nxdt_files import shard_name
 

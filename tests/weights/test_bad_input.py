@@ -33,7 +33,9 @@ from torch import Tensor
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import PartitionError
 from nxdt_align.run.conversion import open_weights
-from nxdt_align.weights.hf import HFFolder, WeightsError, write_hf_folder
+from nxdt_align.weights.extents import WeightsError
+from nxdt_align.weights.hf import HFFolder
+from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import shard_name
 
@@ -94,12 +96,13 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "wrong shape",
         lambda f: edit(first(f), lambda t: t.update({DOWN: t[DOWN][:, :5]})),
-        r"down_proj.weight of rank 0 must have shape \[16, 12\], but has \[16, 5\]",
+        r"down_proj.weight in dp_rank_00_tp_rank_00_pp_rank_00.pt must have shape \[16, 12\], but has "
+        r"\[16, 5\]",
     ),
     (
         "wrong dtype",
         lambda f: edit(f / "model" / shard_name(1, 0), lambda t: t.update({DOWN: t[DOWN].half()})),
-        "float32 on rank 0, but torch.float16 on rank 1",
+        "in dp_rank_00_tp_rank_01_pp_rank_00.pt must be torch.float32, but is torch.float16",
     ),
     (
         "tensor missing",

@@ -22,7 +22,8 @@ from nxdt_align.engines.nxd.checkpoint import SUMMARY as NXD_SUMMARY
 from nxdt_align.models.presets import LLAMA3_8B, TINY, read_config_json
 from nxdt_align.run.conversion import describe, open_weights
 from nxdt_align.training.runs import write_identity
-from nxdt_align.weights.hf import HFFolder, write_hf_folder
+from nxdt_align.weights.hf import HFFolder
+from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.nxdt import NxDTFolder
 
 
@@ -135,7 +136,7 @@ def test_documented_commands_run_one_after_the_other(
     for command in commands:
         assert main(command) == 0, command
     made = [command[2] for command in commands if command[0] != "inspect"]
-    prints = {source.fingerprint() for source, _ in (open_weights(Path(place)) for place in made)}  # type: ignore[attr-defined]
+    prints = {source.fingerprint() for source, _ in (open_weights(Path(place)) for place in made)}
     assert prints == {HFFolder("Meta-Llama-3-8B").fingerprint()}
 
 

@@ -33,8 +33,9 @@ from nxdt_align.models.presets import TINY, LlamaConfig
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.weights import convert as convert_module
 from nxdt_align.weights.direct_io import BLOCK
-from nxdt_align.weights.extents import Extent
-from nxdt_align.weights.hf import HFFolder, WeightsError, write_hf_folder
+from nxdt_align.weights.extents import Extent, WeightsError
+from nxdt_align.weights.hf import HFFolder
+from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import shard_name
 from nxdt_align.weights.nxdt_writer import NxDTWriter
@@ -61,7 +62,7 @@ def test_there_and_back_is_the_identity(seed: int, tmp_path: Path) -> None:
     same_folders(tmp_path / "hf", tmp_path / "back")
     before, after = ((tmp_path / f / "config.json").read_text() for f in ("hf", "back"))
     assert json.loads(before) == json.loads(after)
-    assert open_weights(tmp_path / "nxdt")[0].fingerprint() == HFFolder(tmp_path / "hf").fingerprint()  # type: ignore[attr-defined]
+    assert open_weights(tmp_path / "nxdt")[0].fingerprint() == HFFolder(tmp_path / "hf").fingerprint()
 
 
 @pytest.mark.parametrize(

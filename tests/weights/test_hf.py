@@ -18,13 +18,11 @@ from torch import Tensor
 
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import TINY, LlamaConfig, ModelConfigError, RopeScaling, weight_shapes
-from nxdt_align.weights.hf import (
-    FreshWeights,
-    HFFolder,
-    WeightsError,
-    content_fingerprint,
-    write_hf_folder,
-)
+from nxdt_align.named_tensors import content_fingerprint
+from nxdt_align.weights.detect import check_weights
+from nxdt_align.weights.extents import WeightsError
+from nxdt_align.weights.hf import FreshWeights, HFFolder
+from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.names import from_hf
 
 TIED = replace(TINY, tie_word_embeddings=True)
@@ -67,7 +65,7 @@ def test_folders_of_transformers_are_read_bit_for_bit(
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
     source = HFFolder(tmp_path)
     assert_same(source, model)
-    source.check_against(config)
+    check_weights(source, config)
 
 
 def as_bin(folder: Path, shards: int, legacy: bool = False) -> None:
@@ -291,7 +289,7 @@ def test_a_broken_index_is_refused(sharded: Path, damage: Callable[[Path], objec
 def test_all_that_does_not_fit_is_named_at_once(folder: Path) -> None:
     config = replace(TINY, num_hidden_layers=4, intermediate_size=48, tie_word_embeddings=True)
     with pytest.raises(WeightsError) as error:
-        HFFolder(folder).check_against(config)
+        check_weights(HFFolder(folder), config)
     message = str(error.value)
     assert "missing: model.layers.{2-3}.mlp.down_proj.weight" in message
     assert "surplus: lm_head.weight" in message
@@ -300,7 +298,7 @@ def test_all_that_does_not_fit_is_named_at_once(folder: Path) -> None:
     assert f"{layers}gate_proj.weight must have shape [48, 32], but has [64, 32]" in message
     assert f"{layers}down_proj.weight must have shape [32, 48], but has [32, 64]" in message
     assert message.count("must have shape") == 3
-    HFFolder(folder).check_against(TINY)
+    check_weights(HFFolder(folder), TINY)
 
 
 def test_a_weight_that_is_not_there_is_named(folder: Path) -> None:
@@ -435,7 +433,7 @@ def test_an_existing_folder_is_kept_unless_asked(folder: Path) -> None:
 def test_an_empty_folder_is_filled_and_a_folder_of_something_else_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_hf_folder(tmp_path / "empty", TINY, fresh(TINY))
-    HFFolder(tmp_path / "empty").check_against(TINY)
+    check_weights(HFFolder(tmp_path / "empty"), TINY)
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
     with pytest.raises(WeightsError, match="is not a model folder"):

@@ -17,7 +17,8 @@ from meta_fixture import write_meta
 
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.run.conversion import describe
-from nxdt_align.weights.hf import WeightsError, write_hf_folder
+from nxdt_align.weights.extents import WeightsError
+from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.inspect import to_text
 from nxdt_align.weights.names import to_hf
 from nxdt_align.weights.nxdt_files import shard_name

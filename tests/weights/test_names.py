@@ -6,7 +6,8 @@ import pytest
 
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LLAMA3_8B, weight_shapes
-from nxdt_align.weights.names import UnknownNameError, from_hf, is_recomputed, summary, to_hf
+from nxdt_align.named_tensors import summary
+from nxdt_align.weights.names import UnknownNameError, from_hf, is_recomputed, to_hf
 
 
 def test_every_name_goes_there_and_back() -> None:

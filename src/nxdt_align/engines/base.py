@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nxdt_align.batch import Batch, Reading, Topology
 from nxdt_align.errors import UserError
+from nxdt_align.named_tensors import WeightSource as WeightSource  # a part of the engine's contract
 
 
 class EngineError(UserError):
@@ -70,27 +71,6 @@ class Objective(Protocol):
 
     def surrogate(self, batch: Batch, token_logps: Tensor, gradients: Tensor) -> Tensor:
         """A scalar with the coupled loss's gradient; ``gradients``: (B * R, 2)."""
-        ...
-
-
-class WeightSource(Protocol):
-    """Where weights come from: names are those of the plain Llama, tensors are whole."""
-
-    def names(self) -> list[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU, in the dtype it is stored in."""
-        ...
-
-    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
-        """The part that ``region``, a start and a stop for each dimension, cuts out: as ``read``, without
-        holding more than one whole tensor."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A digest of the weights' content."""
         ...
 
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from nxdt_align.engines.base import EngineError, WeightSource
 from nxdt_align.engines.summary import CheckpointError
 from nxdt_align.files import explain
+from nxdt_align.named_tensors import Spec, require_fit
 
 Shape = tuple[int, ...]
 
@@ -31,45 +30,24 @@ def writing(directory: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write checkpoint {directory}: {said}") from error
 
 
-def require_same_tensors(
-    directory: Path,
-    saved: Mapping[str, tuple[Shape, torch.dtype]],
-    model: Mapping[str, tuple[Shape, torch.dtype]],
-) -> None:
-    """Raises CheckpointError naming every weight of another shape or dtype, missing or surplus."""
-    faults = []
-    for name in sorted(set(saved) & set(model)):
-        (have, stored), (want, dtype) = saved[name], model[name]
-        if have != want:
-            faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
-        elif stored != dtype:
-            faults.append(f"{name} is {stored}, but the model keeps {dtype}")
-    faults += _other_names(set(saved), set(model))
-    if faults:
-        raise CheckpointError(
-            f"checkpoint {directory} does not fit the model ({len(faults)} tensors):\n  "
-            + "\n  ".join(faults)
-            + "\nThe model and precision.type must be those of the run that wrote it"
-        )
+def require_same_tensors(directory: Path, saved: Mapping[str, Spec], model: Mapping[str, Spec]) -> None:
+    """Raises CheckpointError naming every tensor of another shape or dtype, missing or surplus."""
+    require_fit(
+        f"checkpoint {directory}",
+        saved,
+        model,
+        error=CheckpointError,
+        hint="The model and precision.type must be those of the run that wrote it",
+    )
 
 
 def require_same_shapes(source: WeightSource, model: Mapping[str, Shape]) -> None:
     """Raises EngineError naming every weight that is missing, surplus or of another shape. Any dtype fits:
-    a source's values are brought to the parameters'."""
-    there = set(source.names())
-    faults = _other_names(there, set(model))
-    for name in sorted(there & set(model)):
-        have, want = tuple(source.shape(name)), model[name]
-        if have != want:
-            faults.append(f"{name} has shape {list(have)}, but the model has {list(want)}")
-    if faults:
-        shown = "\n  ".join(faults)
-        raise EngineError(
-            f"{source} does not fit the model ({len(faults)} tensors):\n  {shown}\n"
-            "model.model_config, model.num_layers and model.hidden_size must be those of the weights"
-        )
-
-
-def _other_names(there: set[str], wanted: set[str]) -> list[str]:
-    faults = [f"missing: {name}" for name in sorted(wanted - there)]
-    return faults + [f"not in the model: {name}" for name in sorted(there - wanted)]
+    a source's values are cast to the parameters'."""
+    require_fit(
+        source,
+        {name: (tuple(source.shape(name)), None) for name in source.names()},
+        {name: (shape, None) for name, shape in model.items()},
+        error=EngineError,
+        hint="model.model_config, model.num_layers and model.hidden_size must be those of the weights",
+    )

@@ -34,7 +34,7 @@ from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.run.env import RunEnv
-from nxdt_align.weights.detect import check_names, layout_of
+from nxdt_align.weights.detect import check_weights, layout_of
 from nxdt_align.weights.hf import FreshWeights, HFFolder
 from nxdt_align.weights.nxdt import NxDTFolder
 
@@ -235,11 +235,9 @@ def _foreign_weights(folder: Path, model: LlamaConfig) -> WeightSource:
             "folder of it that training starts from"
         )
     if layout == "nxdt":
-        sharded = NxDTFolder(folder, model)
-        check_names(sharded, model)
-        return sharded
+        return NxDTFolder(folder, model)  # which checks its shards against the model
     weights = HFFolder(folder)
-    weights.check_against(model)
+    check_weights(weights, model)
     return weights
 
 

@@ -21,15 +21,15 @@ from nxdt_align.models.partition import (
     default_qkv,
 )
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict
+from nxdt_align.named_tensors import WeightSource
 from nxdt_align.run.native_writer import NativeDestination
 from nxdt_align.training.runs import IDENTITY_FILE
 from nxdt_align.weights import inspect
 from nxdt_align.weights.convert import Conversion, Report
 from nxdt_align.weights.destinations import Destination, HFDestination, NxDTDestination
-from nxdt_align.weights.detect import check_names, find_config_file, layout_of, open_source, read_shape
+from nxdt_align.weights.detect import check_weights, find_config_file, layout_of, open_source, read_shape
 from nxdt_align.weights.inspect import to_text
 from nxdt_align.weights.nxdt import NxDTFolder
-from nxdt_align.weights.source import Source
 
 __all__ = ["ConvertOptions", "convert", "describe", "open_weights", "to_text"]
 
@@ -109,7 +109,7 @@ def convert(options: ConvertOptions) -> Report:
 
 def open_weights(
     path: Path, config_file: Path | None = None, *, first_replica: bool = False
-) -> tuple[Source, LlamaConfig]:
+) -> tuple[WeightSource, LlamaConfig]:
     """A reader for weights of any kind, and their model's shape. Raises UserError."""
     is_of_nxd = is_nxd_checkpoint(path)
     if not is_of_nxd and not is_checkpoint(path):
@@ -123,7 +123,7 @@ def open_weights(
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=first_replica)
         return sharded, sharded.config
     native = NativeCheckpoint(path)
-    check_names(native, config)
+    check_weights(native, config)
     return native, config
 
 
@@ -140,7 +140,7 @@ def _run_model(checkpoint: Path) -> LlamaConfig | None:
     return None
 
 
-def _check_stated(options: ConvertOptions, source: Source, config: LlamaConfig) -> None:
+def _check_stated(options: ConvertOptions, source: WeightSource, config: LlamaConfig) -> None:
     """Sizes that the user gave for the source must be those that it has."""
     _check_direction(options, source)
     _check_target(options, source)
@@ -179,7 +179,7 @@ def _listed(layers: Iterable[int] | None) -> str:
     return ",".join(map(str, layers or ())) or "none"
 
 
-def _check_direction(options: ConvertOptions, source: Source) -> None:
+def _check_direction(options: ConvertOptions, source: WeightSource) -> None:
     """A run's own checkpoint is neither whole nor in shards to whoever reads it."""
     if options.direction is None or isinstance(source, NativeCheckpoint):
         return
@@ -194,7 +194,7 @@ def _check_direction(options: ConvertOptions, source: Source) -> None:
         )
 
 
-def _check_target(options: ConvertOptions, source: Source) -> None:
+def _check_target(options: ConvertOptions, source: WeightSource) -> None:
     """Options that have no place in what is written."""
     target = _target(options, source)
     if target != "nxdt" and not isinstance(source, NxDTFolder) and _states_shards(options):
@@ -213,7 +213,7 @@ def _check_target(options: ConvertOptions, source: Source) -> None:
         )
 
 
-def _target(options: ConvertOptions, source: Source) -> str:
+def _target(options: ConvertOptions, source: WeightSource) -> str:
     """hf, nxdt or native: as asked; else away from what the source is."""
     if options.to is not None:
         return options.to
@@ -230,7 +230,7 @@ def _states_shards(options: ConvertOptions) -> bool:
 
 
 def _destination(
-    options: ConvertOptions, source: Source, config: LlamaConfig, dtype: torch.dtype | None
+    options: ConvertOptions, source: WeightSource, config: LlamaConfig, dtype: torch.dtype | None
 ) -> Destination:
     def dtypes(name: str) -> torch.dtype:
         return dtype or source.dtype(name)
@@ -308,7 +308,7 @@ def describe(path: Path, config_file: Path | None = None) -> dict[str, Any]:
     if layout == "nxdt" and config_file is None and not _says_its_model(path):
         return inspect.describe_bare(path)
     source, config = open_weights(path, config_file)
-    return inspect.describe(source, config, layout)
+    return inspect.describe(path, source, config, layout)
 
 
 def _says_its_model(path: Path) -> bool:

@@ -26,11 +26,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nxdt_align.engines.native.checkpoint import MODEL, SUMMARY, TENSORS, TRAINER
-from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
+from nxdt_align.engines.native.checkpoint import MODEL, SUMMARY, TENSORS, TRAINER, NativeCheckpoint
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.named_tensors import WeightSource
 from nxdt_align.weights.destinations import Dtypes, rename_back
-from nxdt_align.weights.extents import WeightsError
 
 _UNFINISHED = f"{TENSORS}.partial"
 _ARCHIVE = 4096
@@ -46,9 +45,9 @@ class NativeDestination:
     def writer(self, staging: Path) -> NativeWriter:
         return NativeWriter(staging / _UNFINISHED, self._config, self._dtypes)
 
-    def reopen(self, staging: Path) -> _Written:
+    def reopen(self, staging: Path) -> WeightSource:
         self.writer(staging).write_index()
-        return _Written(staging / _UNFINISHED)
+        return NativeCheckpoint(staging, unfinished=_UNFINISHED)
 
     def finish(self, staging: Path, record: Mapping[str, Any]) -> None:
         writer = self.writer(staging)
@@ -115,26 +114,3 @@ class NativeWriter:
 
     def _file(self, name: str) -> str:
         return f"__0_{list(self.dtypes).index(name)}.distcp"
-
-
-class _Written:
-    """What was written, read as the engine reads it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._tensors = TensorFolder(path)
-
-    def names(self) -> list[str]:
-        return sorted(name.removeprefix(MODEL) for name in self._tensors.names())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors.shape(MODEL + name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._tensors.dtype(MODEL + name)
-
-    def read(self, name: str) -> Tensor:
-        try:
-            return self._tensors.read(MODEL + name)
-        except DamagedError as error:
-            raise WeightsError(f"what was written cannot be read back: {error}") from error

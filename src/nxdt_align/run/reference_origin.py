@@ -51,10 +51,9 @@ def _extra(continued: Path) -> dict[str, Any]:
 
 def origin_record(source: WeightSource, fingerprint: str) -> dict[str, Any]:
     """What a checkpoint keeps of its reference, in plain values."""
-    path = getattr(source, "path", None)
     seed = source.seed if isinstance(source, FreshWeights) else None
     return {
-        "path": None if path is None else str(Path(path).absolute()),
+        "path": None if source.path is None else str(source.path.absolute()),
         "seed": seed,
         "fingerprint": fingerprint,
     }

@@ -48,7 +48,7 @@ from nxdt_align.training.recompiles import RecompileGuard
 from nxdt_align.training.runs import RunFolder, explicit_run, find_run, run_identity, write_identity
 from nxdt_align.training.start_times import StartTimes
 from nxdt_align.training.strategy import EngineStrategy
-from nxdt_align.weights.hf import write_hf_folder
+from nxdt_align.weights.hf_writer import write_hf_folder
 
 log = logging.getLogger(__name__)
 EXPORT = "hf_export"

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from nxdt_align.models.partition import EMBEDDING, HEAD, QKV
+from nxdt_align.named_tensors import summary
 from nxdt_align.weights.extents import Extent, WeightsError, same_bytes
-from nxdt_align.weights.names import is_recomputed, summary
+from nxdt_align.weights.names import is_recomputed
 from nxdt_align.weights.nxdt_files import (
     Files,
     find_shards,

@@ -26,12 +26,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from nxdt_align.errors import UserError
 from nxdt_align.files import explain
+from nxdt_align.named_tensors import WeightSource, summary
 from nxdt_align.weights.destinations import Destination, Writer
 from nxdt_align.weights.direct_io import past_cache
 from nxdt_align.weights.extents import WeightsError, byte_view
 from nxdt_align.weights.host_memory import empty, reused_memory
-from nxdt_align.weights.names import summary
-from nxdt_align.weights.source import Source, stamp
 from nxdt_align.weights.staging import Staging, flush
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class Conversion:
 
     def __init__(
         self,
-        source: Source,
+        source: WeightSource,
         destination: Destination,
         folder: Path,
         *,
@@ -78,6 +77,8 @@ class Conversion:
         workers: int | None = None,
         quiet: bool = False,
     ) -> None:
+        assert source.path is not None, "weights that are drawn need no conversion"
+        self._path = source.path
         self._source, self._destination, self._folder = source, destination, folder
         self._dtype, self._resume, self._verify = dtype, resume, verify
         self._workers = workers or _WORKERS
@@ -127,8 +128,8 @@ class Conversion:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "source": str(self._source.path.absolute()),
-            "files": stamp(self._source.path),
+            "source": str(self._path.absolute()),
+            "files": _stamp(self._path),
             "dtype": str(self._dtype),
             "target": self._destination.writer(Path()).description(),
         }
@@ -181,13 +182,19 @@ class Conversion:
         for file in sorted(f for f in staging.folder.rglob("*") if f.is_file()):
             flush(file)
             _forget(file)
-        written = self._destination.reopen(staging.folder)
-        if written.names() != sorted(self._source.names()):
+        try:
+            written = self._destination.reopen(staging.folder)
+        except UserError as error:
+            raise _unreadable(error) from error
+        if sorted(written.names()) != sorted(self._source.names()):
             raise WeightsError(f"the names in {self._folder} are not those that were written")
         wrong: list[str] = []
 
         def compare(name: str) -> None:
-            tensor = written.read(name)
+            try:
+                tensor = written.read(name)
+            except UserError as error:
+                raise _unreadable(error) from error
             same = tensor.dtype == self._target_dtype(name) and tuple(tensor.shape) == self._source.shape(
                 name
             )
@@ -287,6 +294,16 @@ def count_nans(tensor: Tensor) -> int:
     for start in range(0, len(flat), _CHUNK):
         count += int(torch.isnan(flat[start : start + _CHUNK].float()).sum())
     return count
+
+
+def _unreadable(error: UserError) -> WeightsError:
+    return WeightsError(f"what was written cannot be read back: {error}")
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of change of each file at ``path``: changes when the content does."""
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
+    return [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 def _forget(file: Path) -> None:

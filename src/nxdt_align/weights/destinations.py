@@ -14,13 +14,13 @@ from torch import Tensor
 
 from nxdt_align.models.partition import Partition
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.named_tensors import WeightSource
 from nxdt_align.weights.export import config_json, tokenizer_files
 from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.hf_writer import CONFIG, UNFINISHED_CONFIG, HFWriter
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import DONE, MODEL, TAG
 from nxdt_align.weights.nxdt_writer import NxDTWriter
-from nxdt_align.weights.source import Source
 
 RECORD = "conversion.json"
 """What a converted NxD checkpoint was made from, and the checksums of its weights."""
@@ -56,7 +56,7 @@ class Destination(Protocol):
 
     def writer(self, staging: Path) -> Writer: ...
 
-    def reopen(self, staging: Path) -> Source:
+    def reopen(self, staging: Path) -> WeightSource:
         """What was written, read as a user of the folder reads it."""
         ...
 
@@ -81,7 +81,7 @@ class HFDestination:
     def writer(self, staging: Path) -> HFWriter:
         return HFWriter(staging, self._config, self._dtypes, max_shard_bytes=self._most)
 
-    def reopen(self, staging: Path) -> Source:
+    def reopen(self, staging: Path) -> WeightSource:
         return HFFolder(staging, staging / UNFINISHED_CONFIG)
 
     def finish(self, staging: Path, record: Mapping[str, Any]) -> None:
@@ -102,7 +102,7 @@ class NxDTDestination:
     def writer(self, staging: Path) -> NxDTWriter:
         return NxDTWriter(staging / _UNFINISHED_MODEL, self._partition, self._dtypes, xser=self._xser)
 
-    def reopen(self, staging: Path) -> Source:
+    def reopen(self, staging: Path) -> WeightSource:
         return NxDTFolder(staging, self._partition.config, shards=staging / _UNFINISHED_MODEL)
 
     def finish(self, staging: Path, record: Mapping[str, Any]) -> None:

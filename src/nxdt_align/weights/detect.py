@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Literal
 
 from nxdt_align.models.presets import LlamaConfig, read_config_json, weight_shapes
+from nxdt_align.named_tensors import WeightSource, require_fit
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.hf import WEIGHT_FILES, HFFolder
-from nxdt_align.weights.meta import MetaFolder, is_meta_folder
-from nxdt_align.weights.names import shape_faults, summary
+from nxdt_align.weights.meta import PARAMS, MetaFolder, is_meta_folder
+from nxdt_align.weights.names import UnknownNameError, to_hf
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import MODEL, model_folder
-from nxdt_align.weights.source import Source
 from nxdt_align.weights.staging import JOURNAL
 
 _FIRST_FORMAT = re.compile(r"^tp_rank_\d+_pp_rank_\d+")
+_SIZES = (
+    "num_hidden_layers, hidden_size, tie_word_embeddings and the other sizes must be those of the weights"
+)
 Layout = Literal["hf", "nxdt", "meta"]
 
 
@@ -83,7 +86,7 @@ def read_shape(path: Path) -> LlamaConfig:
 
 def open_source(
     path: Path, config_file: Path | None = None, *, unequal_replicas: bool = False
-) -> tuple[Source, LlamaConfig]:
+) -> tuple[WeightSource, LlamaConfig]:
     """A reader for what lies at ``path``, and the model's shape.
 
     Raises WeightsError, ModelConfigError: nothing of a known kind, damaged, or of another shape than
@@ -92,6 +95,7 @@ def open_source(
     layout = layout_of(path)
     if layout == "meta":
         meta = MetaFolder(path, None if config_file is None else read_shape(config_file))
+        check_weights(meta, meta.config, hint=f"{PARAMS} must be that of the weights, or a shard is missing")
         return meta, meta.config
     if layout == "nxdt":
         file = config_file or find_config_file(path)
@@ -109,16 +113,24 @@ def open_source(
         raise WeightsError(f"{path} has no config.json: give the model's with --config")
     folder = HFFolder(path, file)
     config = read_shape(file)
-    folder.check_against(config)
+    check_weights(folder, config)
     return folder, config
 
 
-def check_names(source: Source, config: LlamaConfig) -> None:
-    """Raises WeightsError naming what is missing, surplus or of another shape."""
-    wanted, there = weight_shapes(config), set(source.names())
-    faults = [f"missing: {name}" for name in summary(set(wanted) - there)]
-    faults += [f"surplus: {name}" for name in summary(there - set(wanted))]
-    held = {name: source.shape(name) for name in there & set(wanted)}
-    faults += shape_faults((n, wanted[n], shape) for n, shape in held.items() if shape != wanted[n])
-    if faults:
-        raise WeightsError(f"{source} does not fit the model configuration:\n  " + "\n  ".join(faults[:20]))
+def check_weights(source: WeightSource, config: LlamaConfig, *, hint: str = _SIZES) -> None:
+    """Raises WeightsError naming, as Hugging Face does, every weight that is missing, surplus or of another
+    shape than the configuration's. Any dtype fits."""
+    require_fit(
+        source,
+        {_hf_name(name): (source.shape(name), None) for name in source.names()},
+        {to_hf(name): (shape, None) for name, shape in weight_shapes(config).items()},
+        error=WeightsError,
+        hint=hint,
+    )
+
+
+def _hf_name(name: str) -> str:
+    try:
+        return to_hf(name)
+    except UnknownNameError:  # which a checkpoint of another kind of model may hold
+        return name

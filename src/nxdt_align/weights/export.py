@@ -15,8 +15,9 @@ from torch import Tensor
 
 from nxdt_align.files import atomic_folder, explain
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
-from nxdt_align.weights.names import summary, to_hf
-from nxdt_align.weights.tensor_files import WeightsError
+from nxdt_align.named_tensors import summary
+from nxdt_align.weights.extents import WeightsError
+from nxdt_align.weights.names import to_hf
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

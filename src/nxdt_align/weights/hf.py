@@ -1,15 +1,12 @@
-"""Hugging Face model folders as a source of weights, and fresh weights as another.
-
-Both offer names(), shape(), read() and fingerprint() under the plain Llama's names, as
-``engines.base.WeightSource`` asks; ``write_hf_folder`` (export.py) is the way back.
-"""
+"""Hugging Face model folders as a source of weights, and fresh weights as another. hf_writer.py is the
+way back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,10 @@ import torch
 from torch import Tensor
 
 from nxdt_align.models.presets import LlamaConfig, fresh_weight, load_config_json, weight_shapes
-from nxdt_align.weights.export import write_hf_folder
-from nxdt_align.weights.names import UnknownNameError, from_hf, is_recomputed, shape_faults, summary, to_hf
-from nxdt_align.weights.tensor_files import TensorFile, WeightsError, open_tensor_file
-
-__all__ = ["FreshWeights", "HFFolder", "WeightsError", "content_fingerprint", "write_hf_folder"]
+from nxdt_align.named_tensors import NamedTensors, WeightSource, summary
+from nxdt_align.weights.extents import WeightsError
+from nxdt_align.weights.names import UnknownNameError, from_hf, is_recomputed, to_hf
+from nxdt_align.weights.tensor_files import open_tensor_file
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 WEIGHT_FILES = (
@@ -33,18 +29,20 @@ WEIGHT_FILES = (
 """In the order in which transformers looks for them."""
 
 
-class HFFolder:
+class HFFolder(WeightSource):
     """The weights of a folder that transformers' ``save_pretrained`` wrote; tensors are read when asked for.
 
     Where its ``config.json`` ties the head to the embedding, a head that is stored too is left out.
 
     Args:
         path: the folder, or one file of all weights (``pytorch_model.bin``, NxD's ``checkpoint.pt``).
-        config_file: read in the place of the ``config.json`` beside the weights.
+        config_file: read instead of the ``config.json`` beside the weights.
 
     Raises WeightsError (or ModelConfigError for ``config.json``) for a folder that is not one, that
     is not whole, or that holds what a plain Llama does not have.
     """
+
+    path: Path
 
     def __init__(self, path: str | Path, config_file: Path | None = None) -> None:
         self.path = Path(path)
@@ -59,7 +57,6 @@ class HFFolder:
         self._files = _by_our_name(self.path, _find_tensors(self.path))
         if self._config.get("tie_word_embeddings", False):
             self._drop_tied_head()
-        self._fingerprint: str | None = None
 
     def __str__(self) -> str:
         return f"the Hugging Face folder {self.path}"
@@ -74,34 +71,12 @@ class HFFolder:
         return self._file(name).dtype(to_hf(name))
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU, in the dtype it is stored in."""
         return self._file(name).read(to_hf(name))
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
-        """The part that ``region``, a start and a stop for each dimension, cuts out of the tensor."""
         return self._file(name).read_slice(to_hf(name), region)
 
-    def fingerprint(self) -> str:
-        """The same for the same weights, however they are spread over files."""
-        if self._fingerprint is None:
-            self._fingerprint = content_fingerprint((name, self.read(name)) for name in self.names())
-        return self._fingerprint
-
-    def check_against(self, config: LlamaConfig) -> None:
-        """Raises WeightsError naming every tensor that is missing, surplus or of another shape."""
-        wanted = weight_shapes(config)
-        misshapen = [name for name in self.names() if name in wanted and self.shape(name) != wanted[name]]
-        faults = [f"missing: {name}" for name in _shown(set(wanted) - set(self._files))]
-        faults += [f"surplus: {name}" for name in _shown(set(self._files) - set(wanted))]
-        faults += shape_faults((to_hf(name), wanted[name], self.shape(name)) for name in misshapen)
-        if faults:
-            raise WeightsError(
-                f"{self} does not fit the model configuration:\n  " + "\n  ".join(faults) + "\n"
-                "num_hidden_layers, hidden_size, tie_word_embeddings and the other sizes must be those of "
-                "the weights"
-            )
-
-    def _file(self, name: str) -> TensorFile:
+    def _file(self, name: str) -> NamedTensors:
         if name not in self._files:
             raise WeightsError(f"{self} has no weight {to_hf(name)}")
         return self._files[name]
@@ -117,7 +92,7 @@ class HFFolder:
         del self._files[_HEAD]
 
 
-class FreshWeights:
+class FreshWeights(WeightSource):
     """Untrained weights, drawn when asked for; ``seed`` decides them. float32."""
 
     def __init__(self, config: LlamaConfig, seed: int) -> None:
@@ -134,6 +109,9 @@ class FreshWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
 
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
     def read(self, name: str) -> Tensor:
         return fresh_weight(self._config, name, self.seed)
 
@@ -147,16 +125,7 @@ class FreshWeights:
         return hashlib.blake2b(json.dumps(["fresh", *drawn_from]).encode(), digest_size=16).hexdigest()
 
 
-def content_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest, 32 hex digits, of names, dtypes, shapes and bytes; ``tensors`` come sorted by name."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _find_tensors(folder: Path) -> dict[str, TensorFile]:
+def _find_tensors(folder: Path) -> dict[str, NamedTensors]:
     """Hugging Face's name -> the file that holds the tensor."""
     if folder.is_file():
         single = open_tensor_file(folder)
@@ -178,7 +147,7 @@ def _find_tensors(folder: Path) -> dict[str, TensorFile]:
 
 
 def _require_complete_index(
-    index: Path, weight_map: Mapping[str, str], files: Mapping[str, TensorFile]
+    index: Path, weight_map: Mapping[str, str], files: Mapping[str, NamedTensors]
 ) -> None:
     """Index and shards must say the same, or some are of another model or an earlier save."""
     held = {shard: set(file.names()) for shard, file in files.items()}
@@ -227,7 +196,7 @@ def _is_plain_name(shard: object) -> bool:
     return isinstance(shard, str) and Path(shard).name == shard
 
 
-def _by_our_name(folder: Path, tensors: dict[str, TensorFile]) -> dict[str, TensorFile]:
+def _by_our_name(folder: Path, tensors: dict[str, NamedTensors]) -> dict[str, NamedTensors]:
     files, unknown = {}, []
     for name, file in tensors.items():
         if is_recomputed(name):
@@ -242,7 +211,3 @@ def _by_our_name(folder: Path, tensors: dict[str, TensorFile]) -> dict[str, Tens
             "folder of a LlamaForCausalLM or MistralForCausalLM without biases, adapters or quantisation"
         )
     return files
-
-
-def _shown(names: Iterable[str]) -> list[str]:
-    return summary(to_hf(name) for name in names)

@@ -20,6 +20,7 @@ from torch import Tensor
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.weights.direct_io import BLOCK
 from nxdt_align.weights.export import config_json, generation_json
+from nxdt_align.weights.export import write_hf_folder as write_hf_folder
 from nxdt_align.weights.extents import Extent, WeightsError, write_bytes
 from nxdt_align.weights.names import to_hf
 from nxdt_align.weights.tensor_files import SAFETENSORS_DTYPES

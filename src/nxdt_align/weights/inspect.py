@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.named_tensors import WeightSource, summary
 from nxdt_align.weights.bare_shards import describe_shards
-from nxdt_align.weights.names import summary
 from nxdt_align.weights.nxdt import NxDTFolder
-from nxdt_align.weights.source import Source
 
 _LAYOUTS = {
     "hf": "Hugging Face",
@@ -28,12 +27,12 @@ _LOADERS = {
 }
 
 
-def describe(source: Source, config: LlamaConfig, layout: str) -> dict[str, Any]:
+def describe(path: Path, source: WeightSource, config: LlamaConfig, layout: str) -> dict[str, Any]:
     """Layout, sizes, dtypes, parameter count, names and loaders of an opened checkpoint."""
     names = source.names()
     dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in names)
     found = {
-        **_place(source.path, layout),
+        **_place(path, layout),
         "parameters": sum(prod(source.shape(name)) for name in names),
         "dtypes": dict(sorted(dtypes.items())),
         "model": {

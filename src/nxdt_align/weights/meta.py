@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from nxdt_align.models.partition import EMBEDDING, HEAD
-from nxdt_align.models.presets import LlamaConfig, RopeScaling, from_hf_dict, weight_shapes
+from nxdt_align.models.presets import LlamaConfig, RopeScaling, from_hf_dict
+from nxdt_align.named_tensors import WeightSource, require_fit, summary
 from nxdt_align.weights.extents import Extent, WeightsError, read_tensor
-from nxdt_align.weights.names import shape_faults, summary
 from nxdt_align.weights.torch_files import read_index, tensors_of
 
 PARAMS = "params.json"
@@ -45,7 +45,7 @@ _LAYER = re.compile(r"^layers\.(\d+)\.")
 _RECOMPUTED = "rope.freqs"
 
 
-class MetaFolder:
+class MetaFolder(WeightSource):
     """The weights of a folder that Meta's download made; whole tensors are put together when asked for.
 
     Args:
@@ -53,6 +53,8 @@ class MetaFolder:
 
     Raises WeightsError naming the file or tensor that is missing, surplus, damaged or misshapen.
     """
+
+    path: Path
 
     def __init__(self, path: str | Path, config: LlamaConfig | None = None) -> None:
         self.path = Path(path)
@@ -64,7 +66,7 @@ class MetaFolder:
         self.config = config or self._config(params)
         if HEAD in self._names and self.config.tie_word_embeddings:
             self._drop_tied_head()
-        self._check()
+        self._require_shards_alike()
 
     def __str__(self) -> str:
         return f"Meta's folder {self.path}"
@@ -83,7 +85,7 @@ class MetaFolder:
         return self._shards[0][self._names[name]].dtype
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU, in the dtype it is stored in, in Hugging Face's order."""
+        """The whole tensor, its rows in Hugging Face's order."""
         parts, dim = [shard[self._names[name]] for shard in self._shards], self._dim(name)
         if dim is None:
             whole = read_tensor(parts[0])
@@ -92,6 +94,10 @@ class MetaFolder:
         if name.endswith((".q_proj.weight", ".k_proj.weight")):
             return _to_half_pairs(whole, self.config.head_dim)
         return whole
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        """Cut out of the whole tensor: rows of q and k lie in another order than they are asked for."""
+        return self.read(name)[tuple(region)].clone()
 
     def _dim(self, name: str) -> int | None:
         """Along which the shards split a weight. The embedding: rows in Llama 3, columns before."""
@@ -140,23 +146,18 @@ class MetaFolder:
             return False
         return torch.equal(self.read(HEAD), self.read(EMBEDDING))
 
-    def _check(self) -> None:
-        wanted = weight_shapes(self.config)
-        faults = [f"missing: {name}" for name in summary(set(wanted) - set(self._names))]
-        faults += [f"surplus: {name}" for name in summary(set(self._names) - set(wanted))]
-        for i, shard in enumerate(self._shards[1:], 1):
-            first = self._shards[0]
-            odd = [
-                n for n in first if n != _RECOMPUTED and (n not in shard or shard[n].shape != first[n].shape)
-            ]
-            odd += [n for n in shard if n not in first]
-            faults += [f"consolidated.{i:02d}.pth differs from the first shard in {n}" for n in odd]
-        if not faults:
-            held = {name: self.shape(name) for name in self._names}
-            faults = shape_faults((n, wanted[n], shape) for n, shape in held.items() if shape != wanted[n])
-        if faults:
-            shown = "\n  ".join(faults[:20])
-            raise WeightsError(f"{self} does not fit its {PARAMS}, or a shard is missing:\n  {shown}")
+    def _require_shards_alike(self) -> None:
+        """Each holds as much of the same tensors as the first, or they are not of one download."""
+        kept = [{n: e for n, e in shard.items() if n != _RECOMPUTED} for shard in self._shards]
+        first, *others = [{n: (e.shape, e.dtype) for n, e in shard.items()} for shard in kept]
+        for i, shard in enumerate(others, 1):
+            require_fit(
+                self.path / f"consolidated.{i:02d}.pth",
+                shard,
+                first,
+                error=WeightsError,
+                hint="It must hold as much as consolidated.00.pth: copy or download it again",
+            )
 
 
 def is_meta_folder(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from nxdt_align.errors import UserError
 
@@ -47,40 +47,9 @@ def is_recomputed(hf_name: str) -> bool:
     return _RECOMPUTED.search(hf_name) is not None
 
 
-def summary(names: Iterable[str]) -> list[str]:
-    """The names, sorted, with those of several layers as one: ``model.layers.{0-3,7}.mlp...``."""
-    layers: dict[str, list[int]] = {}
-    for name in names:
-        match = _LAYER.match(name)
-        layers.setdefault(_LAYER.sub("model.layers.*.", name), []).extend([int(match[1])] if match else [])
-    return sorted(
-        name.replace("*", _ranges(sorted(found)), 1) if found else name for name, found in layers.items()
-    )
-
-
-def shape_faults(faults: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> list[str]:
-    """What to say of weights that have another shape than they must: name, the right one, the one found.
-    Those of several layers are said as one."""
-    alike: dict[str, list[str]] = {}
-    for name, wanted, found in faults:
-        alike.setdefault(f"must have shape {list(wanted)}, but has {list(found)}", []).append(name)
-    return sorted(f"{names} {rule}" for rule, each in alike.items() for names in summary(each))
-
-
 def _translate(name: str, table: Mapping[str, str], owner: str) -> str:
     match = _LAYER.match(name)
     found = table.get(_LAYER.sub("model.layers.*.", name))
     if found is None or ("*" in found) != (match is not None):
         raise UnknownNameError(f"{owner} has no weight named {name!r}")
     return found.replace("*", match[1]) if match else found
-
-
-def _ranges(numbers: list[int]) -> str:
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-    return text if len(numbers) == 1 else f"{{{text}}}"

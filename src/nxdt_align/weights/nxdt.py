@@ -24,10 +24,10 @@ from nxdt_align.models.partition import (
 )
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.models.sharding import KV_HEADS, split_of
+from nxdt_align.named_tensors import Spec, WeightSource, require_fit
 from nxdt_align.weights.extents import Extent, WeightsError, read_into, same_bytes
-from nxdt_align.weights.hf import content_fingerprint
 from nxdt_align.weights.host_memory import empty
-from nxdt_align.weights.names import is_recomputed, summary
+from nxdt_align.weights.names import is_recomputed
 from nxdt_align.weights.nxdt_files import (
     Files,
     find_shards,
@@ -44,7 +44,7 @@ from nxdt_align.weights.regions import read_region
 _OR_MISSING = "or shards of the highest ranks are missing"
 
 
-class NxDTFolder:
+class NxDTFolder(WeightSource):
     """The weights of a sharded checkpoint; whole tensors are put together when asked for.
 
     Args:
@@ -54,6 +54,8 @@ class NxDTFolder:
 
     Raises WeightsError naming every shard or tensor that is missing, surplus or misshapen.
     """
+
+    path: Path
 
     def __init__(
         self,
@@ -80,7 +82,6 @@ class NxDTFolder:
         self._require_padding_of_zeros()
         if config.tie_word_embeddings and HEAD in self._tensors:
             self._resolve_tie(untie)
-        self._fingerprint: str | None = None
 
     def __str__(self) -> str:
         return f"the NxD checkpoint {self.path}"
@@ -105,7 +106,7 @@ class NxDTFolder:
         return self._paths
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU, in the dtype it is stored in.
+        """The whole tensor, put together from the ranks' shares.
 
         Raises WeightsError where ranks that should hold the same heads or norms differ.
         """
@@ -133,11 +134,8 @@ class NxDTFolder:
         return whole
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
-        """The part that ``region``, a start and a stop for each dimension, cuts out of the weight.
-
-        Only bytes of that part are read, so where ranks hold copies the first one counts; ``read`` and
-        ``fingerprint`` compare them.
-        """
+        """Of copies that several ranks hold the first one counts, so that only bytes of the part are read;
+        ``read`` and ``fingerprint`` compare them."""
         extents, first_row = self._place(name)
         cut = [slice(*part.indices(size)) for part, size in zip(region, self.shape(name), strict=True)]
         part = empty([max(0, each.stop - each.start) for each in cut], extents[0].dtype)
@@ -155,12 +153,6 @@ class NxDTFolder:
                 seen.add((start, stop))
                 held += stop - start
         return part
-
-    def fingerprint(self) -> str:
-        """The same as that of a Hugging Face folder with the same weights."""
-        if self._fingerprint is None:
-            self._fingerprint = content_fingerprint((name, self.read(name)) for name in self.names())
-        return self._fingerprint
 
     def _require_same(self, name: str, rank: int, again: Tensor, first: Tensor) -> None:
         if not same_bytes(again, first):
@@ -206,39 +198,36 @@ class NxDTFolder:
     def _check(self) -> dict[str, tuple[list[Extent], int]]:
         """Weight -> each tensor-parallel rank's tensor, and the row at which the weight starts in it."""
         found: dict[str, tuple[list[Extent], int]] = {}
-        faults, expected = [], set()
+        wanted: dict[str, Spec] = {}
         for stage in range(self.partition.pp):
             for local, names in local_tensors(self.partition, stage).items():
-                expected.add((stage, local))
                 held = [self._files[rank, stage].get(local) for rank in range(self.partition.tp)]
-                absent = [rank for rank, extent in enumerate(held) if extent is None]
-                if absent and not (names == [HEAD] and self.partition.config.tie_word_embeddings):
-                    faults += [f"missing: {local} in {shard_name(rank, stage)}" for rank in absent]
-                elif not absent:
-                    extents = [extent for extent in held if extent is not None]
-                    faults += self._misshapen(local, names, extents)
-                    row = 0
-                    for name in names:
-                        found[name] = (extents, row)
-                        row += self.partition.local_shape(name)[0]
-        for (rank, stage), tensors in self._files.items():
-            surplus = [name for name in tensors if (stage, name) not in expected and not is_recomputed(name)]
-            faults += [f"surplus: {name} in {shard_name(rank, stage)}" for name in summary(surplus)]
-        if faults:
-            raise _misfit(self.path, faults)
+                extents = [extent for extent in held if extent is not None]
+                if names == [HEAD] and self.partition.config.tie_word_embeddings and len(extents) < len(held):
+                    continue  # the embedding stands for it
+                shape = list(self.partition.local_shape(names[0]))
+                shape[0] = sum(self.partition.local_shape(name)[0] for name in names)
+                dtype = extents[0].dtype if extents else None
+                for rank in range(self.partition.tp):
+                    wanted[f"{local} in {shard_name(rank, stage)}"] = tuple(shape), dtype
+                row = 0
+                for name in names:
+                    found[name] = (extents, row)
+                    row += self.partition.local_shape(name)[0]
+        require_fit(
+            self,
+            {
+                f"{name} in {shard_name(*place)}": (extent.shape, extent.dtype)
+                for place, tensors in self._files.items()
+                for name, extent in tensors.items()
+                if not is_recomputed(name)
+            },
+            wanted,
+            error=WeightsError,
+            hint="num_hidden_layers, hidden_size and the other sizes must be those of the weights, "
+            + _OR_MISSING,
+        )
         return found
-
-    def _misshapen(self, local: str, names: Sequence[str], extents: Sequence[Extent]) -> list[str]:
-        shape = list(self.partition.local_shape(names[0]))
-        shape[0] = sum(self.partition.local_shape(name)[0] for name in names)
-        dtype = extents[0].dtype
-        faults = []
-        for rank, extent in enumerate(extents):
-            if list(extent.shape) != shape:
-                faults.append(f"{local} of rank {rank} must have shape {shape}, but has {list(extent.shape)}")
-            elif extent.dtype != dtype:
-                faults.append(f"{local} is {dtype} on rank 0, but {extent.dtype} on rank {rank}")
-        return faults
 
     def _require_padding_of_zeros(self) -> None:
         """A row of the embedding that no token has stays 0 in training, the head's does not."""
@@ -290,14 +279,6 @@ def _cuts(files: Files, layers: int, pp: int) -> tuple[int, ...] | None:
         return None
     ends = tuple(numbers[-1] for numbers in held[:-1])
     return None if ends == even_cuts(layers, pp) else ends
-
-
-def _misfit(path: Path, faults: list[str]) -> WeightsError:
-    shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
-    return WeightsError(
-        f"{path} does not fit the model configuration:\n  " + "\n  ".join(shown) + "\n"
-        f"num_hidden_layers, hidden_size and the other sizes must be those of the weights, {_OR_MISSING}"
-    )
 
 
 def _fill_columns(whole: Tensor, share: Tensor, ranges: Sequence[tuple[int, int]]) -> None:

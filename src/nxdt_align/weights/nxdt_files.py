@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nxdt_align.models.partition import QKV
+from nxdt_align.named_tensors import summary
 from nxdt_align.weights.extents import Extent, WeightsError
-from nxdt_align.weights.names import summary
 from nxdt_align.weights.torch_files import TensorReference, read_index, tensors_of
 
 MODEL, DONE, TAG = "model", "done", "checkpoint"

@@ -6,17 +6,16 @@ import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nxdt_align.named_tensors import NamedTensors
 from nxdt_align.weights.extents import Extent, WeightsError, read_tensor
 from nxdt_align.weights.regions import read_region
 from nxdt_align.weights.torch_files import damaged, is_archive, read_index, tensors_of
-
-__all__ = ["SAFETENSORS_DTYPES", "TensorFile", "WeightsError", "open_tensor_file"]
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -34,22 +33,8 @@ SAFETENSORS_DTYPES = {
 }
 
 
-class TensorFile(Protocol):
-    path: Path
-
-    def names(self) -> list[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str) -> Tensor: ...
-
-    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor: ...
-
-
-def open_tensor_file(path: Path) -> TensorFile:
-    """Raises WeightsError for a file that is damaged."""
+def open_tensor_file(path: Path) -> NamedTensors:
+    """The tensors under the file's own names. Raises WeightsError for a file that is damaged."""
     if path.suffix == ".safetensors":
         return _ExtentsFile(path, _safetensors_extents(path))
     if is_archive(path):
@@ -61,7 +46,7 @@ def open_tensor_file(path: Path) -> TensorFile:
     return _OldTorchFile(path)
 
 
-class _ExtentsFile:
+class _ExtentsFile(NamedTensors):
     def __init__(self, path: Path, extents: dict[str, Extent]) -> None:
         self.path = path
         self._extents = extents
@@ -82,7 +67,7 @@ class _ExtentsFile:
         return read_region(self._extents[name], region)
 
 
-class _OldTorchFile:
+class _OldTorchFile(NamedTensors):
     """A file of torch before 1.6: no zip archive, read as a whole."""
 
     def __init__(self, path: Path) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nxdt_align.engines import faults
+from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.archives import check_archive, reason
 from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.loading import filling
@@ -32,6 +32,7 @@ from nxdt_align.engines.native.optimizer_state import NamedOptimizerState, param
 from nxdt_align.engines.native.parts import Part
 from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
 from nxdt_align.engines.summary import CheckpointError, Summary, damaged
+from nxdt_align.named_tensors import Spec
 
 SUMMARY = Summary("checkpoint.json", "nxdt-align native checkpoint", 1, "nxdt-align")
 TENSORS, TRAINER = "tensors", "trainer.pt"
@@ -102,16 +103,23 @@ def read_extra(path: Path) -> dict[str, Any]:
     return extra
 
 
-class NativeCheckpoint:
-    """The weights of a checkpoint (a WeightSource); tensors are read one by one.
+class NativeCheckpoint(WeightSource):
+    """The weights of a checkpoint; tensors are read one by one.
+
+    Args:
+        unfinished: the folder of tensors in one that is being written, which has no summary yet.
 
     Raises CheckpointError where the folder is not a whole checkpoint.
     """
 
-    def __init__(self, path: Path) -> None:
+    path: Path
+
+    def __init__(self, path: Path, *, unfinished: str | None = None) -> None:
         self.path = Path(path)
-        SUMMARY.require_whole(self.path)
-        self._tensors = _guarded(self.path, lambda: TensorFolder(self.path / TENSORS))
+        if unfinished is None:
+            SUMMARY.require_whole(self.path)
+        folder = self.path / (unfinished or TENSORS)
+        self._tensors = _guarded(self.path, lambda: TensorFolder(folder))
         self._names = [n.removeprefix(MODEL) for n in self._tensors.names() if n.startswith(MODEL)]
 
     def __str__(self) -> str:
@@ -127,21 +135,10 @@ class NativeCheckpoint:
         return self._tensors.dtype(MODEL + name)
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, on the CPU, in the dtype it is stored in."""
         return _guarded(self.path, lambda: self._tensors.read(MODEL + name))
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
-        """The part that ``region``, a start and a stop for each dimension, cuts out of the tensor."""
         return _guarded(self.path, lambda: self._tensors.read(MODEL + name, region))
-
-    def fingerprint(self) -> str:
-        """32 hex digits over every weight's name, dtype, shape and bits; reads them all."""
-        digest = blake2b(digest_size=16)
-        for name in sorted(self._names):
-            tensor = self.read(name)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
 
 # Reading
@@ -157,7 +154,7 @@ def _read(directory: Path) -> tuple[TensorFolder, dict[str, Any]]:
     return tensors, trainer
 
 
-def _weights(tensors: TensorFolder) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _weights(tensors: TensorFolder) -> dict[str, Spec]:
     return {
         name.removeprefix(MODEL): (tensors.shape(name), tensors.dtype(name))
         for name in tensors.names()
