@@ -33,7 +33,7 @@ import torch
 
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig, weight_shapes
 from nxdt_align.weights.direct_io import past_cache
-from nxdt_align.weights.hf_writer import CONFIG, UNFINISHED_CONFIG, HFWriter
+from nxdt_align.weights.hf_writer import HFWriter
 
 Figures = dict[str, float]
 
@@ -41,12 +41,12 @@ Figures = dict[str, float]
 def make_weights(folder: Path, config: LlamaConfig) -> int:
     """A Hugging Face folder of random bf16 weights; returns their bytes."""
     writer = HFWriter(folder, config, lambda name: torch.bfloat16)
-    list(writer.create())
+    writer.create()
     writer.open()
     with past_cache():
         for name, shape in weight_shapes(config).items():
             writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02))
-    os.rename(folder / UNFINISHED_CONFIG, folder / CONFIG)
+    writer.finish()
     return writer.total_bytes()
 
 

@@ -63,7 +63,7 @@ def test_an_interrupted_one_goes_on_and_is_no_checkpoint(
     def failing(self: NativeWriter, name: str, whole: Tensor) -> None:
         nonlocal written
         if written == 7:
-            (self._folder / self._file(name)).write_bytes(b"half of it")
+            (self._tensors / self._file(name)).write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
         written += 1
         write(self, name, whole)
@@ -88,7 +88,7 @@ def test_what_the_disk_has_changed_is_found(
     def flipping(self: NativeWriter, name: str, whole: Tensor) -> None:
         write(self, name, whole)
         if name == DOWN:
-            file = self._folder / self._file(name)
+            file = self._tensors / self._file(name)
             content = file.read_bytes()
             at = content.index(whole.view(torch.uint8).numpy().tobytes())
             file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])

@@ -448,13 +448,13 @@ def without_norm(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 @pytest.mark.parametrize(
     ("tensors", "fault"),
     [
-        (without_norm(fresh(TINY)), "weights are missing for the export: model.norm.weight"),
+        (without_norm(fresh(TINY)), r"does not fit the model \(1 tensor\):\n  missing: model.norm.weight"),
         (
             fresh(TINY) | {"model.norm.weight": torch.ones(3)},
             r"model.norm.weight must have shape \[32\], but has \[3\]",
         ),
-        (fresh(TINY) | {"extra.weight": torch.ones(3)}, "has no weight extra.weight, or it came twice"),
-        (iter(2 * list(fresh(TINY).items())), "or it came twice"),
+        (fresh(TINY) | {"extra.weight": torch.ones(3)}, "surplus: extra.weight"),
+        (iter(2 * list(fresh(TINY).items())), "came twice"),
     ],
 )
 def test_wrong_weights_leave_the_earlier_folder_whole(folder: Path, tensors: Any, fault: str) -> None:

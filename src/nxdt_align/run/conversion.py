@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from nxdt_align.models.partition import (
 )
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict
 from nxdt_align.named_tensors import WeightSource
-from nxdt_align.run.native_writer import NativeDestination
+from nxdt_align.run.native_writer import NativeWriter
 from nxdt_align.training.runs import IDENTITY_FILE
 from nxdt_align.weights import inspect
-from nxdt_align.weights.convert import Conversion, Report
-from nxdt_align.weights.destinations import Destination, HFDestination, NxDTDestination
+from nxdt_align.weights.convert import Conversion, Report, Writer
 from nxdt_align.weights.detect import check_weights, find_config_file, layout_of, open_source, read_shape
+from nxdt_align.weights.hf_writer import HFWriter, tokenizer_files
 from nxdt_align.weights.inspect import to_text
 from nxdt_align.weights.nxdt import NxDTFolder
+from nxdt_align.weights.nxdt_writer import NxDTWriter
 
 __all__ = ["ConvertOptions", "convert", "describe", "open_weights", "to_text"]
 
@@ -231,15 +233,19 @@ def _states_shards(options: ConvertOptions) -> bool:
 
 def _destination(
     options: ConvertOptions, source: WeightSource, config: LlamaConfig, dtype: torch.dtype | None
-) -> Destination:
+) -> Callable[[Path], Writer]:
     def dtypes(name: str) -> torch.dtype:
         return dtype or source.dtype(name)
 
     if _target(options, source) == "native":
-        return NativeDestination(config, dtypes)
+        return partial(NativeWriter, config=config, dtype=dtypes)
     if _target(options, source) == "hf":
-        return HFDestination(
-            config, dtypes, tokenizer=options.tokenizer, max_shard_bytes=options.max_shard_bytes
+        return partial(
+            HFWriter,
+            config=config,
+            dtype=dtypes,
+            tokenizer=() if options.tokenizer is None else tokenizer_files(options.tokenizer),
+            max_shard_bytes=options.max_shard_bytes,
         )
     held = source.partition if isinstance(source, NxDTFolder) else None
     partition = _partition(options, config, held)
@@ -259,7 +265,7 @@ def _destination(
         partition.qkv,
         ", xser" if options.xser else "",
     )
-    return NxDTDestination(partition, dtypes, xser=options.xser)
+    return partial(NxDTWriter, partition=partition, dtype=dtypes, xser=options.xser)
 
 
 def _partition(options: ConvertOptions, config: LlamaConfig, held: Partition | None) -> Partition:

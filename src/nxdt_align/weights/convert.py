@@ -12,13 +12,13 @@ import shutil
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from nxdt_align.errors import UserError
 from nxdt_align.files import explain
 from nxdt_align.named_tensors import WeightSource, summary
-from nxdt_align.weights.destinations import Destination, Writer
 from nxdt_align.weights.direct_io import past_cache
 from nxdt_align.weights.extents import WeightsError, byte_view
 from nxdt_align.weights.host_memory import empty, reused_memory
@@ -40,6 +39,40 @@ _BUDGET = 960 << 20
 _SLACK = 64 << 20
 """Bytes of disk space for what is not weights."""
 _CHUNK = 1 << 24
+
+
+class Writer(Protocol):
+    """One kind of folder: takes whole weights in any order and from several threads."""
+
+    def total_bytes(self) -> int: ...
+
+    def create(self) -> None:
+        """Make what is there before the first weight."""
+        ...
+
+    def open(self) -> None:
+        """Find the places in what ``create`` has made, now or before."""
+        ...
+
+    def write(self, name: str, whole: Tensor) -> None:
+        """Put a weight into its place. Raises OSError."""
+        ...
+
+    def reopen(self) -> WeightSource:
+        """What was written, read as a user of the folder reads it."""
+        ...
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Make the folder one that is loaded; the last thing written says that it is whole."""
+        ...
+
+    def unfinish(self) -> None:
+        """Undo what an interrupted ``finish`` has done, all or some of it."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """What makes two conversions write the same; ``config`` is the model's shape."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,9 +90,11 @@ class Report:
 
 
 class Conversion:
-    """One source and one destination.
+    """One source and one folder.
 
     Args:
+        make_writer: a writer into the folder that it is given.
+        folder: to make, when it is whole.
         dtype: what weights are cast to; None keeps each as it is.
         workers: threads.
         quiet: no progress bar.
@@ -68,7 +103,7 @@ class Conversion:
     def __init__(
         self,
         source: WeightSource,
-        destination: Destination,
+        make_writer: Callable[[Path], Writer],
         folder: Path,
         *,
         dtype: torch.dtype | None = None,
@@ -79,7 +114,7 @@ class Conversion:
     ) -> None:
         assert source.path is not None, "weights that are drawn need no conversion"
         self._path = source.path
-        self._source, self._destination, self._folder = source, destination, folder
+        self._source, self._make_writer, self._folder = source, make_writer, folder
         self._dtype, self._resume, self._verify = dtype, resume, verify
         self._workers = workers or _WORKERS
         self._quiet = quiet
@@ -92,15 +127,15 @@ class Conversion:
         """
         began = time.monotonic()
         with Staging(self._folder, self._identity(), resume=self._resume) as staging:
-            writer = self._destination.writer(staging.folder)
+            writer = self._make_writer(staging.folder)
             self._require_space(staging, writer.total_bytes())
             try:
                 earlier = len(staging.checksums)
                 self._write(staging, writer)
                 if self._verify or staging.resumed:
-                    self._check(staging)
+                    self._check(staging, writer)
                 staging.flush()  # so that what says that the folder is whole is true of the device too
-                self._destination.finish(staging.folder, self._record(staging))
+                writer.finish(self._record(staging, writer))
                 staging.publish()
             except UserError:
                 staging.discard()
@@ -131,11 +166,11 @@ class Conversion:
             "source": str(self._path.absolute()),
             "files": _stamp(self._path),
             "dtype": str(self._dtype),
-            "target": self._destination.writer(Path()).description(),
+            "target": self._make_writer(Path()).description(),
         }
 
-    def _record(self, staging: Staging) -> dict[str, Any]:
-        target = self._destination.writer(Path()).description()
+    def _record(self, staging: Staging, writer: Writer) -> dict[str, Any]:
+        target = writer.description()
         config = target.pop("config")
         return {
             "made_from": str(self._source),
@@ -158,11 +193,10 @@ class Conversion:
 
     def _write(self, staging: Staging, writer: Writer) -> None:
         if not staging.is_created:
-            for _ in writer.create():
-                pass
+            writer.create()
             staging.record_created()
         else:
-            self._destination.restart(staging.folder)
+            writer.unfinish()
         writer.open()
         lock = threading.Lock()
 
@@ -177,13 +211,13 @@ class Conversion:
 
         self._for_each("writing", [n for n in self._source.names() if n not in staging.checksums], carry)
 
-    def _check(self, staging: Staging) -> None:
+    def _check(self, staging: Staging, writer: Writer) -> None:
         """Read every weight back, past the system's cache where it lets us, and compare checksums."""
         for file in sorted(f for f in staging.folder.rglob("*") if f.is_file()):
             flush(file)
             _forget(file)
         try:
-            written = self._destination.reopen(staging.folder)
+            written = writer.reopen()
         except UserError as error:
             raise _unreadable(error) from error
         if sorted(written.names()) != sorted(self._source.names()):

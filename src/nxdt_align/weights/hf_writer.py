@@ -1,15 +1,17 @@
-"""Writes a Hugging Face folder a whole weight at a time, in any order and from several threads.
+"""Writes a Hugging Face folder that transformers loads: for exports, conversions and a training's end.
 
 The safetensors format puts every tensor at a place that its header names, so the files are made at
-their full size first and filled afterwards. ``export.write_hf_folder`` is the way for weights that
-come in order from an engine.
+their full size first and filled afterwards: a whole weight at a time, in any order, from several threads.
+No more than one weight is in memory, and what an interruption leaves can be filled up.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,123 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nxdt_align.files import atomic_folder, explain
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.named_tensors import Spec, WeightSource, require_fit
 from nxdt_align.weights.direct_io import BLOCK
-from nxdt_align.weights.export import config_json, generation_json
-from nxdt_align.weights.export import write_hf_folder as write_hf_folder
 from nxdt_align.weights.extents import Extent, WeightsError, write_bytes
+from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.names import to_hf
 from nxdt_align.weights.tensor_files import SAFETENSORS_DTYPES
 
-CONFIG, UNFINISHED_CONFIG = "config.json", "config.json.partial"
-INDEX = "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+"""Of a file, as transformers' own; a larger model is spread over several, with an index."""
+_UNFINISHED_CONFIG = "config.json.partial"
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def write_hf_folder(
+    path: str | Path,
+    config: LlamaConfig,
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    tokenizer_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write config.json, generation_config.json, safetensors and the tokenizer's files; whole or not at all.
+
+    Args:
+        path: the folder to make. It must not exist, unless it is empty or ``overwrite`` is set; then it
+            is replaced when the new one is complete.
+        tensors: every weight of the plain Llama once, whole, on any device; read one at a time.
+        tokenizer_dir: whose tokenizer files to copy.
+        dtype: what the weights are cast to. Where not given: theirs; of those that come one by one, the
+            first one's.
+        max_shard_bytes: a larger model is spread over several files with an index.
+
+    Raises WeightsError: the folder exists, weights are missing, surplus or misshapen, the tokenizer
+    folder has no tokenizer, or the disk refuses.
+    """
+    path = Path(path)
+    _check_target(path, overwrite)
+    tokenizer = () if tokenizer_dir is None else tokenizer_files(Path(tokenizer_dir))
+    shapes = weight_shapes(config)
+    if isinstance(tensors, Mapping):
+        _require_fit(path, _specs(tensors), {name: (shape, None) for name, shape in shapes.items()})
+        dtypes = {name: dtype or tensors[name].dtype for name in shapes}
+        pairs = iter(tensors.items())
+    else:
+        # The files are laid out before they are filled, so dtypes must be known when the first weight comes.
+        pairs = iter(tensors)
+        first = list(islice(pairs, 1))
+        dtypes = dict.fromkeys(shapes, dtype or (first[0][1].dtype if first else torch.float32))
+        pairs = chain(first, pairs)
+    wanted = {name: (shape, dtypes[name] if dtype is None else None) for name, shape in shapes.items()}
+    try:
+        with atomic_folder(path) as folder:
+            writer = HFWriter(
+                folder, config, dtypes.__getitem__, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes
+            )
+            writer.create()
+            writer.open()
+            found: dict[str, Spec] = {}
+            for name, tensor in pairs:
+                if name in found:
+                    raise WeightsError(f"{name} came twice for {path}")
+                found |= _specs({name: tensor})
+                if tuple(tensor.shape) == shapes.get(name):
+                    writer.write(name, tensor.detach().to("cpu", dtypes[name]).contiguous())
+            _require_fit(path, found, wanted)
+            writer.finish()
+    except OSError as error:
+        raise WeightsError(f"cannot write {path}: {explain(error)}") from error
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise WeightsError(f"{path} exists already: choose another folder, remove it, or ask to overwrite it")
+    if not (path / "config.json").is_file():
+        raise WeightsError(
+            f"{path} is not a model folder (no config.json) and is not overwritten: choose another"
+        )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in ``folder``. Raises WeightsError where there is no tokenizer."""
+    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
+        raise WeightsError(f"{folder} has no tokenizer: it must hold tokenizer.json or tokenizer.model")
+    return files
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _require_fit(path: Path, found: Mapping[str, Spec], wanted: Mapping[str, Spec]) -> None:
+    require_fit(
+        f"what is written to {path}",
+        found,
+        wanted,
+        error=WeightsError,
+        hint="Every weight of the model configuration is written once, whole",
+    )
 
 
 class HFWriter:
@@ -35,6 +143,7 @@ class HFWriter:
 
     Args:
         dtype: the dtype of each weight, by the plain Llama's name.
+        tokenizer: files to copy.
         max_shard_bytes: a larger model is spread over several files with an index.
     """
 
@@ -44,10 +153,11 @@ class HFWriter:
         config: LlamaConfig,
         dtype: Callable[[str], torch.dtype],
         *,
-        max_shard_bytes: int = 5_000_000_000,
+        tokenizer: Iterable[Path] = (),
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.folder = folder
-        self._config = config
+        self._config, self._tokenizer = config, tokenizer
         self._dtypes = {name: dtype(name) for name in weight_shapes(config)}
         unknown = sorted({str(d) for d in self._dtypes.values() if d not in _DTYPE_NAMES})
         if unknown:
@@ -58,25 +168,24 @@ class HFWriter:
     def total_bytes(self) -> int:
         return sum(self._nbytes(name) for name in self._dtypes)
 
-    def create(self) -> Iterator[Path]:
-        """Make every file at its full size (holes, which take no space yet); yields each one made."""
+    def create(self) -> None:
+        """Make every file at its full size: holes, which take no space yet."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for file, names in self._shards.items():
             header, size = self._header(names)
             path = self.folder / file
             path.write_bytes(header)
             os.truncate(path, len(header) + size)
-            yield path
         if len(self._shards) > 1:
             weight_map = {to_hf(name): file for file, names in self._shards.items() for name in names}
             sizes = {"total_size": self.total_bytes()}
             index = {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))}
-            _write_json(self.folder / INDEX, index)
+            write_json(self.folder / INDEX, index)
         stored = next(iter(self._dtypes.values()))
         for dtype in self._dtypes.values():
             stored = torch.promote_types(stored, dtype)
-        _write_json(self.folder / UNFINISHED_CONFIG, config_json(self._config, stored))
-        _write_json(self.folder / "generation_config.json", generation_json(self._config))
+        write_json(self.folder / _UNFINISHED_CONFIG, config_json(self._config, stored))
+        write_json(self.folder / "generation_config.json", generation_json(self._config))
 
     def open(self) -> None:
         """Find where the tensors are in files that ``create`` has made, now or before."""
@@ -91,6 +200,21 @@ class HFWriter:
         """Put a weight into its place. Raises OSError."""
         place = self._places[name]
         write_bytes(place.path, place.offset, whole)
+
+    def reopen(self) -> WeightSource:
+        """What was written, read as a user of the folder reads it."""
+        return HFFolder(self.folder, self.folder / _UNFINISHED_CONFIG)
+
+    def finish(self, record: Mapping[str, Any] | None = None) -> None:
+        """Make the folder one that is loaded. It has no place for a record."""
+        for file in self._tokenizer:
+            shutil.copyfile(file, self.folder / file.name)
+        os.rename(self.folder / _UNFINISHED_CONFIG, self.folder / CONFIG)
+
+    def unfinish(self) -> None:
+        """Undo what an interrupted ``finish`` has done, all or some of it."""
+        if (self.folder / CONFIG).exists():
+            os.rename(self.folder / CONFIG, self.folder / _UNFINISHED_CONFIG)
 
     def description(self) -> dict[str, Any]:
         """What makes two conversions write the same."""
@@ -132,5 +256,17 @@ class HFWriter:
         return len(text).to_bytes(8, "little") + text, offset
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def config_json(config: LlamaConfig, dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json of a folder whose weights are ``dtype``."""
+    # transformers 4 reads torch_dtype, 5 both.
+    return config.to_hf_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def generation_json(config: LlamaConfig) -> dict[str, Any]:
+    """generation_config.json: the special tokens."""
+    ids = {key: config.to_hf_dict()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {"_from_model_config": True} | {key: value for key, value in ids.items() if value is not None}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

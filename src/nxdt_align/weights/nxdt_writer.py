@@ -6,9 +6,11 @@ then cut and put into its places. Names and order are those that NxD's own conve
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import serialization
 
 from nxdt_align.models.partition import EMBEDDING, HEAD, Partition, local_tensors
+from nxdt_align.named_tensors import WeightSource
 from nxdt_align.weights.direct_io import BLOCK
 from nxdt_align.weights.extents import Extent, WeightsError, write_bytes
+from nxdt_align.weights.hf_writer import CONFIG, config_json, write_json
 from nxdt_align.weights.host_memory import empty
-from nxdt_align.weights.nxdt_files import INFO, TENSORS, shard_name
+from nxdt_align.weights.nxdt import NxDTFolder
+from nxdt_align.weights.nxdt_files import DONE, INFO, MODEL, TAG, TENSORS, shard_name
 from nxdt_align.weights.torch_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of
 
-Spec = tuple[tuple[int, ...], torch.dtype]
+RECORD = "conversion.json"
+"""What a converted checkpoint was made from, and the checksums of its weights."""
+_UNFINISHED_MODEL = "model.partial"
+_Local = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a local tensor."""
 
 
@@ -39,10 +47,11 @@ class _Place:
 
 
 class NxDTWriter:
-    """The shards in one folder.
+    """The shards of one checkpoint, a folder that NxD Training's ``resume_from_checkpoint`` takes. Without
+    ``finish`` its shards lie in a folder that nothing loads.
 
     Args:
-        folder: made by ``create``; must not hold files of another layout.
+        folder: the checkpoint's; must not hold files of another layout.
         dtype: the dtype of each weight, by the plain Llama's name.
     """
 
@@ -50,6 +59,7 @@ class NxDTWriter:
         self, folder: Path, partition: Partition, dtype: Callable[[str], torch.dtype], *, xser: bool = False
     ) -> None:
         self.folder = folder
+        self._shards = folder / _UNFINISHED_MODEL
         self.partition = partition
         self._dtype = dtype
         self._xser = xser
@@ -61,27 +71,26 @@ class NxDTWriter:
         each = [Extent(Path(), 0, d, s).nbytes for p in stages for s, d in self._specs(p).values()]
         return self.partition.tp * sum(each)
 
-    def create(self) -> Iterator[Path]:
-        """Make every file at its full size (holes, which take no space yet); yields each one made."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def create(self) -> None:
+        """Make every file at its full size: holes, which take no space yet."""
+        self._shards.mkdir(parents=True, exist_ok=True)
         for stage in range(self.partition.pp):
             specs = self._specs(stage)
             for rank in range(self.partition.tp):
-                path = self.folder / shard_name(rank, stage)
+                path = self._shards / shard_name(rank, stage)
                 if not self._xser:
                     _create_plain(path, specs)
                 elif rank == 0:
                     _create_xser(path, specs)
                 else:
-                    self._copy_xser(self.folder / shard_name(0, stage), path)
-                yield path
+                    self._copy_xser(self._shards / shard_name(0, stage), path)
 
     def open(self) -> None:
         """Find where the tensors are in files that ``create`` has made, now or before."""
         for stage in range(self.partition.pp):
-            first = self._extents(self.folder / shard_name(0, stage))
+            first = self._extents(self._shards / shard_name(0, stage))
             for rank in range(self.partition.tp):
-                path = self.folder / shard_name(rank, stage)
+                path = self._shards / shard_name(rank, stage)
                 if self._xser:
                     folder = path.with_name(path.name + TENSORS)
                     extents = {n: replace(held, path=folder / held.path.name) for n, held in first.items()}
@@ -118,7 +127,7 @@ class NxDTWriter:
                 write_bytes(extent.path, extent.offset + row * extent.row_bytes, rows)
             row += stop - start
 
-    def _specs(self, stage: int) -> dict[str, Spec]:
+    def _specs(self, stage: int) -> dict[str, _Local]:
         """The stage's local tensors, the same on every rank."""
         found = {}
         for local, names in local_tensors(self.partition, stage).items():
@@ -151,18 +160,37 @@ class NxDTWriter:
         shutil.copyfile(first.with_name(first.name + INFO), path.with_name(path.name + INFO))
         write_references(path, list(self._extents(first)))
 
+    def reopen(self) -> WeightSource:
+        """What was written, read as a user of the folder reads it."""
+        return NxDTFolder(self.folder, self.partition.config, shards=self._shards)
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Make the folder one that is loaded; ``done``, which says that it is whole, comes last."""
+        os.rename(self._shards, self.folder / MODEL)
+        write_json(self.folder / CONFIG, config_json(self.partition.config, self._dtype("model.norm.weight")))
+        (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        (self.folder / TAG).write_text("1")
+        (self.folder / DONE).write_text("1")
+
+    def unfinish(self) -> None:
+        """Undo what an interrupted ``finish`` has done, all or some of it."""
+        for name in (DONE, TAG):
+            (self.folder / name).unlink(missing_ok=True)
+        if (self.folder / MODEL).exists():
+            os.rename(self.folder / MODEL, self._shards)
+
     def description(self) -> dict[str, Any]:
         """What makes two conversions write the same."""
         return {"layout": "nxdt", "xser": self._xser, **asdict(self.partition)}
 
 
-def _create_plain(path: Path, specs: Mapping[str, Spec]) -> None:
+def _create_plain(path: Path, specs: Mapping[str, _Local]) -> None:
     with FakeTensorMode():
         fake = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in specs.items()}
     _save_without_bytes(fake, path)
 
 
-def _create_xser(path: Path, specs: Mapping[str, Spec]) -> None:
+def _create_xser(path: Path, specs: Mapping[str, _Local]) -> None:
     folder = path.with_name(path.name + TENSORS)
     folder.mkdir(exist_ok=True)
     info = {}
