@@ -2,13 +2,14 @@
 """Time, memory and disk traffic of a conversion to NxD's layout and back, against a plain copy.
 
 benchmarks/conversion.py FOLDER [--layers 32 | --gb 16] [--tp 32] [--kv-replicator 4] [--repeat 1]
-    [--xser] [--json FILE]
+    [--xser] [--through-cache] [--json FILE]
 
 Makes random bf16 weights of Llama-3-8B's shape in FOLDER (16 GB at its 32 layers; FOLDER needs a little
 more than three times that) and, in each round, copies them, converts them, copies them again and converts
 back, with verification and without, each in a process of its own with its input out of the system's cache.
-A copy, too, ends when its bytes are on the device. Prints a table, and writes JSON on request. Removes
-what it made.
+A copy, too, ends when its bytes are on the device. With ``--through-cache`` each verified conversion is
+done once more without weights/direct_io.py, to see what that file gains. Prints a table, and writes JSON on
+request. Removes what it made.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig, weight_shapes
-from nxdt_align.weights.direct_io import past_cache
+from nxdt_align.weights.direct_io import direct_transfers
 from nxdt_align.weights.hf_writer import HFWriter
 
 Figures = dict[str, float]
@@ -43,7 +44,7 @@ def make_weights(folder: Path, config: LlamaConfig) -> int:
     writer = HFWriter(folder, config, lambda name: torch.bfloat16)
     writer.create()
     writer.open()
-    with past_cache():
+    with direct_transfers(0):
         for name, shape in weight_shapes(config).items():
             writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02))
     writer.finish()
@@ -74,10 +75,20 @@ def copy(source: Path, destination: Path) -> Figures:
     return figures
 
 
-def convert(source: Path, destination: Path, *options: str) -> Figures:
+THROUGH_CACHE = """
+import contextlib, sys
+from nxdt_align.weights import convert
+convert.direct_transfers = contextlib.nullcontext
+from nxdt_align.cli import main
+sys.exit(main())
+"""
+
+
+def convert(source: Path, destination: Path, *options: str, through_cache: bool = False) -> Figures:
     """One conversion in a process of its own, with its largest resident memory (GB)."""
     forget(source)
-    command = [sys.executable, "-m", "nxdt_align", "convert", "--quiet", str(source), str(destination)]
+    program = ["-c", THROUGH_CACHE] if through_cache else ["-m", "nxdt_align"]
+    command = [sys.executable, *program, "convert", "--quiet", str(source), str(destination)]
     began = time.monotonic()
     _, status, usage = os.wait4(subprocess.Popen([*command, *options]).pid, 0)
     seconds = time.monotonic() - began
@@ -100,18 +111,20 @@ def _figures(seconds: float, before: resource.struct_rusage | None, after: resou
     }
 
 
-def one_round(folder: Path, sizes: list[str]) -> dict[str, Figures]:
+def one_round(folder: Path, sizes: list[str], through_cache: bool) -> dict[str, Figures]:
     """Each run with its time as a multiple of that of the copy just before it."""
+    ways = [(", not verified", ["--no-verify"], False), ("", [], False)]
+    ways += [(", through the cache", [], True)] if through_cache else []
     hf, nxdt, back = (folder / name for name in ("hf", "nxdt", "back"))
     runs: dict[str, Figures] = {}
     for label, source, target, options in (("to NxD", hf, nxdt, sizes), ("back", nxdt, back, [])):
         copied = copy(hf, folder / "copy")
         runs[f"copy before {label}"] = copied
-        for suffix, extra in ((", not verified", ["--no-verify"]), ("", [])):
+        for suffix, extra, cached in ways:
             if target.exists():
                 shutil.rmtree(target)
                 os.sync()
-            run = convert(source, target, *options, *extra)
+            run = convert(source, target, *options, *extra, through_cache=cached)
             runs[label + suffix] = run | {"times_a_copy": run["seconds"] / copied["seconds"]}
     shutil.rmtree(nxdt)
     shutil.rmtree(back)
@@ -130,7 +143,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         size = pool.submit(make_weights, folder / "hf", config).result()
     sizes = ["--tp", str(arguments.tp), "--kv-replicator", str(arguments.kv_replicator)]
     sizes += ["--save_xser"] if arguments.xser else []
-    rounds = [one_round(folder, sizes) for _ in range(arguments.repeat)]
+    rounds = [one_round(folder, sizes, arguments.through_cache) for _ in range(arguments.repeat)]
     return {
         "layers": layers,
         "gb": size / 1e9,
@@ -177,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tp", type=int, default=32)
     parser.add_argument("--kv-replicator", type=int, default=4)
     parser.add_argument("--xser", action="store_true")
+    parser.add_argument("--through-cache", action="store_true", help="also without weights/direct_io.py")
     parser.add_argument("--repeat", type=int, default=1, help="rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every figure of every round")
     arguments = parser.parse_args(argv)

@@ -32,8 +32,7 @@ from nxdt_align.models.partition import Partition, fitting_multipliers, fitting_
 from nxdt_align.models.presets import TINY, LlamaConfig
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.weights import convert as convert_module
-from nxdt_align.weights.direct_io import BLOCK
-from nxdt_align.weights.extents import Extent, WeightsError
+from nxdt_align.weights.extents import BLOCK, Extent, WeightsError
 from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.nxdt import NxDTFolder

@@ -15,12 +15,11 @@ from torch import nn
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 from nxdt_align.engines.native.saving import save
-from nxdt_align.weights import direct_io as direct
-from nxdt_align.weights.extents import Extent, WeightsError
+from nxdt_align.weights import extents
+from nxdt_align.weights.extents import Extent, WeightsError, read_region
 from nxdt_align.weights.hf import FreshWeights, HFFolder
 from nxdt_align.weights.names import to_hf
 from nxdt_align.weights.nxdt import NxDTFolder
-from nxdt_align.weights.regions import read_region
 
 
 def safetensors(make_hf: MakeHF, tmp_path: Path) -> WeightSource:
@@ -81,14 +80,14 @@ def test_a_part_is_that_of_the_whole(
 def test_no_byte_of_another_part_is_read(make_hf: MakeHF, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns too: each rank of a row-parallel weight reads its own."""
     source, read = HFFolder(make_hf(CONFIG)), 0
-    preadv = direct.os.preadv
+    preadv = extents.os.preadv
 
     def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
         nonlocal read
         read += sum(map(len, buffers))
         return preadv(descriptor, buffers, offset)
 
-    monkeypatch.setattr(direct.os, "preadv", counting)
+    monkeypatch.setattr(extents.os, "preadv", counting)
     source.read_slice("model.layers.0.mlp.down_proj.weight", (slice(0, 16), slice(12, 24)))
     assert read == 16 * 12 * 4
 

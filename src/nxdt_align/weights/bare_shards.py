@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nxdt_align.models.partition import EMBEDDING, HEAD, QKV
 from nxdt_align.named_tensors import summary
-from nxdt_align.weights.extents import Extent, WeightsError, same_bytes
+from nxdt_align.weights.extents import Extent, WeightsError, read_region, same_bytes
 from nxdt_align.weights.names import is_recomputed
 from nxdt_align.weights.nxdt_files import (
     Files,
@@ -28,7 +28,6 @@ from nxdt_align.weights.nxdt_files import (
     refuse_unfinished,
     shard_name,
 )
-from nxdt_align.weights.regions import read_region
 
 _UNKNOWN = (
     "the numbers of heads and the head dim (only their products), how many rows pad the vocabulary (they "

@@ -27,9 +27,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from nxdt_align.errors import UserError
 from nxdt_align.files import explain
 from nxdt_align.named_tensors import WeightSource, summary
-from nxdt_align.weights.direct_io import past_cache
-from nxdt_align.weights.extents import WeightsError, byte_view
-from nxdt_align.weights.host_memory import empty, reused_memory
+from nxdt_align.weights.direct_io import direct_transfers
+from nxdt_align.weights.extents import WeightsError, byte_view, empty
 from nxdt_align.weights.staging import Staging, flush
 
 log = logging.getLogger(__name__)
@@ -258,7 +257,7 @@ class Conversion:
 
             def guarded(name: str) -> None:
                 # A weight, and a share of it in another order, which may be all of it.
-                with budget.take(2 * sizes[name]), reused_memory(_BUDGET // self._workers), past_cache():
+                with budget.take(2 * sizes[name]), direct_transfers(_BUDGET // self._workers):
                     if not stop.is_set():
                         act(name)
                         bar.update(sizes[name])

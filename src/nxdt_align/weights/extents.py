@@ -6,18 +6,30 @@ so that a model larger than the machine passes through it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import mmap
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nxdt_align.errors import UserError
-from nxdt_align.weights.direct_io import Bytes, read_at, write_at
-from nxdt_align.weights.host_memory import empty
+
+BLOCK = max(4096, mmap.PAGESIZE)
+"""Bytes: in files that are written here weights start at a multiple of this, so that they can be mapped,
+or transferred past the system's cache."""
+_LARGE = 1 << 20
+"""Bytes: memory for smaller tensors is left to torch."""
+
+Bytes = NDArray[np.uint8]
+_thread = threading.local()
 
 
 class WeightsError(UserError):
@@ -44,6 +56,77 @@ class Extent:
         return prod(self.shape[1:]) * self.dtype.itemsize
 
 
+# How bytes move. direct_io.py has another way, which a thread may take for a while
+
+
+class Transfers:
+    """Through the system's cache, and into new memory for each tensor."""
+
+    def memory(self, size: int) -> mmap.mmap | memoryview:
+        """``size`` bytes, uninitialised, from the start of a page, for one large tensor."""
+        return new_memory(size)
+
+    def read(self, path: Path, offset: int, target: Bytes) -> int:
+        """Fill ``target`` from ``offset`` on; returns the bytes read: fewer where the file ends. Raises
+        OSError."""
+        return _read_rows(path, offset, 0, target[None])
+
+    def write(self, path: Path, offset: int, source: Bytes) -> None:
+        """Put ``source`` into an existing file. Raises OSError."""
+        done = 0
+        with opened(path, os.O_WRONLY) as descriptor:
+            while done < len(source):
+                done += os.pwrite(descriptor, source[done:].data, offset + done)
+
+
+_CACHED = Transfers()
+
+
+@contextmanager
+def transfers_by(transfers: Transfers) -> Iterator[None]:
+    """Inside, this thread's reads and writes go by ``transfers``."""
+    _thread.transfers = transfers
+    try:
+        yield
+    finally:
+        _thread.transfers = _CACHED
+
+
+def _transfers() -> Transfers:
+    found: Transfers = getattr(_thread, "transfers", _CACHED)
+    return found
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor. Raises OSError."""
+    descriptor = os.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def new_memory(size: int) -> mmap.mmap:
+    """In huge pages where the system has them: half of the time of reading a weight would go into handing
+    out small ones."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor for bytes that are read, uninitialised, row-major."""
+    size = prod(shape) * dtype.itemsize
+    if size < _LARGE:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(_transfers().memory(size), dtype=dtype).view(tuple(shape))
+
+
+# Tensors
+
+
 def read_tensor(extent: Extent) -> Tensor:
     """The whole tensor, in new memory, row-major. Raises WeightsError for a file that is cut short."""
     if extent.stride is None:
@@ -52,7 +135,7 @@ def read_tensor(extent: Extent) -> Tensor:
         return tensor
     span = 1 + sum((size - 1) * step for size, step in zip(extent.shape, extent.stride, strict=True))
     flat = empty((span if prod(extent.shape) else 0,), extent.dtype)
-    read_bytes(extent.path, extent.offset, flat)
+    _fill(extent.path, flat, lambda memory: _transfers().read(extent.path, extent.offset, memory))
     return flat.as_strided(extent.shape, extent.stride).contiguous()
 
 
@@ -61,15 +144,40 @@ def read_into(extent: Extent, target: Tensor, first_row: int = 0) -> None:
     if extent.stride is not None:
         target.copy_(read_tensor(extent)[first_row : first_row + len(target)])
         return
-    read_bytes(extent.path, extent.offset + first_row * extent.row_bytes, target)
+    first = extent.offset + first_row * extent.row_bytes
+    _fill(extent.path, target, lambda memory: _transfers().read(extent.path, first, memory))
 
 
-def read_bytes(path: Path, offset: int, target: Tensor) -> None:
-    """Fill a contiguous tensor's memory. Raises WeightsError for a file that is cut short."""
-    fill_bytes(path, target, lambda memory: read_at(path, offset, memory))
+def read_region(extent: Extent, region: Sequence[slice]) -> Tensor:
+    """The part of a tensor that ``region``, a start and a stop per dimension, cuts out, in new memory: what
+    a rank of a sharded model reads.
+
+    Of a row-major tensor of at most two dimensions no other byte is read. Raises WeightsError for a file
+    that is cut short.
+    """
+    cut = [slice(*part.indices(size)[:2]) for part, size in zip(region, extent.shape, strict=True)]
+    if extent.stride is not None or len(cut) > 2:
+        return read_tensor(extent)[tuple(cut)].clone()
+    part = empty([max(0, each.stop - each.start) for each in cut], extent.dtype)
+    first = extent.offset + (cut[0].start * extent.row_bytes if cut else 0)
+    if part.numel() == 0:
+        return part
+    if len(cut) < 2 or part.shape[1] == extent.shape[1]:
+        _fill(extent.path, part, lambda memory: _transfers().read(extent.path, first, memory))
+    else:
+        first += cut[1].start * extent.dtype.itemsize
+        step, rows = extent.row_bytes, (len(part), -1)
+        # A rank's columns are too short for transfers past the cache.
+        _fill(extent.path, part, lambda memory: _read_rows(extent.path, first, step, memory.reshape(rows)))
+    return part
 
 
-def fill_bytes(path: Path, target: Tensor, read: Callable[[Bytes], int]) -> None:
+def write_bytes(path: Path, offset: int, source: Tensor) -> None:
+    """Put a contiguous tensor's bytes into an existing file. Raises OSError."""
+    _transfers().write(path, offset, byte_array(source))
+
+
+def _fill(path: Path, target: Tensor, read: Callable[[Bytes], int]) -> None:
     """Hand a contiguous tensor's memory to ``read``, which returns how much it filled. Raises WeightsError
     where that is not all."""
     wanted = byte_array(target)
@@ -81,9 +189,17 @@ def fill_bytes(path: Path, target: Tensor, read: Callable[[Bytes], int]) -> None
         raise WeightsError(f"{path} is damaged: it ends before the bytes of a tensor; copy it again")
 
 
-def write_bytes(path: Path, offset: int, source: Tensor) -> None:
-    """Put a contiguous tensor's bytes into an existing file. Raises OSError."""
-    write_at(path, offset, byte_array(source))
+def _read_rows(path: Path, offset: int, step: int, target: Bytes) -> int:
+    """Fill the rows of ``target`` from places ``step`` bytes apart; returns the bytes read."""
+    total = 0
+    with opened(path, os.O_RDONLY) as descriptor:
+        for number, row in enumerate(target):
+            done, count = 0, 1
+            while count and done < len(row):
+                count = os.preadv(descriptor, [row[done:].data], offset + number * step + done)
+                done += count
+            total += done
+    return total
 
 
 def byte_array(tensor: Tensor) -> Bytes:

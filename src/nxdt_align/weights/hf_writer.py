@@ -22,8 +22,7 @@ from torch import Tensor
 from nxdt_align.files import atomic_folder, explain
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.named_tensors import Spec, WeightSource, require_fit
-from nxdt_align.weights.direct_io import BLOCK
-from nxdt_align.weights.extents import Extent, WeightsError, write_bytes
+from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, write_bytes
 from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.names import to_hf
 from nxdt_align.weights.tensor_files import SAFETENSORS_DTYPES

@@ -25,8 +25,7 @@ from nxdt_align.models.partition import (
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.models.sharding import KV_HEADS, split_of
 from nxdt_align.named_tensors import Spec, WeightSource, require_fit
-from nxdt_align.weights.extents import Extent, WeightsError, read_into, same_bytes
-from nxdt_align.weights.host_memory import empty
+from nxdt_align.weights.extents import Extent, WeightsError, empty, read_into, read_region, same_bytes
 from nxdt_align.weights.names import is_recomputed
 from nxdt_align.weights.nxdt_files import (
     Files,
@@ -39,7 +38,6 @@ from nxdt_align.weights.nxdt_files import (
     refuse_unfinished,
     shard_name,
 )
-from nxdt_align.weights.regions import read_region
 
 _OR_MISSING = "or shards of the highest ranks are missing"
 

@@ -22,10 +22,8 @@ from torch.utils import serialization
 
 from nxdt_align.models.partition import EMBEDDING, HEAD, Partition, local_tensors
 from nxdt_align.named_tensors import WeightSource
-from nxdt_align.weights.direct_io import BLOCK
-from nxdt_align.weights.extents import Extent, WeightsError, write_bytes
+from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, empty, write_bytes
 from nxdt_align.weights.hf_writer import CONFIG, config_json, write_json
-from nxdt_align.weights.host_memory import empty
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import DONE, INFO, MODEL, TAG, TENSORS, shard_name
 from nxdt_align.weights.torch_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of

@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nxdt_align.named_tensors import NamedTensors
-from nxdt_align.weights.extents import Extent, WeightsError, read_tensor
-from nxdt_align.weights.regions import read_region
+from nxdt_align.weights.extents import Extent, WeightsError, read_region, read_tensor
 from nxdt_align.weights.torch_files import damaged, is_archive, read_index, tensors_of
 
 SAFETENSORS_DTYPES = {
