@@ -33,7 +33,6 @@ from typing import Any
 import torch
 
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig, weight_shapes
-from nxdt_align.weights.direct_io import direct_transfers
 from nxdt_align.weights.hf_writer import HFWriter
 
 Figures = dict[str, float]
@@ -44,9 +43,8 @@ def make_weights(folder: Path, config: LlamaConfig) -> int:
     writer = HFWriter(folder, config, lambda name: torch.bfloat16)
     writer.create()
     writer.open()
-    with direct_transfers(0):
-        for name, shape in weight_shapes(config).items():
-            writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02))
+    for name, shape in weight_shapes(config).items():
+        writer.write(name, torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02))
     writer.finish()
     return writer.total_bytes()
 

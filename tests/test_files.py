@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nxdt_align import files
-from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write, explain
+from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write, explain, publish_folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -90,6 +90,24 @@ def test_folder_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(OSError, match="No space"), atomic_folder(tmp_path / "x") as folder:
         (folder / "new").write_bytes(b"1")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_publish_replaces_only_what_it_may(tmp_path: Path, replace: bool) -> None:
+    """A conversion keeps what is written so far; what appeared at its destination meanwhile stays."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "f").write_bytes(b"1")
+    (tmp_path / "x").mkdir()
+    publish_folder(tmp_path / "new", tmp_path / "x", replace=replace)
+    (tmp_path / "new").mkdir(exist_ok=True)
+    (tmp_path / "new" / "g").write_bytes(b"2")
+    if replace:
+        publish_folder(tmp_path / "new", tmp_path / "x", replace=True)
+        assert content(tmp_path) == {"x/g": b"2", "new/f": b"1"}
+        return
+    with pytest.raises(OSError, match="not empty"):
+        publish_folder(tmp_path / "new", tmp_path / "x", replace=False)
+    assert content(tmp_path) == {"x/f": b"1", "new/g": b"2"}
 
 
 def test_every_file_and_folder_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

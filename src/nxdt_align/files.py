@@ -1,5 +1,8 @@
 """Atomic writes: after a crash, a kill or a full disk a file or folder is there whole, or as it was before.
 
+``atomic_write`` and ``atomic_folder`` start over after an interruption; ``publish_folder`` alone is the last
+step of whoever keeps what is written so far and goes on from it, as a conversion does.
+
 What is written goes to a temporary sibling (same file system), is flushed to the device, and takes
 the final name in one rename. A temporary of a killed process is removed by the next write into the
 same folder; a lock, which the kernel drops with the process, tells it from one still being written.
@@ -68,7 +71,7 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
     temporary = _temporary_name(path)
     try:
         with open(temporary, "xb") as file:
-            _lock(file.fileno())
+            lock(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -96,14 +99,26 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary.mkdir()
     descriptor = os.open(temporary, os.O_RDONLY)
     try:
-        _lock(descriptor)
+        lock(descriptor)
         yield temporary
-        _sync_tree(temporary)
-        _put_in_place(temporary, path)
-        _sync_folder(path.parent)
+        publish_folder(temporary, path, replace=True)
     finally:
         os.close(descriptor)
         _remove(temporary)
+
+
+def publish_folder(temporary: Path, path: Path, *, replace: bool) -> None:
+    """Bring a sibling of ``path`` to the device and give it that name.
+
+    With ``replace`` whatever stands there swaps places with it, so that ``path`` is never missing; without,
+    nothing but an empty folder may stand there. Raises OSError; ``path`` is then as it was before.
+    """
+    flush_tree(temporary)
+    if replace:
+        _put_in_place(temporary, path)
+    else:
+        os.rename(temporary, path)
+    _sync_folder(path.parent)
 
 
 def _temporary_name(path: Path) -> Path:
@@ -140,7 +155,8 @@ def _exchange(first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
-def _sync_tree(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
+    """Bring every file and folder to the device. Raises OSError."""
     for parent, _, names in os.walk(folder):
         for name in names:
             descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
@@ -163,15 +179,15 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    """Take the lock that says "being written"; False where another process holds it, or where the
-    file system knows no locks (then nothing is ever taken for a leftover)."""
+def lock(descriptor: int) -> bool | None:
+    """Take the lock that says "being written": True, or False where another process holds it. None where
+    the file system knows no locks: then nothing is ever taken for a leftover."""
     if fcntl is None:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) else None
     return True
 
 
@@ -181,7 +197,7 @@ def _remove_leftovers(folder: Path) -> None:
             descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 old = time.time() - os.fstat(descriptor).st_mtime > _LEFTOVER_AGE
-                if old and _lock(descriptor):
+                if old and lock(descriptor):
                     _remove(entry)
             finally:
                 os.close(descriptor)

@@ -8,10 +8,12 @@ import pytest
 from checkpoint_fixture import CONFIG, SIZES, MakeHF, fresh, run, same_folders
 from killed_conversion import KINDS, kill_a_conversion
 
+from nxdt_align import files
 from nxdt_align.errors import UserError
+from nxdt_align.weights import convert, staging
 from nxdt_align.weights.detect import open_source
 from nxdt_align.weights.extents import WeightsError
-from nxdt_align.weights.staging import JOURNAL, Staging
+from nxdt_align.weights.staging import JOURNAL
 
 WEIGHTS = len(fresh(CONFIG))
 
@@ -56,12 +58,13 @@ def test_all_is_on_the_device_before_anything_says_that_it_is_whole(
 ) -> None:
     """Also without verification, which flushes on its own."""
     flushed: list[bool] = []
-    flush = Staging.flush
+    flush = files.flush_tree
 
-    def watching(staging: Staging) -> None:
-        flushed.append((staging.folder / "done").exists())
-        flush(staging)
+    def watching(folder: Path) -> None:
+        flushed.append((folder / "done").exists())
+        flush(folder)
 
-    monkeypatch.setattr(Staging, "flush", watching)
+    for module in (convert, staging):
+        monkeypatch.setattr(module, "flush_tree", watching)
     run(make_hf(CONFIG), tmp_path / "out", **SIZES, verify=False)
     assert flushed == [False, True]

@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from nxdt_align.errors import UserError
-from nxdt_align.files import explain
+from nxdt_align.files import explain, flush_tree
 from nxdt_align.named_tensors import WeightSource, summary
 from nxdt_align.weights.direct_io import direct_transfers
 from nxdt_align.weights.extents import WeightsError, byte_view, empty
-from nxdt_align.weights.staging import Staging, flush
+from nxdt_align.weights.staging import Staging
 
 log = logging.getLogger(__name__)
 _WORKERS = 4
@@ -133,7 +133,7 @@ class Conversion:
                 self._write(staging, writer)
                 if self._verify or staging.resumed:
                     self._check(staging, writer)
-                staging.flush()  # so that what says that the folder is whole is true of the device too
+                flush_tree(staging.folder)  # so that what says that it is whole is true of the device too
                 writer.finish(self._record(staging, writer))
                 staging.publish()
             except UserError:
@@ -212,8 +212,8 @@ class Conversion:
 
     def _check(self, staging: Staging, writer: Writer) -> None:
         """Read every weight back, past the system's cache where it lets us, and compare checksums."""
-        for file in sorted(f for f in staging.folder.rglob("*") if f.is_file()):
-            flush(file)
+        flush_tree(staging.folder)  # only what is on the device can leave the cache
+        for file in (f for f in staging.folder.rglob("*") if f.is_file()):
             _forget(file)
         try:
             written = writer.reopen()

@@ -5,8 +5,6 @@ The folder is a hidden sibling of the destination, so that the last step is one 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nxdt_align.files import flush_tree, lock, publish_folder
 from nxdt_align.weights.extents import WeightsError
 
 JOURNAL = "conversion.jsonl"
@@ -53,8 +52,11 @@ class Staging:
                 f"cannot write {self.destination}: {error.strerror}; choose another"
             ) from error
         try:
-            self._lock()
-            self._take_up()
+            if lock(self._file.fileno()) is False:
+                raise WeightsError(
+                    f"another conversion is writing {self.destination}: wait for it, or choose another folder"
+                )
+            self._resume_or_clear()
         except BaseException:
             self._file.close()
             raise
@@ -76,19 +78,12 @@ class Staging:
     def discard(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def flush(self) -> None:
-        """Bring every file and folder to the device."""
-        for parent, _, names in os.walk(self.folder):
-            for name in names:
-                flush(Path(parent) / name)
-            flush(Path(parent))
-
     def publish(self) -> None:
         """Give the folder its name. Up to here an interrupted conversion has its journal to go on from."""
-        self.flush()
+        flush_tree(self.folder)
         (self.folder / JOURNAL).unlink()
-        os.rename(self.folder, self.destination)
-        flush(self.destination.parent)
+        # What appeared there meanwhile is not ours to replace.
+        publish_folder(self.folder, self.destination, replace=False)
 
     def bytes_on_disk(self) -> int:
         """What the leftover of an earlier attempt takes already."""
@@ -102,17 +97,7 @@ class Staging:
         if any(self.destination.iterdir()):
             raise WeightsError(f"{self.destination} is not empty: choose another folder, or remove it")
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN):
-                return  # a file system without locks
-            raise WeightsError(
-                f"another conversion is writing {self.destination}: wait for it, or choose another folder"
-            ) from error
-
-    def _take_up(self) -> None:
+    def _resume_or_clear(self) -> None:
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind("\n") + 1]
@@ -126,7 +111,7 @@ class Staging:
         if entries[0].get("identity") != self._identity:
             raise WeightsError(
                 f"{self.folder} is left from another conversion (its source has changed, or the options are "
-                "others): call again as then, or without --resume to start over"
+                "others): call again with the same source and options, or without --resume to start over"
             )
         self.resumed = True
         for entry in entries[1:]:
@@ -154,12 +139,3 @@ class Staging:
     def _append(self, entry: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
-
-
-def flush(path: Path) -> None:
-    """Bring a file or folder to the device."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
