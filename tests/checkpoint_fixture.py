@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.run.conversion import ConvertOptions, convert
-from nxdt_align.weights.convert import Report
+from nxdt_align.run.conversion import Report, convert
 from nxdt_align.weights.hf import FreshWeights, HFFolder
 
 MakeHF = Callable[..., Path]
@@ -37,7 +36,7 @@ def fresh(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def run(source: Path, destination: Path, **options: Any) -> Report:
-    return convert(ConvertOptions(source, destination, quiet=True, **options))
+    return convert(source, destination, quiet=True, **options)
 
 
 def random_config(rng: random.Random) -> LlamaConfig:

@@ -323,7 +323,8 @@ def _convert(arguments: argparse.Namespace, environment: _Environment) -> int:
     values = conversion_options(arguments)
     from nxdt_align.run import conversion
 
-    conversion.convert(conversion.ConvertOptions(**values))
+    act = conversion.export if arguments.verb == "export" else conversion.convert
+    act(values.pop("source"), values.pop("destination"), **values)
     return 0
 
 

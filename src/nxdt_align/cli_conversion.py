@@ -29,17 +29,17 @@ def add_conversion_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentPars
     _add_sizes(convert)
     _add_nxdt(convert)
     export = _add(verbs, "export", "write any checkpoint as a folder that transformers loads")
-    export.set_defaults(to="hf")
     for verb in (convert, export):
         _add_common(verb)
-    inspect = verbs.add_parser("inspect", help="say what a checkpoint is", allow_abbrev=False)
+    inspect = verbs.add_parser("inspect", help="describe a checkpoint", allow_abbrev=False)
     inspect.add_argument("path", type=Path, metavar="PATH")
     inspect.add_argument("--config", type=Path, metavar="FILE", help="config.json of the model")
     inspect.add_argument("--json", action="store_true", help="as JSON")
 
 
 def conversion_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of ``build.conversion.ConvertOptions``. Raises UserError."""
+    """Keyword arguments of ``convert`` or ``export`` in run/conversion.py, and the two paths as ``source``
+    and ``destination``. Raises UserError."""
     values = dict(vars(arguments))
     source = values.pop("source") or values.pop("input_dir", None)
     destination = values.pop("destination") or values.pop("output_dir", None)
@@ -103,7 +103,7 @@ def _add_sizes(verb: argparse.ArgumentParser) -> None:
     )
     add(
         "--pipeline-cuts",
-        dest="cuts",
+        dest="pipeline_cuts",
         type=_layers,
         metavar="LAYERS",
         help="layers after which a stage ends, as model.pipeline_cuts: 10,20 (default: even stages)",

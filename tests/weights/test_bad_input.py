@@ -265,7 +265,7 @@ def test_sizes_that_do_not_fit_leave_nothing(make_hf: MakeHF, tmp_path: Path) ->
             {"pp": 1, "kv_multiplier": 1},
             "--pp_size is 1, but it is 2; --kv_size_multiplier is 1, but it is 2",
         ),
-        ({"cuts": (1,)}, "--pipeline-cuts is 1, but it is 0. Shards"),
+        ({"pipeline_cuts": (1,)}, "--pipeline-cuts is 1, but it is 0. Shards"),
         ({"n_layers": 4}, "--n_layers is 4, but .* has 3"),
         ({"load_xser": True}, "--load_xser is True, but .* holds plain files"),
         ({"qkv_linear": True, "fuse_qkv": True}, "q, k and v are fused, but .* holds them split"),

@@ -115,7 +115,7 @@ def test_of_shards_to_shards_what_is_not_stated_stays(
 def test_cuts_of_ones_own(make_hf: MakeHF, tmp_path: Path) -> None:
     """As model.pipeline_cuts makes them: after layer 1 of 3, where even stages end after layer 0."""
     run(make_hf(CONFIG), tmp_path / "even", **SIZES)
-    run(tmp_path / "hf", tmp_path / "cut", tp=4, kv_multiplier=2, cuts=(1,))
+    run(tmp_path / "hf", tmp_path / "cut", tp=4, kv_multiplier=2, pipeline_cuts=(1,))
     moved = "model.layers.1."
     for rank in range(4):
         early, late = (load(tmp_path / "even" / "model" / shard_name(rank, stage)) for stage in range(2))
@@ -125,7 +125,7 @@ def test_cuts_of_ones_own(make_hf: MakeHF, tmp_path: Path) -> None:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         last = load(tmp_path / "cut" / "model" / shard_name(rank, 1))
         assert list(last) == [name for name in late if not name.startswith(moved)]
-    run(tmp_path / "cut", tmp_path / "back", cuts=(1,))
+    run(tmp_path / "cut", tmp_path / "back", pipeline_cuts=(1,))
     same_folders(tmp_path / "hf", tmp_path / "back")
 
 
@@ -135,14 +135,14 @@ def test_cuts_of_ones_own(make_hf: MakeHF, tmp_path: Path) -> None:
         ({"tp": 2}, (1,)),
         ({"pp": 3}, None),
         ({"pp": 1}, None),
-        ({"cuts": (0,)}, None),
-        ({"cuts": (0, 1)}, None),
+        ({"pipeline_cuts": (0,)}, None),
+        ({"pipeline_cuts": (0, 1)}, None),
     ],
 )
 def test_of_shards_to_shards_cuts_stay_with_their_number(
     stated: dict[str, Any], cuts: tuple[int, ...] | None, make_hf: MakeHF, tmp_path: Path
 ) -> None:
-    run(make_hf(CONFIG), tmp_path / "one", tp=4, kv_multiplier=2, cuts=(1,))
+    run(make_hf(CONFIG), tmp_path / "one", tp=4, kv_multiplier=2, pipeline_cuts=(1,))
     run(tmp_path / "one", tmp_path / "two", to="nxdt", **stated)
     assert NxDTFolder(tmp_path / "two", CONFIG).partition.cuts == cuts
     run(tmp_path / "two", tmp_path / "back")

@@ -108,7 +108,11 @@ def test_dtypes_are_counted(make_hf: MakeHF, tmp_path: Path) -> None:
 BARE: list[tuple[dict[str, Any], LlamaConfig, dict[str, Any]]] = [
     (SIZES, CONFIG, {"kv multiplier": 2, "qkv": "split", "files": "plain"}),
     (SIZES | {"qkv_linear": True, "fuse_qkv": True, "xser": True}, CONFIG, {"qkv": "fused", "files": "xser"}),
-    ({"tp": 2, "pp": 2, "qkv_linear": False, "cuts": (1,)}, CONFIG, {"kv multiplier": 1, "qkv": "separate"}),
+    (
+        {"tp": 2, "pp": 2, "qkv_linear": False, "pipeline_cuts": (1,)},
+        CONFIG,
+        {"kv multiplier": 1, "qkv": "separate"},
+    ),
     ({"tp": 2}, replace(CONFIG, num_key_value_heads=8), {"kv multiplier": 1, "qkv": "coalesced"}),
     (SIZES, replace(CONFIG, tie_word_embeddings=True), {"kv multiplier": 2}),
 ]
@@ -133,7 +137,7 @@ def test_shards_alone_tell_what_they_can(
         "vocabulary with its padding": rows,
         "tied head": config.tie_word_embeddings,
     }
-    stages = [2, 1] if "cuts" in options else [1, 2] if "pp" in options else [3]
+    stages = [2, 1] if "pipeline_cuts" in options else [1, 2] if "pp" in options else [3]
     assert found["shards"].items() >= shards.items()
     assert found["shards"]["tensor parallel"] == options["tp"]
     assert found["shards"]["layers of the stages"] == stages
