@@ -38,7 +38,7 @@ from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import shard_name
 from nxdt_align.weights.nxdt_writer import NxDTWriter
-from nxdt_align.weights.torch_files import read_index
+from nxdt_align.weights.tensor_files import read_index
 
 # There and back
 
@@ -515,6 +515,5 @@ def test_nans_of_every_dtype(dtype: torch.dtype) -> None:
 
 def test_partition_of_a_read_checkpoint_is_the_one_it_was_written_with(nxdt: Path) -> None:
     assert NxDTFolder(nxdt, CONFIG).partition == Partition(CONFIG, 4, 2, 2, "split", 100)
-    assert NxDTFolder(nxdt, CONFIG).files()[0].name == shard_name(0, 0)
     with pytest.raises(WeightsError, match="holds no shards"):
         NxDTFolder(nxdt.parent, TINY)

@@ -215,26 +215,21 @@ class Conversion:
         flush_tree(staging.folder)  # only what is on the device can leave the cache
         for file in (f for f in staging.folder.rglob("*") if f.is_file()):
             _forget(file)
-        try:
-            written = writer.reopen()
-        except UserError as error:
-            raise _unreadable(error) from error
-        if sorted(written.names()) != sorted(self._source.names()):
-            raise WeightsError(f"the names in {self._folder} are not those that were written")
         wrong: list[str] = []
 
         def compare(name: str) -> None:
-            try:
-                tensor = written.read(name)
-            except UserError as error:
-                raise _unreadable(error) from error
-            same = tensor.dtype == self._target_dtype(name) and tuple(tensor.shape) == self._source.shape(
-                name
-            )
-            if not same or zlib.crc32(byte_view(tensor)) != staging.checksums[name]:
+            tensor = written.read(name)
+            as_meant = self._source.shape(name), self._target_dtype(name), staging.checksums[name]
+            if (tuple(tensor.shape), tensor.dtype, zlib.crc32(byte_view(tensor))) != as_meant:
                 wrong.append(name)
 
-        self._for_each("verifying", written.names(), compare)
+        try:
+            written = writer.reopen()
+            if sorted(written.names()) != sorted(self._source.names()):
+                raise WeightsError(f"the names in {self._folder} are not those that were written")
+            self._for_each("verifying", written.names(), compare)
+        except UserError as error:
+            raise WeightsError(f"what was written cannot be read back: {error}") from error
         if wrong:
             raise WeightsError(
                 f"what was read back differs from what was written: {', '.join(summary(wrong))}. The disk or "
@@ -327,10 +322,6 @@ def count_nans(tensor: Tensor) -> int:
     for start in range(0, len(flat), _CHUNK):
         count += int(torch.isnan(flat[start : start + _CHUNK].float()).sum())
     return count
-
-
-def _unreadable(error: UserError) -> WeightsError:
-    return WeightsError(f"what was written cannot be read back: {error}")
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in plain values for people and programs."""
+"""Describes checkpoints in plain values for people and programs, with the model's config.json or without."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from nxdt_align.models.partition import EMBEDDING, HEAD, QKV
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.named_tensors import WeightSource, summary
-from nxdt_align.weights.bare_shards import describe_shards
+from nxdt_align.weights.extents import Extent, WeightsError, read_region, same_bytes
+from nxdt_align.weights.names import is_recomputed
 from nxdt_align.weights.nxdt import NxDTFolder
+from nxdt_align.weights.nxdt_files import (
+    Files,
+    find_shards,
+    is_xser,
+    layers_of,
+    model_folder,
+    open_shard,
+    qkv_style,
+    refuse_unfinished,
+    shard_name,
+)
 
 _LAYOUTS = {
     "hf": "Hugging Face",
@@ -25,6 +40,21 @@ _LOADERS = {
     "meta": "nxdt-align convert",
     "native": "nxdt-align's native engine (resume_from_checkpoint)",
 }
+_UNKNOWN = (
+    "the numbers of heads and the head dim (only their products), how many rows pad the vocabulary (they "
+    "are among the parameters), rotary base and scaling, norm epsilon, special tokens: give the model's "
+    "config.json with --config"
+)
+_ATTENTION, _GATE_UP = "self_attn.", "mlp.gate_up_proj.weight"
+_OUTPUT = _ATTENTION + "o_proj.weight"
+_KEYS: dict[QKV, str] = {
+    "split": _ATTENTION + "qkv_proj.weight_k",
+    "fused": _ATTENTION + "qkv_proj.weight_qkv",
+    "separate": _ATTENTION + "k_proj.weight",
+    "coalesced": _ATTENTION + "qkv_proj.weight",
+}
+_BLOCK = 1 << 22
+"""Entries of the embedding that are looked at at a time."""
 
 
 def describe(path: Path, source: WeightSource, config: LlamaConfig, layout: str) -> dict[str, Any]:
@@ -52,8 +82,11 @@ def describe(path: Path, source: WeightSource, config: LlamaConfig, layout: str)
 
 
 def describe_bare(path: Path) -> dict[str, Any]:
-    """What shards tell without a config.json. Raises WeightsError where some are missing or damaged."""
-    return _place(path, "nxdt") | describe_shards(path)
+    """What ``describe`` says, as far as shards tell it without a config.json; ``unknown`` names the rest.
+
+    Raises WeightsError: shards are missing or damaged, or ranks hold other tensors than the first.
+    """
+    return _place(path, "nxdt") | _BareShards(path).description()
 
 
 def to_text(description: dict[str, Any]) -> str:
@@ -94,3 +127,148 @@ def _shards(source: NxDTFolder) -> dict[str, Any]:
 def _bytes(path: Path) -> int:
     files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     return sum(f.stat().st_size for f in files)
+
+
+class _BareShards:
+    """NxD's shards, where nothing says what model they are of.
+
+    A head is a number of rows that shards do not mark, so only products are known: heads times head dim.
+    Copies of kv heads show, as they are equal. Rank 0 stands for all of a stage, which hold tensors of the
+    same names and shapes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        folder = model_folder(path)
+        assert folder is not None, "detect.layout_of has found shards"
+        refuse_unfinished(folder)
+        grid = find_shards(folder)
+        self._path = path
+        self._files: Files = {place: open_shard(file) for place, file in grid.items()}
+        self._is_xser = is_xser(grid.values())
+        self._tp, self._pp = 1 + max(t for t, _ in grid), 1 + max(p for _, p in grid)
+        self._require_alike()
+        every = {n: x for stage in range(self._pp) for n, x in self._files[0, stage].items()}
+        self._local = {name: extent for name, extent in every.items() if not is_recomputed(name)}
+        self._qkv = qkv_style(path, self._local)
+        self._layer = f"model.layers.{min(layers_of(self._local))}."
+        self._copies = self._kv_copies()
+
+    def description(self) -> dict[str, Any]:
+        is_tied = self._is_tied()
+        dtypes = Counter(str(extent.dtype).removeprefix("torch.") for extent in self._local.values())
+        stages = [sorted(layers_of(self._files[0, stage])) for stage in range(self._pp)]
+        return {
+            "parameters": self._parameters(is_tied),
+            "dtypes": dict(sorted(dtypes.items())),
+            "model": {"layers": len(layers_of(self._local)), **self._sizes(), "tied head": is_tied},
+            "shards": {
+                "tensor parallel": self._tp,
+                "pipeline parallel": self._pp,
+                "layers of the stages": [len(held) for held in stages],
+                "kv multiplier": self._copies,
+                "qkv": self._qkv,
+                "files": "xser" if self._is_xser else "plain",
+                "last rows of the embedding that are 0": self._zero_rows(),
+            },
+            "unknown": _UNKNOWN,
+            "tensors of a rank": summary(self._local),
+        }
+
+    def _sizes(self) -> dict[str, int]:
+        start, stop = self._key_rows()
+        rows, hidden = self._extent(EMBEDDING).shape
+        return {
+            "hidden size": hidden,
+            "query heads x head dim": self._extent(self._layer + _OUTPUT).shape[1] * self._tp,
+            "kv heads x head dim": (stop - start) * self._tp // self._copies,
+            "intermediate size": self._extent(self._layer + _GATE_UP).shape[0] // 2 * self._tp,
+            "vocabulary with its padding": rows * self._tp,
+        }
+
+    def _parameters(self, is_tied: bool) -> int:
+        """Each weight once."""
+        start, stop = self._key_rows()
+        hidden, layers = self._extent(EMBEDDING).shape[1], len(layers_of(self._local))
+        held = sum(
+            prod(extent.shape) * (1 if name.endswith("norm.weight") else self._tp)
+            for name, extent in self._local.items()
+            if not (is_tied and name == HEAD)
+        )
+        every_copy = 2 * layers * (stop - start) * self._tp * hidden
+        return held - every_copy + every_copy // self._copies
+
+    def _extent(self, name: str) -> Extent:
+        if name not in self._local:
+            raise WeightsError(f"{self._path} holds no {name}: shards or tensors are missing")
+        return self._local[name]
+
+    def _require_alike(self) -> None:
+        for (rank, stage), tensors in self._files.items():
+            first = self._files[0, stage]
+            odd = [n for n in tensors.keys() | first.keys() if not _is_alike(tensors.get(n), first.get(n))]
+            if odd:
+                raise WeightsError(
+                    f"{self._path}: {shard_name(rank, stage)} and {shard_name(0, stage)} must hold tensors "
+                    f"of the same names, shapes and dtypes, but differ in {', '.join(summary(odd)[:6])}"
+                )
+
+    def _key_rows(self) -> tuple[int, int]:
+        """Where a rank's keys are in the tensor that holds them."""
+        rows = self._extent(self._layer + _KEYS[self._qkv]).shape[0]
+        if self._qkv in ("split", "separate"):
+            return 0, rows
+        queries = self._extent(self._layer + _OUTPUT).shape[1]
+        return queries, queries + (rows - queries) // 2
+
+    def _kv_copies(self) -> int:
+        """The most equal parts that the ranks' keys of one layer fall into."""
+        if self._qkv in ("separate", "coalesced"):
+            return 1
+        name, rows = self._layer + _KEYS[self._qkv], slice(*self._key_rows())
+        stage = next(p for p in range(self._pp) if name in self._files[0, p])
+        keys = [_rows(self._files[rank, stage][name], rows) for rank in range(self._tp)]
+        return next(
+            copies
+            for copies in range(self._tp, 0, -1)
+            if self._tp % copies == 0
+            and all(same_bytes(part, keys[i % (self._tp // copies)]) for i, part in enumerate(keys))
+        )
+
+    def _is_tied(self) -> bool:
+        """Whether there is no head but the embedding, or one that is equal to it."""
+        if HEAD not in self._local:
+            return True
+        if not _is_alike(self._local[HEAD], self._extent(EMBEDDING)):
+            return False
+        return all(
+            same_bytes(_rows(self._of_rank(HEAD, rank), part), _rows(self._of_rank(EMBEDDING, rank), part))
+            for rank in range(self._tp)
+            for part in self._blocks()
+        )
+
+    def _zero_rows(self) -> int:
+        count = 0
+        for rank in reversed(range(self._tp)):
+            for part in reversed(self._blocks()):
+                is_zero = (_rows(self._of_rank(EMBEDDING, rank), part) == 0).all(dim=1)
+                count += int(is_zero.flip(0).int().cumprod(0).sum())
+                if not is_zero.all():
+                    return count
+        return count
+
+    def _of_rank(self, name: str, rank: int) -> Extent:
+        return next(self._files[rank, p][name] for p in range(self._pp) if name in self._files[rank, p])
+
+    def _blocks(self) -> list[slice]:
+        """The embedding's rows on a rank, so many at a time as fit in little memory."""
+        rows, hidden = self._extent(EMBEDDING).shape
+        step = max(1, _BLOCK // max(1, hidden))
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _rows(extent: Extent, rows: slice) -> Tensor:
+    return read_region(extent, (rows, *(slice(0, size) for size in extent.shape[1:])))
+
+
+def _is_alike(one: Extent | None, other: Extent | None) -> bool:
+    return one is not None and other is not None and (one.shape, one.dtype) == (other.shape, other.dtype)

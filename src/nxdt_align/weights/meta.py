@@ -21,7 +21,7 @@ from nxdt_align.models.partition import EMBEDDING, HEAD
 from nxdt_align.models.presets import LlamaConfig, RopeScaling, from_hf_dict
 from nxdt_align.named_tensors import WeightSource, require_fit, summary
 from nxdt_align.weights.extents import Extent, WeightsError, read_tensor
-from nxdt_align.weights.torch_files import read_index, tensors_of
+from nxdt_align.weights.tensor_files import read_index, tensors_of
 
 PARAMS = "params.json"
 _SHARD = re.compile(r"^consolidated\.(\d\d)\.pth$")

@@ -73,7 +73,6 @@ class NxDTFolder(WeightSource):
         grid = find_shards(folder)
         self._files = {place: open_shard(file) for place, file in grid.items()}
         self.is_xser = is_xser(grid.values())
-        self._paths = list(grid.values())
         self._unequal = unequal_replicas
         self.partition = self._partition(config)
         self._tensors = self._check()
@@ -99,9 +98,6 @@ class NxDTFolder(WeightSource):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._place(name)[0][0].dtype
-
-    def files(self) -> list[Path]:
-        return self._paths
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, put together from the ranks' shares.

@@ -16,7 +16,7 @@ from pathlib import Path
 from nxdt_align.models.partition import QKV
 from nxdt_align.named_tensors import summary
 from nxdt_align.weights.extents import Extent, WeightsError
-from nxdt_align.weights.torch_files import TensorReference, read_index, tensors_of
+from nxdt_align.weights.tensor_files import TensorReference, read_index, tensors_of
 
 MODEL, DONE, TAG = "model", "done", "checkpoint"
 TENSORS, INFO = ".tensors", ".info.pt"

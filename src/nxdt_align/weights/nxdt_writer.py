@@ -26,7 +26,7 @@ from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, empty, write
 from nxdt_align.weights.hf_writer import CONFIG, config_json, write_json
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import DONE, INFO, MODEL, TAG, TENSORS, shard_name
-from nxdt_align.weights.torch_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of
+from nxdt_align.weights.tensor_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of
 
 RECORD = "conversion.json"
 """What a converted checkpoint was made from, and the checksums of its weights."""
