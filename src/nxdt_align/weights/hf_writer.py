@@ -62,8 +62,8 @@ def write_hf_folder(
             is replaced when the new one is complete.
         tensors: every weight of the plain Llama once, whole, on any device; read one at a time.
         tokenizer_dir: whose tokenizer files to copy.
-        dtype: what the weights are cast to. Where not given: theirs; of those that come one by one, the
-            first one's.
+        dtype: what the weights are cast to. Where not given: theirs, which must be one and the same where
+            they come one by one.
         max_shard_bytes: a larger model is spread over several files with an index.
 
     Raises WeightsError: the folder exists, weights are missing, surplus or misshapen, the tokenizer
