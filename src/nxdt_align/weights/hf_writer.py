@@ -78,11 +78,14 @@ def write_hf_folder(
         dtypes = {name: dtype or tensors[name].dtype for name in shapes}
         pairs = iter(tensors.items())
     else:
-        # The files are laid out before they are filled, so dtypes must be known when the first weight comes.
         pairs = iter(tensors)
-        first = list(islice(pairs, 1))
-        dtypes = dict.fromkeys(shapes, dtype or (first[0][1].dtype if first else torch.float32))
-        pairs = chain(first, pairs)
+        if dtype is None:
+            # The files are laid out before they are filled, so dtypes must be known when the first comes.
+            first = list(islice(pairs, 1))
+            dtypes = dict.fromkeys(shapes, first[0][1].dtype if first else torch.float32)
+            pairs = chain(first, pairs)
+        else:
+            dtypes = dict.fromkeys(shapes, dtype)
     wanted = {name: (shape, dtypes[name] if dtype is None else None) for name, shape in shapes.items()}
     try:
         with atomic_folder(path) as folder:
@@ -98,6 +101,7 @@ def write_hf_folder(
                 found |= _specs({name: tensor})
                 if tuple(tensor.shape) == shapes.get(name):
                     writer.write(name, tensor.detach().to("cpu", dtypes[name]).contiguous())
+                del tensor  # before the next one is put together
             _require_fit(path, found, wanted)
             writer.finish()
     except OSError as error:
