@@ -45,7 +45,7 @@ bench-objectives: $(VENV)/.installed ## every objective on the demo's data; ONLY
 lint: $(VENV)/.installed ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict src
+	$(BIN)/mypy --strict src examples/demo
 	$(BIN)/shellcheck scripts/*.sh examples/demo.sh .ci/run
 
 clean: ## remove .venv, .venv-xla, demo_run and every cache

@@ -49,7 +49,6 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training.hooks": ("training", "engines.base", "losses", "batch", "config", "reference"),
     "weights": ("models.sharding", "models.presets", "models.partition"),
     "neuron": ("config",),
-    "demo": (),
     "planning": ("models", "ops", "data", "config"),
     "run": (
         *("batch", "losses", "ops", "models", "config", "data", "engines", "planning"),
@@ -212,7 +211,6 @@ LAWBREAKERS = [
     ("neuron/environment.py", "import torch", "imports the library torch"),
     ("neuron/environment.py", "import os\nos.environ['A']", "reads os.environ"),
     ("cli.py", "from nxdt_align.neuron import monitor", "imports neuron.monitor"),
-    ("demo/report.py", "from nxdt_align.losses import DPOLoss", "imports losses.DPOLoss"),
     ("errors.py", "from nxdt_align.batch import Batch", "imports batch.Batch"),
     ("run.py", "import os\nos.environ['A']", "reads os.environ"),
     ("run.py", "from os import getenv", "reads os.getenv"),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from config import yamls
+import yamls
 
 from nxdt_align.config.check import ConfigError, engine_faults, notices, resolve_engine
 from nxdt_align.config.engines import NO_EFFECT, Engine

@@ -132,7 +132,7 @@ precompute(Stuck(), plan(20), collate, record_ids(20), store, records_of=records
 
 
 def test_sigkill_in_the_middle(tmp_path: Path, whole: np.ndarray) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{REPO / 'src'}:{REPO / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{REPO / 'src'}:{REPO / 'tests' / 'support'}"}
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
     )

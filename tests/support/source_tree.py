@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "nxdt_align"
-SOURCE = Path(__file__).resolve().parent.parent / "src" / PACKAGE
+SOURCE = Path(__file__).resolve().parents[2] / "src" / PACKAGE
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-
-from nxdt_align.demo.task import FAMILIES, TaskError, draw_problem, is_right, read_problem
+from demo.task import FAMILIES, TaskError, draw_problem, is_right, read_problem
 
 
 @pytest.mark.parametrize(

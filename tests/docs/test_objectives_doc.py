@@ -17,7 +17,7 @@ from nxdt_align.losses.custom import load_loss
 from nxdt_align.losses.forms import FORMS
 from nxdt_align.losses.types import ResponseLogps
 
-DOC = Path(__file__).resolve().parent.parent / "docs" / "objectives.md"
+DOC = Path(__file__).resolve().parents[2] / "docs" / "objectives.md"
 
 
 def test_the_walk_through_is_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, dataset, engine
 from oracle import (
     ModuleWeights,
     assert_gradients_close,
@@ -15,7 +16,6 @@ from oracle import (
     plain_model,
     random_examples,
 )
-from test_layouts import GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, dataset, engine
 from training_fixture import Project, final_weights, scalars, train_sh
 
 from nxdt_align.data.packing import Layout

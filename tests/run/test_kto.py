@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, dataset, engine
 from oracle import ModuleWeights, assert_gradients_close, gradients, pair_logps, plain_model, random_examples
-from test_layouts import GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, dataset, engine
 from training_fixture import Project, scalars, write_labelled
 
 from nxdt_align.batch import Topology

@@ -28,7 +28,7 @@ from training_fixture import scalars
 
 from nxdt_align.cli import main
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PROJECT, WRITTEN, VALUES = GOLDEN / "project", GOLDEN / "written", GOLDEN / "values"
 RUNS = {
     "dpo_shared_prompt": (),

@@ -48,7 +48,7 @@ def test_steps(repo: Path, tmp_path: Path, objective: str) -> None:
     assert done.returncode == 0, done.stderr
     assert {call["cwd"] for call in calls} == {call["demo"] for call in calls} == {str(tmp_path / "demo_run")}
     prepare, *training, report = [" ".join(map(str, call["argv"])) for call in calls]
-    assert prepare == "-m nxdt_align.demo.prepare --out ."
+    assert prepare == "-m demo.prepare --out ."
     trained = [line for line in training if "nxdt_align train" in line]
     align = f"tiny_llama_{objective.upper()}"
     assert [line.split("--config-name ")[1].split()[0] for line in trained] == [
@@ -57,7 +57,7 @@ def test_steps(repo: Path, tmp_path: Path, objective: str) -> None:
     ]
     newest = f"nemo_experiments/{align}/2025-01-02_00-00-00"
     assert report == (
-        f"-m nxdt_align.demo.report --before warmup --after {newest}/hf_export --data data"
+        f"-m demo.report --before warmup --after {newest}/hf_export --data data"
         f" --objective {objective} --tensorboard {newest} --checkpoint {newest}/checkpoints"
     )
 

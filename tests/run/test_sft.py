@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import GRADIENT_TOLERANCE, dataset, engine
 from oracle import assert_gradients_close, gradients, plain_model, random_examples, response_logp
-from test_layouts import GRADIENT_TOLERANCE, dataset, engine
 from training_fixture import Project, final_weights, scalars
 
 from nxdt_align.data.packing import Layout

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 BLOCK = re.compile(r"^(?P<mark><!-- run -->\n)?```bash\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_data_parallel import final_weights, train_sh
-from training_fixture import Project, scalars
+from training_fixture import Project, final_weights, scalars, train_sh
 from transformers import AutoModelForCausalLM
 
 from nxdt_align.cli import main

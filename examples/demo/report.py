@@ -1,4 +1,4 @@
-"""What the demo gained, on held-out pairs: ``python -m nxdt_align.demo.report --before DIR --after DIR ...``.
+"""What the demo gained, on held-out pairs: ``python -m demo.report --before DIR --after DIR ...``.
 
 Prints figures before and after, where everything is and how to go on. Exits with 1, and the reason,
 where the held-out reward accuracy is below MIN_ACCURACY or the completions got hardly better.
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxdt_align.demo.evaluate import (
+from demo.evaluate import (
     Evaluation,
     HuggingFaceModel,
     Objective,
@@ -24,7 +24,7 @@ from nxdt_align.demo.evaluate import (
     read_pairs,
     rewards,
 )
-from nxdt_align.demo.task import FAMILIES, read_problem
+from demo.task import FAMILIES, read_problem
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write, explain
 
@@ -200,7 +200,7 @@ def make_report(options: argparse.Namespace) -> Report:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m nxdt_align.demo.report", description="Judge the demo on its held-out pairs."
+        prog="python -m demo.report", description="Judge the demo on its held-out pairs."
     )
     folders: tuple[tuple[str, str], ...] = (
         ("--before", "Hugging Face folder of the model before alignment"),

@@ -21,8 +21,7 @@ import torch
 from bad_input_fixture import Terminal, break_inputs, break_weights, cut, expect, message
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
-from test_train import ORPO, assert_same_run
-from training_fixture import Project
+from training_fixture import ORPO, Project, assert_same_run
 
 import nxdt_align
 from nxdt_align.cli import main

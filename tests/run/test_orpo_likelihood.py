@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from layouts import ATTENTIONS, CASES, GRADIENT_TOLERANCE, LAYOUTS, dataset, engine
 from oracle import Example, Llama, assert_gradients_close, gradients, plain_model, random_examples
-from test_layouts import ATTENTIONS, CASES, GRADIENT_TOLERANCE, LAYOUTS, dataset, engine
 from torch import Tensor
 from training_fixture import Project, scalars
 from trl_losses import trl_orpo

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo.evaluate import Evaluation, Likelihoods, Pair
+from demo.report import Places, Report, describe, main, next_steps, read_beta
 
-from nxdt_align.demo.evaluate import Evaluation, Likelihoods, Pair
-from nxdt_align.demo.report import Places, Report, describe, main, next_steps, read_beta
 from nxdt_align.errors import UserError
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nxd_fixture import require_nxd
-from test_engines_agree import NXD, SPREAD
+from nxd_fixture import NXD, SPREAD, require_nxd
 from training_fixture import Project, train_sh
 
 from nxdt_align.engines.nxd.checkpoint import checkpoint_step

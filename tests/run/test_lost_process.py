@@ -44,7 +44,7 @@ def wait_for(text: str, file: Path, processes: list[subprocess.Popen[bytes]]) ->
 
 
 def environment(**more: str) -> dict[str, str]:
-    source = str(Path(__file__).parents[1] / "src")
+    source = str(Path(__file__).parents[2] / "src")
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "PYTHONUNBUFFERED": "1", **more}
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nxdt_align.demo.task import is_right, read_problem
+from demo.task import is_right, read_problem
 from nxdt_align.errors import UserError
 
 Objective = Literal["dpo", "orpo"]
@@ -95,11 +95,11 @@ def read_pairs(path: Path) -> list[Pair]:
     """
     path = path / "heldout.jsonl" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"--data: {path} does not exist; python -m nxdt_align.demo.prepare makes it")
+        raise UserError(f"--data: {path} does not exist; python -m demo.prepare makes it")
     lines = path.read_text(encoding="utf-8").splitlines()
     pairs = [_read_pair(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
     if not pairs:
-        raise UserError(f"--data: {path} is empty; python -m nxdt_align.demo.prepare makes it afresh")
+        raise UserError(f"--data: {path} is empty; python -m demo.prepare makes it afresh")
     return pairs
 
 

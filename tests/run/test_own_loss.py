@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import ATTENTIONS, GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, dataset, engine
 from oracle import assert_gradients_close, gradients, pair_logps, plain_model, random_examples
-from test_layouts import ATTENTIONS, GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, dataset, engine
 from torch import Tensor
 from training_fixture import Project, scalars, train_sh, write_labelled
 

@@ -6,24 +6,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from nxd_fixture import require_nxd
+from nxd_fixture import NXD, SPREAD, require_nxd
 from training_fixture import Project, scalars, train_sh
 
 from nxdt_align.weights.hf import HFFolder
 
 pytestmark = pytest.mark.nxd
 STEPS = 20
-NXD = (
-    *("distributed_strategy.engine=nxd", "trainer.accelerator=cpu", "trainer.devices=2"),
-    *("distributed_strategy.zero1=True", "model.qkv_linear=True", "exp_manager.seconds_to_sleep=0.1"),
-)
-SPREAD = {
-    "tensor": (
-        "distributed_strategy.tensor_model_parallel_size=2",
-        "distributed_strategy.sequence_parallel=True",
-    ),
-    "pipeline": ("distributed_strategy.pipeline_model_parallel_size=2",),
-}
 
 
 @pytest.mark.parametrize("spread", SPREAD)

@@ -35,6 +35,20 @@ CONFIG = replace(TINY, vocab_size=64, num_attention_heads=8, head_dim=4)
 """Eight query heads to two kv heads; sizes that four ranks divide."""
 PAIRS = 6
 
+NXD = (
+    *("distributed_strategy.engine=nxd", "trainer.accelerator=cpu", "trainer.devices=2"),
+    *("distributed_strategy.zero1=True", "model.qkv_linear=True", "exp_manager.seconds_to_sleep=0.1"),
+)
+"""Overrides that run a YAML on engine nxd in CPU mode, in two processes."""
+SPREAD = {
+    "tensor": (
+        "distributed_strategy.tensor_model_parallel_size=2",
+        "distributed_strategy.sequence_parallel=True",
+    ),
+    "pipeline": ("distributed_strategy.pipeline_model_parallel_size=2",),
+}
+"""How those two processes divide the model."""
+
 
 def require_nxd() -> None:
     """Skip where neuronx-distributed is not importable; else see to the Neuron-only modules below it."""

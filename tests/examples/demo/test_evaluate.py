@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from demo.evaluate import HuggingFaceModel, Likelihoods, Pair, read_pairs, rewards
 
-from nxdt_align.demo.evaluate import HuggingFaceModel, Likelihoods, Pair, read_pairs, rewards
 from nxdt_align.errors import UserError
 
 
@@ -88,7 +88,7 @@ def test_a_file_of_other_records_is_refused(tmp_path: Path, text: str, message: 
 
 
 def test_a_missing_file_and_a_folder_without_a_model_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"heldout\.jsonl does not exist; python -m nxdt_align.demo.prepare"):
+    with pytest.raises(UserError, match=r"heldout\.jsonl does not exist; python -m demo.prepare"):
         read_pairs(tmp_path)
     with pytest.raises(UserError, match=r"not a Hugging Face model folder: it has no config.json"):
         HuggingFaceModel(tmp_path)

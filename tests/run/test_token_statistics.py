@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layouts import LAYOUTS, dataset, engine
 from oracle import ModuleWeights, plain_model, random_examples
-from test_layouts import LAYOUTS, dataset, engine
 
 from nxdt_align.data.packing import Layout
 from nxdt_align.losses.objective import GlobalMeanObjective

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from demo.prepare import Sizes, main, make_data, make_tokenizer, prepare
+from demo.task import is_right, read_problem
 
-from nxdt_align.demo.prepare import Sizes, main, make_data, make_tokenizer, prepare
-from nxdt_align.demo.task import is_right, read_problem
 from nxdt_align.errors import UserError
 
 SMALL = Sizes(sft=800, train=150, heldout=50)
@@ -74,7 +74,7 @@ def test_demonstrations_are_mostly_wrong_where_it_is_hard() -> None:
 def test_a_seed_gives_the_same_files_in_another_process(folder: Path, tmp_path: Path) -> None:
     """String hashing differs between the two processes; the files must not."""
     code = (
-        "import sys; from pathlib import Path; from nxdt_align.demo.prepare import Sizes, prepare; "
+        "import sys; from pathlib import Path; from demo.prepare import Sizes, prepare; "
         "prepare(Path(sys.argv[1]), 5, Sizes(800, 150, 50))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=_environment(folder))
@@ -83,7 +83,8 @@ def test_a_seed_gives_the_same_files_in_another_process(folder: Path, tmp_path: 
 
 def _environment(folder: Path) -> dict[str, str]:
     source = Path(sys.modules["nxdt_align"].__path__[0]).parent
-    return {"PYTHONPATH": str(source), "PYTHONHASHSEED": "77", "HOME": str(folder)}
+    examples = Path(prepare.__code__.co_filename).parents[1]
+    return {"PYTHONPATH": f"{source}:{examples}", "PYTHONHASHSEED": "77", "HOME": str(folder)}
 
 
 def test_another_seed_gives_other_instructions(folder: Path) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from nxdt_align.demo.evaluate import Pair, read_pairs
-from nxdt_align.demo.prepare import Sizes, prepare
+from demo.evaluate import Pair, read_pairs
+from demo.prepare import Sizes, prepare
 
 
 @pytest.fixture(scope="session")

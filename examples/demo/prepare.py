@@ -1,4 +1,4 @@
-"""Make the demo's tokenizer, model configuration and data: ``python -m nxdt_align.demo.prepare --out DIR``.
+"""Make the demo's tokenizer, model configuration and data: ``python -m demo.prepare --out DIR``.
 
 Under DIR: ``tokenizer/``, ``model_config.json``, and in ``data/`` three files of text records:
 ``sft.jsonl`` (prompt, response), ``train.jsonl`` and ``heldout.jsonl`` (prompt, chosen, rejected). The
@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from nxdt_align.demo.task import Problem, draw_problem
+from demo.task import Problem, draw_problem
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_folder, atomic_write, explain
 
@@ -171,9 +171,7 @@ def _describe(data: DemoData, out: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m nxdt_align.demo.prepare", description="Make the demo's data."
-    )
+    parser = argparse.ArgumentParser(prog="python -m demo.prepare", description="Make the demo's data.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=1234, help="draws the records (default: %(default)s)")
     options = parser.parse_args(arguments)

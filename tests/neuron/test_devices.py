@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from neuron.conftest import install  # noqa: F401 (a fixture)
-from neuron.test_monitor import FOREVER, Install, is_running, pid_in
+from neuron_monitor_fixture import FOREVER, Install, is_running, pid_in
 from training_fixture import Project, scalars
 
 from nxdt_align.engines.native.engine import NativeEngine
@@ -22,7 +21,7 @@ def project(tmp_path: Path) -> Project:
 
 
 @pytest.fixture
-def program(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def program(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A program that reports; a run's first step waits for its first report. Returns where its pid is."""
     pid = tmp_path / "pid"
     install(f"open({str(pid)!r}, 'w').write(str(os.getpid()))\n{FOREVER}")
