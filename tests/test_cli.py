@@ -32,15 +32,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeBuild:
     """Stands for the composition root: remembers how it was called."""
 
-    status: int = 0
     error: BaseException | None = None
     calls: list[tuple[Config, Any]] = field(default_factory=list)
 
-    def train(self, config: Config, env: Any) -> int:
+    def train(self, config: Config, env: Any) -> None:
         self.calls.append((config, env))
         if self.error is not None:
             raise self.error
-        return self.status
 
 
 @pytest.fixture
@@ -223,11 +221,10 @@ def test_processes_reports_faults_before_anything_starts(
 def test_train_hands_configuration_and_environment_on(
     build: FakeBuild, good: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build.status = 3
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TRAIN_ITERS": "4"}.items():
         monkeypatch.setenv(name, value)
     arguments = ["train", "--config-name", good, "trainer.devices=4", "trainer.num_nodes=2", "seed=9"]
-    assert main(arguments) == 3
+    assert main(arguments) == 0
     ((config, env),) = build.calls
     assert vars(env) == {"rank": 5, "world_size": 8, "local_rank": 1, "compile_only": False}
     assert (config.seed, config.trainer.max_steps) == (9, 4)

@@ -235,7 +235,7 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
     os.environ.update(variables)
     from nxdt_align import run
 
-    return run.train(
+    run.train(
         config,
         run.RunEnv(
             rank=environment.rank,
@@ -244,6 +244,7 @@ def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
             compile_only=environment.compile_only or arguments.trial_steps,
         ),
     )
+    return 0
 
 
 def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:

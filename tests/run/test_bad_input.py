@@ -482,7 +482,7 @@ def test_a_checkpoint_that_finds_no_space_leaves_the_previous_one_whole(
     assert NativeCheckpoint(previous).fingerprint()
 
     shown = terminal.succeed(val, "trainer.max_steps=6")
-    assert f"going on from this run's own checkpoint {previous}" in shown
+    assert f"resuming from this run's own checkpoint {previous}" in shown
     (run,) = (terminal.experiments / "run").iterdir()
     assert [f.name for f in (run / "checkpoints").iterdir()] == [f.name for f in terminal.checkpoints]
     assert_same_run(run, whole)

@@ -28,7 +28,7 @@ def test_the_loss_curves_are_the_same(repo: Path, tmp_path: Path, spread: str) -
     nxd = (f"exp_manager.exp_dir={tmp_path}/nxd", *common, *NXD, *SPREAD[spread])
     train_sh(repo, project, *nxd, "trainer.max_steps=8", "exp_manager.export_hf=False")
     said = train_sh(repo, project, *nxd)
-    assert "going on from this run's own checkpoint" in said
+    assert "resuming from this run's own checkpoint" in said
 
     got, want = scalars(project.only_run("nxd")), scalars(project.only_run("native"))
     for tag, tolerance in (("reduced_train_loss", 1e-5), ("val_loss", 1e-5), ("gradient_norm", 1e-4)):

@@ -20,7 +20,7 @@ from training_fixture import Project
 from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.errors import UserError
-from nxdt_align.run.preconditions import other_processes_are_there
+from nxdt_align.run.preconditions import report_lost_ranks
 
 ENDLESS = (
     *(
@@ -86,7 +86,7 @@ def wait_for_a_process_that_hangs(rank: int, world: int) -> str:
     if rank == 1:
         return ""  # and waits at the end of the test, not in the collective
     try:
-        with other_processes_are_there(world, 1 / 60):
+        with report_lost_ranks(world, 1 / 60):
             dist.all_reduce(torch.zeros(1), group=group)
     except UserError as error:
         return str(error)
@@ -120,9 +120,9 @@ def test_every_group_waits_as_long_as_it_is_told() -> None:
 
 
 def test_errors_of_other_kinds_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="out of memory"), other_processes_are_there(2, 30):
+    with pytest.raises(RuntimeError, match="out of memory"), report_lost_ranks(2, 30):
         raise RuntimeError("out of memory")
-    with pytest.raises(RuntimeError, match="timed out"), other_processes_are_there(1, 30):
+    with pytest.raises(RuntimeError, match="timed out"), report_lost_ranks(1, 30):
         raise RuntimeError("timed out")
 
 

@@ -26,7 +26,7 @@ def test_a_run_goes_on_as_after_saves_at_once(repo: Path, tmp_path: Path) -> Non
     said = train_sh(repo, project, *behind, "trainer.max_steps=4")
     assert "keys without effect" not in said
     said = train_sh(repo, project, *behind, "trainer.max_steps=6")
-    assert "going on from this run's own checkpoint" in said
+    assert "resuming from this run's own checkpoint" in said
     assert "exp_manager.load_xser: is True, but" in said and "holds plain files" in said
     runs = [project.only_run(name) for name in ("whole", "behind")]
     for run in runs:

@@ -119,7 +119,7 @@ def assert_all_was_compiled_ahead(parts: list[Finished], run: Path) -> None:
     for part in parts:
         compiled, outside = part.graphs
         assert compiled > 0 and outside == 0, part.log[-3000:]
-    assert "going on from this run's own checkpoint" in parts[1].log
+    assert "resuming from this run's own checkpoint" in parts[1].log
     curves = scalars(run)
     assert [step for step, _ in curves["reduced_train_loss"]] == list(range(1, STEPS + 1))
     assert len(curves["val_loss"]) == STEPS // 3

@@ -33,7 +33,9 @@ from nxdt_align.models.presets import LlamaConfig, read_config_json
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.run.engines import EngineParts
 from nxdt_align.run.env import RunEnv
+from nxdt_align.run.mode import RunMode
 from nxdt_align.weights.detect import check_names, layout_of
 from nxdt_align.weights.hf import FreshWeights, HFFolder
 from nxdt_align.weights.nxdt import NxDTFolder
@@ -95,6 +97,17 @@ def parallel(config: Config) -> Parallel:
     )
 
 
+def join(config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> EngineParts:
+    """Join the processes of the run, for the engine that ``config`` asks for; only that one is imported."""
+    if resolve_engine(config, neuron_available()) == "nxd":
+        from nxdt_align.run.nxd import NxDParts
+
+        return NxDParts(config, env, model, mode)
+    from nxdt_align.run.native import NativeParts
+
+    return NativeParts(config, env, model, mode)
+
+
 class MicroBatchNeeds(TypedDict):
     """How many micro-batches a rank's schedule takes a step, as the data module's arguments."""
 
@@ -111,8 +124,11 @@ def micro_batch_needs(config: Config) -> MicroBatchNeeds:
     return {"min_micro_batches": ranks, "round_size": 1}
 
 
-def device(config: Config, env: RunEnv) -> torch.device:
-    """The device of this process. Raises UserError for one that is not here."""
+def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
+    """The device of this process, the mode's fallback where there is no accelerator.
+
+    Raises UserError for one that is not here.
+    """
     chosen = config.trainer.accelerator
     if chosen == "xla":
         return _xla_device(env)
@@ -126,23 +142,7 @@ def device(config: Config, env: RunEnv) -> torch.device:
     if chosen != "cpu" and present is not None:
         torch.accelerator.set_device_index(env.local_rank)
         return torch.device(present.type, env.local_rank)
-    return _trial_device(config, env) if env.compile_only else torch.device("cpu")
-
-
-def _trial_device(config: Config, env: RunEnv) -> torch.device:
-    """Where the graphs of a run can be compiled ahead, if anywhere."""
-    if not xla.is_available():
-        why = "torch_xla is not installed"
-    elif env.world_size > 1:
-        why = "torch_xla's CPU device runs one process"
-    elif config.data.attention not in ("auto", "dense"):
-        why = f"data.attention: {config.data.attention} has no static shapes"
-    elif config.precision.type == "fp16":
-        why = "precision.type: fp16 is not in the engine's compiled graphs"
-    else:
-        return _xla_device(env)
-    log.info("COMPILE=1: %s, so that the trial steps run and nothing is compiled ahead", why)
-    return torch.device("cpu")
+    return mode.fallback_device(config, env)
 
 
 def _xla_device(env: RunEnv) -> torch.device:

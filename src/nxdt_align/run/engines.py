@@ -1,4 +1,4 @@
-"""What a run needs of whichever engine it has."""
+"""What a run needs of an engine before it is built, whichever it is."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from typing import Protocol
 import torch
 
 from nxdt_align.batch import Topology
-from nxdt_align.config.check import neuron_available, resolve_engine
-from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import Engine
-from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.run.env import RunEnv
 
 
 class Checkpoints(Protocol):
@@ -60,14 +56,3 @@ class EngineParts(Protocol):
     def notes_on(self, folder: Path) -> list[str]:
         """What the user should know of the weights or the checkpoint in ``folder``, which the run reads."""
         ...
-
-
-def join(config: Config, env: RunEnv, model: LlamaConfig) -> EngineParts:
-    """Join the processes of the run, for the engine that ``config`` asks for; only that one is imported."""
-    if resolve_engine(config, neuron_available()) == "nxd":
-        from nxdt_align.run.nxd import NxDParts
-
-        return NxDParts(config, env, model)
-    from nxdt_align.run.native import NativeParts
-
-    return NativeParts(config, env, model)

@@ -22,6 +22,7 @@ from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.run.env import RunEnv
+from nxdt_align.run.mode import RunMode
 
 log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,7 +36,7 @@ class NxDParts:
 
     checkpoints = checkpoint
 
-    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig) -> None:
+    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
         self._config, self._env, self._model = config, env, model
         place = compat.place_of(config.trainer.accelerator)
         missing = find_missing_neuron_packages(cpu_mode=place != "neuron")
@@ -47,7 +48,7 @@ class NxDParts:
         self.reference_precision = reference_precision_of(config, self.precision)
         self.platform = compat.start(place, env.rank, env.world_size)
         self.device = self.platform.device
-        self._compiler = _compiler_of(place, env)
+        self._compiler = _compiler_of(place, mode)
         from nxdt_align.engines.nxd.mesh import make_mesh
 
         self.mesh = make_mesh(parallel, self.platform)
@@ -97,15 +98,13 @@ class NxDParts:
         return CausalFlashAttention(nki_kernel(), transpose_inputs=config.model.transpose_nki_inputs)
 
 
-def _compiler_of(place: compat.Place, env: RunEnv) -> Compiler | None:
+def _compiler_of(place: compat.Place, mode: RunMode) -> Compiler | None:
     """Neuron's own compiler lists its graphs, in the cache that neuron_parallel_compile fills."""
     if place != "cpu":
         return xla.compiler(tells_keys=place == "xla")
-    if env.compile_only:
-        log.info(
-            "COMPILE=1: neuronx-distributed's CPU mode has no graphs, so that the trial steps run and "
-            "nothing is compiled ahead; trainer.accelerator=xla compiles them, in one process"
-        )
+    mode.note_no_graphs(
+        "neuronx-distributed's CPU mode has no graphs (trainer.accelerator=xla has, in one process)"
+    )
     return None
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from nxdt_align.config.experiment import ExpManagerConfig
 from nxdt_align.errors import UserError
 from nxdt_align.training.runs import RunFolder
 
@@ -17,14 +18,13 @@ EVENT_FILES = "events.out.tfevents.*"
 
 
 def start_experiment(
-    trainer: Trainer, settings: Mapping[str, Any], run: RunFolder, *, explicit: bool, resumed_step: int
+    trainer: Trainer, config: ExpManagerConfig, run: RunFolder, *, resumed_step: int
 ) -> Path:
-    """Set the trainer's loggers and callbacks up as ``settings`` (``exp_manager`` of the YAML) say.
+    """Set the trainer's loggers and callbacks up as ``config`` (``exp_manager`` of the YAML) says.
 
     Args:
         run: the folder, found beforehand; NeMo itself looks only for checkpoints named '*last' or
             '*end', and so starts over where NxDT's YAML says ``save_last: False``.
-        explicit: whether the folder is the user's ``explicit_log_dir``.
         resumed_step: optimizer steps of the checkpoint that the run goes on from, 0 for a new run.
 
     Returns the folder that the run writes to.
@@ -34,12 +34,13 @@ def start_experiment(
     from nemo.utils import logging as nemo_logging
     from nemo.utils.exceptions import NeMoBaseException
 
+    settings = dataclasses.asdict(config)
     known = {field.name for field in dataclasses.fields(nemo.ExpManagerConfig)}
     chosen = {name: value for name, value in settings.items() if name in known}
     chosen["checkpoint_callback_params"] = _callback_params(settings["checkpoint_callback_params"], nemo)
     chosen["resume_if_exists"] = False
     chosen["resume_from_checkpoint"] = None  # trainer.fit is given it
-    if explicit:
+    if config.explicit_log_dir is not None:
         chosen |= {"explicit_log_dir": str(run.path), "exp_dir": None, "version": None}
     else:
         chosen |= {
