@@ -16,8 +16,8 @@ from nxdt_align.config.schema import Accelerator, Config, PrecisionConfig, Train
 from nxdt_align.engines import xla
 from nxdt_align.errors import UserError
 from nxdt_align.run.assemble import device
+from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
-from nxdt_align.run.env import RunEnv
 from nxdt_align.run.mode import RunMode
 
 
@@ -46,7 +46,7 @@ torch.utils.rename_privateuse1_backend("neuron")
 torch._register_device_module("neuron", types.SimpleNamespace(is_available=lambda: True))
 moved_to = []
 torch.accelerator.set_device_index = moved_to.append
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.assemble import attention, device
 from nxdt_align.config.schema import Config, TrainerConfig

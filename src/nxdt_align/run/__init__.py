@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from nxdt_align.config.check import check, neuron_available, notices, resolve_engine
 from nxdt_align.config.schema import Config
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import RunEnv
 
 if TYPE_CHECKING:
     # Lightning and NeMo take seconds to import, which conversions do not need.
     from lightning.pytorch import Callback
 
     from nxdt_align.losses.types import Loss
-    from nxdt_align.run.mode import Result
+    from nxdt_align.run.contracts import Result
 
 __all__ = ["RunEnv", "train"]
 

@@ -33,8 +33,7 @@ from nxdt_align.models.presets import LlamaConfig, read_config_json
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
-from nxdt_align.run.engines import EngineParts
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.weights.detect import check_names, layout_of
 from nxdt_align.weights.hf import FreshWeights, HFFolder

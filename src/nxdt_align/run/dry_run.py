@@ -23,9 +23,8 @@ from nxdt_align.engines.base import Compiler, Engine, Graph
 from nxdt_align.neuron.compile import Totals, write_manifest
 from nxdt_align.reference.cache import ReferenceStore
 from nxdt_align.reference.precompute import trace_shapes
-from nxdt_align.run.engines import Checkpoints
-from nxdt_align.run.env import RunEnv
-from nxdt_align.run.mode import Result, RunMode
+from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
+from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
 from nxdt_align.run.resume import RunIdentity
 from nxdt_align.training.hooks import Preflight

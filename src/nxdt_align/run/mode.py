@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from nxdt_align.neuron.compile import read_manifest
 from nxdt_align.neuron.monitor import NeuronMonitor
 from nxdt_align.reference.cache import FloatArray, ReferenceStore
 from nxdt_align.reference.precompute import PassSummary, precompute
-from nxdt_align.run.engines import Checkpoints
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
 from nxdt_align.run.places import EXPORT, Places
 from nxdt_align.run.resume import RunIdentity, find, resume_point
 from nxdt_align.training.devices import DeviceMonitor
@@ -28,22 +26,6 @@ from nxdt_align.training.hooks import Preflight
 from nxdt_align.training.runs import RunFolder
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run leaves. The paths are None after a dry run, and where nothing was written."""
-
-    step: int
-    """Optimizer steps done, those before a resume included."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """The newest value of each metric, validation's under ``val_``."""
-    folder: Path | None = None
-    """The experiment's folder: logs, resolved settings, checkpoints."""
-    checkpoint: Path | None = None
-    """The newest checkpoint."""
-    export: Path | None = None
-    """The policy as a Hugging Face folder."""
 
 
 class RunMode:

@@ -14,7 +14,7 @@ from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.engines.native.xla import XlaEngine
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.run import assemble
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
 

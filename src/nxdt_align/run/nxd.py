@@ -21,7 +21,7 @@ from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
 log = logging.getLogger(__name__)

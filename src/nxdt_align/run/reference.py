@@ -20,7 +20,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.run import assemble
-from nxdt_align.run.engines import Precision
+from nxdt_align.run.contracts import Precision
 from nxdt_align.run.mode import RunMode
 from nxdt_align.training.hooks import (
     PREFLIGHT_TOLERANCE,

@@ -15,7 +15,7 @@ from nxdt_align.engines.base import Engine
 from nxdt_align.errors import UserError
 from nxdt_align.losses.types import Loss
 from nxdt_align.reference.cache import fingerprint_of
-from nxdt_align.run.engines import Checkpoints
+from nxdt_align.run.contracts import Checkpoints
 from nxdt_align.run.places import Places
 from nxdt_align.training.runs import RunFolder, explicit_run, find_run, run_identity
 

@@ -19,8 +19,8 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.types import Loss
 from nxdt_align.run import assemble
-from nxdt_align.run.env import RunEnv
-from nxdt_align.run.mode import Result, RunMode
+from nxdt_align.run.contracts import Result, RunEnv
+from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
 from nxdt_align.run.preconditions import as_user_error, require_validation_in_epoch
 from nxdt_align.run.reference import (

@@ -1,7 +1,9 @@
-"""What a run needs of an engine before it is built, whichever it is."""
+"""What the parts of a run hand to one another: its process, its engine before that is built, its result."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +11,33 @@ import torch
 
 from nxdt_align.batch import Topology
 from nxdt_align.engines.base import Engine
+
+
+@dataclass(frozen=True)
+class RunEnv:
+    """This process among those of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    compile_only: bool = False
+    """Trial steps that write nothing (``COMPILE=1``)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves. The paths are None after a dry run, and where nothing was written."""
+
+    step: int
+    """Optimizer steps done, those before a resume included."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The newest value of each metric, validation's under ``val_``."""
+    folder: Path | None = None
+    """The experiment's folder: logs, resolved settings, checkpoints."""
+    checkpoint: Path | None = None
+    """The newest checkpoint."""
+    export: Path | None = None
+    """The policy as a Hugging Face folder."""
 
 
 class Checkpoints(Protocol):
