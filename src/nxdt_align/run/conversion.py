@@ -22,7 +22,7 @@ from nxdt_align.models.partition import (
 )
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict
 from nxdt_align.run.native_destination import NativeDestination
-from nxdt_align.training.runs import IDENTITY_FILE
+from nxdt_align.run.resume import IDENTITY_FILE
 from nxdt_align.weights import inspect
 from nxdt_align.weights.convert import Conversion, Report
 from nxdt_align.weights.destinations import Destination, HFDestination, NxDTDestination

@@ -26,9 +26,8 @@ from nxdt_align.reference.precompute import trace_shapes
 from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
-from nxdt_align.run.resume import RunIdentity
+from nxdt_align.run.resume import RunFolder, RunIdentity
 from nxdt_align.training.hooks import Preflight
-from nxdt_align.training.runs import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class DryRun(RunMode):
         return None
 
     def start_experiment(
-        self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int
+        self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int | None
     ) -> None:
         """No folder, logger or checkpoint callback."""
 

@@ -20,10 +20,10 @@ from nxdt_align.reference.cache import FloatArray, ReferenceStore
 from nxdt_align.reference.precompute import PassSummary, precompute
 from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
 from nxdt_align.run.places import EXPORT, Places
-from nxdt_align.run.resume import RunIdentity, find, resume_point
-from nxdt_align.training.devices import DeviceMonitor
+from nxdt_align.run.resume import RunFolder, RunIdentity, find, resume_point, write_identity
+from nxdt_align.training.experiment import start_experiment
 from nxdt_align.training.hooks import Preflight
-from nxdt_align.training.runs import RunFolder
+from nxdt_align.training.monitors import DeviceMonitor
 
 log = logging.getLogger(__name__)
 
@@ -94,13 +94,10 @@ class RunMode:
         return run.path / EXPORT if config.exp_manager.export_hf else None
 
     def start_experiment(
-        self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int
+        self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int | None
     ) -> None:
-        """Folder, loggers and checkpoint callback; ``step``: optimizer steps done before this process."""
-        from nxdt_align.training.experiment import start_experiment
-        from nxdt_align.training.runs import write_identity
-
-        start_experiment(trainer, config.exp_manager, run, resumed_step=step)
+        """Folder, loggers and checkpoint callback; ``step``: of the run's own checkpoint, if any."""
+        start_experiment(trainer, config.exp_manager, run.path, resumed_step=step)
         if trainer.is_global_zero:
             write_identity(run.path, identity.digest, identity.parts)
 

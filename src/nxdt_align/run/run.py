@@ -31,15 +31,12 @@ from nxdt_align.run.reference import (
     origin_record,
     reference_callbacks,
 )
-from nxdt_align.run.resume import RunIdentity, identify
+from nxdt_align.run.resume import RunFolder, RunIdentity, identify, newest_checkpoint
 from nxdt_align.training import optim
-from nxdt_align.training.accelerator import EngineAccelerator
 from nxdt_align.training.hooks import FinishRun
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
-from nxdt_align.training.recompiles import RecompileGuard
-from nxdt_align.training.runs import RunFolder, newest_checkpoint
-from nxdt_align.training.start_times import StartTimes
-from nxdt_align.training.strategy import EngineStrategy
+from nxdt_align.training.monitors import RecompileGuard, StartTimes
+from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
 from nxdt_align.weights.hf import write_hf_folder
 
 log = logging.getLogger(__name__)
@@ -117,7 +114,7 @@ class Run:
                 *self._callbacks,
             ]
             trainer = self._trainer(callbacks, {"identity": identity.digest, **record})
-            step = 0 if run.checkpoint is None else checkpoints.checkpoint_step(run.checkpoint) or 0
+            step = None if run.checkpoint is None else checkpoints.checkpoint_step(run.checkpoint)
             self.mode.start_experiment(trainer, self.config, run, identity, step)
             with self.mode.around_fit(self.engine.compiler, self.places.manifest):
                 resume_from = None if resumed is None else str(resumed)
@@ -140,7 +137,7 @@ class Run:
     def _identity(self) -> RunIdentity:
         return identify(
             self.config,
-            self.data,
+            self.data.record_ids("train"),
             start=self._fingerprint(self.start),
             model=self.model_config.to_hf_dict(),
             tokenization=self.tokenization.fingerprint(),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
@@ -174,3 +175,34 @@ class _FolderIO(CheckpointIO):
                 shutil.rmtree(doomed)
             except OSError as error:
                 log.warning("the earlier checkpoint %s could not be removed: %s", folder, explain(error))
+
+
+class EngineAccelerator(Accelerator):
+    """For devices that Lightning does not know: leaves everything about them to the engine, which has set its
+    device up; ``trainer.devices`` counts processes."""
+
+    def setup_device(self, device: torch.device) -> None:
+        pass
+
+    def teardown(self) -> None:
+        pass
+
+    def get_device_stats(self, device: Any) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def parse_devices(devices: Any) -> Any:
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        """Not asked: the strategy brings the engine's device."""
+        raise NotImplementedError
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nxdt_align.training.runs import find_run, newest_checkpoint, run_identity, write_identity
+from nxdt_align.run.resume import find_run, newest_checkpoint, run_identity, write_identity
 
 
 def step_of(folder: Path) -> int | None:

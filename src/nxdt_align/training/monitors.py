@@ -1,8 +1,9 @@
-"""Counts what the device compiles, and says which step compiled what it should not have."""
+"""Callbacks that watch a run and change nothing in it: compilations, devices, how long a start takes."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Shapes, shapes_of
 from nxdt_align.errors import UserError
+from nxdt_align.neuron.monitor import NeuronMonitor
 
 log = logging.getLogger(__name__)
 
@@ -84,3 +86,62 @@ def describe(shapes: Shapes) -> str:
         f"{slots} responses a row"
         for (rows, tokens, responses, slots), count in Counter(shapes).items()
     )
+
+
+class DeviceMonitor(Callback):
+    """Logs ``monitor``'s newest report at the logging interval, at the number of optimizer steps done.
+
+    One process of each node has this callback. Lightning's loggers write on the first node alone; on the
+    others the monitor's warnings are what is left of it.
+    """
+
+    def __init__(self, monitor: NeuronMonitor, every_n_steps: int) -> None:
+        self._monitor = monitor
+        self._every_n_steps = every_n_steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._monitor.start()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        report = self._monitor.newest() if step % self._every_n_steps == 0 else None
+        if report is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(report.metrics(), step=step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._monitor.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._monitor.stop()
+
+
+class StartTimes(Callback):
+    """Logs, in seconds, what each part took since the one before it, up to the end of the first step.
+
+    As a callback it goes before all others, whose parts it times.
+    """
+
+    def __init__(self, *, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._enabled, self._clock = enabled, clock
+        self._began = self._last = clock()
+
+    def done(self, what: str) -> None:
+        """``what`` has just come to its end."""
+        now = self._clock()
+        if self._enabled:
+            log.info("start: %s: %.2f s (%.2f s so far)", what, now - self._last, now - self._began)
+        self._last = now
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.done("trainer made" if trainer.ckpt_path is None else "checkpoint read")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.done("reference and optimizer ready")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._enabled:
+            self.done("first step")
+        self._enabled = False
