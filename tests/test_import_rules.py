@@ -15,7 +15,7 @@ import pytest
 from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 
 # Anyone may import these; they import nothing of ours but each other.
-FOUNDATION = ("errors", "files", "__version__")
+FOUNDATION = ("errors", "files", "__version__", "PYTHON", "TORCH")
 
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.steps", "engines.plain", "engines.masters"),

@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
-from nxdt_align import __version__
+from nxdt_align import TORCH, __version__
 from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.config.check import (
     ConfigError,
@@ -42,11 +43,12 @@ Preference alignment of Llama-family models from NxD Training's YAML.
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
   nxdt-align plan --config-name NAME [key=value ...]     print rows, graphs and device memory
-  nxdt-align train --config-name NAME [key=value ...]    train
-  nxdt-align presets                                     the configs that there are
+  nxdt-align train --config-name NAME [key=value ...]    train, in this process
+  nxdt-align launch [key=value ...]                      train.sh: as many processes as CONF_FILE asks for
+  nxdt-align presets                                     list the configs
   nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
   nxdt-align export CHECKPOINT DESTINATION               any checkpoint as a Hugging Face folder
-  nxdt-align inspect PATH                                what a checkpoint is
+  nxdt-align inspect PATH                                describe a checkpoint
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -91,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("NXDT_ALIGN_DEBUG") == "1"
     try:
+        if arguments.verb in _NEED_TORCH:
+            _require_torch()
         return _VERBS[arguments.verb](arguments, _Environment.read(os.environ))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -105,6 +109,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = f"{error.filename}: " if error.filename else ""
         _complain(error, about + explain(error))
     return 1
+
+
+def _require_torch() -> None:
+    """Raise UserError where torch is missing or out of range. Its metadata say so without an import."""
+    oldest, newest = (".".join(map(str, version)) for version in TORCH)
+    wanted = f"nxdt-align runs on torch {oldest} to {newest}"
+    try:
+        found = metadata.version("torch")
+    except metadata.PackageNotFoundError as error:
+        raise UserError(f"{wanted}, but {sys.executable} has none; pip install torch=={newest}.0") from error
+    if not TORCH[0] <= tuple(int(part) for part in found.split(".")[:2]) <= TORCH[1]:
+        raise UserError(f"{wanted}, but {sys.executable} has {found}; pip install torch=={newest}.0")
 
 
 def _complain(error: Exception, message: str) -> None:
@@ -162,7 +178,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the environment variables of the Neuron stack as this run would set them, and stop",
     )
-    listing = verbs.add_parser("presets", help="list the configs that there are, one line each")
+    launch = verbs.add_parser(
+        "launch",
+        help="train.sh of this package: CONF_FILE, COMPILE and TRAIN_ITERS are environment variables",
+        allow_abbrev=False,
+    )
+    launch.add_argument("--path", action="store_true", help="print where train.sh is, to copy it, and stop")
+    launch.add_argument("--print-env", action="store_true", help="as train.sh --print-env")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML's values")
+    listing = verbs.add_parser("presets", help="list the configs, one line each")
     listing.add_argument(
         "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
@@ -196,7 +220,7 @@ def _add_verb(
     verb.add_argument(
         "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that go before the YAML's")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML's values")
     return verb
 
 
@@ -295,6 +319,17 @@ def _print_env(arguments: argparse.Namespace, environment: _Environment) -> int:
     return 0
 
 
+def _launch(arguments: argparse.Namespace, environment: _Environment) -> int:
+    """Become train.sh, with this interpreter unless the user has chosen another."""
+    script = str(Path(__file__).resolve().with_name("train.sh"))
+    if arguments.path:
+        print(script)
+        return 0
+    os.environ.setdefault("NXDT_ALIGN_PYTHON", sys.executable)
+    options = ["--print-env"] if arguments.print_env else []
+    os.execvp("bash", ["bash", script, *options, *arguments.overrides])
+
+
 def _precompile(arguments: argparse.Namespace, environment: _Environment) -> int:
     from nxdt_align.neuron.compile import precompile
 
@@ -391,10 +426,12 @@ def _log_to_terminal(rank: int) -> None:
         logger.addHandler(handler)
 
 
+_NEED_TORCH = ("plan", "train", "convert", "export", "inspect")
 _VERBS: dict[str, Callable[[argparse.Namespace, _Environment], int]] = {
     "config": _config,
     "plan": _plan,
     "train": _train,
+    "launch": _launch,
     "processes": _processes,
     "precompile": _precompile,
     "presets": _presets,

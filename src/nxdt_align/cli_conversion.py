@@ -32,7 +32,7 @@ def add_conversion_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentPars
     export.set_defaults(to="hf")
     for verb in (convert, export):
         _add_common(verb)
-    inspect = verbs.add_parser("inspect", help="say what a checkpoint is", allow_abbrev=False)
+    inspect = verbs.add_parser("inspect", help="describe a checkpoint", allow_abbrev=False)
     inspect.add_argument("path", type=Path, metavar="PATH")
     inspect.add_argument("--config", type=Path, metavar="FILE", help="config.json of the model")
     inspect.add_argument("--json", action="store_true", help="as JSON")

@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 RECORDER = """#!{python}
 import json, os, sys
 from pathlib import Path
+if sys.argv[1] == "-c":
+    sys.exit(print({package!r}))
 with open({calls!r}, "a") as file:
     call = {{"argv": sys.argv[1:], "cwd": os.getcwd(), "demo": os.environ.get("NXDT_DEMO_DIR")}}
     file.write(json.dumps(call) + "\\n")
@@ -33,7 +35,8 @@ def run_demo(
     repo: Path, folder: Path, *arguments: str, **variables: str
 ) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
     python, calls = folder / "python", folder / "calls"
-    python.write_text(RECORDER.format(python=sys.executable, calls=str(calls)))
+    package = str(repo / "src" / "nxdt_align")
+    python.write_text(RECORDER.format(python=sys.executable, calls=str(calls), package=package))
     python.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "NXDT_ALIGN_PYTHON": str(python), **variables}
     command = [str(repo / "examples" / "demo.sh"), *arguments]

@@ -23,7 +23,7 @@ def train(repo: Path, tmp_path: Path) -> Trainer:
 def test_one_process_runs_the_trainer_itself(train: Trainer) -> None:
     result = train()
     assert result.status == 0
-    conf = str(train.repo / "conf")
+    conf = str(train.repo / "src" / "nxdt_align" / "conf")
     common = ["--config-path", conf, "--config-name", "hf_llama3_8B_DPO_config", "trainer.num_nodes=1"]
     assert [call["argv"] for call in result.calls] == [
         ["-m", "nxdt_align", "processes", *common],
@@ -39,14 +39,16 @@ def test_no_dated_version_reaches_the_trainer(train: Trainer) -> None:
 
 
 def test_examples_holds_the_same_script_and_configs(repo: Path) -> None:
-    assert (repo / "examples" / "train.sh").resolve() == repo / "scripts" / "train.sh"
-    assert (repo / "examples" / "conf").resolve() == repo / "conf"
+    package = repo / "src" / "nxdt_align"
+    assert (repo / "examples" / "train.sh").resolve() == (repo / "scripts" / "train.sh").resolve()
+    assert (repo / "examples" / "train.sh").resolve() == package / "train.sh"
+    assert (repo / "examples" / "conf").resolve() == (repo / "conf").resolve() == package / "conf"
 
 
 @pytest.mark.parametrize("name", ["hf_llama3_8B_ORPO_config", "hf_llama3_8B_ORPO_config.yaml"])
 def test_config_by_name(train: Trainer, name: str) -> None:
     arguments = train(CONF_FILE=name).trained
-    assert after(arguments, "--config-path") == str(train.repo / "conf")
+    assert after(arguments, "--config-path") == str(train.repo / "src" / "nxdt_align" / "conf")
     assert after(arguments, "--config-name") == "hf_llama3_8B_ORPO_config"
 
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Stands for python: answers "processes", and writes down every call.
+# Stands for python: answers "processes" and where the package is, and writes down every other call.
 RECORDER = """#!{python}
 import json, os, signal, sys, time
+if sys.argv[1] == "-c":
+    sys.exit(print({package!r}))
 with open({calls!r}, "a") as file:
     file.write(json.dumps({{"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}}) + "\\n")
 if "processes" in sys.argv:
@@ -60,7 +62,8 @@ class Trainer:
         self.calls = folder / "calls.jsonl"
         self.bin = folder / "bin"
         self.bin.mkdir()
-        recorder = RECORDER.format(python=sys.executable, calls=str(self.calls))
+        package = str(repo / "src" / "nxdt_align")
+        recorder = RECORDER.format(python=sys.executable, calls=str(self.calls), package=package)
         self.python = write_script(self.bin / "recorder", recorder)
         self.cwd = folder / "work"
         self.cwd.mkdir()
