@@ -22,13 +22,14 @@ from oracle import (
 )
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.alignment import DPOConfig, ORPOConfig
 from nxdt_align.data.collate import GlobalCounts
 from nxdt_align.data.packing import Layout
 from nxdt_align.data.steps import look_up_reference
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import ORPOLoss
+from nxdt_align.losses.orpo import ORPOLoss
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.weights.hf import FreshWeights
@@ -43,7 +44,7 @@ def test_dpo(layout: Layout, case: str, micro: int, attention: str) -> None:
     data = dataset(examples, layout, micro)
     policy = engine(attention=attention)
     policy.load_reference(ModuleWeights(plain_model(1)))
-    output = policy.step(data[tuple(range(7))], GlobalMeanObjective(DPOLoss(0.3)))
+    output = policy.step(data[tuple(range(7))], GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.3))))
 
     model, reference = plain_model(0), plain_model(1)
     wanted = dpo_loss(model, reference, examples.examples, 0.3)
@@ -70,7 +71,7 @@ def test_orpo(layout: Layout, case: str, micro: int, attention: str) -> None:
     examples = random_examples(7, seed=len(case), **CASES[case])
     policy = engine(attention=attention)
     output = policy.step(
-        dataset(examples, layout, micro)[tuple(range(7))], GlobalMeanObjective(ORPOLoss(0.1))
+        dataset(examples, layout, micro)[tuple(range(7))], GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=0.1)))
     )
     model = plain_model(0)
     wanted = orpo_loss(model, examples.examples, 0.1)
@@ -84,7 +85,7 @@ def test_orpo(layout: Layout, case: str, micro: int, attention: str) -> None:
 def test_two_ranks_shares_add_up_to_one_ranks_step(layout: Layout, attention: str) -> None:
     """Loss and gradients are shares: the sum over ranks is the whole, and no example is seen twice."""
     examples = random_examples(7, seed=3)
-    objective = GlobalMeanObjective(ORPOLoss(0.1))
+    objective = GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=0.1)))
     whole = engine(attention=attention)
     wanted = whole.step(dataset(examples, layout, 1)[tuple(range(7))], objective)
     total = torch.zeros(())
@@ -137,7 +138,7 @@ def test_flex_gives_the_loss(layout: Layout) -> None:
     policy = NativeEngine(TINY, FlexAttention(compiled=False))
     policy.load_weights(ModuleWeights(plain_model(0)))
     output = policy.evaluate(
-        dataset(examples, layout, 2)[tuple(range(7))], GlobalMeanObjective(ORPOLoss(0.1))
+        dataset(examples, layout, 2)[tuple(range(7))], GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=0.1)))
     )
     with torch.no_grad():
         wanted = orpo_loss(plain_model(0), examples.examples, 0.1)
@@ -156,7 +157,7 @@ def test_compiled_flex_on_cuda(layout: Layout) -> None:
     for policy in engines:
         policy.load_weights(weights)
         batches = [b.to(policy.device) for b in dataset(examples, layout, 2)[tuple(range(7))]]
-        outputs.append(policy.step(batches, GlobalMeanObjective(ORPOLoss(0.1))))
+        outputs.append(policy.step(batches, GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=0.1)))))
     assert float(outputs[0].loss) == pytest.approx(float(outputs[1].loss), rel=1e-3)
     got, want = ({n: p.grad.cpu() for n, p in e.named_parameters() if p.grad is not None} for e in engines)
     assert_gradients_close(got, want, 1e-2)
@@ -169,7 +170,7 @@ def test_a_rank_without_examples_has_zero_gradients(layout: Layout) -> None:
     empty = data._collate([()], data.planner.buckets[-1], GlobalCounts(4, 40))
     for attention in ATTENTIONS:
         policy = engine(attention=attention)
-        output = policy.step([empty], GlobalMeanObjective(ORPOLoss(0.1)))
+        output = policy.step([empty], GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=0.1))))
         assert float(output.loss) == 0.0
         for name, parameter in policy.named_parameters():
             assert parameter.grad is not None and not parameter.grad.any(), name
@@ -191,7 +192,8 @@ def test_a_step_of_random_lengths_and_truncated_pairs_in_every_layout() -> None:
                 policy = engine(attention=attention)
                 micro = int(rng.integers(1, 4))
                 output = policy.step(
-                    dataset(examples, layout, micro)[tuple(range(count))], GlobalMeanObjective(ORPOLoss(0.1))
+                    dataset(examples, layout, micro)[tuple(range(count))],
+                    GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=0.1))),
                 )
                 got = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
                 if wanted is None:

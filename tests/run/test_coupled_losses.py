@@ -18,14 +18,15 @@ from oracle import (
 )
 from training_fixture import Project, final_weights, scalars, train_sh
 
+from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.data.packing import Layout
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.losses.types import ResponseLogps
 
 LOSSES = {
-    "aot": DPOLoss(0.3, loss_types=("aot",)),
-    "bco": DPOLoss(0.3, loss_types=("bco_pair",), nll_scale=0.1),
+    "aot": DPOLoss(DPOConfig(kl_beta=0.3, loss_type=("aot",))),
+    "bco": DPOLoss(DPOConfig(kl_beta=0.3, loss_type=("bco_pair",), nll_scale=0.1)),
 }
 
 
@@ -79,7 +80,7 @@ def test_ld_dpo_weighs_policy_and_reference_alike(layout: Layout) -> None:
         data = type(data)(given, data.planner, layout, data._topology, weight)  # type: ignore[arg-type]
         policy = engine()
         policy.load_reference(ModuleWeights(plain_model(1)))
-        objective = GlobalMeanObjective(DPOLoss(0.3))
+        objective = GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.3)))
         output = policy.step(data[tuple(range(7))], objective)
         losses.append([float(output.loss), float(output.metrics["rewards/margins"])])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

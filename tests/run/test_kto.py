@@ -13,10 +13,11 @@ from oracle import ModuleWeights, assert_gradients_close, gradients, pair_logps,
 from training_fixture import Project, scalars, write_labelled
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.alignment import KTOConfig
 from nxdt_align.data.packing import Layout
 from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset
+from nxdt_align.losses.kto import KTOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.unpaired import KTOLoss
 
 KTO = ("~model_alignment_strategy.dpo", "model_alignment_strategy.kto.beta=0.3")
 
@@ -31,7 +32,9 @@ def test_the_engine_against_the_oracle(layout: Layout, micro: int) -> None:
     data = StepDataset(examples, planner, layout, Topology(), roles=UNPAIRED_ROLES)  # type: ignore[arg-type]
     policy = engine(1)
     policy.load_reference(ModuleWeights(plain_model(0)))
-    objective = GlobalMeanObjective(KTOLoss(0.3, 1.0, 0.5))
+    objective = GlobalMeanObjective(
+        KTOLoss(KTOConfig(beta=0.3, desirable_weight=1.0, undesirable_weight=0.5))
+    )
     output = policy.step(data[tuple(range(7))], objective)
 
     model, reference = plain_model(1), plain_model(0)

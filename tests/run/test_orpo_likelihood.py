@@ -14,10 +14,11 @@ from training_fixture import Project, scalars
 from trl_losses import trl_orpo
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.alignment import ORPOConfig
 from nxdt_align.data.packing import Layout
 from nxdt_align.losses.modifiers import nll
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.reference_free import ORPOLoss
+from nxdt_align.losses.orpo import ORPOLoss
 from nxdt_align.losses.types import ResponseLogps
 
 BETA = 0.1
@@ -43,7 +44,7 @@ def test_value_and_gradient_are_trls(layout: Layout, case: str, attention: str) 
     """To 1e-6. A prompt of one token has nothing to predict, so there both likelihoods are the same."""
     examples = random_examples(6, seed=len(case), **CASES[case])
     policy, model = engine(attention=attention), plain_model(0)
-    objective = GlobalMeanObjective(ORPOLoss(BETA, nll_tokens="prompt_and_response"))
+    objective = GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=BETA, nll_tokens="prompt_and_response")))
     data = dataset(examples, layout, 2, with_prompts=True)
     output = policy.step(data[tuple(range(6))], objective)
     losses, likelihoods = zip(*(trl_loss(model, e) for e in examples.examples), strict=True)
@@ -53,7 +54,7 @@ def test_value_and_gradient_are_trls(layout: Layout, case: str, attention: str) 
     got = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     assert_gradients_close(got, gradients(wanted, model), GRADIENT_TOLERANCE)
     alone = engine(attention=attention).step(
-        dataset(examples, layout, 2)[tuple(range(6))], GlobalMeanObjective(ORPOLoss(BETA))
+        dataset(examples, layout, 2)[tuple(range(6))], GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=BETA)))
     )
     assert (abs(float(alone.loss - output.loss)) < 1e-5) == (case == "single-token prompts")
 
@@ -61,7 +62,7 @@ def test_value_and_gradient_are_trls(layout: Layout, case: str, attention: str) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_add_up(layout: Layout) -> None:
     examples = random_examples(5, seed=3)
-    objective = GlobalMeanObjective(ORPOLoss(BETA, nll_tokens="prompt_and_response"))
+    objective = GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=BETA, nll_tokens="prompt_and_response")))
     whole = engine().step(dataset(examples, layout, 1, with_prompts=True)[tuple(range(5))], objective)
     total = 0.0
     for rank in range(2):
@@ -91,11 +92,11 @@ def test_prompts_that_were_not_asked_for_are_named() -> None:
     ones = torch.ones(2)
     policy = ResponseLogps(-ones, ones, ones > 0, ones > 0, ones.long())
     with pytest.raises(ValueError, match="a likelihood of the prompt needs its tokens' log-probabilities"):
-        ORPOLoss(BETA, nll_tokens="prompt_and_response")(policy, None)
+        ORPOLoss(ORPOConfig(beta=BETA, nll_tokens="prompt_and_response"))(policy, None)
     with pytest.raises(
         ValueError, match="nll_tokens must be one of response, prompt_and_response, but is 'all'"
     ):
-        ORPOLoss(BETA, nll_tokens="all")
+        ORPOLoss(ORPOConfig(beta=BETA, nll_tokens="all"))
 
 
 def test_every_layout_trains_alike_from_the_command_line(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from nxdt_align.data.packing import Layout
 from nxdt_align.data.token_cache import TokenColumns
 from nxdt_align.data.tokenize import TokenizedSet, WholeSequences
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.supervised import SFTLoss
+from nxdt_align.losses.sft import SFTLoss
 
 SFT = ("~model_alignment_strategy.dpo", "model_alignment_strategy.sft.packing=True")
 TEMPLATE = "{% for m in messages %}{{ m.content }} is {% endfor %}"

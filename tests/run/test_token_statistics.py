@@ -7,17 +7,18 @@ import torch
 from layouts import LAYOUTS, dataset, engine
 from oracle import ModuleWeights, plain_model, random_examples
 
+from nxdt_align.config.alignment import DPOConfig, ORPOConfig
 from nxdt_align.data.packing import Layout
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import ORPOLoss
+from nxdt_align.losses.orpo import ORPOLoss
 from nxdt_align.losses.types import Loss
 
 LOSSES: dict[str, Loss] = {
-    "dpo": DPOLoss(0.3),
-    "orpo": ORPOLoss(0.1),
-    "aot": DPOLoss(0.3, loss_types=("aot",)),
-    "wpo": DPOLoss(0.3, use_weighting=True),
+    "dpo": DPOLoss(DPOConfig(kl_beta=0.3)),
+    "orpo": ORPOLoss(ORPOConfig(beta=0.1)),
+    "aot": DPOLoss(DPOConfig(kl_beta=0.3, loss_type=("aot",))),
+    "wpo": DPOLoss(DPOConfig(kl_beta=0.3, use_weighting=True)),
 }
 NAMES = {"logits/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
 

@@ -17,11 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nxdt_align.batch import Batch, SlotRole, Topology
+from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import DenseAttention
@@ -138,7 +139,7 @@ class Run:
         self.engine.load_weights(FreshWeights(config, 0))
         self.parameters = [p for _, p in self.engine.named_parameters()]
         self.optimizer = AdamWFP32OptState(self.parameters)
-        self.objective = GlobalMeanObjective(DPOLoss(0.1), token_statistics=True)
+        self.objective = GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1)), token_statistics=True)
 
     def step(self, batches: list[Batch]) -> None:
         self.engine.step(batches, self.objective)

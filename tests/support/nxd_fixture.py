@@ -21,12 +21,13 @@ from oracle import TINY, ExampleSet, ModuleWeights, causal_attention, random_exa
 from torch import Tensor
 
 from nxdt_align.batch import Batch
+from nxdt_align.config.alignment import DPOConfig, ORPOConfig
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import ORPOLoss
+from nxdt_align.losses.orpo import ORPOLoss
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import Partition, local_tensors
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
@@ -157,7 +158,9 @@ def dataset(topology: Any, layout: Layout = "packed", row: int | None = None) ->
 
 
 def objective(name: str) -> GlobalMeanObjective:
-    return GlobalMeanObjective(DPOLoss(0.1) if name == "dpo" else ORPOLoss(0.1))
+    return GlobalMeanObjective(
+        DPOLoss(DPOConfig(kl_beta=0.1)) if name == "dpo" else ORPOLoss(ORPOConfig(beta=0.1))
+    )
 
 
 # On a rank

@@ -23,15 +23,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nxdt_align.batch import Batch, Topology
+from nxdt_align.config.alignment import DPOConfig, ORPOConfig
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.data.tokenize import Example
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import ORPOLoss
+from nxdt_align.losses.orpo import ORPOLoss
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
@@ -50,9 +51,9 @@ SHAPE = LlamaConfig(
 )
 BETA = 0.1
 LOSSES: dict[str, Loss] = {
-    "dpo": DPOLoss(BETA),
-    "orpo": ORPOLoss(BETA),
-    "aot": DPOLoss(BETA, loss_types=("aot",)),
+    "dpo": DPOLoss(DPOConfig(kl_beta=BETA)),
+    "orpo": ORPOLoss(ORPOConfig(beta=BETA)),
+    "aot": DPOLoss(DPOConfig(kl_beta=BETA, loss_type=("aot",))),
 }
 ATTENTIONS: dict[str, Attention] = {"dense": DenseAttention(), "blocks": BlockAttention()}
 

@@ -11,16 +11,17 @@ from parallel_fixture import LOSSES, Case, make_model, run_parallel, whole
 from torch import Tensor
 
 from nxdt_align.batch import Batch
+from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines.base import StepOutput
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
 
 OBJECTIVES = {
     name: GlobalMeanObjective(loss)
-    for name, loss in (LOSSES | {"wpo": DPOLoss(0.3, use_weighting=True)}).items()
+    for name, loss in (LOSSES | {"wpo": DPOLoss(DPOConfig(kl_beta=0.3, use_weighting=True))}).items()
 }
 
 

@@ -5,15 +5,14 @@ Each rule yields its faults; ``RULES`` and ``NOTICES`` list them all.
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.faults import Fault, did_you_mean
+from nxdt_align.config.fields import section_faults
 from nxdt_align.config.objectives import NOTICES as OBJECTIVE_NOTICES
-from nxdt_align.config.objectives import RULES as OBJECTIVE_RULES
 from nxdt_align.config.optim import (
     OPTIMIZERS,
     REQUIRED_SCHEDULER_SETTINGS,
@@ -27,60 +26,8 @@ from nxdt_align.config.schema import Config
 Rule = Callable[[Config], Iterator[Fault]]
 
 _DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
-_AT_LEAST, _ABOVE = "at least", "above"
 _STRATEGY = "distributed_strategy"
 _ALIGN = "model_alignment_strategy"
-_SMOOTHING = tuple(f"{_ALIGN}.{name}.label_smoothing" for name in ("dpo", "cpo", "simpo"))
-
-RANGES: dict[str, tuple[str, float]] = {
-    "seed": (_AT_LEAST, 0),
-    "trainer.devices": (_AT_LEAST, 1),
-    "trainer.num_nodes": (_AT_LEAST, 1),
-    "trainer.log_every_n_steps": (_AT_LEAST, 1),
-    "trainer.max_steps": (_AT_LEAST, -1),
-    "trainer.max_epochs": (_AT_LEAST, -1),
-    "trainer.val_check_interval": (_ABOVE, 0),
-    "trainer.check_val_every_n_epoch": (_AT_LEAST, 1),
-    "trainer.limit_train_batches": (_ABOVE, 0),
-    "trainer.limit_val_batches": (_AT_LEAST, 0),
-    "trainer.gradient_clip_val": (_AT_LEAST, 0),
-    "exp_manager.checkpoint_callback_params.every_n_train_steps": (_AT_LEAST, 0),
-    "exp_manager.checkpoint_callback_params.save_top_k": (_AT_LEAST, -1),
-    f"{_STRATEGY}.tensor_model_parallel_size": (_AT_LEAST, 1),
-    f"{_STRATEGY}.pipeline_model_parallel_size": (_AT_LEAST, 1),
-    f"{_STRATEGY}.virtual_pipeline_model_parallel_size": (_AT_LEAST, 1),
-    f"{_STRATEGY}.context_parallel_size": (_AT_LEAST, 1),
-    f"{_STRATEGY}.kv_replicator": (_AT_LEAST, 1),
-    f"{_STRATEGY}.timeout_minutes": (_ABOVE, 0),
-    "data.seq_length": (_AT_LEAST, 2),
-    "data.micro_batch_size": (_AT_LEAST, 1),
-    "data.global_batch_size": (_AT_LEAST, 1),
-    "data.dev_choose_samples": (_AT_LEAST, 1),
-    "data.num_workers": (_AT_LEAST, 0),
-    "model.encoder_seq_length": (_AT_LEAST, 2),
-    "trainer.sequential_move_factor": (_AT_LEAST, 1),
-    "model.max_position_embeddings": (_AT_LEAST, 1),
-    "model.num_layers": (_AT_LEAST, 1),
-    "model.hidden_size": (_AT_LEAST, 1),
-    "model.rope_theta": (_ABOVE, 0),
-    "model.optim.lr": (_AT_LEAST, 0),
-    f"{_ALIGN}.dpo.kl_beta": (_ABOVE, 0),
-    f"{_ALIGN}.dpo.gamma": (_ABOVE, 0),
-    f"{_ALIGN}.dpo.discopop_tau": (_ABOVE, 0),
-    f"{_ALIGN}.dpo.ld_alpha": (_AT_LEAST, 0),
-    f"{_ALIGN}.orpo.beta": (_ABOVE, 0),
-    f"{_ALIGN}.cpo.beta": (_ABOVE, 0),
-    f"{_ALIGN}.simpo.beta": (_ABOVE, 0),
-    f"{_ALIGN}.kto.beta": (_ABOVE, 0),
-    f"{_ALIGN}.kto.desirable_weight": (_AT_LEAST, 0),
-    f"{_ALIGN}.kto.undesirable_weight": (_AT_LEAST, 0),
-    f"{_ALIGN}.simpo.gamma": (_AT_LEAST, 0),
-    **{f"{_ALIGN}.{name}.max_prompt_length": (_AT_LEAST, 1) for name in OBJECTIVES},
-    **{f"{_ALIGN}.{name}.nll_scale": (_AT_LEAST, 0) for name in ("dpo", "orpo", "cpo", "simpo")},
-    **dict.fromkeys(_SMOOTHING, (_AT_LEAST, 0)),
-    f"{_ALIGN}.peft.lora_rank": (_AT_LEAST, 1),
-}
-"""Path -> lower bound."""
 
 _CALLBACK = "exp_manager.checkpoint_callback_params"
 _NO_ARCHIVE = "no .nemo archive is written here; exp_manager.export_hf writes a Hugging Face folder"
@@ -106,21 +53,9 @@ def lookup(config: Config, path: str) -> Any:
     return value
 
 
-def ranges(config: Config) -> Iterator[Fault]:
-    for path, (kind, bound) in RANGES.items():
-        value = lookup(config, path)
-        keeps = operator.ge if kind == _AT_LEAST else operator.gt
-        if value is not None and not keeps(value, bound):
-            yield Fault(path, f"must be {kind} {bound:g}", value)
-    if config.seed >= 2**32:
-        yield Fault("seed", "must be below 4294967296", config.seed)
-    for path in _SMOOTHING:
-        smoothing = lookup(config, path)
-        if smoothing is not None and smoothing >= 0.5:
-            yield Fault(path, "must be below 0.5", smoothing)
-    ld_alpha = lookup(config, f"{_ALIGN}.dpo.ld_alpha")
-    if ld_alpha is not None and ld_alpha > 1:
-        yield Fault(f"{_ALIGN}.dpo.ld_alpha", "must be at most 1", ld_alpha)
+def values(config: Config) -> Iterator[Fault]:
+    """Every section's bounds, and the rules that it states of itself."""
+    yield from section_faults(config, "")
     lnc = config.trainer.lnc
     if lnc not in (None, 1, 2):
         yield Fault("trainer.lnc", "must be 1 or 2", lnc)
@@ -152,7 +87,8 @@ def objective(config: Config) -> Iterator[Fault]:
             if chosen
             else f"e.g. {_ALIGN}.dpo: {{}} for DPO with its defaults"
         )
-        names = f"{', '.join(OBJECTIVES[:-1])} and {OBJECTIVES[-1]}"
+        *others, last = OBJECTIVES
+        names = f"{', '.join(others)} and {last}"
         yield Fault(_ALIGN, f"must have exactly one of {names}, but {found}", advice=advice)
 
 
@@ -283,7 +219,7 @@ def _unknown_settings(section: str, params: Any, known: frozenset[str]) -> Itera
 
 
 RULES: tuple[Rule, ...] = (
-    *(ranges, fixed, required, objective, *OBJECTIVE_RULES, model_source, parallel_sizes, pipeline),
+    *(values, fixed, required, objective, model_source, parallel_sizes, pipeline),
     *(lengths, trainer, optimizer, scheduler),
 )
 

@@ -1,4 +1,4 @@
-"""A loss of one's own by dotted path, in this package's signature or in torchtune's.
+"""A custom loss by dotted path, in this package's signature or in torchtune's.
 
 Ours: ``loss(policy, reference) -> LossOutput``. torchtune's: ``forward(policy, reference) -> (losses,
 chosen_rewards, rejected_rewards)``, both arguments with ``chosen_logps`` and ``rejected_logps``, (P,).
@@ -18,17 +18,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from nxdt_align.config.alignment import Examples
 from nxdt_align.errors import UserError
 from nxdt_align.losses.types import Loss, LossOutput, Normaliser, ResponseLogps
 
-Data = Literal["pairs", "unpaired", "responses"]
 _PROBE_PAIRS = 2
 _PROBE_VOCABULARY = 8
 _WANTED = "it must be called as (policy, reference)"
 
 
 class CustomLossError(UserError):
-    """A loss of one's own that cannot be found or used; the message says what was found."""
+    """A custom loss that cannot be found or used; the message says what was found."""
 
 
 class CustomLoss:
@@ -39,12 +39,12 @@ class CustomLoss:
     ``normaliser`` ("pairs" unless said).
     """
 
-    def __init__(self, function: Callable[..., Any], path: str, data: Data = "pairs") -> None:
-        paired = data != "responses"
+    def __init__(self, function: Callable[..., Any], path: str, examples: Examples = "pair") -> None:
+        paired = examples != "response"
         declared = function.func if isinstance(function, functools.partial) else function
         self._function = function
         self._path = path
-        self._data = data
+        self._examples = examples
         self.paired = paired
         self.needs_reference = bool(getattr(declared, "needs_reference", paired))
         self.needs_tokens = bool(getattr(declared, "needs_tokens", False))
@@ -64,7 +64,7 @@ class CustomLoss:
         if isinstance(self._function, nn.Module):
             self._function.to(policy.sums.device)  # its buffers
         result = self._function(policy, reference)
-        if self._data == "unpaired" and getattr(result, "chosen_rewards", result) is not None:
+        if self._examples == "unpaired" and getattr(result, "chosen_rewards", result) is not None:
             raise CustomLossError(
                 f"{self._path} must return a LossOutput without rewards for labelled completions, which are "
                 f"neither chosen nor rejected (extras take metrics), but returned {_describe(result)}"
@@ -81,21 +81,21 @@ class CustomLoss:
         )
 
 
-def load_loss(path: str, settings: Mapping[str, Any] | None = None, data: Data = "pairs") -> Loss:
+def load_loss(path: str, settings: Mapping[str, Any] | None = None, examples: Examples = "pair") -> Loss:
     """The loss at ``path``, made with ``settings`` and tried out on two pairs of made-up numbers.
 
-    Modules are looked up as Python does, and in the current folder. ``data`` says what an example is: a
-    pair, a labelled completion with another prompt's (unpaired), or a single response.
+    Modules are looked up as Python does, and in the current folder. ``examples``: pairs, labelled
+    completions with another prompt's beside each (unpaired), or single responses.
 
     Raises CustomLossError where the path does not import, the settings do not fit, the callable does not
     take (policy, reference), reads logits that it does not declare, or returns something else than one
-    value an example.
+    value per example.
     """
     found = _find(path)
     function = _make(found, path, dict(settings or {}))
     _check_parameters(function, path)
     _check_parameters_of_its_own(function, path)
-    loss = CustomLoss(function, path, data)
+    loss = CustomLoss(function, path, examples)
     _try_out(loss, path)
     return loss
 
@@ -191,7 +191,7 @@ def _try_out(loss: CustomLoss, path: str) -> None:
     wanted = (_PROBE_PAIRS if loss.paired else 2 * _PROBE_PAIRS,)
     if tuple(output.losses.shape) != wanted:
         raise CustomLossError(
-            f"{path} must return one loss an example, shape {wanted} for {_PROBE_PAIRS} pairs, but "
+            f"{path} must return one loss per example, shape {wanted} for {_PROBE_PAIRS} pairs, but "
             f"returned shape {tuple(output.losses.shape)}"
         )
     if not output.losses.requires_grad or not _reaches(output.losses, policy):

@@ -26,8 +26,8 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.errors import UserError
-from nxdt_align.losses.custom import CustomLossError, Data, load_loss
-from nxdt_align.losses.registry import build_loss, loss_settings
+from nxdt_align.losses.custom import CustomLossError, load_loss
+from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
 from nxdt_align.ops.attention import Attention, DenseAttention
@@ -159,8 +159,6 @@ def _xla_device(env: RunEnv) -> torch.device:
     return xla.device()
 
 
-EXAMPLES_OF: dict[str, Data] = {"sft": "responses", "kto": "unpaired"}
-"""Objective -> what its examples are, where they are no pairs."""
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
 
 
@@ -289,19 +287,17 @@ def reference_precision(config: Config) -> Precision:
 
 
 def loss(config: Config) -> Loss:
-    """The loss that ``model_alignment_strategy`` chooses. Raises UserError for one's own that is unfit."""
+    """The loss that ``model_alignment_strategy`` chooses. Raises UserError for a custom one that is unfit."""
     strategy = config.model_alignment_strategy
     if strategy.loss is not None:
-        examples = EXAMPLES_OF.get(strategy.objective, "pairs")
         try:
-            own = load_loss(strategy.loss, strategy.loss_settings, examples)
+            own = load_loss(strategy.loss, strategy.loss_settings, strategy.examples)
         except CustomLossError as error:
             raise UserError(f"model_alignment_strategy.loss: {error}") from error
         if own.needs_logits:
             _require_whole_logits(config)
         return own
-    settings = {name: getattr(strategy.active, name) for name in loss_settings(strategy.objective)}
-    return build_loss(strategy.objective, settings)
+    return build_loss(strategy)
 
 
 def _require_whole_logits(config: Config) -> None:

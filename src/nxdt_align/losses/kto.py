@@ -6,14 +6,15 @@ behind its prompt, from which the policy's distance to the reference is estimate
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from nxdt_align.config.alignment import KTOConfig
+from nxdt_align.config.fields import require_sound
 from nxdt_align.losses.metrics import DIVISOR
-from nxdt_align.losses.modifiers import check_positive, check_scale
 from nxdt_align.losses.types import LossOutput, Normaliser, ResponseLogps
 
 
@@ -29,9 +30,8 @@ class KTOLoss:
     By hand: ratio 2, kl 1, beta 1: 1 - sigmoid(1) = 0.2689 if desirable, 1 - sigmoid(-1) = 0.7311 if not.
     """
 
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    config: KTOConfig = field(default_factory=KTOConfig)
+    """The section of the YAML."""
 
     needs_reference = True
     paired = True
@@ -40,21 +40,20 @@ class KTOLoss:
     normaliser: ClassVar[Normaliser] = "pairs"
 
     def __post_init__(self) -> None:
-        check_positive("KTO's beta", self.beta)
-        check_scale("KTO's desirable_weight", self.desirable_weight)
-        check_scale("KTO's undesirable_weight", self.undesirable_weight)
+        require_sound(self.config, "kto")
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
         if reference is None:
             raise ValueError("KTO needs the reference's log-probabilities, but got none")
+        config = self.config
         ratio = policy.completion_logps.float() - reference.completion_logps.float()
         kl = self._kl(policy, reference)
         desirable = policy.labels
         signed = torch.where(desirable, ratio - kl, kl - ratio)
-        weight = torch.where(desirable, self.desirable_weight, self.undesirable_weight)
+        weight = torch.where(desirable, config.desirable_weight, config.undesirable_weight)
         return LossOutput(
-            losses=weight * torch.sigmoid(-self.beta * signed),
-            extras=_metrics(policy, self.beta * ratio.detach(), desirable, kl),
+            losses=weight * torch.sigmoid(-config.beta * signed),
+            extras=_metrics(policy, config.beta * ratio.detach(), desirable, kl),
         )
 
     def _kl(self, policy: ResponseLogps, reference: ResponseLogps) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 _ALIGN = "model_alignment_strategy"
 _DPO = f"{_ALIGN}.dpo"
 
-KEYS_ELSEWHERE = {
+OTHER_NAMES = {
     "beta": "kl_beta",
     "kl_beta": "beta",
     "tau": "kl_beta",

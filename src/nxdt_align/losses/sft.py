@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from nxdt_align.config.alignment import SFTConfig
 from nxdt_align.losses.types import LossOutput, Normaliser, ResponseLogps
 
 
@@ -15,6 +16,9 @@ class SFTLoss:
     So a long response weighs more than a short one. By hand: responses of 1 and 3 tokens with sums
     -2 and -3 have loss 5 / 4.
     """
+
+    config: SFTConfig = field(default_factory=SFTConfig)
+    """The section of the YAML, which says how the data are laid out and not what the loss is."""
 
     needs_reference = False
     paired = False
