@@ -15,7 +15,7 @@ import pytest
 from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 
 # Anyone may import these; they import nothing of ours but each other.
-FOUNDATION = ("errors", "files", "__version__", "PYTHON", "TORCH")
+FOUNDATION = ("errors", "files", "own_parts", "__version__", "PYTHON", "TORCH")
 
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.steps", "engines.plain", "engines.masters"),
@@ -26,6 +26,7 @@ SHARED_BY_ENGINES = (
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": (),
+    "own_parts": (),
     "batch": (),
     "losses": ("batch", "config.alignment", "config.dpo_forms", "config.fields"),
     "ops": ("batch",),
@@ -64,6 +65,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": (),
+    "own_parts": (),
     "batch": ("torch",),
     "losses": ("torch",),
     "ops": ("torch",),

@@ -45,7 +45,8 @@ class OptimConfig:
 
     name: str = "adamw"
     """An optimizer of NeMo (adamw, sgd, adam, adadelta, adamax, adagrad, rmsprop, rprop, novograd,
-    adafactor, adan) or adamw_fp32OptState, AdamW with its state in fp32."""
+    adafactor, adan), adamw_fp32OptState (AdamW with its state in fp32), or a class of your own as a dotted
+    path, module.name."""
     lr: float = number(5.0e-7, at_least=0)
     """Learning rate, at the schedule's peak."""
     sched: SchedConfig | None = None

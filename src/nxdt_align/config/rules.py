@@ -11,10 +11,12 @@ from typing import Any
 
 from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.faults import Fault, did_you_mean
-from nxdt_align.config.fields import section_faults
+from nxdt_align.config.fields import is_dotted, section_faults
 from nxdt_align.config.objectives import NOTICES as OBJECTIVE_NOTICES
 from nxdt_align.config.optim import (
+    BETAS,
     OPTIMIZERS,
+    REFUSED_SCHEDULERS,
     REQUIRED_SCHEDULER_SETTINGS,
     SCHEDULERS,
     known_optimizer_settings,
@@ -184,10 +186,23 @@ def trainer(config: Config) -> Iterator[Fault]:
 
 def optimizer(config: Config) -> Iterator[Fault]:
     optim = config.model.optim
+    if is_dotted(optim.name):
+        return  # the user's own class, which is imported at training, says what it takes
     if optim.name not in OPTIMIZERS:
-        advice = f"{did_you_mean(optim.name, OPTIMIZERS)} There are: {', '.join(OPTIMIZERS)}".strip()
+        there = f"There are: {', '.join(OPTIMIZERS)}, or a class of your own, module.name"
+        advice = f"{did_you_mean(optim.name, OPTIMIZERS)} {there}".strip()
         yield Fault("model.optim.name", "must be a known optimizer", optim.name, advice)
     yield from _unknown_settings("model.optim", optim.params, known_optimizer_settings())
+    betas, wanted = optim.params.get("betas"), BETAS.get(optim.name, 2)
+    if "betas" in OPTIMIZERS.get(optim.name, ()) and isinstance(betas, list | tuple) and len(betas) != wanted:
+        advice = "leave it out for the optimizer's own, with the override ~model.optim.betas"
+        yield Fault(
+            "model.optim.betas",
+            f"must have {wanted} values for {optim.name}",
+            betas,
+            advice,
+            ("model.optim.name",),
+        )
 
 
 def scheduler(config: Config) -> Iterator[Fault]:
@@ -198,6 +213,9 @@ def scheduler(config: Config) -> Iterator[Fault]:
     if sched.name in OPTIMIZERS:
         advice = f"set model.optim.name: {sched.name}, and here one of {', '.join(SCHEDULERS)}"
         yield Fault(path, "must be a schedule; this is an optimizer", sched.name, advice)
+    elif sched.name in REFUSED_SCHEDULERS:
+        advice = f"{REFUSED_SCHEDULERS[sched.name]}. There are: {', '.join(SCHEDULERS)}"
+        yield Fault(path, "must be another schedule", sched.name, advice)
     elif sched.name not in SCHEDULERS:
         advice = f"{did_you_mean(sched.name, SCHEDULERS)} There are: {', '.join(SCHEDULERS)}".strip()
         yield Fault(path, "must be a known schedule", sched.name, advice)
@@ -218,9 +236,16 @@ def _unknown_settings(section: str, params: Any, known: frozenset[str]) -> Itera
             yield Fault(f"{section}.{key}", rule, value, did_you_mean(key, known))
 
 
+def own_parts(config: Config) -> Iterator[Fault]:
+    """Whether they can be imported is seen at training."""
+    for part in config.trainer.callbacks or ():
+        if not is_dotted(part.path):
+            yield Fault("trainer.callbacks", "must be dotted paths, module.name", part.path)
+
+
 RULES: tuple[Rule, ...] = (
     *(values, fixed, required, objective, model_source, parallel_sizes, pipeline),
-    *(lengths, trainer, optimizer, scheduler),
+    *(lengths, trainer, optimizer, scheduler, own_parts),
 )
 
 

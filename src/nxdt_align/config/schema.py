@@ -8,8 +8,9 @@ the default.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from nxdt_align.config.alignment import (
     DPOConfig,
@@ -63,6 +64,16 @@ PrecisionType = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnPart:
+    """A class of the user's own."""
+
+    path: str = ""
+    """Dotted path, module.name; modules of the current folder are found first."""
+    settings: Mapping[str, Any] | None = None
+    """Keyword settings that it is made with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Lightning's Trainer: devices, length of the run, validation."""
 
@@ -107,6 +118,9 @@ class TrainerConfig:
     """Must be 1: accumulation follows from data.global_batch_size and data.micro_batch_size."""
     enable_progress_bar: bool = True
     """Show a progress bar."""
+    callbacks: tuple[OwnPart, ...] | None = None
+    """(ours) Lightning callbacks of your own: a list of dotted paths, or of {path, settings}. They are
+    imported at training and called after this package's own."""
     logger: bool | None = None
     """Lightning's own logger; exp_manager makes the loggers instead."""
     enable_checkpointing: bool | None = None

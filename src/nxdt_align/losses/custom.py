@@ -8,26 +8,23 @@ A class is made with the keyword settings, a function gets them at each call.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from nxdt_align.config.alignment import Examples
-from nxdt_align.errors import UserError
 from nxdt_align.losses.types import Loss, LossOutput, Normaliser, ResponseLogps
+from nxdt_align.own_parts import OwnPartError, describe, find, make
 
 _PROBE_PAIRS = 2
 _PROBE_VOCABULARY = 8
 _WANTED = "it must be called as (policy, reference)"
 
 
-class CustomLossError(UserError):
+class CustomLossError(OwnPartError):
     """A custom loss that cannot be found or used; the message says what was found."""
 
 
@@ -67,7 +64,7 @@ class CustomLoss:
         if self._examples == "unpaired" and getattr(result, "chosen_rewards", result) is not None:
             raise CustomLossError(
                 f"{self._path} must return a LossOutput without rewards for labelled completions, which are "
-                f"neither chosen nor rejected (extras take metrics), but returned {_describe(result)}"
+                f"neither chosen nor rejected (extras take metrics), but returned {describe(result)}"
             )
         if isinstance(result, LossOutput):
             return result
@@ -77,7 +74,7 @@ class CustomLoss:
             return LossOutput(losses, chosen.detach(), rejected.detach())
         raise CustomLossError(
             f"{self._path} must return a LossOutput, or (losses, chosen_rewards, rejected_rewards) as three "
-            f"tensors, but returned {_describe(result)}"
+            f"tensors, but returned {describe(result)}"
         )
 
 
@@ -87,11 +84,11 @@ def load_loss(path: str, settings: Mapping[str, Any] | None = None, examples: Ex
     Modules are looked up as Python does, and in the current folder. ``examples``: pairs, labelled
     completions with another prompt's beside each (unpaired), or single responses.
 
-    Raises CustomLossError where the path does not import, the settings do not fit, the callable does not
+    Raises OwnPartError where the path does not import, the settings do not fit, the callable does not
     take (policy, reference), reads logits that it does not declare, or returns something else than one
     value per example.
     """
-    found = _find(path)
+    found = find(path)
     function = _make(found, path, dict(settings or {}))
     _check_parameters(function, path)
     _check_parameters_of_its_own(function, path)
@@ -100,52 +97,10 @@ def load_loss(path: str, settings: Mapping[str, Any] | None = None, examples: Ex
     return loss
 
 
-def _find(path: str) -> Callable[..., Any]:
-    module_name, _, name = path.rpartition(".")
-    try:
-        module = _import(module_name)
-    except (Exception, SystemExit) as error:
-        # Whatever a module raises while it is imported is the user's to see, with the key that named it; a
-        # script without a guard ends by SystemExit.
-        reason = f"{type(error).__name__}: {error}"
-        raise CustomLossError(
-            f"{path}: the module {module_name} does not import ({reason}); it is looked up in "
-            f"PYTHONPATH and in {Path.cwd()}"
-        ) from error
-    found = getattr(module, name, None)
-    if found is None:
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise CustomLossError(
-            f"{path}: {module_name} has no {name}; it has {', '.join(names) or 'nothing to call'}"
-        )
-    if not callable(found):
-        raise CustomLossError(f"{path} must be a class or a function, but is {_describe(found)}")
-    return cast(Callable[..., Any], found)
-
-
-def _import(name: str) -> Any:
-    """A module, the current folder first, as ``python -m`` has it."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(here)
-
-
 def _make(found: Callable[..., Any], path: str, settings: dict[str, Any]) -> Callable[..., Any]:
     if not inspect.isclass(found):
         return functools.partial(found, **settings) if settings else found
-    try:
-        made = found(**settings)
-    except Exception as error:
-        # A loss of the user's may raise anything; what it was is in the message.
-        reason = (
-            str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
-        )
-        raise CustomLossError(
-            f"{path} cannot be made with loss_settings {settings}: {reason}; it takes {_signature(found)}"
-        ) from error
+    made = make(found, path, settings, "loss_settings")
     if not callable(made):
         raise CustomLossError(
             f"{path}: {_WANTED}, but objects of this class cannot be called; "
@@ -163,8 +118,8 @@ def _check_parameters(function: Callable[..., Any], path: str) -> None:
         signature = inspect.signature(called)
     except ValueError as error:
         raise CustomLossError(
-            f"{path}: {_WANTED}, but it is {_describe(called)}, whose arguments cannot be told; wrap it in a "
-            "function of your own"
+            f"{path}: {_WANTED}, but it is {describe(called)}, whose arguments cannot be told; "
+            "wrap it in a function of your own"
         ) from error
     try:
         signature.bind(None, None, **settings)
@@ -232,16 +187,3 @@ def _check_parameters_of_its_own(function: Callable[..., Any], path: str) -> Non
             f"{path} has parameters of its own ({', '.join(names)}), which nothing would train; make them "
             "settings or buffers"
         )
-
-
-def _signature(called: Callable[..., Any]) -> str:
-    try:
-        return str(inspect.signature(called))
-    except ValueError:
-        return "arguments that cannot be told"
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"a tuple of {', '.join(type(item).__name__ for item in value) or 'nothing'}"
-    return f"{type(value).__name__} {value!r}"[:120]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import Callback
 
 from nxdt_align.batch import Topology
 from nxdt_align.config.check import neuron_available, resolve_engine
@@ -26,13 +27,14 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.errors import UserError
-from nxdt_align.losses.custom import CustomLossError, load_loss
+from nxdt_align.losses.custom import load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.own_parts import OwnPartError, find_class, make
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.weights.detect import check_names, layout_of
@@ -292,7 +294,7 @@ def loss(config: Config) -> Loss:
     if strategy.loss is not None:
         try:
             own = load_loss(strategy.loss, strategy.loss_settings, strategy.examples)
-        except CustomLossError as error:
+        except OwnPartError as error:
             raise UserError(f"model_alignment_strategy.loss: {error}") from error
         if own.needs_logits:
             _require_whole_logits(config)
@@ -316,3 +318,16 @@ def _require_whole_logits(config: Config) -> None:
             "Run it with engine native on cpu or cuda, and tensor and pipeline parallel sizes of 1 (data "
             "parallel, zero1 and fsdp are fine), or write it over log-probabilities"
         )
+
+
+def own_callbacks(config: Config) -> list[Callback]:
+    """The callbacks that ``trainer.callbacks`` names. Raises UserError for one that is unfit."""
+    made: list[Callback] = []
+    for part in config.trainer.callbacks or ():
+        try:
+            found = find_class(part.path, Callback)
+            made.append(make(found, part.path, part.settings or {}, "settings"))
+        except OwnPartError as error:
+            raise UserError(f"trainer.callbacks: {error}") from error
+        log.info("callback of your own: %s", part.path)
+    return made

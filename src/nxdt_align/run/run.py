@@ -63,7 +63,7 @@ class Run:
     ) -> None:
         self.config, self.env, self.mode = config, env, mode
         self.places = Places(config)
-        self._loss, self._callbacks = loss, callbacks
+        self._loss, self._callbacks = loss, [*assemble.own_callbacks(config), *callbacks]
         self._fingerprints: dict[WeightSource, str] = {}
         self._times = StartTimes(enabled=config.exp_manager.enable_recovery_time_instrumentation)
         mode.check_places(self.places)
