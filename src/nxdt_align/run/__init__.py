@@ -6,8 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nxdt_align.config.check import check, neuron_available, notices, resolve_engine
-from nxdt_align.config.schema import Config
+from nxdt_align.config.check import CheckedConfig
 from nxdt_align.run.contracts import RunEnv
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    config: Config, env: RunEnv, *, loss: Loss | None = None, callbacks: Sequence[Callback] = ()
+    checked: CheckedConfig, env: RunEnv, *, loss: Loss | None = None, callbacks: Sequence[Callback] = ()
 ) -> Result:
     """Train as configured, or run a few steps that keep nothing where ``env`` asks for graphs alone.
 
@@ -35,13 +34,12 @@ def train(
     from nxdt_align.run.preconditions import report_lost_ranks
     from nxdt_align.run.run import Run
 
-    engine = resolve_engine(config, neuron_available())
-    check(config, env.world_size, engine)
+    config = checked.config
     if env.rank == 0:
-        for notice in notices(config, engine):
+        for notice in checked.engine_notices:
             log.info("%s", notice)
     mode = DryRun() if env.compile_only else RunMode()
     with report_lost_ranks(env.world_size, config.distributed_strategy.timeout_minutes):
-        result = Run(config, env, mode, loss=loss, callbacks=callbacks).fit()
+        result = Run(config, checked.engine, env, mode, loss=loss, callbacks=callbacks).fit()
         end_processes()
     return result

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import Callback
 
 from nxdt_align.batch import Topology
-from nxdt_align.config.check import neuron_available, resolve_engine
+from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.data.tokenize import Tokenization, load_tokenizer
@@ -98,9 +98,9 @@ def parallel(config: Config) -> Parallel:
     )
 
 
-def join(config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> EngineParts:
-    """Join the processes of the run, for the engine that ``config`` asks for; only that one is imported."""
-    if resolve_engine(config, neuron_available()) == "nxd":
+def join(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mode: RunMode) -> EngineParts:
+    """Join the processes of the run, for ``engine``; only that one is imported."""
+    if engine == "nxd":
         from nxdt_align.run.nxd import NxDParts
 
         return NxDParts(config, env, model, mode)
@@ -288,7 +288,7 @@ def reference_precision(config: Config) -> Precision:
     return Precision(compute=torch.bfloat16 if chosen == "bf16" else torch.float32)
 
 
-def loss(config: Config) -> Loss:
+def loss(config: Config, engine: EngineName) -> Loss:
     """The loss that ``model_alignment_strategy`` chooses. Raises UserError for a custom one that is unfit."""
     strategy = config.model_alignment_strategy
     if strategy.loss is not None:
@@ -297,15 +297,15 @@ def loss(config: Config) -> Loss:
         except OwnPartError as error:
             raise UserError(f"model_alignment_strategy.loss: {error}") from error
         if own.needs_logits:
-            _require_whole_logits(config)
+            _require_whole_logits(config, engine)
         return own
     return build_loss(strategy)
 
 
-def _require_whole_logits(config: Config) -> None:
+def _require_whole_logits(config: Config, engine: EngineName) -> None:
     strategy = config.distributed_strategy
     faults = {
-        "distributed_strategy.engine is nxd": resolve_engine(config, neuron_available()) == "nxd",
+        "distributed_strategy.engine is nxd": engine == "nxd",
         "trainer.accelerator is xla": config.trainer.accelerator == "xla",
         "tensor_model_parallel_size is above 1": strategy.tensor_model_parallel_size > 1,
         "pipeline_model_parallel_size is above 1": strategy.pipeline_model_parallel_size > 1,

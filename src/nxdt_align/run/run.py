@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 
+from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import WeightSource
@@ -47,6 +48,7 @@ class Run:
 
     Args:
         config: checked.
+        engine: the one that runs it.
         mode: what is done beside the steps; ``DryRun`` keeps nothing.
         loss: a loss in place of the one that ``config`` names.
         callbacks: further callbacks of Lightning's, called after this package's own.
@@ -55,6 +57,7 @@ class Run:
     def __init__(
         self,
         config: Config,
+        engine: EngineName,
         env: RunEnv,
         mode: RunMode,
         *,
@@ -68,10 +71,10 @@ class Run:
         self._times = StartTimes(enabled=config.exp_manager.enable_recovery_time_instrumentation)
         mode.check_places(self.places)
         self.objective = GlobalMeanObjective(
-            loss or assemble.loss(config), token_statistics=config.exp_manager.log_token_statistics
+            loss or assemble.loss(config, engine), token_statistics=config.exp_manager.log_token_statistics
         )
         self.model_config = assemble.model_config(config)
-        self.parts = assemble.join(config, env, self.model_config, mode)
+        self.parts = assemble.join(config, engine, env, self.model_config, mode)
         self._times.done("processes joined")
         self.topology = self.parts.topology
         self.start = assemble.start_weights(config, self.model_config)
