@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from training_fixture import ORPO, Project, assert_same_run, final_weights, scalars
 
 from nxdt_align.engines.native import loss_scale
+from nxdt_align.engines.native.tensors import TensorFolder
 
 NXDT_METRICS = {
     *("reduced_train_loss", "chosen_rewards", "rejected_rewards", "lr", "parameter_norm", "gradient_norm"),
@@ -76,6 +79,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
             == 0
         )
     assert_same_run(project.only_run(experiments), whole)
+
+
+def test_a_resumed_run_reads_each_tensor_of_its_checkpoint_once(
+    project: Project, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and the optimizer's two moments and step count: 4 tensors per weight."""
+    read: list[str] = []
+    read_into = TensorFolder.read_into
+
+    def counted(folder: TensorFolder, parts: Mapping[str, Any]) -> None:
+        read.extend(parts)
+        read_into(folder, parts)
+
+    where = f"exp_manager.exp_dir={project.root}/read-once"
+    assert project.train(where, "trainer.max_steps=4") == 0
+    monkeypatch.setattr(TensorFolder, "read_into", counted)
+    assert project.train(where) == 0
+    assert len(read) == len(set(read)) == 4 * len(final_weights(whole))
+    assert_same_run(project.only_run("read-once"), whole)
 
 
 def test_a_crash_between_checkpoints_goes_on_from_the_last_one(

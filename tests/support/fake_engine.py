@@ -154,5 +154,8 @@ class FakeEngine(Engine):
     ) -> None:
         raise NotImplementedError
 
+    def read_extra(self, directory: Path) -> dict[str, Any]:
+        raise NotImplementedError
+
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         raise NotImplementedError

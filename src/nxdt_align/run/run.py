@@ -100,10 +100,10 @@ class Run:
         identity = self._identity()
         checkpoints = self.parts.checkpoints
         run = self.mode.find_run(self.config, self.places, identity, checkpoints, self.engine)
-        if run.checkpoint is None:
-            self.engine.load_weights(self.start)
-        self._times.done("this run looked for" if run.checkpoint is not None else "start weights loaded")
         resumed = self.mode.resume_point(self.config, run, checkpoints, self.start)
+        if resumed is None:
+            self.engine.load_weights(self.start)  # else the trainer fills them, with the optimizer's state
+        self._times.done("start weights loaded" if resumed is None else "this run looked for")
         self._note_what_is_read(run)
         reference, record = self._reference(None if resumed == run.checkpoint else resumed)
         export = self.mode.export_folder(self.config, run)

@@ -25,6 +25,7 @@ from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, to
 from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.engines.native.saving import Saver
+from nxdt_align.engines.summary import CheckpointError
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention
@@ -207,6 +208,11 @@ class NativeEngine(Engine):
 
     def once_saved(self, action: Callable[[], None]) -> None:
         self._saver.then(action)
+
+    def read_extra(self, directory: Path) -> dict[str, Any]:
+        self._saver.finish()
+        with collectives.Ranks().together(CheckpointError):
+            return checkpoint.read_extra(directory)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         self._saver.finish()

@@ -273,6 +273,9 @@ class NxDEngine(Engine):
     def once_saved(self, action: Callable[[], None]) -> None:
         self._checkpoints.then(action)
 
+    def read_extra(self, directory: Path) -> dict[str, Any]:
+        return self._checkpoints.read_extra(directory)
+
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         with nullcontext() if optimizer is None else xla.state_as_computed(optimizer):
             extra = self._checkpoints.load(directory, self.named_parameters(), optimizer)

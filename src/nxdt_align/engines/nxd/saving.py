@@ -152,6 +152,11 @@ class Checkpoints(BackgroundSaving):
             model = {name: tensor.cpu().to(low) for name, tensor in model.items()}
         return model, state
 
+    def read_extra(self, directory: Path) -> dict[str, Any]:
+        """What ``save`` was given as ``extra``. Raises CheckpointError, on every rank."""
+        self.finish()
+        return _together(self._groups, partial(checkpoint.read_extra, directory))
+
     def load(
         self, directory: Path, parameters: NamedParameters, optimizer: torch.optim.Optimizer | None
     ) -> dict[str, Any]:
