@@ -18,8 +18,8 @@ from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 FOUNDATION = ("errors", "files", "own_parts", "__version__", "PYTHON", "TORCH")
 
 SHARED_BY_ENGINES = (
-    *("engines.base", "engines.steps", "engines.plain", "engines.masters"),
-    *("engines.summary", "engines.faults", "engines.flight", "engines.xla"),
+    *("engines.base", "engines.steps", "engines.masters"),
+    *("engines.checkpoint_folder", "engines.async_save", "engines.xla"),
 )
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
@@ -35,11 +35,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": ("batch", "config"),
     "engines.base": ("batch",),
     "engines.steps": ("engines.base", "batch"),
-    "engines.plain": (),
     "engines.masters": (),
-    "engines.summary": ("engines.base",),
-    "engines.faults": ("engines.base", "engines.summary"),
-    "engines.flight": ("engines.summary",),
+    "engines.checkpoint_folder": ("engines.base",),
+    "engines.async_save": ("engines.checkpoint_folder",),
     "engines.xla": ("engines.base", "batch"),
     "engines.native": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),
     "engines.native.checkpoint": ("engines", "models", "ops", "batch", "config", "weights.names"),

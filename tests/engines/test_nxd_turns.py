@@ -7,7 +7,7 @@ from threading import Barrier, Lock
 
 import pytest
 
-from nxdt_align.engines.nxd.turns import Turns
+from nxdt_align.engines.nxd.settings import StaggeredLoad
 from nxdt_align.errors import UserError
 
 DEADLINE = 60
@@ -49,7 +49,7 @@ def run(count: int, at_once: int | None, failing: int | None = None) -> tuple[Ra
 
     def rank(number: int) -> str:
         try:
-            Turns(number, count, at_once).take(lambda: action(number), ranks.gather)
+            StaggeredLoad(number, count, at_once).take(lambda: action(number), ranks.gather)
         except UserError as error:
             return str(error)
         return ""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_fixture import ORPO, Project, assert_same_run, final_weights, scalars
 
-from nxdt_align.engines.native import loss_scale
+from nxdt_align.engines.native import gradients
 from nxdt_align.engines.native.tensors import TensorFolder
 
 NXDT_METRICS = {
@@ -254,8 +254,8 @@ def test_fp16_skips_what_overflows_and_goes_on_after_a_break(
 ) -> None:
     """Skipped steps use up their data and count, but move neither weights nor the learning rate; the scale
     and their number are logged, and a run that was stopped in between ends as one that was not."""
-    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**40)
-    monkeypatch.setattr(loss_scale, "BACKOFF", 2.0**-7)
+    monkeypatch.setattr(gradients, "INITIAL", 2.0**40)
+    monkeypatch.setattr(gradients, "BACKOFF", 2.0**-7)
     for folder, stops in (("fp16-whole", (8,)), ("fp16-broken", (2, 5, 8))):
         for steps in stops:
             where = f"exp_manager.exp_dir={project.root}/{folder}"

@@ -25,10 +25,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, load
 from nxdt_align.engines.native.collectives import Ranks
-from nxdt_align.engines.native.gathering import whole_tensors
-from nxdt_align.engines.native.loading import fill
-from nxdt_align.engines.native.parts import Part
 from nxdt_align.engines.native.saving import Saver, save
+from nxdt_align.engines.native.shards import LocalShard, fill, whole_tensors
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.models.sharding import split_of
@@ -108,7 +106,7 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """``tensor``, whole, laid out as ``parameter`` is."""
     if not isinstance(parameter, DTensor):
         return tensor
-    local = tensor[Part.of(parameter).region].clone()
+    local = tensor[LocalShard.of(parameter).region].clone()
     mesh, placements = parameter.device_mesh, parameter.placements
     shape, stride = parameter.shape, parameter.stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -345,7 +343,7 @@ def memory(rank: int, folder: Path) -> None:
         print(f"rank {rank}: {source}: peak {grown >> 20} MiB of {total >> 20}")
         kept.append(llama)
         for name, parameter in llama.named_parameters():
-            held, wanted = parameter.to_local(), big_weight(name)[Part.of(parameter).region]
+            held, wanted = parameter.to_local(), big_weight(name)[LocalShard.of(parameter).region]
             assert held.view(torch.int16).equal(wanted.contiguous().view(torch.int16)), name
 
 

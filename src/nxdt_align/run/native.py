@@ -11,7 +11,7 @@ from nxdt_align.engines.native import checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.model import check_pipeline
 from nxdt_align.engines.native.parallelize import check_sizes
-from nxdt_align.engines.native.xla import XlaEngine
+from nxdt_align.engines.native.xla_engine import XlaEngine
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv

@@ -14,8 +14,7 @@ from nxdt_align.engines import xla
 from nxdt_align.engines.base import Compiler, Engine
 from nxdt_align.engines.nxd import checkpoint, compat
 from nxdt_align.engines.nxd.flash import CausalFlashAttention, nki_kernel
-from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
-from nxdt_align.engines.nxd.turns import Turns
+from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions, StaggeredLoad
 from nxdt_align.errors import UserError
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import QKV, PartitionError
@@ -68,7 +67,7 @@ class NxDParts:
             reference_precision=self.reference_precision,
             save_options=save_options_of(self._config, self.precision),
             configure_model=self._configure,
-            turns=Turns(self._env.local_rank, trainer.devices, at_once),
+            turns=StaggeredLoad(self._env.local_rank, trainer.devices, at_once),
         )
         engine.compiler = self._compiler
         return engine

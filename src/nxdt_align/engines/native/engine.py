@@ -14,18 +14,16 @@ from torch import Tensor, nn
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
+from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native import checkpoint, collectives
-from nxdt_align.engines.native.gathering import whole_tensors
-from nxdt_align.engines.native.loading import copy_weights, fill
-from nxdt_align.engines.native.loss_scale import LossScale
+from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.mesh import Groups, Parallel
 from nxdt_align.engines.native.model import Blueprint, RankModel, check_pipeline
-from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.engines.native.precision import Precision
 from nxdt_align.engines.native.saving import Saver
-from nxdt_align.engines.summary import CheckpointError
+from nxdt_align.engines.native.shards import copy_weights, fill, whole_tensors
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from nxdt_align.engines import faults
-from nxdt_align.engines.flight import BackgroundSaving, Flight
+from nxdt_align.engines.async_save import AsyncSave, AsyncSaver
+from nxdt_align.engines.checkpoint_folder import CheckpointError, to_plain, writing
 from nxdt_align.engines.native.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -28,10 +28,8 @@ from nxdt_align.engines.native.checkpoint import (
 )
 from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.optimizer_state import by_name, merged
-from nxdt_align.engines.native.parts import Part
+from nxdt_align.engines.native.shards import LocalShard
 from nxdt_align.engines.native.tensors import TensorFolder, write_tensors
-from nxdt_align.engines.plain import to_plain
-from nxdt_align.engines.summary import CheckpointError
 from nxdt_align.files import atomic_folder
 
 
@@ -57,7 +55,7 @@ def save(
     _write(_collect(Path(directory), named_parameters, optimizer, extra, Ranks()))
 
 
-class Saver(BackgroundSaving):
+class Saver(AsyncSaver):
     """Writes checkpoints, at most one at a time, on a thread where asked. All ranks make the same calls.
 
     Args:
@@ -89,7 +87,7 @@ class Saver(BackgroundSaving):
         if background or content.is_lazy:
             content = content.copied()
         if background:
-            self._flight = Flight(lambda: _write(content))
+            self._running = AsyncSave(lambda: _write(content))
         else:
             _write(content)
 
@@ -105,7 +103,7 @@ class _Content:
     """What one rank brings to a checkpoint."""
 
     directory: Path
-    parts: dict[str, Part]
+    parts: dict[str, LocalShard]
     trainer: bytes
     """The file of the trainer's state: rank 0's, empty elsewhere."""
     step: int
@@ -131,13 +129,13 @@ def _collect(
     extra: Mapping[str, Any],
     ranks: Ranks,
 ) -> _Content:
-    with ranks.together(CheckpointError), faults.writing(directory):
+    with ranks.together(CheckpointError), writing(directory):
         tensors = {MODEL + name: parameter.detach() for name, parameter in named_parameters}
         state = None if optimizer is None else by_name(optimizer, named_parameters)
         settings = None if state is None else to_plain(state.plain)
         if state is not None:
             tensors |= {OPTIMIZER + name: tensor for name, tensor in state.tensors.items()}
-        parts = {name: Part.of(tensor) for name, tensor in tensors.items()}
+        parts = {name: LocalShard.of(tensor) for name, tensor in tensors.items()}
         values = to_plain({"extra": extra}) if ranks.rank == 0 else {"extra": {}}
     of_ranks = [each for each in ranks.gather(settings) if each is not None]
     values["optimizer"] = merged(of_ranks) if of_ranks else None
@@ -148,15 +146,15 @@ def _collect(
 def _write(content: _Content) -> None:
     """The folder, from all ranks; the same fault on all of them."""
     directory, ranks = content.directory, content.ranks
-    with faults.writing(directory), ExitStack() as stack:
+    with writing(directory), ExitStack() as stack:
         # An error in the block takes the temporary folder away; closing the stack puts it in place.
-        with ranks.together(CheckpointError), faults.writing(directory):
+        with ranks.together(CheckpointError), writing(directory):
             own = stack.enter_context(atomic_folder(directory)) if ranks.rank == 0 else directory
             if ranks.rank == 0:
                 (own / TENSORS).mkdir()
         folder = ranks.broadcast(own)
         write_tensors(folder / TENSORS, content.parts, ranks)
-        with ranks.together(CheckpointError), faults.writing(directory):
+        with ranks.together(CheckpointError), writing(directory):
             if ranks.rank == 0:
                 (folder / TRAINER).write_bytes(content.trainer)
                 SUMMARY.write(folder, _summary(folder, content))

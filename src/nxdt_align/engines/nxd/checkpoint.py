@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nxdt_align.engines.summary import CheckpointError, Summary, damaged
+from nxdt_align.engines.checkpoint_folder import CheckpointError, Summary, damaged
 
 SUMMARY = Summary("nxdt_align.json", "nxdt-align NxD checkpoint", 1, "nxdt-align's engine nxd")
 EXTRA, DONE = "user_content.pt", "done"

@@ -19,9 +19,8 @@ from nxdt_align.engines.nxd.mesh import Mesh
 from nxdt_align.engines.nxd.pipeline import PipelineRunner
 from nxdt_align.engines.nxd.saving import Checkpoints
 from nxdt_align.engines.nxd.scoring import Runner, Scorer
-from nxdt_align.engines.nxd.settings import Precision, SaveOptions
+from nxdt_align.engines.nxd.settings import Precision, SaveOptions, StaggeredLoad
 from nxdt_align.engines.nxd.shards import Shards
-from nxdt_align.engines.nxd.turns import Turns
 from nxdt_align.engines.nxd.zero import ShardedOptimizer
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
@@ -55,7 +54,7 @@ class NxDEngine(Engine):
         reference_precision: Precision | None = None,
         save_options: SaveOptions = SaveOptions(),  # noqa: B008 (frozen)
         configure_model: Callable[[Llama], None] = lambda model: None,
-        turns: Turns = Turns(),  # noqa: B008 (frozen)
+        turns: StaggeredLoad = StaggeredLoad(),  # noqa: B008 (frozen)
     ) -> None:
         self.config = config
         self.device = mesh.platform.device

@@ -16,8 +16,7 @@ from torch import Tensor
 from nxdt_align.batch import Topology
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
-from nxdt_align.engines.nxd.kv_groups import check_kv_groups
-from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.engines.nxd.settings import Parallel, check_kv_groups
 
 BUCKET_BYTES = 512 << 20
 """What one all-reduce takes at once."""

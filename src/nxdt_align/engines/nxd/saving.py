@@ -16,16 +16,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nxdt_align.engines import faults, xla
-from nxdt_align.engines.flight import BackgroundSaving, Flight
-from nxdt_align.engines.nxd import checkpoint, xser
+from nxdt_align.engines import xla
+from nxdt_align.engines.async_save import AsyncSave, AsyncSaver
+from nxdt_align.engines.checkpoint_folder import (
+    CheckpointError,
+    damaged,
+    require_same_tensors,
+    to_plain,
+    writing,
+)
+from nxdt_align.engines.nxd import checkpoint
 from nxdt_align.engines.nxd.checkpoint import DONE, MODEL, OPTIMIZER, SUMMARY
+from nxdt_align.engines.nxd.checkpoint_files import Files, apart_from_training, is_xser, read_xser
 from nxdt_align.engines.nxd.compat import only_plain_values
-from nxdt_align.engines.nxd.files import Files, apart_from_training
 from nxdt_align.engines.nxd.mesh import Groups, Mesh
 from nxdt_align.engines.nxd.settings import SaveOptions
-from nxdt_align.engines.plain import to_plain
-from nxdt_align.engines.summary import CheckpointError, damaged
 from nxdt_align.files import atomic_folder
 
 log = logging.getLogger(__name__)
@@ -36,7 +41,7 @@ NamedParameters = Sequence[tuple[str, nn.Parameter]]
 T = TypeVar("T")
 
 
-class Checkpoints(BackgroundSaving):
+class Checkpoints(AsyncSaver):
     """Writes and reads one rank's part of a checkpoint, at most one at a time. All ranks make the same
     calls."""
 
@@ -103,7 +108,7 @@ class Checkpoints(BackgroundSaving):
             placing = stack.pop_all()
             complete = partial(_complete, groups, directory, placing, files.write, end)
             if background:
-                self._flight = Flight(complete)
+                self._running = AsyncSave(complete)
             else:
                 complete()
 
@@ -195,7 +200,7 @@ class Checkpoints(BackgroundSaving):
             raise damaged(directory, reason or type(error).__name__) from error
         masters = None if state is None else state.pop(MASTERS, None)
         filling = masters if masters is not None else model
-        faults.require_same_tensors(directory, _shapes(filling.items()), _shapes(parameters))
+        require_same_tensors(directory, _shapes(filling.items()), _shapes(parameters))
         return filling, state, extra
 
     def _read_files(
@@ -203,13 +208,13 @@ class Checkpoints(BackgroundSaving):
     ) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any]]:
         model: dict[str, Tensor] = {}
         state: dict[str, Any] | None = {} if has_optimizer else None
-        if not xser.is_in(directory / MODEL):
+        if not is_xser(directory / MODEL):
             extra = nxd.load_checkpoint(str(directory), tag=".", model=model, optimizer=state, strict=False)
             return model, state, extra
-        model = xser.read(directory / MODEL / self._shard(0))
+        model = read_xser(directory / MODEL / self._shard(0))
         if has_optimizer:
             copy = self._groups.data.rank if self._parallel.zero1 else 0
-            state = xser.read(directory / OPTIMIZER / self._shard(copy))
+            state = read_xser(directory / OPTIMIZER / self._shard(copy))
         return model, state, checkpoint.read_extra(directory)
 
     def _shard(self, copy: int) -> str:
@@ -249,10 +254,10 @@ def _together(groups: Groups, act: Callable[[], T]) -> T:
 
 def _write_together(groups: Groups, directory: Path, act: Callable[[], T]) -> T:
     def explained() -> T:
-        with faults.writing(directory):
+        with writing(directory):
             return act()
 
-    with faults.writing(directory):  # a rank that is gone
+    with writing(directory):  # a rank that is gone
         return _together(groups, explained)
 
 

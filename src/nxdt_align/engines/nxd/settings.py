@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from nxdt_align.engines.base import EngineError
+from nxdt_align.errors import UserError
 from nxdt_align.models.partition import QKV, Partition
 from nxdt_align.models.presets import LlamaConfig
 
@@ -59,3 +62,64 @@ class SaveOptions:
     """A file a tensor (torch_xla's serialization)."""
     low_precision: torch.dtype | None = None
     """What the model's files hold the weights in; None for what the optimizer works on."""
+
+
+# What else needs no NxD: a check of its groups, and loading in turns
+
+
+def check_kv_groups(
+    kv_groups: Sequence[Sequence[int]], tensor_groups: Sequence[Sequence[int]], multiplier: int
+) -> None:
+    """Raise EngineError unless ranks that share kv heads are of one tensor-parallel group, tp / multiplier
+    apart: NxD makes the two kinds of groups by rules of their own, and sums gradients over either."""
+    wanted = {
+        tuple(group[first :: len(group) // multiplier])
+        for group in tensor_groups
+        for first in range(len(group) // multiplier)
+    }
+    if {tuple(group) for group in kv_groups} != wanted:
+        raise EngineError(
+            f"neuronx-distributed puts the ranks {list(map(list, kv_groups))} together for shared kv heads, "
+            f"but its tensor-parallel groups are {list(map(list, tensor_groups))}: gradients of other heads "
+            "would be summed. Choose another distributed_strategy.tensor_model_parallel_size, or "
+            "kv_replicator=1"
+        )
+
+
+Gather = Callable[[str | None], Sequence[str | None]]
+"""Every rank's value, on every rank."""
+
+
+@dataclass(frozen=True)
+class StaggeredLoad:
+    """How many ranks of a node do something at once (``trainer.sequential_move_factor``)."""
+
+    local_rank: int = 0
+    local_ranks: int = 1
+    """The same on every node."""
+    at_once: int | None = None
+    """None: all."""
+
+    def take(self, action: Callable[[], None], gather: Gather) -> None:
+        """Do ``action`` when it is this rank's turn. Every rank calls this.
+
+        ``action`` needs no other rank. What fails on one is the same error on all, before the next turn.
+        """
+        if self.at_once is None or self.at_once >= self.local_ranks:
+            action()
+            return
+        for first in range(0, self.local_ranks, self.at_once):
+            fault: UserError | None = None
+            if first <= self.local_rank < first + self.at_once:
+                fault = _attempt(action)
+            told = next(filter(None, gather(None if fault is None else str(fault))), None)
+            if told is not None:
+                raise fault or EngineError(told)
+
+
+def _attempt(action: Callable[[], None]) -> UserError | None:
+    try:
+        action()
+    except UserError as error:
+        return error
+    return None

@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from nxdt_align.engines.summary import CheckpointError
+from nxdt_align.engines.checkpoint_folder import CheckpointError
 
 
-class Flight:
+class AsyncSave:
     """A write on a thread of its own, and what is to be done when it is whole."""
 
     def __init__(self, write: Callable[[], None]) -> None:
@@ -43,22 +43,22 @@ class Flight:
             raise CheckpointError(f"{error} (it was being written in the background)") from error
 
 
-class BackgroundSaving:
-    """Keeps at most one checkpoint in flight; what an engine's saver offers to those who wait for it."""
+class AsyncSaver:
+    """Keeps at most one checkpoint in the making; what an engine's saver offers to those who wait for it."""
 
     def __init__(self) -> None:
-        self._flight: Flight | None = None
+        self._running: AsyncSave | None = None
 
     def finish(self) -> None:
         """Wait for the save in the background, if there is one. Raises CheckpointError where it failed."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            flight.wait()
+        running, self._running = self._running, None
+        if running is not None:
+            running.wait()
 
     def then(self, action: Callable[[], None]) -> None:
         """Do ``action`` once the save in the background is whole, or now if there is none; never, if that
         save fails."""
-        if self._flight is None:
+        if self._running is None:
             action()
         else:
-            self._flight.then(action)
+            self._running.then(action)

@@ -18,7 +18,7 @@ from nxdt_align.batch import Batch
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Objective, StepOutput, WeightSource
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.loading import filling
+from nxdt_align.engines.native.shards import filling
 
 
 class XlaEngine(NativeEngine):

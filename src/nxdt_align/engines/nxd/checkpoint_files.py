@@ -1,4 +1,5 @@
-"""The files that ``nxd.save_checkpoint`` has this rank write, and when they are written.
+"""The files that ``nxd.save_checkpoint`` has this rank write, when they are written, and how those with a
+file per tensor are read.
 
 NxD brings values to the host and decides which rank writes what; it hands each file to a state object,
 ``g_iostate``. Files stands in its place. With NxD's own (2.29), ``async_save=True``
@@ -19,10 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from neuronx_distributed.trainer import checkpoint as nxd_checkpoint
 from torch import Tensor
+from torch_xla.utils.serialization import TensorReference
 
 
 class Files(nxd_checkpoint.CheckpointIOState):  # type: ignore[misc]
@@ -88,3 +92,38 @@ def apart_from_training(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(apart_from_training(item) for item in value)
     return value
+
+
+# Shards with a file per tensor (xser), read on the host. NxD reads them onto the device, beside the model's
+# own, and sums there over the data-parallel ranks what one of them has read: in graphs that no other part of
+# a run has, and wrongly in CPU mode.
+
+_TENSORS = ".tensors"
+
+
+def is_xser(folder: Path) -> bool:
+    """Whether the shards of ``folder`` have a file a tensor."""
+    return any(folder.glob(f"*{_TENSORS}"))
+
+
+def read_xser(path: Path) -> dict[str, Any]:
+    """A shard's content, its tensors on the CPU. Call it inside of ``only_plain_values``.
+
+    Raises what torch.load does for files that are damaged or missing.
+    """
+    content: dict[str, Any] = _filled(_load(path), path.with_name(path.name + _TENSORS))
+    return content
+
+
+def _filled(value: Any, tensors: Path) -> Any:
+    if isinstance(value, TensorReference):
+        return _load(tensors / f"tensor_{value.tid}.pt")
+    if isinstance(value, dict):
+        return {key: _filled(item, tensors) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_filled(item, tensors) for item in value)
+    return value
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
