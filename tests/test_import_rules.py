@@ -18,7 +18,7 @@ from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 FOUNDATION = ("errors", "files", "own_parts", "__version__", "PYTHON", "TORCH")
 
 SHARED_BY_ENGINES = (
-    *("engines.base", "engines.steps", "engines.masters"),
+    *("engines.base", "engines.settings", "engines.steps", "engines.masters"),
     *("engines.checkpoint_folder", "engines.async_save", "engines.xla"),
 )
 
@@ -35,6 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": ("batch", "config"),
     "engines.base": ("batch",),
     "engines.steps": ("engines.base", "batch"),
+    "engines.settings": (),
     "engines.masters": (),
     "engines.checkpoint_folder": ("engines.base",),
     "engines.async_save": ("engines.checkpoint_folder",),
@@ -70,6 +71,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "models": ("torch",),
     "engines.base": ("torch",),
     "engines.steps": ("torch",),
+    "engines.settings": ("torch",),
     "engines.masters": ("torch",),
     "config": ("omegaconf", "hydra"),
     "cli": (),

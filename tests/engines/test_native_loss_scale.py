@@ -28,7 +28,7 @@ from nxdt_align.engines.native import gradients
 from nxdt_align.engines.native.collectives import Group
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.gradients import LossScale
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.objective import GlobalMeanObjective
 
 FP16 = Precision(compute=torch.float16)

@@ -19,7 +19,7 @@ from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.ops.attention import DenseAttention

@@ -27,7 +27,7 @@ from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines import xla
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Precision
 from nxdt_align.engines.native.xla_engine import XlaEngine
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective

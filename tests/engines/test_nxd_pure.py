@@ -116,9 +116,9 @@ def test_sizes(load: Load) -> None:
     )
     on_neuron, on_cpu = (parallel_of(config, TINY, place) for place in ("neuron", "cpu"))
     assert (on_neuron.tensor, on_neuron.kv_multiplier, on_neuron.qkv) == (4, 2, "fused")
-    assert on_neuron.sequence and on_neuron.zero1 and not on_cpu.zero1
+    assert on_neuron.sequence_parallel and on_neuron.zero1 and not on_cpu.zero1
     split = parallel_of(load("model.qkv_linear=True", "model.fuse_qkv=False"), TINY, "cpu")
-    assert split.qkv == "split" and not split.sequence
+    assert split.qkv == "split" and not split.sequence_parallel
     assert parallel_of(load(), TINY, "cpu").qkv == "separate"
     assert parallel_of(load(), replace(TINY, num_key_value_heads=4), "cpu").qkv == "coalesced"
     cut = ("distributed_strategy.pipeline_model_parallel_size=2", "model.pipeline_cuts=[model.layers.0]")

@@ -19,8 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nxdt_align.batch import Batch, SlotRole, Topology
 from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.mesh import Parallel
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.llama import Llama

@@ -80,11 +80,11 @@ class Case:
     @property
     def parallel(self) -> Parallel:
         return Parallel(
-            self.tp,
-            self.pp,
-            self.sp,
-            self.kv,
-            self.qkv,  # type: ignore[arg-type]
+            tensor=self.tp,
+            pipeline=self.pp,
+            sequence_parallel=self.sp,
+            kv_multiplier=self.kv,
+            qkv=self.qkv,  # type: ignore[arg-type]
             pipeline_cuts=self.cuts,
         )
 

@@ -28,8 +28,7 @@ from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.data.tokenize import Example
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.mesh import Parallel
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.orpo import ORPOLoss

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from nxdt_align.batch import Batch, Reading, SlotRole, Topology
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.mesh import Parallel
 from nxdt_align.engines.native.parallelize import whole_rows
 from nxdt_align.engines.native.scoring import Scorer
+from nxdt_align.engines.native.settings import Parallel
 from nxdt_align.engines.steps import TokenLogps
 from nxdt_align.models.partition import QKV, fitting_multipliers, fitting_tp
 from nxdt_align.models.presets import LlamaConfig

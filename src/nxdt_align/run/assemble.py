@@ -24,8 +24,7 @@ from nxdt_align.data.truncation import Truncation
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
-from nxdt_align.engines.native.mesh import Parallel
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import load_loss
 from nxdt_align.losses.objective import build_loss

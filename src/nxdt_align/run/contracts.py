@@ -11,6 +11,7 @@ import torch
 
 from nxdt_align.batch import Topology
 from nxdt_align.engines.base import Engine
+from nxdt_align.engines.settings import Precision
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,6 @@ class Checkpoints(Protocol):
     def is_checkpoint(self, path: Path) -> bool: ...
 
     def checkpoint_step(self, path: Path) -> int | None: ...
-
-
-class Precision(Protocol):
-    """Number formats; its text tells apart those that give other log-probabilities."""
-
-    @property
-    def compute(self) -> torch.dtype:
-        """That of the weights which are computed with."""
-        ...
-
-    @property
-    def coarsest(self) -> torch.dtype:
-        """The dtype with the fewest bits that values pass through."""
-        ...
 
 
 class EngineParts(Protocol):

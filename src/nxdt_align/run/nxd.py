@@ -118,7 +118,7 @@ def parallel_of(config: Config, model: LlamaConfig, place: compat.Place) -> Para
     return Parallel(
         tensor=strategy.tensor_model_parallel_size,
         pipeline=strategy.pipeline_model_parallel_size,
-        sequence=strategy.sequence_parallel and strategy.tensor_model_parallel_size > 1,
+        sequence_parallel=strategy.sequence_parallel and strategy.tensor_model_parallel_size > 1,
         kv_multiplier=strategy.kv_replicator,
         qkv=_qkv(config, model),
         zero1=strategy.zero1 and place != "cpu",

@@ -16,11 +16,11 @@ from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import Engine, WeightSource
 from nxdt_align.engines.native.checkpoint import read_extra
 from nxdt_align.engines.nxd import checkpoint as nxd_checkpoint
+from nxdt_align.engines.settings import Precision
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.run import assemble
-from nxdt_align.run.contracts import Precision
 from nxdt_align.run.mode import RunMode
 from nxdt_align.training.hooks import (
     PREFLIGHT_TOLERANCE,

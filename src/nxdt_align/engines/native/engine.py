@@ -18,11 +18,11 @@ from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native import checkpoint, collectives
 from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
-from nxdt_align.engines.native.mesh import Groups, Parallel
+from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.model import Blueprint, RankModel, check_pipeline
 from nxdt_align.engines.native.parallelize import check_sizes
-from nxdt_align.engines.native.precision import Precision
 from nxdt_align.engines.native.saving import Saver
+from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.shards import copy_weights, fill, whole_tensors
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig

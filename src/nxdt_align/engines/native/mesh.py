@@ -10,30 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nxdt_align.batch import Topology
 from nxdt_align.engines.native.collectives import Group, set_timeout
+from nxdt_align.engines.native.settings import Parallel
 
 PIPELINE, DATA, TENSOR = "pp", "dp", "tp"
 """The mesh's dimensions, outermost first, as ``Topology.of_rank`` numbers the ranks."""
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """How one model is spread; what is left of the processes is data parallel."""
-
-    tensor: int = 1
-    """Groups that share each layer's matrices."""
-    pipeline: int = 1
-    """Groups in a row that hold a share of the layers each."""
-    virtual_pipeline: int = 1
-    """Shares of the layers that each pipeline rank holds."""
-    pipeline_cuts: tuple[int, ...] | None = None
-    """Layers after which the model is cut into stages; None for even shares."""
-    sequence_parallel: bool = False
-    """Keep 1/tensor of a row's tokens a rank between the layers' matrices."""
-    zero1: bool = False
-    """Divide master weights, reduced gradients and optimizer state over the data-parallel ranks; weights
-    are gathered once a step."""
-    fsdp: bool = False
-    """As ``zero1``, and weights are gathered a layer at a time, in the forward and in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +78,6 @@ class Groups:
     def shards_data(self) -> bool:
         """Whether weights, gradients and optimizer state are divided over the data-parallel ranks."""
         return (self.parallel.zero1 or self.parallel.fsdp) and self.data.size > 1
-
-    @property
-    def row_multiple(self) -> int:
-        """What a row's length must be a multiple of."""
-        return self.parallel.tensor if self.parallel.sequence_parallel else 1
 
     def _submesh(self, name: str, group: Group) -> DeviceMesh | None:
         return None if self.mesh is None or group.size == 1 else self.mesh[name]

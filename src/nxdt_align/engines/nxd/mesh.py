@@ -114,7 +114,7 @@ def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
     config: dict[str, Any] = nxd.neuronx_distributed_config(
         tensor_parallel_size=parallel.tensor,
         pipeline_parallel_size=parallel.pipeline,
-        sequence_parallel=parallel.sequence,
+        sequence_parallel=parallel.sequence_parallel,
         optimizer_config={"zero_one_enabled": parallel.zero1, "grad_clipping": False},
     )
     if parallel_state.get_tensor_model_parallel_size() != parallel.tensor:

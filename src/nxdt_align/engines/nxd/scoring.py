@@ -55,7 +55,7 @@ class Scorer(nn.Module):
 
     def padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions and segments; under sequence parallel of a length that the ranks divide."""
-        extra = -batch.input_ids.shape[1] % self._parallel.tensor if self._parallel.sequence else 0
+        extra = -batch.input_ids.shape[1] % self._parallel.tensor if self._parallel.sequence_parallel else 0
         parts = ((batch.input_ids, 0), (batch.position_ids, 0), (batch.segment_ids, PADDING_SEGMENT))
         ids, positions, segments = (F.pad(part, (0, extra), value=value) for part, value in parts)
         return ids, positions, segments

@@ -7,25 +7,20 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nxdt_align.engines import settings
 from nxdt_align.engines.base import EngineError
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import QKV, Partition
 from nxdt_align.models.presets import LlamaConfig
 
 
-@dataclass(frozen=True)
-class Parallel:
-    """Sizes and switches of ``distributed_strategy``, and ``model.qkv_linear`` and ``fuse_qkv``."""
+@dataclass(frozen=True, kw_only=True)
+class Parallel(settings.Parallel):
+    """How one model is spread over NxD's groups; also ``model.qkv_linear`` and ``fuse_qkv``."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    sequence: bool = False
-    """Activations between the parallel layers are split along the sequence."""
     kv_multiplier: int = 1
+    """Ranks that hold the same kv heads."""
     qkv: QKV = "split"
-    zero1: bool = False
-    pipeline_cuts: tuple[int, ...] | None = None
-    """Layers after which the model is cut into stages; None for even shares."""
 
     def partition(self, config: LlamaConfig) -> Partition:
         """A model spread so. Raises PartitionError for sizes that do not go together."""
@@ -35,23 +30,19 @@ class Parallel:
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Number formats. What only gradients pass through is no part of its text, which tells apart what gives
-    other log-probabilities."""
+class Precision(settings.Precision):
+    """``compute``, with or without float32 master weights. Without them gradients are in ``compute``."""
 
-    compute: torch.dtype = torch.float32
-    """Of weights and activations."""
     masters: bool = False
-    """The optimizer works on float32 copies of the weights. Without them gradients are in ``compute``."""
+    """The optimizer works on float32 copies of the weights."""
     float32_sums: bool = field(default=True, repr=False)
     """With ``masters``: micro-batches' gradients are added up in float32, and reduced over ranks so."""
     float32_reductions: bool = field(default=True, repr=False)
     """With ``masters``: gradients are reduced over ranks in float32, whatever they were added up in."""
 
     @property
-    def coarsest(self) -> torch.dtype:
-        """The dtype with the fewest bits that values pass through."""
-        return self.compute
+    def has_masters(self) -> bool:
+        return self.masters
 
 
 @dataclass(frozen=True)

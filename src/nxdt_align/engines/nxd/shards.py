@@ -175,7 +175,7 @@ class Shards:
     def partial_gradients(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Tensor]:
         """Gradients of which each tensor-parallel rank has a part: those of the norms under sequence
         parallel, which see other tokens on each rank."""
-        if not self._parallel.sequence:
+        if not self._parallel.sequence_parallel:
             return []
         return [
             gradient

@@ -1,4 +1,4 @@
-"""What ``precision`` means on this engine: the dtype that is computed in, and where fp32 is kept."""
+"""What a run can set of this engine alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,25 @@ from dataclasses import dataclass
 
 import torch
 
+from nxdt_align.engines import settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(settings.Parallel):
+    """How one model is spread over native's mesh."""
+
+    virtual_pipeline: int = 1
+    """Shares of the layers that each pipeline rank holds."""
+    fsdp: bool = False
+    """As ``zero1``, and weights are gathered a layer at a time, in the forward and in the backward pass."""
+
 
 @dataclass(frozen=True)
-class Precision:
-    """``compute``: dtype of weights and activations. ``autocast``: weights stay float32 and each
-    operation's dtype is torch.autocast's choice."""
+class Precision(settings.Precision):
+    """``compute``, with float32 master weights below it; or torch.autocast."""
 
-    compute: torch.dtype = torch.float32
     autocast: bool = False
+    """Weights stay float32, and each operation's dtype is torch.autocast's choice."""
 
     def context(self, device: torch.device) -> AbstractContextManager[object]:
         """Entered around the model's forward pass."""
@@ -24,13 +35,7 @@ class Precision:
 
     @property
     def coarsest(self) -> torch.dtype:
-        """The dtype with the fewest bits that values pass through."""
         return torch.bfloat16 if self.autocast else self.compute
-
-    @property
-    def has_masters(self) -> bool:
-        """Whether the weights that are computed with are copies of float32 master weights."""
-        return self.compute != torch.float32
 
     @property
     def needs_loss_scale(self) -> bool:
