@@ -19,7 +19,7 @@ FOUNDATION = ("errors", "files", "own_parts", "__version__", "PYTHON", "TORCH")
 
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.settings", "engines.steps", "engines.masters"),
-    *("engines.checkpoint_folder", "engines.async_save", "engines.xla"),
+    *("engines.ranks", "engines.checkpoint_folder", "engines.async_save", "engines.xla"),
 )
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
@@ -34,11 +34,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "config": (),
     "data": ("batch", "config"),
     "engines.base": ("batch",),
-    "engines.steps": ("engines.base", "batch"),
+    "engines.ranks": ("engines.base",),
+    "engines.steps": ("engines.base", "engines.ranks", "batch"),
     "engines.settings": (),
     "engines.masters": (),
-    "engines.checkpoint_folder": ("engines.base",),
-    "engines.async_save": ("engines.checkpoint_folder",),
+    "engines.checkpoint_folder": ("engines.base", "engines.ranks"),
+    "engines.async_save": ("engines.ranks", "engines.checkpoint_folder"),
     "engines.xla": ("engines.base", "batch"),
     "engines.native": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),
     "engines.native.checkpoint": ("engines", "models", "ops", "batch", "config", "weights.names"),
@@ -91,7 +92,7 @@ RESERVED: dict[str, tuple[str, ...]] = {
     "torch_neuronx": ("engines.nxd", "engines.xla", "neuron.compile"),
     "neuronx_distributed": ("engines.nxd", "neuron.compile"),
     "libneuronxla": ("engines.nxd", "neuron.compile"),
-    "torch.distributed": ("engines.native", "engines.nxd", "training", "run"),
+    "torch.distributed": ("engines.ranks", "engines.native", "engines.nxd", "training", "run"),
 }
 
 ENVIRONMENT_READERS = ("cli", "engines.nxd.compat")

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native import gradients
-from nxdt_align.engines.native.collectives import Group
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.gradients import LossScale
+from nxdt_align.engines.native.mesh import Group
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.objective import GlobalMeanObjective
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from parallel_fixture import Case, run_parallel
 from training_fixture import Project
 
-from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.mesh import Groups
+from nxdt_align.engines.ranks import Ranks
 from nxdt_align.errors import UserError
 from nxdt_align.run.preconditions import report_lost_ranks
 
@@ -103,7 +103,7 @@ def patience_of_groups(rank: int, world: int) -> list[float]:
     """Seconds that each group's collectives wait, in 2 stages x 2 data-parallel x 2 tensor-parallel ranks."""
     spread, patience = Case(pipeline=2, data=2, tensor=2), timedelta(seconds=1234)
     groups = Groups.join(spread.parallel, spread.topology(rank), "cpu", tied_head=True, timeout=patience)
-    saver = Ranks(own_group=True, timeout=patience)
+    saver = Ranks.apart(patience)
     handles = [groups.data.group, groups.tensor.group, groups.pipeline.group, groups.ends.group, saver.group]
     return [seconds_of(group) for group in handles]
 

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, load
-from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.saving import Saver, save
 from nxdt_align.engines.native.shards import LocalShard, fill, whole_tensors
+from nxdt_align.engines.ranks import Ranks
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.models.sharding import split_of
@@ -212,7 +212,7 @@ def gather(rank: int, folder: Path) -> None:
     low = nn.Parameter(torch.arange(4).to(torch.bfloat16))
     for net in (spread(0, tp=2, dp=2), spread(0, tp=1, dp=4), whole(0, mine)):
         held = [*named(net), ("low", low)] if rank == 3 or len(named(net)) == 4 else named(net)
-        found = list(whole_tensors(held, Ranks(own_group=True)))
+        found = list(whole_tensors(held, Ranks.apart()))
         if rank:
             assert found == []
             continue

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 from nxdt_align.engines.checkpoint_folder import CheckpointError
+from nxdt_align.engines.ranks import Ranks
 
 
 class AsyncSave:
@@ -44,10 +46,23 @@ class AsyncSave:
 
 
 class AsyncSaver:
-    """Keeps at most one checkpoint in the making; what an engine's saver offers to those who wait for it."""
+    """Writes checkpoints, at most one at a time, on a thread where asked; an engine says what and how.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: how long a rank waits for the others; torch's default where None.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self._timeout = timeout
+        self._ranks: Ranks | None = None
         self._running: AsyncSave | None = None
+
+    def ranks(self) -> Ranks:
+        """All ranks in a group of their own over the CPU, since a thread talks while training does; the
+        first call is a collective."""
+        if self._ranks is None:
+            self._ranks = Ranks.apart(self._timeout)
+        return self._ranks
 
     def finish(self) -> None:
         """Wait for the save in the background, if there is one. Raises CheckpointError where it failed."""
@@ -62,3 +77,10 @@ class AsyncSaver:
             action()
         else:
             self._running.then(action)
+
+    def _write(self, write: Callable[[], None], *, background: bool) -> None:
+        """``write``, now or on a thread. What fails on the thread is raised by the next ``finish``."""
+        if background:
+            self._running = AsyncSave(write)
+        else:
+            write()

@@ -1,11 +1,11 @@
-"""A checkpoint's folder, the same for every engine: what describes it, what goes wrong with it, and the plain
-values that may lie in it."""
+"""A checkpoint's folder, the same for every engine: what describes it, what goes wrong with it, how ranks
+write one together, and the plain values that may lie in it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nxdt_align.engines.base import EngineError, WeightSource
-from nxdt_align.files import explain
+from nxdt_align.engines.ranks import Ranks
+from nxdt_align.files import atomic_folder, explain
 
 Shape = tuple[int, ...]
 
@@ -33,12 +34,27 @@ def damaged(directory: Path, what: str) -> CheckpointError:
 @dataclass(frozen=True)
 class Summary:
     """A file ``name``: format and version, what the engine says of the checkpoint, and every other file's
-    size. ``writer`` stands in messages."""
+    size."""
 
     name: str
     format: str
     version: int
     writer: str
+    """Of the checkpoint, in messages."""
+    subfolder: str = ""
+    """Tells of a checkpoint where the file itself is gone; empty where none does."""
+
+    def is_checkpoint(self, path: Path) -> bool:
+        """Whether ``path`` is a checkpoint of this kind, whole or damaged."""
+        has_subfolder = bool(self.subfolder) and (Path(path) / self.subfolder).is_dir()
+        return has_subfolder or (Path(path) / self.name).is_file()
+
+    def checkpoint_step(self, path: Path) -> int | None:
+        """The optimizer steps of a whole checkpoint; None where ``path`` is not one."""
+        try:
+            return int(self.require_whole(Path(path))["step"])
+        except CheckpointError:
+            return None
 
     def write(self, directory: Path, said: Mapping[str, Any], files: Iterable[Path] | None = None) -> None:
         """Describe the folder, whose other files (or ``files``) are all there. Raises OSError."""
@@ -151,6 +167,65 @@ def require_same_shapes(source: WeightSource, model: Mapping[str, Shape]) -> Non
 def _other_names(there: set[str], wanted: set[str]) -> list[str]:
     faults = [f"missing: {name}" for name in sorted(wanted - there)]
     return faults + [f"not in the model: {name}" for name in sorted(there - wanted)]
+
+
+# Writing
+
+
+class StagedFolder:
+    """The folder that all ranks write a checkpoint into, and that takes its place once all have.
+
+    Rank 0 makes it, describes it and moves it. A context: where that is left with an error, the folder goes
+    away, and whatever stood at ``directory`` stays.
+
+    Args:
+        directory: on storage that all ranks see.
+        ranks: make the same calls.
+        subfolders: made before any rank writes.
+
+    Raises CheckpointError, on every rank, where it cannot be made.
+    """
+
+    path: Path
+    """Where to write."""
+
+    def __init__(self, directory: Path, ranks: Ranks, subfolders: Iterable[str]) -> None:
+        self._directory, self._ranks = directory, ranks
+        with ExitStack() as stack:
+            with self.step():
+                own = directory
+                if ranks.rank == 0:
+                    own = stack.enter_context(atomic_folder(directory))
+                    for name in subfolders:
+                        (own / name).mkdir()
+            self.path = Path(ranks.broadcast(str(own)))
+            self._placing = stack.pop_all()
+
+    def __enter__(self) -> StagedFolder:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._placing.__exit__(*error)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A part of the save that each rank does by itself; what fails on one fails on all."""
+        # Within ``together`` a fault gets the words that the other ranks are told; outside of it, a rank
+        # that is gone is one.
+        with writing(self._directory), self._ranks.together(CheckpointError), writing(self._directory):
+            yield
+
+    def place(self, summary: Summary, finish: Callable[[Path], Mapping[str, Any]]) -> None:
+        """Put the folder in its place.
+
+        Args:
+            finish: called on rank 0 with the folder, when the files of all ranks are there; returns what
+                ``summary`` is to say of it.
+        """
+        with self.step():
+            if self._ranks.rank == 0:
+                summary.write(self.path, finish(self.path))
+                self._placing.close()
 
 
 # Values

@@ -31,8 +31,11 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Precision:
-    """Number formats. Each engine adds its own; what only gradients pass through is left out of the text
-    (``repr``), which a reference store's fingerprint holds to tell apart what gives other log-probabilities."""
+    """Number formats; each engine adds its own.
+
+    The text (``repr``) is part of a reference store's fingerprint, as it tells apart what gives other
+    log-probabilities. So what only gradients pass through is left out of it.
+    """
 
     compute: torch.dtype = torch.float32
     """Of the weights that are computed with, and of activations."""

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nxdt_align.engines.checkpoint_folder import CheckpointError, Summary, damaged, require_same_tensors
-from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.optimizer_state import NamedOptimizerState, parameter_names, restore
 from nxdt_align.engines.native.shards import LocalShard, filling
 from nxdt_align.engines.native.tensors import DamagedError, TensorFolder, check_archive, reason
+from nxdt_align.engines.ranks import Ranks
 
-SUMMARY = Summary("checkpoint.json", "nxdt-align native checkpoint", 1, "nxdt-align")
 TENSORS, TRAINER = "tensors", "trainer.pt"
+SUMMARY = Summary("checkpoint.json", "nxdt-align native checkpoint", 1, "nxdt-align", TENSORS)
+is_checkpoint, checkpoint_step = SUMMARY.is_checkpoint, SUMMARY.checkpoint_step
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 T = TypeVar("T")
@@ -67,19 +68,6 @@ def load(
             restore(optimizer, named_parameters, saved, everywhere)
     extra: dict[str, Any] = trainer["extra"]
     return extra
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint of this kind, whole or damaged."""
-    return (Path(path) / SUMMARY.name).is_file() or (Path(path) / TENSORS).is_dir()
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """The optimizer steps of a whole checkpoint; None where ``path`` is not one."""
-    try:
-        return int(SUMMARY.require_whole(Path(path))["step"])
-    except CheckpointError:
-        return None
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from nxdt_align.batch import Batch, Reading
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native.collectives import Group
-from nxdt_align.engines.native.mesh import Groups
+from nxdt_align.engines.native.mesh import Group, Groups
 from nxdt_align.engines.steps import Runner, Share, TokenLogps
 from nxdt_align.models.partition import EMBEDDING
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.checkpoint_folder import Shape, require_same_shapes
-from nxdt_align.engines.native.collectives import Ranks
+from nxdt_align.engines.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.shards import LocalShard
+from nxdt_align.engines.ranks import Ranks
 
 INDEX = ".metadata"
 

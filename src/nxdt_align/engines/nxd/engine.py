@@ -105,7 +105,7 @@ class NxDEngine(Engine):
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
-        self._turns.take(lambda: self._shards.fill(self.named_parameters(), source), self.gather_objects)
+        self._turns.take(lambda: self._shards.fill(self.named_parameters(), source), self._mesh.ranks)
         self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
@@ -114,7 +114,7 @@ class NxDEngine(Engine):
         self._reference = self._runner_of(reference)
         parameters = self._shards.named_parameters(reference.llama)
         if source is not None:
-            self._turns.take(lambda: self._shards.fill(parameters, source), self.gather_objects)
+            self._turns.take(lambda: self._shards.fill(parameters, source), self._mesh.ranks)
             return
         _copy(self.named_parameters(), parameters)
 
@@ -246,13 +246,13 @@ class NxDEngine(Engine):
         return self._groups.data.gather(value)
 
     def broadcast_object(self, value: Any) -> Any:
-        return self._groups.broadcast_object(value)
+        return self._mesh.ranks.broadcast(value)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return self._groups.gather_objects(value)
+        return self._mesh.ranks.gather(value)
 
     def barrier(self) -> None:
-        self._groups.barrier()
+        self._mesh.ranks.barrier()
 
     # Checkpoints
 

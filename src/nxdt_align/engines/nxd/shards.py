@@ -12,8 +12,8 @@ from nxdt_align.engines import xla
 from nxdt_align.engines.base import EngineError, WeightSource
 from nxdt_align.engines.checkpoint_folder import require_same_shapes
 from nxdt_align.engines.nxd.layers import mark
-from nxdt_align.engines.nxd.mesh import Group, Groups
 from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.engines.ranks import Group, Groups
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import Partition, local_tensors
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
