@@ -9,7 +9,7 @@ PYTHON ?=
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 export TORCH PIP_ARGS PYTHON
 
-.PHONY: help demo demo-orpo test test-xla bench bench-objectives lint clean
+.PHONY: help demo demo-orpo check test test-full test-xla bench bench-objectives lint clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -30,8 +30,14 @@ demo: $(VENV)/.installed ## warm up a small Llama, align it with DPO, show the g
 demo-orpo: $(VENV)/.installed ## the same with ORPO
 	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh orpo
 
-test: lint ## lint, types and every test
+check: lint ## lint, types and the tests of what changed: under a minute for most changes; BASE=revision
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $$($(BIN)/python scripts/check_changed.py $(BASE))
+
+test: lint ## lint, types and every test but the long ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: lint ## the long ones too: matrices, fuzzing, long runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
 
 test-xla: $(XLA_VENV)/.installed ## DPO and ORPO on torch_xla's CPU device, and what is compiled (7 GB of packages)
 	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla $(PYTEST_ARGS)
@@ -45,8 +51,8 @@ bench-objectives: $(VENV)/.installed ## every objective on the demo's data; ONLY
 lint: $(VENV)/.installed ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict src
-	$(BIN)/shellcheck scripts/*.sh examples/demo.sh .ci/run
+	$(BIN)/mypy --strict src examples/demo
+	$(BIN)/shellcheck scripts/*.sh examples/*.sh .ci/run
 
 clean: ## remove .venv, .venv-xla, demo_run and every cache
 	rm -rf $(VENV) $(XLA_VENV) demo_run build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from nxdt_align.engines.native.precision import Precision
 from torch import Tensor, nn
 from workload import SEQ_LENGTH, Workload
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention_blocks import BlockAttention
@@ -63,7 +64,7 @@ class Ours:
         self._optimizer = optim.build_optimizer(
             self._engine.named_parameters(), "adamw_fp32OptState", OPTIMIZER
         )
-        self._objective = GlobalMeanObjective(DPOLoss(BETA), token_statistics=True)
+        self._objective = GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=BETA)), token_statistics=True)
 
     def train(self, indices: Sequence[int]) -> Tensor:
         batches = [b.to(self._engine.device) for b in self._steps[list(indices)]]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demo import prepare
 from objective_settings import Entry
 from omegaconf import OmegaConf
 
-from nxdt_align.demo import prepare
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
 

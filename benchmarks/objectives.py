@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo.evaluate import HuggingFaceModel, Likelihoods, Pair, Rewards, read_pairs
 from objective_curves import save
 from objective_runs import RUN, Bench, config_of, make_data, train, warmup_config
 from objective_settings import ENTRIES, Entry
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nxdt_align.demo.evaluate import HuggingFaceModel, Likelihoods, Pair, Rewards, read_pairs
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, checkpoint_step
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write

@@ -19,7 +19,7 @@ case $objective in
 esac
 config=tiny_llama_${objective^^}_config
 python=${NXDT_ALIGN_PYTHON:-python3}
-export NXDT_ALIGN_PYTHON=$python PYTHONPATH=$repo/src${PYTHONPATH:+:$PYTHONPATH}
+export NXDT_ALIGN_PYTHON=$python PYTHONPATH=$repo/src:$examples${PYTHONPATH:+:$PYTHONPATH}
 
 say() {
   printf '\n== %s\n' "$*"
@@ -40,7 +40,7 @@ export NXDT_DEMO_DIR=$PWD
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 say "Making a tokenizer, a model and preference pairs"
-"$python" -m nxdt_align.demo.prepare --out .
+"$python" -m demo.prepare --out .
 
 say "Warming the model up (supervised fine-tuning)"
 CONF_FILE=tiny_llama_SFT_config "$examples/train.sh"
@@ -51,5 +51,5 @@ CONF_FILE=$config "$examples/train.sh"
 aligned=$(experiment_of "$config")
 
 say "What it gained, on held-out instructions"
-"$python" -m nxdt_align.demo.report --before warmup --after "$aligned/hf_export" --data data \
+"$python" -m demo.report --before warmup --after "$aligned/hf_export" --data data \
   --objective "$objective" --tensorboard "$aligned" --checkpoint "$aligned/checkpoints"

@@ -16,12 +16,12 @@ read -r -a torch <<<"${TORCH:-torch==2.13.0}"
 
 # True for an interpreter that runs (a pyenv shim may be there and fail), is in range, and has venv.
 usable() {
-  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
 }
 
 find_python() {
   local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.10 python3; do
+  for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3.10 python3; do
     if usable "$candidate"; then
       printf '%s\n' "$candidate"
       return
@@ -29,7 +29,7 @@ find_python() {
     # A choice of the user's is not replaced by another.
     [[ $candidate != "${PYTHON:-}" ]] || break
   done
-  echo "error: ${PYTHON:-python3} is not a working Python 3.10, 3.11 or 3.12 with venv and ensurepip." >&2
+  echo "error: ${PYTHON:-python3} is not a working Python 3.10 to 3.13 with venv and ensurepip." >&2
   echo "Install one (Debian and Ubuntu: apt install python3-venv), or name it: make PYTHON=/path/to/python3.11" >&2
   return 1
 }

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from nxdt_align import __version__
 from nxdt_align.cli import main
+from nxdt_align.config.check import CheckedConfig
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 
@@ -32,15 +33,13 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 class FakeBuild:
     """Stands for the composition root: remembers how it was called."""
 
-    status: int = 0
     error: BaseException | None = None
     calls: list[tuple[Config, Any]] = field(default_factory=list)
 
-    def train(self, config: Config, env: Any) -> int:
-        self.calls.append((config, env))
+    def train(self, checked: CheckedConfig, env: Any) -> None:
+        self.calls.append((checked.config, env))
         if self.error is not None:
             raise self.error
-        return self.status
 
 
 @pytest.fixture
@@ -136,7 +135,7 @@ def test_config_prints_a_yaml_of_another_machine(run: Run) -> None:
     done = run("config", "--config-name", "hf_llama3_8B_ORPO_config.yaml")
     assert done.returncode == 0
     assert "beta: 0.1" in done.stdout
-    assert done.stderr.count("notice: not on this machine") == 4
+    assert done.stderr.count("notice: not found on this machine") == 4
     assert run("config", "--no-check", "--config-name", "hf_llama3_8B_ORPO_config").stderr == ""
 
 
@@ -223,11 +222,10 @@ def test_processes_reports_faults_before_anything_starts(
 def test_train_hands_configuration_and_environment_on(
     build: FakeBuild, good: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build.status = 3
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TRAIN_ITERS": "4"}.items():
         monkeypatch.setenv(name, value)
     arguments = ["train", "--config-name", good, "trainer.devices=4", "trainer.num_nodes=2", "seed=9"]
-    assert main(arguments) == 3
+    assert main(arguments) == 0
     ((config, env),) = build.calls
     assert vars(env) == {"rank": 5, "world_size": 8, "local_rank": 1, "compile_only": False}
     assert (config.seed, config.trainer.max_steps) == (9, 4)
@@ -360,7 +358,7 @@ def test_environment_is_set_before_anything_is_built(
         def __getattr__(self, name: str) -> Any:
             """The first thing that is asked of the module, as if its import had read them."""
             seen.update(own_environment)
-            return lambda config, env: 0
+            return lambda *_, **given: None
 
     monkeypatch.setitem(sys.modules, "nxdt_align.run", Build("nxdt_align.run"))
     monkeypatch.setattr("nxdt_align.run", sys.modules["nxdt_align.run"], raising=False)

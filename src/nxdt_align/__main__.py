@@ -1,10 +1,29 @@
-"""``python -m nxdt_align``."""
+"""``python -m nxdt_align`` and ``nxdt-align``: is this Python one that the package was run on, then the verb.
+
+Nothing but the standard library is imported before that is known, so that the answer is one line.
+"""
 
 from __future__ import annotations
 
 import sys
 
-from nxdt_align.cli import main
+from nxdt_align import PYTHON
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    oldest, newest = PYTHON
+    if not oldest <= sys.version_info[:2] <= newest:
+        print(
+            "error: nxdt-align runs on Python {}.{} to {}.{}, but this is {}.{} ({}); make an environment "
+            "with one of those".format(*oldest, *newest, *sys.version_info[:2], sys.executable),
+            file=sys.stderr,
+        )
+        return 1
+    from nxdt_align import cli
+
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

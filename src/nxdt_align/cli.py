@@ -10,19 +10,21 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nxdt_align import __version__
+from nxdt_align import TORCH, __version__
 from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.config.check import (
+    CheckedConfig,
     ConfigError,
     Fault,
     check_notices,
     load_checked,
-    neuron_available,
-    resolve_engine,
     with_check,
 )
+from nxdt_align.config.engines import Engine, neuron_available, resolve_engine
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import presets, read_config, to_yaml
 from nxdt_align.config.schema import Config
@@ -37,16 +39,20 @@ from nxdt_align.neuron.environment import (
     replaced,
 )
 
+if TYPE_CHECKING:
+    from nxdt_align.run import RunEnv
+
 _DESCRIPTION = """\
 Preference alignment of Llama-family models from NxD Training's YAML.
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
   nxdt-align plan --config-name NAME [key=value ...]     print rows, graphs and device memory
-  nxdt-align train --config-name NAME [key=value ...]    train
-  nxdt-align presets                                     the configs that there are
+  nxdt-align train --config-name NAME [key=value ...]    train, in this process
+  nxdt-align launch [key=value ...]                      train.sh: as many processes as CONF_FILE asks for
+  nxdt-align presets                                     list the configs
   nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
   nxdt-align export CHECKPOINT DESTINATION               any checkpoint as a Hugging Face folder
-  nxdt-align inspect PATH                                what a checkpoint is
+  nxdt-align inspect PATH                                describe a checkpoint
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -54,7 +60,7 @@ _INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class _Environment:
+class Environment:
     """What the launcher and train.sh say in environment variables."""
 
     rank: int
@@ -65,7 +71,7 @@ class _Environment:
     debug: bool
 
     @classmethod
-    def read(cls, variables: Mapping[str, str]) -> _Environment:
+    def read(cls, variables: Mapping[str, str]) -> Environment:
         iters = variables.get("TRAIN_ITERS")
         return cls(
             rank=_number(variables, "RANK", 0),
@@ -91,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("NXDT_ALIGN_DEBUG") == "1"
     try:
-        return _VERBS[arguments.verb](arguments, _Environment.read(os.environ))
+        if arguments.verb in _NEED_TORCH:
+            _require_torch()
+        return _VERBS[arguments.verb](arguments, Environment.read(os.environ))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -105,6 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = f"{error.filename}: " if error.filename else ""
         _complain(error, about + explain(error))
     return 1
+
+
+def _require_torch() -> None:
+    """Raise UserError where torch is missing or out of range. Its metadata say so without an import."""
+    oldest, newest = (".".join(map(str, version)) for version in TORCH)
+    wanted = f"nxdt-align runs on torch {oldest} to {newest}"
+    try:
+        found = metadata.version("torch")
+    except metadata.PackageNotFoundError as error:
+        raise UserError(f"{wanted}, but {sys.executable} has none; pip install torch=={newest}.0") from error
+    if not TORCH[0] <= tuple(int(part) for part in found.split(".")[:2]) <= TORCH[1]:
+        raise UserError(f"{wanted}, but {sys.executable} has {found}; pip install torch=={newest}.0")
 
 
 def _complain(error: Exception, message: str) -> None:
@@ -162,7 +182,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the environment variables of the Neuron stack as this run would set them, and stop",
     )
-    listing = verbs.add_parser("presets", help="list the configs that there are, one line each")
+    launch = verbs.add_parser(
+        "launch",
+        help="train.sh of this package: CONF_FILE, COMPILE and TRAIN_ITERS are environment variables",
+        allow_abbrev=False,
+    )
+    launch.add_argument("--path", action="store_true", help="print where train.sh is, to copy it, and stop")
+    launch.add_argument("--print-env", action="store_true", help="as train.sh --print-env")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML's values")
+    listing = verbs.add_parser("presets", help="list the configs, one line each")
     listing.add_argument(
         "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
@@ -196,11 +224,11 @@ def _add_verb(
     verb.add_argument(
         "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that go before the YAML's")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML's values")
     return verb
 
 
-def _overrides(arguments: argparse.Namespace, environment: _Environment) -> list[str]:
+def _overrides(arguments: argparse.Namespace, environment: Environment) -> list[str]:
     steps = environment.train_iters
     return [*arguments.overrides, *([] if steps is None else [f"trainer.max_steps={steps}"])]
 
@@ -211,42 +239,51 @@ _WEIGHTS = ("exp_manager.resume_from_checkpoint", "model_alignment_strategy.refe
 """Keys of folders of weights; the first has the config.json too, where model.model_config names none."""
 
 
-def _config(arguments: argparse.Namespace, environment: _Environment) -> int:
+def _config(arguments: argparse.Namespace, environment: Environment) -> int:
     config, missing = _read(arguments, environment, checked=not arguments.no_check)
     sys.stdout.write(to_yaml(config))
     sys.stdout.flush()
     for fault in missing:
-        _note(f"not on this machine, so that train would stop: {fault}")
+        _note(f"not found on this machine; train would stop: {fault}")
     return 0
 
 
-def _train(arguments: argparse.Namespace, environment: _Environment) -> int:
+def _train(arguments: argparse.Namespace, environment: Environment) -> int:
     if arguments.print_env:
         return _print_env(arguments, environment)
+    checked = _checked(arguments, environment, environment.world_size, notify=environment.rank == 0)
+    env = enter_run(checked, environment, dry_run=arguments.trial_steps)
+    from nxdt_align import run
+
+    run.train(checked, env)
+    return 0
+
+
+def enter_run(checked: CheckedConfig, environment: Environment, *, dry_run: bool = False) -> RunEnv:
+    """Make this process one that trains: its log, and the Neuron stack's variables, which torch_xla and the
+    Neuron runtime read when they are imported.
+
+    ``dry_run``: a few steps that keep nothing, as with ``COMPILE=1``.
+    """
     _log_to_terminal(environment.rank)
-    config = _checked(arguments, environment, environment.world_size, notify=environment.rank == 0)
-    # torch_xla and the Neuron runtime read the environment when they are imported.
-    variables = _missing_variables(config)
+    variables = _missing_variables(checked.config, checked.engine)
     for name in replaced(os.environ, variables) if environment.rank == 0 else ():
         _note(
             f"{name} is set to 0 instead of {os.environ[name]}: torch_xla would hold float32 tensors as "
             "bf16, log-probabilities and master weights among them; precision.type says what is to be bf16"
         )
     os.environ.update(variables)
-    from nxdt_align import run
+    from nxdt_align.run import RunEnv
 
-    return run.train(
-        config,
-        run.RunEnv(
-            rank=environment.rank,
-            world_size=environment.world_size,
-            local_rank=environment.local_rank,
-            compile_only=environment.compile_only or arguments.trial_steps,
-        ),
+    return RunEnv(
+        rank=environment.rank,
+        world_size=environment.world_size,
+        local_rank=environment.local_rank,
+        compile_only=environment.compile_only or dry_run,
     )
 
 
-def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
+def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
     """Fewer processes than the run's will do, no weights and none of its packages: one plans for all."""
     config, missing = _read(arguments, environment, checked=True)
     unread = set(_WEIGHTS) if config.model.model_config is not None else set(_WEIGHTS[1:])
@@ -257,32 +294,32 @@ def _plan(arguments: argparse.Namespace, environment: _Environment) -> int:
         _note(notice)
     from nxdt_align.run.plan import plan_report
 
-    print(plan_report(config))
+    print(plan_report(config, resolve_engine(config, neuron_available())))
     return 0
 
 
-def _processes(arguments: argparse.Namespace, environment: _Environment) -> int:
-    config = _checked(arguments, environment, None, notify=False)
-    _missing_variables(config)
-    print(config.trainer.devices)
+def _processes(arguments: argparse.Namespace, environment: Environment) -> int:
+    checked = _checked(arguments, environment, None, notify=False)
+    _missing_variables(checked.config, checked.engine)
+    print(checked.config.trainer.devices)
     return 0
 
 
-def _missing_variables(config: Config) -> dict[str, str]:
-    if resolve_engine(config, neuron_available()) == "nxd":
+def _missing_variables(config: Config, engine: Engine) -> dict[str, str]:
+    if engine == "nxd":
         return missing_variables(config, os.environ)
-    return missing_from(os.environ, _wanted_variables(config))
+    return missing_from(os.environ, _wanted_variables(config, engine))
 
 
-def _wanted_variables(config: Config) -> dict[str, str]:
+def _wanted_variables(config: Config, engine: Engine) -> dict[str, str]:
     """On torch_xla's device the native engine has no use for its downcasts either."""
-    if resolve_engine(config, neuron_available()) == "nxd":
+    if engine == "nxd":
         return neuron_environment(config)
     is_xla = config.trainer.accelerator == "xla"
     return {name: "0" for name in DOWNCASTS if is_xla and name in os.environ}
 
 
-def _print_env(arguments: argparse.Namespace, environment: _Environment) -> int:
+def _print_env(arguments: argparse.Namespace, environment: Environment) -> int:
     """Also where the Neuron packages or the data are not: it says what another machine would set."""
     config, _ = _read(arguments, environment, checked=True)
     engine = resolve_engine(config, neuron_available())
@@ -290,18 +327,29 @@ def _print_env(arguments: argparse.Namespace, environment: _Environment) -> int:
         _note(
             f"engine {engine} sets none of them; distributed_strategy.engine=nxd shows what it sets on Neuron"
         )
-    print("\n".join(describe(os.environ, _wanted_variables(config))))
+    print("\n".join(describe(os.environ, _wanted_variables(config, engine))))
     return 0
 
 
-def _precompile(arguments: argparse.Namespace, environment: _Environment) -> int:
+def _launch(arguments: argparse.Namespace, environment: Environment) -> int:
+    """Become train.sh, with this interpreter unless the user has chosen another."""
+    script = str(Path(__file__).resolve().with_name("train.sh"))
+    if arguments.path:
+        print(script)
+        return 0
+    os.environ.setdefault("NXDT_ALIGN_PYTHON", sys.executable)
+    options = ["--print-env"] if arguments.print_env else []
+    os.execvp("bash", ["bash", script, *options, *arguments.overrides])
+
+
+def _precompile(arguments: argparse.Namespace, environment: Environment) -> int:
     from nxdt_align.neuron.compile import precompile
 
     precompile(arguments.command)
     return 0
 
 
-def _presets(arguments: argparse.Namespace, environment: _Environment) -> int:
+def _presets(arguments: argparse.Namespace, environment: Environment) -> int:
     found = presets(arguments.config_path)
     width = max(len(name) for name, _ in found)
     for name, purpose in found:
@@ -309,7 +357,7 @@ def _presets(arguments: argparse.Namespace, environment: _Environment) -> int:
     return 0
 
 
-def _help_keys(arguments: argparse.Namespace, environment: _Environment) -> int:
+def _help_keys(arguments: argparse.Namespace, environment: Environment) -> int:
     section = arguments.help_keys
     if section and section not in all_keys():
         near = nearest_key(section)
@@ -318,7 +366,7 @@ def _help_keys(arguments: argparse.Namespace, environment: _Environment) -> int:
     return 0
 
 
-def _convert(arguments: argparse.Namespace, environment: _Environment) -> int:
+def _convert(arguments: argparse.Namespace, environment: Environment) -> int:
     _log_to_terminal(rank=0)
     values = conversion_options(arguments)
     from nxdt_align.run import conversion
@@ -328,7 +376,7 @@ def _convert(arguments: argparse.Namespace, environment: _Environment) -> int:
     return 0
 
 
-def _inspect(arguments: argparse.Namespace, environment: _Environment) -> int:
+def _inspect(arguments: argparse.Namespace, environment: Environment) -> int:
     from nxdt_align.run import conversion
 
     found = conversion.describe(arguments.path, arguments.config)
@@ -337,7 +385,7 @@ def _inspect(arguments: argparse.Namespace, environment: _Environment) -> int:
 
 
 def _read(
-    arguments: argparse.Namespace, environment: _Environment, *, checked: bool
+    arguments: argparse.Namespace, environment: Environment, *, checked: bool
 ) -> tuple[Config, list[Fault]]:
     """The configuration, whatever engine it is for, and its files that are not on this machine.
 
@@ -356,15 +404,15 @@ def _read(
 
 def _checked(
     arguments: argparse.Namespace,
-    environment: _Environment,
+    environment: Environment,
     world_size: int | None,
     notify: bool,
-) -> Config:
+) -> CheckedConfig:
     overrides = _overrides(arguments, environment)
-    config, notices = load_checked(arguments.config_name, overrides, arguments.config_path, world_size)
-    for notice in notices if notify else ():
+    checked = load_checked(arguments.config_name, overrides, arguments.config_path, world_size)
+    for notice in checked.notices if notify else ():
         _note(notice)
-    return config
+    return checked
 
 
 def _show(text: str) -> None:
@@ -391,10 +439,12 @@ def _log_to_terminal(rank: int) -> None:
         logger.addHandler(handler)
 
 
-_VERBS: dict[str, Callable[[argparse.Namespace, _Environment], int]] = {
+_NEED_TORCH = ("plan", "train", "convert", "export", "inspect")
+_VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "config": _config,
     "plan": _plan,
     "train": _train,
+    "launch": _launch,
     "processes": _processes,
     "precompile": _precompile,
     "presets": _presets,

@@ -9,10 +9,10 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from demo.evaluate import Likelihoods
+from demo.prepare import Sizes
 
 from nxdt_align.config.alignment import OBJECTIVES, DPOLossType
-from nxdt_align.demo.evaluate import Likelihoods
-from nxdt_align.demo.prepare import Sizes
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from config_checks import check
 
-from nxdt_align.config.check import ConfigError, check, load_checked
+from nxdt_align.config.check import ConfigError, load_checked
 from nxdt_align.config.schema import Config
 
 Load = Callable[..., Config]

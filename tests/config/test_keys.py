@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nxdt_align.config import rules
+from nxdt_align.config.dpo_forms import FORMS
 from nxdt_align.config.engines import LIMITS
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 
@@ -17,8 +18,13 @@ def test_every_key_has_a_meaning_and_a_type() -> None:
 
 
 def test_tables_of_rules_name_known_keys_only() -> None:
-    named = {*rules.RANGES, *rules.FIXED, *(path for limits in LIMITS.values() for path in limits)}
+    named = {*rules.FIXED, *(path for limits in LIMITS.values() for path in limits)}
     assert named - set(all_keys()) == set()
+
+
+def test_every_setting_that_a_form_reads_is_one_of_dpos() -> None:
+    read = {f"model_alignment_strategy.dpo.{key}" for form in FORMS.values() for key in form.reads}
+    assert read - set(all_keys()) == set()
 
 
 def test_a_key_is_described_with_type_default_and_meaning() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from config import yamls
+import yamls
 
 from nxdt_align.config.faults import ConfigError
 from nxdt_align.config.load import find_config, load_config, rewrite_override, to_yaml

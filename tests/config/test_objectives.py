@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from config_checks import check
 
-from nxdt_align.config.check import check
 from nxdt_align.config.schema import Config
 
 Load = Callable[..., Config]

@@ -6,7 +6,8 @@ import inspect
 
 import pytest
 
-from nxdt_align.config import optim
+from nxdt_align.config import optim, rules
+from nxdt_align.config.load import load_config
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_optimizers(classes: tuple[dict[str, type], dict[str, type]]) -> None:
 
 def test_schedulers(classes: tuple[dict[str, type], dict[str, type]]) -> None:
     found = classes[1]
-    assert set(optim.SCHEDULERS) == set(found)
+    assert {*optim.SCHEDULERS, *optim.REFUSED_SCHEDULERS} == set(found)
     for name, settings in optim.SCHEDULERS.items():
         taken, required = settings_of(found[name], {"optimizer", "last_epoch", "scale_fn"})
         assert set(settings) == taken, name
@@ -61,3 +62,35 @@ def test_tutorials_names_are_known() -> None:
 
 def test_an_unknown_name_keeps_its_settings_for_the_error() -> None:
     assert optim.accepted_optimizer_settings("nope", {"lr": 1, "a": 2}) == {"lr": 1, "a": 2}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (
+            ["model.optim.name=adan", "++model.optim.betas=[0.9, 0.99]"],
+            "model.optim.betas: must have 3 values for adan, but is [0.9, 0.99]; leave it out",
+        ),
+        (["++model.optim.betas=[0.9, 0.9, 0.9]"], "model.optim.betas: must have 2 values for adamw"),
+        (["model.optim.name=adan", "~model.optim.betas"], None),
+        (["model.optim.name=adan", "++model.optim.betas=[0.98, 0.92, 0.99]"], None),
+        (["model.optim.name=sgd", "++model.optim.betas=[0.9]"], None),
+        (["model.optim.name=my_module.Mine", "++model.optim.anything=1"], None),
+        (
+            ["model.optim.sched.name=ReduceLROnPlateau"],
+            "model.optim.sched.name: must be another schedule, but is 'ReduceLROnPlateau'; it waits",
+        ),
+        (
+            ["trainer.callbacks=[NoModule]"],
+            "trainer.callbacks: must be dotted paths, module.name, but is 'NoModule'",
+        ),
+        (["trainer.callbacks=[my.Watch, {path: my.Other, settings: {every: 3}}]"], None),
+    ],
+)
+def test_rules(overrides: list[str], fault: str | None) -> None:
+    """Nothing of the user's own is imported: ``my_module`` does not exist."""
+    config = load_config("hf_llama3_8B_DPO_config", overrides)
+    found = [
+        str(found) for rule in (rules.optimizer, rules.scheduler, rules.own_parts) for found in rule(config)
+    ]
+    assert (found == []) if fault is None else found[0].startswith(fault), found

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from config_checks import check
 
-from nxdt_align.config.check import check
 from nxdt_align.config.paths import model_config_path
 from nxdt_align.config.schema import Config
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from native_checkpoint_fixture import SHARD, Net, adamw, assert_same, parameters, train, trained, write
 
+from nxdt_align.engines.checkpoint_folder import CheckpointError, to_plain
 from nxdt_align.engines.native.checkpoint import (
     NativeCheckpoint,
     checkpoint_step,
@@ -21,8 +22,6 @@ from nxdt_align.engines.native.checkpoint import (
     load,
 )
 from nxdt_align.engines.native.saving import save
-from nxdt_align.engines.plain import to_plain
-from nxdt_align.engines.summary import CheckpointError
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@ from parallel_fixture import (
 from torch import Tensor, nn
 
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native import loss_scale
-from nxdt_align.engines.native.collectives import Group
+from nxdt_align.engines.native import gradients
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.loss_scale import LossScale
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.gradients import LossScale
+from nxdt_align.engines.native.mesh import Group
+from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.objective import GlobalMeanObjective
 
 FP16 = Precision(compute=torch.float16)
@@ -196,7 +196,7 @@ def test_what_fp16_would_lose_is_kept() -> None:
 
 
 def test_the_scale_doubles_after_so_many_good_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 3)
+    monkeypatch.setattr(gradients, "GROWTH_INTERVAL", 3)
     scale, parameter = LossScale(torch.device("cpu"), Group(0, 1)), nn.Parameter(torch.zeros(2))
     values = []
     for number in (1.0, 1.0, torch.nan, 1.0, 1.0, 1.0, 1.0):
@@ -223,7 +223,7 @@ def test_a_resumed_run_goes_on_with_the_scale_and_its_good_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Saved when a step short of growing, after skipped ones."""
-    monkeypatch.setattr(loss_scale, "GROWTH_INTERVAL", 4)
+    monkeypatch.setattr(gradients, "GROWTH_INTERVAL", 4)
     straight = ALONE.engine(0)
     optimizer = adamw([p for _, p in straight.named_parameters()])
     set_scale(straight, HUGE)

@@ -32,7 +32,7 @@ from nxdt_align.data.tokenize import Tokenization, tokenize_records
 from nxdt_align.data.truncation import Truncation
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.parallelize import check_sizes
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Precision
 from nxdt_align.models.presets import LLAMA3_8B
 
 LOSS_TOLERANCE = 1e-6

@@ -12,7 +12,7 @@ from parallel_fixture import SHAPE, Case, merged, oracle, outcomes, worst
 from parallel_fixture import Outcome as Training
 from pipeline_fixture import Outcome, Sequence, Step, in_one_process, over_ranks
 
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Precision
 from nxdt_align.models.presets import LlamaConfig
 
 TOLERANCE = 1e-6

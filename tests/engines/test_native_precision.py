@@ -15,12 +15,13 @@ from oracle import (
 )
 
 from nxdt_align.batch import Batch, Topology
+from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Precision
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 
@@ -58,7 +59,7 @@ def test_loss_and_gradients_are_the_oracles_to_the_dtypes_rounding(
 ) -> None:
     examples = random_examples(7, seed=4)
     policy = engine(KINDS[kind], attention)
-    output = policy.step(micro_batches(examples, 1), GlobalMeanObjective(DPOLoss(0.1)))
+    output = policy.step(micro_batches(examples, 1), GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1))))
     model = plain_model(0)
     wanted = dpo_loss(model, plain_model(1), examples.examples, 0.1)
     share = TIGHTER.get(kind, 1.0)
@@ -81,7 +82,7 @@ def test_masters_add_up_steps_that_bf16_would_lose() -> None:
     batches = micro_batches(random_examples(3, seed=1), 1)
     before = policy.response_logps(batches[0])
     for _ in range(20):
-        policy.step(batches, GlobalMeanObjective(DPOLoss(0.1)))
+        policy.step(batches, GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1))))
         with torch.no_grad():
             master.add_(1e-3)
     assert torch.allclose(master, start + 0.02, atol=1e-5)

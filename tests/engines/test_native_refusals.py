@@ -14,9 +14,9 @@ from native_checkpoint_fixture import SHARD, Net, adamw, assert_same, parameters
 from torch import nn
 
 from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, checkpoint_step, is_checkpoint, load
 from nxdt_align.engines.native.saving import save
-from nxdt_align.engines.summary import CheckpointError
 from nxdt_align.errors import UserError
 
 

@@ -60,7 +60,7 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from torch import nn
-from nxdt_align.engines.summary import CheckpointError
+from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.native.saving import save
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
@@ -135,7 +135,7 @@ import torch.distributed as dist
 from torch import nn
 from nxdt_align.engines.native.checkpoint import load
 from nxdt_align.engines.native.saving import save
-from nxdt_align.engines.summary import CheckpointError
+from nxdt_align.engines.checkpoint_folder import CheckpointError
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank)
 named = [("weight", nn.Parameter(torch.arange(4.0)))]

@@ -22,15 +22,16 @@ from oracle import (
 )
 
 from nxdt_align.batch import Batch, Topology
+from nxdt_align.config.alignment import DPOConfig, ORPOConfig
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines import xla
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.precision import Precision
-from nxdt_align.engines.native.xla import XlaEngine
+from nxdt_align.engines.native.settings import Precision
+from nxdt_align.engines.native.xla_engine import XlaEngine
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import ORPOLoss
+from nxdt_align.losses.orpo import ORPOLoss
 from nxdt_align.models.llama import Llama
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.training.optim import build_optimizer
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.xla
 pytest.importorskip("torch_xla")
 TOLERANCE = 1e-5
 """fp32 on two backends that sum in other orders."""
-OBJECTIVES = {"dpo": DPOLoss(0.1), "orpo": ORPOLoss(0.2)}
+OBJECTIVES = {"dpo": DPOLoss(DPOConfig(kl_beta=0.1)), "orpo": ORPOLoss(ORPOConfig(beta=0.2))}
 LAYOUTS: tuple[Layout, ...] = ("none", "packed", "shared_prompt")
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from nxd_fixture import CONFIG, dataset, examples, objective, require_nxd, run_ranks, weights
 
+from nxdt_align.config.alignment import DPOConfig
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
 
 pytestmark = [pytest.mark.nxd, pytest.mark.xla]
 STEPS = 4
@@ -99,7 +100,7 @@ def validate() -> list[int]:
         before = trained.compilations()
         engine.evaluate(
             [b.to(engine.device) for b in trained.batches],
-            GlobalMeanObjective(DPOLoss(0.1, loss_types=("aot",))),
+            GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1, loss_type=("aot",)))),
         )
         engine.mark_step()
         counts.append(trained.compilations() - before)

@@ -18,11 +18,11 @@ from oracle import TINY
 from nxdt_align.config.load import load_config
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.nxd import checkpoint, compat
-from nxdt_align.engines.nxd.kv_groups import check_kv_groups
-from nxdt_align.engines.nxd.settings import Precision, SaveOptions
-from nxdt_align.engines.summary import CheckpointError
+from nxdt_align.engines.nxd.settings import Precision, SaveOptions, check_kv_groups
 from nxdt_align.errors import UserError
+from nxdt_align.run.mode import RunMode
 from nxdt_align.run.nxd import (
     NxDParts,
     form_notes,
@@ -88,7 +88,7 @@ def test_a_run_without_the_packages_says_what_to_install(load: Load, monkeypatch
     monkeypatch.setattr("nxdt_align.config.engines._is_installed", lambda package: False)
     config = load("distributed_strategy.engine=nxd", "trainer.accelerator=cpu")
     with pytest.raises(UserError, match="not installed: neuronx-distributed, torch-xla"):
-        NxDParts(config, None, TINY)  # type: ignore[arg-type]
+        NxDParts(config, None, TINY, RunMode())  # type: ignore[arg-type]
 
 
 # Groups
@@ -116,9 +116,9 @@ def test_sizes(load: Load) -> None:
     )
     on_neuron, on_cpu = (parallel_of(config, TINY, place) for place in ("neuron", "cpu"))
     assert (on_neuron.tensor, on_neuron.kv_multiplier, on_neuron.qkv) == (4, 2, "fused")
-    assert on_neuron.sequence and on_neuron.zero1 and not on_cpu.zero1
+    assert on_neuron.sequence_parallel and on_neuron.zero1 and not on_cpu.zero1
     split = parallel_of(load("model.qkv_linear=True", "model.fuse_qkv=False"), TINY, "cpu")
-    assert split.qkv == "split" and not split.sequence
+    assert split.qkv == "split" and not split.sequence_parallel
     assert parallel_of(load(), TINY, "cpu").qkv == "separate"
     assert parallel_of(load(), replace(TINY, num_key_value_heads=4), "cpu").qkv == "coalesced"
     cut = ("distributed_strategy.pipeline_model_parallel_size=2", "model.pipeline_cuts=[model.layers.0]")
@@ -146,7 +146,8 @@ def test_sizes_that_do_not_fit(
     if "qkv_linear" not in fault:
         keys.append("model.qkv_linear=True")
     with pytest.raises(UserError, match=fault):
-        NxDParts(load("trainer.accelerator=cpu", *keys), None, replace(TINY, **model))  # type: ignore[arg-type]
+        config = load("trainer.accelerator=cpu", *keys)
+        NxDParts(config, None, replace(TINY, **model), RunMode())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

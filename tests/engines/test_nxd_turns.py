@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Lock
+from typing import Any
 
 import pytest
 
-from nxdt_align.engines.nxd.turns import Turns
+from nxdt_align.engines.nxd.settings import StaggeredLoad
+from nxdt_align.engines.ranks import Ranks
 from nxdt_align.errors import UserError
 
 DEADLINE = 60
 """Seconds."""
 
 
-class Ranks:
+class Threads(Ranks):
     """Threads as ranks, and what they did between two meetings."""
 
     def __init__(self, count: int) -> None:
+        super().__init__()
         self._barrier, self._lock = Barrier(count), Lock()
-        self._values: list[str | None] = []
+        self._values: list[Any] = []
         self.acted: list[list[int]] = [[]]
 
-    def gather(self, value: str | None) -> list[str | None]:
+    def gather(self, value: Any) -> list[Any]:
         with self._lock:
             self._values.append(value)
         is_first = self._barrier.wait(DEADLINE) == 0
@@ -39,8 +42,8 @@ class Ranks:
             self.acted[-1].append(rank)
 
 
-def run(count: int, at_once: int | None, failing: int | None = None) -> tuple[Ranks, list[str]]:
-    ranks = Ranks(count)
+def run(count: int, at_once: int | None, failing: int | None = None) -> tuple[Threads, list[str]]:
+    ranks = Threads(count)
 
     def action(rank: int) -> None:
         ranks.act(rank)
@@ -49,7 +52,7 @@ def run(count: int, at_once: int | None, failing: int | None = None) -> tuple[Ra
 
     def rank(number: int) -> str:
         try:
-            Turns(number, count, at_once).take(lambda: action(number), ranks.gather)
+            StaggeredLoad(number, count, at_once).take(lambda: action(number), ranks)
         except UserError as error:
             return str(error)
         return ""

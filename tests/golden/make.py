@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS.parent / "src"), str(TESTS), str(TESTS / "support")]
+sys.path[:0] = [str(TESTS.parent / "src"), str(TESTS / "support")]
 
 import torch  # noqa: E402
 from golden_probe import (  # noqa: E402

@@ -8,8 +8,9 @@ import pytest
 import torch
 from trl_losses import TOLERANCE, accelerator, interleave, takes_log_probs, trl_dpo, trl_orpo
 
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import ORPOLoss
+from nxdt_align.config.alignment import DPOConfig, ORPOConfig
+from nxdt_align.losses.dpo import DPOLoss
+from nxdt_align.losses.orpo import ORPOLoss
 from nxdt_align.losses.types import LossOutput, ResponseLogps
 
 Slots = Callable[..., ResponseLogps]
@@ -40,7 +41,7 @@ def test_dpo_equals_trl(slots: Slots, seed: int, beta: float) -> None:
 
     theirs_in, ours_in = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
     theirs, metrics = trl_dpo(theirs_in, mask, reference, beta)
-    output = DPOLoss(beta)(slots(interleave(ours_in.sum(1))), slots(interleave(reference)))
+    output = DPOLoss(DPOConfig(kl_beta=beta))(slots(interleave(ours_in.sum(1))), slots(interleave(reference)))
     ours = output.losses.mean()
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
     theirs.backward()
@@ -56,7 +57,9 @@ def test_dpo_equals_trl_at_the_extremes(slots: Slots, ratio: float) -> None:
     reference = torch.tensor([-1e4, -1e4])
     theirs_in, ours_in = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
     theirs, _ = trl_dpo(theirs_in, torch.ones(2, 1), reference, 0.1)
-    ours = DPOLoss(0.1)(slots(interleave(ours_in.sum(1))), slots(interleave(reference))).losses.mean()
+    ours = DPOLoss(DPOConfig(kl_beta=0.1))(
+        slots(interleave(ours_in.sum(1))), slots(interleave(reference))
+    ).losses.mean()
     theirs.backward()
     ours.backward()
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
@@ -79,7 +82,9 @@ def test_orpo_equals_trl(slots: Slots, seed: int, beta: float) -> None:
     theirs, metrics = trl_orpo(theirs_in, ids, lengths, beta)
     token_logps = ours_in.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
     token_logps = torch.where(torch.arange(width - 1) < lengths[:, None], token_logps, 0.0)
-    output = ORPOLoss(beta)(slots(interleave(token_logps.sum(1)), interleave(lengths).float()), None)
+    output = ORPOLoss(ORPOConfig(beta=beta))(
+        slots(interleave(token_logps.sum(1)), interleave(lengths).float()), None
+    )
     ours = output.losses.mean()
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
     theirs.backward()
@@ -96,7 +101,7 @@ def test_odds_ratio_equals_trl_where_trl_is_stable(slots: Slots, mean: float) ->
     trainer.accelerator, trainer.beta = accelerator(), 0.1
     chosen, rejected = torch.tensor([mean, -1.5]), torch.tensor([-1.0, mean])
     losses, chosen_rewards, rejected_rewards, ratio, log_odds = trainer.odds_ratio_loss(chosen, rejected)
-    output = ORPOLoss(0.1)(slots(torch.stack([chosen, rejected], 1).flatten()), None)
+    output = ORPOLoss(ORPOConfig(beta=0.1))(slots(torch.stack([chosen, rejected], 1).flatten()), None)
     torch.testing.assert_close(-0.1 * output.extras["log_odds_ratio"], -losses, **TOLERANCE)
     torch.testing.assert_close(output.extras["log_odds_ratio"].mean(), ratio, **TOLERANCE)
     torch.testing.assert_close(output.extras["log_odds_chosen"].mean(), log_odds, **TOLERANCE)

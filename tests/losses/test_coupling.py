@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from nxdt_align.batch import IGNORE_LABEL, Batch
+from nxdt_align.config.alignment import DPOConfig
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.losses.types import ResponseLogps
 
 MakeBatch = Callable[..., Batch]
@@ -20,11 +21,13 @@ TakeRows = Callable[[Batch, int, int], Batch]
 ROWS = [[3, 2, 1, 4], [5, 1, 0, 0], [0, 0, 2, 2], [1, 1, 7, 3], [0, 0, 0, 0], [2, 6, 4, 4]]
 PAIRS = 8.0
 LOSSES = {
-    "aot": DPOLoss(0.3, 0.1, ("aot",)),
-    "aot_unpaired": DPOLoss(0.3, loss_types=("aot_unpaired",)),
-    "bco_pair": DPOLoss(0.3, loss_types=("bco_pair",)),
-    "mixed": DPOLoss(0.3, loss_types=("sigmoid", "aot"), loss_weights=(0.5, 2.0), nll_scale=0.7),
-    "weighted bco": DPOLoss(0.3, loss_types=("bco_pair",), use_weighting=True),
+    "aot": DPOLoss(DPOConfig(kl_beta=0.3, label_smoothing=0.1, loss_type=("aot",))),
+    "aot_unpaired": DPOLoss(DPOConfig(kl_beta=0.3, loss_type=("aot_unpaired",))),
+    "bco_pair": DPOLoss(DPOConfig(kl_beta=0.3, loss_type=("bco_pair",))),
+    "mixed": DPOLoss(
+        DPOConfig(kl_beta=0.3, loss_type=("sigmoid", "aot"), loss_weights=(0.5, 2.0), nll_scale=0.7)
+    ),
+    "weighted bco": DPOLoss(DPOConfig(kl_beta=0.3, loss_type=("bco_pair",), use_weighting=True)),
 }
 
 
@@ -100,5 +103,8 @@ def test_bco_remembers_what_it_was_trained_on(make_batch: MakeBatch) -> None:
     assert torch.equal(again, other) and torch.equal(gradients, other_gradients)
     fresh, _, _ = GlobalMeanObjective(LOSSES["bco_pair"]).couple(moved, batch, training=True)
     assert abs(float(again - fresh)) > 1e-3
-    assert GlobalMeanObjective(replace(LOSSES["bco_pair"], bco_reward_shift="none")).state is None
+    assert (
+        GlobalMeanObjective(DPOLoss(replace(LOSSES["bco_pair"].config, bco_reward_shift="none"))).state
+        is None
+    )
     assert float(first) > 0

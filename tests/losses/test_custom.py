@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from nxdt_align.batch import Batch
+from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import load_loss
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
 from nxdt_align.losses.types import Loss, ResponseLogps
 
 MODULE = """
@@ -143,7 +144,7 @@ def test_torchtunes_signature(make_batch: Callable[..., Batch]) -> None:
     """Chosen -2 against -4, rejected -3 against -2: margin 3, as in DPO's own."""
     loss = load_loss("own_losses.Torchtune", {"beta": 1.0})
     assert isinstance(loss, Loss) and loss.needs_reference and loss.paired
-    assert value(loss, make_batch) == value(DPOLoss(1.0), make_batch)
+    assert value(loss, make_batch) == value(DPOLoss(DPOConfig(kl_beta=1.0)), make_batch)
     batch = make_batch([[2, 1]], 1.0, 3.0, torch.tensor([[-4.0, -2.0]]))
     metrics = GlobalMeanObjective(loss)(batch, torch.tensor([[-1.0, -1.0, -3.0]]))[1]
     assert metrics["rewards/margins"].item() == 3.0
@@ -169,14 +170,14 @@ def test_buffers_follow_the_run_to_its_device() -> None:
 
 
 def test_a_loss_of_single_responses(make_batch: Callable[..., Batch]) -> None:
-    loss = load_loss("own_losses.Tokens", data="responses")
+    loss = load_loss("own_losses.Tokens", examples="response")
     assert loss.normaliser == "tokens" and not loss.paired
     assert math.isclose(value(loss, make_batch).item(), 5 / 3, rel_tol=1e-6)
 
 
 def test_a_loss_of_labelled_completions(make_batch: Callable[..., Batch]) -> None:
     """Log-probs -2 and -3 of a good completion and a mismatched one: 3 - 2."""
-    loss = load_loss("own_losses.unpaired", data="unpaired")
+    loss = load_loss("own_losses.unpaired", examples="unpaired")
     assert loss.paired and loss.needs_reference
     assert value(loss, make_batch).item() == 1.0
 
@@ -185,7 +186,7 @@ def test_a_loss_of_labelled_completions(make_batch: Callable[..., Batch]) -> Non
 def test_rewards_of_labelled_completions_are_refused(name: str) -> None:
     """They would be logged as a chosen and a rejected one's."""
     with pytest.raises(UserError, match=f"own_losses.{name} must return a LossOutput without rewards"):
-        load_loss(f"own_losses.{name}", data="unpaired")
+        load_loss(f"own_losses.{name}", examples="unpaired")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_rewards_of_labelled_completions_are_refused(name: str) -> None:
             {"gamma": 1},
             "must be called as .* with loss_settings",
         ),
-        ("own_losses.scalar", {}, r"one loss an example, shape \(2,\) for 2 pairs, but returned shape \(\)"),
+        ("own_losses.scalar", {}, r"one loss per example, shape \(2,\) for 2 pairs, but returned shape \(\)"),
         ("own_losses.pair", {}, "but returned a tuple of Tensor, Tensor"),
         ("own_losses.no_gradient", {}, "losses without a gradient"),
         ("own_losses.reads_logits", {}, "a loss read chosen_logits, .* Declare it, or use chosen_logps"),
@@ -224,5 +225,5 @@ def test_what_cannot_be_used_is_told(path: str, settings: dict[str, float], mess
 
 def test_one_that_declares_logits_is_tried_out_on_some() -> None:
     assert load_loss("own_losses.Declares").needs_logits
-    with pytest.raises(UserError, match=r"one loss an example, .* but returned shape \(2, 2, 8\)"):
+    with pytest.raises(UserError, match=r"one loss per example, .* but returned shape \(2, 2, 8\)"):
         load_loss("own_losses.DeclaresInVain")

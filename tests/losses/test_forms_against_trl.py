@@ -12,26 +12,27 @@ from torch import Tensor
 from trl_losses import TOLERANCE, accelerator, interleave, takes_log_probs, trl_dpo
 
 from nxdt_align.batch import Batch
-from nxdt_align.losses.forms import FORMS
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import CPOLoss, SimPOLoss
+from nxdt_align.config.alignment import CPOConfig, DPOConfig, SimPOConfig
+from nxdt_align.config.dpo_forms import FORMS
+from nxdt_align.losses.cpo import CPOLoss, SimPOLoss
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.types import LossOutput, ResponseLogps
 
 Slots = Callable[..., ResponseLogps]
 
 # Ours (beside beta) -> TRL's attributes.
 SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **{name: ({"loss_types": (name,)}, {"loss_types": [name]}) for name in FORMS},
-    "exo_pair": ({"loss_types": ("exo_pair",)}, {"loss_types": ["exo_pair"], "label_smoothing": 1e-3}),
+    **{name: ({"loss_type": (name,)}, {"loss_types": [name]}) for name in FORMS},
+    "exo_pair": ({"loss_type": ("exo_pair",)}, {"loss_types": ["exo_pair"], "label_smoothing": 1e-3}),
     "bco_pair": (
-        {"loss_types": ("bco_pair",), "bco_reward_shift": "none"},
+        {"loss_type": ("bco_pair",), "bco_reward_shift": "none"},
         {"loss_types": ["bco_pair"]},
     ),
 }
 for _name in ("robust", "exo_pair", "aot", "aot_unpaired"):
     _smoothing = {"label_smoothing": 0.2}
     SAME[f"{_name}, smoothed"] = (
-        {"loss_types": (_name,), **_smoothing},
+        {"loss_type": (_name,), **_smoothing},
         {"loss_types": [_name], **_smoothing},
     )
 DIVERGENCES = [
@@ -43,12 +44,12 @@ for _name in (name for name, form in FORMS.items() if form.of_difference):
     for _divergence in DIVERGENCES:
         _smoothing = {"label_smoothing": 1e-3} if _name == "exo_pair" else {}
         SAME[f"{_name}, {' '.join(map(str, _divergence.values()))}"] = (
-            {"loss_types": (_name,), **_divergence},
+            {"loss_type": (_name,), **_divergence},
             {"loss_types": [_name], **_divergence, **_smoothing},
         )
 SAME["three, weighted"] = (
     {
-        "loss_types": ("sigmoid", "bco_pair", "ipo"),
+        "loss_type": ("sigmoid", "bco_pair", "ipo"),
         "loss_weights": (0.8, 0.2, 1.5),
         "bco_reward_shift": "none",
     },
@@ -79,7 +80,9 @@ def both(
     theirs, _ = trl_dpo(theirs_in, mask, reference, beta, **trl_settings(theirs_given))
     counts = interleave(mask.sum(1))
     policy = slots(interleave((ours_in * mask).sum(1)), counts)
-    ours = DPOLoss(beta, **ours_given)(policy, slots(interleave(reference), counts)).losses.mean()
+    ours = DPOLoss(DPOConfig(kl_beta=beta, **ours_given))(
+        policy, slots(interleave(reference), counts)
+    ).losses.mean()
     theirs.backward()
     ours.backward()
     assert theirs_in.grad is not None and ours_in.grad is not None
@@ -126,7 +129,7 @@ def test_ld_alpha_equals_trl(make_batch: Callable[..., Batch], alpha: float) -> 
     half = weighted[0::2], weighted[1::2]
     theirs, _ = trl_dpo(theirs_in, mask, torch.cat(half), 0.1, ld_alpha=alpha)
     policy = ResponseLogps.from_tokens(batch, interleave(ours_in)[:, : max(ids)])
-    ours = DPOLoss(0.1)(policy, policy.with_sums(weighted.detach())).losses.mean()
+    ours = DPOLoss(DPOConfig(kl_beta=0.1))(policy, policy.with_sums(weighted.detach())).losses.mean()
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
     theirs.backward()
     ours.backward()
@@ -142,7 +145,7 @@ def test_wpo_weighting_equals_trl(slots: Slots) -> None:
     theirs, _ = trl_dpo(theirs_in, mask, reference, 0.1, use_weighting=True, collisions=collisions)
     counts = interleave(mask.sum(1))
     policy = replace(slots(interleave(ours_in.sum(1)), counts), collisions=interleave(collisions.sum(1)))
-    loss = DPOLoss(0.1, use_weighting=True)
+    loss = DPOLoss(DPOConfig(kl_beta=0.1, use_weighting=True))
     assert loss.needs_collisions
     ours = loss(policy, slots(interleave(reference), counts)).losses.mean()
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
@@ -177,8 +180,10 @@ def test_cpo_equals_trl_and_adds_the_likelihood(slots: Slots, smoothing: float, 
     theirs_in, ours_in = sums.clone().requires_grad_(), sums.clone().requires_grad_()
     theirs = trl_cpo(theirs_in[0::2], theirs_in[1::2], **settings)
     policy = slots(ours_in, torch.full((14,), 5.0))
-    assert_equals_cpo(CPOLoss(0.1, 0.0, smoothing)(policy, None), theirs)
-    ours = CPOLoss(0.1, 0.7, smoothing)(policy, None).losses.mean()
+    assert_equals_cpo(
+        CPOLoss(CPOConfig(beta=0.1, nll_scale=0.0, label_smoothing=smoothing))(policy, None), theirs
+    )
+    ours = CPOLoss(CPOConfig(beta=0.1, nll_scale=0.7, label_smoothing=smoothing))(policy, None).losses.mean()
     wanted = theirs[0].mean() + 0.7 * -theirs_in[0::2].sum() / (7 * 5)
     torch.testing.assert_close(ours, wanted, **TOLERANCE)
     ours.backward()
@@ -195,7 +200,9 @@ def test_simpo_equals_trl(slots: Slots, smoothing: float, beta: float) -> None:
     theirs_in, ours_in = sums.clone().requires_grad_(), sums.clone().requires_grad_()
     means = theirs_in / counts
     theirs = trl_cpo(means[0::2], means[1::2], **settings)
-    output = SimPOLoss(beta, 0.5, 0.0, smoothing)(slots(ours_in, counts), None)
+    output = SimPOLoss(SimPOConfig(beta=beta, gamma=0.5, nll_scale=0.0, label_smoothing=smoothing))(
+        slots(ours_in, counts), None
+    )
     assert_equals_cpo(output, theirs)
     output.losses.mean().backward()
     theirs[0].mean().backward()

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from nxdt_align.batch import IGNORE_LABEL, Batch
+from nxdt_align.config.alignment import DPOConfig, ORPOConfig
+from nxdt_align.losses.cpo import CPOLoss, SimPOLoss
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import CPOLoss, ORPOLoss, SimPOLoss
-from nxdt_align.losses.supervised import SFTLoss
+from nxdt_align.losses.orpo import ORPOLoss
+from nxdt_align.losses.sft import SFTLoss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 
 MakeBatch = Callable[..., Batch]
@@ -22,7 +24,14 @@ TakeRows = Callable[[Batch, int, int], Batch]
 # 8 pairs in 6 rows of 2 places a row; the last row is empty, and places end up empty elsewhere too.
 ROWS = [[3, 2, 1, 4], [5, 1, 0, 0], [0, 0, 2, 2], [1, 1, 7, 3], [2, 6, 4, 4], [0, 0, 0, 0], [3, 3, 0, 0]]
 PAIRS = 9.0
-ALL = [DPOLoss(0.3), DPOLoss(0.3, 0.2), ORPOLoss(0.1), SimPOLoss(), CPOLoss(), SFTLoss()]
+ALL = [
+    DPOLoss(DPOConfig(kl_beta=0.3)),
+    DPOLoss(DPOConfig(kl_beta=0.3, label_smoothing=0.2)),
+    ORPOLoss(ORPOConfig(beta=0.1)),
+    SimPOLoss(),
+    CPOLoss(),
+    SFTLoss(),
+]
 TOKENS = float(sum(map(sum, ROWS)))
 
 
@@ -48,7 +57,7 @@ def test_dpo_share_and_metrics_by_hand(make_batch: MakeBatch) -> None:
     Margin 3, beta 1: loss ln(1 + e^-3) = 0.0485874, half of it is the share."""
     batch = make_batch([[2, 1]], 2.0, 99.0, torch.tensor([[-4.0, -2.0]]))
     loss, metrics, gradient = evaluate(
-        GlobalMeanObjective(DPOLoss(1.0)), batch, torch.tensor([[-1.0, -1.0, -3.0]])
+        GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=1.0))), batch, torch.tensor([[-1.0, -1.0, -3.0]])
     )
     assert loss.item() == pytest.approx(0.0485874 / 2, rel=1e-5)
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
@@ -79,7 +88,7 @@ def test_accuracy_by_which_response_is_longer(make_batch: MakeBatch) -> None:
     leaves its metric out, but adds up with the other half."""
     rows = [[2, 1], [3, 1], [1, 2], [2, 2]]
     logps = torch.tensor([[-1.0, -1, -3, 0], [-1, -1, -1, -1], [-1, -1, -1, 0], [-2, -2, -1, -1]])
-    objective = GlobalMeanObjective(DPOLoss(1.0, reference_free=True))
+    objective = GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=1.0, reference_free=True)))
     whole = objective(make_batch(rows, 4.0, 14.0), logps)[1]
     assert objective.finish(whole)["rewards/accuracies"].item() == 0.5
     assert objective.finish(whole)["rewards/accuracies_chosen_longer"].item() == 0.5
@@ -93,7 +102,9 @@ def test_accuracy_by_which_response_is_longer(make_batch: MakeBatch) -> None:
 def test_orpo_reports_means_a_token_and_its_own_metrics(make_batch: MakeBatch) -> None:
     batch = make_batch([[2, 1]], 1.0, 99.0)
     half, quarter = math.log(0.5), math.log(0.25)
-    _, metrics, _ = evaluate(GlobalMeanObjective(ORPOLoss(0.1)), batch, torch.tensor([[half, half, quarter]]))
+    _, metrics, _ = evaluate(
+        GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=0.1))), batch, torch.tensor([[half, half, quarter]])
+    )
     assert metrics["logps/chosen"].item() == pytest.approx(half)
     assert metrics["logps/rejected"].item() == pytest.approx(quarter)
     assert metrics["nll_loss"].item() == pytest.approx(-half)
@@ -130,7 +141,7 @@ def test_any_split_adds_up_to_the_same(make_batch: MakeBatch, take_rows: TakeRow
             torch.testing.assert_close(total, value, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [DPOLoss(0.3), ORPOLoss(0.1), SFTLoss()])
+@pytest.mark.parametrize("loss", [DPOLoss(DPOConfig(kl_beta=0.3)), ORPOLoss(ORPOConfig(beta=0.1)), SFTLoss()])
 def test_layout_does_not_matter(make_batch: MakeBatch, loss: Loss) -> None:
     """The same pairs one a row, or packed: same loss, metrics and gradients of the tokens."""
     batch, logps = preference_batch(make_batch)
@@ -160,7 +171,7 @@ def test_layout_does_not_matter(make_batch: MakeBatch, loss: Loss) -> None:
     torch.testing.assert_close(packed_tokens, padded_tokens, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [DPOLoss(0.3), ORPOLoss(0.1), SFTLoss()])
+@pytest.mark.parametrize("loss", [DPOLoss(DPOConfig(kl_beta=0.3)), ORPOLoss(ORPOConfig(beta=0.1)), SFTLoss()])
 @pytest.mark.parametrize("fill", [0.0, math.nan, math.inf])
 def test_empty_rows_give_no_loss_and_no_gradient(make_batch: MakeBatch, loss: Loss, fill: float) -> None:
     """Whatever a model answers at padding, NaN included, stays out of loss, metrics and gradients."""
@@ -180,7 +191,9 @@ def test_nan_of_a_loss_at_an_empty_place_does_not_leak(make_batch: MakeBatch) ->
             return replace(output, losses=torch.where(policy.valid[0::2], output.losses, math.nan))
 
     batch = make_batch([[1, 1], [0, 0]], 1.0, 2.0, torch.zeros(2, 2))
-    value, _, gradient = evaluate(GlobalMeanObjective(NanWhereEmpty(1.0)), batch, torch.full((2, 2), -1.0))
+    value, _, gradient = evaluate(
+        GlobalMeanObjective(NanWhereEmpty(DPOConfig(kl_beta=1.0))), batch, torch.full((2, 2), -1.0)
+    )
     assert value.item() == pytest.approx(math.log(2))
     assert gradient.isfinite().all()
 
@@ -188,7 +201,7 @@ def test_nan_of_a_loss_at_an_empty_place_does_not_leak(make_batch: MakeBatch) ->
 def test_a_whole_policy_equal_to_its_reference(make_batch: MakeBatch) -> None:
     batch, logps = preference_batch(make_batch)
     batch = batch.with_reference(batch.sum_per_slot(logps))
-    value, metrics, _ = evaluate(GlobalMeanObjective(DPOLoss(0.1)), batch, logps)
+    value, metrics, _ = evaluate(GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1))), batch, logps)
     assert value.item() == pytest.approx(math.log(2), abs=1e-7)
     assert metrics["rewards/margins"].item() == 0.0
     assert metrics["rewards/accuracies"].item() == 0.0
@@ -199,7 +212,7 @@ def test_scalars_expanded_to_rows_are_taken(make_batch: MakeBatch) -> None:
     rows = replace(
         batch, global_pairs=batch.global_pairs.expand(7), global_tokens=batch.global_tokens.expand(7)
     )
-    for loss in (DPOLoss(0.1), SFTLoss()):
+    for loss in (DPOLoss(DPOConfig(kl_beta=0.1)), SFTLoss()):
         objective = GlobalMeanObjective(loss)
         assert torch.equal(evaluate(objective, rows, logps)[0], evaluate(objective, batch, logps)[0])
 
@@ -207,24 +220,24 @@ def test_scalars_expanded_to_rows_are_taken(make_batch: MakeBatch) -> None:
 def test_bf16_log_probabilities_are_summed_in_fp32(make_batch: MakeBatch) -> None:
     batch = make_batch([[4096, 1]], 1.0, 4097.0, torch.tensor([[-4096.0, -1.0]]))
     logps = torch.full((1, 4097), -1.0, dtype=torch.bfloat16)
-    loss, metrics = GlobalMeanObjective(DPOLoss(0.1))(batch, logps)
+    loss, metrics = GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1)))(batch, logps)
     assert loss.dtype == torch.float32
     assert all(m.dtype == torch.float32 and m.ndim == 0 and not m.requires_grad for m in metrics.values())
     assert metrics["logps/chosen"].item() == -4096.0
 
 
 def test_objective_says_what_it_needs() -> None:
-    assert GlobalMeanObjective(DPOLoss(0.1)).needs_reference
-    assert not GlobalMeanObjective(ORPOLoss(0.1)).needs_reference
+    assert GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1))).needs_reference
+    assert not GlobalMeanObjective(ORPOLoss(ORPOConfig(beta=0.1))).needs_reference
     assert not GlobalMeanObjective(SFTLoss()).wanted
     assert GlobalMeanObjective(SFTLoss()).normaliser == "tokens"
-    assert GlobalMeanObjective(DPOLoss(0.1)).normaliser == "pairs"
+    assert GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1))).normaliser == "pairs"
 
 
 def test_a_missing_reference_is_named(make_batch: MakeBatch) -> None:
     batch = make_batch([[1, 1]], 1.0, 2.0)
     with pytest.raises(ValueError, match=r"DPOLoss.*needs the reference's log-probabilities"):
-        GlobalMeanObjective(DPOLoss(0.1))(batch, torch.zeros(1, 2))
+        GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1)))(batch, torch.zeros(1, 2))
 
 
 @dataclass(frozen=True)
@@ -268,7 +281,7 @@ def test_what_no_engine_can_serve_is_refused(make_batch: MakeBatch) -> None:
         GlobalMeanObjective(CouplesPrompts())
     batch = make_batch([[1, 1], [1, 1]], 2.0, 4.0)
     with pytest.raises(ValueError, match="no value for a micro-batch alone"):
-        GlobalMeanObjective(DPOLoss(0.1, loss_types=("aot",)))(batch, torch.zeros(2, 2))
+        GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1, loss_type=("aot",))))(batch, torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"needs 1 values a token .*collisions.* but got 0"):
         GlobalMeanObjective(NeedsCollisions())(batch, torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"needs 1 values a token .*logits.* but got 0"):

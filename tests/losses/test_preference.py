@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from nxdt_align.config.alignment import DPOConfig, ORPOConfig
+from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.forms import sigmoid_loss
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import ORPOLoss, log1mexp, log_odds_ratio
+from nxdt_align.losses.orpo import ORPOLoss, log1mexp, log_odds_ratio
 from nxdt_align.losses.types import ResponseLogps
 
 Slots = Callable[..., ResponseLogps]
@@ -85,7 +86,7 @@ def test_dpo_by_hand(slots: Slots) -> None:
     """log-ratios -10 - (-12) = 2 and -20 - (-17) = -3: margin 5; beta 0.2: ln(1 + e^-1), rewards
     0.4 and -0.6. d loss / d chosen = -beta * sigmoid(-1) = -0.2 * 0.268941 = -0.0537883."""
     sums = torch.tensor([-10.0, -20.0], requires_grad=True)
-    output = DPOLoss(beta=0.2)(slots(sums), slots(torch.tensor([-12.0, -17.0])))
+    output = DPOLoss(DPOConfig(kl_beta=0.2))(slots(sums), slots(torch.tensor([-12.0, -17.0])))
     output.losses.sum().backward()
     torch.testing.assert_close(output.losses.detach(), torch.tensor([0.3132617]))
     torch.testing.assert_close(output.chosen_rewards, torch.tensor([0.4]))
@@ -95,7 +96,7 @@ def test_dpo_by_hand(slots: Slots) -> None:
 
 def test_dpo_of_a_policy_that_is_its_reference_is_exactly_ln_2(slots: Slots) -> None:
     sums = -torch.rand(64) * 1e4
-    output = DPOLoss(beta=0.1)(slots(sums), slots(sums.clone()))
+    output = DPOLoss(DPOConfig(kl_beta=0.1))(slots(sums), slots(sums.clone()))
     assert torch.equal(output.losses, torch.full((32,), math.log(2)))
     assert output.chosen_rewards is not None and not output.chosen_rewards.any()
 
@@ -107,7 +108,7 @@ def test_dpo_at_the_extremes(slots: Slots, ratio: float, dtype: torch.dtype, smo
     """A log-ratio of +-1e4: the loss is beta * 1e4 or 0 (NxDT's log(sigmoid) is -inf at -120)."""
     sums = torch.tensor([-2e4 + ratio, -2e4], dtype=dtype, requires_grad=True)
     reference = slots(torch.tensor([-2e4, -2e4], dtype=dtype))
-    losses = DPOLoss(beta=1.0, label_smoothing=smoothing)(slots(sums), reference).losses
+    losses = DPOLoss(DPOConfig(kl_beta=1.0, label_smoothing=smoothing))(slots(sums), reference).losses
     losses.sum().backward()
     assert losses.dtype == torch.float32
     assert losses.isfinite().all() and sums.grad is not None and sums.grad.isfinite().all()
@@ -126,7 +127,7 @@ def test_orpo_by_hand(slots: Slots) -> None:
     """Mean log-probs ln 1/2 (2 tokens) and ln 1/4 (3 tokens): NLL ln 2 = 0.693147; log odds ln 3;
     -log sigmoid(ln 3) = ln(4/3) = 0.287682; beta 0.1: 0.721915. Rewards 0.1 ln 1/2 and 0.1 ln 1/4."""
     sums = torch.tensor([2 * math.log(0.5), 3 * math.log(0.25)])
-    output = ORPOLoss(beta=0.1)(slots(sums, torch.tensor([2.0, 3.0])), None)
+    output = ORPOLoss(ORPOConfig(beta=0.1))(slots(sums, torch.tensor([2.0, 3.0])), None)
     torch.testing.assert_close(output.losses, torch.tensor([0.7219154]))
     torch.testing.assert_close(output.chosen_rewards, torch.tensor([-0.0693147]))
     torch.testing.assert_close(output.rejected_rewards, torch.tensor([-0.1386294]))
@@ -148,7 +149,7 @@ def test_orpo_at_the_extremes(
     slots: Slots, mean_chosen: float, mean_rejected: float, length: int, dtype: torch.dtype
 ) -> None:
     sums = (torch.tensor([mean_chosen, mean_rejected]) * length).to(dtype).requires_grad_()
-    output = ORPOLoss(beta=0.1)(slots(sums, torch.tensor([length, length])), None)
+    output = ORPOLoss(ORPOConfig(beta=0.1))(slots(sums, torch.tensor([length, length])), None)
     output.losses.sum().backward()
     assert output.losses.isfinite().all() and output.losses.dtype == torch.float32
     assert sums.grad is not None and sums.grad.isfinite().all()
@@ -157,24 +158,24 @@ def test_orpo_at_the_extremes(
 def test_orpo_with_a_nearly_certain_response(slots: Slots) -> None:
     """Chosen at p = 1 - 1e-8, rejected at 1/2: log odds = ln(p / 1e-8) = 18.420681."""
     sums = torch.tensor([math.log1p(-1e-8), math.log(0.5)])
-    output = ORPOLoss(beta=0.1)(slots(sums), None)
+    output = ORPOLoss(ORPOConfig(beta=0.1))(slots(sums), None)
     torch.testing.assert_close(output.extras["log_odds_chosen"], torch.tensor([18.420681]))
 
 
 def test_dpo_without_a_reference_says_so(slots: Slots) -> None:
     with pytest.raises(ValueError, match="needs the reference"):
-        DPOLoss(beta=0.1)(slots(torch.zeros(2)), None)
+        DPOLoss(DPOConfig(kl_beta=0.1))(slots(torch.zeros(2)), None)
 
 
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.inf, math.nan])
 def test_beta_must_be_a_positive_number(beta: float) -> None:
-    with pytest.raises(ValueError, match="kl_beta must be a finite number above 0, but is"):
-        DPOLoss(beta)
-    with pytest.raises(ValueError, match="ORPO's beta must be a finite number above 0"):
-        ORPOLoss(beta)
+    with pytest.raises(ValueError, match=r"dpo.kl_beta: must be (above 0|a finite number), but is"):
+        DPOLoss(DPOConfig(kl_beta=beta))
+    with pytest.raises(ValueError, match=r"orpo.beta: must be (above 0|a finite number), but is"):
+        ORPOLoss(ORPOConfig(beta=beta))
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 0.5, 1.0])
 def test_label_smoothing_must_stay_below_a_half(smoothing: float) -> None:
-    with pytest.raises(ValueError, match=r"label_smoothing must be at least 0 and below 0\.5"):
-        DPOLoss(0.1, smoothing)
+    with pytest.raises(ValueError, match=r"label_smoothing: must be (at least 0|below 0\.5), but is"):
+        DPOLoss(DPOConfig(kl_beta=0.1, label_smoothing=smoothing))

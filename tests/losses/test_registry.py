@@ -1,58 +1,51 @@
+"""An objective's loss is made with its section of the schema, which states each setting once."""
+
 from __future__ import annotations
 
-from typing import Any, get_args
+import dataclasses
+from typing import get_type_hints
 
 import pytest
 
-from nxdt_align.config.alignment import Objective
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import CPOLoss, ORPOLoss, SimPOLoss
-from nxdt_align.losses.registry import OBJECTIVES, build_loss
-from nxdt_align.losses.supervised import SFTLoss
+from nxdt_align.config.alignment import OBJECTIVES, ModelAlignmentStrategyConfig
+from nxdt_align.config.keys import section_type
+from nxdt_align.losses import CPOLoss, DPOLoss, KTOLoss, ORPOLoss, SFTLoss, SimPOLoss, build_loss
 from nxdt_align.losses.types import Loss
 
-
-@pytest.mark.parametrize(
-    ("objective", "settings", "expected"),
-    [
-        ("dpo", {"kl_beta": 0.01, "loss_type": "sigmoid"}, DPOLoss(0.01)),
-        ("dpo", {"kl_beta": 0.3, "label_smoothing": 0.1}, DPOLoss(0.3, 0.1)),
-        ("dpo", {"kl_beta": 0.3, "label_smoothing": None}, DPOLoss(0.3)),
-        ("dpo", {"kl_beta": 0.3, "loss_type": ["ipo", "aot"]}, DPOLoss(0.3, loss_types=("ipo", "aot"))),
-        ("cpo", {}, CPOLoss(0.1, 1.0, 0.0)),
-        ("simpo", {"gamma": 1.0}, SimPOLoss(2.0, 1.0, 0.0, 0.0)),
-        ("orpo", {"beta": 0.1}, ORPOLoss(0.1)),
-        ("sft", {}, SFTLoss()),
-    ],
-)
-def test_losses_are_built_from_the_yaml_names(
-    objective: str, settings: dict[str, Any], expected: Loss
-) -> None:
-    loss = build_loss(objective, settings)
-    assert loss == expected
-    assert isinstance(loss, Loss)
+SECTIONS = {
+    name: section_type(hint)
+    for name, hint in get_type_hints(ModelAlignmentStrategyConfig).items()
+    if name in OBJECTIVES
+}
+LOSSES = {
+    "dpo": DPOLoss,
+    "orpo": ORPOLoss,
+    "cpo": CPOLoss,
+    "simpo": SimPOLoss,
+    "kto": KTOLoss,
+    "sft": SFTLoss,
+}
 
 
-@pytest.mark.parametrize(
-    ("objective", "settings", "message"),
-    [
-        ("ppo", {}, r"objective must be one of dpo, orpo, cpo, simpo, kto, sft, but is 'ppo'"),
-        (
-            "dpo",
-            {"kl_beta": 0.1, "loss_type": "sigmoyd"},
-            r"loss_type must be one of sigmoid.*, but is 'sigmoyd'",
-        ),
-        ("dpo", {}, r"dpo needs kl_beta: set model_alignment_strategy\.dpo"),
-        ("orpo", {"beta": None}, r"orpo needs beta"),
-        ("orpo", {"kl_beta": 0.1}, r"orpo takes no kl_beta; its settings are beta, nll_scale"),
-        ("sft", {"beta": 0.1}, r"sft takes no beta; its settings are none"),
-        ("orpo", {"beta": -1.0}, r"ORPO's beta must be a finite number above 0, but is -1.0"),
-    ],
-)
-def test_wrong_settings_are_named(objective: str, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_loss(objective, settings)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_loss_is_made_with_its_section(name: str) -> None:
+    section = SECTIONS[name]
+    assert section is not None
+    settings = section()
+    loss = build_loss(ModelAlignmentStrategyConfig(**{name: settings}))
+    assert type(loss) is LOSSES[name] and isinstance(loss, Loss)
+    assert loss.config is settings  # type: ignore[attr-defined]
+    assert loss == LOSSES[name]()
 
 
-def test_objectives_are_those_of_the_schema() -> None:
-    assert tuple(OBJECTIVES) == get_args(Objective)
+def test_every_objective_has_a_loss() -> None:
+    assert OBJECTIVES.keys() == LOSSES.keys()
+
+
+def test_a_section_that_means_nothing_is_named_with_all_its_faults() -> None:
+    strategy = ModelAlignmentStrategyConfig(orpo=SECTIONS["orpo"]())  # type: ignore[misc]
+    broken = dataclasses.replace(strategy.active, beta=-1.0, nll_tokens="all")
+    with pytest.raises(
+        ValueError, match=r"2 faults:\n.*orpo.nll_tokens: must be one of response, .*\n.*orpo.beta"
+    ):
+        build_loss(dataclasses.replace(strategy, orpo=broken))

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from nxdt_align.losses.supervised import SFTLoss
+from nxdt_align.losses.sft import SFTLoss
 from nxdt_align.losses.types import ResponseLogps
 
 

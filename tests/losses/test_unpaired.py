@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from trl_losses import TOLERANCE, accelerator, takes_log_probs
 
+from nxdt_align.config.alignment import KTOConfig
+from nxdt_align.losses.kto import KTOLoss
 from nxdt_align.losses.metrics import finish
 from nxdt_align.losses.types import ResponseLogps
-from nxdt_align.losses.unpaired import KTOLoss
 
 Slots = Callable[..., ResponseLogps]
 
@@ -30,14 +31,14 @@ def test_kto_by_hand(slots: Slots) -> None:
     labels = torch.tensor([True, False, True])
     policy = batch(slots, torch.tensor([2.0, 1.0, 2.0, 1.0, 9.0, 99.0]), labels)
     policy = replace(policy, valid=torch.tensor([True] * 4 + [False] * 2))
-    output = KTOLoss(1.0, undesirable_weight=0.5)(policy, slots(torch.zeros(6)))
+    output = KTOLoss(KTOConfig(beta=1.0, undesirable_weight=0.5))(policy, slots(torch.zeros(6)))
     assert output.losses[:2].tolist() == pytest.approx([0.268941, 0.5 * 0.731059], abs=1e-6)
     assert output.extras["kl"][0].item() == 1.0
 
 
 def test_the_divergence_is_at_least_zero_and_takes_no_gradient(slots: Slots) -> None:
     sums = torch.tensor([1.0, -5.0], requires_grad=True)
-    output = KTOLoss(1.0)(batch(slots, sums, torch.tensor([True])), slots(torch.zeros(2)))
+    output = KTOLoss(KTOConfig(beta=1.0))(batch(slots, sums, torch.tensor([True])), slots(torch.zeros(2)))
     assert output.extras["kl"].item() == 0.0
     output.losses.sum().backward()
     assert sums.grad is not None and sums.grad[0] != 0 and sums.grad[1] == 0
@@ -66,8 +67,9 @@ def trl_kto(
     trainer.model = TwoOutputs(sums[0::2, None], sums[1::2, None])
     trainer.accelerator = accelerator()
     trainer.aux_loss_enabled, trainer.calculate_KL, trainer.precompute_ref_logps = False, True, True
-    trainer.loss_type, trainer.beta = "kto", loss.beta
-    trainer.desirable_weight, trainer.undesirable_weight = loss.desirable_weight, loss.undesirable_weight
+    trainer.loss_type, trainer.beta = "kto", loss.config.beta
+    trainer.desirable_weight = loss.config.desirable_weight
+    trainer.undesirable_weight = loss.config.undesirable_weight
     trainer._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     trainer._total_train_tokens, trainer._tp_size = 0, 1
     ids = torch.zeros(len(labels), 2, dtype=torch.long)
@@ -89,7 +91,9 @@ def trl_kto(
 
 @takes_log_probs
 @pytest.mark.parametrize("scale", [3.0, 1e4])
-@pytest.mark.parametrize("loss", [KTOLoss(), KTOLoss(0.5, 1.5, 0.7)])
+@pytest.mark.parametrize(
+    "loss", [KTOLoss(), KTOLoss(KTOConfig(beta=0.5, desirable_weight=1.5, undesirable_weight=0.7))]
+)
 def test_kto_equals_trl(slots: Slots, loss: KTOLoss, scale: float) -> None:
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
@@ -126,10 +130,10 @@ def test_kto_is_finite_at_the_extremes(slots: Slots, dtype: torch.dtype) -> None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta": 0.0}, "KTO's beta must be a finite number above 0, but is 0.0"),
-        ({"desirable_weight": -1.0}, "KTO's desirable_weight must be a finite number of at least 0"),
+        ({"beta": 0.0}, "kto.beta: must be above 0, but is 0.0"),
+        ({"desirable_weight": -1.0}, "kto.desirable_weight: must be at least 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        KTOLoss(**settings)
+        KTOLoss(KTOConfig(**settings))

@@ -7,17 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from neuron_monitor_fixture import FOREVER, SECONDS, Install, is_running, pid_in, wait_for
 
 from nxdt_align.neuron.monitor import NeuronMonitor
-
-Install = Callable[[str], Path]
-FOREVER = "while True:\n    print(BUSY, flush=True)\n    time.sleep(0.02)"
-SECONDS = 120.0
-"""What a loaded machine may take."""
 
 
 @pytest.fixture
@@ -33,33 +29,12 @@ def every_message(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPa
     caplog.set_level(logging.WARNING, logger="nxdt_align")
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
-
-
-def is_running(pid: int) -> bool:
-    """Alive, or a zombie that nobody has reaped."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def has_ended(pid: int) -> bool:
     """Of a process that lost its parent: where process 1 reaps none it stays a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):
         return True
-
-
-def pid_in(file: Path) -> int:
-    wait_for(lambda: file.exists() and file.read_text().strip())
-    return int(file.read_text())
 
 
 def test_newest_report(install: Install, monitor: NeuronMonitor) -> None:

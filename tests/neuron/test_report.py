@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from neuron.conftest import BUSY, node, report
+from neuron_monitor_fixture import BUSY, node, report
 
 from nxdt_align.neuron.report import parse
 

@@ -30,7 +30,7 @@ def sizes(*overrides: str, name: str = DPO, layout: Layout = "shared_prompt") ->
 
 
 def needs_reference(config: Config) -> bool:
-    return GlobalMeanObjective(loss(config)).needs_reference
+    return GlobalMeanObjective(loss(config, "nxd")).needs_reference
 
 
 def report(*overrides: str, layout: Layout = "shared_prompt", model: LlamaConfig = LLAMA3_8B) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nxdt_align.engines.masters import MasterWeights
-from nxdt_align.engines.native.mesh import Parallel
+from nxdt_align.engines.native.settings import Parallel
 from nxdt_align.models.config import parameter_count
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig

@@ -16,7 +16,7 @@ import pytest
 from fake_engine import Exchange, FakeEngine, MicroBatch, collate, plan, record_ids, records_of
 
 from nxdt_align.reference.cache import ReferenceStore, ReferenceStoreError
-from nxdt_align.reference.precompute import PassSummary, precompute
+from nxdt_align.reference.precompute import PassSummary, precompute, trace_shapes
 
 COUNT = 20
 REPO = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ precompute(Stuck(), plan(20), collate, record_ids(20), store, records_of=records
 
 
 def test_sigkill_in_the_middle(tmp_path: Path, whole: np.ndarray) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{REPO / 'src'}:{REPO / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{REPO / 'src'}:{REPO / 'tests' / 'support'}"}
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -267,18 +267,23 @@ def test_unwritable_store_stops_before_the_pass(tmp_path: Path) -> None:
     assert engine.calls == []
 
 
-@pytest.mark.parametrize("shape_of", [None, len])
-def test_trial_runs_each_shape_once_and_writes_nothing(tmp_path: Path, shape_of: Any) -> None:
+def trace(
+    engine: FakeEngine, store: ReferenceStore, micro_batches: list[MicroBatch]
+) -> tuple[np.ndarray, PassSummary]:
+    return trace_shapes(engine, micro_batches, collate, record_ids(COUNT), store, records_of=records_of)
+
+
+def test_trial_runs_each_shape_once_and_writes_nothing(tmp_path: Path) -> None:
     micro_batches = [*plan(12), *plan(12, rows=1)]
     engine = FakeEngine()
-    table, _ = run(engine, store_at(tmp_path), micro_batches, trial=True, shape_of=shape_of)
+    table, _ = trace(engine, store_at(tmp_path), micro_batches)
     assert [tuple(c.shape) for c in engine.calls] == [(2, 6), (1, 6)]
     np.testing.assert_array_equal(table, np.zeros((COUNT, 2), np.float32))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_trial_is_in_lockstep_and_ignores_values(tmp_path: Path, whole: np.ndarray) -> None:
-    results, engines = in_ranks(2, lambda e: run(e, store_at(tmp_path), trial=True), poison=0)
+    results, engines = in_ranks(2, lambda e: trace(e, store_at(tmp_path), plan(COUNT)), poison=0)
     assert [len(e.calls) for e in engines] == [1, 1] and not results[0][0].any()
     np.testing.assert_array_equal(run(FakeEngine(), store_at(tmp_path))[0], whole)
 

@@ -16,7 +16,9 @@ from nxdt_align.config.schema import Accelerator, Config, PrecisionConfig, Train
 from nxdt_align.engines import xla
 from nxdt_align.errors import UserError
 from nxdt_align.run.assemble import device
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import RunEnv
+from nxdt_align.run.dry_run import DryRun
+from nxdt_align.run.mode import RunMode
 
 
 def config(accelerator: Accelerator, attention: Attention = "auto") -> Config:
@@ -29,11 +31,11 @@ def config(accelerator: Accelerator, attention: Attention = "auto") -> Config:
 def test_an_accelerator_that_is_not_here(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(UserError, match=f"is {accelerator}, but torch finds no acceler.*=cpu runs"):
-        device(config(accelerator), RunEnv())
+        device(config(accelerator), RunEnv(), RunMode())
     other = torch.device("xpu")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: other)
     with pytest.raises(UserError, match=f"is {accelerator}, but torch finds xpu alone"):
-        device(config(accelerator), RunEnv())
+        device(config(accelerator), RunEnv(), RunMode())
 
 
 NEURON = """
@@ -44,12 +46,13 @@ torch.utils.rename_privateuse1_backend("neuron")
 torch._register_device_module("neuron", types.SimpleNamespace(is_available=lambda: True))
 moved_to = []
 torch.accelerator.set_device_index = moved_to.append
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import RunEnv
+from nxdt_align.run.mode import RunMode
 from nxdt_align.run.assemble import attention, device
 from nxdt_align.config.schema import Config, TrainerConfig
 from dataclasses import replace
 config = replace(Config(), trainer=TrainerConfig(accelerator=sys.argv[1]))
-found = device(config, RunEnv(local_rank=3))
+found = device(config, RunEnv(local_rank=3), RunMode())
 print(found, moved_to, type(attention(config, found)).__name__)
 """
 
@@ -72,17 +75,17 @@ def has_torch_xla(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 def test_xla_needs_torch_xla(has_torch_xla: bool) -> None:
     if has_torch_xla:
-        assert device(config("xla"), RunEnv()).type == "meta"
+        assert device(config("xla"), RunEnv(), RunMode()).type == "meta"
         return
     with pytest.raises(UserError, match=r"is xla, but the package torch_xla is not installed.*=cpu"):
-        device(config("xla"), RunEnv())
+        device(config("xla"), RunEnv(), RunMode())
 
 
 @pytest.mark.parametrize("compile_only", [True, False])
 def test_xla_is_one_process(has_torch_xla: bool, compile_only: bool) -> None:
     fault = r"xla runs in one process here, but there are 2 \(WORLD_SIZE\)" if has_torch_xla else "installed"
     with pytest.raises(UserError, match=fault):
-        device(config("xla"), RunEnv(world_size=2, compile_only=compile_only))
+        device(config("xla"), RunEnv(world_size=2), DryRun() if compile_only else RunMode())
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "cpu"])
@@ -91,8 +94,8 @@ def test_a_trial_compiles_where_it_can(
 ) -> None:
     """The run itself stays on the CPU."""
     caplog.set_level(logging.INFO)
-    assert device(config(accelerator), RunEnv()).type == "cpu"
-    trial = device(config(accelerator), RunEnv(compile_only=True)).type
+    assert device(config(accelerator), RunEnv(), RunMode()).type == "cpu"
+    trial = device(config(accelerator), RunEnv(), DryRun()).type
     assert trial == ("meta" if has_torch_xla else "cpu")
     assert ("torch_xla is not installed, so that the trial steps run" in caplog.text) != has_torch_xla
 
@@ -110,8 +113,8 @@ def test_a_trial_that_cannot_compile_says_why(
 ) -> None:
     monkeypatch.setattr(xla, "is_available", lambda: True)
     caplog.set_level(logging.INFO)
-    env = RunEnv(world_size=processes, compile_only=True)
-    assert device(config("cpu", attention), env).type == "cpu"
+    env = RunEnv(world_size=processes)
+    assert device(config("cpu", attention), env, DryRun()).type == "cpu"
     assert f"{why}, so that the trial steps run and nothing is compiled ahead" in caplog.text
 
 
@@ -122,5 +125,5 @@ def test_a_trial_of_fp16_compiles_nothing(
     monkeypatch.setattr(xla, "is_available", lambda: True)
     caplog.set_level(logging.INFO)
     half = replace(config("cpu"), precision=PrecisionConfig(type="fp16"))
-    assert device(half, RunEnv(compile_only=True)).type == "cpu"
+    assert device(half, RunEnv(), DryRun()).type == "cpu"
     assert "precision.type: fp16 is not in the engine's compiled graphs, so that the trial" in caplog.text

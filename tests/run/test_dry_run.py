@@ -11,7 +11,8 @@ import pytest
 
 from nxdt_align.engines.base import Graph
 from nxdt_align.neuron.compile import CompileError
-from nxdt_align.run.dry_run import compiling, conclude_run
+from nxdt_align.run.dry_run import compiling
+from nxdt_align.run.mode import report_graphs
 
 
 class Compiler:
@@ -79,11 +80,11 @@ def test_no_graph_fails_the_command(tmp_path: Path) -> None:
 def test_a_run_names_graphs_outside_the_manifest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     manifest = tmp_path / "m.json"
-    conclude_run(Compiler("1"), manifest)
+    report_graphs(Compiler("1"), manifest)
     assert f"graphs: 1 compiled; COMPILE=1 would list them in {manifest}" in caplog.text
     with compiling(Compiler("1", "2"), manifest):
         pass
-    conclude_run(Compiler("1", "7"), manifest)
+    report_graphs(Compiler("1", "7"), manifest)
     assert f"graphs: 2 compiled, 1 outside the manifest {manifest}" in caplog.text
     assert "not in the manifest: graph 7, training step of shapes ((1, 128, 64, 6),)" in caplog.text
     assert "graph 1," not in caplog.text
@@ -101,6 +102,6 @@ def test_where_this_process_has_no_list_of_graphs(
     manifest = tmp_path / "m.json"
     with compiling(compiler, manifest):
         pass
-    conclude_run(compiler, manifest)
+    report_graphs(compiler, manifest)
     assert capsys.readouterr().out == "" and not manifest.exists()
     assert ("graphs: 1 compiled or taken from Neuron's cache" in caplog.text) == (compiler is not None)

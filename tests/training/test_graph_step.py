@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from nxdt_align.training.graph_step import SMALLEST, learning_rate_on_device
+from nxdt_align.training.optim import SMALLEST, learning_rate_on_device
 
 
 class Watching(SGD):

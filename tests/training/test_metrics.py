@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nxdt_align.training.metrics import Throughput, WeightedMeans
+from nxdt_align.training.module import Throughput, WeightedMeans
 
 
 def fetch(values: Sequence[Tensor]) -> list[float]:

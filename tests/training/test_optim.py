@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from nxdt_align.config.optim import REFUSED_SCHEDULERS
 from nxdt_align.training.adamw import AdamWFP32OptState
 from nxdt_align.training.optim import (
     available_optimizers,
@@ -140,7 +142,8 @@ def test_every_schedule_trains_and_resumes_exactly(name: str | None, settings: d
 
 
 def test_all_schedules_of_nemo_are_tested() -> None:
-    assert set(available_schedulers()) == {*TUTORIAL_SCHEDULERS, *OTHER_SCHEDULERS}
+    tested = {*TUTORIAL_SCHEDULERS, *OTHER_SCHEDULERS, *REFUSED_SCHEDULERS}
+    assert set(available_schedulers()) == tested
     assert set(TUTORIAL_OPTIMIZERS) <= set(available_optimizers())
 
 
@@ -273,11 +276,11 @@ def test_capturable_on_the_cpu_is_noticed_and_left_out(caplog: pytest.LogCapture
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("adamwx", {"lr": 0.1}, r"no optimizer is called 'adamwx' \(nearest: adamw\); there are: adadelta"),
-        ("sgd", {"lr": 0.1, "betas": [0.9, 0.99]}, r"sgd takes no betas; there are: dampening, .*momentum"),
+        ("adamwx", {"lr": 0.1}, r"no optimizer is called 'adamwx'; did you mean adamw\? There are: adadelta"),
+        ("sgd", {"lr": 0.1, "betas": [0.9, 0.99]}, r"sgd takes no betas; .*There are: dampening, .*momentum"),
         ("rprop", {"lr": 0.1, "weight_decay": 0.1}, r"rprop takes no weight_decay"),
         ("novograd", {"lr": 0.1, "capturable": False}, r"novograd takes no capturable"),
-        ("adamw", {"lr": 0.1, "weight_decai": 0.1}, r"weight_decai \(nearest: weight_decay\)"),
+        ("adamw", {"lr": 0.1, "weight_decai": 0.1}, r"weight_decai; did you mean weight_decay\?"),
         ("adamw", {"lr": 0.1, "betas": [0.9, 2.0]}, r"model\.optim \(adamw\): Invalid beta.* 2\.0"),
         ("adamw", {"lr": 0.1, "betas": [0.9]}, r"model\.optim \(adamw\): "),
         ("adamw", {"lr": "fast"}, r"model\.optim\.lr must be a finite number of at least 0, but is 'fast'"),
@@ -300,12 +303,12 @@ def test_no_parameters_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "max_steps", "message"),
     [
-        ("rprop", {}, 10, r"rprop is an optimizer, not a schedule: set model\.optim\.name: rprop"),
-        ("CosineAnealing", {}, 10, r"'CosineAnealing' \(nearest: CosineAnnealing\); there are: "),
-        ("ReduceLROnPlateau", {}, 10, r"ReduceLROnPlateau waits for a metric"),
-        ("CosineAnnealing", {"warmupsteps": 1}, 10, r"takes no warmupsteps \(nearest: warmup_steps\)"),
-        ("NoamAnnealing", {"warmup_steps": 1}, 10, r"NoamAnnealing needs d_model"),
-        ("StepLR", {"gamma": 0.1}, 10, r"StepLR needs step_size"),
+        ("rprop", {}, 10, r"no schedule is called 'rprop'; "),
+        ("CosineAnealing", {}, 10, r"'CosineAnealing'; did you mean CosineAnnealing\? There are: "),
+        ("ReduceLROnPlateau", {}, 10, r"no schedule is called 'ReduceLROnPlateau'"),
+        ("CosineAnnealing", {"warmupsteps": 1}, 10, r"takes no warmupsteps; did you mean warmup_steps\?"),
+        ("NoamAnnealing", {"warmup_steps": 1}, 10, r"NoamAnnealing.*d_model"),
+        ("StepLR", {"gamma": 0.1}, 10, r"StepLR.*step_size"),
         ("CosineAnnealing", {}, -1, r"max_steps is -1: set trainer\.max_steps"),
         ("CosineAnnealing", {"min_lr": 0.2}, 10, r"min_lr \(0\.2\) must not be above model\.optim\.lr"),
         ("CosineAnnealing", {"warmup_steps": 1, "warmup_ratio": 0.1}, 10, r"Either use particular number"),
@@ -345,3 +348,31 @@ def test_a_trial_run_shorter_than_its_warm_up_is_taken(name: str) -> None:
 
 def test_last_epoch_of_minus_one_is_taken() -> None:
     assert rates("CosineAnnealing", {"last_epoch": -1}, 1, 10, lr=1.0) == [1.0]
+
+
+def test_a_class_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found in the current folder, given what it takes; weight decay spares norms there too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_optimizers.py").write_text(
+        "import torch\nclass Plain(torch.optim.SGD):\n    def __init__(self, params, lr, weight_decay=0.0):\n"
+        "        super().__init__(params, lr=lr, weight_decay=weight_decay)\nclass NoOptimizer: pass\n"
+    )
+    optimizer = build_optimizer(named_parameters(), "own_optimizers.Plain", {"lr": 0.1, "weight_decay": 0.2})
+    assert type(optimizer).__name__ == "Plain"
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    for name, settings, message in (
+        (
+            "own_optimizers.NoOptimizer",
+            {},
+            r"model\.optim\.name: .* must be a subclass of torch.optim.*Optimizer",
+        ),
+        (
+            "own_optimizers.Missing",
+            {},
+            r"model\.optim\.name: own_optimizers.Missing: own_optimizers has no Missing",
+        ),
+        ("no_such_module.Plain", {}, r"model\.optim\.name: .*no_such_module does not import"),
+        ("own_optimizers.Plain", {"betas": (0.9, 0.9)}, r"model\.optim \(own_optimizers.Plain\): .*betas"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_optimizer(named_parameters(), name, {"lr": 0.1, **settings})

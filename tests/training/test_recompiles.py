@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nxdt_align.errors import UserError
-from nxdt_align.training.recompiles import RecompileGuard
+from nxdt_align.training.monitors import RecompileGuard
 
 
 def batch(*tokens: int) -> list[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from training_fixture import Project
 
-from nxdt_align.training.start_times import StartTimes
+from nxdt_align.training.monitors import StartTimes
 
 KEY = "exp_manager.enable_recovery_time_instrumentation=True"
 

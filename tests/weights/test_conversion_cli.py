@@ -21,7 +21,7 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 from nxdt_align.engines.nxd.checkpoint import SUMMARY as NXD_SUMMARY
 from nxdt_align.models.presets import LLAMA3_8B, TINY, read_config_json
 from nxdt_align.run.conversion import describe, open_weights
-from nxdt_align.training.runs import write_identity
+from nxdt_align.run.resume import write_identity
 from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.nxdt import NxDTFolder

@@ -2,63 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from nxdt_align.config.fields import PATH
+from nxdt_align.config.dpo_forms import FORMS
+from nxdt_align.config.faults import Fault
+from nxdt_align.config.fields import PATH, is_dotted, number
 
-Objective = Literal["dpo", "orpo", "cpo", "simpo", "kto", "sft"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 TruncationMode = Literal["keep_start", "keep_end"]
+Examples = Literal["pair", "response", "unpaired"]
+"""What an objective's examples are: a chosen and a rejected response, one response, or a labelled one."""
 
-DPOLossType = Literal[
-    "sigmoid",
-    "robust",
-    "ipo",
-    "hinge",
-    "exo_pair",
-    "nca_pair",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sigmoid_norm",
-]
-"""The values that model_alignment_strategy.dpo.loss_type may have."""
-
-ABSOLUTE_LOSSES = frozenset(
-    {"nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"}
-)
-"""Those that are no function of the difference of the two rewards: they need a reference, and DPO's
-reverse KL."""
-SORTING_LOSSES = frozenset({"aot", "aot_unpaired"})
-"""Those that compare ranks in the global batch."""
-SMOOTHED_LOSSES = frozenset({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired"})
-"""Those that label_smoothing counts for."""
+if TYPE_CHECKING:
+    DPOLossType = str
+else:
+    DPOLossType = Literal[tuple(FORMS)]
+    """The values that model_alignment_strategy.dpo.loss_type may have."""
 
 MAX_PROMPT_LENGTH = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig:
+class PromptLimits:
+    """How prompts and responses are cut; every objective has these."""
+
+    max_prompt_length: int = number(MAX_PROMPT_LENGTH, at_least=1)
+    """Tokens of a prompt that are kept, BOS and the last ones. Where it is not given: 2048, or half of
+    data.seq_length where that is less."""
+    truncation_mode: TruncationMode = "keep_start"
+    """What gives way where prompt and response exceed data.seq_length. keep_start: the response's end;
+    keep_end: the prompt's start after BOS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(PromptLimits):
     """Direct preference optimization (https://arxiv.org/abs/2305.18290)."""
 
-    kl_beta: float = 0.01
+    kl_beta: float = number(0.01, above=0)
     """Weight of the KL divergence from the reference: beta of the paper's equation 7."""
     loss_type: DPOLossType | tuple[DPOLossType, ...] = "sigmoid"
     """Form of the loss, see docs/objectives.md; a list is a sum of several, weighted by loss_weights."""
     loss_weights: tuple[float, ...] | None = None
     """(ours) Weight of each form where loss_type is a list; null: 1 each."""
-    label_smoothing: float | None = None
-    """(ours) Share of the labels taken for wrong, from 0 to below 0.5: with sigmoid conservative DPO;
+    label_smoothing: float | None = number(None, at_least=0, below=0.5)
+    """(ours) Assumed fraction of flipped labels, from 0 to below 0.5: with sigmoid conservative DPO;
     counts for robust, exo_pair, aot and sigmoid_norm too; null: 0, and 0.001 for exo_pair."""
-    gamma: float | None = None
+    gamma: float | None = number(None, above=0)
     """(ours) Scale of the margin in loss_type hinge (RSO); null: kl_beta."""
-    discopop_tau: float = 0.05
+    discopop_tau: float = number(0.05, above=0)
     """(ours) Temperature of loss_type discopop."""
     bco_reward_shift: Literal["running_mean", "none"] = "running_mean"
     """(ours) What loss_type bco_pair takes off the rewards: running_mean: their mean so far (the paper);
@@ -72,110 +66,134 @@ class DPOConfig:
     length_normalization: bool | None = None
     """(ours) Divide log-ratios by the response's tokens; null: as loss_type has it (ipo and sigmoid_norm
     do)."""
-    ld_alpha: float | None = None
+    ld_alpha: float | None = number(None, at_least=0, at_most=1)
     """(ours) What tokens beyond the shorter response of a pair count (LD-DPO), from 0 to 1; null: 1."""
     use_weighting: bool = False
     """(ours) Weigh each pair by how likely the policy finds it (WPO)."""
-    nll_scale: float = 0.0
-    """(ours) Weight of the chosen response's negative log-likelihood a token, added to the loss."""
-    max_prompt_length: int = MAX_PROMPT_LENGTH
-    """Tokens of a prompt that are kept, BOS and the last ones. Where it is not given: 2048, or half of
-    data.seq_length where that is less."""
+    nll_scale: float = number(0.0, at_least=0)
+    """(ours) Weight of the chosen response's negative log-likelihood per token, added to the loss."""
     precompute_ref_log_probs: bool = True
     """Compute the reference log-probabilities once before training, and keep them on disk; False:
     compute them at each step, with the reference in memory."""
-    truncation_mode: TruncationMode = "keep_start"
-    """What gives way where prompt and response exceed data.seq_length. keep_start: the response's end;
-    keep_end: the prompt's start after BOS."""
 
     @property
     def loss_types(self) -> tuple[DPOLossType, ...]:
         """``loss_type`` as a list of one or several."""
-        return (self.loss_type,) if isinstance(self.loss_type, str) else self.loss_type
+        return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+
+    def faults(self) -> Iterator[Fault]:
+        """Combinations that mean nothing, and forms that do not exist."""
+        if not self.loss_types:
+            yield Fault("loss_type", "must name at least one loss", [])
+        for name in self.loss_types:
+            if name in FORMS:
+                yield from self._combinations(name)
+            elif not isinstance(self.loss_type, str):  # the choices of one are checked as any key's are
+                yield Fault("loss_type", f"must be one of {', '.join(FORMS)}", name)
+        if self.reference_free and self.f_divergence_type != "reverse_kl":
+            kind = self.f_divergence_type
+            rule = f"must be False with f_divergence_type {kind}, a divergence from a reference"
+            yield Fault("reference_free", rule, True, involves=("f_divergence_type",))
+        if self.loss_weights is not None:
+            yield from self._weights(self.loss_weights)
+
+    def _combinations(self, name: DPOLossType) -> Iterator[Fault]:
+        form, involves = FORMS[name], ("loss_type",)
+        if not form.of_difference and self.reference_free:
+            without = ", ".join(other for other in FORMS if FORMS[other].of_difference)
+            rule = f"must be False with loss_type {name}, which needs a reference"
+            yield Fault("reference_free", rule, True, f"these do without: {without}", involves)
+        if not form.of_difference and self.f_divergence_type != "reverse_kl":
+            rule = f"must be reverse_kl with loss_type {name}"
+            yield Fault("f_divergence_type", rule, self.f_divergence_type, involves=involves)
+        if form.sorts and self.use_weighting:
+            rule = f"must be False with loss_type {name}, which sorts, so that no pair has a loss of its own"
+            yield Fault("use_weighting", rule, True, involves=involves)
+        if form.smoothing and self.label_smoothing == 0:
+            rule = f"must be above 0 with loss_type {name}, whose target it is"
+            advice = f"leave it out for the paper's {form.smoothing:g}"
+            yield Fault("label_smoothing", rule, 0.0, advice, involves)
+        if form.normalised and form.function and self.length_normalization is False:
+            rule = f"must not be False with loss_type {name}"
+            advice = f"loss_type {form.function} is it without"
+            yield Fault("length_normalization", rule, advice=advice, involves=involves)
+
+    def _weights(self, weights: tuple[float, ...]) -> Iterator[Fault]:
+        count = len(self.loss_types)
+        if len(weights) != count:
+            rule = f"must have one weight for each loss_type ({count}: {', '.join(self.loss_types)})"
+            yield Fault("loss_weights", rule, weights, involves=("loss_type",))
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
+            yield Fault("loss_weights", "must be at least 0, and not all 0", weights)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ORPOConfig:
+class ORPOConfig(PromptLimits):
     """Odds ratio preference optimization (https://arxiv.org/abs/2403.07691)."""
 
-    beta: float = 0.1
+    beta: float = number(0.1, above=0)
     """Weight of the odds-ratio term: lambda of the paper's equation 6. NxDT's tutorial has 0.1 in its
     sample and 0.01 in its table."""
-    nll_scale: float = 1.0
-    """(ours) Weight of the chosen response's negative log-likelihood a token."""
+    nll_scale: float = number(1.0, at_least=0)
+    """(ours) Weight of the chosen response's negative log-likelihood per token."""
     nll_tokens: Literal["response", "prompt_and_response"] = "response"
     """(ours) Which tokens that likelihood is of: the response's, as NxDT has it, or the prompt's from the
     second on as well, as TRL and the paper's code have it."""
-    max_prompt_length: int = MAX_PROMPT_LENGTH
-    """As for dpo."""
-    truncation_mode: TruncationMode = "keep_start"
-    """As for dpo."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPOConfig:
+class CPOConfig(PromptLimits):
     """Contrastive preference optimization (https://arxiv.org/abs/2401.08417). All keys are ours."""
 
-    beta: float = 0.1
+    beta: float = number(0.1, above=0)
     """Scale of the difference of the responses' log-probabilities."""
-    nll_scale: float = 1.0
-    """Weight of the chosen response's negative log-likelihood a token: TRL's cpo_alpha."""
-    label_smoothing: float = 0.0
-    """Share of the labels taken for wrong, from 0 to below 0.5."""
-    max_prompt_length: int = MAX_PROMPT_LENGTH
-    """As for dpo."""
-    truncation_mode: TruncationMode = "keep_start"
-    """As for dpo."""
+    nll_scale: float = number(1.0, at_least=0)
+    """Weight of the chosen response's negative log-likelihood per token: TRL's cpo_alpha."""
+    label_smoothing: float = number(0.0, at_least=0, below=0.5)
+    """Assumed fraction of flipped labels, from 0 to below 0.5."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SimPOConfig:
+class SimPOConfig(PromptLimits):
     """Simple preference optimization (https://arxiv.org/abs/2405.14734). All keys are ours."""
 
-    beta: float = 2.0
-    """Scale of the difference of the responses' mean log-probabilities a token."""
-    gamma: float = 0.5
+    beta: float = number(2.0, above=0)
+    """Scale of the difference of the responses' mean log-probabilities per token."""
+    gamma: float = number(0.5, at_least=0)
     """Target margin between the rewards (TRL's simpo_gamma): the paper's gamma / beta ratio times beta."""
-    nll_scale: float = 0.0
-    """Weight of the chosen response's negative log-likelihood a token (fairseq2)."""
-    label_smoothing: float = 0.0
-    """Share of the labels taken for wrong, from 0 to below 0.5."""
-    max_prompt_length: int = MAX_PROMPT_LENGTH
-    """As for dpo."""
-    truncation_mode: TruncationMode = "keep_start"
-    """As for dpo."""
+    nll_scale: float = number(0.0, at_least=0)
+    """Weight of the chosen response's negative log-likelihood per token (fairseq2)."""
+    label_smoothing: float = number(0.0, at_least=0, below=0.5)
+    """Assumed fraction of flipped labels, from 0 to below 0.5."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class KTOConfig:
+class KTOConfig(PromptLimits):
     """Kahneman-Tversky optimization (https://arxiv.org/abs/2402.01306). All keys are ours."""
 
-    beta: float = 0.1
+    beta: float = number(0.1, above=0)
     """Strength of the pull to the reference."""
-    desirable_weight: float = 1.0
+    desirable_weight: float = number(1.0, at_least=0)
     """Weight of completions whose label is true."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: float = number(1.0, at_least=0)
     """Weight of completions whose label is false."""
-    max_prompt_length: int = MAX_PROMPT_LENGTH
-    """As for dpo."""
     precompute_ref_log_probs: bool = True
     """As for dpo."""
-    truncation_mode: TruncationMode = "keep_start"
-    """As for dpo."""
+
+    def faults(self) -> Iterator[Fault]:
+        if self.desirable_weight == self.undesirable_weight == 0:
+            rule = "must be above 0 where undesirable_weight is 0: nothing would be trained"
+            yield Fault("desirable_weight", rule, 0.0, involves=("undesirable_weight",))
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig:
+class SFTConfig(PromptLimits):
     """Supervised fine-tuning, on responses alone unless told otherwise."""
 
     packing: bool = False
     """Lay several records into a row, each attending to itself alone; False pads every row."""
     train_on_prompt: bool = False
     """(ours) Train on the prompt's tokens too, from the second on (torchtune's train_on_input)."""
-    max_prompt_length: int = MAX_PROMPT_LENGTH
-    """(ours) As for dpo."""
-    truncation_mode: TruncationMode = "keep_start"
-    """(ours) As for dpo."""
 
 
 ObjectiveConfig = DPOConfig | ORPOConfig | CPOConfig | SimPOConfig | KTOConfig | SFTConfig
@@ -185,7 +203,7 @@ ObjectiveConfig = DPOConfig | ORPOConfig | CPOConfig | SimPOConfig | KTOConfig |
 class PEFTConfig:
     """LoRA adapters (https://arxiv.org/abs/2106.09685) instead of training every weight."""
 
-    lora_rank: int = 16
+    lora_rank: int = number(16, at_least=1)
     """Rank of the adapters."""
     lora_alpha: float = 32
     """Adapters are scaled by lora_alpha / lora_rank."""
@@ -209,20 +227,25 @@ class PEFTConfig:
     """Save the adapters' shards as one."""
 
 
+def _row(loss: str, examples: Examples = "pair") -> dict[str, Any]:
+    """An objective's row: where its loss is in the room ``losses``, and what its examples are."""
+    return {"loss": loss, "examples": examples}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelAlignmentStrategyConfig:
     """The objective: exactly one of dpo, orpo, cpo, simpo, kto and sft."""
 
-    dpo: DPOConfig | None = None
-    orpo: ORPOConfig | None = None
-    cpo: CPOConfig | None = None
-    simpo: SimPOConfig | None = None
-    kto: KTOConfig | None = None
-    sft: SFTConfig | None = None
+    dpo: DPOConfig | None = field(default=None, metadata=_row("dpo.DPOLoss"))
+    orpo: ORPOConfig | None = field(default=None, metadata=_row("orpo.ORPOLoss"))
+    cpo: CPOConfig | None = field(default=None, metadata=_row("cpo.CPOLoss"))
+    simpo: SimPOConfig | None = field(default=None, metadata=_row("cpo.SimPOLoss"))
+    kto: KTOConfig | None = field(default=None, metadata=_row("kto.KTOLoss", "unpaired"))
+    sft: SFTConfig | None = field(default=None, metadata=_row("sft.SFTLoss", "response"))
     peft: PEFTConfig | None = None
     loss: str | None = None
-    """(ours) Loss of one's own as a dotted path, module.name, called as (policy, reference), in the place
-    of the objective's own; the objective still says what the data are."""
+    """(ours) Custom loss as a dotted path, module.name, called as (policy, reference) instead of the
+    objective's own; the objective still says what the data are."""
     loss_settings: Mapping[str, Any] | None = None
     """(ours) Keyword settings that ``loss`` is made with."""
     reference_model: str | None = field(default=None, metadata=PATH)
@@ -231,7 +254,7 @@ class ModelAlignmentStrategyConfig:
     """(ours) Number format that the reference computes in; null: that of the policy."""
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> str:
         """The one that is set. Raises ValueError where none or several are (check() reports that)."""
         chosen = [name for name in OBJECTIVES if getattr(self, name) is not None]
         if len(chosen) != 1:
@@ -246,10 +269,15 @@ class ModelAlignmentStrategyConfig:
         return settings
 
     @property
+    def examples(self) -> Examples:
+        """What the examples of ``objective`` are."""
+        found: Examples = OBJECTIVES[self.objective]["examples"]
+        return found
+
+    @property
     def precompute_ref_log_probs(self) -> bool:
         """Whether a reference is asked before training; so where the objective's own loss has none."""
-        settings = self.active
-        return not isinstance(settings, DPOConfig | KTOConfig) or settings.precompute_ref_log_probs
+        return getattr(self.active, "precompute_ref_log_probs", True)
 
     @property
     def max_prompt_length(self) -> int:
@@ -258,3 +286,17 @@ class ModelAlignmentStrategyConfig:
     @property
     def truncation_mode(self) -> TruncationMode:
         return self.active.truncation_mode
+
+    def faults(self) -> Iterator[Fault]:
+        """What is wrong with a custom loss, as far as can be told without importing it."""
+        if self.loss is None and self.loss_settings:
+            rule = "must not be set without model_alignment_strategy.loss"
+            yield Fault("loss_settings", rule, dict(self.loss_settings))
+        elif self.loss is not None and not is_dotted(self.loss):
+            yield Fault("loss", "must be a dotted path, module.name", self.loss)
+
+
+OBJECTIVES: dict[str, Mapping[str, Any]] = {
+    f.name: f.metadata for f in dataclasses.fields(ModelAlignmentStrategyConfig) if "loss" in f.metadata
+}
+"""Objective -> its row."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nxdt_align.config.engines import (
     Engine,
-    engine_faults,
     find_engine_faults,
     neuron_available,
     notices,
@@ -20,33 +20,44 @@ from nxdt_align.config.rules import NOTICES, RULES
 from nxdt_align.config.schema import Config
 
 __all__ = [
+    "CheckedConfig",
     "ConfigError",
     "Fault",
-    "check",
     "check_notices",
-    "engine_faults",
+    "checked",
     "find_faults",
     "load_checked",
-    "neuron_available",
-    "notices",
-    "resolve_engine",
     "with_check",
 ]
 
 
-def check(config: Config, world_size: int | None = None, engine: Engine | None = None) -> list[str]:
-    """Notices on ``config``: what the user may want to know, none of them a fault.
+@dataclass(frozen=True)
+class CheckedConfig:
+    """A configuration without a fault on this machine: made once per process, and handed down."""
+
+    config: Config
+    engine: Engine
+    """The engine that runs it here."""
+    notices: Sequence[str]
+    """What the user may want to know, none of it a fault."""
+    engine_notices: Sequence[str]
+    """Keys that have no effect on this engine."""
+
+
+def checked(config: Config, world_size: int | None = None, faults: Sequence[Fault] = ()) -> CheckedConfig:
+    """Hold ``config`` to every rule and to the limits of the engine that runs it on this machine.
 
     Args:
         world_size: processes that run, which must be as many as the configuration asks for.
-        engine: the engine that is to run it, whose limits then count too.
+        faults: what reading it has found already.
 
     Raises ConfigError with every fault.
     """
-    faults = find_faults(config, world_size, engine)
-    if faults:
-        raise ConfigError(faults, config.source)
-    return check_notices(config)
+    engine = resolve_engine(config, neuron_available())
+    found = with_check(config, faults, world_size, engine)
+    if found:
+        raise ConfigError(found, config.source)
+    return CheckedConfig(config, engine, check_notices(config), notices(config, engine))
 
 
 def check_notices(config: Config) -> list[str]:
@@ -59,18 +70,10 @@ def load_checked(
     overrides: Sequence[str] = (),
     config_dir: Path | None = None,
     world_size: int | None = None,
-) -> tuple[Config, list[str]]:
-    """``load_config`` and ``check`` in one, so that the faults of both come in one ConfigError.
-
-    Returns the configuration and check's notices. The configuration is held to the limits of the
-    engine that would run it on this machine.
-    """
+) -> CheckedConfig:
+    """``load_config`` and ``checked`` in one, so that the faults of both come in one ConfigError."""
     config, faults = read_config(config_name_or_path, overrides, config_dir)
-    engine = resolve_engine(config, neuron_available())
-    faults = with_check(config, faults, world_size, engine)
-    if faults:
-        raise ConfigError(faults, config.source)
-    return config, check(config, world_size, engine)
+    return checked(config, world_size, faults)
 
 
 def with_check(
@@ -81,7 +84,7 @@ def with_check(
 
 
 def find_faults(config: Config, world_size: int | None = None, engine: Engine | None = None) -> list[Fault]:
-    """Every fault of ``config``, see ``check``."""
+    """Every fault of ``config``, see ``checked``; without an engine's limits where none is named."""
     found = [fault for rule in RULES for fault in rule(config)]
     if world_size is not None and config.world_size > 0 and world_size != config.world_size:
         found.append(_wrong_world(config, world_size))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from nxdt_align.config.elsewhere import loss_type_advice
+from nxdt_align.config.aliases import loss_type_advice
 from nxdt_align.config.faults import Fault, nearest, show
 from nxdt_align.config.keys import alternatives, hints_of, key_fields, nearest_key, section_type, type_name
 from nxdt_align.config.megatron import megatron_key

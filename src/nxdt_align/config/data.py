@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nxdt_align.config.fields import PATH, reads_as
+from nxdt_align.config.fields import PATH, number, reads_as
 
 Packing = Literal["none", "packed", "shared_prompt"]
 Attention = Literal["auto", "dense", "blocks", "flex"]
@@ -39,14 +39,14 @@ class DataConfig:
     Hub; a list of {path, weight} is a mixture. Required."""
     val_dir: str | tuple[DataSource, ...] | None = field(default=None, metadata=PATH)
     """Validation data, as train_dir; null for none."""
-    dev_choose_samples: int | None = None
+    dev_choose_samples: int | None = number(None, at_least=1)
     """Take the first so many records of each file; null for all."""
-    seq_length: int = 4096
+    seq_length: int = number(4096, at_least=2)
     """Most tokens of an example: prompt and response. Where it is not given, model.encoder_seq_length
     if that is."""
-    micro_batch_size: int = 1
+    micro_batch_size: int = number(1, at_least=1)
     """Pairs (with packing none) or rows (else) that a rank computes at once."""
-    global_batch_size: int = 8
+    global_batch_size: int = number(8, at_least=1)
     """Pairs of an optimizer step, over all ranks; for sft and kto, responses."""
     packing: Packing | None = field(default=None, metadata=reads_as(true="packed", false="none"))
     """(ours) Layout of examples in rows. none: a row a response, padded; packed: several responses a
@@ -67,6 +67,6 @@ class DataConfig:
     """(ours) error: stop with a report of all bad records; drop: leave them out and log the report."""
     cache_dir: str | None = field(default=None, metadata=PATH)
     """(ours) Folder of tokens and reference log-probabilities; null: cache in the experiments' folder."""
-    num_workers: int = 0
+    num_workers: int = number(0, at_least=0)
     """Processes that prepare batches; 0: the training process itself. The order is the same."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

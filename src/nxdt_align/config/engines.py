@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from nxdt_align.config.faults import ConfigError, Fault
+from nxdt_align.config.faults import Fault
 from nxdt_align.config.megatron import megatron_key
 from nxdt_align.config.rules import lookup
 from nxdt_align.config.schema import Config
@@ -88,7 +88,7 @@ _NXDS_VALIDATION_STOPS = (
     "leave it out: neuronx-distributed's schedule without gradients goes through each rank's first share of "
     "the layers alone, so that there would be no validation and no reference pass"
 )
-_NOT_YET = "engine {engine} cannot do otherwise in this version"
+_NOT_YET = "engine {engine} does not support it yet"
 
 LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
     "native": {
@@ -155,13 +155,6 @@ def _nxd_faults(config: Config) -> Iterator[Fault]:
             )
             advice = "precision.master_weights=True gives it fp32 weights and gradients"
             yield Fault(f"precision.{key}", rule, True, advice, ("precision.master_weights",))
-
-
-def engine_faults(config: Config, engine: Engine) -> None:
-    """Raise ConfigError with everything of ``config`` that ``engine`` cannot do in this version."""
-    faults = find_engine_faults(config, engine)
-    if faults:
-        raise ConfigError(faults, config.source)
 
 
 # Keys that are read but change nothing.

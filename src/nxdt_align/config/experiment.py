@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nxdt_align.config.fields import PATH
+from nxdt_align.config.fields import PATH, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,11 @@ class CheckpointCallbackConfig:
     """Metric that ranks checkpoints. NeMo's default is val_loss; NxDT's YAMLs have step."""
     mode: str = "max"
     """Whether the largest (max) or smallest (min) value of monitor is best."""
-    save_top_k: int = 1
+    save_top_k: int = number(1, at_least=-1)
     """Checkpoints that are kept; -1 for all."""
     save_last: bool = False
     """Write one more at the end, whose name ends in -last."""
-    every_n_train_steps: int | None = None
+    every_n_train_steps: int | None = number(None, at_least=0)
     """Steps between two checkpoints."""
     every_n_epochs: int | None = 1
     """Epochs between two checkpoints; without effect where every_n_train_steps is set."""

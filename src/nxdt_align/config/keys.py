@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from nxdt_align.config.elsewhere import KEYS_ELSEWHERE
+from nxdt_align.config.aliases import OTHER_NAMES
 from nxdt_align.config.faults import nearest, show
 from nxdt_align.config.megatron import MEGATRON_KEYS
 from nxdt_align.config.schema import Config
@@ -81,7 +81,7 @@ def nearest_key(path: str) -> str | None:
     similar path."""
     section, _, name = path.rpartition(".")
     known = list(all_keys())
-    here = f"{section}.{KEYS_ELSEWHERE.get(name, '')}"
+    here = f"{section}.{OTHER_NAMES.get(name, '')}"
     if here in known:
         return here
     same_name = [other for other in known if other.rpartition(".")[2] == name]
@@ -162,10 +162,11 @@ def _resolved_hints(section: type) -> dict[str, Any]:
 
 @cache
 def field_docstrings(section: type) -> dict[str, str]:
-    """Field name -> the string below it in the source, on one line."""
+    """Field name -> the string below it in the source, on one line, those of the bases included."""
+    inherited = [field_docstrings(base) for base in section.__bases__ if dataclasses.is_dataclass(base)]
+    found = {name: text for base in inherited for name, text in base.items()}
     tree = ast.parse(textwrap.dedent(inspect.getsource(section)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    found: dict[str, str] = {}
     for statement, follower in itertools.pairwise(body):
         if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
             continue

@@ -32,7 +32,7 @@ def load_config(
     Args:
         config_name_or_path: name in ``config_dir``, with or without .yaml, or a path to a file.
         overrides: ``key=value`` for any known key, ``+key=value``, ``++key=value`` or ``~key``.
-        config_dir: where names are looked up; None: conf in the current folder, then the checkout's.
+        config_dir: where names are looked up; None: conf in the current folder, then the package's.
 
     Raises UserError for a YAML or an override that cannot be read, and ConfigError (one of them)
     with every unknown key and every value of a wrong type.
@@ -58,9 +58,9 @@ def read_config(
 
 
 def default_config_dirs() -> list[Path]:
-    """Where a name is looked up: conf in the current folder, then that of the checkout."""
-    checkout = Path(__file__).resolve().parents[3] / "conf"
-    return list(dict.fromkeys([Path.cwd() / "conf", checkout]))
+    """Where a name is looked up: conf in the current folder, then the package's own."""
+    own = Path(__file__).resolve().parents[1] / "conf"
+    return list(dict.fromkeys([(Path.cwd() / "conf").resolve(), own]))
 
 
 def find_config(name: str, config_dir: Path | None = None) -> Path:

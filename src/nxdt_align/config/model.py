@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nxdt_align.config.fields import OPEN, PATH
+from nxdt_align.config.fields import OPEN, PATH, number
 from nxdt_align.config.optim import accepted_optimizer_settings, accepted_scheduler_settings
 
 
@@ -45,8 +45,9 @@ class OptimConfig:
 
     name: str = "adamw"
     """An optimizer of NeMo (adamw, sgd, adam, adadelta, adamax, adagrad, rmsprop, rprop, novograd,
-    adafactor, adan) or adamw_fp32OptState, AdamW with its state in fp32."""
-    lr: float = 5.0e-7
+    adafactor, adan), adamw_fp32OptState (AdamW with its state in fp32), or a class of your own as a dotted
+    path, module.name."""
+    lr: float = number(5.0e-7, at_least=0)
     """Learning rate, at the schedule's peak."""
     sched: SchedConfig | None = None
     params: Mapping[str, Any] = field(default_factory=dict, metadata=OPEN)
@@ -65,16 +66,16 @@ class ModelConfig:
     model_config: str | None = field(default=None, metadata=PATH)
     """Hugging Face config.json, or a folder that has one; null: that of
     exp_manager.resume_from_checkpoint."""
-    encoder_seq_length: int | None = None
+    encoder_seq_length: int | None = number(None, at_least=2)
     """Longest sequence of the model, at least data.seq_length (spelled encoder_seq_len in NxDT's
     tutorial, which is taken too); null: data.seq_length."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = number(None, at_least=1)
     """Overrides that of config.json."""
-    num_layers: int | None = None
+    num_layers: int | None = number(None, at_least=1)
     """Overrides num_hidden_layers of config.json."""
-    hidden_size: int | None = None
+    hidden_size: int | None = number(None, at_least=1)
     """Overrides that of config.json."""
-    rope_theta: float | None = None
+    rope_theta: float | None = number(None, above=0)
     """Overrides the rotary embedding's base of config.json."""
     weight_init_only: bool = True
     """Take from exp_manager.resume_from_checkpoint the weights alone, not the optimizer's state."""

@@ -35,6 +35,9 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
 }
 """Optimizer -> settings beside lr."""
 
+BETAS = {"adan": 3}
+"""Optimizer -> values of ``betas``, where they are not two."""
+
 _WARMUP = ("warmup_steps", "warmup_ratio", "max_steps", "min_lr")
 _CONSTANT = ("constant_steps", "constant_ratio", "max_steps", "min_lr")
 _HOLD = ("hold_steps", "hold_ratio", *_WARMUP)
@@ -60,8 +63,12 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
         *("scale_mode", "cycle_momentum", "base_momentum", "max_momentum"),
     ),
 }
-"""Schedule -> settings. ReduceLROnPlateau is left out: it waits for a metric at the end of an epoch,
-which a run counted in steps does not have."""
+"""Schedule -> settings."""
+
+REFUSED_SCHEDULERS = {
+    "ReduceLROnPlateau": "it waits for a metric at the end of each epoch, which a run in steps does not have"
+}
+"""Schedules of NeMo's that no run can have -> why."""
 
 REQUIRED_SCHEDULER_SETTINGS: dict[str, tuple[str, ...]] = {
     "NoamAnnealing": ("d_model",),

@@ -5,17 +5,18 @@ Each rule yields its faults; ``RULES`` and ``NOTICES`` list them all.
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.faults import Fault, did_you_mean
+from nxdt_align.config.fields import is_dotted, section_faults
 from nxdt_align.config.objectives import NOTICES as OBJECTIVE_NOTICES
-from nxdt_align.config.objectives import RULES as OBJECTIVE_RULES
 from nxdt_align.config.optim import (
+    BETAS,
     OPTIMIZERS,
+    REFUSED_SCHEDULERS,
     REQUIRED_SCHEDULER_SETTINGS,
     SCHEDULERS,
     known_optimizer_settings,
@@ -27,60 +28,8 @@ from nxdt_align.config.schema import Config
 Rule = Callable[[Config], Iterator[Fault]]
 
 _DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
-_AT_LEAST, _ABOVE = "at least", "above"
 _STRATEGY = "distributed_strategy"
 _ALIGN = "model_alignment_strategy"
-_SMOOTHING = tuple(f"{_ALIGN}.{name}.label_smoothing" for name in ("dpo", "cpo", "simpo"))
-
-RANGES: dict[str, tuple[str, float]] = {
-    "seed": (_AT_LEAST, 0),
-    "trainer.devices": (_AT_LEAST, 1),
-    "trainer.num_nodes": (_AT_LEAST, 1),
-    "trainer.log_every_n_steps": (_AT_LEAST, 1),
-    "trainer.max_steps": (_AT_LEAST, -1),
-    "trainer.max_epochs": (_AT_LEAST, -1),
-    "trainer.val_check_interval": (_ABOVE, 0),
-    "trainer.check_val_every_n_epoch": (_AT_LEAST, 1),
-    "trainer.limit_train_batches": (_ABOVE, 0),
-    "trainer.limit_val_batches": (_AT_LEAST, 0),
-    "trainer.gradient_clip_val": (_AT_LEAST, 0),
-    "exp_manager.checkpoint_callback_params.every_n_train_steps": (_AT_LEAST, 0),
-    "exp_manager.checkpoint_callback_params.save_top_k": (_AT_LEAST, -1),
-    f"{_STRATEGY}.tensor_model_parallel_size": (_AT_LEAST, 1),
-    f"{_STRATEGY}.pipeline_model_parallel_size": (_AT_LEAST, 1),
-    f"{_STRATEGY}.virtual_pipeline_model_parallel_size": (_AT_LEAST, 1),
-    f"{_STRATEGY}.context_parallel_size": (_AT_LEAST, 1),
-    f"{_STRATEGY}.kv_replicator": (_AT_LEAST, 1),
-    f"{_STRATEGY}.timeout_minutes": (_ABOVE, 0),
-    "data.seq_length": (_AT_LEAST, 2),
-    "data.micro_batch_size": (_AT_LEAST, 1),
-    "data.global_batch_size": (_AT_LEAST, 1),
-    "data.dev_choose_samples": (_AT_LEAST, 1),
-    "data.num_workers": (_AT_LEAST, 0),
-    "model.encoder_seq_length": (_AT_LEAST, 2),
-    "trainer.sequential_move_factor": (_AT_LEAST, 1),
-    "model.max_position_embeddings": (_AT_LEAST, 1),
-    "model.num_layers": (_AT_LEAST, 1),
-    "model.hidden_size": (_AT_LEAST, 1),
-    "model.rope_theta": (_ABOVE, 0),
-    "model.optim.lr": (_AT_LEAST, 0),
-    f"{_ALIGN}.dpo.kl_beta": (_ABOVE, 0),
-    f"{_ALIGN}.dpo.gamma": (_ABOVE, 0),
-    f"{_ALIGN}.dpo.discopop_tau": (_ABOVE, 0),
-    f"{_ALIGN}.dpo.ld_alpha": (_AT_LEAST, 0),
-    f"{_ALIGN}.orpo.beta": (_ABOVE, 0),
-    f"{_ALIGN}.cpo.beta": (_ABOVE, 0),
-    f"{_ALIGN}.simpo.beta": (_ABOVE, 0),
-    f"{_ALIGN}.kto.beta": (_ABOVE, 0),
-    f"{_ALIGN}.kto.desirable_weight": (_AT_LEAST, 0),
-    f"{_ALIGN}.kto.undesirable_weight": (_AT_LEAST, 0),
-    f"{_ALIGN}.simpo.gamma": (_AT_LEAST, 0),
-    **{f"{_ALIGN}.{name}.max_prompt_length": (_AT_LEAST, 1) for name in OBJECTIVES},
-    **{f"{_ALIGN}.{name}.nll_scale": (_AT_LEAST, 0) for name in ("dpo", "orpo", "cpo", "simpo")},
-    **dict.fromkeys(_SMOOTHING, (_AT_LEAST, 0)),
-    f"{_ALIGN}.peft.lora_rank": (_AT_LEAST, 1),
-}
-"""Path -> lower bound."""
 
 _CALLBACK = "exp_manager.checkpoint_callback_params"
 _NO_ARCHIVE = "no .nemo archive is written here; exp_manager.export_hf writes a Hugging Face folder"
@@ -106,21 +55,9 @@ def lookup(config: Config, path: str) -> Any:
     return value
 
 
-def ranges(config: Config) -> Iterator[Fault]:
-    for path, (kind, bound) in RANGES.items():
-        value = lookup(config, path)
-        keeps = operator.ge if kind == _AT_LEAST else operator.gt
-        if value is not None and not keeps(value, bound):
-            yield Fault(path, f"must be {kind} {bound:g}", value)
-    if config.seed >= 2**32:
-        yield Fault("seed", "must be below 4294967296", config.seed)
-    for path in _SMOOTHING:
-        smoothing = lookup(config, path)
-        if smoothing is not None and smoothing >= 0.5:
-            yield Fault(path, "must be below 0.5", smoothing)
-    ld_alpha = lookup(config, f"{_ALIGN}.dpo.ld_alpha")
-    if ld_alpha is not None and ld_alpha > 1:
-        yield Fault(f"{_ALIGN}.dpo.ld_alpha", "must be at most 1", ld_alpha)
+def values(config: Config) -> Iterator[Fault]:
+    """Every section's bounds, and the rules that it states of itself."""
+    yield from section_faults(config, "")
     lnc = config.trainer.lnc
     if lnc not in (None, 1, 2):
         yield Fault("trainer.lnc", "must be 1 or 2", lnc)
@@ -152,7 +89,8 @@ def objective(config: Config) -> Iterator[Fault]:
             if chosen
             else f"e.g. {_ALIGN}.dpo: {{}} for DPO with its defaults"
         )
-        names = f"{', '.join(OBJECTIVES[:-1])} and {OBJECTIVES[-1]}"
+        *others, last = OBJECTIVES
+        names = f"{', '.join(others)} and {last}"
         yield Fault(_ALIGN, f"must have exactly one of {names}, but {found}", advice=advice)
 
 
@@ -248,10 +186,23 @@ def trainer(config: Config) -> Iterator[Fault]:
 
 def optimizer(config: Config) -> Iterator[Fault]:
     optim = config.model.optim
+    if is_dotted(optim.name):
+        return  # the user's own class, which is imported at training, says what it takes
     if optim.name not in OPTIMIZERS:
-        advice = f"{did_you_mean(optim.name, OPTIMIZERS)} There are: {', '.join(OPTIMIZERS)}".strip()
+        there = f"There are: {', '.join(OPTIMIZERS)}, or a class of your own, module.name"
+        advice = f"{did_you_mean(optim.name, OPTIMIZERS)} {there}".strip()
         yield Fault("model.optim.name", "must be a known optimizer", optim.name, advice)
     yield from _unknown_settings("model.optim", optim.params, known_optimizer_settings())
+    betas, wanted = optim.params.get("betas"), BETAS.get(optim.name, 2)
+    if "betas" in OPTIMIZERS.get(optim.name, ()) and isinstance(betas, list | tuple) and len(betas) != wanted:
+        advice = "leave it out for the optimizer's own, with the override ~model.optim.betas"
+        yield Fault(
+            "model.optim.betas",
+            f"must have {wanted} values for {optim.name}",
+            betas,
+            advice,
+            ("model.optim.name",),
+        )
 
 
 def scheduler(config: Config) -> Iterator[Fault]:
@@ -262,6 +213,9 @@ def scheduler(config: Config) -> Iterator[Fault]:
     if sched.name in OPTIMIZERS:
         advice = f"set model.optim.name: {sched.name}, and here one of {', '.join(SCHEDULERS)}"
         yield Fault(path, "must be a schedule; this is an optimizer", sched.name, advice)
+    elif sched.name in REFUSED_SCHEDULERS:
+        advice = f"{REFUSED_SCHEDULERS[sched.name]}. There are: {', '.join(SCHEDULERS)}"
+        yield Fault(path, "must be another schedule", sched.name, advice)
     elif sched.name not in SCHEDULERS:
         advice = f"{did_you_mean(sched.name, SCHEDULERS)} There are: {', '.join(SCHEDULERS)}".strip()
         yield Fault(path, "must be a known schedule", sched.name, advice)
@@ -282,9 +236,16 @@ def _unknown_settings(section: str, params: Any, known: frozenset[str]) -> Itera
             yield Fault(f"{section}.{key}", rule, value, did_you_mean(key, known))
 
 
+def own_parts(config: Config) -> Iterator[Fault]:
+    """Whether they can be imported is seen at training."""
+    for part in config.trainer.callbacks or ():
+        if not is_dotted(part.path):
+            yield Fault("trainer.callbacks", "must be dotted paths, module.name", part.path)
+
+
 RULES: tuple[Rule, ...] = (
-    *(ranges, fixed, required, objective, *OBJECTIVE_RULES, model_source, parallel_sizes, pipeline),
-    *(lengths, trainer, optimizer, scheduler),
+    *(values, fixed, required, objective, model_source, parallel_sizes, pipeline),
+    *(lengths, trainer, optimizer, scheduler, own_parts),
 )
 
 

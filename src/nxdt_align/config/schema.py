@@ -8,13 +8,13 @@ the default.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from nxdt_align.config.alignment import (
     DPOConfig,
     ModelAlignmentStrategyConfig,
-    Objective,
     ORPOConfig,
     PEFTConfig,
     SFTConfig,
@@ -22,7 +22,7 @@ from nxdt_align.config.alignment import (
 )
 from nxdt_align.config.data import DataConfig, DataSource, Packing, TokenizerConfig
 from nxdt_align.config.experiment import CheckpointCallbackConfig, ExpManagerConfig
-from nxdt_align.config.fields import INTERNAL, PATH
+from nxdt_align.config.fields import INTERNAL, PATH, number
 from nxdt_align.config.model import FusionsConfig, ModelConfig, OptimConfig, SchedConfig
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "ModelAlignmentStrategyConfig",
     "ModelConfig",
     "ORPOConfig",
-    "Objective",
     "OptimConfig",
     "PEFTConfig",
     "Packing",
@@ -65,43 +64,53 @@ PrecisionType = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
+class OwnPart:
+    """A class of the user's own."""
+
+    path: str = ""
+    """Dotted path, module.name; modules of the current folder are found first."""
+    settings: Mapping[str, Any] | None = None
+    """Keyword settings that it is made with."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Lightning's Trainer: devices, length of the run, validation."""
 
     accelerator: Accelerator = "auto"
     """(ours) Device to run on. auto: Neuron where its packages are, else CUDA where there is a device,
     else the CPU. xla: torch_xla's CPU device, in one process."""
-    devices: int = 1
+    devices: int = number(1, at_least=1)
     """Processes on each node, one a device: a trn1.32xlarge has 32 NeuronCores."""
-    num_nodes: int = 1
+    num_nodes: int = number(1, at_least=1)
     """Nodes. train.sh sets it from Slurm or MPI."""
     lnc: int | None = None
     """Physical NeuronCores to a logical one: 1 or 2 (trn2)."""
-    sequential_move_factor: int = 11
+    sequential_move_factor: int = number(11, at_least=1)
     """Ranks of a node that read their start weights and put them on the device at the same time, where there
     is a pipeline (engine nxd)."""
-    max_epochs: int = -1
+    max_epochs: int = number(-1, at_least=-1)
     """Epochs after which training ends; -1 for no limit."""
-    max_steps: int = -1
+    max_steps: int = number(-1, at_least=-1)
     """Optimizer steps after which training ends; -1 for no limit. TRAIN_ITERS overrides it."""
     max_time: str | None = None
     """Wall-clock time after which training ends, as DD:HH:MM:SS."""
-    log_every_n_steps: int = 1
+    log_every_n_steps: int = number(1, at_least=1)
     """Steps between two entries in the log. NxDT's YAMLs have 1 or 10."""
-    val_check_interval: int | float = 1.0
+    val_check_interval: int | float = number(1.0, above=0)
     """Validate after so many training steps (an integer), or after this share of an epoch (a float)."""
-    check_val_every_n_epoch: int | None = 1
+    check_val_every_n_epoch: int | None = number(1, at_least=1)
     """Validate every so many epochs; null: val_check_interval counts steps across epochs."""
     num_sanity_val_steps: int = 0
     """Validation batches to run before training starts."""
-    limit_train_batches: int | float = 1.0
+    limit_train_batches: int | float = number(1.0, above=0)
     """Training batches of an epoch that are used: a number (an integer) or a share (a float)."""
-    limit_val_batches: int | float = 1.0
+    limit_val_batches: int | float = number(1.0, at_least=0)
     """Validation batches that are used: a number (an integer) or a share (a float); 0 switches
     validation off."""
     limit_test_batches: int | float = 1.0
     """As limit_val_batches, for a test run; there is none here."""
-    gradient_clip_val: float | None = None
+    gradient_clip_val: float | None = number(None, at_least=0)
     """Largest global L2 norm of the gradients; null for no clipping."""
     gradient_clip_algorithm: Literal["norm"] = "norm"
     """How gradients are clipped."""
@@ -109,6 +118,9 @@ class TrainerConfig:
     """Must be 1: accumulation follows from data.global_batch_size and data.micro_batch_size."""
     enable_progress_bar: bool = True
     """Show a progress bar."""
+    callbacks: tuple[OwnPart, ...] | None = None
+    """(ours) Lightning callbacks of your own: a list of dotted paths, or of {path, settings}. They are
+    imported at training and called after this package's own."""
     logger: bool | None = None
     """Lightning's own logger; exp_manager makes the loggers instead."""
     enable_checkpointing: bool | None = None
@@ -124,13 +136,13 @@ class DistributedStrategyConfig:
     engine: Literal["auto", "nxd", "native"] = "auto"
     """(ours) Code that spreads the model. nxd: neuronx-distributed on trn1; native: PyTorch's own
     parallelism (CPU, CUDA); auto: nxd where the real Neuron packages are, else native."""
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = number(1, at_least=1)
     """Devices that share each layer's matrices."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = number(1, at_least=1)
     """Devices in a row that hold a share of the layers each."""
-    virtual_pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = number(1, at_least=1)
     """Shares of the layers that each pipeline device holds (interleaved schedule)."""
-    context_parallel_size: int = 1
+    context_parallel_size: int = number(1, at_least=1)
     """Devices that share a sequence's tokens; above 1, model.fusions.ring_attention must be True."""
     expert_model_parallel_size: int = 1
     """Devices that share a layer's experts; the models here have none."""
@@ -144,9 +156,9 @@ class DistributedStrategyConfig:
     (FSDP2)."""
     sequence_parallel: bool = False
     """Shard activations along the sequence over the tensor-parallel ranks."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: float = number(30.0, above=0)
     """(ours) How long a process waits for the others before it gives up, as when one of them hangs."""
-    kv_replicator: int = 1
+    kv_replicator: int = number(1, at_least=1)
     """Copies of each key and value head, for more tensor-parallel ranks than such heads."""
 
 
@@ -183,7 +195,7 @@ class Config:
     """Name of the experiment; exp_manager.name goes before it as the folder's name."""
     model_source: Literal["hf", "megatron"] = "hf"
     """Where the model's code is from. Only hf (a config.json of Hugging Face) is supported."""
-    seed: int = 1234
+    seed: int = number(1234, at_least=0, below=2**32)
     """Seed of the data's order, dropout and fresh weights."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)

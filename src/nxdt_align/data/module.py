@@ -18,7 +18,7 @@ from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.plan_report import PlanReport
-from nxdt_align.data.records import DataError, Kind, RecordSet, Source, load_records
+from nxdt_align.data.records import DataError, RecordSet, Source, load_records
 from nxdt_align.data.sampler import StepSampler
 from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset, look_up_reference
 from nxdt_align.data.tokenize import Tokenization, WholeSequences, tokenize_records
@@ -31,8 +31,6 @@ _PART_OF_A_PROMPT = {"system", "instruction", "input", "context", "history", "to
 """Columns that, where they are not read, are probably missed."""
 Split = Literal["train", "val"]
 DEFAULT_LAYOUT: Layout = "shared_prompt"
-RECORD_KIND: dict[str, Kind] = {"sft": "response", "kto": "unpaired"}
-"""Objective -> what its records are, where they are no pairs."""
 
 
 def _identity(item: list[Batch]) -> list[Batch]:
@@ -126,7 +124,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         try:
             found = load_records(
                 sources,
-                RECORD_KIND.get(strategy.objective, "pair"),
+                strategy.examples,
                 format=data.format,
                 columns=data.columns,
                 on_bad_record=data.on_bad_record,

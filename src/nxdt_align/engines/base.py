@@ -238,6 +238,10 @@ class Engine(ABC):
         action()
 
     @abstractmethod
+    def read_extra(self, directory: Path) -> dict[str, Any]:
+        """``extra`` of ``save``'s folder, without its weights. Raises CheckpointError, on every rank."""
+
+    @abstractmethod
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         """Fill policy and optimizer from ``save``'s folder and return ``extra``."""
 

@@ -1,7 +1,7 @@
 """One global batch through a model that is spread over ranks: what every engine does in the same way.
 
-An engine brings a ``Runner``, which sends micro-batches through its layers wherever they are, and
-``DataRanks``, the reductions over the ranks that see other rows.
+An engine brings a ``Runner``, which sends micro-batches through its layers wherever they are, and the
+``Group`` of the ranks that see other rows of the global batch (``ranks`` below).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nxdt_align.batch import Batch, Reading
 from nxdt_align.engines.base import Objective, StepOutput
+from nxdt_align.engines.ranks import Group
 
 
 class TokenLogps(NamedTuple):
@@ -55,25 +56,8 @@ class Runner(Protocol):
         ...
 
 
-class DataRanks(Protocol):
-    """The ranks that see other rows of the global batch."""
-
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over the ranks, in place."""
-        ...
-
-    def gather(self, value: Tensor) -> Tensor:
-        """(ranks, *value.shape), on every rank, in the order of the ranks."""
-        ...
-
-    @property
-    def rank(self) -> int:
-        """This process's place among them."""
-        ...
-
-
 def forward_and_backward(
-    runner: Runner, ranks: DataRanks, micro_batches: Sequence[Batch], objective: Objective
+    runner: Runner, ranks: Group, micro_batches: Sequence[Batch], objective: Objective
 ) -> StepOutput:
     """Loss and metrics of the global batch; this rank's share of the gradients is in the parameters.
 
@@ -104,7 +88,7 @@ def forward_and_backward(
 
 @torch.no_grad()
 def evaluate(
-    runner: Runner, ranks: DataRanks, micro_batches: Sequence[Batch], objective: Objective
+    runner: Runner, ranks: Group, micro_batches: Sequence[Batch], objective: Objective
 ) -> StepOutput:
     """As ``forward_and_backward``, without gradients."""
     if objective.couples_examples:
@@ -116,7 +100,7 @@ def evaluate(
 @torch.no_grad()
 def couple(
     runner: Runner,
-    ranks: DataRanks,
+    ranks: Group,
     micro_batches: Sequence[Batch],
     objective: Objective,
     *,
@@ -134,7 +118,7 @@ def couple(
     return StepOutput(loss=loss, metrics=metrics), torch.split(mine, [len(table) for table in tables])
 
 
-def total(ranks: DataRanks, shares: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> StepOutput:
+def total(ranks: Group, shares: Sequence[tuple[Tensor, dict[str, Tensor]]]) -> StepOutput:
     """Add up the micro-batches' shares, over the data-parallel ranks too, in one reduction."""
     names = sorted(shares[0][1])
     values = torch.stack([torch.stack([loss.float(), *(m[n].float() for n in names)]) for loss, m in shares])

@@ -1,12 +1,12 @@
 """Losses: pure functions of log-probabilities, and the objective that an engine runs."""
 
-from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.losses.preference import DPOLoss
-from nxdt_align.losses.reference_free import CPOLoss, ORPOLoss, SimPOLoss, log1mexp
-from nxdt_align.losses.registry import build_loss
-from nxdt_align.losses.supervised import SFTLoss
+from nxdt_align.losses.cpo import CPOLoss, SimPOLoss
+from nxdt_align.losses.dpo import DPOLoss
+from nxdt_align.losses.kto import KTOLoss
+from nxdt_align.losses.objective import GlobalMeanObjective, build_loss
+from nxdt_align.losses.orpo import ORPOLoss, log1mexp
+from nxdt_align.losses.sft import SFTLoss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
-from nxdt_align.losses.unpaired import KTOLoss
 
 __all__ = [
     "CPOLoss",

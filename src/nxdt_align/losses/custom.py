@@ -1,4 +1,4 @@
-"""A loss of one's own by dotted path, in this package's signature or in torchtune's.
+"""A custom loss by dotted path, in this package's signature or in torchtune's.
 
 Ours: ``loss(policy, reference) -> LossOutput``. torchtune's: ``forward(policy, reference) -> (losses,
 chosen_rewards, rejected_rewards)``, both arguments with ``chosen_logps`` and ``rejected_logps``, (P,).
@@ -8,27 +8,24 @@ A class is made with the keyword settings, a function gets them at each call.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from nxdt_align.errors import UserError
+from nxdt_align.config.alignment import Examples
 from nxdt_align.losses.types import Loss, LossOutput, Normaliser, ResponseLogps
+from nxdt_align.own_parts import OwnPartError, describe, find, make
 
-Data = Literal["pairs", "unpaired", "responses"]
 _PROBE_PAIRS = 2
 _PROBE_VOCABULARY = 8
 _WANTED = "it must be called as (policy, reference)"
 
 
-class CustomLossError(UserError):
-    """A loss of one's own that cannot be found or used; the message says what was found."""
+class CustomLossError(OwnPartError):
+    """A custom loss that cannot be found or used; the message says what was found."""
 
 
 class CustomLoss:
@@ -39,12 +36,12 @@ class CustomLoss:
     ``normaliser`` ("pairs" unless said).
     """
 
-    def __init__(self, function: Callable[..., Any], path: str, data: Data = "pairs") -> None:
-        paired = data != "responses"
+    def __init__(self, function: Callable[..., Any], path: str, examples: Examples = "pair") -> None:
+        paired = examples != "response"
         declared = function.func if isinstance(function, functools.partial) else function
         self._function = function
         self._path = path
-        self._data = data
+        self._examples = examples
         self.paired = paired
         self.needs_reference = bool(getattr(declared, "needs_reference", paired))
         self.needs_tokens = bool(getattr(declared, "needs_tokens", False))
@@ -64,10 +61,10 @@ class CustomLoss:
         if isinstance(self._function, nn.Module):
             self._function.to(policy.sums.device)  # its buffers
         result = self._function(policy, reference)
-        if self._data == "unpaired" and getattr(result, "chosen_rewards", result) is not None:
+        if self._examples == "unpaired" and getattr(result, "chosen_rewards", result) is not None:
             raise CustomLossError(
                 f"{self._path} must return a LossOutput without rewards for labelled completions, which are "
-                f"neither chosen nor rejected (extras take metrics), but returned {_describe(result)}"
+                f"neither chosen nor rejected (extras take metrics), but returned {describe(result)}"
             )
         if isinstance(result, LossOutput):
             return result
@@ -77,75 +74,33 @@ class CustomLoss:
             return LossOutput(losses, chosen.detach(), rejected.detach())
         raise CustomLossError(
             f"{self._path} must return a LossOutput, or (losses, chosen_rewards, rejected_rewards) as three "
-            f"tensors, but returned {_describe(result)}"
+            f"tensors, but returned {describe(result)}"
         )
 
 
-def load_loss(path: str, settings: Mapping[str, Any] | None = None, data: Data = "pairs") -> Loss:
+def load_loss(path: str, settings: Mapping[str, Any] | None = None, examples: Examples = "pair") -> Loss:
     """The loss at ``path``, made with ``settings`` and tried out on two pairs of made-up numbers.
 
-    Modules are looked up as Python does, and in the current folder. ``data`` says what an example is: a
-    pair, a labelled completion with another prompt's (unpaired), or a single response.
+    Modules are looked up as Python does, and in the current folder. ``examples``: pairs, labelled
+    completions with another prompt's beside each (unpaired), or single responses.
 
-    Raises CustomLossError where the path does not import, the settings do not fit, the callable does not
+    Raises OwnPartError where the path does not import, the settings do not fit, the callable does not
     take (policy, reference), reads logits that it does not declare, or returns something else than one
-    value an example.
+    value per example.
     """
-    found = _find(path)
+    found = find(path)
     function = _make(found, path, dict(settings or {}))
     _check_parameters(function, path)
     _check_parameters_of_its_own(function, path)
-    loss = CustomLoss(function, path, data)
+    loss = CustomLoss(function, path, examples)
     _try_out(loss, path)
     return loss
-
-
-def _find(path: str) -> Callable[..., Any]:
-    module_name, _, name = path.rpartition(".")
-    try:
-        module = _import(module_name)
-    except (Exception, SystemExit) as error:
-        # Whatever a module raises while it is imported is the user's to see, with the key that named it; a
-        # script without a guard ends by SystemExit.
-        reason = f"{type(error).__name__}: {error}"
-        raise CustomLossError(
-            f"{path}: the module {module_name} does not import ({reason}); it is looked up in "
-            f"PYTHONPATH and in {Path.cwd()}"
-        ) from error
-    found = getattr(module, name, None)
-    if found is None:
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise CustomLossError(
-            f"{path}: {module_name} has no {name}; it has {', '.join(names) or 'nothing to call'}"
-        )
-    if not callable(found):
-        raise CustomLossError(f"{path} must be a class or a function, but is {_describe(found)}")
-    return cast(Callable[..., Any], found)
-
-
-def _import(name: str) -> Any:
-    """A module, the current folder first, as ``python -m`` has it."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(here)
 
 
 def _make(found: Callable[..., Any], path: str, settings: dict[str, Any]) -> Callable[..., Any]:
     if not inspect.isclass(found):
         return functools.partial(found, **settings) if settings else found
-    try:
-        made = found(**settings)
-    except Exception as error:
-        # A loss of the user's may raise anything; what it was is in the message.
-        reason = (
-            str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
-        )
-        raise CustomLossError(
-            f"{path} cannot be made with loss_settings {settings}: {reason}; it takes {_signature(found)}"
-        ) from error
+    made = make(found, path, settings, "loss_settings")
     if not callable(made):
         raise CustomLossError(
             f"{path}: {_WANTED}, but objects of this class cannot be called; "
@@ -163,8 +118,8 @@ def _check_parameters(function: Callable[..., Any], path: str) -> None:
         signature = inspect.signature(called)
     except ValueError as error:
         raise CustomLossError(
-            f"{path}: {_WANTED}, but it is {_describe(called)}, whose arguments cannot be told; wrap it in a "
-            "function of your own"
+            f"{path}: {_WANTED}, but it is {describe(called)}, whose arguments cannot be told; "
+            "wrap it in a function of your own"
         ) from error
     try:
         signature.bind(None, None, **settings)
@@ -191,7 +146,7 @@ def _try_out(loss: CustomLoss, path: str) -> None:
     wanted = (_PROBE_PAIRS if loss.paired else 2 * _PROBE_PAIRS,)
     if tuple(output.losses.shape) != wanted:
         raise CustomLossError(
-            f"{path} must return one loss an example, shape {wanted} for {_PROBE_PAIRS} pairs, but "
+            f"{path} must return one loss per example, shape {wanted} for {_PROBE_PAIRS} pairs, but "
             f"returned shape {tuple(output.losses.shape)}"
         )
     if not output.losses.requires_grad or not _reaches(output.losses, policy):
@@ -232,16 +187,3 @@ def _check_parameters_of_its_own(function: Callable[..., Any], path: str) -> Non
             f"{path} has parameters of its own ({', '.join(names)}), which nothing would train; make them "
             "settings or buffers"
         )
-
-
-def _signature(called: Callable[..., Any]) -> str:
-    try:
-        return str(inspect.signature(called))
-    except ValueError:
-        return "arguments that cannot be told"
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, tuple):
-        return f"a tuple of {', '.join(type(item).__name__ for item in value) or 'nothing'}"
-    return f"{type(value).__name__} {value!r}"[:120]

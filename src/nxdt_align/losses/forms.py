@@ -1,13 +1,14 @@
 """The forms of a loss of pairs against a reference: ``dpo.loss_type``.
 
-Each is a pure function of a pair's scores. TRL's names; where TRL and the paper differ, the docstring
-says which is taken. All arithmetic is float32.
+Each is a pure function of a pair's scores, named as the form; ``config/dpo_forms.py`` has a row for each.
+TRL's names; where TRL and the paper differ, the docstring says which is taken. All arithmetic is float32.
 
 Legend: ``P`` pairs; h = beta * (chosen score - rejected score).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXO_LABEL_SMOOTHING = 1e-3
-"""Epsilon that the EXO paper recommends."""
+from nxdt_align.config.alignment import DPOConfig
+from nxdt_align.config.dpo_forms import FORMS
+
 _LARGEST_EXPONENT = 80.0
 
 
@@ -43,15 +45,20 @@ class PairScores:
 
 @dataclass(frozen=True)
 class FormSettings:
-    """The numbers that forms take."""
+    """The numbers that forms take: those of the section ``dpo``, and what is worked out from them."""
 
-    beta: float
-    label_smoothing: float = 0.0
-    gamma: float | None = None
-    """Scale of hinge's margin in the place of beta."""
-    discopop_tau: float = 0.05
+    dpo: DPOConfig
+    label_smoothing: float
+    """The section's, or the form's own where it is null."""
     reward_shift: Tensor | float = 0.0
     """() delta of BCO."""
+
+    @property
+    def beta(self) -> float:
+        return self.dpo.kl_beta
+
+
+FormFunction = Callable[[PairScores, FormSettings], Tensor]
 
 
 def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -68,11 +75,11 @@ def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> T
     return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
 
 
-def _sigmoid(scores: PairScores, settings: FormSettings) -> Tensor:
+def sigmoid(scores: PairScores, settings: FormSettings) -> Tensor:
     return sigmoid_loss(scores.difference, settings.beta, settings.label_smoothing)
 
 
-def _robust(scores: PairScores, settings: FormSettings) -> Tensor:
+def robust(scores: PairScores, settings: FormSettings) -> Tensor:
     """((1 - e) * -log sigmoid(h) + e * log sigmoid(-h)) / (1 - 2e): unbiased where labels are flipped
     with probability e (https://arxiv.org/abs/2403.00409)."""
     scaled, flipped = settings.beta * scores.difference, settings.label_smoothing
@@ -80,18 +87,18 @@ def _robust(scores: PairScores, settings: FormSettings) -> Tensor:
     return (clean + flipped * F.logsigmoid(-scaled)) / (1 - 2 * flipped)
 
 
-def _ipo(scores: PairScores, settings: FormSettings) -> Tensor:
+def ipo(scores: PairScores, settings: FormSettings) -> Tensor:
     """(difference - 1 / (2 beta))^2 (https://arxiv.org/abs/2310.12036, equation 17, beta its tau)."""
     return (scores.difference - 1 / (2 * settings.beta)) ** 2
 
 
-def _hinge(scores: PairScores, settings: FormSettings) -> Tensor:
+def hinge(scores: PairScores, settings: FormSettings) -> Tensor:
     """max(0, 1 - gamma * difference): RSO (https://arxiv.org/abs/2309.06657), SLiC-HF."""
-    scale = settings.beta if settings.gamma is None else settings.gamma
+    scale = settings.beta if settings.dpo.gamma is None else settings.dpo.gamma
     return torch.relu(1 - scale * scores.difference)
 
 
-def _exo_pair(scores: PairScores, settings: FormSettings) -> Tensor:
+def exo_pair(scores: PairScores, settings: FormSettings) -> Tensor:
     """KL((sigmoid(h), sigmoid(-h)) || (1 - e, e)) (https://arxiv.org/abs/2402.00856, equation 16)."""
     scaled = settings.beta * scores.difference
     truth = torch.tensor([1 - settings.label_smoothing, settings.label_smoothing], device=scaled.device).log()
@@ -99,14 +106,14 @@ def _exo_pair(scores: PairScores, settings: FormSettings) -> Tensor:
     return chosen + torch.sigmoid(-scaled) * (F.logsigmoid(-scaled) - truth[1])
 
 
-def _nca_pair(scores: PairScores, settings: FormSettings) -> Tensor:
+def nca_pair(scores: PairScores, settings: FormSettings) -> Tensor:
     """-log sigmoid(c) - (log sigmoid(-c) + log sigmoid(-r)) / 2 of the rewards c and r
     (https://arxiv.org/abs/2402.05369, its two-response case)."""
     chosen, rejected = settings.beta * scores.chosen, settings.beta * scores.rejected
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
-def _bco_pair(scores: PairScores, settings: FormSettings) -> Tensor:
+def bco_pair(scores: PairScores, settings: FormSettings) -> Tensor:
     """-log sigmoid(c - delta) - log sigmoid(-(r - delta)) of the rewards c and r, delta their running
     mean (https://arxiv.org/abs/2404.04656). TRL 1.16 has delta 0."""
     delta = settings.reward_shift
@@ -114,20 +121,20 @@ def _bco_pair(scores: PairScores, settings: FormSettings) -> Tensor:
     return -F.logsigmoid(chosen - delta) - F.logsigmoid(-(rejected - delta))
 
 
-def _sppo_hard(scores: PairScores, settings: FormSettings) -> Tensor:
+def sppo_hard(scores: PairScores, settings: FormSettings) -> Tensor:
     """(chosen - 1/(2 beta))^2 + (rejected + 1/(2 beta))^2 (https://arxiv.org/abs/2405.00675, equation
     4.7 with win probabilities 1 and 0)."""
     half = 0.5 / settings.beta
     return (scores.chosen - half) ** 2 + (scores.rejected + half) ** 2
 
 
-def _aot(scores: PairScores, settings: FormSettings) -> Tensor:
+def aot(scores: PairScores, settings: FormSettings) -> Tensor:
     """Alignment via optimal transport, paired (https://arxiv.org/abs/2406.05882): the
     policy's sorted margins against the reference's, rank by rank over the whole global batch."""
     return _by_rank(scores.policy_margin, scores.reference_margin, scores.valid, settings)
 
 
-def _aot_unpaired(scores: PairScores, settings: FormSettings) -> Tensor:
+def aot_unpaired(scores: PairScores, settings: FormSettings) -> Tensor:
     """As aot, sorted chosen scores against sorted rejected scores."""
     return _by_rank(scores.chosen, scores.rejected, scores.valid, settings)
 
@@ -146,55 +153,61 @@ def _sort_valid(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(valid[order], values[order], 0.0), order
 
 
-def _apo_zero(scores: PairScores, settings: FormSettings) -> Tensor:
+def apo_zero(scores: PairScores, settings: FormSettings) -> Tensor:
     """1 - sigmoid(c) + sigmoid(r): raises chosen, lowers rejected (https://arxiv.org/abs/2408.06266,
     equation 7)."""
     return torch.sigmoid(-settings.beta * scores.chosen) + torch.sigmoid(settings.beta * scores.rejected)
 
 
-def _apo_down(scores: PairScores, settings: FormSettings) -> Tensor:
+def apo_down(scores: PairScores, settings: FormSettings) -> Tensor:
     """sigmoid(c) + 1 - sigmoid(c - r): lowers both, rejected more (equation 8 of the same)."""
     return torch.sigmoid(settings.beta * scores.chosen) + torch.sigmoid(-settings.beta * scores.difference)
 
 
-def _discopop(scores: PairScores, settings: FormSettings) -> Tensor:
+def discopop(scores: PairScores, settings: FormSettings) -> Tensor:
     """(1 - m) * -log sigmoid(h) + m * exp(-h), m = sigmoid(h / tau) (https://arxiv.org/abs/2406.08414,
     equation 5). The second term is computed as one exponential: exp(-h) alone overflows."""
     scaled = settings.beta * scores.difference
-    modulation = scaled / settings.discopop_tau
+    modulation = scaled / settings.dpo.discopop_tau
     exponential = torch.exp((F.logsigmoid(modulation) - scaled).clamp(max=_LARGEST_EXPONENT))
     return -F.logsigmoid(scaled) * torch.sigmoid(-modulation) + exponential
 
 
-@dataclass(frozen=True)
-class Form:
-    """A form and what may be combined with it."""
-
-    loss: Callable[[PairScores, FormSettings], Tensor]
-    of_difference: bool = True
-    """Whether it depends on the scores' difference alone: then another f-divergence, and doing without
-    a reference, make sense."""
-    takes_smoothing: bool = False
-    normalised: bool = False
-    """Whether scores are divided by the response's tokens unless told otherwise."""
-    sorts: bool = False
-    """Whether it depends on the ranks of a pair's scores among all others'."""
+def form_function(name: str) -> FormFunction:
+    """What computes the form ``name``, (P,) losses from scores and settings."""
+    function: FormFunction = globals()[FORMS[name].function or name]
+    return function
 
 
-FORMS: dict[str, Form] = {
-    "sigmoid": Form(_sigmoid, takes_smoothing=True),
-    "robust": Form(_robust, takes_smoothing=True),
-    "ipo": Form(_ipo, normalised=True),
-    "hinge": Form(_hinge),
-    "exo_pair": Form(_exo_pair, takes_smoothing=True),
-    "nca_pair": Form(_nca_pair, of_difference=False),
-    "bco_pair": Form(_bco_pair, of_difference=False),
-    "sppo_hard": Form(_sppo_hard, of_difference=False),
-    "aot": Form(_aot, of_difference=False, takes_smoothing=True, sorts=True),
-    "aot_unpaired": Form(_aot_unpaired, of_difference=False, takes_smoothing=True, sorts=True),
-    "apo_zero": Form(_apo_zero, of_difference=False),
-    "apo_down": Form(_apo_down, of_difference=False),
-    "discopop": Form(_discopop),
-    "sigmoid_norm": Form(_sigmoid, takes_smoothing=True, normalised=True),
-}
-"""``dpo.loss_type`` -> form."""
+# f-divergences between policy and reference: what stands for the log-ratio in the margin. f-DPO
+# (https://arxiv.org/abs/2309.16240) replaces log(policy / reference) by f'(policy / reference), f being the
+# divergence that is held small. TRL's names.
+
+_LARGEST_RATIO = 40.0
+"""Exponents above stop here, with gradient 0: e^40 squared is still a float32."""
+
+
+def divergence_score(log_ratio: Tensor, kind: str, alpha: float = 0.5) -> Tensor:
+    """f'(u) for u = exp(``log_ratio``), same shape, float32.
+
+    - reverse_kl: log u (plus a constant that cancels in a margin), DPO's own;
+    - forward_kl: 1 - 1/u;
+    - js_divergence: log(2u / (1 + u));
+    - alpha_divergence: (u^(alpha - 1) - 1) / (alpha - 1), TRL's alpha: 1 less that of the paper. At 1 it
+      is reverse_kl, at 0 forward_kl.
+
+    By hand: u = 2 gives 0.6931, 0.5, 0.2877 and, with alpha 0.5, 0.5858. Raises ValueError for an
+    unknown ``kind``.
+    """
+    log_ratio = log_ratio.float()
+    if kind == "reverse_kl":
+        return log_ratio
+    if kind == "forward_kl":
+        return 1 - torch.exp((-log_ratio).clamp(max=_LARGEST_RATIO))
+    if kind == "js_divergence":
+        return math.log(2.0) + F.logsigmoid(log_ratio)
+    if kind == "alpha_divergence":
+        if abs(alpha - 1.0) < 1e-6:
+            return log_ratio
+        return torch.expm1(((alpha - 1) * log_ratio).clamp(max=_LARGEST_RATIO)) / (alpha - 1)
+    raise ValueError(f"there is no f-divergence {kind!r}")

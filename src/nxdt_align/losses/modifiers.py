@@ -1,8 +1,6 @@
-"""What goes with any loss of pairs: WPO's weights, a likelihood term, and checks of numbers."""
+"""What goes with any loss of pairs: WPO's weights and a likelihood term."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -36,21 +34,3 @@ def nll(policy: ResponseLogps, *, with_prompt: bool = False) -> Tensor:
     sums = policy.sums if policy.plain_sums is None else policy.plain_sums
     both = sums.float() + policy.prompt_sums.float()
     return -(both / (policy.counts + policy.prompt_counts).float())[0::2]
-
-
-def check_positive(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a finite number above 0, but is {value}")
-
-
-def check_scale(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number of at least 0, but is {value}")
-
-
-def check_smoothing(name: str, value: float) -> None:
-    if not 0.0 <= value < 0.5:
-        raise ValueError(
-            f"{name} must be at least 0 and below 0.5, but is {value}: "
-            "from 0.5 on, the label says nothing or its opposite"
-        )

@@ -6,6 +6,7 @@ batch, ``K`` columns of its table (``coupling.py``).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.batch import TOKEN_STATISTICS, Batch, Reading
+from nxdt_align.config.alignment import OBJECTIVES, ModelAlignmentStrategyConfig
 from nxdt_align.errors import UserError
 from nxdt_align.losses import coupling
 from nxdt_align.losses.metrics import example_metrics, finish
@@ -30,6 +32,14 @@ class RememberingLoss(Protocol):
     def next_state(self, state: Tensor, policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor: ...
 
     def with_state(self, state: Tensor) -> Loss: ...
+
+
+def build_loss(strategy: ModelAlignmentStrategyConfig) -> Loss:
+    """The loss of the objective that is set, made with its section. Raises ConfigError for a section that
+    no check has seen and that means nothing."""
+    module, _, name = OBJECTIVES[strategy.objective]["loss"].partition(".")
+    loss: Loss = getattr(importlib.import_module(f"nxdt_align.losses.{module}"), name)(strategy.active)
+    return loss
 
 
 class GlobalMeanObjective:

@@ -6,9 +6,9 @@ preference losses, completions with a mismatched one (N / 2) for KTO, single res
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ from torch import Tensor
 from nxdt_align.batch import IGNORE_LABEL, TOKEN_STATISTICS, Batch, Reading
 
 Normaliser = Literal["pairs", "tokens"]
+
+
+class SupportsArray(Protocol):
+    """A numpy array, or what makes itself one."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+ArrayLike = Tensor | Sequence[float] | SupportsArray
+
+
+def interleave(first: Tensor, second: Tensor) -> Tensor:
+    """(P,) and (P,) -> (2P,), the first's values in every even place."""
+    return torch.stack((first, second), 1).flatten()
 
 
 @dataclass(frozen=True)
@@ -55,6 +69,58 @@ class ResponseLogps:
     0 for slots other than an example's first."""
     prompt_counts: Tensor | None = None
     """(N,) float32: how many tokens ``prompt_sums`` is a sum of."""
+
+    @classmethod
+    def of_pairs(
+        cls,
+        chosen: ArrayLike,
+        rejected: ArrayLike,
+        chosen_counts: ArrayLike | None = None,
+        rejected_counts: ArrayLike | None = None,
+    ) -> ResponseLogps:
+        """Log-probabilities of P pairs, so that any loss of pairs can be computed in a notebook.
+
+            loss = DPOLoss(DPOConfig(kl_beta=0.1))
+            loss(ResponseLogps.of_pairs([-12.0], [-15.0]), ResponseLogps.of_pairs([-13.0], [-14.0])).losses
+
+        Args:
+            chosen: (P,) nats: each chosen response's summed log-probability; a tensor keeps its gradient.
+            rejected: (P,), of the rejected responses.
+            chosen_counts: (P,) tokens of each chosen response, which losses that divide by the length need
+                (ORPO, SimPO, IPO, any ``nll_scale``). Left out: 1 each, so that sums stand for means.
+            rejected_counts: (P,), of the rejected responses.
+
+        Raises ValueError where the shapes differ, where one of the counts alone is given, or where a count is
+        below 1.
+        """
+        if (chosen_counts is None) != (rejected_counts is None):
+            raise ValueError("chosen_counts and rejected_counts: give both, or neither")
+        given = {"chosen": chosen, "rejected": rejected}
+        if chosen_counts is not None and rejected_counts is not None:
+            given |= {"chosen_counts": chosen_counts, "rejected_counts": rejected_counts}
+        # float64 lists and arrays become float32 as the losses compute; a tensor stays what it is.
+        tensors = {
+            name: v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float32)
+            for name, v in given.items()
+        }
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if len(set(shapes.values())) > 1 or tensors["chosen"].dim() != 1:
+            shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"all must have one shape (P,), one value per pair, but have: {shown}")
+        ones = torch.ones_like(tensors["chosen"], dtype=torch.float32)
+        counts = interleave(tensors.get("chosen_counts", ones), tensors.get("rejected_counts", ones)).float()
+        if bool((counts < 1).any()):
+            raise ValueError(
+                f"counts are tokens per response, at least 1, but one is {counts.min().item():g}"
+            )
+        sums = interleave(tensors["chosen"], tensors["rejected"])
+        return cls(
+            sums=sums,
+            counts=counts,
+            valid=torch.ones_like(counts, dtype=torch.bool),
+            desirable=torch.ones_like(counts, dtype=torch.bool),
+            roles=torch.arange(len(counts), device=sums.device) % 2,  # SlotRole: chosen, rejected
+        )
 
     @classmethod
     def from_tokens(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nxdt_align.config.check import resolve_engine
+from nxdt_align.config.engines import resolve_engine
 from nxdt_align.config.schema import Config
 from nxdt_align.models.presets import LlamaConfig
 

@@ -71,9 +71,7 @@ def precompute(
     store: ReferenceStore,
     *,
     records_of: Callable[[M], Sequence[int]],
-    shape_of: Callable[[M], Hashable] | None = None,
     reference: bool = False,
-    trial: bool = False,
     progress: bool = True,
     flush_every: int = 8192,
     flush_seconds: float = 30.0,
@@ -89,10 +87,7 @@ def precompute(
         collate: makes a micro-batch's tensors, on any rank.
         record_ids: (N,) content hashes, 32 hex digits each.
         records_of: a micro-batch's records, indices into ``record_ids``, without making its tensors.
-        shape_of: tells the static shapes of micro-batches apart (trial); None to collate and look.
         reference: ask the engine's frozen reference instead of its policy.
-        trial: for graph extraction (COMPILE=1): run one micro-batch of each shape, read and write
-            nothing, return zeros.
 
     Raises:
         ReferenceStoreError: a value is not finite (on every rank), or cannot be written (rank 0).
@@ -100,10 +95,6 @@ def precompute(
     """
     started = time.monotonic()
     plan = _Plan(micro_batches, collate, records_of)
-    if trial:
-        runs = _run_trial(engine, plan, shape_of, store.width, reference)
-        table = np.zeros((len(record_ids), store.width), np.float32)
-        return table, PassSummary(len(record_ids), 0, 0, 0, runs, time.monotonic() - started)
     known = _Known(record_ids, store.width)
     todo = _agree(engine, plan, known, store)
     reused, is_first = known.count, engine.topology.rank == 0
@@ -237,19 +228,33 @@ def _column(role: int, width: int) -> int:
     return column
 
 
-def _run_trial(
-    engine: Engine, plan: _Plan[M], shape_of: Callable[[M], Hashable] | None, width: int, reference: bool
-) -> int:
-    """Run the first micro-batch of each shape on every rank, through the same graphs as the real pass."""
+def trace_shapes(
+    engine: Engine,
+    micro_batches: Sequence[M],
+    collate: Callable[[M], Batch],
+    record_ids: Sequence[str],
+    store: ReferenceStore,
+    *,
+    records_of: Callable[[M], Sequence[int]],
+    reference: bool = False,
+) -> tuple[FloatArray, PassSummary]:
+    """``precompute`` for graph extraction (``COMPILE=1``): zeros, after one micro-batch of each static shape.
+
+    Runs on every rank through the same graphs as the real pass, reads and writes nothing, and looks at no
+    value, since extracted graphs are not executed.
+    """
+    started = time.monotonic()
+    plan = _Plan(micro_batches, collate, records_of)
     seen: set[Hashable] = set()
     for micro_batch in plan.micro_batches:
-        shape = _shape(plan.collate(micro_batch)) if shape_of is None else shape_of(micro_batch)
+        batch = plan.collate(micro_batch)
+        shape = _shape(batch)
         if shape not in seen:
             seen.add(shape)
-            batch = plan.collate(micro_batch).to(engine.device)
-            engine.response_logps(batch, reference=reference).cpu()
-            _gather(engine, torch.zeros(plan.most_records, width))
-    return len(seen)
+            engine.response_logps(batch.to(engine.device), reference=reference).cpu()
+            _gather(engine, torch.zeros(plan.most_records, store.width))
+    table = np.zeros((len(record_ids), store.width), np.float32)
+    return table, PassSummary(len(record_ids), 0, 0, 0, len(seen), time.monotonic() - started)
 
 
 def _shape(batch: Batch) -> Hashable:

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from nxdt_align.config.check import check, neuron_available, notices, resolve_engine
-from nxdt_align.config.schema import Config
-from nxdt_align.run.env import RunEnv
+from nxdt_align.config.check import CheckedConfig
+from nxdt_align.run.contracts import RunEnv
+
+if TYPE_CHECKING:
+    # Lightning and NeMo take seconds to import, which conversions do not need.
+    from lightning.pytorch import Callback
+
+    from nxdt_align.losses.types import Loss
+    from nxdt_align.run.contracts import Result
 
 __all__ = ["RunEnv", "train"]
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, env: RunEnv) -> int:
-    """Train as configured; returns the exit status. Raises UserError for what the user can mend."""
-    # Lightning and NeMo take seconds to import, which conversions do not need.
+def train(
+    checked: CheckedConfig, env: RunEnv, *, loss: Loss | None = None, callbacks: Sequence[Callback] = ()
+) -> Result:
+    """Train as configured, or run a few steps that keep nothing where ``env`` asks for graphs alone.
+
+    Raises UserError for what the user can mend.
+    """
     from nxdt_align.run.assemble import end_processes
-    from nxdt_align.run.preconditions import other_processes_are_there
+    from nxdt_align.run.dry_run import DryRun
+    from nxdt_align.run.mode import RunMode
+    from nxdt_align.run.preconditions import report_lost_ranks
     from nxdt_align.run.run import Run
 
-    engine = resolve_engine(config, neuron_available())
-    check(config, env.world_size, engine)
+    config = checked.config
     if env.rank == 0:
-        for notice in notices(config, engine):
+        for notice in checked.engine_notices:
             log.info("%s", notice)
-    with other_processes_are_there(env.world_size, config.distributed_strategy.timeout_minutes):
-        status = Run(config, env).fit()
+    mode = DryRun() if env.compile_only else RunMode()
+    with report_lost_ranks(env.world_size, config.distributed_strategy.timeout_minutes):
+        result = Run(config, checked.engine, env, mode, loss=loss, callbacks=callbacks).fit()
         end_processes()
-    return status
+    return result

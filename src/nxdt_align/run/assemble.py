@@ -13,9 +13,10 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import Callback
 
 from nxdt_align.batch import Topology
-from nxdt_align.config.check import neuron_available, resolve_engine
+from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.data.tokenize import Tokenization, load_tokenizer
@@ -23,17 +24,18 @@ from nxdt_align.data.truncation import Truncation
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
-from nxdt_align.engines.native.mesh import Parallel
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.errors import UserError
-from nxdt_align.losses.custom import CustomLossError, Data, load_loss
-from nxdt_align.losses.registry import build_loss, loss_settings
+from nxdt_align.losses.custom import load_loss
+from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
-from nxdt_align.run.env import RunEnv
+from nxdt_align.own_parts import OwnPartError, find_class, make
+from nxdt_align.run.contracts import EngineParts, RunEnv
+from nxdt_align.run.mode import RunMode
 from nxdt_align.weights.detect import check_weights, layout_of
 from nxdt_align.weights.hf import FreshWeights, HFFolder
 from nxdt_align.weights.nxdt import NxDTFolder
@@ -95,6 +97,17 @@ def parallel(config: Config) -> Parallel:
     )
 
 
+def join(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mode: RunMode) -> EngineParts:
+    """Join the processes of the run, for ``engine``; only that one is imported."""
+    if engine == "nxd":
+        from nxdt_align.run.nxd import NxDParts
+
+        return NxDParts(config, env, model, mode)
+    from nxdt_align.run.native import NativeParts
+
+    return NativeParts(config, env, model, mode)
+
+
 class MicroBatchNeeds(TypedDict):
     """How many micro-batches a rank's schedule takes a step, as the data module's arguments."""
 
@@ -111,8 +124,11 @@ def micro_batch_needs(config: Config) -> MicroBatchNeeds:
     return {"min_micro_batches": ranks, "round_size": 1}
 
 
-def device(config: Config, env: RunEnv) -> torch.device:
-    """The device of this process. Raises UserError for one that is not here."""
+def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
+    """The device of this process, the mode's fallback where there is no accelerator.
+
+    Raises UserError for one that is not here.
+    """
     chosen = config.trainer.accelerator
     if chosen == "xla":
         return _xla_device(env)
@@ -126,23 +142,7 @@ def device(config: Config, env: RunEnv) -> torch.device:
     if chosen != "cpu" and present is not None:
         torch.accelerator.set_device_index(env.local_rank)
         return torch.device(present.type, env.local_rank)
-    return _trial_device(config, env) if env.compile_only else torch.device("cpu")
-
-
-def _trial_device(config: Config, env: RunEnv) -> torch.device:
-    """Where the graphs of a run can be compiled ahead, if anywhere."""
-    if not xla.is_available():
-        why = "torch_xla is not installed"
-    elif env.world_size > 1:
-        why = "torch_xla's CPU device runs one process"
-    elif config.data.attention not in ("auto", "dense"):
-        why = f"data.attention: {config.data.attention} has no static shapes"
-    elif config.precision.type == "fp16":
-        why = "precision.type: fp16 is not in the engine's compiled graphs"
-    else:
-        return _xla_device(env)
-    log.info("COMPILE=1: %s, so that the trial steps run and nothing is compiled ahead", why)
-    return torch.device("cpu")
+    return mode.fallback_device(config, env)
 
 
 def _xla_device(env: RunEnv) -> torch.device:
@@ -160,8 +160,6 @@ def _xla_device(env: RunEnv) -> torch.device:
     return xla.device()
 
 
-EXAMPLES_OF: dict[str, Data] = {"sft": "responses", "kto": "unpaired"}
-"""Objective -> what its examples are, where they are no pairs."""
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
 
 
@@ -287,26 +285,24 @@ def reference_precision(config: Config) -> Precision:
     return Precision(compute=torch.bfloat16 if chosen == "bf16" else torch.float32)
 
 
-def loss(config: Config) -> Loss:
-    """The loss that ``model_alignment_strategy`` chooses. Raises UserError for one's own that is unfit."""
+def loss(config: Config, engine: EngineName) -> Loss:
+    """The loss that ``model_alignment_strategy`` chooses. Raises UserError for a custom one that is unfit."""
     strategy = config.model_alignment_strategy
     if strategy.loss is not None:
-        examples = EXAMPLES_OF.get(strategy.objective, "pairs")
         try:
-            own = load_loss(strategy.loss, strategy.loss_settings, examples)
-        except CustomLossError as error:
+            own = load_loss(strategy.loss, strategy.loss_settings, strategy.examples)
+        except OwnPartError as error:
             raise UserError(f"model_alignment_strategy.loss: {error}") from error
         if own.needs_logits:
-            _require_whole_logits(config)
+            _require_whole_logits(config, engine)
         return own
-    settings = {name: getattr(strategy.active, name) for name in loss_settings(strategy.objective)}
-    return build_loss(strategy.objective, settings)
+    return build_loss(strategy)
 
 
-def _require_whole_logits(config: Config) -> None:
+def _require_whole_logits(config: Config, engine: EngineName) -> None:
     strategy = config.distributed_strategy
     faults = {
-        "distributed_strategy.engine is nxd": resolve_engine(config, neuron_available()) == "nxd",
+        "distributed_strategy.engine is nxd": engine == "nxd",
         "trainer.accelerator is xla": config.trainer.accelerator == "xla",
         "tensor_model_parallel_size is above 1": strategy.tensor_model_parallel_size > 1,
         "pipeline_model_parallel_size is above 1": strategy.pipeline_model_parallel_size > 1,
@@ -319,3 +315,16 @@ def _require_whole_logits(config: Config) -> None:
             "Run it with engine native on cpu or cuda, and tensor and pipeline parallel sizes of 1 (data "
             "parallel, zero1 and fsdp are fine), or write it over log-probabilities"
         )
+
+
+def own_callbacks(config: Config) -> list[Callback]:
+    """The callbacks that ``trainer.callbacks`` names. Raises UserError for one that is unfit."""
+    made: list[Callback] = []
+    for part in config.trainer.callbacks or ():
+        try:
+            found = find_class(part.path, Callback)
+            made.append(make(found, part.path, part.settings or {}, "settings"))
+        except OwnPartError as error:
+            raise UserError(f"trainer.callbacks: {error}") from error
+        log.info("callback of your own: %s", part.path)
+    return made

@@ -18,8 +18,8 @@ from nxdt_align.models.partition import Partition
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.run.native_writer import NativeWriter
+from nxdt_align.run.resume import IDENTITY_FILE
 from nxdt_align.run.shard_sizes import ShardSizes, SourceFlags, listed
-from nxdt_align.training.runs import IDENTITY_FILE
 from nxdt_align.weights import inspect
 from nxdt_align.weights.convert import Conversion, Report, Writer
 from nxdt_align.weights.detect import check_weights, find_config_file, layout_of, open_source, read_shape

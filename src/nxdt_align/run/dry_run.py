@@ -1,23 +1,120 @@
-"""Compiling ahead where there is no Neuron: the graphs of a trial run on torch_xla's CPU device."""
+"""``COMPILE=1`` and other trial runs: every graph of the run in a few steps, of which nothing is kept.
+
+Under neuron_parallel_compile, graphs are extracted and never executed, so every value is zero: nothing here
+may branch on one. Where there is no Neuron, the graphs are compiled on torch_xla's CPU device and listed in a
+manifest.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
 
 from nxdt_align.config.schema import Config
-from nxdt_align.engines.base import Compiler, Graph
-from nxdt_align.neuron.compile import Totals, read_manifest, write_manifest
+from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.engines import xla
+from nxdt_align.engines.base import Compiler, Engine, Graph
+from nxdt_align.neuron.compile import Totals, write_manifest
+from nxdt_align.reference.cache import ReferenceStore
+from nxdt_align.reference.precompute import trace_shapes
+from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
+from nxdt_align.run.mode import RunMode
+from nxdt_align.run.places import Places
+from nxdt_align.run.resume import RunFolder, RunIdentity
+from nxdt_align.training.hooks import Preflight
 
 log = logging.getLogger(__name__)
 
 
-def manifest_path(experiments: Path, config: Config) -> Path:
-    """DPO and ORPO configurations may share a name, so the objective is part of the file's."""
-    name = config.exp_manager.name or config.name
-    return experiments / "compile" / f"{name}_{config.model_alignment_strategy.objective}.json"
+class _PreflightGraphs(Preflight):
+    """The preflight's graphs are wanted; its values are not those of the run."""
+
+    def judge(self, worst: float) -> None:
+        pass
+
+
+class DryRun(RunMode):
+    """Each static shape that the run will meet, in a few steps; caches, logs, checkpoints and exports are
+    neither read for resuming nor written."""
+
+    compute_reference = staticmethod(trace_shapes)
+    preflight = _PreflightGraphs
+
+    def check_places(self, places: Places) -> None:
+        """Nothing is written, so no place has to be writable."""
+
+    def fallback_device(self, config: Config, env: RunEnv) -> torch.device:
+        """torch_xla's CPU device, where the graphs of this run can be compiled on it."""
+        if not xla.is_available():
+            why = "torch_xla is not installed"
+        elif env.world_size > 1:
+            why = "torch_xla's CPU device runs one process"
+        elif config.data.attention not in ("auto", "dense"):
+            why = f"data.attention: {config.data.attention} has no static shapes"
+        elif config.precision.type == "fp16":
+            why = "precision.type: fp16 is not in the engine's compiled graphs"
+        else:
+            return xla.device()
+        self.note_no_graphs(why)
+        return torch.device("cpu")
+
+    def note_no_graphs(self, why: str) -> None:
+        log.info("COMPILE=1: %s, so that the trial steps run and nothing is compiled ahead", why)
+
+    def token_cache(self, places: Places) -> Path | None:
+        return None
+
+    def fixes_micro_batches(self, device: torch.device) -> bool:
+        return True
+
+    def prepare(self, data: ModelAlignmentDataModule, steps: int) -> None:
+        data.start_trial(steps)
+
+    def extent(self, config: Config) -> dict[str, Any]:
+        """The trial steps are the epoch; validation comes once, after all of them."""
+        whole = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "val_check_interval": 1.0}
+        return whole | {"max_epochs": 1, "check_val_every_n_epoch": 1, "num_sanity_val_steps": 0}
+
+    def find_run(
+        self, config: Config, places: Places, identity: RunIdentity, checkpoints: Checkpoints, engine: Engine
+    ) -> RunFolder:
+        return RunFolder(places.experiments, None)
+
+    def resume_point(
+        self, config: Config, run: RunFolder, checkpoints: Checkpoints, start: object
+    ) -> Path | None:
+        """None: a trial's steps are not those after a checkpoint, and its graphs are the same."""
+        return None
+
+    def reference_store(
+        self, folder: Path, fingerprint: str, width: int, made_from: Mapping[str, str]
+    ) -> ReferenceStore:
+        return ReferenceStore(
+            folder, fingerprint, width=width, description=made_from, read_only=True, ignore_adds=True
+        )
+
+    def monitors(self, config: Config, env: RunEnv) -> list[Callback]:
+        return []
+
+    def export_folder(self, config: Config, run: RunFolder) -> Path | None:
+        return None
+
+    def start_experiment(
+        self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int | None
+    ) -> None:
+        """No folder, logger or checkpoint callback."""
+
+    def around_fit(self, compiler: Compiler | None, manifest: Path) -> AbstractContextManager[None]:
+        return compiling(compiler, manifest)
+
+    def conclude(self, compiler: Compiler | None, manifest: Path, result: Result, samples: int) -> None:
+        log.info("trial run done: %d steps, of which nothing was written", result.step)
 
 
 @contextmanager
@@ -53,21 +150,3 @@ def _graphs(compiler: Compiler) -> Mapping[str, Graph]:
 def _totals(compiler: Compiler) -> Totals:
     begun, compiled = compiler.count(), len(_graphs(compiler))
     return Totals(begun, compiled, begun - compiled)
-
-
-def conclude_run(compiler: Compiler | None, manifest: Path) -> None:
-    """Say how many graphs were compiled, and which of them no trial run saw."""
-    if compiler is None:
-        return
-    graphs = compiler.graphs()
-    if graphs is None:
-        log.info("graphs: %d compiled or taken from Neuron's cache", compiler.count())
-        return
-    known = read_manifest(manifest)
-    if known is None:
-        log.info("graphs: %d compiled; COMPILE=1 would list them in %s", len(graphs), manifest)
-        return
-    outside = [graph for key, graph in graphs.items() if key not in known]
-    log.info("graphs: %d compiled, %d outside the manifest %s", len(graphs), len(outside), manifest)
-    for graph in outside:
-        log.warning("not in the manifest: graph %s, %s of shapes %s", graph.key, graph.name, graph.shapes)

@@ -11,10 +11,11 @@ from nxdt_align.engines.native import checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.model import check_pipeline
 from nxdt_align.engines.native.parallelize import check_sizes
-from nxdt_align.engines.native.xla import XlaEngine
+from nxdt_align.engines.native.xla_engine import XlaEngine
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.run import assemble
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import RunEnv
+from nxdt_align.run.mode import RunMode
 
 
 class NativeParts:
@@ -22,9 +23,9 @@ class NativeParts:
 
     checkpoints = checkpoint
 
-    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig) -> None:
+    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
         self._config, self._model = config, model
-        self.device = assemble.device(config, env)
+        self.device = assemble.device(config, env, mode)
         self.topology = assemble.start_processes(config, env, self.device)
         check_sizes(model, config.distributed_strategy.tensor_model_parallel_size)
         check_pipeline(model, assemble.parallel(config))

@@ -14,14 +14,14 @@ from nxdt_align.engines import xla
 from nxdt_align.engines.base import Compiler, Engine
 from nxdt_align.engines.nxd import checkpoint, compat
 from nxdt_align.engines.nxd.flash import CausalFlashAttention, nki_kernel
-from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
-from nxdt_align.engines.nxd.turns import Turns
+from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions, StaggeredLoad
 from nxdt_align.errors import UserError
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
-from nxdt_align.run.env import RunEnv
+from nxdt_align.run.contracts import RunEnv
+from nxdt_align.run.mode import RunMode
 
 log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,7 +35,7 @@ class NxDParts:
 
     checkpoints = checkpoint
 
-    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig) -> None:
+    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
         self._config, self._env, self._model = config, env, model
         place = compat.place_of(config.trainer.accelerator)
         missing = find_missing_neuron_packages(cpu_mode=place != "neuron")
@@ -47,7 +47,7 @@ class NxDParts:
         self.reference_precision = reference_precision_of(config, self.precision)
         self.platform = compat.start(place, env.rank, env.world_size)
         self.device = self.platform.device
-        self._compiler = _compiler_of(place, env)
+        self._compiler = _compiler_of(place, mode)
         from nxdt_align.engines.nxd.mesh import make_mesh
 
         self.mesh = make_mesh(parallel, self.platform)
@@ -67,7 +67,7 @@ class NxDParts:
             reference_precision=self.reference_precision,
             save_options=save_options_of(self._config, self.precision),
             configure_model=self._configure,
-            turns=Turns(self._env.local_rank, trainer.devices, at_once),
+            turns=StaggeredLoad(self._env.local_rank, trainer.devices, at_once),
         )
         engine.compiler = self._compiler
         return engine
@@ -97,15 +97,13 @@ class NxDParts:
         return CausalFlashAttention(nki_kernel(), transpose_inputs=config.model.transpose_nki_inputs)
 
 
-def _compiler_of(place: compat.Place, env: RunEnv) -> Compiler | None:
+def _compiler_of(place: compat.Place, mode: RunMode) -> Compiler | None:
     """Neuron's own compiler lists its graphs, in the cache that neuron_parallel_compile fills."""
     if place != "cpu":
         return xla.compiler(tells_keys=place == "xla")
-    if env.compile_only:
-        log.info(
-            "COMPILE=1: neuronx-distributed's CPU mode has no graphs, so that the trial steps run and "
-            "nothing is compiled ahead; trainer.accelerator=xla compiles them, in one process"
-        )
+    mode.note_no_graphs(
+        "neuronx-distributed's CPU mode has no graphs (trainer.accelerator=xla has, in one process)"
+    )
     return None
 
 
@@ -120,7 +118,7 @@ def parallel_of(config: Config, model: LlamaConfig, place: compat.Place) -> Para
     return Parallel(
         tensor=strategy.tensor_model_parallel_size,
         pipeline=strategy.pipeline_model_parallel_size,
-        sequence=strategy.sequence_parallel and strategy.tensor_model_parallel_size > 1,
+        sequence_parallel=strategy.sequence_parallel and strategy.tensor_model_parallel_size > 1,
         kv_multiplier=strategy.kv_replicator,
         qkv=_qkv(config, model),
         zero1=strategy.zero1 and place != "cpu",

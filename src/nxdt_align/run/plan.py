@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.losses.objective import GlobalMeanObjective
@@ -12,7 +13,7 @@ from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.run import assemble
 
 
-def plan_report(config: Config) -> str:
+def plan_report(config: Config, engine: Engine) -> str:
     """What the planner chooses for the data, as training says it before its first step, and the device
     memory that the largest bucket takes.
 
@@ -20,7 +21,7 @@ def plan_report(config: Config) -> str:
     data, tokenizer, buckets or a loss of one's own that training would refuse.
     """
     ranks, model = config.data_parallel_size, assemble.model_config(config)
-    objective = GlobalMeanObjective(assemble.loss(config))
+    objective = GlobalMeanObjective(assemble.loss(config, engine))
     cache = config.data.cache_dir
     data = ModelAlignmentDataModule(
         config,

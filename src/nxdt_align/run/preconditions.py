@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
-from nxdt_align.files import CHOOSE_ANOTHER, unwritable
-
-
-def require_writable(key: str, folder: Path) -> None:
-    """Raise UserError where ``folder``, the value of ``key``, cannot be made or written to.
-
-    It is not made here: a run that stops early leaves nothing behind.
-    """
-    problem = unwritable(folder)
-    if problem is not None:
-        raise UserError(
-            f"{key}: must be a folder that can be written to, but is {folder}{problem}; {CHOOSE_ANOTHER}"
-        )
 
 
 def require_validation_in_epoch(config: Config, steps_per_epoch: int) -> None:
@@ -45,7 +31,7 @@ _LOST = ("gloo/", "nccl", "timed out", "timeout", "connection closed", "connecti
 
 
 @contextmanager
-def other_processes_are_there(world_size: int, timeout_minutes: float) -> Iterator[None]:
+def report_lost_ranks(world_size: int, timeout_minutes: float) -> Iterator[None]:
     """What torch.distributed raises where another process has ended, or hangs, becomes a UserError."""
     try:
         yield
@@ -58,12 +44,12 @@ def other_processes_are_there(world_size: int, timeout_minutes: float) -> Iterat
         raise UserError(
             f"another of the run's {world_size} processes has ended, or has not answered for "
             f"distributed_strategy.timeout_minutes ({timeout_minutes:g}): {cause}. Its own message says why; "
-            "with exp_manager.resume_if_exists the run goes on from its newest checkpoint"
+            "with exp_manager.resume_if_exists the run resumes from its newest checkpoint"
         ) from error
 
 
 @contextmanager
-def misconfiguration_is_the_users() -> Iterator[None]:
+def as_user_error() -> Iterator[None]:
     """Complaints of Lightning and W&B about settings that fit no rule here become a UserError."""
     try:
         yield

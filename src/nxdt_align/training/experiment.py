@@ -10,22 +10,21 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from nxdt_align.config.experiment import ExpManagerConfig
 from nxdt_align.errors import UserError
-from nxdt_align.training.runs import RunFolder
 
 EVENT_FILES = "events.out.tfevents.*"
 
 
 def start_experiment(
-    trainer: Trainer, settings: Mapping[str, Any], run: RunFolder, *, explicit: bool, resumed_step: int
+    trainer: Trainer, config: ExpManagerConfig, folder: Path, *, resumed_step: int | None
 ) -> Path:
-    """Set the trainer's loggers and callbacks up as ``settings`` (``exp_manager`` of the YAML) say.
+    """Set the trainer's loggers and callbacks up as ``config`` (``exp_manager`` of the YAML) says.
 
     Args:
-        run: the folder, found beforehand; NeMo itself looks only for checkpoints named '*last' or
+        folder: the run's, found beforehand; NeMo itself looks only for checkpoints named '*last' or
             '*end', and so starts over where NxDT's YAML says ``save_last: False``.
-        explicit: whether the folder is the user's ``explicit_log_dir``.
-        resumed_step: optimizer steps of the checkpoint that the run goes on from, 0 for a new run.
+        resumed_step: optimizer steps of this run's checkpoint that it resumes from, None for a new run.
 
     Returns the folder that the run writes to.
     """
@@ -34,26 +33,27 @@ def start_experiment(
     from nemo.utils import logging as nemo_logging
     from nemo.utils.exceptions import NeMoBaseException
 
+    settings = dataclasses.asdict(config)
     known = {field.name for field in dataclasses.fields(nemo.ExpManagerConfig)}
     chosen = {name: value for name, value in settings.items() if name in known}
     chosen["checkpoint_callback_params"] = _callback_params(settings["checkpoint_callback_params"], nemo)
     chosen["resume_if_exists"] = False
     chosen["resume_from_checkpoint"] = None  # trainer.fit is given it
-    if explicit:
-        chosen |= {"explicit_log_dir": str(run.path), "exp_dir": None, "version": None}
+    if config.explicit_log_dir is not None:
+        chosen |= {"explicit_log_dir": str(folder), "exp_dir": None, "version": None}
     else:
         chosen |= {
-            "exp_dir": str(run.path.parent.parent),
-            "name": run.path.parent.name,
-            "version": run.version,
+            "exp_dir": str(folder.parent.parent),
+            "name": folder.parent.name,
+            "version": folder.name,
         }
-    if run.checkpoint is not None:
+    if resumed_step is not None:
         # What was logged behind the checkpoint is logged again: TensorBoard drops the first copy.
         chosen["summary_writer_kwargs"] = {
             **(settings.get("summary_writer_kwargs") or {}),
             "purge_step": resumed_step + 1,
         }
-    before = set(run.path.glob("run_*"))
+    before = set(folder.glob("run_*"))
     nemo_logging.setLevel(nemo_logging.WARNING)
     try:
         nemo.exp_manager(trainer, chosen)
@@ -61,10 +61,10 @@ def start_experiment(
         # NeMo's checks of its own settings, and loggers whose package is not installed.
         raise UserError(f"exp_manager: {' '.join(str(error).split())}") from error
     nemo_logging.setLevel(nemo_logging.INFO)
-    _keep_events_in_place(run.path, before)
+    _keep_events_in_place(folder, before)
     if trainer.is_global_zero:
         _remove_marks(trainer)
-    return run.path
+    return folder
 
 
 def _callback_params(settings: Mapping[str, Any], nemo: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Engine, WeightSource
 from nxdt_align.errors import UserError
 from nxdt_align.reference.cache import ReferenceStore
-from nxdt_align.reference.precompute import precompute
+from nxdt_align.reference.precompute import PassSummary, precompute
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
@@ -63,7 +63,7 @@ class ReferencePass(Callback):
 
     Values that the store has are not computed again. On a fresh run whose reference is its own
     start and computes as the policy does (``like_policy``), the policy itself is asked; otherwise the
-    reference's weights are loaded for the pass and freed after it.
+    reference's weights are loaded for the pass and freed after it. ``compute`` fills a split's table.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class ReferencePass(Callback):
         store: ReferenceStore,
         origin: ReferenceOrigin,
         *,
-        trial: bool,
+        compute: Callable[..., tuple[npt.NDArray[Any], PassSummary]] = precompute,
         like_policy: bool = True,
     ) -> None:
         self._engine = engine
         self._data = data
         self._store = store
         self._origin = origin
-        self._trial = trial
+        self._compute = compute
         self._like_policy = like_policy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,7 +98,7 @@ class ReferencePass(Callback):
 
     def _run(self, split: Split, *, reference: bool) -> None:
         data = self._data.splits[split]
-        table, summary = precompute(
+        table, summary = self._compute(
             self._engine,
             data.reference_plan(),
             data.collate_planned,
@@ -106,7 +106,6 @@ class ReferencePass(Callback):
             self._store,
             records_of=lambda planned: planned.records,
             reference=reference,
-            trial=self._trial,
         )
         log.info("reference log-probs of %s: %s", split, summary)
         self._data.set_reference(split, table)
@@ -142,21 +141,20 @@ class Preflight(Callback):
         *,
         by_intent: bool,
         store: Path | None,
-        trial: bool = False,
     ) -> None:
         self._engine = engine
         self._data = data
         self._tolerance = tolerance
         self._by_intent = by_intent
         self._store = store
-        self._trial = trial
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != 0:
             return
-        worst = self._worst_difference()
-        if self._trial:  # the graphs are wanted; the values are not those of the run
-            return
+        self.judge(self._worst_difference())
+
+    def judge(self, worst: float) -> None:
+        """Raise UserError where ``worst``, the largest difference in nats per token, is too large."""
         if not math.isfinite(worst):
             raise UserError(
                 "preflight: the policy's or the reference's log-probabilities are not finite before the "

@@ -7,7 +7,6 @@ seconds. Names and settings follow ``nemo/core/optim`` and ``nemo/core/config`` 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import logging
 import math
@@ -20,9 +19,12 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from nxdt_align.config.faults import did_you_mean
+from nxdt_align.config.fields import is_dotted
+from nxdt_align.config.optim import OPTIMIZERS, SCHEDULERS
 from nxdt_align.errors import UserError
+from nxdt_align.own_parts import OwnPartError, find_class
 from nxdt_align.training.adamw import AdamWFP32OptState, keep_saved_dtypes
-from nxdt_align.training.graph_step import learning_rate_on_device
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ def register_with_nemo() -> None:
 
 
 def available_optimizers() -> dict[str, type[Optimizer]]:
-    """Optimizer name -> class."""
+    """Optimizer name -> class, of NeMo's registry."""
     register_with_nemo()
     from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 
@@ -80,11 +82,11 @@ def available_optimizers() -> dict[str, type[Optimizer]]:
 
 
 def available_schedulers() -> dict[str, type[LRScheduler]]:
-    """Schedule name -> class, without ReduceLROnPlateau, which waits for a metric at each epoch."""
+    """Schedule name -> class, of NeMo's registry."""
     register_with_nemo()
     from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
 
-    return {name: cls for name, cls in AVAILABLE_SCHEDULERS.items() if name != "ReduceLROnPlateau"}
+    return dict(AVAILABLE_SCHEDULERS)
 
 
 def parameter_groups(
@@ -113,20 +115,22 @@ def build_optimizer(
     *,
     layer_norm_weight_decay: bool = False,
 ) -> Optimizer:
-    """The optimizer that ``model.optim`` names.
+    """The optimizer that ``model.optim`` names: one of NeMo's, of NxDT's, or a class of the user's own.
 
     ``settings`` holds ``lr`` and what else that optimizer takes (``weight_decay``, ``betas``, ...); a
     setting that is None counts as left out. The fused step is used where torch has one, unless
     ``fused`` or ``foreach`` is set. Raises UserError for an unknown name, a setting that the
     optimizer does not take, or a value out of its range.
     """
-    classes = available_optimizers()
-    if name not in classes:
-        raise UserError(f"model.optim.name: no optimizer is called {name!r}{_choices(name, classes)}")
-    cls = classes[name]
-    taken = _parameters_of(cls, without=("params",))
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if v is not None}
-    _check_names("model.optim", name, kwargs, taken)
+    cls: Callable[..., Optimizer]
+    kwargs: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if v is not None
+    }
+    if is_dotted(name):
+        cls, taken = _custom_optimizer(name)
+    else:
+        _check_names("model.optim", "optimizer", name, OPTIMIZERS, (*kwargs,), also=("lr",))
+        cls, taken = available_optimizers()[name], (*OPTIMIZERS[name], "lr")
     _check_lr(kwargs.get("lr"))
     if not named_parameters:
         raise ValueError("the optimizer got no trainable parameter")
@@ -137,8 +141,7 @@ def build_optimizer(
     groups = parameter_groups(named_parameters, layer_norm_weight_decay=layer_norm_weight_decay)
     if "weight_decay" not in taken:
         groups = [{"params": parameters}]
-    build: Callable[..., Optimizer] = cls
-    optimizer = _construct(f"model.optim ({name})", kwargs, lambda: build(groups, **kwargs))
+    optimizer = _construct(f"model.optim ({name})", kwargs, lambda: cls(groups, **kwargs))
     if not isinstance(optimizer, AdamWFP32OptState):  # which does so itself
         keep_saved_dtypes(optimizer)
     if kwargs.get("capturable"):
@@ -157,25 +160,22 @@ def build_scheduler(
     lengths from the YAML, so that raising ``max_steps`` stretches it. Every schedule moves on at each
     optimizer step; NeMo moves ExponentialLR once an epoch, hence a notice in the log.
 
-    Raises UserError for an unknown name, an optimizer's name, a setting that the schedule does not
-    take or that it lacks, or values with which it would fail during training.
+    Raises UserError for an unknown name, a setting that the schedule does not take or that it lacks, or
+    values with which it would fail during training.
     """
     if name is None:
         return LambdaLR(optimizer, _constant)
-    classes = available_schedulers()
-    _check_scheduler_name(name, classes)
-    taken = _parameters_of(classes[name], without=("optimizer", "last_epoch"))
     kwargs = {k: v for k, v in settings.items() if v is not None}
     if kwargs.get("last_epoch") == -1:
         del kwargs["last_epoch"]
+    _check_names("model.optim.sched", "schedule", name, SCHEDULERS, (*kwargs,), also=("max_steps",))
     if kwargs.get("max_steps", -1) == -1:
         kwargs["max_steps"] = max_steps
-    if "max_steps" not in taken:
+    if "max_steps" not in SCHEDULERS[name]:
         del kwargs["max_steps"]
-    _check_names("model.optim.sched", name, kwargs, taken)
+    cls: Any = available_schedulers()[name]
     lr = float(optimizer.param_groups[0]["lr"])
-    _check_schedule_values(name, kwargs, taken, lr)
-    cls: Any = classes[name]
+    _check_schedule_values(name, cls, kwargs, lr)
     build = _with_lengths_of_the_yaml(cls)
     where = f"model.optim.sched ({name})"
     if name == "ExponentialLR":
@@ -188,35 +188,33 @@ def _constant(step: int) -> float:
     return 1.0
 
 
-def _parameters_of(cls: type, without: Sequence[str]) -> dict[str, inspect.Parameter]:
-    """Keywords that the constructor takes, those that it passes on to its bases included."""
-    taken: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in base.__dict__:
-            continue
-        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
-        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        taken = {p.name: p for p in named} | taken
-        if len(named) == len(parameters):
-            break
-    return {name: p for name, p in taken.items() if name not in without}
+def _custom_optimizer(path: str) -> tuple[Callable[..., Optimizer], tuple[str, ...]]:
+    """The class at ``path`` and the settings that it takes."""
+    try:
+        found = find_class(path, Optimizer)
+    except OwnPartError as error:
+        raise UserError(f"model.optim.name: {error}") from error
+    return found, tuple(inspect.signature(found).parameters)
 
 
 def _check_names(
-    where: str, name: str, given: Mapping[str, Any], taken: Mapping[str, inspect.Parameter]
+    where: str,
+    kind: str,
+    name: str,
+    table: Mapping[str, Sequence[str]],
+    given: Sequence[str],
+    also: Sequence[str],
 ) -> None:
-    unknown = [key for key in given if key not in taken]
+    """Names that no table of ``config/optim.py`` has; a YAML's were checked against the same tables."""
+    if name not in table:
+        raise UserError(f"{where}.name: no {kind} is called {name!r}; {_choices(name, table)}")
+    unknown = [key for key in given if key not in (*table[name], *also)]
     if unknown:
-        raise UserError(f"{where}: {name} takes no {', '.join(unknown)}{_choices(unknown[0], taken)}")
-    missing = [key for key, p in taken.items() if p.default is p.empty and key not in given]
-    if missing:
-        raise UserError(f"{where}: {name} needs {', '.join(missing)}")
+        raise UserError(f"{where}: {name} takes no {', '.join(unknown)}; {_choices(unknown[0], table[name])}")
 
 
 def _choices(name: str, known: Iterable[str]) -> str:
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return (f" (nearest: {near[0]})" if near else "") + f"; there are: {', '.join(names)}"
+    return f"{did_you_mean(name, known)} There are: {', '.join(sorted(known))}".strip()
 
 
 def _check_lr(lr: Any) -> None:
@@ -259,25 +257,7 @@ def _step_implementation(
     return chosen
 
 
-def _check_scheduler_name(name: str, classes: Mapping[str, Any]) -> None:
-    if name in classes:
-        return
-    if name == "ReduceLROnPlateau":
-        raise UserError(
-            "model.optim.sched.name: ReduceLROnPlateau waits for a metric at the end of each epoch, which "
-            f"a run counted in steps does not have; there are: {', '.join(sorted(classes))}"
-        )
-    if name in available_optimizers():
-        raise UserError(
-            f"model.optim.sched.name: {name} is an optimizer, not a schedule: set model.optim.name: {name}, "
-            f"and here one of {', '.join(sorted(classes))}, or leave sched out for a constant learning rate"
-        )
-    raise UserError(f"model.optim.sched.name: no schedule is called {name!r}{_choices(name, classes)}")
-
-
-def _check_schedule_values(
-    name: str, kwargs: Mapping[str, Any], taken: Mapping[str, inspect.Parameter], lr: float
-) -> None:
+def _check_schedule_values(name: str, cls: Any, kwargs: Mapping[str, Any], lr: float) -> None:
     where = f"model.optim.sched ({name})"
     for key in ("max_steps", "min_lr"):
         if isinstance(kwargs.get(key), bool) or not isinstance(kwargs.get(key, 0), (int, float)):
@@ -287,8 +267,8 @@ def _check_schedule_values(
             f"{where} needs the number of steps, but max_steps is {kwargs['max_steps']}: set "
             "trainer.max_steps"
         )
-    default = taken["min_lr"].default if "min_lr" in taken else 0.0
-    min_lr = kwargs.get("min_lr", default)
+    own = inspect.signature(cls).parameters.get("min_lr")
+    min_lr = kwargs.get("min_lr", 0.0 if own is None else own.default)
     if min_lr > lr:
         whose = "" if "min_lr" in kwargs else ", its default"
         raise UserError(f"{where}: min_lr ({min_lr}{whose}) must not be above model.optim.lr ({lr})")
@@ -330,3 +310,32 @@ def _with_lengths_of_the_yaml(cls: Any) -> Callable[..., LRScheduler]:
         vars(self).update(lengths)
 
     return type(cls.__name__, (cls,), {"load_state_dict": load_state_dict, "__module__": cls.__module__})
+
+
+# An optimizer whose step is part of a compiled graph: the learning rate goes in as a tensor. As a number it
+# would be a constant of the graph, and each change of it another graph.
+
+SMALLEST = 1e-20
+"""Stands for a learning rate of 0, as a warm-up starts with: torch's capturable step divides by it, so
+that a weight whose gradient is 0 would become NaN. Nothing that float32 can show moves at this rate."""
+
+
+def learning_rate_on_device(optimizer: Optimizer) -> None:
+    """Have every step see its groups' learning rates as tensors, (1,) float32, on the parameters' device.
+
+    Outside of ``step`` they are numbers, for the schedule, the log and checkpoints.
+    """
+    numbers: list[float] = []
+
+    def to_tensors(stepping: Optimizer, args: Any, kwargs: Any) -> None:
+        numbers[:] = [group["lr"] for group in stepping.param_groups]
+        for group in stepping.param_groups:
+            # One element and no scalar: XLA makes constants of scalars that are 0 or 1.
+            group["lr"] = torch.tensor([max(group["lr"], SMALLEST)]).to(group["params"][0].device)
+
+    def to_numbers(stepping: Optimizer, args: Any, kwargs: Any) -> None:
+        for group, number in zip(stepping.param_groups, numbers, strict=True):
+            group["lr"] = number
+
+    optimizer.register_step_pre_hook(to_tensors)
+    optimizer.register_step_post_hook(to_numbers)

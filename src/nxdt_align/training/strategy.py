@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
@@ -55,7 +57,7 @@ class EngineStrategy(ParallelStrategy):
         self.engine = engine
         self._extra = dict(extra)
         self._background = background
-        self._loading: Path | None = None
+        self._resumed: Path | None = None
 
     # Places
 
@@ -88,6 +90,16 @@ class EngineStrategy(ParallelStrategy):
     def optimizer_step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Nothing, where the engine skips the step."""
         return None if self.engine.skips_step else super().optimizer_step(optimizer, *args, **kwargs)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Makes the optimizer, and fills weights and its state together, from one read of the checkpoint.
+
+        Lightning has weights filled before ``setup`` and the optimizer's state behind ``on_fit_start``,
+        whose hooks need the weights already: here is the one place where both are there.
+        """
+        super().setup(trainer)
+        if self._resumed is not None:
+            self.engine.load(self._resumed, self.optimizers[0] if self.optimizers else None)
 
     # Communication
 
@@ -127,19 +139,16 @@ class EngineStrategy(ParallelStrategy):
         folder = checkpoint_folder(filepath)
         self.engine.save(folder, self.optimizers[0], extra, background=self._background)
 
-    def load_checkpoint(
-        self,
-        checkpoint_path: str | Path,
-    ) -> dict[str, Any]:
-        self._loading = checkpoint_folder(checkpoint_path)
-        return self.engine.load(self._loading, None)
+    def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
+        """The trainer's state alone; ``setup`` comes next and fills the rest."""
+        self._resumed = checkpoint_folder(checkpoint_path)
+        return self.engine.read_extra(self._resumed)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """``load_checkpoint`` has filled the model already."""
+        """``setup`` fills the model."""
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        assert self._loading is not None
-        self.engine.load(self._loading, self.optimizers[0])
+        """``setup`` has filled the optimizer."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
@@ -174,3 +183,34 @@ class _FolderIO(CheckpointIO):
                 shutil.rmtree(doomed)
             except OSError as error:
                 log.warning("the earlier checkpoint %s could not be removed: %s", folder, explain(error))
+
+
+class EngineAccelerator(Accelerator):
+    """For devices that Lightning does not know: leaves everything about them to the engine, which has set its
+    device up; ``trainer.devices`` counts processes."""
+
+    def setup_device(self, device: torch.device) -> None:
+        pass
+
+    def teardown(self) -> None:
+        pass
+
+    def get_device_stats(self, device: Any) -> dict[str, Any]:
+        return {}
+
+    @staticmethod
+    def parse_devices(devices: Any) -> Any:
+        return devices
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        """Not asked: the strategy brings the engine's device."""
+        raise NotImplementedError
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        return True

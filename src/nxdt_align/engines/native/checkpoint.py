@@ -23,19 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nxdt_align.engines import faults
-from nxdt_align.engines.base import WeightSource
-from nxdt_align.engines.native.archives import check_archive, reason
-from nxdt_align.engines.native.collectives import Ranks
-from nxdt_align.engines.native.loading import filling
+from nxdt_align.engines.checkpoint_folder import CheckpointError, Summary, damaged, require_same_tensors
 from nxdt_align.engines.native.optimizer_state import NamedOptimizerState, parameter_names, restore
-from nxdt_align.engines.native.parts import Part
-from nxdt_align.engines.native.tensors import DamagedError, TensorFolder
-from nxdt_align.engines.summary import CheckpointError, Summary, damaged
-from nxdt_align.named_tensors import Spec
+from nxdt_align.engines.native.shards import LocalShard, filling
+from nxdt_align.engines.native.tensors import DamagedError, TensorFolder, check_archive, reason
+from nxdt_align.engines.ranks import Ranks
+from nxdt_align.named_tensors import Spec, WeightSource
 
-SUMMARY = Summary("checkpoint.json", "nxdt-align native checkpoint", 1, "nxdt-align")
 TENSORS, TRAINER = "tensors", "trainer.pt"
+SUMMARY = Summary("checkpoint.json", "nxdt-align native checkpoint", 1, "nxdt-align", TENSORS)
+is_checkpoint, checkpoint_step = SUMMARY.is_checkpoint, SUMMARY.checkpoint_step
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 T = TypeVar("T")
@@ -62,7 +59,7 @@ def load(
     with ranks.together(CheckpointError):
         SUMMARY.require_whole(directory)
         tensors, trainer = _read(directory)
-        faults.require_same_tensors(directory, _weights(tensors), wanted)
+        require_same_tensors(directory, _weights(tensors), wanted)
         saved = None if optimizer is None else _optimizer_state(directory, tensors, trainer, parameters)
     with ranks.together(CheckpointError):
         with filling(parameters) as parts:
@@ -71,19 +68,6 @@ def load(
             restore(optimizer, named_parameters, saved, everywhere)
     extra: dict[str, Any] = trainer["extra"]
     return extra
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint of this kind, whole or damaged."""
-    return (Path(path) / SUMMARY.name).is_file() or (Path(path) / TENSORS).is_dir()
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """The optimizer steps of a whole checkpoint; None where ``path`` is not one."""
-    try:
-        return int(SUMMARY.require_whole(Path(path))["step"])
-    except CheckpointError:
-        return None
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -184,7 +168,7 @@ def _optimizer_state(
         is_alike = isinstance(parameter, DTensor) and tensors.shape(key) == tuple(parameter.shape)
         like = parameter if is_alike else torch.empty(tensors.shape(key))
         state[name] = torch.empty_like(like, dtype=tensors.dtype(key), requires_grad=False)
-    parts = {OPTIMIZER + name: Part.of(tensor) for name, tensor in state.items()}
+    parts = {OPTIMIZER + name: LocalShard.of(tensor) for name, tensor in state.items()}
     _guarded(directory, lambda: tensors.read_into(parts))
     return NamedOptimizerState(state, trainer["optimizer"])
 

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.engines import steps
 from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
+from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.masters import MasterWeights
-from nxdt_align.engines.native import checkpoint, collectives
-from nxdt_align.engines.native.gathering import whole_tensors
-from nxdt_align.engines.native.loading import copy_weights, fill
-from nxdt_align.engines.native.loss_scale import LossScale
-from nxdt_align.engines.native.mesh import Groups, Parallel
+from nxdt_align.engines.native import checkpoint
+from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
+from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.model import Blueprint, RankModel, check_pipeline
-from nxdt_align.engines.native.norms import clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.parallelize import check_sizes
-from nxdt_align.engines.native.precision import Precision
 from nxdt_align.engines.native.saving import Saver
+from nxdt_align.engines.native.settings import Parallel, Precision
+from nxdt_align.engines.native.shards import copy_weights, fill, whole_tensors
+from nxdt_align.engines.ranks import Ranks
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention
@@ -180,13 +180,13 @@ class NativeEngine(Engine):
         return self._groups.data.gather(value)
 
     def broadcast_object(self, value: Any) -> Any:
-        return collectives.broadcast_object(value)
+        return Ranks().broadcast(value)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return collectives.Ranks().gather(value)
+        return Ranks().gather(value)
 
     def barrier(self) -> None:
-        collectives.barrier()
+        Ranks().barrier()
 
     # Checkpoints
 
@@ -207,6 +207,11 @@ class NativeEngine(Engine):
 
     def once_saved(self, action: Callable[[], None]) -> None:
         self._saver.then(action)
+
+    def read_extra(self, directory: Path) -> dict[str, Any]:
+        self._saver.finish()
+        with Ranks().together(CheckpointError):
+            return checkpoint.read_extra(directory)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         self._saver.finish()

@@ -10,15 +10,15 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from nxdt_align.engines.native.mesh import Groups, Parallel
+from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import (
     drop_gathered,
     shard_over_data_ranks,
     split_over_tensor_ranks,
 )
 from nxdt_align.engines.native.pipeline import HiddenStates, PipelineRunner, StageScorer, require_torch
-from nxdt_align.engines.native.precision import Precision
 from nxdt_align.engines.native.scoring import Scorer, WholeRunner
+from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.stages import Stage, prune, stages_of_rank
 from nxdt_align.engines.steps import Runner
 from nxdt_align.models.llama import Llama
@@ -87,7 +87,7 @@ class Blueprint:
         hidden = HiddenStates(
             self.config.hidden_size,
             self.precision.compute,
-            shards=self.groups.row_multiple,
+            shards=self.groups.parallel.row_multiple,
             ragged=not self.attention.static_shapes,
         )
         stages = [self._finish(StageScorer(self._scorer(s, frozen), s, hidden), frozen) for s in held]

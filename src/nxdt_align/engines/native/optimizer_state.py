@@ -122,7 +122,7 @@ def _present_groups(
         detail = f"first {min(moved)}" if moved else "the same parameters, divided otherwise"
         raise EngineError(
             f"the checkpoint's optimizer has {len(saved)} parameter groups, the present one {len(present)}, "
-            f"over other parameters ({detail}). Keep model.optim and model.lora as they were, or set "
+            f"over other parameters ({detail}). Keep model.optim as it was, or set "
             "model.weight_init_only: True to start from the weights alone"
         )
     return [{**groups[0], "params": params} for groups, params in zip(found, present, strict=True)]

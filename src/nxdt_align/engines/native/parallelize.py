@@ -34,8 +34,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn import functional as F
 
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native.mesh import Groups, Parallel
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.mesh import Groups
+from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import EMBEDDING
 from nxdt_align.models.presets import LlamaConfig

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from nxdt_align.batch import Batch, Reading
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native.collectives import Group
+from nxdt_align.engines.native.mesh import Group
 from nxdt_align.engines.native.scoring import Scorer
 from nxdt_align.engines.native.stages import Stage
 from nxdt_align.engines.steps import Share, TokenLogps

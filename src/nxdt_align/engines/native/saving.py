@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nxdt_align.engines import faults
-from nxdt_align.engines.flight import BackgroundSaving, Flight
+from nxdt_align.engines.async_save import AsyncSaver
+from nxdt_align.engines.checkpoint_folder import CheckpointError, StagedFolder, to_plain, writing
 from nxdt_align.engines.native.checkpoint import (
     MODEL,
     OPTIMIZER,
@@ -26,13 +24,10 @@ from nxdt_align.engines.native.checkpoint import (
     TRAINER,
     NamedParameters,
 )
-from nxdt_align.engines.native.collectives import Ranks
 from nxdt_align.engines.native.optimizer_state import by_name, merged
-from nxdt_align.engines.native.parts import Part
+from nxdt_align.engines.native.shards import LocalShard
 from nxdt_align.engines.native.tensors import TensorFolder, write_tensors
-from nxdt_align.engines.plain import to_plain
-from nxdt_align.engines.summary import CheckpointError
-from nxdt_align.files import atomic_folder
+from nxdt_align.engines.ranks import Ranks
 
 
 def save(
@@ -57,17 +52,8 @@ def save(
     _write(_collect(Path(directory), named_parameters, optimizer, extra, Ranks()))
 
 
-class Saver(BackgroundSaving):
-    """Writes checkpoints, at most one at a time, on a thread where asked. All ranks make the same calls.
-
-    Args:
-        timeout: how long a rank waits for the others; torch's default where None.
-    """
-
-    def __init__(self, timeout: timedelta | None = None) -> None:
-        super().__init__()
-        self._timeout = timeout
-        self._ranks: Ranks | None = None
+class Saver(AsyncSaver):
+    """Writes native's checkpoints. All ranks make the same calls."""
 
     def save(
         self,
@@ -88,16 +74,7 @@ class Saver(BackgroundSaving):
         content = _collect(Path(directory), named_parameters, optimizer, extra, self.ranks())
         if background or content.is_lazy:
             content = content.copied()
-        if background:
-            self._flight = Flight(lambda: _write(content))
-        else:
-            _write(content)
-
-    def ranks(self) -> Ranks:
-        """All ranks in a group of their own over the CPU; the first call is a collective."""
-        if self._ranks is None:
-            self._ranks = Ranks(own_group=True, timeout=self._timeout)
-        return self._ranks
+        self._write(lambda: _write(content), background=background)
 
 
 @dataclass(frozen=True)
@@ -105,7 +82,7 @@ class _Content:
     """What one rank brings to a checkpoint."""
 
     directory: Path
-    parts: dict[str, Part]
+    parts: dict[str, LocalShard]
     trainer: bytes
     """The file of the trainer's state: rank 0's, empty elsewhere."""
     step: int
@@ -131,13 +108,13 @@ def _collect(
     extra: Mapping[str, Any],
     ranks: Ranks,
 ) -> _Content:
-    with ranks.together(CheckpointError), faults.writing(directory):
+    with ranks.together(CheckpointError), writing(directory):
         tensors = {MODEL + name: parameter.detach() for name, parameter in named_parameters}
         state = None if optimizer is None else by_name(optimizer, named_parameters)
         settings = None if state is None else to_plain(state.plain)
         if state is not None:
             tensors |= {OPTIMIZER + name: tensor for name, tensor in state.tensors.items()}
-        parts = {name: Part.of(tensor) for name, tensor in tensors.items()}
+        parts = {name: LocalShard.of(tensor) for name, tensor in tensors.items()}
         values = to_plain({"extra": extra}) if ranks.rank == 0 else {"extra": {}}
     of_ranks = [each for each in ranks.gather(settings) if each is not None]
     values["optimizer"] = merged(of_ranks) if of_ranks else None
@@ -147,20 +124,15 @@ def _collect(
 
 def _write(content: _Content) -> None:
     """The folder, from all ranks; the same fault on all of them."""
-    directory, ranks = content.directory, content.ranks
-    with faults.writing(directory), ExitStack() as stack:
-        # An error in the block takes the temporary folder away; closing the stack puts it in place.
-        with ranks.together(CheckpointError), faults.writing(directory):
-            own = stack.enter_context(atomic_folder(directory)) if ranks.rank == 0 else directory
-            if ranks.rank == 0:
-                (own / TENSORS).mkdir()
-        folder = ranks.broadcast(own)
-        write_tensors(folder / TENSORS, content.parts, ranks)
-        with ranks.together(CheckpointError), faults.writing(directory):
-            if ranks.rank == 0:
-                (folder / TRAINER).write_bytes(content.trainer)
-                SUMMARY.write(folder, _summary(folder, content))
-                stack.close()
+    ranks = content.ranks
+
+    def finish(folder: Path) -> dict[str, Any]:
+        (folder / TRAINER).write_bytes(content.trainer)
+        return _summary(folder, content)
+
+    with writing(content.directory), StagedFolder(content.directory, ranks, [TENSORS]) as folder:
+        write_tensors(folder.path / TENSORS, content.parts, ranks)
+        folder.place(SUMMARY, finish)
 
 
 def _to_bytes(value: Any) -> bytes:

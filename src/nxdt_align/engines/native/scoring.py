@@ -14,7 +14,7 @@ from nxdt_align.batch import PADDING_SEGMENT, Batch, Reading
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import reduce_gradients, whole_rows
-from nxdt_align.engines.native.precision import Precision
+from nxdt_align.engines.native.settings import Precision
 from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import Llama
 from nxdt_align.ops.attention import Attention
@@ -56,7 +56,7 @@ class Scorer(nn.Module):
         Returns (B, S, D), or this rank's (B, S / tp, D) under sequence parallel, which rows are padded for.
         """
         position_ids, segment_ids = rows.position_ids, rows.segment_ids
-        missing = -segment_ids.shape[1] % self._groups.row_multiple
+        missing = -segment_ids.shape[1] % self._groups.parallel.row_multiple
         if missing:
             x = pad(x, (0, missing)) if x is rows.input_ids else x
             position_ids = pad(position_ids, (0, missing))

@@ -8,8 +8,10 @@ Every tensor carries a checksum (of the zip archive that it is stored as), which
 from __future__ import annotations
 
 import errno
+import io
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -33,9 +35,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from nxdt_align.engines.native.archives import Stretch, check_archive, reason
-from nxdt_align.engines.native.collectives import Ranks
-from nxdt_align.engines.native.parts import Part
+from nxdt_align.engines.native.shards import LocalShard
+from nxdt_align.engines.ranks import Ranks
 
 INDEX = ".metadata"
 
@@ -63,7 +64,7 @@ class DamagedError(Exception):
     """A folder of tensors that cannot be read; the message says where it is broken."""
 
 
-def write_tensors(folder: Path, parts: Mapping[str, Part], ranks: Ranks) -> None:
+def write_tensors(folder: Path, parts: Mapping[str, LocalShard], ranks: Ranks) -> None:
     """Write what the ranks hold into one folder, bits and dtypes as they are. Every rank calls this.
 
     What several ranks hold is written by one of them. Raises OSError, the same on every rank, where one
@@ -75,7 +76,7 @@ def write_tensors(folder: Path, parts: Mapping[str, Part], ranks: Ranks) -> None
             dcp_save(
                 dict(parts),
                 storage_writer=_Writer(folder),
-                planner=_PartSavePlanner(),
+                planner=_ShardSavePlanner(),
                 process_group=ranks.group,
                 no_dist=ranks.size == 1,
             )
@@ -114,40 +115,45 @@ class TensorFolder:
         cut = [slice(0, n) for n in shape] if region is None else region
         bounds = [part.indices(size) for part, size in zip(cut, shape, strict=True)]
         sizes = [max(0, stop - start) for start, stop, _ in bounds]
-        part = Part(torch.empty(sizes, dtype=self.dtype(name)), shape, tuple(start for start, _, _ in bounds))
+        part = LocalShard(
+            torch.empty(sizes, dtype=self.dtype(name)), shape, tuple(start for start, _, _ in bounds)
+        )
         self.read_into({name: part})
         return part.local
 
-    def read_into(self, parts: Mapping[str, Part]) -> None:
+    def read_into(self, parts: Mapping[str, LocalShard]) -> None:
         """Fill the parts' memory, on whatever device it is. Raises DamagedError."""
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp_load(
-                    dict(parts), storage_reader=_Reader(self.folder), planner=_PartLoadPlanner(), no_dist=True
+                    dict(parts),
+                    storage_reader=_Reader(self.folder),
+                    planner=_ShardLoadPlanner(),
+                    no_dist=True,
                 )
         except CheckpointException as error:
             raise DamagedError(f"{self.folder}: {reason(_first_failure(error)[1])}") from error
 
 
-class _PartSavePlanner(DefaultSavePlanner):
+class _ShardSavePlanner(DefaultSavePlanner):
     """What a rank writes: its parts."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        parts: dict[str, Part] = self.state_dict
+        parts: dict[str, LocalShard] = self.state_dict
         held = {name: part for name, part in parts.items() if part.local.numel() or not prod(part.shape)}
         self.plan = SavePlan([_write_item(name, part) for name, part in held.items()])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        part: Part = self.state_dict[index.fqn]
+        part: LocalShard = self.state_dict[index.fqn]
         return part.local
 
 
-class _PartLoadPlanner(DefaultLoadPlanner):
+class _ShardLoadPlanner(DefaultLoadPlanner):
     """What a rank reads: whatever saved chunks overlap with its parts."""
 
     def set_up_planner(
@@ -165,17 +171,17 @@ class _PartLoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        part: Part = self.state_dict[index.fqn]
+        part: LocalShard = self.state_dict[index.fqn]
         return part.local
 
 
-def _write_item(name: str, part: Part) -> WriteItem:
+def _write_item(name: str, part: LocalShard) -> WriteItem:
     chunk = _chunk(part)
     data = TensorWriteData(chunk, TensorProperties.create_from_tensor(part.local), torch.Size(part.shape))
     return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
 
 
-def _chunk(part: Part) -> ChunkStorageMetadata:
+def _chunk(part: LocalShard) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(part.offsets), part.local.size())
 
 
@@ -239,3 +245,57 @@ def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
+
+
+# Files of torch.save: the checksums that torch writes and does not compare, and words for what is wrong
+
+
+class Stretch(io.RawIOBase):
+    """Some bytes of an open file as a file of their own."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(min(len(buffer), max(0, self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def check_archive(file: Any) -> None:
+    """Compare the checksums in a file of torch.save, which torch itself does not when it reads.
+
+    Raises ValueError naming the record that differs, or for what is no such file.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise ValueError(f"it is no archive of torch.save: {error}") from error
+    if wrong is not None:
+        raise ValueError(
+            f"the checksum of its record {wrong} is wrong: bits have changed since it was written"
+        )
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be read. Leaves out torch.load's advice to read it with code being run."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it holds something other than plain values"
+    return str(error).partition("\n")[0] or type(error).__name__

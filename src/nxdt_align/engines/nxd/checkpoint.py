@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from nxdt_align.engines.summary import CheckpointError, Summary, damaged
+from nxdt_align.engines.checkpoint_folder import CheckpointError, Summary, damaged
 
 SUMMARY = Summary("nxdt_align.json", "nxdt-align NxD checkpoint", 1, "nxdt-align's engine nxd")
+is_checkpoint, checkpoint_step = SUMMARY.is_checkpoint, SUMMARY.checkpoint_step
 EXTRA, DONE = "user_content.pt", "done"
 MODEL, OPTIMIZER = "model", "optim"
 CUTS = "pipeline_cuts"
@@ -30,19 +31,6 @@ CUTS = "pipeline_cuts"
 choice, which are even."""
 SIZES = ("tensor", "pipeline", "data", "kv_multiplier", "qkv", "zero1", CUTS)
 """What must be as it was for a rank to find its shards again."""
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint that this engine wrote, whole or damaged."""
-    return (Path(path) / SUMMARY.name).is_file()
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """The optimizer steps of a whole checkpoint; None where ``path`` is not one."""
-    try:
-        return int(SUMMARY.require_whole(Path(path))["step"])
-    except CheckpointError:
-        return None
 
 
 def read_extra(path: Path) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from nxdt_align.engines.nxd.mesh import Mesh
 from nxdt_align.engines.nxd.pipeline import PipelineRunner
 from nxdt_align.engines.nxd.saving import Checkpoints
 from nxdt_align.engines.nxd.scoring import Runner, Scorer
-from nxdt_align.engines.nxd.settings import Precision, SaveOptions
+from nxdt_align.engines.nxd.settings import Precision, SaveOptions, StaggeredLoad
 from nxdt_align.engines.nxd.shards import Shards
-from nxdt_align.engines.nxd.turns import Turns
 from nxdt_align.engines.nxd.zero import ShardedOptimizer
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
@@ -55,7 +54,7 @@ class NxDEngine(Engine):
         reference_precision: Precision | None = None,
         save_options: SaveOptions = SaveOptions(),  # noqa: B008 (frozen)
         configure_model: Callable[[Llama], None] = lambda model: None,
-        turns: Turns = Turns(),  # noqa: B008 (frozen)
+        turns: StaggeredLoad = StaggeredLoad(),  # noqa: B008 (frozen)
     ) -> None:
         self.config = config
         self.device = mesh.platform.device
@@ -106,7 +105,7 @@ class NxDEngine(Engine):
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
-        self._turns.take(lambda: self._shards.fill(self.named_parameters(), source), self.gather_objects)
+        self._turns.take(lambda: self._shards.fill(self.named_parameters(), source), self._mesh.ranks)
         self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
@@ -115,7 +114,7 @@ class NxDEngine(Engine):
         self._reference = self._runner_of(reference)
         parameters = self._shards.named_parameters(reference.llama)
         if source is not None:
-            self._turns.take(lambda: self._shards.fill(parameters, source), self.gather_objects)
+            self._turns.take(lambda: self._shards.fill(parameters, source), self._mesh.ranks)
             return
         _copy(self.named_parameters(), parameters)
 
@@ -247,13 +246,13 @@ class NxDEngine(Engine):
         return self._groups.data.gather(value)
 
     def broadcast_object(self, value: Any) -> Any:
-        return self._groups.broadcast_object(value)
+        return self._mesh.ranks.broadcast(value)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        return self._groups.gather_objects(value)
+        return self._mesh.ranks.gather(value)
 
     def barrier(self) -> None:
-        self._groups.barrier()
+        self._mesh.ranks.barrier()
 
     # Checkpoints
 
@@ -272,6 +271,9 @@ class NxDEngine(Engine):
 
     def once_saved(self, action: Callable[[], None]) -> None:
         self._checkpoints.then(action)
+
+    def read_extra(self, directory: Path) -> dict[str, Any]:
+        return self._checkpoints.read_extra(directory)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         with nullcontext() if optimizer is None else xla.state_as_computed(optimizer):

@@ -83,8 +83,8 @@ class _Swap:
             # With its default, float32, NxD loses the input's gradient of a bf16 layer: it reduces a
             # copy and returns the original.
             "reduce_dtype": dtype,
-            "sequence_parallel_enabled": parallel.sequence,
-            "sequence_dimension": 0 if parallel.sequence else None,
+            "sequence_parallel_enabled": parallel.sequence_parallel,
+            "sequence_dimension": 0 if parallel.sequence_parallel else None,
         }
         self._column = {**self._common, "gather_output": False}
         self._row = {**self._common, "input_is_parallel": True}
@@ -95,7 +95,7 @@ class _Swap:
             config.vocab_size,
             config.hidden_size,
             dtype=self._dtype,
-            sequence_parallel_enabled=self._parallel.sequence,
+            sequence_parallel_enabled=self._parallel.sequence_parallel,
         )
         for module in body.layers.modules():
             if isinstance(module, LlamaAttention):
@@ -108,7 +108,7 @@ class _Swap:
                 module.down_proj = RowParallelLinear(
                     config.intermediate_size, config.hidden_size, **self._row
                 )
-        if self._parallel.sequence:
+        if self._parallel.sequence_parallel:
             body.norm = GatheringNorm(config.hidden_size, config.rms_norm_eps).to(dtype=self._dtype)
         if llama.lm_head is not None:
             # Asked for its rows of the head alone, which is why it gathers nothing.
@@ -125,7 +125,7 @@ class _Swap:
         return SharedKVProjection(
             self._config,
             dtype=self._dtype,
-            sequence_parallel=self._parallel.sequence,
+            sequence_parallel=self._parallel.sequence_parallel,
             kv_multiplier=self._parallel.kv_multiplier,
             fused=kind == "fused",
             cpu_mode=self._cpu_mode,
@@ -141,7 +141,7 @@ def mark(name: str, parameter: nn.Parameter, split: Split, parallel: Parallel) -
         split: that of the plain weight, or the plain weights, which the parameter holds.
     """
     if split.dim is None:
-        parameter.sequence_parallel_enabled = parallel.sequence  # type: ignore[attr-defined]
+        parameter.sequence_parallel_enabled = parallel.sequence_parallel  # type: ignore[attr-defined]
         return
     for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride", "num_partitions"):
         if hasattr(parameter, attribute):

@@ -7,91 +7,40 @@ from dataclasses import dataclass
 from typing import Any
 
 import neuronx_distributed as nxd
-import torch
 import torch.distributed as dist
 import torch_xla.core.xla_model as xm
 from neuronx_distributed.parallel_layers import comm, parallel_state
 from torch import Tensor
 
 from nxdt_align.batch import Topology
+from nxdt_align.engines import ranks
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
-from nxdt_align.engines.nxd.kv_groups import check_kv_groups
-from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.engines.nxd.settings import Parallel, check_kv_groups
+from nxdt_align.engines.ranks import Groups, Ranks
 
 BUCKET_BYTES = 512 << 20
 """What one all-reduce takes at once."""
 
 
-class Group:
-    """Ranks that reduce with each other: a DataRanks of the engines' steps.
-
-    Reductions go through NxD, so that on XLA they become part of the graph.
-    """
+class Group(ranks.Group):
+    """Of NxD, through whose functions reductions become part of the graph on XLA."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        self._group = group
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over the ranks, in place."""
-        if self.size == 1:
-            return
+    def _sum(self, tensors: Sequence[Tensor]) -> None:
         for bucket in _buckets(tensors):
-            comm.all_reduce("sum", bucket, groups=self.group)
+            comm.all_reduce("sum", bucket, groups=self._group)
 
-    def summed(self, value: Tensor) -> Tensor:
-        """The sum over the ranks; ``value`` stays as it is."""
-        return self._reduced("sum", value)
-
-    def maximum(self, value: Tensor) -> Tensor:
-        """The largest of the ranks' values, entry by entry; ``value`` stays as it is."""
-        return self._reduced("max", value)
-
-    def gather(self, value: Tensor) -> Tensor:
-        """(ranks, *value.shape): the ranks' values, on every rank."""
-        if self.size == 1:
-            return value[None]
-        gathered: Tensor = comm.all_gather(value[None].contiguous(), dim=0, groups=self.group)
-        return gathered
-
-    def _reduced(self, how: str, value: Tensor) -> Tensor:
-        if self.size == 1:
-            return value
-        reduced: Tensor = comm.all_reduce(how, [value.clone()], groups=self.group)[0]
+    def _reduced(self, value: Tensor, how: ranks.Reduction) -> Tensor:
+        reduced: Tensor = comm.all_reduce(how, [value.clone()], groups=self._group)[0]
         return reduced
 
-
-@dataclass(frozen=True)
-class Groups:
-    """This process's groups."""
-
-    tensor: Group
-    data: Group
-    pipeline: Group
-    host: dist.ProcessGroup | None
-    """All processes, for objects on the host: gloo, whatever the device."""
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's ``value`` on every rank."""
-        if dist.get_world_size() == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.host, device=torch.device("cpu"))
-        return box[0]
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's ``value``, in the order of the ranks, on every rank."""
-        if dist.get_world_size() == 1:
-            return [value]
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, value, group=self.host)
-        return found
-
-    def barrier(self) -> None:
-        if dist.get_world_size() > 1:
-            dist.barrier(group=self.host)
+    def _gather(self, value: Tensor) -> Tensor:
+        gathered: Tensor = comm.all_gather(value[None].contiguous(), dim=0, groups=self._group)
+        return gathered
 
 
 @dataclass(frozen=True)
@@ -101,6 +50,8 @@ class Mesh:
     platform: Platform
     parallel: Parallel
     groups: Groups
+    ranks: Ranks
+    """All processes, over gloo, whatever the device."""
     topology: Topology
     nxd_config: dict[str, Any]
     """neuronx_distributed_config's."""
@@ -115,7 +66,7 @@ def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
     config: dict[str, Any] = nxd.neuronx_distributed_config(
         tensor_parallel_size=parallel.tensor,
         pipeline_parallel_size=parallel.pipeline,
-        sequence_parallel=parallel.sequence,
+        sequence_parallel=parallel.sequence_parallel,
         optimizer_config={"zero_one_enabled": parallel.zero1, "grad_clipping": False},
     )
     if parallel_state.get_tensor_model_parallel_size() != parallel.tensor:
@@ -133,14 +84,13 @@ def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
     if platform.place != "cpu":
         # As NxD's ranks meet when they save: in a graph, which a trial run then has as well.
         xm.rendezvous("nxdt-align: groups are made")
-    is_gloo = dist.get_backend() == "gloo"
     groups = Groups(
-        Group(parallel_state.get_tensor_model_parallel_group()),
-        Group(parallel_state.get_data_parallel_group()),
-        Group(parallel_state.get_pipeline_model_parallel_group()),
-        None if is_gloo or dist.get_world_size() == 1 else dist.new_group(backend="gloo"),
+        tensor=Group(parallel_state.get_tensor_model_parallel_group()),
+        data=Group(parallel_state.get_data_parallel_group()),
+        pipeline=Group(parallel_state.get_pipeline_model_parallel_group()),
     )
-    return Mesh(platform, parallel, groups, _topology(groups), config)
+    everyone = Ranks() if dist.get_backend() == "gloo" else Ranks.apart()
+    return Mesh(platform, parallel, groups, everyone, _topology(groups), config)
 
 
 def forget_groups() -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from nxdt_align.batch import Batch, Reading
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
-from nxdt_align.engines.nxd.mesh import Groups
 from nxdt_align.engines.nxd.scoring import Scorer
+from nxdt_align.engines.ranks import Groups
 from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import LlamaDecoderLayer
 

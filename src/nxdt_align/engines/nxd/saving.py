@@ -4,48 +4,47 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import neuronx_distributed as nxd
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from nxdt_align.engines import faults, xla
-from nxdt_align.engines.flight import BackgroundSaving, Flight
-from nxdt_align.engines.nxd import checkpoint, xser
+from nxdt_align.engines import xla
+from nxdt_align.engines.async_save import AsyncSaver
+from nxdt_align.engines.checkpoint_folder import (
+    CheckpointError,
+    StagedFolder,
+    damaged,
+    require_same_tensors,
+    to_plain,
+)
+from nxdt_align.engines.nxd import checkpoint
 from nxdt_align.engines.nxd.checkpoint import DONE, MODEL, OPTIMIZER, SUMMARY
+from nxdt_align.engines.nxd.checkpoint_files import Files, apart_from_training, is_xser, read_xser
 from nxdt_align.engines.nxd.compat import only_plain_values
-from nxdt_align.engines.nxd.files import Files, apart_from_training
-from nxdt_align.engines.nxd.mesh import Groups, Mesh
+from nxdt_align.engines.nxd.mesh import Mesh
 from nxdt_align.engines.nxd.settings import SaveOptions
-from nxdt_align.engines.plain import to_plain
-from nxdt_align.engines.summary import CheckpointError, damaged
-from nxdt_align.files import atomic_folder
 
 log = logging.getLogger(__name__)
 MASTERS = "master_weights"
 """Key of the optimizer's file: the weights that the optimizer works on, where the model's file has them
 in a lower precision."""
 NamedParameters = Sequence[tuple[str, nn.Parameter]]
-T = TypeVar("T")
 
 
-class Checkpoints(BackgroundSaving):
-    """Writes and reads one rank's part of a checkpoint, at most one at a time. All ranks make the same
-    calls."""
+class Checkpoints(AsyncSaver):
+    """Writes and reads one rank's part of NxD's checkpoints. All ranks make the same calls."""
 
     def __init__(self, mesh: Mesh, options: SaveOptions, stage_ends: Sequence[int]) -> None:
         super().__init__()
         self._parallel, self._groups, self._platform = mesh.parallel, mesh.groups, mesh.platform
         self._options, self._stage_ends = options, list(stage_ends)
         self._xser = options.xser and mesh.platform.place != "cpu"
-        self._of_threads: Groups | None = None
         if options.xser and not self._xser:
             log.info(
                 "exp_manager.save_xser: not in CPU mode, where neuronx-distributed itself reads such files "
@@ -76,43 +75,26 @@ class Checkpoints(BackgroundSaving):
         Raises CheckpointError on every rank where any cannot write.
         """
         self.finish()
-        groups = self._groups_of_threads() if background else self._groups
-        is_writer = dist.get_rank() == 0
+        files, ranks = Files(deferred=background), self.ranks()
         with ExitStack() as stack:
-
-            def begin() -> tuple[Path, Any]:
-                folder = stack.enter_context(atomic_folder(directory)) if is_writer else directory
-                for part in (MODEL, *([OPTIMIZER] if optimizer is not None else [])):
-                    # Before any rank writes: in CPU mode NxD's ranks do not wait for each other.
-                    (folder / part).mkdir() if is_writer else None
-                return folder, to_plain(extra)
-
-            own, plain = _write_together(self._groups, directory, begin)
-            folder = Path(self._groups.broadcast_object(str(own)))
-            files = Files(deferred=background)
-            collect = partial(self._collect, files, folder, parameters, optimizer, plain)
-            _write_together(self._groups, directory, collect)
-
-            def end() -> None:
-                if is_writer:
-                    (folder / DONE).write_text("1")
-                    said = checkpoint.description(plain, self._sizes, optimizer is not None)
-                    SUMMARY.write(folder, said)
-                    placing.close()
-
+            subfolders = [MODEL] if optimizer is None else [MODEL, OPTIMIZER]
+            folder = stack.enter_context(StagedFolder(directory, ranks, subfolders))
+            with folder.step():
+                plain = to_plain(extra)
+                self._collect(files, folder.path, parameters, optimizer, plain)
             placing = stack.pop_all()
-            complete = partial(_complete, groups, directory, placing, files.write, end)
-            if background:
-                self._flight = Flight(complete)
-            else:
-                complete()
 
-    def _groups_of_threads(self) -> Groups:
-        """The ranks' groups for a thread that talks while training does; the first call is a collective."""
-        if self._of_threads is None:
-            host = dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
-            self._of_threads = replace(self._groups, host=host)
-        return self._of_threads
+        def finish(path: Path) -> dict[str, Any]:
+            (path / DONE).write_text("1")
+            return checkpoint.description(plain, self._sizes, optimizer is not None)
+
+        def write() -> None:
+            with placing:
+                with folder.step():
+                    files.write()
+                folder.place(SUMMARY, finish)
+
+        self._write(write, background=background)
 
     def _collect(
         self,
@@ -152,6 +134,12 @@ class Checkpoints(BackgroundSaving):
             model = {name: tensor.cpu().to(low) for name, tensor in model.items()}
         return model, state
 
+    def read_extra(self, directory: Path) -> dict[str, Any]:
+        """What ``save`` was given as ``extra``. Raises CheckpointError, on every rank."""
+        self.finish()
+        with self.ranks().together(CheckpointError):
+            return checkpoint.read_extra(directory)
+
     def load(
         self, directory: Path, parameters: NamedParameters, optimizer: torch.optim.Optimizer | None
     ) -> dict[str, Any]:
@@ -161,8 +149,8 @@ class Checkpoints(BackgroundSaving):
         another model.
         """
         self.finish()
-        read = partial(self._read, directory, parameters, wants_optimizer=optimizer is not None)
-        model, state, extra = _together(self._groups, read)
+        with self.ranks().together(CheckpointError):
+            model, state, extra = self._read(directory, parameters, wants_optimizer=optimizer is not None)
         for name, parameter in parameters:
             with torch.no_grad(), xla.filling({name: parameter}) as filled:
                 filled[name].copy_(model[name])
@@ -190,7 +178,7 @@ class Checkpoints(BackgroundSaving):
             raise damaged(directory, reason or type(error).__name__) from error
         masters = None if state is None else state.pop(MASTERS, None)
         filling = masters if masters is not None else model
-        faults.require_same_tensors(directory, _shapes(filling.items()), _shapes(parameters))
+        require_same_tensors(directory, _shapes(filling.items()), _shapes(parameters))
         return filling, state, extra
 
     def _read_files(
@@ -198,57 +186,19 @@ class Checkpoints(BackgroundSaving):
     ) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any]]:
         model: dict[str, Tensor] = {}
         state: dict[str, Any] | None = {} if has_optimizer else None
-        if not xser.is_in(directory / MODEL):
+        if not is_xser(directory / MODEL):
             extra = nxd.load_checkpoint(str(directory), tag=".", model=model, optimizer=state, strict=False)
             return model, state, extra
-        model = xser.read(directory / MODEL / self._shard(0))
+        model = read_xser(directory / MODEL / self._shard(0))
         if has_optimizer:
             copy = self._groups.data.rank if self._parallel.zero1 else 0
-            state = xser.read(directory / OPTIMIZER / self._shard(copy))
+            state = read_xser(directory / OPTIMIZER / self._shard(copy))
         return model, state, checkpoint.read_extra(directory)
 
     def _shard(self, copy: int) -> str:
         """The name that NxD gives this rank's files. ``copy``: the data-parallel rank."""
         tensor, stage = self._groups.tensor.rank, self._groups.pipeline.rank
         return f"dp_rank_{copy:02d}_tp_rank_{tensor:02d}_pp_rank_{stage:02d}.pt"
-
-
-def _complete(
-    groups: Groups,
-    directory: Path,
-    placing: ExitStack,
-    write: Callable[[], None],
-    end: Callable[[], None],
-) -> None:
-    """Write, and put the folder in its place when all ranks have; else it goes away."""
-    with placing:
-        _write_together(groups, directory, write)
-        _write_together(groups, directory, end)
-
-
-def _together(groups: Groups, act: Callable[[], T]) -> T:
-    """Do a part of a save or a load; if any rank fails, all raise the same."""
-    try:
-        result = act()
-    except CheckpointError as error:
-        told = groups.gather_objects(str(error))
-        raise CheckpointError(next(found for found in told if found is not None)) from error
-    except Exception as error:  # the others are told before it is raised
-        groups.gather_objects(str(error) or type(error).__name__)
-        raise
-    fault = next((found for found in groups.gather_objects(None) if found is not None), None)
-    if fault is not None:
-        raise CheckpointError(fault)
-    return result
-
-
-def _write_together(groups: Groups, directory: Path, act: Callable[[], T]) -> T:
-    def explained() -> T:
-        with faults.writing(directory):
-            return act()
-
-    with faults.writing(directory):  # a rank that is gone
-        return _together(groups, explained)
 
 
 def _shapes(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from nxdt_align.batch import PADDING_SEGMENT, Batch, Reading
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
-from nxdt_align.engines.nxd.mesh import Group
 from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.engines.ranks import Group
 from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import Llama
 from nxdt_align.ops.attention import Attention
@@ -32,7 +32,7 @@ class Scorer(nn.Module):
         self.attention = attention
         self._parallel = parallel
         rows = llama.config.vocab_size // tensor.size
-        self._shard = VocabShard(tensor.rank * rows, tensor.maximum, tensor.summed)
+        self._shard = VocabShard(tensor.rank * rows, tensor.largest, tensor.summed)
 
     def forward(self, batch: Batch, wanted: Sequence[Reading]) -> TokenLogps:
         input_ids, position_ids, segment_ids = self.padded(batch)
@@ -55,7 +55,7 @@ class Scorer(nn.Module):
 
     def padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions and segments; under sequence parallel of a length that the ranks divide."""
-        extra = -batch.input_ids.shape[1] % self._parallel.tensor if self._parallel.sequence else 0
+        extra = -batch.input_ids.shape[1] % self._parallel.tensor if self._parallel.sequence_parallel else 0
         parts = ((batch.input_ids, 0), (batch.position_ids, 0), (batch.segment_ids, PADDING_SEGMENT))
         ids, positions, segments = (F.pad(part, (0, extra), value=value) for part, value in parts)
         return ids, positions, segments

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nxdt_align.engines import faults, xla
+from nxdt_align.engines import xla
 from nxdt_align.engines.base import EngineError, WeightSource
+from nxdt_align.engines.checkpoint_folder import require_same_shapes
 from nxdt_align.engines.nxd.layers import mark
-from nxdt_align.engines.nxd.mesh import Group, Groups
 from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.engines.ranks import Group, Groups
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import Partition, local_tensors
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
@@ -20,7 +21,7 @@ from nxdt_align.models.sharding import KV_HEADS, split_of
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightRows:
     """A plain weight's share, and the rows of a parameter that hold it (all columns)."""
 
     name: str
@@ -47,11 +48,11 @@ class Shards:
             for local, names in local_tensors(self.partition, groups.pipeline.rank).items()
         }
 
-    def _stacked(self, names: list[str]) -> Iterator[Part]:
+    def _stacked(self, names: list[str]) -> Iterator[WeightRows]:
         row = 0
         for name in names:
             rows = self.partition.local_shape(name)[0]
-            yield Part(name, row, rows)
+            yield WeightRows(name, row, rows)
             row += rows
 
     def named_parameters(self, llama: Llama) -> list[tuple[str, nn.Parameter]]:
@@ -83,7 +84,7 @@ class Shards:
 
         Raises EngineError naming every missing, surplus or misshapen tensor.
         """
-        faults.require_same_shapes(source, weight_shapes(self.partition.config))
+        require_same_shapes(source, weight_shapes(self.partition.config))
         for local, parameter in parameters:
             with xla.filling({local: parameter}) as filled:
                 for part in self._parts[local]:
@@ -114,7 +115,7 @@ class Shards:
                     if is_first:
                         yield part.name, self._put_together(part.name, shares.cpu())
 
-    def _from(self, stage: int, parameter: nn.Parameter | None, part: Part, like: Tensor) -> Tensor:
+    def _from(self, stage: int, parameter: nn.Parameter | None, part: WeightRows, like: Tensor) -> Tensor:
         """A stage's share of a plain weight, on the same rank of every stage; ``like`` has its dtype."""
         pipeline = self._groups.pipeline
         if stage == pipeline.rank:
@@ -174,7 +175,7 @@ class Shards:
     def partial_gradients(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Tensor]:
         """Gradients of which each tensor-parallel rank has a part: those of the norms under sequence
         parallel, which see other tokens on each rank."""
-        if not self._parallel.sequence:
+        if not self._parallel.sequence_parallel:
             return []
         return [
             gradient

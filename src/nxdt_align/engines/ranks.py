@@ -1,0 +1,134 @@
+"""The processes of a run as an engine's parts see them: groups that reduce tensors, and all of them
+together, which agree over plain values on the host."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from nxdt_align.engines.base import EngineError
+
+T = TypeVar("T")
+Reduction = Literal["sum", "max"]
+
+
+class Group(ABC):
+    """Ranks that reduce with each other, seen from one of them. Alone, it does nothing.
+
+    Args:
+        rank: this process's place in the group.
+        size: processes in it.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over the ranks, in place."""
+        if self.size > 1:
+            self._sum(tensors)
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum over the ranks; ``value`` stays as it is."""
+        return value if self.size == 1 else self._reduced(value, "sum")
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The elementwise maximum over the ranks; ``value`` stays as it is."""
+        return value if self.size == 1 else self._reduced(value, "max")
+
+    def gather(self, value: Tensor) -> Tensor:
+        """(ranks, *value.shape): the ranks' values in their order, on every rank."""
+        return value[None] if self.size == 1 else self._gather(value)
+
+    # Called where there are several ranks.
+
+    @abstractmethod
+    def _sum(self, tensors: Sequence[Tensor]) -> None: ...
+
+    @abstractmethod
+    def _reduced(self, value: Tensor, how: Reduction) -> Tensor:
+        """A new tensor."""
+
+    @abstractmethod
+    def _gather(self, value: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """This process's groups."""
+
+    tensor: Group
+    """Ranks that share each layer's matrices, and the rows."""
+    data: Group
+    """Ranks that see other rows of the global batch."""
+    pipeline: Group
+    """Ranks that hold other layers, the first stage's first."""
+
+
+class Ranks:
+    """All processes, as they agree over plain values (names, sizes, faults).
+
+    Args:
+        group: what they talk over; torch's default where None.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        is_alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        self.size = 1 if is_alone else dist.get_world_size()
+        self.rank = 0 if is_alone else dist.get_rank()
+        self.group = group
+
+    @classmethod
+    def apart(cls, timeout: timedelta | None = None) -> Ranks:
+        """In a process group of their own over the CPU, so that a thread can talk while training goes on,
+        and whatever device the default group is for. Making it is a collective call.
+
+        Args:
+            timeout: how long a rank waits for the others; torch's default where None.
+        """
+        ranks = cls()
+        if ranks.size > 1:
+            ranks.group = dist.new_group(backend="gloo", timeout=timeout)
+        return ranks
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
+    @contextmanager
+    def together(self, error_type: type[EngineError] = EngineError) -> Iterator[None]:
+        """Every rank's block succeeds, or every rank raises: its own error, or else an ``error_type`` with
+        the words of the first rank that failed. The block itself must not talk to other ranks."""
+        try:
+            yield
+        except Exception as error:
+            # The others are told before it is raised; else they would wait for this rank for ever.
+            self.gather(str(error) or type(error).__name__)
+            raise
+        faults: list[str | None] = self.gather(None)
+        fault = next((fault for fault in faults if fault is not None), None)
+        if fault is not None:
+            raise error_type(fault)

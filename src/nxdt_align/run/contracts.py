@@ -1,0 +1,74 @@
+"""What the parts of a run hand to one another: its process, its engine before that is built, its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from nxdt_align.batch import Topology
+from nxdt_align.engines.base import Engine
+from nxdt_align.engines.settings import Precision
+
+
+@dataclass(frozen=True)
+class RunEnv:
+    """This process among those of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    compile_only: bool = False
+    """Trial steps that write nothing (``COMPILE=1``)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves. The paths are None after a dry run, and where nothing was written."""
+
+    step: int
+    """Optimizer steps done, those before a resume included."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The newest value of each metric, validation's under ``val_``."""
+    folder: Path | None = None
+    """The experiment's folder: logs, resolved settings, checkpoints."""
+    checkpoint: Path | None = None
+    """The newest checkpoint."""
+    export: Path | None = None
+    """The policy as a Hugging Face folder."""
+
+
+class Checkpoints(Protocol):
+    """The checkpoints that an engine writes."""
+
+    def is_checkpoint(self, path: Path) -> bool: ...
+
+    def checkpoint_step(self, path: Path) -> int | None: ...
+
+
+class EngineParts(Protocol):
+    """An engine before it is built: its processes have joined."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def topology(self) -> Topology: ...
+
+    @property
+    def precision(self) -> Precision: ...
+
+    @property
+    def reference_precision(self) -> Precision: ...
+
+    @property
+    def checkpoints(self) -> Checkpoints: ...
+
+    def engine(self) -> Engine: ...
+
+    def notes_on(self, folder: Path) -> list[str]:
+        """What the user should know of the weights or the checkpoint in ``folder``, which the run reads."""
+        ...

@@ -1,0 +1,132 @@
+"""What a run does beside its steps. A dry run (``dry_run.py``) replaces these methods and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from nxdt_align.config.schema import Config
+from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.engines.base import Compiler, Engine
+from nxdt_align.neuron.compile import read_manifest
+from nxdt_align.neuron.monitor import NeuronMonitor
+from nxdt_align.reference.cache import FloatArray, ReferenceStore
+from nxdt_align.reference.precompute import PassSummary, precompute
+from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
+from nxdt_align.run.places import EXPORT, Places
+from nxdt_align.run.resume import RunFolder, RunIdentity, find, resume_point, write_identity
+from nxdt_align.training.experiment import start_experiment
+from nxdt_align.training.hooks import Preflight
+from nxdt_align.training.monitors import DeviceMonitor
+
+log = logging.getLogger(__name__)
+
+
+class RunMode:
+    """A run that trains: it keeps its caches, logs, checkpoints and export."""
+
+    compute_reference: Callable[..., tuple[FloatArray, PassSummary]] = staticmethod(precompute)
+    """Fills the reference's table of a split, see ``reference.precompute``."""
+    preflight: type[Preflight] = Preflight
+
+    def check_places(self, places: Places) -> None:
+        """Raise UserError where the run could not write."""
+        places.require_writable()
+
+    def fallback_device(self, config: Config, env: RunEnv) -> torch.device:
+        """The device where ``trainer.accelerator: auto`` finds no accelerator."""
+        return torch.device("cpu")
+
+    def note_no_graphs(self, why: str) -> None:
+        """``why`` nothing can be compiled ahead: news to a dry run alone."""
+
+    # Data and steps
+
+    def token_cache(self, places: Places) -> Path | None:
+        return places.tokens
+
+    def fixes_micro_batches(self, device: torch.device) -> bool:
+        """Whether every step of a bucket has as many micro-batches: where steps are compiled graphs."""
+        return device.type == "xla"
+
+    def prepare(self, data: ModelAlignmentDataModule, steps: int) -> None:
+        """Choose what ``data`` brings in a run of ``steps`` optimizer steps (-1: not counted)."""
+
+    def extent(self, config: Config) -> dict[str, Any]:
+        """How many steps, and when validation comes, as arguments of Lightning's Trainer."""
+        names = ("max_steps", "max_epochs", "max_time", "val_check_interval", "check_val_every_n_epoch")
+        limits = ("num_sanity_val_steps", "limit_val_batches", "limit_train_batches")
+        return {name: getattr(config.trainer, name) for name in (*names, *limits)}
+
+    # Where the run stands
+
+    def find_run(
+        self, config: Config, places: Places, identity: RunIdentity, checkpoints: Checkpoints, engine: Engine
+    ) -> RunFolder:
+        return find(config, places, identity, checkpoints.checkpoint_step, engine)
+
+    def resume_point(
+        self, config: Config, run: RunFolder, checkpoints: Checkpoints, start: object
+    ) -> Path | None:
+        return resume_point(config, run, checkpoints, start)
+
+    # What is written
+
+    def reference_store(
+        self, folder: Path, fingerprint: str, width: int, made_from: Mapping[str, str]
+    ) -> ReferenceStore:
+        return ReferenceStore(folder, fingerprint, width=width, description=made_from)
+
+    def monitors(self, config: Config, env: RunEnv) -> list[Callback]:
+        """neuron-monitor sees every process of its node, so one of them starts it."""
+        if env.local_rank != 0:
+            return []
+        return [DeviceMonitor(NeuronMonitor(), config.trainer.log_every_n_steps)]
+
+    def export_folder(self, config: Config, run: RunFolder) -> Path | None:
+        """Where the policy is exported to at the end; None for no export."""
+        return run.path / EXPORT if config.exp_manager.export_hf else None
+
+    def start_experiment(
+        self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int | None
+    ) -> None:
+        """Folder, loggers and checkpoint callback; ``step``: of the run's own checkpoint, if any."""
+        start_experiment(trainer, config.exp_manager, run.path, resumed_step=step)
+        if trainer.is_global_zero:
+            write_identity(run.path, identity.digest, identity.parts)
+
+    def around_fit(self, compiler: Compiler | None, manifest: Path) -> AbstractContextManager[None]:
+        """Entered around all steps."""
+        return nullcontext()
+
+    def conclude(self, compiler: Compiler | None, manifest: Path, result: Result, samples: int) -> None:
+        """Log how many graphs were compiled, which of them no dry run saw, and where everything is."""
+        report_graphs(compiler, manifest)
+        log.info("done: %d steps, %d samples", result.step, samples)
+        log.info("experiment folder: %s", result.folder)
+        if result.export is not None:
+            log.info("Hugging Face export: %s", result.export)
+
+
+def report_graphs(compiler: Compiler | None, manifest: Path) -> None:
+    """Log the graphs that were compiled, and warn of each that ``manifest`` does not list."""
+    if compiler is None:
+        return
+    graphs = compiler.graphs()
+    if graphs is None:
+        log.info("graphs: %d compiled or taken from Neuron's cache", compiler.count())
+        return
+    known = read_manifest(manifest)
+    if known is None:
+        log.info("graphs: %d compiled; COMPILE=1 would list them in %s", len(graphs), manifest)
+        return
+    outside = [graph for key, graph in graphs.items() if key not in known]
+    log.info("graphs: %d compiled, %d outside the manifest %s", len(graphs), len(outside), manifest)
+    for graph in outside:
+        log.warning("not in the manifest: graph %s, %s of shapes %s", graph.key, graph.name, graph.shapes)

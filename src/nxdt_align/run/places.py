@@ -1,0 +1,59 @@
+"""Where a run reads and writes: its experiments, caches and manifest, all of them from the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nxdt_align.config.schema import Config
+from nxdt_align.errors import UserError
+from nxdt_align.files import CHOOSE_ANOTHER, unwritable
+
+EXPORT = "hf_export"
+"""Folder of an experiment that holds the policy for transformers."""
+
+
+class Places:
+    """Absolute folders of one configuration. None is made here: a run that stops early leaves nothing."""
+
+    def __init__(self, config: Config) -> None:
+        self._settings, self._cache_dir = config.exp_manager, config.data.cache_dir
+        name = config.exp_manager.name or config.name
+        self.experiments = Path(config.exp_manager.exp_dir or "nemo_experiments").absolute()
+        self.runs = self.experiments / name
+        """Where the dated folders are."""
+        explicit = config.exp_manager.explicit_log_dir
+        self.explicit = None if explicit is None else Path(explicit).absolute()
+        """The folder that the user chose for this run, in place of a dated one."""
+        # DPO and ORPO configurations may share a name, so the objective is part of the file's.
+        objective = config.model_alignment_strategy.objective
+        self.manifest = self.experiments / "compile" / f"{name}_{objective}.json"
+        """The graphs that ``COMPILE=1`` compiled."""
+
+    @property
+    def tokens(self) -> Path:
+        return self._cache("tokens")
+
+    @property
+    def reference(self) -> Path:
+        return self._cache("reference")
+
+    def _cache(self, what: str) -> Path:
+        chosen = self._cache_dir
+        return (Path(chosen) if chosen is not None else self.experiments / "cache") / what
+
+    def require_writable(self) -> None:
+        """Raise UserError where a folder that the run will write to cannot be made or written to."""
+        if self.explicit is not None:
+            _require_writable("exp_manager.explicit_log_dir", self.explicit)
+        else:
+            _require_writable("exp_manager.exp_dir", self.runs)
+        key = "exp_manager.exp_dir" if self._cache_dir is None else "data.cache_dir"
+        _require_writable(key, self.tokens.absolute())
+
+
+def _require_writable(key: str, folder: Path) -> None:
+    problem = unwritable(folder)
+    if problem is not None:
+        raise UserError(
+            f"{key}: must be a folder that can be written to, but is {folder}{problem}; {CHOOSE_ANOTHER}"
+        )

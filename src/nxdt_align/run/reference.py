@@ -1,0 +1,143 @@
+"""A run's reference: where its weights come from, how a checkpoint remembers them, what computes it.
+
+A run that resumes from a checkpoint meets the reference that it started with. NxDT computes it again
+from the resumed policy, so that DPO silently changes its target.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from nxdt_align.config.schema import Config
+from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.engines.base import Engine, WeightSource
+from nxdt_align.engines.native.checkpoint import read_extra
+from nxdt_align.engines.nxd import checkpoint as nxd_checkpoint
+from nxdt_align.engines.settings import Precision
+from nxdt_align.errors import UserError
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
+from nxdt_align.run import assemble
+from nxdt_align.run.mode import RunMode
+from nxdt_align.training.hooks import (
+    PREFLIGHT_TOLERANCE,
+    ReferenceDuringTraining,
+    ReferenceOrigin,
+    ReferencePass,
+)
+from nxdt_align.weights.hf import FreshWeights
+
+RUN_RECORD = "nxdt_align"
+"""Key of a checkpoint's extra values that are this package's own."""
+ORIGIN = "reference_origin"
+
+
+def find_origin(
+    config: Config, model: LlamaConfig, start: WeightSource, continued: Path | None
+) -> ReferenceOrigin:
+    """The reference's weights.
+
+    Args:
+        start: what the policy starts from.
+        continued: another run's checkpoint that this one resumes from, optimizer state included.
+
+    ``reference_model`` where it is set; else the start of the run that ``continued`` belongs to; else
+    ``start``. Raises UserError where those weights are gone or changed.
+    """
+    chosen = config.model_alignment_strategy.reference_model
+    if chosen is not None:
+        source = assemble.weights_at(Path(chosen), model, "model_alignment_strategy.reference_model")
+        return ReferenceOrigin(source, is_start=False)
+    record = None if continued is None else _extra(continued).get(RUN_RECORD, {}).get(ORIGIN)
+    return ReferenceOrigin(start if record is None else _recorded(record, model, continued), is_start=True)
+
+
+def _extra(continued: Path) -> dict[str, Any]:
+    written_by_nxd = nxd_checkpoint.is_checkpoint(continued)
+    return nxd_checkpoint.read_extra(continued) if written_by_nxd else read_extra(continued)
+
+
+def origin_record(source: WeightSource, fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint keeps of its reference, in plain values."""
+    seed = source.seed if isinstance(source, FreshWeights) else None
+    return {
+        "path": None if source.path is None else str(source.path.absolute()),
+        "seed": seed,
+        "fingerprint": fingerprint,
+    }
+
+
+def _recorded(record: dict[str, Any], model: LlamaConfig, checkpoint: Path | None) -> WeightSource:
+    if record["path"] is None:
+        return FreshWeights(model, record["seed"])
+    folder = Path(record["path"])
+    if not folder.is_dir():
+        raise _lost(checkpoint, folder, "is not there")
+    source = assemble.weights_at(folder, model, "the checkpoint's reference")
+    if source.fingerprint() != record["fingerprint"]:
+        raise _lost(checkpoint, folder, "holds other weights now")
+    return source
+
+
+def _lost(checkpoint: Path | None, folder: Path, what: str) -> UserError:
+    return UserError(
+        f"exp_manager.resume_from_checkpoint: {checkpoint} was trained against the reference {folder}, which "
+        f"{what}; set model_alignment_strategy.reference_model to a folder of those weights"
+    )
+
+
+def reference_callbacks(
+    config: Config,
+    mode: RunMode,
+    engine: Engine,
+    data: ModelAlignmentDataModule,
+    origin: ReferenceOrigin,
+    precisions: tuple[Precision, Precision],
+    store: ReferenceStore | None,
+) -> list[Callback]:
+    """What computes the reference's values and, unless the YAML says otherwise, checks them before step 1.
+
+    Args:
+        precisions: what policy and reference compute in.
+        store: where values are kept that are computed before training; None computes them at each step.
+    """
+    policy_precision, own_precision = precisions
+    alike = own_precision == policy_precision
+    first: Callback = ReferenceDuringTraining(engine, origin, like_policy=alike)
+    if store is not None:
+        compute = mode.compute_reference
+        first = ReferencePass(engine, data, store, origin, compute=compute, like_policy=alike)
+    if not config.exp_manager.preflight:
+        return [first]
+    tolerance = max(PREFLIGHT_TOLERANCE[precision.coarsest] for precision in precisions)
+    folder = None if store is None else store.folder
+    return [
+        first,
+        mode.preflight(engine, data, tolerance, by_intent=not origin.is_start, store=folder),
+    ]
+
+
+def open_store(
+    config: Config,
+    mode: RunMode,
+    folder: Path,
+    *,
+    weights: str,
+    model: str,
+    tokenization: str,
+    precision: str,
+) -> ReferenceStore:
+    """The store of the values that a reference of these ``weights`` gives, read and computed as said.
+
+    The other arguments are the store's fingerprint, so that no value is used for another model, tokenizer,
+    truncation or precision.
+    """
+    made_from = {"weights": weights, "model": model, "tokenization": tokenization, "precision": precision}
+    dpo = config.model_alignment_strategy.dpo
+    if dpo is not None and dpo.ld_alpha is not None:
+        made_from["ld_alpha"] = str(dpo.ld_alpha)
+    # Two values per record: chosen and rejected, or KTO's completion and the mismatched one.
+    return mode.reference_store(folder, fingerprint_of(made_from), 2, made_from)

@@ -1,0 +1,219 @@
+"""Which run this is, and which checkpoint it resumes from.
+
+A run is its objective, its data, its start weights and its model: never its name, which NxDT's DPO
+and ORPO configurations share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nxdt_align.config.schema import Config
+from nxdt_align.engines.base import Engine
+from nxdt_align.errors import UserError
+from nxdt_align.files import atomic_write
+from nxdt_align.losses.types import Loss
+from nxdt_align.reference.cache import fingerprint_of
+from nxdt_align.run.contracts import Checkpoints
+from nxdt_align.run.places import Places
+
+log = logging.getLogger(__name__)
+
+IDENTITY_FILE = "run_identity.json"
+CHECKPOINTS = "checkpoints"
+DATE_FORMAT = "%Y-%m-%d_%H-%M-%S"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run is, whatever its name."""
+
+    parts: Mapping[str, Any]
+    """Plain values, kept in the experiment's folder for people."""
+
+    @property
+    def digest(self) -> str:
+        return run_identity(self.parts)
+
+
+def identify(
+    config: Config,
+    record_ids: Sequence[str],
+    *,
+    start: str,
+    model: dict[str, Any],
+    tokenization: str,
+    loss: Loss | None,
+) -> RunIdentity:
+    """What makes two runs the same one. Data and start weights count by content; how they are
+    laid out and spread over devices does not count.
+
+    Args:
+        record_ids: of the training data, in their order.
+        start: fingerprint of the weights that training starts from.
+        model: the model's config.json.
+        tokenization: fingerprint of tokenizer, template and truncation.
+        loss: one that stands in place of that which ``config`` names.
+    """
+    parts = {
+        "objective": dataclasses.asdict(config.model_alignment_strategy),
+        "data": fingerprint_of({"records": " ".join(record_ids)}),
+        "tokenization": tokenization,
+        "order": [config.seed, config.data.global_batch_size],
+        "start": start,
+        "model": model,
+    }
+    return RunIdentity(parts if loss is None else parts | {"loss": repr(loss)})
+
+
+def find(
+    config: Config,
+    places: Places,
+    identity: RunIdentity,
+    step_of: Callable[[Path], int | None],
+    engine: Engine,
+) -> RunFolder:
+    """The folder of the run with this identity, and its newest checkpoint. Rank 0 looks; the others follow.
+
+    Raises UserError where the YAML says that there must be a checkpoint and there is none.
+    """
+    settings = config.exp_manager
+    run = None
+    if engine.topology.rank == 0 and places.explicit is not None:
+        run = explicit_run(places.explicit, identity.digest, step_of, resume=settings.resume_if_exists)
+    elif engine.topology.rank == 0:
+        run = find_run(places.runs, identity.digest, step_of, resume=settings.resume_if_exists)
+    found: RunFolder = engine.broadcast_object(run)
+    must_resume = settings.resume_if_exists and not settings.resume_ignore_no_checkpoint
+    if found.checkpoint is None and must_resume:
+        raise UserError(
+            "exp_manager.resume_ignore_no_checkpoint: is False, so a run with resume_if_exists must find "
+            f"a checkpoint of its own, but {found.path.parent} has none; True starts a new run"
+        )
+    return found
+
+
+def resume_point(config: Config, run: RunFolder, checkpoints: Checkpoints, start: object) -> Path | None:
+    """The checkpoint to resume from, optimizer state and position included, and a log line that names it.
+
+    The run's own newest one goes before ``exp_manager.resume_from_checkpoint``, which is where it started.
+    """
+    given = config.exp_manager.resume_from_checkpoint
+    if run.checkpoint is not None:
+        log.info("resuming from this run's own checkpoint %s", run.checkpoint)
+        if given is not None:
+            log.info("resume_from_checkpoint=%s is not read again: it is where this run started", given)
+        return run.checkpoint
+    takes_all = given is not None and not config.model.weight_init_only
+    if given is not None and takes_all and checkpoints.is_checkpoint(Path(given)):
+        log.info("resuming from resume_from_checkpoint=%s, optimizer state included", given)
+        return Path(given)
+    log.info("a new run, from %s", start)
+    return None
+
+
+# Folders of runs
+
+
+def run_identity(parts: Mapping[str, Any]) -> str:
+    """Hex digest of what makes two runs the same one."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run writes, and the checkpoint that it goes on from, if there is one."""
+
+    path: Path
+    checkpoint: Path | None
+
+    @property
+    def version(self) -> str:
+        return self.path.name
+
+
+def find_run(
+    parent: Path, identity: str, step_of: Callable[[Path], int | None], *, resume: bool
+) -> RunFolder:
+    """The newest dated folder of this identity under ``parent``, else a new one.
+
+    Args:
+        parent: ``<exp_dir>/<name>``.
+        step_of: optimizer steps of a checkpoint folder, or None for what is not a whole checkpoint.
+        resume: whether an earlier run may go on.
+    """
+    if resume and parent.is_dir():
+        for folder in sorted((f for f in parent.iterdir() if f.is_dir()), reverse=True):
+            if read_identity(folder) == identity:
+                newest = newest_checkpoint(folder / CHECKPOINTS, step_of)
+                if newest is not None:
+                    return RunFolder(folder, newest)
+    return RunFolder(_new_folder(parent), None)
+
+
+def explicit_run(
+    folder: Path, identity: str, step_of: Callable[[Path], int | None], *, resume: bool
+) -> RunFolder:
+    """The user's own folder: goes on where it is this run's. Raises UserError where it holds the
+    checkpoints of another, which would be mixed up with this run's."""
+    newest = newest_checkpoint(folder / CHECKPOINTS, step_of)
+    if newest is None:
+        return RunFolder(folder, None)
+    if read_identity(folder) != identity:
+        raise UserError(
+            f"exp_manager.explicit_log_dir: {folder} holds checkpoints of another run (other objective, "
+            "data, start weights or model); choose another folder"
+        )
+    if not resume:
+        raise UserError(
+            f"exp_manager.resume_if_exists: is False, but exp_manager.explicit_log_dir, {folder}, holds "
+            "checkpoints of this run; set it to True to go on from them, or choose another folder"
+        )
+    return RunFolder(folder, newest)
+
+
+def _new_folder(parent: Path) -> Path:
+    """A dated name that is not taken; two runs can start in one second."""
+    stamp = time.strftime(DATE_FORMAT)
+    folder, count = parent / stamp, 1
+    while folder.exists():
+        count += 1
+        folder = parent / f"{stamp}-{count}"
+    return folder
+
+
+def newest_checkpoint(folder: Path, step_of: Callable[[Path], int | None]) -> Path | None:
+    """The whole checkpoint with the most optimizer steps."""
+    if not folder.is_dir():
+        return None
+    whole = []
+    for checkpoint in sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")):
+        step = step_of(checkpoint)
+        if step is None:
+            log.warning("%s is not a whole checkpoint: passed over", checkpoint)
+        else:
+            whole.append((step, checkpoint))
+    return max(whole, key=lambda pair: (pair[0], pair[1].name))[1] if whole else None
+
+
+def read_identity(folder: Path) -> str | None:
+    file = folder / IDENTITY_FILE
+    if not file.is_file():
+        return None
+    content = json.loads(file.read_text())
+    return str(content["identity"])
+
+
+def write_identity(folder: Path, identity: str, parts: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"identity": identity, "of": parts}, indent=2, sort_keys=True, default=str)
+    atomic_write(folder / IDENTITY_FILE, text.encode())

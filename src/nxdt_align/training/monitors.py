@@ -1,0 +1,147 @@
+"""Callbacks that watch a run and change nothing in it: compilations, devices, how long a start takes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines.base import Shapes, shapes_of
+from nxdt_align.errors import UserError
+from nxdt_align.neuron.monitor import NeuronMonitor
+
+log = logging.getLogger(__name__)
+
+ALLOWED = 2
+"""Steps of each shape that may compile: the second one's optimizer has a state."""
+
+
+class RecompileGuard(Callback):
+    """After the first two steps of each shape, no step compiles: a graph takes minutes to compile on
+    Trainium, so that one a step would be the end of a run's speed.
+
+    Args:
+        compilations: graphs compiled so far in this process.
+        stop: raise UserError at a surprise instead of a warning (``exp_manager.fail_on_recompile``).
+    """
+
+    def __init__(self, compilations: Callable[[], int], *, stop: bool) -> None:
+        self._compilations = compilations
+        self._stop = stop
+        self._visits: Counter[tuple[str, Shapes]] = Counter()
+        self._before = 0
+        self.surprises = 0
+        """Graphs compiled where none should be."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._before = self._compilations()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._check("step", f"step {trainer.global_step}", batch)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._before = self._compilations()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        where = f"batch {batch_idx} of the validation after step {trainer.global_step}"
+        self._check("validation", where, batch)
+
+    def _check(self, kind: str, where: str, batch: Sequence[Batch]) -> None:
+        shapes = shapes_of(batch)
+        self._visits[kind, shapes] += 1
+        compiled = self._compilations() - self._before
+        if compiled == 0 or self._visits[kind, shapes] <= ALLOWED:
+            return
+        self.surprises += compiled
+        earlier = self._visits[kind, shapes] - 1
+        message = (
+            f"{where} compiled {compiled} graph(s), though {earlier} batches of its shapes came before it: "
+            f"{describe(shapes)}. A number that changes from step to step has become a constant of the "
+            "graph, as from an optimizer's setting or a loss of one's own that reads a value"
+        )
+        if self._stop:
+            raise UserError(f"exp_manager.fail_on_recompile: {message}; False only warns")
+        log.warning("%s", message)
+
+
+def describe(shapes: Shapes) -> str:
+    """The micro-batches' shapes in words."""
+    return "; ".join(
+        f"{count} micro-batch(es) of {rows} row(s) x {tokens} tokens, {responses} response tokens and "
+        f"{slots} responses a row"
+        for (rows, tokens, responses, slots), count in Counter(shapes).items()
+    )
+
+
+class DeviceMonitor(Callback):
+    """Logs ``monitor``'s newest report at the logging interval, at the number of optimizer steps done.
+
+    One process of each node has this callback. Lightning's loggers write on the first node alone; on the
+    others the monitor's warnings are what is left of it.
+    """
+
+    def __init__(self, monitor: NeuronMonitor, every_n_steps: int) -> None:
+        self._monitor = monitor
+        self._every_n_steps = every_n_steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._monitor.start()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        report = self._monitor.newest() if step % self._every_n_steps == 0 else None
+        if report is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(report.metrics(), step=step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._monitor.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._monitor.stop()
+
+
+class StartTimes(Callback):
+    """Logs, in seconds, what each part took since the one before it, up to the end of the first step.
+
+    As a callback it goes before all others, whose parts it times.
+    """
+
+    def __init__(self, *, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._enabled, self._clock = enabled, clock
+        self._began = self._last = clock()
+
+    def done(self, what: str) -> None:
+        """``what`` has just come to its end."""
+        now = self._clock()
+        if self._enabled:
+            log.info("start: %s: %.2f s (%.2f s so far)", what, now - self._last, now - self._began)
+        self._last = now
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.done("trainer made" if trainer.ckpt_path is None else "checkpoint read")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.done("reference and optimizer ready")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._enabled:
+            self.done("first step")
+        self._enabled = False

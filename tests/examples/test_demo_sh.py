@@ -1,0 +1,102 @@
+"""examples/demo.sh, with a recorder in the interpreter's place: its steps, their order, where they write."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+# Stands for python: writes every call down; "train" leaves the folders that a run leaves.
+RECORDER = """#!{python}
+import json, os, sys
+from pathlib import Path
+if sys.argv[1] == "-c":
+    sys.exit(print({package!r}))
+with open({calls!r}, "a") as file:
+    call = {{"argv": sys.argv[1:], "cwd": os.getcwd(), "demo": os.environ.get("NXDT_DEMO_DIR")}}
+    file.write(json.dumps(call) + "\\n")
+if "processes" in sys.argv:
+    print(1)
+if "train" in sys.argv:
+    name = sys.argv[sys.argv.index("--config-name") + 1].removesuffix("_config")
+    for date in ("2025-01-01_00-00-00", "2025-01-02_00-00-00"):
+        Path("nemo_experiments", name, date, "hf_export").mkdir(parents=True)
+    sys.exit(int(os.environ.get("FAKE_STATUS", "0")))
+"""
+
+
+def run_demo(
+    repo: Path, folder: Path, *arguments: str, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    python, calls = folder / "python", folder / "calls"
+    package = str(repo / "src" / "nxdt_align")
+    python.write_text(RECORDER.format(python=sys.executable, calls=str(calls), package=package))
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "NXDT_ALIGN_PYTHON": str(python), **variables}
+    command = [str(repo / "examples" / "demo.sh"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    return done, [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_steps(repo: Path, tmp_path: Path, objective: str) -> None:
+    done, calls = run_demo(repo, tmp_path, objective)
+    assert done.returncode == 0, done.stderr
+    assert {call["cwd"] for call in calls} == {call["demo"] for call in calls} == {str(tmp_path / "demo_run")}
+    prepare, *training, report = [" ".join(map(str, call["argv"])) for call in calls]
+    assert prepare == "-m demo.prepare --out ."
+    trained = [line for line in training if "nxdt_align train" in line]
+    align = f"tiny_llama_{objective.upper()}"
+    assert [line.split("--config-name ")[1].split()[0] for line in trained] == [
+        "tiny_llama_SFT_config",
+        f"{align}_config",
+    ]
+    newest = f"nemo_experiments/{align}/2025-01-02_00-00-00"
+    assert report == (
+        f"-m demo.report --before warmup --after {newest}/hf_export --data data"
+        f" --objective {objective} --tensorboard {newest} --checkpoint {newest}/checkpoints"
+    )
+
+
+def test_alignment_starts_from_the_newest_warm_up(repo: Path, tmp_path: Path) -> None:
+    run_demo(repo, tmp_path)
+    warm_up = (tmp_path / "demo_run" / "warmup").resolve()
+    assert warm_up == tmp_path / "demo_run/nemo_experiments/tiny_llama_SFT/2025-01-02_00-00-00/hf_export"
+    assert warm_up.is_dir()
+
+
+def test_second_run_starts_afresh(repo: Path, tmp_path: Path) -> None:
+    run_demo(repo, tmp_path)
+    (tmp_path / "demo_run" / "leftover").touch()
+    done, _ = run_demo(repo, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "demo_run" / "leftover").exists()
+
+
+def test_failed_training_ends_it(repo: Path, tmp_path: Path) -> None:
+    done, calls = run_demo(repo, tmp_path, FAKE_STATUS="1")
+    assert done.returncode == 1
+    assert "demo.report" not in json.dumps(calls)
+
+
+def test_unknown_objective_is_refused(repo: Path, tmp_path: Path) -> None:
+    done, calls = run_demo(repo, tmp_path, "ppo")
+    assert done.returncode == 1
+    assert "not 'ppo'" in done.stderr
+    assert calls == []
+    assert not (tmp_path / "demo_run").exists()
+
+
+@pytest.mark.parametrize("objective", ["SFT", "DPO", "ORPO"])
+def test_experiment_is_named_after_its_config(repo: Path, objective: str) -> None:
+    """The demo finds a run's folder by this name."""
+    config = OmegaConf.load(repo / "conf" / f"tiny_llama_{objective}_config.yaml")
+    assert config.name == f"tiny_llama_{objective}"
+    assert config.exp_manager.get("name") in (None, config.name)

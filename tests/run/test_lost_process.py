@@ -1,0 +1,167 @@
+"""A process of a run that dies, or hangs: the others end in time, and say so in one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_fixture import Case, run_parallel
+from training_fixture import Project
+
+from nxdt_align.engines.native.mesh import Groups
+from nxdt_align.engines.ranks import Ranks
+from nxdt_align.errors import UserError
+from nxdt_align.run.preconditions import report_lost_ranks
+
+ENDLESS = (
+    *(
+        "trainer.devices=2",
+        "trainer.max_steps=1000000",
+        "trainer.max_epochs=-1",
+        "trainer.limit_val_batches=0",
+    ),
+    *("exp_manager.checkpoint_callback_params.every_n_train_steps=1000000", "exp_manager.export_hf=False"),
+)
+PATIENCE = 600
+"""Seconds: what a loaded machine may take. Nothing here takes as long as it may."""
+
+
+def wait_for(text: str, file: Path, processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while text not in file.read_text():
+        assert time.monotonic() < deadline, f"no {text!r} in time:\n{file.read_text()[-3000:]}"
+        assert all(p.poll() is None for p in processes), file.read_text()[-3000:]
+        time.sleep(0.1)
+
+
+def environment(**more: str) -> dict[str, str]:
+    source = str(Path(__file__).parents[2] / "src")
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "PYTHONUNBUFFERED": "1", **more}
+
+
+def start(project: Project, rank: int, port: int, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    """``port``: of a store of this process's, as torchrun's workers meet at a store of torchrun's."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    command = [sys.executable, "-m", "nxdt_align", *project.arguments(*ENDLESS, *overrides)]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command, env=environment(**ranks, **address), stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def test_the_other_process_is_killed(tmp_path: Path) -> None:
+    project = Project.create(tmp_path)
+    # A port that is merely free now can be taken before the run opens it.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    processes = [start(project, rank, store.port, logs[rank]) for rank in range(2)]
+    try:
+        wait_for("preflight: policy and reference agree", logs[0], processes)
+        processes[1].kill()
+        assert processes[0].wait(PATIENCE) == 1
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    errors = [line for line in logs[0].read_text().splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and "another of the run's 2 processes has ended" in errors[0], errors
+    assert re.search("onnection|Broken pipe", errors[0]) and "resume_if_exists" in errors[0]
+    assert "Traceback" not in logs[0].read_text()
+
+
+def wait_for_a_process_that_hangs(rank: int, world: int) -> str:
+    # The ranks need not meet within the second that the collective has.
+    group = dist.new_group()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)
+    if rank == 1:
+        return ""  # and waits at the end of the test, not in the collective
+    try:
+        with report_lost_ranks(world, 1 / 60):
+            dist.all_reduce(torch.zeros(1), group=group)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_the_other_process_hangs() -> None:
+    told, _ = run_parallel(2, wait_for_a_process_that_hangs)
+    assert told.startswith("another of the run's 2 processes has ended, or has not answered for ")
+    assert "timeout_minutes (0.0166667): Timed out waiting 1000ms" in told
+
+
+def patience_of_groups(rank: int, world: int) -> list[float]:
+    """Seconds that each group's collectives wait, in 2 stages x 2 data-parallel x 2 tensor-parallel ranks."""
+    spread, patience = Case(pipeline=2, data=2, tensor=2), timedelta(seconds=1234)
+    groups = Groups.join(spread.parallel, spread.topology(rank), "cpu", tied_head=True, timeout=patience)
+    saver = Ranks.apart(patience)
+    handles = [groups.data.group, groups.tensor.group, groups.pipeline.group, groups.ends.group, saver.group]
+    return [seconds_of(group) for group in handles]
+
+
+def seconds_of(group: dist.ProcessGroup | None) -> float:
+    assert group is not None
+    waits: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return waits.total_seconds()
+
+
+def test_every_group_waits_as_long_as_it_is_told() -> None:
+    """torch gives a group 30 minutes, or 10 on nccl, whatever init_process_group was told."""
+    assert run_parallel(8, patience_of_groups) == [[1234.0] * 5] * 8
+
+
+def test_errors_of_other_kinds_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"), report_lost_ranks(2, 30):
+        raise RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="timed out"), report_lost_ranks(1, 30):
+        raise RuntimeError("timed out")
+
+
+def test_train_sh_ends_when_a_process_is_killed(repo: Path, tmp_path: Path) -> None:
+    project = Project.create(tmp_path)
+    log = tmp_path / "log"
+    config = str(tmp_path / "conf" / "run.yaml")
+    variables = environment(
+        NXDT_ALIGN_PYTHON=sys.executable,
+        CONF_FILE=config,
+        LOG_PATH=str(tmp_path),
+    )
+    with log.open("ab") as output:
+        launcher = subprocess.Popen(
+            [str(repo / "examples" / "train.sh"), *ENDLESS],
+            cwd=project.root,
+            env=variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for("preflight: policy and reference agree", log, [launcher])
+        os.kill(worker(tmp_path, rank=1), signal.SIGKILL)
+        assert launcher.wait(PATIENCE) != 0
+    finally:
+        launcher.terminate()
+        launcher.wait(PATIENCE)
+    assert "Signal 9 (SIGKILL)" in log.read_text()
+
+
+def worker(folder: Path, rank: int) -> int:
+    """The process of this run that has ``rank``; found among all by the run's own folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        is_trainer = f"--config-path\0{folder}/conf" in command and "torch.distributed.run" not in command
+        if is_trainer and f"RANK={rank}" in variables:
+            return int(process.name)
+    raise AssertionError(f"no process of rank {rank}")
