@@ -57,8 +57,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "cli": ("run", "config", "cli_conversion", "neuron.environment", "neuron.compile"),
     "cli_conversion": (),
+    "api": ("cli", "config", "losses", "run"),
     "__main__": ("cli",),
-    "": (),
+    "": ("api", "losses", "run"),
 }
 
 # The only libraries beside the standard one that a room may import.
@@ -86,7 +87,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
 
 # Library -> the only places that may import it.
 RESERVED: dict[str, tuple[str, ...]] = {
-    "lightning": ("training", "data.module", "run"),
+    "lightning": ("training", "data.module", "run", "api"),
     "pytorch_lightning": (),
     "nemo": ("training",),
     "torch_xla": ("engines.nxd", "engines.xla", "neuron.compile"),

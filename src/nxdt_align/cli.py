@@ -71,6 +71,10 @@ class Environment:
     debug: bool
 
     @classmethod
+    def of_this_process(cls) -> Environment:
+        return cls.read(os.environ)
+
+    @classmethod
     def read(cls, variables: Mapping[str, str]) -> Environment:
         iters = variables.get("TRAIN_ITERS")
         return cls(
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.verb in _NEED_TORCH:
             _require_torch()
-        return _VERBS[arguments.verb](arguments, Environment.read(os.environ))
+        return _VERBS[arguments.verb](arguments, Environment.of_this_process())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED

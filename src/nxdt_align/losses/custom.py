@@ -88,8 +88,28 @@ def load_loss(path: str, settings: Mapping[str, Any] | None = None, examples: Ex
     take (policy, reference), reads logits that it does not declare, or returns something else than one
     value per example.
     """
-    found = find(path)
-    function = _make(found, path, dict(settings or {}))
+    return _tried(_make(find(path), path, dict(settings or {})), path, examples)
+
+
+def given_loss(loss: Loss | Callable[..., Any], examples: Examples = "pair") -> Loss:
+    """A loss that a script hands over: one of this package's as it is, any other tried out as ``load_loss``
+    does. Raises CustomLossError."""
+    if isinstance(loss, Loss):
+        return loss
+    kind = loss if inspect.isfunction(loss) else type(loss)
+    # Its plain settings too: the text is part of what makes two runs the same one.
+    plain = {
+        name: value
+        for name, value in sorted(getattr(loss, "__dict__", {}).items())
+        if isinstance(value, bool | int | float | str) and not name.startswith("_") and name != "training"
+    }
+    settings = ", ".join(f"{name}={value!r}" for name, value in plain.items())
+    return _tried(
+        loss, f"{kind.__module__}.{kind.__qualname__}{f'({settings})' if settings else ''}", examples
+    )
+
+
+def _tried(function: Callable[..., Any], path: str, examples: Examples) -> Loss:
     _check_parameters(function, path)
     _check_parameters_of_its_own(function, path)
     loss = CustomLoss(function, path, examples)

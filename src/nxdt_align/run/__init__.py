@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nxdt_align.config.check import CheckedConfig
 from nxdt_align.run.contracts import RunEnv
@@ -22,7 +22,11 @@ log = logging.getLogger(__name__)
 
 
 def train(
-    checked: CheckedConfig, env: RunEnv, *, loss: Loss | None = None, callbacks: Sequence[Callback] = ()
+    checked: CheckedConfig,
+    env: RunEnv,
+    *,
+    loss: Loss | Callable[..., Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Train as configured, or run a few steps that keep nothing where ``env`` asks for graphs alone.
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.errors import UserError
-from nxdt_align.losses.custom import load_loss
+from nxdt_align.losses.custom import given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
@@ -285,21 +286,27 @@ def reference_precision(config: Config) -> Precision:
     return Precision(compute=torch.bfloat16 if chosen == "bf16" else torch.float32)
 
 
-def loss(config: Config, engine: EngineName) -> Loss:
-    """The loss that ``model_alignment_strategy`` chooses. Raises UserError for a custom one that is unfit."""
+def loss(config: Config, engine: EngineName, given: Loss | Callable[..., Any] | None = None) -> Loss:
+    """The loss that ``model_alignment_strategy`` chooses, or the one that is ``given`` instead.
+
+    Raises UserError for a custom one that is unfit.
+    """
     strategy = config.model_alignment_strategy
-    if strategy.loss is not None:
-        try:
-            own = load_loss(strategy.loss, strategy.loss_settings, strategy.examples)
-        except OwnPartError as error:
-            raise UserError(f"model_alignment_strategy.loss: {error}") from error
-        if own.needs_logits:
-            _require_whole_logits(config, engine)
-        return own
-    return build_loss(strategy)
+    if given is None and strategy.loss is None:
+        return build_loss(strategy)
+    try:
+        if given is not None:
+            own = given_loss(given, strategy.examples)
+        else:
+            own = load_loss(str(strategy.loss), strategy.loss_settings, strategy.examples)
+    except OwnPartError as error:
+        raise UserError(f"model_alignment_strategy.loss: {error}") from error
+    if own.needs_logits:
+        _require_whole_logits(config, engine, own)
+    return own
 
 
-def _require_whole_logits(config: Config, engine: EngineName) -> None:
+def _require_whole_logits(config: Config, engine: EngineName, own: Loss) -> None:
     strategy = config.distributed_strategy
     faults = {
         "distributed_strategy.engine is nxd": engine == "nxd",
@@ -310,7 +317,7 @@ def _require_whole_logits(config: Config, engine: EngineName) -> None:
     found = [fault for fault, is_there in faults.items() if is_there]
     if found:
         raise UserError(
-            f"model_alignment_strategy.loss: {config.model_alignment_strategy.loss} declares needs_logits, "
+            f"model_alignment_strategy.loss: {own} declares needs_logits, "
             f"but {' and '.join(found)}, so that no process has whole logits in shapes that follow the data. "
             "Run it with engine native on cpu or cuda, and tensor and pipeline parallel sizes of 1 (data "
             "parallel, zero1 and fsdp are fine), or write it over log-probabilities"

@@ -20,7 +20,6 @@ from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import Engine
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
-from nxdt_align.losses.types import Loss
 from nxdt_align.reference.cache import fingerprint_of
 from nxdt_align.run.contracts import Checkpoints
 from nxdt_align.run.places import Places
@@ -51,7 +50,7 @@ def identify(
     start: str,
     model: dict[str, Any],
     tokenization: str,
-    loss: Loss | None,
+    loss: str | None,
 ) -> RunIdentity:
     """What makes two runs the same one. Data and start weights count by content; how they are
     laid out and spread over devices does not count.
@@ -61,7 +60,7 @@ def identify(
         start: fingerprint of the weights that training starts from.
         model: the model's config.json.
         tokenization: fingerprint of tokenizer, template and truncation.
-        loss: one that stands in place of that which ``config`` names.
+        loss: text of one that a script gave instead of that which ``config`` names.
     """
     parts = {
         "objective": dataclasses.asdict(config.model_alignment_strategy),
@@ -71,7 +70,7 @@ def identify(
         "start": start,
         "model": model,
     }
-    return RunIdentity(parts if loss is None else parts | {"loss": repr(loss)})
+    return RunIdentity(parts if loss is None else parts | {"loss": loss})
 
 
 def find(

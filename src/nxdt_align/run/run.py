@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,18 @@ class Run:
         env: RunEnv,
         mode: RunMode,
         *,
-        loss: Loss | None = None,
+        loss: Loss | Callable[..., Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.env, self.mode = config, env, mode
         self.places = Places(config)
-        self._loss, self._callbacks = loss, [*assemble.own_callbacks(config), *callbacks]
+        self._callbacks = [*assemble.own_callbacks(config), *callbacks]
         self._fingerprints: dict[WeightSource, str] = {}
         self._times = StartTimes(enabled=config.exp_manager.enable_recovery_time_instrumentation)
         mode.check_places(self.places)
-        self.objective = GlobalMeanObjective(
-            loss or assemble.loss(config, engine), token_statistics=config.exp_manager.log_token_statistics
-        )
+        chosen = assemble.loss(config, engine, loss)
+        self._loss = None if loss is None else repr(chosen)
+        self.objective = GlobalMeanObjective(chosen, token_statistics=config.exp_manager.log_token_statistics)
         self.model_config = assemble.model_config(config)
         self.parts = assemble.join(config, engine, env, self.model_config, mode)
         self._times.done("processes joined")

@@ -1,0 +1,57 @@
+"""What a script or a notebook calls instead of the command line: a configuration, and a run of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nxdt_align.config import load
+from nxdt_align.config.check import checked
+from nxdt_align.config.schema import Config
+
+if TYPE_CHECKING:
+    # They take seconds to import.
+    from lightning.pytorch import Callback
+
+    from nxdt_align.losses.types import Loss
+    from nxdt_align.run.contracts import Result
+
+
+def load_config(name_or_path: str | Path, *overrides: str) -> Config:
+    """The configuration of a YAML, as ``nxdt-align config`` shows it.
+
+    Args:
+        name_or_path: a config that ``nxdt-align presets`` lists, or the path of a YAML.
+        overrides: ``"key=value"`` each, with Hydra's ``+``, ``++`` and ``~`` before the key.
+
+    Files that it names need not be there yet. Raises ConfigError (a ValueError) with every unknown key and
+    every value of a wrong type; ``train`` checks the rest.
+    """
+    return load.load_config(str(name_or_path), overrides)
+
+
+def train(
+    config: Config, loss: Loss | Callable[..., Any] | None = None, callbacks: Sequence[Callback] = ()
+) -> Result:
+    """Train as ``config`` says, in this process: one of as many as ``torchrun`` started, or the only one.
+
+    Args:
+        config: from ``load_config``, or made by hand.
+        loss: instead of the objective's own: one of this package's losses, or a custom loss, called as
+            (policy, reference), in this package's signature or torchtune's. It is part of what makes two runs
+            the same one by its ``repr``.
+        callbacks: Lightning's, after those that ``trainer.callbacks`` names.
+
+    Returns what the run leaves; a run of the same objective, data, start weights and model resumes, if
+    ``exp_manager.resume_if_exists``. Raises ConfigError with every fault of ``config``, and UserError (a
+    ValueError, too) for what data, weights or the machine lack.
+    """
+    from nxdt_align.cli import Environment, enter_run
+
+    environment = Environment.of_this_process()
+    found = checked(config, environment.world_size)
+    env = enter_run(found, environment)
+    from nxdt_align import run
+
+    return run.train(found, env, loss=loss, callbacks=callbacks)

@@ -1,0 +1,153 @@
+"""A model's log-probabilities of preference pairs, for scripts and notebooks, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from nxdt_align.batch import SlotRole, Topology
+from nxdt_align.config.alignment import MAX_PROMPT_LENGTH
+from nxdt_align.data.packing import RowPlanner
+from nxdt_align.data.records import Source, load_records
+from nxdt_align.data.steps import StepDataset
+from nxdt_align.data.tokenize import (
+    Tokenization,
+    TokenizedSet,
+    Truncation,
+    load_tokenizer,
+    tokenize_records,
+)
+from nxdt_align.engines.native.checkpoint import checkpoint_step
+from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.settings import Precision
+from nxdt_align.engines.nxd.checkpoint import checkpoint_step as nxd_checkpoint_step
+from nxdt_align.errors import UserError
+from nxdt_align.losses.types import ResponseLogps
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.ops.attention_blocks import BlockAttention
+from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.run.conversion import open_weights
+from nxdt_align.run.places import EXPORT
+from nxdt_align.run.resume import CHECKPOINTS, IDENTITY_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Policy:
+    """A model that gives log-probabilities of responses, as training computes them."""
+
+    def __init__(self, engine: NativeEngine, name: str) -> None:
+        self._engine, self._name = engine, name
+
+    def __repr__(self) -> str:
+        return f"Policy({self._name})"
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The model's shape."""
+        return self._engine.config
+
+    def logps(self, pairs: TokenizedSet, batch_size: int = 8) -> ResponseLogps:
+        """Summed log-probabilities of each pair's chosen and rejected response, in the order of ``pairs``.
+
+        Args:
+            pairs: from ``load_pairs``.
+            batch_size: pairs that are laid into rows together; it changes the speed alone.
+
+        Returns sums and token counts, float32 on the CPU, without gradients: what every loss of pairs takes.
+        Raises UserError where a token is not in the model's vocabulary.
+        """
+        examples = [pairs[index] for index in range(len(pairs))]
+        largest = max(int(ids.max()) for pair in examples for ids in (pair.prompt, *pair.responses))
+        if largest >= self.config.vocab_size:
+            raise UserError(
+                f"a pair has the token {largest}, but {self._name} has a vocabulary of "
+                f"{self.config.vocab_size}: the tokenizer and the model do not belong together"
+            )
+        longest = int((pairs.prompt_lengths + pairs.response_lengths.max(1)).max())
+        # A whole row of its own for the longest pair, prompt and both responses.
+        planner = RowPlanner(pairs, "shared_prompt", examples_per_step=batch_size, seq_length=longest)
+        rows = StepDataset(pairs, planner, "shared_prompt", Topology())
+        sums = torch.zeros(len(pairs), 2)
+        for start in range(0, len(pairs), batch_size):
+            for batch in rows[range(start, min(start + batch_size, len(pairs)))]:
+                values = self._engine.response_logps(batch.to(self._engine.device)).cpu()
+                column = torch.where(batch.slot_role == SlotRole.REJECTED, 1, 0)
+                there = batch.slot_valid
+                sums[batch.record_index[there], column[there]] = values[there]
+        counts = torch.as_tensor(pairs.response_lengths, dtype=torch.float32)
+        return ResponseLogps.of_pairs(sums[:, 0], sums[:, 1], counts[:, 0], counts[:, 1])
+
+
+def load_policy(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Policy:
+    """The model at ``folder``: a run's folder (its newest checkpoint, else its export), a checkpoint, a
+    Hugging Face folder or NxD Training's shards.
+
+    Args:
+        device: ``cpu`` or a CUDA device.
+        dtype: that of weights and activations; log-probabilities are float32 whatever it is.
+
+    Raises UserError where there are no weights, or they do not fit their config.json.
+    """
+    place = _weights_of(Path(folder).expanduser())
+    source, config = open_weights(place)
+    where = torch.device(device)
+    attention = FlexAttention() if where.type == "cuda" else BlockAttention()
+    engine = NativeEngine(config, attention, precision=Precision(compute=dtype), device=where)
+    engine.load_weights(source)
+    return Policy(engine, str(place))
+
+
+def load_pairs(
+    path: str | Path | Sequence[str],
+    tokenizer: str | Path | PreTrainedTokenizerBase,
+    *,
+    seq_length: int = 4096,
+    max_prompt_length: int = MAX_PROMPT_LENGTH,
+    format: str | None = None,
+) -> TokenizedSet:
+    """Preference pairs as training tokenizes them: a sequence of ``Example``, each with ``record_id``,
+    ``prompt`` and ``responses`` (chosen, rejected), int32 token ids.
+
+    Args:
+        path: a file in any format of ``data.train_dir``, several of them, or a data set's name on the Hub.
+        tokenizer: a folder or hub id, or a tokenizer of transformers.
+        seq_length: tokens of prompt and response together; what is longer is cut as in training.
+        max_prompt_length: tokens of a prompt that are kept; at most ``seq_length`` // 2 by default.
+        format: a format's name; found by the keys where None.
+
+    Raises UserError that names each bad record by file and line.
+    """
+    paths = [path] if isinstance(path, str | Path) else list(path)
+    found = load_records([Source(str(p), None) for p in paths], "pair", format=format)
+    made = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
+    limit = min(max_prompt_length, seq_length // 2)
+    return tokenize_records(
+        found.records, Tokenization(made, Truncation(seq_length, limit, "keep_start")), None
+    )
+
+
+def _weights_of(folder: Path) -> Path:
+    """``folder``, or where in a run's folder the newest weights are: those that its last step left."""
+    if not folder.exists():
+        raise UserError(f"there is no folder {folder}; name a run, a checkpoint or a Hugging Face folder")
+    if not (folder / IDENTITY_FILE).is_file():
+        return folder
+    checkpoints = [(_step(place), place) for place in (folder / CHECKPOINTS).glob("*")]
+    whole = [(step, place) for step, place in checkpoints if step is not None]
+    if whole:
+        return max(whole)[1]
+    if not (folder / EXPORT / "config.json").is_file():
+        raise UserError(f"the run {folder} has no whole checkpoint and no export yet")
+    return folder / EXPORT
+
+
+def _step(checkpoint: Path) -> int | None:
+    native = checkpoint_step(checkpoint)
+    return nxd_checkpoint_step(checkpoint) if native is None else native
