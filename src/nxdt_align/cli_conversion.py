@@ -119,7 +119,7 @@ def _add_sizes(verb: argparse.ArgumentParser) -> None:
     add("--qkv_linear", **_switch("GQAQKVColumnParallelLinear (default: where tp = kv heads x copies)"))
     add("--fuse_qkv", **_switch("q, k and v as one tensor"))
     add("--coalesce_qkv", **_switch("one column-parallel qkv layer, without qkv_linear"))
-    add("--save_xser", dest="xser", **_switch("one file a tensor, as save_xser writes", default=False))
+    add("--save_xser", dest="xser", **_switch("one file per tensor, as save_xser writes", default=False))
 
 
 def _add_nxdt(verb: argparse.ArgumentParser) -> None:
@@ -130,11 +130,11 @@ def _add_nxdt(verb: argparse.ArgumentParser) -> None:
     add("--model_style", choices=("hf",), default="hf", help="hf; megatron is not supported")
     add("--hw_backend", default="trn1", help="trn1")
     add("--n_layers", type=int, metavar="N", help="checked against the model's")
-    add("--load_xser", **_switch("checked against the source, where it is found out"))
+    add("--load_xser", **_switch("checked against what the source is found to be"))
     for name in _UNSUPPORTED:
         add(f"--{name}", type=int, default=1, help=argparse.SUPPRESS)
     for name in _DIRECTIONS:
-        add(f"--{name}", action="store_true", help="direction; found out without it")
+        add(f"--{name}", action="store_true", help="direction; found without it, too")
 
 
 def _add_common(verb: argparse.ArgumentParser) -> None:
@@ -143,7 +143,7 @@ def _add_common(verb: argparse.ArgumentParser) -> None:
     add("--dtype", choices=_DTYPES, help="cast the weights (default: keep each as it is)")
     add("--tokenizer", type=Path, metavar="DIR", help="tokenizer to copy into a Hugging Face folder")
     add("--max-shard-size", type=float, default=5.0, metavar="GB", help="of a safetensors file (default: 5)")
-    add("--resume", action="store_true", help="go on with an interrupted conversion")
+    add("--resume", action="store_true", help="resume an interrupted conversion")
     add("--no-verify", dest="verify", action="store_false", help="do not read back what was written")
     add(
         "--first-replica",

@@ -1,7 +1,7 @@
 """Atomic writes: after a crash, a kill or a full disk a file or folder is there whole, or as it was before.
 
-``atomic_write`` and ``atomic_folder`` start over after an interruption; ``publish_folder`` alone is the last
-step of whoever keeps what is written so far and goes on from it, as a conversion does.
+What ``atomic_write`` and ``atomic_folder`` have not finished is lost with an interruption; whoever keeps it
+and resumes, as a conversion does, takes their last step alone, ``publish_folder``.
 
 What is written goes to a temporary sibling (same file system), is flushed to the device, and takes
 the final name in one rename. A temporary of a killed process is removed by the next write into the

@@ -83,6 +83,7 @@ def require_fit(
     found: Mapping[str, Spec],
     wanted: Mapping[str, Spec],
     *,
+    to: str = "the model",
     error: type[UserError],
     hint: str,
 ) -> None:
@@ -90,7 +91,7 @@ def require_fit(
 
     Args:
         what: holds ``found``.
-        wanted: what the model has; None for a dtype lets any pass.
+        wanted: what ``to`` has; None for a dtype lets any pass.
         hint: the last line: what must be right for it to fit.
     """
     # One line for the layers of a model that are all at fault in the same way: it has up to a hundred.
@@ -113,7 +114,7 @@ def require_fit(
         faults[_MOST_FAULTS:] = [f"and {len(faults) - _MOST_FAULTS} more"]
     shown = "\n  ".join(faults)
     tensors = "1 tensor" if count == 1 else f"{count} tensors"
-    raise error(f"{what} does not fit the model ({tensors}):\n  {shown}\n{hint}")
+    raise error(f"{what} does not fit {to} ({tensors}):\n  {shown}\n{hint}")
 
 
 def summary(names: Iterable[str]) -> list[str]:

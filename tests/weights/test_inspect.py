@@ -159,8 +159,11 @@ def reshape(shard: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (misname, "tp_rank_02_pp_rank_00.pt and .*tp_rank_00_pp_rank_00.pt must .*, but differ in surplus"),
-        (reshape, "but differ in model.layers.0.mlp.down_proj.weight"),
+        (
+            misname,
+            "(?s)tp_rank_02_pp_rank_00.pt does not fit dp_rank_00_tp_rank_00_pp_rank_00.pt.*surplus: surplus",
+        ),
+        (reshape, r"model.layers.0.mlp.down_proj.weight must have shape \[16, 12\], but has \[16, 11\]"),
         (Path.unlink, "Missing: dp_rank_00_tp_rank_02_pp_rank_00.pt"),
         (lambda shard: os.truncate(shard, 500), "tp_rank_02_pp_rank_00.pt is damaged"),
     ],

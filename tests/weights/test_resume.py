@@ -23,7 +23,7 @@ WEIGHTS = len(fresh(CONFIG))
 def test_a_killed_conversion_goes_on(kind: str, moment: str, make_hf: MakeHF, tmp_path: Path) -> None:
     make_hf(CONFIG)
     left = kill_a_conversion(kind, moment, tmp_path)
-    with pytest.raises(UserError, match="left that was interrupted"):
+    with pytest.raises(UserError, match="leftover of an interrupted conversion"):
         open_source(left, tmp_path / "hf" / "config.json")
     report = run(tmp_path / "hf", tmp_path / "out", **KINDS[kind], resume=True, verify=False)
     assert report.verified, "what was written by another process is always read back"

@@ -86,7 +86,7 @@ def convert(
         tokenizer: a folder whose tokenizer is copied into a Hugging Face folder.
         max_shard_bytes: of a safetensors file.
         first_replica: take the first rank's copy of heads and norms where copies of ranks differ.
-        resume: go on from an interrupted conversion to ``destination``.
+        resume: continue an interrupted conversion to ``destination``.
         verify: read back what was written, and compare.
         workers: threads. None: 4.
         quiet: no progress bar.

@@ -1,6 +1,6 @@
-"""A checkpoint of the native engine without optimizer state, written a weight at a time.
+"""A checkpoint of the native engine without optimizer state, written one weight at a time.
 
-As engines/native/saving.py writes it, but for one file a weight where a rank has one file: weights are
+As engines/native/saving.py writes it, but with one file per weight instead of one per rank: weights are
 written in any order, by several threads, and again after an interruption.
 """
 

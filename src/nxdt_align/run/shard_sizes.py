@@ -74,9 +74,11 @@ class ShardSizes:
         if multiplier is None:
             multiplier = held.kv_multiplier if held and tp == held.tp else default_multiplier(config, tp)
         qkv = self._qkv(config) or _usual_qkv(config, tp, multiplier, held)
+        # Column-parallel layers have no copies of heads: only GQAQKVColumnParallelLinear makes them.
         if self.kv_multiplier is None and qkv in ("separate", "coalesced"):
             multiplier = 1
         vocab = self.vocab
+        # Padding stays as it is, so that a config.json whose vocab_size was set to it keeps fitting.
         if vocab is None and held and held.padded_vocab % tp == 0:
             vocab = held.padded_vocab
         cuts = held.cuts if self.pipeline_cuts is None and held and pp == held.pp else self.pipeline_cuts

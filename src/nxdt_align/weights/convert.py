@@ -121,8 +121,8 @@ class Conversion:
     def run(self) -> Report:
         """Convert, verify and publish.
 
-        Raises UserError for all that the user can mend. What an interruption or a full disk leaves
-        is kept for ``resume``, under a name that no loader takes.
+        Raises UserError. What an interruption or a full disk leaves is kept for ``resume``, under a name
+        that no loader takes.
         """
         began = time.monotonic()
         with Staging(self._folder, self._identity(), resume=self._resume) as staging:
@@ -131,21 +131,22 @@ class Conversion:
             try:
                 earlier = len(staging.checksums)
                 self._write(staging, writer)
+                # What another process wrote may never have reached the device: it is always read back.
                 if self._verify or staging.resumed:
                     self._check(staging, writer)
                 flush_tree(staging.folder)  # so that what says that it is whole is true of the device too
                 writer.finish(self._record(staging, writer))
                 staging.publish()
-            except UserError:
+            except UserError:  # resuming would meet it again
                 staging.discard()
                 raise
             except KeyboardInterrupt:
-                log.warning("interrupted: call again with --resume to go on, or remove %s", staging.folder)
+                log.warning("interrupted: call again with --resume to continue, or remove %s", staging.folder)
                 raise
             except OSError as error:
                 raise WeightsError(
                     f"cannot write {self._folder}: {explain(error)}. What is written is kept in "
-                    f"{staging.folder}; call again with --resume to go on, or remove it"
+                    f"{staging.folder}; call again with --resume to continue, or remove it"
                 ) from error
         nans = {name: count for name, count in staging.nans.items() if count}
         if nans:
@@ -204,6 +205,7 @@ class Conversion:
             if tensor.dtype != self._target_dtype(name):
                 tensor = _cast(name, tensor, self._target_dtype(name))
             writer.write(name, tensor)
+            # Of the memory, not of the file: so that reading back finds what the disk changed.
             checksum, nans = zlib.crc32(byte_view(tensor)), count_nans(tensor)
             with lock:
                 staging.record(name, checksum, nans)

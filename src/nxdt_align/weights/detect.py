@@ -28,7 +28,7 @@ def layout_of(path: Path) -> Layout:
     if not path.exists():
         raise WeightsError(f"{path} does not exist: give a folder of weights")
     if (path / JOURNAL).is_file():
-        raise WeightsError(f"{path} is what a conversion left that was interrupted: go on with it (--resume)")
+        raise WeightsError(f"{path} is the leftover of an interrupted conversion: finish that with --resume")
     if path.is_dir() and model_folder(path) is not None:
         return "nxdt"
     _refuse_first_format(path)
@@ -36,7 +36,7 @@ def layout_of(path: Path) -> Layout:
 
 
 def _refuse_first_format(path: Path) -> None:
-    """NxD has two ways to save; the older one names files otherwise."""
+    """NxD has two ways to save; the older one names files differently."""
     for folder in (path, path / MODEL):
         old = (
             sorted(f.name for f in folder.iterdir() if _FIRST_FORMAT.match(f.name)) if folder.is_dir() else []

@@ -53,6 +53,7 @@ class HFFolder(WeightSource):
             )
         if not any(folder.iterdir()):
             raise WeightsError(f"the folder {self.path} is empty: it must hold config.json and weights")
+        # Its raw values: a head that is tied is left out whatever else the model is.
         _, self._config = load_config_json(config_file or folder)
         self._files = _by_our_name(self.path, _find_tensors(self.path))
         if self._config.get("tie_word_embeddings", False):
@@ -155,6 +156,7 @@ def _require_complete_index(
     if absent:
         shown = ", ".join(summary(absent))
         raise WeightsError(f"{index} names tensors that their files do not hold: {shown}")
+    # transformers would read no such file, and the user may take the folder for what it holds.
     there = {file.name for file in index.parent.iterdir() if _is_shard_like(file.name, min(files))}
     surplus = sorted(there - set(files))
     if surplus:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nxdt_align.models.partition import EMBEDDING, HEAD, QKV
 from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.named_tensors import WeightSource, summary
+from nxdt_align.named_tensors import WeightSource, require_fit, summary
 from nxdt_align.weights.extents import Extent, WeightsError, read_region, same_bytes
 from nxdt_align.weights.names import is_recomputed
 from nxdt_align.weights.nxdt import NxDTFolder
@@ -194,6 +194,7 @@ class _BareShards:
             for name, extent in self._local.items()
             if not (is_tied and name == HEAD)
         )
+        # Keys and values, which have copies; every other share is there once.
         every_copy = 2 * layers * (stop - start) * self._tp * hidden
         return held - every_copy + every_copy // self._copies
 
@@ -204,19 +205,21 @@ class _BareShards:
 
     def _require_alike(self) -> None:
         for (rank, stage), tensors in self._files.items():
-            first = self._files[0, stage]
-            odd = [n for n in tensors.keys() | first.keys() if not _is_alike(tensors.get(n), first.get(n))]
-            if odd:
-                raise WeightsError(
-                    f"{self._path}: {shard_name(rank, stage)} and {shard_name(0, stage)} must hold tensors "
-                    f"of the same names, shapes and dtypes, but differ in {', '.join(summary(odd)[:6])}"
-                )
+            require_fit(
+                f"{self._path}: {shard_name(rank, stage)}",
+                {name: (extent.shape, extent.dtype) for name, extent in tensors.items()},
+                {name: (extent.shape, extent.dtype) for name, extent in self._files[0, stage].items()},
+                to=shard_name(0, stage),
+                error=WeightsError,
+                hint="Ranks of a stage hold tensors of the same names, shapes and dtypes",
+            )
 
     def _key_rows(self) -> tuple[int, int]:
         """Where a rank's keys are in the tensor that holds them."""
         rows = self._extent(self._layer + _KEYS[self._qkv]).shape[0]
         if self._qkv in ("split", "separate"):
             return 0, rows
+        # One tensor of q, k and v in this order: o_proj takes as many columns as q has rows.
         queries = self._extent(self._layer + _OUTPUT).shape[1]
         return queries, queries + (rows - queries) // 2
 
@@ -238,7 +241,8 @@ class _BareShards:
         """Whether there is no head but the embedding, or one that is equal to it."""
         if HEAD not in self._local:
             return True
-        if not _is_alike(self._local[HEAD], self._extent(EMBEDDING)):
+        head, embedding = self._local[HEAD], self._extent(EMBEDDING)
+        if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
             return False
         return all(
             same_bytes(_rows(self._of_rank(HEAD, rank), part), _rows(self._of_rank(EMBEDDING, rank), part))
@@ -268,7 +272,3 @@ class _BareShards:
 
 def _rows(extent: Extent, rows: slice) -> Tensor:
     return read_region(extent, (rows, *(slice(0, size) for size in extent.shape[1:])))
-
-
-def _is_alike(one: Extent | None, other: Extent | None) -> bool:
-    return one is not None and other is not None and (one.shape, one.dtype) == (other.shape, other.dtype)

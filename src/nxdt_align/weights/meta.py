@@ -155,8 +155,9 @@ class MetaFolder(WeightSource):
                 self.path / f"consolidated.{i:02d}.pth",
                 shard,
                 first,
+                to="consolidated.00.pth",
                 error=WeightsError,
-                hint="It must hold as much as consolidated.00.pth: copy or download it again",
+                hint="Shards of one download hold as much each: copy or download it again",
             )
 
 

@@ -116,6 +116,7 @@ class NxDTFolder(WeightSource):
                 continue
             row = first_row
             for start, stop in ranges:
+                # Rows beyond the whole tensor pad the vocabulary.
                 kept = max(0, min(stop, len(whole)) - start)
                 target = whole[start : start + kept]
                 if (start, stop) not in seen:
@@ -168,6 +169,7 @@ class NxDTFolder(WeightSource):
     def _partition(self, config: LlamaConfig) -> Partition:
         tp, pp = 1 + max(t for t, _ in self._files), 1 + max(p for _, p in self._files)
         local = {name: extent for p in range(pp) for name, extent in self._files[0, p].items()}
+        # Of what is there alone; against the model it is checked below, so that a lost rank is said as such.
         layers = 1 + max(layers_of(local), default=-1)
         qkv = qkv_style(self.path, local)
         if layers != config.num_hidden_layers:

@@ -52,6 +52,7 @@ def refuse_unfinished(folder: Path) -> None:
 
 def find_shards(folder: Path) -> dict[tuple[int, int], Path]:
     files = sorted(folder.iterdir())
+    # First: their names have an ep_rank, so that none of them would be found as a shard.
     experts = next((f.name for f in files if _EXPERTS.match(f.name)), None)
     if experts is not None:
         raise WeightsError(f"{folder / experts} is a shard of a mixture of experts, which is not supported")

@@ -1,4 +1,4 @@
-"""Where a conversion is written until it is whole, and the journal from which it goes on.
+"""Where a conversion is written until it is whole, and the journal from which it resumes.
 
 The folder is a hidden sibling of the destination, so that the last step is one rename.
 """
@@ -24,7 +24,7 @@ class Staging:
 
     Args:
         identity: what source and target are; a conversion that is resumed must have the same.
-        resume: go on from what is there. Without it an earlier leftover is removed.
+        resume: continue what is there. Without it an earlier leftover is removed.
 
     Raises WeightsError: the destination is taken, another process is at work, or what is to be resumed
     is of another conversion.
@@ -79,7 +79,7 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
-        """Give the folder its name. Up to here an interrupted conversion has its journal to go on from."""
+        """Give the folder its name. Up to here an interrupted conversion has its journal to resume from."""
         flush_tree(self.folder)
         (self.folder / JOURNAL).unlink()
         # What appeared there meanwhile is not ours to replace.
