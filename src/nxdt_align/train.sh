@@ -56,7 +56,7 @@ missing = [name for name in ("nxdt_align", "torch", "lightning", "omegaconf", "h
 print(",".join(missing) or find_spec("nxdt_align").submodule_search_locations[0])' found
   found=$("$python" -c "$probe") || fail "$python does not run: set NXDT_ALIGN_PYTHON to another interpreter"
   [[ -d $found ]] ||
-    fail "$python has no ${found//,/, }: ${checkout:+run make demo in $checkout, or }pip install nxdt-align there," \
+    fail "$python has no ${found//,/, }: ${checkout:+run make demo in $checkout, or }install nxdt-align there," \
       "or set NXDT_ALIGN_PYTHON to an interpreter that has it"
   printf '%s\n' "$found"
 }

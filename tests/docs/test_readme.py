@@ -46,7 +46,7 @@ def test_some_commands_are_marked() -> None:
 
 def test_make_targets_exist(repo: Path) -> None:
     targets = set(re.findall(r"\bmake ([a-z-]+)\b", README.read_text()))
-    assert {"demo", "demo-orpo", "test", "lint"} <= targets
+    assert {"demo", "demo-orpo", "test", "check"} <= targets
     for target in sorted(targets):
         done = subprocess.run(["make", "-n", target], cwd=repo, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
