@@ -1,4 +1,4 @@
-"""Pairs a second: our layouts, TRL's DPOTrainer and rows padded to 4,096, interleaved in one run.
+"""Pairs per second: our layouts, TRL's DPOTrainer and rows padded to 4,096, interleaved in one run.
 
     python benchmarks/bench.py [--data FILE] [--model 24m|100m|1b] [--steps N] [--out FILE.json]
 
@@ -35,7 +35,7 @@ STANDARD = {
     "chat": (SHARED / "dpo_mix_en_sharegpt.json.gz", 4),
 }
 PADDED_PAIRS = 1
-"""The padded baseline takes so many pairs of each batch: its cost a pair does not depend on them."""
+"""The padded baseline takes so many pairs of each batch: its cost per pair does not depend on them."""
 
 
 def forward_flops(workload: Workload, shape: LlamaConfig, indices: Sequence[int]) -> float:
@@ -195,7 +195,7 @@ COLUMNS = (
 
 
 def table(lines: Sequence[dict[str, object]]) -> str:
-    """Markdown. trained, precomputed: pairs a second; tokens: those that carry information, a second, in
+    """Markdown. trained, precomputed: pairs per second; tokens: those that carry information, a second, in
     training; shares: of the matrix-multiply rate; gains: ours with a shared prompt over this line."""
     rows = [[name for name, _ in COLUMNS], ["---"] * len(COLUMNS)]
     rows += [[form.format(line[name]) if name in line else "" for name, form in COLUMNS] for line in lines]
@@ -209,7 +209,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data", default="", help="file of pairs, or hh or chat (default: both of ../shared/data)"
     )
-    parser.add_argument("--batch", type=int, default=0, help="pairs a step (default: 8; 4 for chat)")
+    parser.add_argument("--batch", type=int, default=0, help="pairs per step (default: 8; 4 for chat)")
     parser.add_argument("--model", default="24m", choices=MODELS)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--only", default=",".join(NAMES), help="contenders, separated by commas")

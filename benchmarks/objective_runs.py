@@ -78,7 +78,7 @@ def warmup_config(bench: Bench) -> Any:
 
 
 def config_of(entry: Entry, bench: Bench) -> Any:
-    """The demo's DPO config with the entry's objective in the place of DPO."""
+    """The demo's DPO config with the entry's objective instead of DPO."""
     config = OmegaConf.load(CONF / "tiny_llama_DPO_config.yaml")
     config.model_alignment_strategy = {entry.objective: {"max_prompt_length": 48, **entry.settings}}
     config.model.optim.lr = entry.lr

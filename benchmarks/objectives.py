@@ -153,7 +153,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def split_page(page: Path) -> tuple[str, str]:
-    """What stands before and behind the page's results. Raises UserError where it has no place for them."""
+    """What stands before and after the page's results. Raises UserError where it has no place for them."""
     content = page.read_text(encoding="utf-8") if page.is_file() else ""
     before, _, rest = content.partition(MARKS[0])
     _, mark, after = rest.partition(MARKS[1])

@@ -1,6 +1,6 @@
 """Batch and Topology: the static-shape tensors that travel between data, engines and losses.
 
-Legend: ``B`` rows, ``S`` tokens a row, ``R`` response slots a row, ``T`` response positions a row.
+Legend: ``B`` rows, ``S`` tokens per row, ``R`` response slots per row, ``T`` response positions per row.
 
 A *slot* is one response. Read row by row, the slots of preference data alternate: slot ``2k`` is the
 chosen and slot ``2k + 1`` the rejected response of one pair, whatever the layout, so a loss finds a
@@ -28,7 +28,7 @@ SEGMENT_STRIDE = 16
 
 
 Reading = Literal["collisions", "entropy", "mean_logit", "is_top1", "logits"]
-"""What else can be read off the logits while they are there, a value a position, float32, without gradient:
+"""What else can be read off the logits while they are there, a value per position, float32, without gradient:
 log of the summed squared probabilities (WPO), the distribution's entropy in nats, the mean of the logits over
 the vocabulary, and whether the label has the largest logit (1 or 0). Or the logits themselves, with gradient,
 a vocabulary a position, where an engine has them whole."""
@@ -94,7 +94,7 @@ class Batch:
     input_ids: Tensor
     """(B, S) int64. Padding holds any valid token id."""
     position_ids: Tensor
-    """(B, S) int64. Restarts with each example; a response goes on from its prompt."""
+    """(B, S) int64. Restarts with each example; a response continues its prompt's."""
     segment_ids: Tensor
     """(B, S) int64. Which example of the row, and whether prompt or which response of it."""
     response_positions: Tensor

@@ -97,7 +97,7 @@ def _number(variables: Mapping[str, str], name: str, default: int, least: int = 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 1 for what the user can mend, 130 when interrupted."""
+    """Run one verb; returns the exit status: 0, 1 for a user error, 130 when interrupted."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("NXDT_ALIGN_DEBUG") == "1"
     try:
@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument(
         "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
-    _add_verb(verbs, "processes", "check a configuration and print the processes a node needs")
+    _add_verb(verbs, "processes", "check a configuration and print the processes per node needs")
     add_conversion_verbs(verbs)
     ahead = verbs.add_parser(
         "precompile", help="run neuron_parallel_compile and fail where it did not compile every graph"

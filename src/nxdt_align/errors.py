@@ -1,4 +1,4 @@
-"""Errors that a user can mend."""
+"""User errors."""
 
 from __future__ import annotations
 

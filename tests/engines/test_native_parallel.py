@@ -73,7 +73,7 @@ VARIANTS = {
     "packed": replace(TWO_BY_TWO, layout="packed"),
     "padded": replace(TWO_BY_TWO, layout="none", fsdp=True),
     "rows without padding": replace(TWO_BY_TWO, attention="blocks"),
-    "rows without padding, 1 kv head a rank": Case(tensor=4, attention="blocks", steps=2),
+    "rows without padding, 1 kv head per rank": Case(tensor=4, attention="blocks", steps=2),
     "rows that tp does not divide": replace(TWO_BY_TWO, buckets=(97,)),
     "ranks without an example, zero1": replace(EMPTY, zero1=True),
     "ranks without an example, fsdp, tp": replace(EMPTY, data=2, tensor=2, sequence_parallel=True, fsdp=True),
@@ -88,7 +88,7 @@ COUPLED = {"aot": replace(TWO_BY_TWO, loss="aot", fsdp=True)}
 BF16 = Precision(compute=torch.bfloat16)
 LOW = {
     "bf16": replace(TWO_BY_TWO, precision=BF16),
-    "bf16, 1 kv head a rank": Case(tensor=4, precision=BF16, steps=2),
+    "bf16, 1 kv head per rank": Case(tensor=4, precision=BF16, steps=2),
     "bf16 fsdp": replace(TWO_BY_TWO, precision=BF16, fsdp=True),
     "bf16 zero1": replace(TWO_BY_TWO, precision=BF16, zero1=True),
     "autocast": replace(TWO_BY_TWO, precision=Precision(autocast=True), zero1=True),

@@ -237,8 +237,12 @@ def test_the_form_of_checkpoints(load: Load) -> None:
 @pytest.mark.parametrize(
     ("overrides", "form", "said"),
     [
-        (["exp_manager.load_xser=True"], "plain", "load_xser: is True, but .* holds plain files, one a rank"),
-        (["exp_manager.load_xser=False"], "xser", r"is False, but .* holds a file a tensor \(xser\)"),
+        (
+            ["exp_manager.load_xser=True"],
+            "plain",
+            "load_xser: is True, but .* holds plain files, one per rank",
+        ),
+        (["exp_manager.load_xser=False"], "xser", r"is False, but .* holds a file per tensor \(xser\)"),
         (["exp_manager.load_xser=True"], "xser", None),
         (["exp_manager.load_xser=False"], "plain", None),
         ([], "plain", None),

@@ -1,4 +1,4 @@
-"""A file a tensor: written by the NxD engine on torch_xla's CPU device, read in CPU mode."""
+"""A file per tensor: written by the NxD engine on torch_xla's CPU device, read in CPU mode."""
 
 from __future__ import annotations
 

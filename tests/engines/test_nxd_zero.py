@@ -92,7 +92,7 @@ def run(kind: str, folder: str) -> dict[str, Any]:
 
 
 def run_behind(kind: str, folder: str) -> dict[str, Any]:
-    """Gone on from a checkpoint with a file a tensor, of which none is written before the run that it is of
+    """Gone on from a checkpoint with a file per tensor, of which none is written before the run that it is of
     has made another step."""
     settings = {"precision": PRECISIONS[kind], "save_options": SaveOptions(xser=True)}
     first, optimizer = start(**settings)

@@ -1,4 +1,4 @@
-"""A loss of one's own by dotted path: both signatures, settings, and every way to get it wrong."""
+"""A custom loss by dotted path: both signatures, settings, and every way to get it wrong."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_extremes_equal_trl(slots: Slots, case: str, ratio: float, length: int) 
 @takes_log_probs
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_ld_alpha_equals_trl(make_batch: Callable[..., Batch], alpha: float) -> None:
-    """The weights come from the batch: chosen and rejected rows of one pair, one response a row."""
+    """The weights come from the batch: chosen and rejected rows of one pair, one response per row."""
     tokens, mask, _ = random_tokens(4)
     ids = interleave(mask.sum(1)).long().tolist()
     batch = make_batch([[n] for n in ids], PAIRS, 1.0).with_tail_weight(alpha)

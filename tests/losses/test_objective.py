@@ -21,7 +21,7 @@ from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 MakeBatch = Callable[..., Batch]
 TakeRows = Callable[[Batch, int, int], Batch]
 
-# 8 pairs in 6 rows of 2 places a row; the last row is empty, and places end up empty elsewhere too.
+# 8 pairs in 6 rows of 2 places per row; the last row is empty, and places end up empty elsewhere too.
 ROWS = [[3, 2, 1, 4], [5, 1, 0, 0], [0, 0, 2, 2], [1, 1, 7, 3], [2, 6, 4, 4], [0, 0, 0, 0], [3, 3, 0, 0]]
 PAIRS = 9.0
 ALL = [
@@ -143,7 +143,7 @@ def test_any_split_adds_up_to_the_same(make_batch: MakeBatch, take_rows: TakeRow
 
 @pytest.mark.parametrize("loss", [DPOLoss(DPOConfig(kl_beta=0.3)), ORPOLoss(ORPOConfig(beta=0.1)), SFTLoss()])
 def test_layout_does_not_matter(make_batch: MakeBatch, loss: Loss) -> None:
-    """The same pairs one a row, or packed: same loss, metrics and gradients of the tokens."""
+    """The same pairs one per row, or packed: same loss, metrics and gradients of the tokens."""
     batch, logps = preference_batch(make_batch)
     lengths, values, references = [], [], []
     assert batch.reference_logps is not None
@@ -282,9 +282,9 @@ def test_what_no_engine_can_serve_is_refused(make_batch: MakeBatch) -> None:
     batch = make_batch([[1, 1], [1, 1]], 2.0, 4.0)
     with pytest.raises(ValueError, match="no value for a micro-batch alone"):
         GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1, loss_type=("aot",))))(batch, torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"needs 1 values a token .*collisions.* but got 0"):
+    with pytest.raises(ValueError, match=r"needs 1 values per token .*collisions.* but got 0"):
         GlobalMeanObjective(NeedsCollisions())(batch, torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"needs 1 values a token .*logits.* but got 0"):
+    with pytest.raises(ValueError, match=r"needs 1 values per token .*logits.* but got 0"):
         GlobalMeanObjective(NeedsLogits())(batch, torch.zeros(2, 2))
-    with pytest.raises(ValueError, match=r"one value an example, shape \(2,\), but returned shape \(\)"):
+    with pytest.raises(ValueError, match=r"one value per example, shape \(2,\), but returned shape \(\)"):
         GlobalMeanObjective(OutsideLoss(scalar=True))(batch, torch.zeros(2, 2))

@@ -176,7 +176,7 @@ def test_cache_behind_a_file_is_one_fault(tmp_path: Path) -> None:
         f"{tmp_path}/file/cache, where {tmp_path}/file is a file; make it writable, or choose another folder"
     )
     fault = cache_fault({"NEURON_COMPILE_CACHE_URL": f"{tmp_path}/file"}, neuron_environment(config()))
-    assert "so must the variable NEURON_COMPILE_CACHE_URL, which goes before it" in str(fault)
+    assert "so must the variable NEURON_COMPILE_CACHE_URL, which takes precedence" in str(fault)
 
 
 def test_cache_without_permission_is_one_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_small_examples_share_a_block() -> None:
     [
         ([(0, 0, 2), (1, 0, 2), (0, 1, 2)], "segments of example 0 do not stand together"),
         ([(0, 0, 2), (0, 1, 2), (0, 0, 2)], "tokens of segment 0 do not stand together"),
-        ([(0, 1, 2), (0, 0, 2)], "prompt of segment 0 stands behind its responses"),
+        ([(0, 1, 2), (0, 0, 2)], "prompt of segment 0 stands after its responses"),
     ],
 )
 def test_rows_that_are_no_blocks_are_refused(row: list[tuple[int, int, int]], fault: str) -> None:

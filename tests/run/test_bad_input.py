@@ -205,7 +205,7 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("exp_manager.explicit_log_dir={root}/train.jsonl",),
         ("exp_manager.explicit_log_dir: must be a folder that can be written to", "choose another folder"),
     ),
-    "a loss of one's own that is not there": (
+    "a custom loss that is not there": (
         ("model_alignment_strategy.loss=no_such_module.Loss",),
         ("model_alignment_strategy.loss: no_such_module.Loss: the module no_such_module does not import",),
     ),
@@ -388,7 +388,7 @@ def test_tampered_reference_values_stop_before_the_first_step(terminal: Terminal
     shown = terminal.fail()
     expect(
         shown,
-        ("preflight: policy and reference differ by", "nats a token", "remove {store}", "preflight=False"),
+        ("preflight: policy and reference differ by", "nats per token", "remove {store}", "preflight=False"),
         store=part.parent,
     )
     assert not terminal.checkpoints
@@ -406,7 +406,7 @@ def test_log_folder_of_another_run(terminal: Terminal, tmp_path: Path) -> None:
         mine=tmp_path / "mine",
     )
     shown = terminal.fail(explicit, "exp_manager.resume_if_exists=False")
-    expect(shown, ("exp_manager.resume_if_exists: is False, but", "set it to True to go on from them"))
+    expect(shown, ("exp_manager.resume_if_exists: is False, but", "set it to True to resume from them"))
     assert sorted((tmp_path / "mine").rglob("*")) == before
 
 

@@ -1,6 +1,6 @@
 """Whole runs of engine nxd on torch_xla's CPU device: COMPILE=1, then training with validation and a resume.
 
-As trn1 is set up: bf16, master weights and optimizer states under ZeRO-1, a file a tensor in checkpoints.
+As trn1 is set up: bf16, master weights and optimizer states under ZeRO-1, a file per tensor in checkpoints.
 """
 
 from __future__ import annotations

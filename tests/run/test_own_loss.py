@@ -1,4 +1,4 @@
-"""A loss of one's own through the command line."""
+"""A custom loss through the command line."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def records_of(micro_batch: MicroBatch) -> list[int]:
 
 
 def collate(micro_batch: MicroBatch, width: int = 2) -> Batch:
-    """R = 3 * width slots a row, ``width`` a record; tokens name the record."""
+    """R = 3 * width slots per row, ``width`` a record; tokens name the record."""
     rows, slots = len(micro_batch), 3 * width
     owner = torch.full((rows, slots), -1)
     for i, row in enumerate(micro_batch):

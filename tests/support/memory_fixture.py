@@ -71,7 +71,7 @@ RECOMPUTE = [
 
 
 def batch(rows: int, tokens: int, responses: int, vocabulary: int) -> Batch:
-    """A pair a row; the last ``responses`` tokens are the two responses'."""
+    """A pair per row; the last ``responses`` tokens are the two responses'."""
     half = responses // 2
     generator = torch.Generator().manual_seed(0)
 

@@ -90,7 +90,7 @@ def random_ids(config: LlamaConfig) -> Tensor:
 
 
 def batch_of(ids: Tensor) -> Batch:
-    """One example a row, of which every token but the first is a response's."""
+    """One example per row, of which every token but the first is a response's."""
     rows, tokens = ids.shape
     count = torch.arange(tokens).expand(rows, -1)
     valid = torch.tensor([True, False]).expand(rows, -1)

@@ -105,7 +105,7 @@ def test_shards_are_nxds_bit_for_bit(
 
 FAILS: list[tuple[str, LlamaConfig, int, int, list[str], dict[str, bool]]] = [
     ("tp below kv heads", MHA, 4, 1, ["--qkv_linear", "True"], {"qkv_linear": True}),
-    ("copies of several kv heads a rank", GQA, 2, 2, ["--qkv_linear", "True"], {"qkv_linear": True}),
+    ("copies of several kv heads per rank", GQA, 2, 2, ["--qkv_linear", "True"], {"qkv_linear": True}),
     ("vocabulary that does not divide", replace(GQA, vocab_size=99), 2, 1, [], {"qkv_linear": False}),
     ("head_dim of its own", replace(GQA, head_dim=6), 4, 2, ["--qkv_linear", "True"], {"qkv_linear": True}),
 ]

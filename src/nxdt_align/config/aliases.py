@@ -28,7 +28,7 @@ _LOSS_TYPES = {
     "cdpo": f"loss_type sigmoid is it, with {_DPO}.label_smoothing",
     "dpo": "loss_type sigmoid is it",
     "kto_pair": f"{_ALIGN}.kto takes labelled completions",
-    **{name: f"{_ALIGN}.{name} in the place of dpo is it" for name in ("orpo", "cpo", "simpo", "kto")},
+    **{name: f"{_ALIGN}.{name} instead of dpo is it" for name in ("orpo", "cpo", "simpo", "kto")},
 }
 
 

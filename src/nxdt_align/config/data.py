@@ -49,7 +49,7 @@ class DataConfig:
     global_batch_size: int = number(8, at_least=1)
     """Pairs of an optimizer step, over all ranks; for sft and kto, responses."""
     packing: Packing | None = field(default=None, metadata=reads_as(true="packed", false="none"))
-    """(ours) Layout of examples in rows. none: a row a response, padded; packed: several responses a
+    """(ours) Layout of examples in rows. none: a row per response, padded; packed: several responses a
     row, each with its prompt; shared_prompt: packed, chosen and rejected sharing their prompt's tokens;
     null: shared_prompt, and for sft what model_alignment_strategy.sft.packing says. It changes the
     speed and nothing else. True and False, as in NxDT's Megatron YAMLs, are packed and none."""

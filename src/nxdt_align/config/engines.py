@@ -81,7 +81,7 @@ def resolve_engine(config: Config, neuron_available: bool) -> Engine:
     return "nxd" if neuron_available and neuron_is_wanted else "native"
 
 
-# What an engine cannot do in this version: path -> (values that it can, why not the others, what to do).
+# What an engine does not support yet: path -> (values that it can, why not the others, what to do).
 
 _SPREAD_OTHERWISE = "with 1, sequence_parallel over tensor_model_parallel_size=N ranks spreads long sequences"
 _NXDS_VALIDATION_STOPS = (

@@ -70,7 +70,7 @@ class CheckpointCallbackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpManagerConfig:
-    """The experiment's folder, loggers, checkpoints and where training goes on from."""
+    """The experiment's folder, loggers, checkpoints and what training resumes from."""
 
     explicit_log_dir: str | None = field(default=None, metadata=PATH)
     """Folder of the experiment, instead of exp_dir/name/date (exp_log_dir is taken too)."""
@@ -90,7 +90,7 @@ class ExpManagerConfig:
     """Start anew where resume_if_exists finds no checkpoint."""
     resume_from_checkpoint: str | None = field(default=None, metadata=PATH)
     """Where training starts: a checkpoint, or a Hugging Face folder of weights; null: random weights.
-    A checkpoint of this run in the experiment's folder goes before it."""
+    A checkpoint of this run in the experiment's folder takes precedence."""
     log_local_rank_0_only: bool = False
     """Write a log file for the first process of a node alone."""
     log_global_rank_0_only: bool = False

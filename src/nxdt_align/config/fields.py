@@ -15,7 +15,7 @@ PATH: dict[str, Any] = {"path": True}
 """A file or folder: ``~`` and ``$HOME`` are expanded."""
 
 OPEN: dict[str, Any] = {"open": True}
-"""A mapping that takes up keys of its section that are no fields, e.g. an optimizer's arguments."""
+"""A mapping of the keys of its section that are no fields, e.g. an optimizer's arguments."""
 
 INTERNAL: dict[str, Any] = {"internal": True}
 """Not a key of the YAML."""

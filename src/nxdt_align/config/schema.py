@@ -81,7 +81,7 @@ class TrainerConfig:
     """(ours) Device to run on. auto: Neuron where its packages are, else CUDA where there is a device,
     else the CPU. xla: torch_xla's CPU device, in one process."""
     devices: int = number(1, at_least=1)
-    """Processes on each node, one a device: a trn1.32xlarge has 32 NeuronCores."""
+    """Processes on each node, one per device: a trn1.32xlarge has 32 NeuronCores."""
     num_nodes: int = number(1, at_least=1)
     """Nodes. train.sh sets it from Slurm or MPI."""
     lnc: int | None = None
@@ -192,7 +192,7 @@ class Config:
     """The whole configuration."""
 
     name: str = "nxdt_align"
-    """Name of the experiment; exp_manager.name goes before it as the folder's name."""
+    """Name of the experiment; exp_manager.name takes precedence as the folder's name."""
     model_source: Literal["hf", "megatron"] = "hf"
     """Where the model's code is from. Only hf (a config.json of Hugging Face) is supported."""
     seed: int = number(1234, at_least=0, below=2**32)

@@ -83,7 +83,7 @@ class StepOutput:
 
 
 Shapes = tuple[tuple[int, ...], ...]
-"""Rows, tokens, response tokens and responses a row: of each micro-batch."""
+"""Rows, tokens, response tokens and responses per row: of each micro-batch."""
 
 
 def shapes_of(micro_batches: Sequence[Batch]) -> Shapes:

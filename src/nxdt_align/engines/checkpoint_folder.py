@@ -118,7 +118,7 @@ def writing(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(
             f"cannot write checkpoint {directory}: {explain(error)}. Earlier checkpoints are whole, and "
-            "the run can go on from the newest"
+            "the run can resume from the newest"
         ) from error
     except (TypeError, RuntimeError) as error:
         # A value that is not plain; a rank that is gone.

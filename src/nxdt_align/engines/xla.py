@@ -138,7 +138,7 @@ def state_as_computed(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     its own. Nothing changes off XLA devices.
 
     torch_xla makes a constant of a copied scalar that is 0 or 1, and one input of all that are equal: the
-    step behind a checkpoint would be another graph than one behind a step.
+    step after a checkpoint would be another graph than one after a step.
     """
     saved: dict[int, dict[str, Any]] = {}
     hook = optimizer.register_load_state_dict_pre_hook(lambda _, given: saved.update(given["state"]))

@@ -1,7 +1,7 @@
 """KTO: a loss of single responses that are labelled good or bad.
 
 Legend: ``P`` examples. Slot ``2k`` is example k's completion, slot ``2k + 1`` another prompt's completion
-behind its prompt, from which the policy's distance to the reference is estimated.
+after its prompt, from which the policy's distance to the reference is estimated.
 """
 
 from __future__ import annotations

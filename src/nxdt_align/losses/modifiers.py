@@ -25,7 +25,7 @@ def wpo_weights(policy: ResponseLogps) -> Tensor:
 
 
 def nll(policy: ResponseLogps, *, with_prompt: bool = False) -> Tensor:
-    """Negative log-likelihood of the chosen responses, (P,) nats a token: a mean over its own tokens, and
+    """Negative log-likelihood of the chosen responses, (P,) nats per token: a mean over its own tokens, and
     over its prompt's ``with_prompt``. Raises ValueError where the prompts' log-probabilities are missing."""
     if not with_prompt:
         return -policy.mean_logps[0::2]

@@ -62,13 +62,13 @@ class GlobalMeanObjective:
     def __init__(self, loss: Loss, *, token_statistics: bool = False) -> None:
         if loss.couples_examples and loss.needs_logits:
             raise UserError(
-                f"{loss} couples the examples of a global batch and reads logits; only sums a response are "
+                f"{loss} couples the examples of a global batch and reads logits; only sums per response are "
                 "gathered. Choose one of the two"
             )
         if loss.couples_examples and loss.needs_tokens:
             raise UserError(
                 f"{loss} couples the examples of a global batch and wants each token's log-probability; "
-                "only sums a response are gathered. Choose one of the two"
+                "only sums per response are gathered. Choose one of the two"
             )
         if loss.couples_examples and loss.needs_prompts:
             raise UserError(
@@ -168,7 +168,7 @@ class GlobalMeanObjective:
         if len(readings) != len(self._named) or (self.needs_logits and logits is None):
             got = len(readings) + (logits is not None)
             raise ValueError(
-                f"{self.loss} needs {len(self.wanted)} values a token beside its log-probability "
+                f"{self.loss} needs {len(self.wanted)} values per token beside its log-probability "
                 f"({', '.join(self.wanted)}), but got {got}"
             )
         named = dict(zip(self._named, readings, strict=True))
@@ -213,6 +213,6 @@ def _check_shapes(loss: Loss, output: LossOutput, valid: Tensor) -> None:
     for name, value in wanted.items():
         if value.shape != valid.shape:
             raise ValueError(
-                f"{loss} must return {name} with one value an example, shape {tuple(valid.shape)}, "
+                f"{loss} must return {name} with one value per example, shape {tuple(valid.shape)}, "
                 f"but returned shape {tuple(value.shape)}"
             )

@@ -58,7 +58,7 @@ class ORPOLoss:
     beta times -log sigmoid(log odds ratio) of the two responses' mean log-probabilities. The
     likelihood is over the response's tokens, as NeuronX Distributed Training computes it, or over the
     prompt's from the second on as well, as the authors' code and TRL do (TRL: a mean over all tokens of
-    a device's batch; here one a pair, which is TRL's with one pair a device).
+    a device's batch; here one per pair, which is TRL's with one pair per device).
 
     Rewards are beta * mean log-probability. Extras carry TRL's names and definitions: ``nll_loss``,
     ``log_odds_ratio`` (log sigmoid of the log odds ratio), ``log_odds_chosen`` (the log odds ratio),

@@ -34,7 +34,7 @@ def interleave(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ResponseLogps:
-    """Log-probabilities of a micro-batch's responses, one entry a slot.
+    """Log-probabilities of a micro-batch's responses, one entry per slot.
 
     An empty slot holds sum -1 and count 1, without gradient: finite in every loss, so that masking
     its loss afterwards cannot turn a gradient into NaN.
@@ -59,7 +59,7 @@ class ResponseLogps:
     statistics: Mapping[Reading, Tensor] = field(default_factory=dict)
     """(N,) float32 each: sums over the response's tokens of what is logged of them, on request."""
     token_logps: Tensor | None = None
-    """(B, T) float32, nats: a value a response position, on request (LD-DPO)."""
+    """(B, T) float32, nats: a value per response position, on request (LD-DPO)."""
     token_logits: Tensor | None = None
     """(B, T, V) float32: the logits that each response token is predicted with, on request."""
     token_slots: Tensor | None = None
@@ -178,7 +178,7 @@ class ResponseLogps:
 
     @property
     def mean_logps(self) -> Tensor:
-        """(N,) nats a token: each response's mean, every token counted once."""
+        """(N,) nats per token: each response's mean, every token counted once."""
         sums = self.sums if self.plain_sums is None else self.plain_sums
         return sums.float() / self.counts.float()
 
@@ -223,7 +223,7 @@ class ResponseLogps:
 
     @property
     def chosen_logits(self) -> Tensor:
-        """(P, L, V) logits of the chosen responses' tokens, ``chosen_counts`` of each, 0 behind them."""
+        """(P, L, V) logits of the chosen responses' tokens, ``chosen_counts`` of each, 0 after them."""
         return self._logits("chosen_logits")[0::2]
 
     @property
@@ -258,7 +258,7 @@ class ResponseLogps:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss's answer for one micro-batch, one entry an example."""
+    """A loss's answer for one micro-batch, one entry per example."""
 
     losses: Tensor
     """(P,) float32. Entries of empty places are dropped by the objective."""

@@ -262,7 +262,7 @@ class Llama(nn.Module):
 
     Args:
         config: its shape.
-        attend: the attention over (q, k, v, context); ``context`` is prepared once a batch by whoever
+        attend: the attention over (q, k, v, context); ``context`` is prepared once per batch by whoever
             made ``attend`` and passed through unread.
 
     Weights are PyTorch's defaults until they are loaded, or drawn by ``init_weights``. Built under
@@ -280,7 +280,7 @@ class Llama(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
         """(B, S), (B, S) int64 -> the hidden states below the head, (B, S, D): see ``logits``.
 
-        Where ``model`` takes hidden states: those, (B, S, D), in the place of ``input_ids``.
+        Where ``model`` takes hidden states: those, (B, S, D), instead of ``input_ids``.
         """
         return self.model(input_ids, position_ids, context)  # type: ignore[no-any-return]
 

@@ -118,7 +118,7 @@ class Graph(Protocol):
 
     @property
     def shapes(self) -> Sequence[Sequence[int]]:
-        """One a micro-batch, see SHAPE."""
+        """One per micro-batch, see SHAPE."""
         ...
 
 

@@ -168,7 +168,7 @@ def cache_fault(present: Mapping[str, str], wanted: Mapping[str, str]) -> Fault 
     folder, variable = place
     rule = "must be a folder that can be written to, or an s3:// address"
     if variable in present:
-        rule += f" (so must the variable {variable}, which goes before it)"
+        rule += f" (so must the variable {variable}, which takes precedence)"
     elif not variable:
         rule += " (null means the compiler's own default)"
     return Fault("compiler_cache_url", f"{rule}, but is {folder}{problem}", advice=CHOOSE_ANOTHER)

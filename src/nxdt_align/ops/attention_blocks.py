@@ -152,7 +152,7 @@ def _examples(segment_ids: Tensor, where: str) -> Iterator[list[_Run]]:
         run = _Run(start, length, segment)
         is_prompt = segment % SEGMENT_STRIDE == 0
         if group and run.example == group[-1].example and is_prompt:
-            raise ValueError(f"{where}: the prompt of segment {segment} stands behind its responses")
+            raise ValueError(f"{where}: the prompt of segment {segment} stands after its responses")
         if group and run.example != group[-1].example:
             yield group
             group = []

@@ -1,4 +1,4 @@
-"""The reference store: log-probabilities on disk, one entry a record, under a fingerprint of their inputs.
+"""The reference store: log-probabilities on disk, one entry per record, under a fingerprint of their inputs.
 
 A value belongs to a record's content, not to a position: order, data-parallel size, restarts and
 epochs cannot mix values up. Layout::
@@ -66,7 +66,7 @@ def require_finite(ids: Sequence[str], values: FloatArray) -> None:
 
 
 class ReferenceStore:
-    """The values of one fingerprint: ``width`` float32 numbers a record, in nats.
+    """The values of one fingerprint: ``width`` float32 numbers per record, in nats.
 
     Knows no process group: one process (rank 0) owns it. ``add`` buffers; ``flush`` writes.
 
@@ -205,7 +205,7 @@ class ReferenceStore:
         except OSError as error:
             raise ReferenceStoreError(
                 f"cannot write reference log-probabilities to {self.folder}: {explain(error)}. "
-                "What was stored before is whole, and the next run goes on from there"
+                "What was stored before is whole, and the next run resumes from there"
             ) from error
 
 

@@ -30,7 +30,7 @@ def train(
 ) -> Result:
     """Train as configured, or run a few steps that keep nothing where ``env`` asks for graphs alone.
 
-    Raises UserError for what the user can mend.
+    Raises UserError for user errors.
     """
     from nxdt_align.run.assemble import end_processes
     from nxdt_align.run.dry_run import DryRun

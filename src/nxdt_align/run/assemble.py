@@ -110,14 +110,14 @@ def join(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mo
 
 
 class MicroBatchNeeds(TypedDict):
-    """How many micro-batches a rank's schedule takes a step, as the data module's arguments."""
+    """How many micro-batches a rank's schedule takes per step, as the data module's arguments."""
 
     min_micro_batches: int
     round_size: int
 
 
 def micro_batch_needs(config: Config) -> MicroBatchNeeds:
-    """At least one micro-batch a stage in 1F1B, whole rounds in the interleaved schedule."""
+    """At least one micro-batch per stage in 1F1B, whole rounds in the interleaved schedule."""
     strategy = config.distributed_strategy
     ranks = strategy.pipeline_model_parallel_size
     if strategy.virtual_pipeline_model_parallel_size > 1:

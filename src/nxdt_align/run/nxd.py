@@ -201,7 +201,7 @@ def form_notes(config: Config, folder: Path) -> list[str]:
     is_xser = any(shard.suffix == ".tensors" for shard in shards)
     if key not in config.given or not shards or is_xser == wanted:
         return []
-    held = "a file a tensor (xser)" if is_xser else "plain files, one a rank"
+    held = "a file per tensor (xser)" if is_xser else "plain files, one per rank"
     return [
         f"{key}: is {wanted}, but {folder} holds {held}; they are read as what they are. {key}={is_xser} "
         "agrees with them"

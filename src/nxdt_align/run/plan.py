@@ -18,7 +18,7 @@ def plan_report(config: Config, engine: Engine) -> str:
     memory that the largest bucket takes.
 
     Tokens are taken from ``data.cache_dir`` where it has them, and kept there. Raises UserError for
-    data, tokenizer, buckets or a loss of one's own that training would refuse.
+    data, tokenizer, buckets or a custom loss that training would refuse.
     """
     ranks, model = config.data_parallel_size, assemble.model_config(config)
     objective = GlobalMeanObjective(assemble.loss(config, engine))

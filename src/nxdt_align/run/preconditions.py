@@ -13,7 +13,7 @@ from nxdt_align.errors import UserError
 
 
 def require_validation_in_epoch(config: Config, steps_per_epoch: int) -> None:
-    """Raise UserError where validation would be due behind the end of each epoch."""
+    """Raise UserError where validation would be due after the end of each epoch."""
     trainer, limit = config.trainer, config.trainer.limit_train_batches
     if trainer.check_val_every_n_epoch is None or not isinstance(trainer.val_check_interval, int):
         return

@@ -103,7 +103,7 @@ def find(
 def resume_point(config: Config, run: RunFolder, checkpoints: Checkpoints, start: object) -> Path | None:
     """The checkpoint to resume from, optimizer state and position included, and a log line that names it.
 
-    The run's own newest one goes before ``exp_manager.resume_from_checkpoint``, which is where it started.
+    The run's own newest one takes precedence over ``exp_manager.resume_from_checkpoint``, where it started.
     """
     given = config.exp_manager.resume_from_checkpoint
     if run.checkpoint is not None:
@@ -130,7 +130,7 @@ def run_identity(parts: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes, and the checkpoint that it goes on from, if there is one."""
+    """Where a run writes, and the checkpoint that it resumes from, if there is one."""
 
     path: Path
     checkpoint: Path | None
@@ -175,7 +175,7 @@ def explicit_run(
     if not resume:
         raise UserError(
             f"exp_manager.resume_if_exists: is False, but exp_manager.explicit_log_dir, {folder}, holds "
-            "checkpoints of this run; set it to True to go on from them, or choose another folder"
+            "checkpoints of this run; set it to True to resume from them, or choose another folder"
         )
     return RunFolder(folder, newest)
 

@@ -48,7 +48,7 @@ def start_experiment(
             "version": folder.name,
         }
     if resumed_step is not None:
-        # What was logged behind the checkpoint is logged again: TensorBoard drops the first copy.
+        # What was logged after the checkpoint is logged again: TensorBoard drops the first copy.
         chosen["summary_writer_kwargs"] = {
             **(settings.get("summary_writer_kwargs") or {}),
             "purge_step": resumed_step + 1,

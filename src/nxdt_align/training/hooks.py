@@ -162,15 +162,15 @@ class Preflight(Callback):
                 "overflow)"
             )
         if self._by_intent:
-            log.info("preflight: reference_model differs from the policy by up to %.3g nats a token", worst)
+            log.info("preflight: reference_model differs from the policy by up to %.3g nats per token", worst)
         elif worst > self._tolerance:
             raise UserError(
-                f"preflight: policy and reference differ by {worst:.3g} nats a token before the first step, "
-                f"but start from the same weights (tolerance {self._tolerance:g}). {self._advice()}, or set "
+                f"preflight: policy and reference differ by {worst:.3g} nats per token before the first "
+                f"step, but start from the same weights (tolerance {self._tolerance:g}). {self._advice()}, or set "
                 "exp_manager.preflight=False if this is meant"
             )
         else:
-            log.info("preflight: policy and reference agree to %.3g nats a token", worst)
+            log.info("preflight: policy and reference agree to %.3g nats per token", worst)
 
     def _advice(self) -> str:
         if self._store is None:

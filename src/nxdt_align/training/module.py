@@ -1,4 +1,4 @@
-"""The Lightning module: one optimizer step a batch, and what is logged of it."""
+"""The Lightning module: one optimizer step per batch, and what is logged of it."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ THROUGHPUT_WINDOW = 10
 
 
 class Throughput:
-    """Examples a second over the last steps, and the highest value seen."""
+    """Examples per second over the last steps, and the highest value seen."""
 
     def __init__(
         self, window: int = THROUGHPUT_WINDOW, clock: Callable[[], float] = time.perf_counter
@@ -230,7 +230,7 @@ class Throughput:
         self._last = self._clock()
 
     def step(self, examples: int) -> float:
-        """Count a step of ``examples``; returns the examples a second over the window."""
+        """Count a step of ``examples``; returns the examples per second over the window."""
         now = self._clock()
         self._steps.append((now - self._last, examples))
         self._last = now

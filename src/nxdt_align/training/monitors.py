@@ -23,7 +23,7 @@ ALLOWED = 2
 
 class RecompileGuard(Callback):
     """After the first two steps of each shape, no step compiles: a graph takes minutes to compile on
-    Trainium, so that one a step would be the end of a run's speed.
+    Trainium, so that one per step would be the end of a run's speed.
 
     Args:
         compilations: graphs compiled so far in this process.
@@ -72,7 +72,7 @@ class RecompileGuard(Callback):
         message = (
             f"{where} compiled {compiled} graph(s), though {earlier} batches of its shapes came before it: "
             f"{describe(shapes)}. A number that changes from step to step has become a constant of the "
-            "graph, as from an optimizer's setting or a loss of one's own that reads a value"
+            "graph, as from an optimizer's setting or a custom loss that reads a value"
         )
         if self._stop:
             raise UserError(f"exp_manager.fail_on_recompile: {message}; False only warns")
@@ -83,7 +83,7 @@ def describe(shapes: Shapes) -> str:
     """The micro-batches' shapes in words."""
     return "; ".join(
         f"{count} micro-batch(es) of {rows} row(s) x {tokens} tokens, {responses} response tokens and "
-        f"{slots} responses a row"
+        f"{slots} responses per row"
         for (rows, tokens, responses, slots), count in Counter(shapes).items()
     )
 
@@ -119,7 +119,7 @@ class DeviceMonitor(Callback):
 class StartTimes(Callback):
     """Logs, in seconds, what each part took since the one before it, up to the end of the first step.
 
-    As a callback it goes before all others, whose parts it times.
+    As a callback it comes before all others, whose parts it times.
     """
 
     def __init__(self, *, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:

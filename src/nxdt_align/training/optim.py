@@ -158,7 +158,7 @@ def build_scheduler(
     ``max_steps`` is the run's number of optimizer steps, for a schedule whose own ``max_steps`` is not
     set (or -1). A resumed run takes its place in the schedule from the checkpoint and the schedule's
     lengths from the YAML, so that raising ``max_steps`` stretches it. Every schedule moves on at each
-    optimizer step; NeMo moves ExponentialLR once an epoch, hence a notice in the log.
+    optimizer step; NeMo moves ExponentialLR once per epoch, hence a notice in the log.
 
     Raises UserError for an unknown name, a setting that the schedule does not take or that it lacks, or
     values with which it would fail during training.
@@ -179,7 +179,7 @@ def build_scheduler(
     build = _with_lengths_of_the_yaml(cls)
     where = f"model.optim.sched ({name})"
     if name == "ExponentialLR":
-        log.warning("%s: gamma is applied at each optimizer step; NeMo applies it once an epoch", where)
+        log.warning("%s: gamma is applied at each optimizer step; NeMo applies it once per epoch", where)
     _construct(where, kwargs, lambda: _walk(build(_scratch_optimizer(lr), **kwargs)))
     return _construct(where, kwargs, lambda: build(optimizer, **kwargs))
 

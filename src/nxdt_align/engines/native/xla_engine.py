@@ -1,7 +1,7 @@
 """The native engine on torch_xla's CPU device, in one process: what runs on a NeuronCore as a graph, where
 there is none.
 
-Operations are recorded and run as one compiled graph a step (``mark_step``).
+Operations are recorded and run as one compiled graph per step (``mark_step``).
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ _TENSORS = ".tensors"
 
 
 def is_xser(folder: Path) -> bool:
-    """Whether the shards of ``folder`` have a file a tensor."""
+    """Whether the shards of ``folder`` have a file per tensor."""
     return any(folder.glob(f"*{_TENSORS}"))
 
 

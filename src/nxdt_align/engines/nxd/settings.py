@@ -50,7 +50,7 @@ class SaveOptions:
     """``exp_manager``'s settings of the files."""
 
     xser: bool = False
-    """A file a tensor (torch_xla's serialization)."""
+    """A file per tensor (torch_xla's serialization)."""
     low_precision: torch.dtype | None = None
     """What the model's files hold the weights in; None for what the optimizer works on."""
 
