@@ -12,8 +12,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nxdt_align.data.records import PairRecord, Source, load_records
-from nxdt_align.data.tokenize import Tokenization, TokenizedSet, Truncation, tokenize_records
+from nxdt_align.data.reading import Source, load_records
+from nxdt_align.data.records import PairRecord
+from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
+from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.models.presets import LLAMA3_2_1B, LlamaConfig
 
 VOCABULARY = 32000

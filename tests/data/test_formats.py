@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from nxdt_align.data.files import BadRecord, DataError
-from nxdt_align.data.formats import Draft, Kind, detect_format, named_format
+from nxdt_align.data.formats import Kind, detect_format, named_format
+from nxdt_align.data.records import BadRecord, DataError, Draft
 
 USER, ASK = {"role": "user", "content": "hi"}, {"role": "user", "content": "why?"}
 SYSTEM = {"role": "system", "content": "be brief"}

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from nxdt_align.data.records import DataError, PairRecord, RecordSet, Source, load_records, record_id
+from nxdt_align.data.reading import RecordSet, Source, load_records
+from nxdt_align.data.records import DataError, PairRecord, record_id
 from nxdt_align.errors import UserError
 
 

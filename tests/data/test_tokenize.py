@@ -12,24 +12,11 @@ import pytest
 from small_tokenizers import CHATML, LLAMA3, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from nxdt_align.data import tokenize
-from nxdt_align.data.records import (
-    DataError,
-    PairRecord,
-    Prompt,
-    ResponseRecord,
-    Source,
-    load_records,
-    record_id,
-)
-from nxdt_align.data.tokenize import (
-    Example,
-    Tokenization,
-    TokenizedSet,
-    Truncation,
-    load_tokenizer,
-    tokenize_records,
-)
+from nxdt_align.data import token_sets
+from nxdt_align.data.reading import Source, load_records
+from nxdt_align.data.records import DataError, PairRecord, Prompt, ResponseRecord, record_id
+from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
+from nxdt_align.data.tokenize import Example, Tokenization, Truncation, load_tokenizer
 from nxdt_align.errors import UserError
 
 ROOMY = Truncation(1000, 500)
@@ -183,7 +170,7 @@ def random_pairs(count: int) -> list[PairRecord]:
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_a_set_holds_what_single_records_give(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize, "CHUNK", 7)
+    monkeypatch.setattr(token_sets, "CHUNK", 7)
     tokenizer = make_tokenizer()
     tokenization = Tokenization(tokenizer, Truncation(30, 20, mode))
     records = random_pairs(60)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nxdt_align.data.records import DataError, Source, UnpairedRecord, load_records
-from nxdt_align.data.unpaired import with_mismatched
+from nxdt_align.data.reading import Source, load_records
+from nxdt_align.data.records import DataError, UnpairedRecord, with_mismatched
 
 
 def load(tmp_path: Path, rows: Sequence[dict[str, Any]], **settings: Any) -> list[UnpairedRecord]:

@@ -12,14 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from nxdt_align.data.files import BadRecord, DataError, excerpt
-from nxdt_align.data.values import (
+from nxdt_align.data.records import (
+    BadRecord,
+    DataError,
+    Draft,
     Message,
     Prompt,
     Row,
     as_answer,
     as_messages,
     as_prompt,
+    excerpt,
     take,
     take_text,
 )
@@ -28,16 +31,6 @@ Kind = Literal["pair", "response", "unpaired"]
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """The turn marks of Anthropic's HH-RLHF transcripts."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A prompt and its responses: (chosen, rejected) for a pair, (response,) otherwise."""
-
-    prompt: Prompt
-    responses: tuple[str, ...]
-    label: bool | None = None
-    """Whether the response is desirable, of unpaired records."""
 
 
 Convert = Callable[[Row], Sequence[Draft | BadRecord]]

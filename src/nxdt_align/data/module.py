@@ -18,12 +18,18 @@ from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.plan_report import PlanReport
-from nxdt_align.data.records import DataError, RecordSet, Source, load_records
-from nxdt_align.data.sampler import StepSampler
-from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset, look_up_reference
-from nxdt_align.data.tokenize import Tokenization, WholeSequences, tokenize_records
-from nxdt_align.data.trial import TrialDataset, trial_steps
-from nxdt_align.data.unpaired import with_mismatched
+from nxdt_align.data.reading import RecordSet, Source, load_records
+from nxdt_align.data.records import DataError, with_mismatched
+from nxdt_align.data.steps import (
+    UNPAIRED_ROLES,
+    StepDataset,
+    StepSampler,
+    TrialDataset,
+    look_up_reference,
+    trial_steps,
+)
+from nxdt_align.data.token_sets import WholeSequences, tokenize_records
+from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
