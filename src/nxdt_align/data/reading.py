@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -24,7 +24,7 @@ from nxdt_align.data.formats import (
     nearest_format,
     unread_columns,
 )
-from nxdt_align.data.records import BadRecord, DataError, Draft, Record, Row, excerpt, to_record
+from nxdt_align.data.records import BadRecord, DataError, Record, Row, excerpt
 from nxdt_align.data.sources import RawRecord, read_raw
 
 EXAMPLES_PER_REASON = 3
@@ -245,12 +245,12 @@ class Reader:
 
     def _convert(self, row: RawRecord, format: Format) -> list[Record]:
         try:
-            drafts = format.convert(self._renamed(row.value))
+            converted = format.convert(self._renamed(row.value))
         except BadRecord as fault:
             self.report.read += 1
             self.report.add(row.place, self._in_their_words(fault))
             return []
-        return [record for draft in drafts for record in self._check(draft, row.place)]
+        return [record for each in converted for record in self._check(each, row.place)]
 
     def _in_their_words(self, fault: BadRecord) -> BadRecord:
         """Name the file's column beside our key."""
@@ -259,25 +259,24 @@ class Reader:
             detail = detail.replace(f"`{ours}`", f"`{ours}` (column `{column}`)")
         return BadRecord(fault.reason, detail)
 
-    def _check(self, draft: Draft | BadRecord, place: str) -> Iterator[Record]:
+    def _check(self, converted: Record | BadRecord, place: str) -> Iterator[Record]:
         self.report.read += 1
-        fault = draft if isinstance(draft, BadRecord) else _fault_of(draft)
-        if fault is None:
-            assert isinstance(draft, Draft)
-            yield to_record(draft, place)
-        else:
+        fault = converted if isinstance(converted, BadRecord) else _fault_of(converted)
+        if isinstance(converted, Record) and fault is None:
+            yield replace(converted, source=place)
+        elif fault is not None:
             self.report.add(place, fault)
 
 
-def _fault_of(draft: Draft) -> BadRecord | None:
+def _fault_of(record: Record) -> BadRecord | None:
     """What is wrong with a converted record, whatever its format was."""
-    prompt = draft.prompt
+    prompt = record.prompt
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         return BadRecord("empty prompt", f"the prompt is {prompt!r}")
-    names = ("chosen response", "rejected response") if len(draft.responses) == 2 else ("response",)
-    for name, text in zip(names, draft.responses, strict=True):
+    names = ("chosen response", "rejected response") if len(record.responses) == 2 else ("response",)
+    for name, text in zip(names, record.responses, strict=True):
         if not text.strip():
             return BadRecord("empty response", f"the {name} to {excerpt(prompt)} is {text!r}")
-    if len(draft.responses) == 2 and draft.responses[0] == draft.responses[1]:
-        return BadRecord("chosen equal to rejected", excerpt(draft.responses[0]))
+    if len(record.responses) == 2 and record.responses[0] == record.responses[1]:
+        return BadRecord("chosen equal to rejected", excerpt(record.responses[0]))
     return None

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from nxdt_align.errors import UserError
@@ -47,85 +48,40 @@ def excerpt(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class PairRecord:
-    """A prompt, text or chat messages, with a preferred and a rejected response."""
+class Record:
+    """A prompt, text or chat messages, with its responses; a format makes it, the reader adds its place."""
 
-    id: str
-    """The content's hash: equal content, equal id, wherever it stands."""
     prompt: Prompt
-    chosen: str
-    rejected: str
-    source: str
+    responses: tuple[str, ...]
+    """(chosen, rejected) of a pair, (response,), or (completion,) with a label, to which ``with_mismatched``
+    adds another prompt's."""
+    label: bool | None = None
+    """Whether a labelled completion is desirable; None for pairs and single responses."""
+    source: str = ""
     """``file:line``, for messages."""
 
-    @property
-    def responses(self) -> tuple[str, ...]:
-        return (self.chosen, self.rejected)
-
-
-@dataclass(frozen=True)
-class ResponseRecord:
-    """A prompt, text or chat messages, with one response."""
-
-    id: str
-    prompt: Prompt
-    response: str
-    source: str
-
-    @property
-    def responses(self) -> tuple[str, ...]:
-        return (self.response,)
-
-
-@dataclass(frozen=True)
-class UnpairedRecord:
-    """A prompt with one completion that is good or bad, and another prompt's completion."""
-
-    id: str
-    prompt: Prompt
-    completion: str
-    desirable: bool
-    source: str
-    mismatched: str = ""
-    """See ``unpaired.with_mismatched``; empty before."""
-
-    @property
-    def responses(self) -> tuple[str, ...]:
-        return (self.completion, self.mismatched) if self.mismatched else (self.completion,)
-
-
-Record = PairRecord | ResponseRecord | UnpairedRecord
+    @cached_property
+    def id(self) -> str:
+        """The content's hash: equal content, equal id, wherever it stands. Tokens and reference values are
+        stored under it. 32 hex digits."""
+        if self.label is None:
+            return record_id(self.prompt, self.responses)
+        completion, *mismatched = self.responses
+        own = record_id(self.prompt, (completion,), self.label)
+        return _digest(own + mismatched[0]) if mismatched else own
 
 
 def record_id(prompt: Prompt, responses: Sequence[str], label: bool | None = None) -> str:
-    """The content's hash: 32 hex digits, blake2b over canonical JSON."""
+    """The hash of a record's content: 32 hex digits, blake2b over canonical JSON."""
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
     content: dict[str, object] = {"prompt": prompt, **dict(zip(names, responses, strict=True))}
     if label is not None:
         content["label"] = label
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return _digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
+
+
+def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A prompt and its responses: (chosen, rejected) for a pair, (response,) otherwise."""
-
-    prompt: Prompt
-    responses: tuple[str, ...]
-    label: bool | None = None
-    """Whether the response is desirable, of unpaired records."""
-
-
-def to_record(draft: Draft, place: str) -> Record:
-    """The record of a sound draft that stands at ``place``."""
-    identifier = record_id(draft.prompt, draft.responses)
-    if draft.label is not None:
-        identifier = record_id(draft.prompt, draft.responses, draft.label)
-        return UnpairedRecord(identifier, draft.prompt, draft.responses[0], draft.label, place)
-    if len(draft.responses) == 2:
-        return PairRecord(identifier, draft.prompt, draft.responses[0], draft.responses[1], place)
-    return ResponseRecord(identifier, draft.prompt, draft.responses[0], place)
 
 
 def with_mismatched(records: Sequence[Record]) -> list[Record]:
@@ -137,7 +93,6 @@ def with_mismatched(records: Sequence[Record]) -> list[Record]:
     """
     found: list[Record] = []
     for i, record in enumerate(records):
-        assert isinstance(record, UnpairedRecord)
         others = (records[i - k] for k in range(1, len(records)))
         before = next((other.responses[0] for other in others if _is_mismatched(record, other)), None)
         if before is None:
@@ -145,8 +100,7 @@ def with_mismatched(records: Sequence[Record]) -> list[Record]:
                 f"{record.source}: KTO needs another prompt's completion beside each, but no other prompt of "
                 "the data has another completion; its KL term is estimated from such pairs"
             )
-        digest = hashlib.blake2b(f"{record.id}{before}".encode(), digest_size=16).hexdigest()
-        found.append(replace(record, id=digest, mismatched=before))
+        found.append(replace(record, responses=(*record.responses, before)))
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nxdt_align.data.records import DataError, Record, UnpairedRecord
+from nxdt_align.data.records import DataError, Record
 from nxdt_align.data.tokenize import Example, Tokenization, Tokens
 from nxdt_align.files import atomic_write, explain
 
@@ -97,7 +97,7 @@ def tokenize_records(
         columns = _encode_all(list(distinct.values()), tokenization)
         if path is not None:
             save_columns(path, columns)
-    labels = [not isinstance(record, UnpairedRecord) or record.desirable for record in records]
+    labels = [record.label is not False for record in records]
     result = TokenizedSet(columns, [record.id for record in records], labels)
     if result.identical_after_truncation:
         log.warning(
