@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from nxdt_align.data.collate import Collator, GlobalCounts
 from nxdt_align.data.packing import Bucket, Layout, RowPlanner
 from nxdt_align.data.token_sets import TokenizedSet
 
+Split = Literal["train", "val"]
 PAIR_ROLES = (SlotRole.CHOSEN, SlotRole.REJECTED)
 SINGLE_ROLES = (SlotRole.SINGLE,)
 UNPAIRED_ROLES = (SlotRole.SINGLE, SlotRole.KL)
