@@ -2,8 +2,8 @@
 
 A format is one function, ``row -> records``, that raises BadRecord where the row does not fit. It is
 found by the row's keys (the first line of the table, at the end, that has them all), or named by
-``data.format``. A key whose value is null counts as missing: Arrow writes nulls for keys that other
-rows have.
+``data.format``, which may also be the dotted path of a function of the user's. A key whose value is null
+counts as missing: Arrow writes nulls for keys that other rows have.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from nxdt_align.config.fields import is_dotted
 from nxdt_align.data.records import (
     BadRecord,
     DataError,
@@ -26,6 +27,8 @@ from nxdt_align.data.records import (
     take,
     take_text,
 )
+from nxdt_align.errors import UserError
+from nxdt_align.own_parts import OwnPartError, describe, find, require_call
 
 Kind = Literal["pair", "response", "unpaired"]
 
@@ -224,7 +227,7 @@ class Format:
     name: str
     """What ``data.format`` calls it."""
     keys: tuple[str, ...]
-    """The keys that a row must have for the format to be taken."""
+    """The keys that a row must have for the format to be taken; none are known of a format of one's own."""
     convert: Convert
     fits: Callable[[Row], bool] = lambda row: True
     """Tells formats of the same keys apart."""
@@ -268,12 +271,58 @@ FORMATS: Mapping[Kind, tuple[Format, ...]] = {
 
 
 def named_format(name: str, kind: Kind) -> Format:
-    """The format called ``name``. Raises DataError with the names that there are."""
+    """The format called ``name``: one of the table, or a function of the user's own by dotted path.
+
+    Raises DataError with the names that there are, and UserError as ``own_format`` does.
+    """
+    if is_dotted(name):
+        return own_format(name, kind)
     found = next((f for f in FORMATS[kind] if f.name == name), None)
     if found is None:
         names = ", ".join(dict.fromkeys(f.name for f in FORMATS[kind]))
-        raise DataError(f"data.format: {name!r} is no format of {_WANTED[kind]}; known are {names}")
+        raise DataError(
+            f"data.format: {name!r} is no format of {_WANTED[kind]}; known are {names}; a function of your "
+            "own is named as module.function"
+        )
     return found
+
+
+def own_format(path: str, kind: Kind) -> Format:
+    """The user's function at ``path`` as a format: ``record -> mapping``.
+
+    It takes one record as its file has it, a mapping, and returns a mapping with ``prompt``, ``chosen``,
+    ``rejected`` (pairs), ``prompt``, ``response`` (single responses; of a pair, chosen is taken) or
+    ``prompt``, ``completion``, ``label`` (labelled completions), text or chat messages as everywhere. What it
+    raises, or returns beside that, makes a bad record, reported with its place.
+
+    Tokens and reference values are stored under what it returned, never under its name: where a changed
+    function gives another text, that is another record, so nothing stale is read.
+
+    Raises UserError where it does not import or cannot be called with one record.
+    """
+    try:
+        function = find(path)
+        require_call(function, path, "record")
+    except OwnPartError as error:
+        raise UserError(f"data.format: {error}") from error
+    ours = [each for each in FORMATS[kind] if each.name in ("pairs", "prompt_response", "unpaired")]
+    keys = " or ".join(dict.fromkeys(", ".join(each.keys) for each in ours if "prompt" in each.keys))
+
+    def convert(row: Row) -> Sequence[Record | BadRecord]:
+        try:
+            made = function(row)
+        except Exception as error:
+            # A function of the user's may raise anything; what it was is in the report.
+            raise BadRecord("format failed", f"{path} raises {type(error).__name__}: {error}") from error
+        if not isinstance(made, Mapping):
+            found = f"{path} must return a mapping with {keys}, but returned {describe(made)}"
+            raise BadRecord("format failed", found)
+        try:
+            return next((each for each in ours if each.matches(made)), ours[0]).convert(made)
+        except BadRecord as fault:
+            raise BadRecord(fault.reason, f"{fault.detail}, as {path} returns it") from fault
+
+    return Format(path, (), convert)
 
 
 def detect_format(row: Row, kind: Kind) -> Format | None:
@@ -282,7 +331,9 @@ def detect_format(row: Row, kind: Kind) -> Format | None:
 
 
 def unread_columns(row: Row, format: Format, kind: Kind) -> list[str]:
-    """Columns of ``row`` that no format of this name reads."""
+    """Columns of ``row`` that no format of this name reads; none where that cannot be told."""
+    if not format.keys:
+        return []
     read = {key for each in FORMATS[kind] if each.name == format.name for key in each.keys}
     return [str(key) for key, value in row.items() if value is not None and key not in read]
 
