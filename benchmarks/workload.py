@@ -12,8 +12,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nxdt_align.data.records import PairRecord, Source, load_records
-from nxdt_align.data.tokenize import Tokenization, TokenizedSet, Truncation, tokenize_records
+from nxdt_align.data.reading import Source, load_records
+from nxdt_align.data.records import Record
+from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
+from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.models.presets import LLAMA3_2_1B, LlamaConfig
 
 VOCABULARY = 32000
@@ -52,7 +54,7 @@ class Workload:
     """One data set under one tokenizer."""
 
     name: str
-    records: Sequence[PairRecord]
+    records: Sequence[Record]
     examples: TokenizedSet
     tokenizer: PreTrainedTokenizerBase
     batch_size: int
@@ -65,7 +67,7 @@ def load_workload(name: str, path: Path, batch_size: int, cache: Path) -> Worklo
     found = load_records([Source(str(path), None)], "pair", on_bad_record="drop", seed=0)
     tokenization = Tokenization(tokenizer, Truncation(SEQ_LENGTH, MAX_PROMPT, "keep_start"))
     examples = tokenize_records(found.records, tokenization, cache / "tokens")
-    return Workload(name, found.records, examples, tokenizer, batch_size)  # type: ignore[arg-type]
+    return Workload(name, found.records, examples, tokenizer, batch_size)
 
 
 def trained_tokenizer(path: Path, cache: Path) -> PreTrainedTokenizerBase:

@@ -204,6 +204,7 @@ LAWBREAKERS = [
     ("config/load.py", "import yaml", "imports the library yaml"),
     ("data/packing.py", "import lightning.pytorch", "imports the library lightning"),
     ("data/module.py", "import nxdt_align.engines.base", "imports engines.base"),
+    ("data/module.py", "from nxdt_align.planning import rows", "imports planning.rows"),
     ("engines/native/e.py", "from nxdt_align.engines.nxd import layers", "imports engines.nxd.layers"),
     ("engines/native/e.py", "import torch_xla.core", "imports the library torch_xla"),
     ("engines/native/e.py", "import nxdt_align.weights.names", "imports weights.names"),

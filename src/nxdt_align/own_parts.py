@@ -59,6 +59,22 @@ def find_class(path: str, base: type) -> Callable[..., Any]:
     return found
 
 
+def require_call(found: Callable[..., Any], path: str, *arguments: str) -> None:
+    """Raise OwnPartError where ``found`` cannot be called with ``arguments``, in their order."""
+    wanted = f"{path}: it must be called as ({', '.join(arguments)})"
+    try:
+        signature = inspect.signature(found)
+    except ValueError as error:
+        raise OwnPartError(
+            f"{wanted}, but it is {describe(found)}, whose arguments cannot be told; wrap it in a "
+            "function of your own"
+        ) from error
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise OwnPartError(f"{wanted}, but its signature is {signature} ({error})") from error
+
+
 def make(found: Callable[..., Any], path: str, settings: Mapping[str, Any], key: str) -> Any:
     """``found`` called with the keyword settings that ``key`` of the YAML holds. Raises OwnPartError."""
     try:

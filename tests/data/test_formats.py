@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from nxdt_align.data.files import BadRecord, DataError
-from nxdt_align.data.formats import Draft, Kind, detect_format, named_format
+from nxdt_align.data.formats import Kind, detect_format, named_format
+from nxdt_align.data.records import BadRecord, DataError, Record
 
 USER, ASK = {"role": "user", "content": "hi"}, {"role": "user", "content": "why?"}
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -18,50 +18,50 @@ def say(text: str) -> dict[str, str]:
 
 
 HH = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: why?\n\nAssistant:"
-CASES: list[tuple[str, dict[str, Any], list[Draft]]] = [
-    ("pairs", {"prompt": "p", "chosen": "a", "rejected": "b"}, [Draft("p", ("a", "b"))]),
+CASES: list[tuple[str, dict[str, Any], list[Record]]] = [
+    ("pairs", {"prompt": "p", "chosen": "a", "rejected": "b"}, [Record("p", ("a", "b"))]),
     (
         "pairs",
         {"prompt": [SYSTEM, USER], "chosen": [say("a")], "rejected": [say("b")]},
-        [Draft([SYSTEM, USER], ("a", "b"))],
+        [Record([SYSTEM, USER], ("a", "b"))],
     ),
-    ("pairs", {"prompt": [USER], "chosen": say("a"), "rejected": "b"}, [Draft([USER], ("a", "b"))]),
+    ("pairs", {"prompt": [USER], "chosen": say("a"), "rejected": "b"}, [Record([USER], ("a", "b"))]),
     (
         "pairs",
         {"prompt": [USER], "chosen": [USER, say("a")], "rejected": [USER, say("b")]},
-        [Draft([USER], ("a", "b"))],
+        [Record([USER], ("a", "b"))],
     ),
     (
         "pairs",
         {"chosen": [USER, say("x"), ASK, say("a")], "rejected": [USER, say("x"), ASK, say("b")]},
-        [Draft([USER, say("x"), ASK], ("a", "b"))],
+        [Record([USER, say("x"), ASK], ("a", "b"))],
     ),
     # UltraFeedback: prompt repeats the first user turn as text.
     (
         "pairs",
         {"prompt": "hi", "chosen": [USER, say("a")], "rejected": [USER, say("b")], "score_chosen": 8.0},
-        [Draft([USER], ("a", "b"))],
+        [Record([USER], ("a", "b"))],
     ),
-    ("pairs", {"prompt": "hi", "chosen": [say("a")], "rejected": [say("b")]}, [Draft([USER], ("a", "b"))]),
+    ("pairs", {"prompt": "hi", "chosen": [say("a")], "rejected": [say("b")]}, [Record([USER], ("a", "b"))]),
     # The system turn stands in the prompt alone.
     (
         "pairs",
         {"prompt": [SYSTEM, USER], "chosen": [USER, say("a")], "rejected": [USER, say("b")]},
-        [Draft([SYSTEM, USER], ("a", "b"))],
+        [Record([SYSTEM, USER], ("a", "b"))],
     ),
-    ("pairs", {"chosen": [USER, say("a")], "rejected": [USER, say("a")]}, [Draft([USER], ("a", "a"))]),
-    ("fairseq2", {"id": 3, "src": "p", "tgt_chosen": "a", "tgt_rejected": "b"}, [Draft("p", ("a", "b"))]),
+    ("pairs", {"chosen": [USER, say("a")], "rejected": [USER, say("a")]}, [Record([USER], ("a", "a"))]),
+    ("fairseq2", {"id": 3, "src": "p", "tgt_chosen": "a", "tgt_rejected": "b"}, [Record("p", ("a", "b"))]),
     (
         "orca",
         {"system": "S", "question": "Q", "chosen": "A", "rejected": "B"},
         [
-            Draft(
+            Record(
                 "<|im_start|>\nS<|im_end|>\n<|im_start|> Q<|im_end|>\n<|im_start|>assistant\n",
                 ("A<|im_end|>\n", "B<|im_end|>\n"),
             )
         ],
     ),
-    ("hh", {"chosen": HH + " a", "rejected": HH + " b"}, [Draft(HH, (" a", " b"))]),
+    ("hh", {"chosen": HH + " a", "rejected": HH + " b"}, [Record(HH, (" a", " b"))]),
     (
         "sharegpt",
         {
@@ -74,51 +74,51 @@ CASES: list[tuple[str, dict[str, Any], list[Draft]]] = [
             "chosen": {"from": "gpt", "value": "a"},
             "rejected": {"from": "gpt", "value": "b"},
         },
-        [Draft([SYSTEM, USER, say("yes?"), ASK], ("a", "b"))],
+        [Record([SYSTEM, USER, say("yes?"), ASK], ("a", "b"))],
     ),
     (
         "responses",
         {"prompt": "p", "responses": ["a", "b", "c"], "pairs": [[0, 1], [2, 1]], "sft_target": "c"},
-        [Draft("p", ("a", "b")), Draft("p", ("c", "b"))],
+        [Record("p", ("a", "b")), Record("p", ("c", "b"))],
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "drafts"), CASES)
-def test_pairs(name: str, row: dict[str, Any], drafts: list[Draft]) -> None:
+@pytest.mark.parametrize(("name", "row", "records"), CASES)
+def test_pairs(name: str, row: dict[str, Any], records: list[Record]) -> None:
     found = detect_format(row, "pair")
     assert found is not None and found.name == name
-    assert list(found.convert(row)) == drafts
-    assert list(found.convert({**row, "unused": None})) == drafts
+    assert list(found.convert(row)) == records
+    assert list(found.convert({**row, "unused": None})) == records
 
 
-@pytest.mark.parametrize(("name", "row", "drafts"), CASES)
-def test_the_preferred_response_of_pairs(name: str, row: dict[str, Any], drafts: list[Draft]) -> None:
+@pytest.mark.parametrize(("name", "row", "records"), CASES)
+def test_the_preferred_response_of_pairs(name: str, row: dict[str, Any], records: list[Record]) -> None:
     """For single responses, chosen is taken; of the reference implementation's form, sft_target."""
     found = detect_format(row, "response")
     assert found is not None and found.name == name
-    wanted = ["c"] if name == "responses" else [draft.responses[0] for draft in drafts]
-    assert list(found.convert(row)) == [Draft(drafts[0].prompt, (text,)) for text in wanted]
+    wanted = ["c"] if name == "responses" else [record.responses[0] for record in records]
+    assert list(found.convert(row)) == [Record(records[0].prompt, (text,)) for text in wanted]
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "draft"),
+    ("name", "row", "record"),
     [
-        ("prompt_response", {"prompt": "p", "response": "a"}, Draft("p", ("a",))),
-        ("prompt_completion", {"prompt": [USER], "completion": [say("a")]}, Draft([USER], ("a",))),
-        ("input_output", {"input": "p", "output": "a"}, Draft("p", ("a",))),
-        ("messages", {"messages": [USER, say("a")]}, Draft([USER], ("a",))),
+        ("prompt_response", {"prompt": "p", "response": "a"}, Record("p", ("a",))),
+        ("prompt_completion", {"prompt": [USER], "completion": [say("a")]}, Record([USER], ("a",))),
+        ("input_output", {"input": "p", "output": "a"}, Record("p", ("a",))),
+        ("messages", {"messages": [USER, say("a")]}, Record([USER], ("a",))),
         (
             "messages",
             {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]},
-            Draft([USER], ("a",)),
+            Record([USER], ("a",)),
         ),
     ],
 )
-def test_single_responses(name: str, row: dict[str, Any], draft: Draft) -> None:
+def test_single_responses(name: str, row: dict[str, Any], record: Record) -> None:
     found = detect_format(row, "response")
     assert found is not None and found.name == name
-    assert list(found.convert(row)) == [draft]
+    assert list(found.convert(row)) == [record]
 
 
 def gpt(text: str, role: str = "gpt") -> dict[str, str]:

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
+from row_plans import LAYOUTS, FakeLengths, lengths, planner
 
-from nxdt_align.data.packing import Layout, RowPlanner, example_tokens, information_tokens
-from nxdt_align.data.plan_report import PlanReport
+from nxdt_align.data.packing import Layout, example_tokens, information_tokens
 from nxdt_align.errors import UserError
-
-LAYOUTS: list[Layout] = ["none", "packed", "shared_prompt"]
-
-
-@dataclass
-class FakeLengths:
-    prompt_lengths: np.ndarray
-    response_lengths: np.ndarray
-
-
-def lengths(count: int = 100, seed: int = 0, responses: int = 2) -> FakeLengths:
-    rng = np.random.default_rng(seed)
-    return FakeLengths(rng.integers(1, 60, count), rng.integers(1, 40, (count, responses)))
-
-
-def planner(data: FakeLengths, layout: Layout, **options: object) -> RowPlanner:
-    settings: dict[str, object] = {"examples_per_step": 8, "seq_length": 100, **options}
-    return RowPlanner(data, layout, **settings)  # type: ignore[arg-type]
+from nxdt_align.planning.rows import PlanReport
 
 
 def test_places_of_one_pair_in_each_layout() -> None:
@@ -97,14 +78,6 @@ def test_buckets_are_chosen_with_the_pipelines_empty_rows_in_mind() -> None:
     assert [b.tokens for b in piped.buckets] == [64]
 
 
-def test_report_counts_empty_rows() -> None:
-    """One row for two pairs, and three empty ones for a pipeline of four stages."""
-    data = FakeLengths(np.array([5, 5]), np.array([[3, 2], [3, 2]]))
-    report = PlanReport.measure(planner(data, "shared_prompt", min_micro_batches=4), 2, 8, 100)
-    assert (report.rows, report.empty_rows) == (4, 3)
-    assert "rows a step: 4.0, over all ranks, 3.0 of them empty" in str(report)
-
-
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_get_about_equal_work(ranks: int) -> None:
     """64 pairs a step: no rank has over 5% more tokens than the mean of them."""
@@ -135,16 +108,6 @@ def test_equal_rows_are_no_more_rows() -> None:
     for step in np.split(np.arange(400), 10):
         fewest = len(one.plan(step.tolist()).rows)
         assert len(four.plan(step.tolist()).rows) == -(-fewest // 4) * 4
-
-
-def test_report_of_a_plan_counted_by_hand() -> None:
-    """Two pairs of 9 places each in one row of 64: 18 of 64 places hold a token, where layout none has
-    4 rows of 100."""
-    data = FakeLengths(np.array([5, 5]), np.array([[3, 2], [3, 2]]))
-    report = PlanReport.measure(planner(data, "shared_prompt"), 2, 8, 100)
-    assert (report.rows, report.tokens, report.places, report.padded) == (1, 18, 64, 400)
-    assert "fill: 28.1% (18 tokens in 64 places)" in str(report)
-    assert "84.0% of 400 places saved, 6.2 times fewer" in str(report)
 
 
 def test_layout_none_is_rows_of_seq_length() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from nxdt_align.data.records import DataError, PairRecord, RecordSet, Source, load_records, record_id
+from nxdt_align.data.reading import RecordSet, Source, load_records
+from nxdt_align.data.records import DataError, Record, record_id
 from nxdt_align.errors import UserError
 
 
@@ -29,8 +30,8 @@ def load(*sources: Source, **options: Any) -> RecordSet:
 def test_a_pair(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [row(1), row(2)])
     result = load(source)
-    expected = PairRecord(record_id("p2", ("good 2", "bad 2")), "p2", "good 2", "bad 2", f"{source.path}:2")
-    assert result.records[1] == expected
+    assert result.records[1] == Record("p2", ("good 2", "bad 2"), source=f"{source.path}:2")
+    assert result.records[1].id == record_id("p2", ("good 2", "bad 2"))
     assert (result.format, result.report.total, result.report.read) == ("pairs", 0, 2)
 
 

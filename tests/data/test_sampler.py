@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nxdt_align.data.sampler import StepSampler
+from nxdt_align.data.steps import StepSampler
 
 
 def test_each_epoch_holds_every_example_once_in_its_own_order() -> None:

@@ -12,32 +12,19 @@ import pytest
 from small_tokenizers import CHATML, LLAMA3, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from nxdt_align.data import tokenize
-from nxdt_align.data.records import (
-    DataError,
-    PairRecord,
-    Prompt,
-    ResponseRecord,
-    Source,
-    load_records,
-    record_id,
-)
-from nxdt_align.data.tokenize import (
-    Example,
-    Tokenization,
-    TokenizedSet,
-    Truncation,
-    load_tokenizer,
-    tokenize_records,
-)
+from nxdt_align.data import token_sets
+from nxdt_align.data.reading import Source, load_records
+from nxdt_align.data.records import DataError, Prompt, Record
+from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
+from nxdt_align.data.tokenize import Example, Tokenization, Truncation, load_tokenizer
 from nxdt_align.errors import UserError
 
 ROOMY = Truncation(1000, 500)
 CHAT: Prompt = [{"role": "user", "content": "why?"}]
 
 
-def pair(prompt: Prompt = "What is", chosen: str = " two", rejected: str = " three") -> PairRecord:
-    return PairRecord(record_id(prompt, (chosen, rejected)), prompt, chosen, rejected, "f:1")
+def pair(prompt: Prompt = "What is", chosen: str = " two", rejected: str = " three") -> Record:
+    return Record(prompt, (chosen, rejected), source="f:1")
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -171,7 +158,7 @@ def test_fingerprint() -> None:
 # Sets
 
 
-def random_pairs(count: int) -> list[PairRecord]:
+def random_pairs(count: int) -> list[Record]:
     rng = random.Random(0)
     words = ["What", "is", "two", "plus", "three", "five", "a", "colour", "Blue", "red", "and", "so"]
 
@@ -183,7 +170,7 @@ def random_pairs(count: int) -> list[PairRecord]:
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_a_set_holds_what_single_records_give(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize, "CHUNK", 7)
+    monkeypatch.setattr(token_sets, "CHUNK", 7)
     tokenizer = make_tokenizer()
     tokenization = Tokenization(tokenizer, Truncation(30, 20, mode))
     records = random_pairs(60)
@@ -209,7 +196,7 @@ def test_a_set_holds_what_single_records_give(mode: Any, monkeypatch: pytest.Mon
 
 
 def test_single_responses() -> None:
-    record = ResponseRecord("0f", "What is", " two", "f:1")
+    record = Record("What is", (" two",), source="f:1")
     examples = tokenize_records([record], Tokenization(make_tokenizer(), ROOMY), None)
     assert examples.response_lengths.shape == (1, 1) and len(examples[0].responses) == 1
     assert examples.identical_after_truncation == 0
@@ -261,7 +248,7 @@ class Counting(Tokenization):
 
 
 def run_with_cache(
-    records: list[PairRecord], cache: Path, max_prompt_length: int = 20
+    records: list[Record], cache: Path, max_prompt_length: int = 20
 ) -> tuple[int, TokenizedSet]:
     """How many records were tokenized, and the set."""
     tokenization = Counting(make_tokenizer(), Truncation(30, max_prompt_length))

@@ -10,9 +10,7 @@ from oracle import ExampleSet, random_examples
 
 from nxdt_align.batch import Topology
 from nxdt_align.data.packing import Bucket, Layout, RowPlanner
-from nxdt_align.data.sampler import StepSampler
-from nxdt_align.data.steps import StepDataset
-from nxdt_align.data.trial import VISITS, TrialDataset, TrialStep, trial_steps
+from nxdt_align.data.steps import VISITS, StepDataset, StepSampler, TrialDataset, TrialStep, trial_steps
 
 PER_STEP = 4
 

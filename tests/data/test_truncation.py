@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nxdt_align.data.truncation import Truncation, TruncationMode
+from nxdt_align.data.tokenize import Truncation, TruncationMode
 from nxdt_align.errors import UserError
 
 BOS = 0

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from nxdt_align.data.records import DataError, Source, UnpairedRecord, load_records
-from nxdt_align.data.unpaired import with_mismatched
+from nxdt_align.data.reading import Source, load_records
+from nxdt_align.data.records import DataError, Record, with_mismatched
 
 
-def load(tmp_path: Path, rows: Sequence[dict[str, Any]], **settings: Any) -> list[UnpairedRecord]:
+def load(tmp_path: Path, rows: Sequence[dict[str, Any]], **settings: Any) -> list[Record]:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = load_records([Source(str(path))], "unpaired", **settings).records
-    return [record for record in records if isinstance(record, UnpairedRecord)]
+    return load_records([Source(str(path))], "unpaired", **settings).records
 
 
 def row(prompt: Any, completion: Any, label: Any) -> dict[str, Any]:
@@ -27,8 +26,8 @@ def row(prompt: Any, completion: Any, label: Any) -> dict[str, Any]:
 def test_text_and_messages_are_read(tmp_path: Path) -> None:
     chat = row([{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "no"}], 0)
     first, second = load(tmp_path, [row("a", "yes", True), chat])
-    assert (first.prompt, first.completion, first.desirable) == ("a", "yes", True)
-    assert (second.completion, second.desirable) == ("no", False)
+    assert (first.prompt, first.responses, first.label) == ("a", ("yes",), True)
+    assert (second.responses, second.label) == (("no",), False)
     assert first.id != load(tmp_path, [row("a", "yes", False)])[0].id
 
 

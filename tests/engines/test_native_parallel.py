@@ -27,9 +27,9 @@ from parallel_fixture import (
 )
 from small_tokenizers import make_tokenizer
 
-from nxdt_align.data.records import Source, load_records
-from nxdt_align.data.tokenize import Tokenization, tokenize_records
-from nxdt_align.data.truncation import Truncation
+from nxdt_align.data.reading import Source, load_records
+from nxdt_align.data.token_sets import tokenize_records
+from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.engines.native.settings import Precision

@@ -12,10 +12,9 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket, Layout
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
-from nxdt_align.planning import device_memory as planned
-from nxdt_align.planning.device_memory import GIB, USABLE, memory_report, workload
-from nxdt_align.planning.estimate import estimate
-from nxdt_align.planning.workload import Formats, Workload
+from nxdt_align.planning import workload as planned
+from nxdt_align.planning.device_memory import GIB, USABLE, estimate, memory_report
+from nxdt_align.planning.workload import Formats, Workload, workload
 from nxdt_align.run.assemble import loss
 
 DPO, ORPO = "hf_llama3_8B_DPO_config", "hf_llama3_8B_ORPO_config"

@@ -18,7 +18,7 @@ from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES
 from nxdt_align.planning.activations import kept_of_layer
-from nxdt_align.planning.estimate import Memory, estimate
+from nxdt_align.planning.device_memory import Memory, estimate
 from nxdt_align.planning.workload import Formats, Workload
 
 TOLERANCE = 0.12

@@ -25,7 +25,7 @@ def test_plan_prints_the_rows_and_builds_no_model(
     said = capsys.readouterr().out
     assert "train data: 22 examples, 0 of them truncated; layout shared_prompt" in said
     assert "val data: 6 examples" in said
-    for what in ("buckets: ", "each one graph", "fill: ", "against layout none: ", "data-parallel ranks: 1"):
+    for what in ("buckets: ", "each one graph", "fill: ", "packing saves ", "data-parallel ranks: 1"):
         assert what in said
     assert not (tmp_path / "experiments").exists()
 
@@ -61,7 +61,7 @@ def test_plan_of_layout_none_saves_nothing(tmp_path: Path, capsys: pytest.Captur
     assert plan(Project.create(tmp_path), "data.packing=none", "data.val_dir=null") == 0
     said = capsys.readouterr().out
     assert "buckets: 1, each one graph\n    128 tokens x 1 row(s)" in said
-    assert "against layout none: 0.0% of 5,632 places saved, 1.0 times fewer" in said
+    assert "packing saves 0% of the 5,632 padded tokens (1.0x fewer)" in said
 
 
 def test_plan_for_more_ranks_than_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

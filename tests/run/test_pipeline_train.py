@@ -51,7 +51,7 @@ def test_the_plan_counts_the_rows_that_only_a_schedule_needs(
     stages = STAGES.replace("=2", "=6")
     assert main([*plan, stages, "trainer.devices=6"]) == 0
     train, val = capsys.readouterr().out.split("val data: ")
-    assert "rows a step: 12.0, over all ranks, 4.7 of them empty" in train
+    assert "12 rows per step over all ranks (4.7 empty)" in train
     assert "empty" not in val
     assert main([*plan, stages, "trainer.devices=6", CHUNKS]) == 0
     assert "empty" not in capsys.readouterr().out, "fewer micro-batches than ranks are one round"

@@ -60,7 +60,9 @@ class DataConfig:
     blocks: an example at a time, padding left out, for cpu; flex: PyTorch's FlexAttention, compiled, for
     cuda; auto: blocks on cpu, flex on cuda, else dense. It changes the speed and nothing else."""
     format: str | None = None
-    """(ours) Format of the records, e.g. pairs, fairseq2, orca, hh, sharegpt; null: found by their keys."""
+    """(ours) Format of the records, e.g. pairs, fairseq2, orca, hh, sharegpt; or a function of your own,
+    module.function, from a record of the file to a mapping with prompt, chosen and rejected; null: found by
+    their keys."""
     columns: Mapping[str, str] | None = None
     """(ours) Our key to the files' key, e.g. {prompt: question, chosen: good, rejected: bad}."""
     on_bad_record: Literal["error", "drop"] = "error"

@@ -241,6 +241,10 @@ def own_parts(config: Config) -> Iterator[Fault]:
     for part in config.trainer.callbacks or ():
         if not is_dotted(part.path):
             yield Fault("trainer.callbacks", "must be dotted paths, module.name", part.path)
+    data = config.data
+    if data.columns and data.format is not None and is_dotted(data.format):
+        rule = f"must be null, since data.format is a function ({data.format}) that reads the file's own keys"
+        yield Fault("data.columns", rule, dict(data.columns), involves=("data.format",))
 
 
 RULES: tuple[Rule, ...] = (

@@ -1,9 +1,9 @@
 """The formats of preference data, each turned into prompt and responses. Nothing beyond knows of formats.
 
-A format is one function, ``row -> drafts``, that raises BadRecord where the row does not fit. It is
+A format is one function, ``row -> records``, that raises BadRecord where the row does not fit. It is
 found by the row's keys (the first line of the table, at the end, that has them all), or named by
-``data.format``. A key whose value is null counts as missing: Arrow writes nulls for keys that other
-rows have.
+``data.format``, which may also be the dotted path of a function of the user's. A key whose value is null
+counts as missing: Arrow writes nulls for keys that other rows have.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from nxdt_align.data.files import BadRecord, DataError, excerpt
-from nxdt_align.data.values import (
+from nxdt_align.config.fields import is_dotted
+from nxdt_align.data.records import (
+    BadRecord,
+    DataError,
     Message,
     Prompt,
+    Record,
     Row,
     as_answer,
     as_messages,
     as_prompt,
+    excerpt,
     take,
     take_text,
 )
+from nxdt_align.errors import UserError
+from nxdt_align.own_parts import OwnPartError, describe, find, require_call
 
 Kind = Literal["pair", "response", "unpaired"]
 
@@ -30,23 +36,13 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """The turn marks of Anthropic's HH-RLHF transcripts."""
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A prompt and its responses: (chosen, rejected) for a pair, (response,) otherwise."""
-
-    prompt: Prompt
-    responses: tuple[str, ...]
-    label: bool | None = None
-    """Whether the response is desirable, of unpaired records."""
-
-
-Convert = Callable[[Row], Sequence[Draft | BadRecord]]
+Convert = Callable[[Row], Sequence[Record | BadRecord]]
 
 
 # Formats: pairs
 
 
-def from_pairs(row: Row) -> list[Draft]:
+def from_pairs(row: Row) -> list[Record]:
     """``prompt``, ``chosen``, ``rejected``: text, or chat messages; chosen and rejected may be whole
     conversations that begin with the prompt (TRL's form), and then ``prompt`` may be missing."""
     chosen, rejected = (_listed(take(row, key)) for key in ("chosen", "rejected"))
@@ -54,14 +50,14 @@ def from_pairs(row: Row) -> list[Draft]:
     if isinstance(chosen, list) and isinstance(rejected, list):
         return [_from_conversations(prompt, as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))]
     responses = (as_answer(chosen, "chosen"), as_answer(rejected, "rejected"))
-    return [Draft(as_prompt(take(row, "prompt"), "prompt"), responses)]
+    return [Record(as_prompt(take(row, "prompt"), "prompt"), responses)]
 
 
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, Mapping) else value
 
 
-def _from_conversations(prompt: Any, chosen: list[Message], rejected: list[Message]) -> Draft:
+def _from_conversations(prompt: Any, chosen: list[Message], rejected: list[Message]) -> Record:
     shared = _shared_turns(chosen, rejected)
     responses = (as_answer(chosen[shared:], "chosen"), as_answer(rejected[shared:], "rejected"))
     turns = chosen[:shared]
@@ -69,8 +65,8 @@ def _from_conversations(prompt: Any, chosen: list[Message], rejected: list[Messa
         if not turns:
             found = f"chosen begins {excerpt(chosen[:1])}, rejected {excerpt(rejected[:1])}"
             raise BadRecord("no common prompt", found)
-        return Draft(turns, responses)
-    return Draft(_merge_prompt(as_prompt(prompt, "prompt"), turns), responses)
+        return Record(turns, responses)
+    return Record(_merge_prompt(as_prompt(prompt, "prompt"), turns), responses)
 
 
 def _merge_prompt(prompt: Prompt, turns: list[Message]) -> list[Message]:
@@ -95,13 +91,13 @@ def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
     return next((i for i in range(longest) if chosen[i] != rejected[i]), max(longest, 0))
 
 
-def from_fairseq2(row: Row) -> list[Draft]:
+def from_fairseq2(row: Row) -> list[Record]:
     """fairseq2's ``src``, ``tgt_chosen``, ``tgt_rejected``."""
     chosen, rejected = (as_answer(take(row, key), key) for key in ("tgt_chosen", "tgt_rejected"))
-    return [Draft(as_prompt(take(row, "src"), "src"), (chosen, rejected))]
+    return [Record(as_prompt(take(row, "src"), "src"), (chosen, rejected))]
 
 
-def from_orca(row: Row) -> list[Draft]:
+def from_orca(row: Row) -> list[Record]:
     """Intel/orca_dpo_pairs in ChatML, character for character as the NxD Training tutorial writes it."""
     question, chosen, rejected = (take_text(row, key) for key in ("question", "chosen", "rejected"))
     for key, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
@@ -109,10 +105,10 @@ def from_orca(row: Row) -> list[Draft]:
             raise BadRecord("empty prompt" if key == "question" else "empty response", f"`{key}` is {text!r}")
     system = "<|im_start|>\n" + take_text(row, "system") + "<|im_end|>\n"
     prompt = "<|im_start|> " + question + "<|im_end|>\n<|im_start|>assistant\n"
-    return [Draft(system + prompt, (chosen + "<|im_end|>\n", rejected + "<|im_end|>\n"))]
+    return [Record(system + prompt, (chosen + "<|im_end|>\n", rejected + "<|im_end|>\n"))]
 
 
-def from_hh(row: Row) -> list[Draft]:
+def from_hh(row: Row) -> list[Record]:
     """Two transcripts that differ in the last assistant turn; the prompt ends with its "Assistant:"."""
     prompt, chosen = _split_transcript(take_text(row, "chosen"), "chosen")
     other_prompt, rejected = _split_transcript(take_text(row, "rejected"), "rejected")
@@ -123,7 +119,7 @@ def from_hh(row: Row) -> list[Draft]:
             f"before the last answer, chosen has {excerpt(prompt[at : at + 40])} "
             f"where rejected has {excerpt(other_prompt[at : at + 40])}",
         )
-    return [Draft(prompt, (chosen, rejected))]
+    return [Record(prompt, (chosen, rejected))]
 
 
 def _first_difference(first: str, second: str) -> int:
@@ -138,14 +134,14 @@ def _split_transcript(text: str, name: str) -> tuple[str, str]:
     return before + mark, answer
 
 
-def from_sharegpt(row: Row) -> list[Draft]:
+def from_sharegpt(row: Row) -> list[Record]:
     """ShareGPT's ``conversations`` with ``chosen`` and ``rejected`` turns."""
     prompt = as_messages(take(row, "conversations"), "conversations")
     responses = (as_answer(take(row, "chosen"), "chosen"), as_answer(take(row, "rejected"), "rejected"))
-    return [Draft(prompt, responses)]
+    return [Record(prompt, responses)]
 
 
-def from_responses(row: Row) -> list[Draft | BadRecord]:
+def from_responses(row: Row) -> list[Record | BadRecord]:
     """The DPO reference implementation's form: ``responses`` and index pairs, the preferred one first.
 
     A bad pair takes no other pair of its row with it.
@@ -159,13 +155,13 @@ def from_responses(row: Row) -> list[Draft | BadRecord]:
     return [_pair_of(pair, prompt, texts) for pair in pairs]
 
 
-def _pair_of(pair: Any, prompt: Prompt, texts: list[str]) -> Draft | BadRecord:
+def _pair_of(pair: Any, prompt: Prompt, texts: list[str]) -> Record | BadRecord:
     numbers = isinstance(pair, list | tuple) and all(type(i) is int for i in pair)
     if not numbers or len(pair) != 2:
         return BadRecord("wrong type", f"a pair must be two indices into `responses`, but is {excerpt(pair)}")
     if not all(0 <= i < len(texts) for i in pair):
         return BadRecord("pair index out of range", f"{excerpt(pair)} with {len(texts)} responses")
-    return Draft(prompt, (texts[pair[0]], texts[pair[1]]))
+    return Record(prompt, (texts[pair[0]], texts[pair[1]]))
 
 
 def _texts(row: Row) -> list[str]:
@@ -178,25 +174,25 @@ def _texts(row: Row) -> list[str]:
 # Formats: one response
 
 
-def from_messages(row: Row) -> list[Draft]:
+def from_messages(row: Row) -> list[Record]:
     """``messages``, or ShareGPT's ``conversations``: the last turn is the response."""
     name = "conversations" if row.get("conversations") is not None else "messages"
     turns = as_messages(take(row, name), name)
-    return [Draft(turns[:-1], (as_answer(turns[-1:], name),))]
+    return [Record(turns[:-1], (as_answer(turns[-1:], name),))]
 
 
-def from_input_output(row: Row) -> list[Draft]:
+def from_input_output(row: Row) -> list[Record]:
     """``input``, ``output``. Alpaca's ``instruction`` beside them is a part of the prompt that must stay."""
     instruction = row.get("instruction")
     if isinstance(instruction, str) and instruction.strip():
         found = f"`instruction` is {excerpt(instruction)} beside `input`; join the two in the file"
         raise BadRecord("instruction beside input", found)
-    return [Draft(as_prompt(take(row, "input"), "input"), (as_answer(take(row, "output"), "output"),))]
+    return [Record(as_prompt(take(row, "input"), "input"), (as_answer(take(row, "output"), "output"),))]
 
 
 def _from_columns(prompt: str, response: str) -> Convert:
-    def convert(row: Row) -> list[Draft]:
-        return [Draft(as_prompt(take(row, prompt), prompt), (as_answer(take(row, response), response),))]
+    def convert(row: Row) -> list[Record]:
+        return [Record(as_prompt(take(row, prompt), prompt), (as_answer(take(row, response), response),))]
 
     return convert
 
@@ -204,8 +200,8 @@ def _from_columns(prompt: str, response: str) -> Convert:
 def _preferred(convert: Convert) -> Convert:
     """Single responses out of pairs: the chosen one, as the DPO reference implementation's SFT takes it."""
 
-    def convert_preferred(row: Row) -> list[Draft | BadRecord]:
-        return [replace(d, responses=d.responses[:1]) if isinstance(d, Draft) else d for d in convert(row)]
+    def convert_preferred(row: Row) -> list[Record | BadRecord]:
+        return [replace(r, responses=r.responses[:1]) if isinstance(r, Record) else r for r in convert(row)]
 
     return convert_preferred
 
@@ -213,14 +209,14 @@ def _preferred(convert: Convert) -> Convert:
 # Formats: a response with a label
 
 
-def from_unpaired(row: Row) -> list[Draft]:
+def from_unpaired(row: Row) -> list[Record]:
     """``prompt``, ``completion``, ``label``: true (or 1) for a desirable completion, false (or 0) for
     another. Prompt and completion are text or chat messages (TRL's form)."""
     label = take(row, "label")
     if label not in (True, False):
         raise BadRecord("wrong type", f"`label` must be true or false, but is {excerpt(label)}")
     completion = as_answer(take(row, "completion"), "completion")
-    return [Draft(as_prompt(take(row, "prompt"), "prompt"), (completion,), bool(label))]
+    return [Record(as_prompt(take(row, "prompt"), "prompt"), (completion,), bool(label))]
 
 
 # The tables
@@ -231,7 +227,7 @@ class Format:
     name: str
     """What ``data.format`` calls it."""
     keys: tuple[str, ...]
-    """The keys that a row must have for the format to be taken."""
+    """The keys that a row must have for the format to be taken; none are known of a format of one's own."""
     convert: Convert
     fits: Callable[[Row], bool] = lambda row: True
     """Tells formats of the same keys apart."""
@@ -275,12 +271,58 @@ FORMATS: Mapping[Kind, tuple[Format, ...]] = {
 
 
 def named_format(name: str, kind: Kind) -> Format:
-    """The format called ``name``. Raises DataError with the names that there are."""
+    """The format called ``name``: one of the table, or a function of the user's own by dotted path.
+
+    Raises DataError with the names that there are, and UserError as ``own_format`` does.
+    """
+    if is_dotted(name):
+        return own_format(name, kind)
     found = next((f for f in FORMATS[kind] if f.name == name), None)
     if found is None:
         names = ", ".join(dict.fromkeys(f.name for f in FORMATS[kind]))
-        raise DataError(f"data.format: {name!r} is no format of {_WANTED[kind]}; known are {names}")
+        raise DataError(
+            f"data.format: {name!r} is no format of {_WANTED[kind]}; known are {names}; a function of your "
+            "own is named as module.function"
+        )
     return found
+
+
+def own_format(path: str, kind: Kind) -> Format:
+    """The user's function at ``path`` as a format: ``record -> mapping``.
+
+    It takes one record as its file has it, a mapping, and returns a mapping with ``prompt``, ``chosen``,
+    ``rejected`` (pairs), ``prompt``, ``response`` (single responses; of a pair, chosen is taken) or
+    ``prompt``, ``completion``, ``label`` (labelled completions), text or chat messages as everywhere. What it
+    raises, or returns beside that, makes a bad record, reported with its place.
+
+    Tokens and reference values are stored under what it returned, never under its name: where a changed
+    function gives another text, that is another record, so nothing stale is read.
+
+    Raises UserError where it does not import or cannot be called with one record.
+    """
+    try:
+        function = find(path)
+        require_call(function, path, "record")
+    except OwnPartError as error:
+        raise UserError(f"data.format: {error}") from error
+    ours = [each for each in FORMATS[kind] if each.name in ("pairs", "prompt_response", "unpaired")]
+    keys = " or ".join(dict.fromkeys(", ".join(each.keys) for each in ours if "prompt" in each.keys))
+
+    def convert(row: Row) -> Sequence[Record | BadRecord]:
+        try:
+            made = function(row)
+        except Exception as error:
+            # A function of the user's may raise anything; what it was is in the report.
+            raise BadRecord("format failed", f"{path} raises {type(error).__name__}: {error}") from error
+        if not isinstance(made, Mapping):
+            found = f"{path} must return a mapping with {keys}, but returned {describe(made)}"
+            raise BadRecord("format failed", found)
+        try:
+            return next((each for each in ours if each.matches(made)), ours[0]).convert(made)
+        except BadRecord as fault:
+            raise BadRecord(fault.reason, f"{fault.detail}, as {path} returns it") from fault
+
+    return Format(path, (), convert)
 
 
 def detect_format(row: Row, kind: Kind) -> Format | None:
@@ -289,7 +331,9 @@ def detect_format(row: Row, kind: Kind) -> Format | None:
 
 
 def unread_columns(row: Row, format: Format, kind: Kind) -> list[str]:
-    """Columns of ``row`` that no format of this name reads."""
+    """Columns of ``row`` that no format of this name reads; none where that cannot be told."""
+    if not format.keys:
+        return []
     read = {key for each in FORMATS[kind] if each.name == format.name for key in each.keys}
     return [str(key) for key, value in row.items() if value is not None and key not in read]
 

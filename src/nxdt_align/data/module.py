@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy.typing as npt
 import torch
@@ -17,19 +17,24 @@ from torch.utils.data import DataLoader
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Layout, RowPlanner
-from nxdt_align.data.plan_report import PlanReport
-from nxdt_align.data.records import DataError, RecordSet, Source, load_records
-from nxdt_align.data.sampler import StepSampler
-from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset, look_up_reference
-from nxdt_align.data.tokenize import Tokenization, WholeSequences, tokenize_records
-from nxdt_align.data.trial import TrialDataset, trial_steps
-from nxdt_align.data.unpaired import with_mismatched
+from nxdt_align.data.reading import RecordSet, Source, load_records
+from nxdt_align.data.records import DataError, with_mismatched
+from nxdt_align.data.steps import (
+    UNPAIRED_ROLES,
+    Split,
+    StepDataset,
+    StepSampler,
+    TrialDataset,
+    look_up_reference,
+    trial_steps,
+)
+from nxdt_align.data.token_sets import WholeSequences, tokenize_records
+from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
 _PART_OF_A_PROMPT = {"system", "instruction", "input", "context", "history", "tools"}
 """Columns that, where they are not read, are probably missed."""
-Split = Literal["train", "val"]
 DEFAULT_LAYOUT: Layout = "shared_prompt"
 
 
@@ -97,8 +102,6 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._with_prompts = with_prompts
         self._fixed_micro_batches = fixed_micro_batches
         self._references: dict[Split, npt.NDArray[Any]] = {}
-        self.reports: dict[Split, str] = {}
-        """What was loaded and how it is laid into rows, for people."""
         self.splits: dict[Split, StepDataset] = {
             "train": self._load(_sources(config.data.train_dir), "train")
         }
@@ -161,11 +164,6 @@ class ModelAlignmentDataModule(LightningDataModule):
             fixed_micro_batches=self._fixed_micro_batches,
             name=f"data.{split}_dir",
         )
-        report = PlanReport.measure(planner, len(examples), data.global_batch_size, data.seq_length)
-        self.reports[split] = (
-            f"{split} data: {len(examples)} examples, {examples.truncated} of them truncated; {report}"
-        )
-        log.info("%s", self.reports[split])
         roles = None if self._config.model_alignment_strategy.kto is None else UNPAIRED_ROLES
         return StepDataset(
             *(examples, planner, self.layout, self._topology),

@@ -1,28 +1,47 @@
-"""Rows of a source to records: the format found, every row checked, the bad ones counted by reason."""
+"""The door: several sources read, checked and mixed to one list of records.
+
+The format is found, every row checked, and the bad ones are counted by reason.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Literal
 
-from nxdt_align.data.files import BadRecord, DataError, RawRecord, excerpt, read_raw
+import numpy as np
+
 from nxdt_align.data.formats import (
-    Draft,
     Format,
     Kind,
     describe_formats,
     detect_format,
+    known_columns,
+    named_format,
     nearest_format,
     unread_columns,
 )
-from nxdt_align.data.record_types import Record, to_record
-from nxdt_align.data.values import Row
+from nxdt_align.data.records import BadRecord, DataError, Record, Row, excerpt
+from nxdt_align.data.sources import RawRecord, read_raw
 
 EXAMPLES_PER_REASON = 3
 ROWS_TO_DETECT = 100
 """How many rows may come before the first that fits a format."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, saved folder or data set id of a mixture.
+
+    ``weight`` is how often each of its records is seen in one epoch: 1 (or None) once, 2 twice, 0.5
+    a half of them, drawn by the seed, once; 1.5 all of them and a half again.
+    """
+
+    path: str
+    weight: float | None = None
 
 
 @dataclass
@@ -53,6 +72,97 @@ class BadRecords:
             if count > len(self.examples[reason]):
                 lines.append(f"    and {count - len(self.examples[reason])} more")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """Records in the sources' order, those of a weighted source repeated or sampled."""
+
+    records: list[Record]
+    """All of one kind."""
+    report: BadRecords
+    format: str
+    """The format's name; several, joined by commas, where sources differ."""
+    unread: Mapping[str, Sequence[str]]
+    """Source -> columns that its format does not read; none where it reads all."""
+
+
+def load_records(
+    sources: Sequence[Source],
+    kind: Kind,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    on_bad_record: Literal["error", "drop"] = "error",
+    limit: int | None = None,
+    seed: int = 0,
+) -> RecordSet:
+    """Read, convert and check the records of all sources.
+
+    Args:
+        kind: ``pair`` for preference data; ``unpaired`` for a completion with a label;
+            ``response`` for one response (of pairs: the chosen one).
+        format: a format's name; None finds it by the keys, for each source.
+        columns: our key -> the files' key.
+        on_bad_record: ``error`` reads to the end and raises with the report of all bad records.
+        limit: take the first so many good records of each source, before weights.
+        seed: draws the records of a source whose weight is not whole.
+
+    Raises:
+        DataError: nothing to read, a broken file, no known format, or bad records as said.
+    """
+    if not sources:
+        raise DataError("no data file is given; set data.train_dir")
+    if limit is not None and limit < 1:
+        raise DataError(f"data.dev_choose_samples must be at least 1, but is {limit}")
+    for source in sources:
+        _check_weight(source)
+    reader = Reader(kind, named_format(format, kind) if format else None, _checked_columns(columns, kind))
+    parts = [reader.read(source.path, limit) for source in sources]
+    some_are_good = all(parts)
+    if reader.report.total and (on_bad_record == "error" or not some_are_good):
+        raise DataError(_bad_records_message(reader.report, some_are_good))
+    mixed = chain.from_iterable(
+        _weighted(part, source, [seed, i])
+        for i, (part, source) in enumerate(zip(parts, sources, strict=True))
+    )
+    unread = {path: columns for path, columns in reader.unread.items() if columns}
+    return RecordSet(list(mixed), reader.report, ", ".join(reader.formats), unread)
+
+
+def _bad_records_message(report: BadRecords, some_are_good: bool) -> str:
+    advice = (
+        "mend them, or set data.on_bad_record=drop to train without them"
+        if some_are_good
+        else "a source has no record that can be used; check data.format and data.columns"
+    )
+    return f"{report.summary()}\n{advice}"
+
+
+def _check_weight(source: Source) -> None:
+    weight = source.weight
+    if weight is not None and not (math.isfinite(weight) and weight > 0):
+        raise DataError(f"{source.path}: the weight of a source must be above 0, but is {weight}")
+
+
+def _weighted(records: list[Record], source: Source, seed: list[int]) -> list[Record]:
+    """All records floor(weight) times, then the rest of the weight as a sample without replacement."""
+    if source.weight is None or not records:
+        return records
+    whole, part = divmod(source.weight, 1.0)
+    count = round(part * len(records))
+    if not whole and not count:
+        raise DataError(f"{source.path}: weight {source.weight} of {len(records)} records leaves none")
+    drawn = np.random.default_rng(seed).choice(len(records), count, replace=False)
+    return records * int(whole) + [records[i] for i in sorted(drawn.tolist())]
+
+
+def _checked_columns(columns: Mapping[str, str] | None, kind: Kind) -> dict[str, str]:
+    known = known_columns(kind)
+    for ours in columns or {}:
+        if ours not in known:
+            raise DataError(f"data.columns: {ours!r} is no key of a format; known are {', '.join(known)}")
+    return dict(columns or {})
 
 
 class Reader:
@@ -135,12 +245,12 @@ class Reader:
 
     def _convert(self, row: RawRecord, format: Format) -> list[Record]:
         try:
-            drafts = format.convert(self._renamed(row.value))
+            converted = format.convert(self._renamed(row.value))
         except BadRecord as fault:
             self.report.read += 1
             self.report.add(row.place, self._in_their_words(fault))
             return []
-        return [record for draft in drafts for record in self._check(draft, row.place)]
+        return [record for each in converted for record in self._check(each, row.place)]
 
     def _in_their_words(self, fault: BadRecord) -> BadRecord:
         """Name the file's column beside our key."""
@@ -149,25 +259,24 @@ class Reader:
             detail = detail.replace(f"`{ours}`", f"`{ours}` (column `{column}`)")
         return BadRecord(fault.reason, detail)
 
-    def _check(self, draft: Draft | BadRecord, place: str) -> Iterator[Record]:
+    def _check(self, converted: Record | BadRecord, place: str) -> Iterator[Record]:
         self.report.read += 1
-        fault = draft if isinstance(draft, BadRecord) else _fault_of(draft)
-        if fault is None:
-            assert isinstance(draft, Draft)
-            yield to_record(draft, place)
-        else:
+        fault = converted if isinstance(converted, BadRecord) else _fault_of(converted)
+        if isinstance(converted, Record) and fault is None:
+            yield replace(converted, source=place)
+        elif fault is not None:
             self.report.add(place, fault)
 
 
-def _fault_of(draft: Draft) -> BadRecord | None:
+def _fault_of(record: Record) -> BadRecord | None:
     """What is wrong with a converted record, whatever its format was."""
-    prompt = draft.prompt
+    prompt = record.prompt
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         return BadRecord("empty prompt", f"the prompt is {prompt!r}")
-    names = ("chosen response", "rejected response") if len(draft.responses) == 2 else ("response",)
-    for name, text in zip(names, draft.responses, strict=True):
+    names = ("chosen response", "rejected response") if len(record.responses) == 2 else ("response",)
+    for name, text in zip(names, record.responses, strict=True):
         if not text.strip():
             return BadRecord("empty response", f"the {name} to {excerpt(prompt)} is {text!r}")
-    if len(draft.responses) == 2 and draft.responses[0] == draft.responses[1]:
-        return BadRecord("chosen equal to rejected", excerpt(draft.responses[0]))
+    if len(record.responses) == 2 and record.responses[0] == record.responses[1]:
+        return BadRecord("chosen equal to rejected", excerpt(record.responses[0]))
     return None

@@ -1,136 +1,180 @@
-"""The door: several sources read, checked and mixed to one list of records."""
+"""Records: what every format becomes, and the checks of the values that it is made of."""
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-import numpy as np
+from nxdt_align.errors import UserError
 
-from nxdt_align.data.files import DataError
-from nxdt_align.data.formats import Kind, known_columns, named_format
-from nxdt_align.data.reading import BadRecords, Reader
-from nxdt_align.data.record_types import PairRecord, Record, ResponseRecord, UnpairedRecord, record_id
-from nxdt_align.data.values import Message, Prompt
+Message = dict[str, str]
+"""``{"role": ..., "content": ...}``"""
+Prompt = str | list[Message]
+Row = Mapping[str, Any]
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_EXCERPT = 80
 
-__all__ = [
-    "BadRecords",
-    "DataError",
-    "Kind",
-    "Message",
-    "PairRecord",
-    "Prompt",
-    "Record",
-    "RecordSet",
-    "ResponseRecord",
-    "Source",
-    "UnpairedRecord",
-    "load_records",
-    "record_id",
-]
+
+class DataError(UserError):
+    """Data that cannot be read or used; the message names the file, the place and what to do."""
+
+
+class BadRecord(Exception):
+    """One record that cannot be used: ``reason`` is what it is counted under, ``detail`` what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+def excerpt(value: Any) -> str:
+    """The start of ``value`` on one line, for a message."""
+    text = ascii(value) if isinstance(value, bytes) else repr(value)
+    return text if len(text) <= _EXCERPT else text[: _EXCERPT - 3] + "..."
+
+
+# Records
 
 
 @dataclass(frozen=True)
-class Source:
-    """One file, saved folder or data set id of a mixture.
+class Record:
+    """A prompt, text or chat messages, with its responses; a format makes it, the reader adds its place."""
 
-    ``weight`` is how often each of its records is seen in one epoch: 1 (or None) once, 2 twice, 0.5
-    a half of them, drawn by the seed, once; 1.5 all of them and a half again.
+    prompt: Prompt
+    responses: tuple[str, ...]
+    """(chosen, rejected) of a pair, (response,), or (completion,) with a label, to which ``with_mismatched``
+    adds another prompt's."""
+    label: bool | None = None
+    """Whether a labelled completion is desirable; None for pairs and single responses."""
+    source: str = ""
+    """``file:line``, for messages."""
+
+    @cached_property
+    def id(self) -> str:
+        """The content's hash: equal content, equal id, wherever it stands. Tokens and reference values are
+        stored under it. 32 hex digits."""
+        if self.label is None:
+            return record_id(self.prompt, self.responses)
+        completion, *mismatched = self.responses
+        own = record_id(self.prompt, (completion,), self.label)
+        return _digest(own + mismatched[0]) if mismatched else own
+
+
+def record_id(prompt: Prompt, responses: Sequence[str], label: bool | None = None) -> str:
+    """The hash of a record's content: 32 hex digits, blake2b over canonical JSON."""
+    names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
+    content: dict[str, object] = {"prompt": prompt, **dict(zip(names, responses, strict=True))}
+    if label is not None:
+        content["label"] = label
+    return _digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def with_mismatched(records: Sequence[Record]) -> list[Record]:
+    """The records, each with the completion of the one before it (the first: the last one's).
+
+    TRL rotates completions by one inside batches; here it is the whole data set, so that the pairing,
+    and with it a stored reference value, does not depend on the batch size. Completions of the same
+    prompt and equal ones are passed over. Raises DataError where a record is left without one.
     """
-
-    path: str
-    weight: float | None = None
-
-
-@dataclass(frozen=True)
-class RecordSet:
-    """Records in the sources' order, those of a weighted source repeated or sampled."""
-
-    records: list[Record]
-    """All of one kind."""
-    report: BadRecords
-    format: str
-    """The format's name; several, joined by commas, where sources differ."""
-    unread: Mapping[str, Sequence[str]]
-    """Source -> columns that its format does not read; none where it reads all."""
+    found: list[Record] = []
+    for i, record in enumerate(records):
+        others = (records[i - k] for k in range(1, len(records)))
+        before = next((other.responses[0] for other in others if _is_mismatched(record, other)), None)
+        if before is None:
+            raise DataError(
+                f"{record.source}: KTO needs another prompt's completion beside each, but no other prompt of "
+                "the data has another completion; its KL term is estimated from such pairs"
+            )
+        found.append(replace(record, responses=(*record.responses, before)))
+    return found
 
 
-def load_records(
-    sources: Sequence[Source],
-    kind: Kind,
-    *,
-    format: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    on_bad_record: Literal["error", "drop"] = "error",
-    limit: int | None = None,
-    seed: int = 0,
-) -> RecordSet:
-    """Read, convert and check the records of all sources.
-
-    Args:
-        kind: ``pair`` for preference data; ``unpaired`` for a completion with a label;
-            ``response`` for one response (of pairs: the chosen one).
-        format: a format's name; None finds it by the keys, for each source.
-        columns: our key -> the files' key.
-        on_bad_record: ``error`` reads to the end and raises with the report of all bad records.
-        limit: take the first so many good records of each source, before weights.
-        seed: draws the records of a source whose weight is not whole.
-
-    Raises:
-        DataError: nothing to read, a broken file, no known format, or bad records as said.
-    """
-    if not sources:
-        raise DataError("no data file is given; set data.train_dir")
-    if limit is not None and limit < 1:
-        raise DataError(f"data.dev_choose_samples must be at least 1, but is {limit}")
-    for source in sources:
-        _check_weight(source)
-    reader = Reader(kind, named_format(format, kind) if format else None, _checked_columns(columns, kind))
-    parts = [reader.read(source.path, limit) for source in sources]
-    some_are_good = all(parts)
-    if reader.report.total and (on_bad_record == "error" or not some_are_good):
-        raise DataError(_bad_records_message(reader.report, some_are_good))
-    mixed = chain.from_iterable(
-        _weighted(part, source, [seed, i])
-        for i, (part, source) in enumerate(zip(parts, sources, strict=True))
-    )
-    unread = {path: columns for path, columns in reader.unread.items() if columns}
-    return RecordSet(list(mixed), reader.report, ", ".join(reader.formats), unread)
+def _is_mismatched(record: Record, other: Record) -> bool:
+    return other.responses[0] != record.responses[0] and other.prompt != record.prompt
 
 
-def _bad_records_message(report: BadRecords, some_are_good: bool) -> str:
-    advice = (
-        "mend them, or set data.on_bad_record=drop to train without them"
-        if some_are_good
-        else "a source has no record that can be used; check data.format and data.columns"
-    )
-    return f"{report.summary()}\n{advice}"
+# Values
 
 
-def _check_weight(source: Source) -> None:
-    weight = source.weight
-    if weight is not None and not (math.isfinite(weight) and weight > 0):
-        raise DataError(f"{source.path}: the weight of a source must be above 0, but is {weight}")
+def take(row: Row, key: str) -> Any:
+    """The value under ``key``. Raises BadRecord where it is missing or null."""
+    value = row.get(key)
+    if value is None:
+        found = ", ".join(k for k, v in row.items() if v is not None) or "none"
+        raise BadRecord("missing key", f"no `{key}`; the record has {found[:80]}")
+    return value
 
 
-def _weighted(records: list[Record], source: Source, seed: list[int]) -> list[Record]:
-    """All records floor(weight) times, then the rest of the weight as a sample without replacement."""
-    if source.weight is None or not records:
-        return records
-    whole, part = divmod(source.weight, 1.0)
-    count = round(part * len(records))
-    if not whole and not count:
-        raise DataError(f"{source.path}: weight {source.weight} of {len(records)} records leaves none")
-    drawn = np.random.default_rng(seed).choice(len(records), count, replace=False)
-    return records * int(whole) + [records[i] for i in sorted(drawn.tolist())]
+def take_text(row: Row, key: str) -> str:
+    return as_text(take(row, key), key)
 
 
-def _checked_columns(columns: Mapping[str, str] | None, kind: Kind) -> dict[str, str]:
-    known = known_columns(kind)
-    for ours in columns or {}:
-        if ours not in known:
-            raise DataError(f"data.columns: {ours!r} is no key of a format; known are {', '.join(known)}")
-    return dict(columns or {})
+def as_text(value: Any, name: str) -> str:
+    """``value``, checked to be a string that can be encoded. ``name`` is for the message."""
+    if not isinstance(value, str):
+        raise BadRecord(
+            "wrong type", f"`{name}` must be text, but is {type(value).__name__}: {excerpt(value)}"
+        )
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            around = value[max(error.start - 20, 0) : error.start + 20]
+            raise BadRecord("not UTF-8", f"`{name}` holds {excerpt(around)}") from None
+    return value
+
+
+def as_message(value: Any, name: str) -> Message:
+    """A chat message, ``{role, content}``, or ShareGPT's ``{from, value}``."""
+    if not isinstance(value, Mapping):
+        raise BadRecord("wrong type", f"`{name}` must be a message, but is {excerpt(value)}")
+    if value.get("tool_calls"):
+        raise BadRecord("wrong type", f"`{name}` calls tools, which are not supported: {excerpt(value)}")
+    if value.get("from") is not None:
+        role = SHAREGPT_ROLES.get(as_text(value["from"], f"{name}.from"))
+        if role is None:
+            roles = ", ".join(SHAREGPT_ROLES)
+            raise BadRecord("unknown role", f"`{name}.from` is {excerpt(value['from'])}, not one of {roles}")
+        return {"role": role, "content": as_text(take(value, "value"), f"{name}.value")}
+    role = as_text(take(value, "role"), f"{name}.role")
+    return {"role": role, "content": as_text(take(value, "content"), f"{name}.content")}
+
+
+def as_messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise BadRecord("wrong type", f"`{name}` must be a list of messages, but is {excerpt(value)}")
+    return [as_message(item, f"{name}[{i}]") for i, item in enumerate(value)]
+
+
+def as_prompt(value: Any, name: str) -> Prompt:
+    return as_messages(value, name) if isinstance(value, list) else as_text(value, name)
+
+
+def as_answer(value: Any, name: str) -> str:
+    """The text of one assistant turn: text, a message, or a list of one message."""
+    if isinstance(value, str):
+        return as_text(value, name)
+    turns = as_messages(value, name) if isinstance(value, list) else [as_message(value, name)]
+    if len(turns) > 1:
+        found = f"after the turns that are shared, `{name}` goes on with {len(turns)} turns, not one"
+        raise BadRecord("no common prompt", found)
+    if not turns:
+        raise BadRecord("no final assistant turn", f"`{name}` holds no turn")
+    if turns[0]["role"] != "assistant":
+        raise BadRecord("no final assistant turn", f"`{name}` is a turn of {excerpt(turns[0]['role'])}")
+    return turns[0]["content"]

@@ -1,26 +1,93 @@
-"""Steps of a data set: from the indices of a global batch to this rank's micro-batches."""
+"""Steps: the order of the data, the global batch of each step, and a rank's micro-batches of it.
+
+The unit of order is a step: the indices of one global batch. Ranks share each step between them (see
+packing.py), so none of them sees an example twice and the order does not depend on their number, nor on that
+of the workers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from nxdt_align.batch import Batch, SlotRole, Topology
 from nxdt_align.data.collate import Collator, GlobalCounts
 from nxdt_align.data.packing import Bucket, Layout, RowPlanner
-from nxdt_align.data.tokenize import TokenizedSet
+from nxdt_align.data.token_sets import TokenizedSet
 
+Split = Literal["train", "val"]
 PAIR_ROLES = (SlotRole.CHOSEN, SlotRole.REJECTED)
 SINGLE_ROLES = (SlotRole.SINGLE,)
 UNPAIRED_ROLES = (SlotRole.SINGLE, SlotRole.KL)
 REFERENCE_GROUP = 256
 """Examples of similar length that the reference pass lays into rows together."""
+VISITS = 2
+"""Steps of each shape: the first one's optimizer has no state yet, so that the second is another graph."""
+
+
+class StepSampler(Sampler[tuple[int, ...]]):
+    """Yields the examples of each step of an epoch.
+
+    It keeps no position of its own: ``steps_done`` is asked when an iteration starts, so that a
+    resumed run goes on in the middle of its epoch, and what a loader has fetched ahead is not
+    mistaken for what was trained on. The last step of an epoch is smaller where the batch size does
+    not divide the number of examples; the loss is divided by its true size.
+
+    Args:
+        examples: N, the size of the data set.
+        examples_per_step: the global batch size.
+        seed: with the epoch, decides the order.
+        shuffle: False for validation.
+        steps_done: steps trained so far, counted over epochs.
+    """
+
+    def __init__(
+        self,
+        examples: int,
+        examples_per_step: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        steps_done: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.examples = examples
+        self.examples_per_step = examples_per_step
+        self._seed = seed
+        self._shuffle = shuffle
+        self._steps_done = steps_done
+
+    def order(self, epoch: int) -> npt.NDArray[Any]:
+        """(N,) indices in the order of this epoch."""
+        if not self._shuffle:
+            return np.arange(self.examples)
+        return np.random.default_rng([self._seed, epoch]).permutation(self.examples)
+
+    def consumed(self, steps: int) -> int:
+        """Examples seen in the first ``steps`` steps, over epochs."""
+        epochs, rest = divmod(steps, len(self))
+        return epochs * self.examples + min(rest * self.examples_per_step, self.examples)
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch, wherever an iteration starts: Lightning counts on from there."""
+        return -(-self.examples // self.examples_per_step)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        epoch, first = divmod(self._steps_done(), len(self))
+        yield from self.steps(epoch, first)
+
+    def steps(self, epoch: int, first: int = 0) -> Iterator[tuple[int, ...]]:
+        """The steps of an epoch from its ``first`` one."""
+        order = self.order(epoch)
+        for step in range(first, len(self)):
+            start = step * self.examples_per_step
+            yield tuple(int(i) for i in order[start : start + self.examples_per_step])
 
 
 @dataclass(frozen=True)
@@ -107,3 +174,58 @@ def look_up_reference(table: npt.NDArray[Any], batch: Batch) -> Tensor:
     column = torch.where(is_second, 1, 0)
     values = torch.from_numpy(table)[batch.record_index.clamp(min=0), column]
     return torch.where(batch.slot_valid, values, 0.0).float()
+
+
+# A dry run
+
+
+@dataclass(frozen=True)
+class TrialStep:
+    """A step's examples; ``bucket`` where the planner would choose another one for them."""
+
+    examples: tuple[int, ...]
+    bucket: Bucket | None = None
+
+
+class TrialDataset(Dataset[list[Batch]]):
+    """Trial steps as one rank's micro-batches."""
+
+    def __init__(self, dataset: StepDataset, steps: Sequence[TrialStep]) -> None:
+        self._dataset = dataset
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        step = self._steps[index]
+        return self._dataset.lay_out(step.examples, step.bucket)
+
+
+def trial_steps(planner: RowPlanner, steps: Iterable[Sequence[int]]) -> list[TrialStep]:
+    """The first of ``steps``, then each of their shapes ``VISITS`` times, then each bucket that none of
+    them is laid into, as another order of the data might be.
+
+    A shape is a bucket and a number of rows. ``steps`` are those of the real run, in its order: its first
+    step is the trial's first, because the optimizer's state is made there.
+    """
+    first: TrialStep | None = None
+    shapes: dict[tuple[Bucket, int], TrialStep] = {}
+    for examples in steps:
+        step = TrialStep(tuple(examples))
+        first = first or step
+        plan = planner.plan(step.examples)
+        shapes.setdefault((plan.bucket, len(plan.rows)), step)
+    visited = [*shapes.values(), *_idle_buckets(planner, {bucket for bucket, _ in shapes})]
+    return [*([first] if first else []), *(step for step in visited for _ in range(VISITS))]
+
+
+def _idle_buckets(planner: RowPlanner, used: set[Bucket]) -> list[TrialStep]:
+    """The shortest example in each bucket that is not ``used`` and can hold it."""
+    shortest = int(np.argmin(planner.real_tokens(range(planner.examples))))
+    fitting = planner.fitting([shortest])
+    return [
+        TrialStep((shortest,), bucket)
+        for bucket in planner.buckets
+        if bucket in fitting and bucket not in used
+    ]

@@ -1,49 +1,36 @@
 """Records to tokens: BOS and EOS once, the prompt's tokens the same beside every response, then truncation.
 
 Prompt and response are tokenized apart, so no token spans their border. Chat messages go through the
-tokenizer's chat template (``chat.py``), text is taken as it is.
+tokenizer's chat template, text is taken as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from nxdt_align.data.chat import TEMPLATE_DATE, ChatTemplate
-from nxdt_align.data.files import DataError
-from nxdt_align.data.record_types import Record, UnpairedRecord
-from nxdt_align.data.token_cache import TokenColumns, cache_path, load_columns, save_columns
-from nxdt_align.data.truncation import Tokens, Truncation
+from nxdt_align.data.records import DataError, Message, Record, excerpt
 from nxdt_align.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "Example",
-    "Tokenization",
-    "TokenizedSet",
-    "Truncation",
-    "WholeSequences",
-    "load_tokenizer",
-    "tokenize_records",
-]
-
-log = logging.getLogger(__name__)
 RULES_VERSION = 1
 """Part of the fingerprint. Raise it when the same record gets other tokens than before."""
-CHUNK = 1000
-"""Records handed to the tokenizer at once."""
+TEMPLATE_DATE = "26 Jul 2024"
+"""Llama 3's templates print a date, and take today's unless told. This one is what they fall back to.
+Without it the tokens, and with them every stored reference value, would change from day to day."""
+TruncationMode = Literal["keep_start", "keep_end"]
+Tokens = list[int]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -59,6 +46,122 @@ class Example:
     """(chosen, rejected) for a pair, (response,) otherwise; each (n,) int32, n >= 1, EOS (or the chat
     template's end of turn) included unless truncation cut it."""
     desirable: bool = True
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many tokens a prompt, and a prompt with one response, may have.
+
+    1. A prompt over ``max_prompt_length`` keeps BOS and its last tokens.
+    2. If the prompt and the longest response still exceed ``seq_length``: ``keep_start`` cuts the end
+       of each response that is too long; ``keep_end`` first cuts the prompt after BOS, by what the
+       longest response needs, and cuts the ends of responses only when of the prompt one token is
+       left (BOS, or the last token where there is no BOS): something must predict the first
+       response token.
+
+    A response keeps at least one token. One whose end is cut has no EOS: it does not end there.
+    """
+
+    seq_length: int
+    max_prompt_length: int | None = None
+    """None: ``seq_length - 1``."""
+    mode: TruncationMode = "keep_start"
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 2:
+            raise UserError(
+                "data.seq_length must be at least 2 (one prompt and one response token), "
+                f"but is {self.seq_length}"
+            )
+        if self.mode not in ("keep_start", "keep_end"):
+            raise UserError(f"truncation_mode must be keep_start or keep_end, but is {self.mode!r}")
+        if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.seq_length:
+            raise UserError(
+                f"max_prompt_length must be at least 1 and below data.seq_length ({self.seq_length}), "
+                f"so that a response token fits behind the prompt, but is {self.max_prompt_length}"
+            )
+
+    def __call__(
+        self, prompt: Tokens, responses: Sequence[Tokens], bos: int | None
+    ) -> tuple[Tokens, list[Tokens], bool]:
+        """The prompt and its responses after truncation, and whether anything was cut."""
+        longest = max(map(len, responses))
+        prompt_room = self.max_prompt_length or self.seq_length - 1
+        if self.mode == "keep_end":
+            prompt_room = min(prompt_room, max(self.seq_length - longest, 1))
+        kept = keep_last(prompt, prompt_room, bos)
+        room = self.seq_length - len(kept)
+        cut = len(kept) < len(prompt) or longest > room
+        return kept, [response[:room] for response in responses], cut
+
+
+def keep_last(prompt: Tokens, room: int, bos: int | None) -> Tokens:
+    """The last ``room`` tokens, BOS among them where the prompt begins with it."""
+    if len(prompt) <= room:
+        return prompt
+    if bos is not None and prompt[0] == bos:
+        return [bos, *prompt[len(prompt) - room + 1 :]]
+    return prompt[len(prompt) - room :]
+
+
+class ChatTemplate:
+    """The prompt's text is what the template gives with its generation prompt; a response's text is
+    what it adds to that when the response stands there as the assistant's turn, end of turn included."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def split(self, prompt: list[Message], responses: Sequence[str], place: str) -> tuple[str, list[str]]:
+        """The texts of the prompt and of each response.
+
+        Raises DataError where there is no template, where it refuses the conversation, or where the
+        prompt's text is not the beginning of the conversation's.
+        """
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                f"{place}: the record holds chat messages, but the tokenizer has no chat template. Use the "
+                "tokenizer of a chat model, add a chat_template to it, or give prompt and responses as text"
+            )
+        head = self._render(prompt, place, for_answer=True)
+        answers = []
+        for response in responses:
+            full = self._render(
+                [*prompt, {"role": "assistant", "content": response}], place, for_answer=False
+            )
+            if not full.startswith(head) or full == head:
+                raise DataError(
+                    f"{place}: the chat template writes a prompt with its answer otherwise than the prompt "
+                    f"alone: {excerpt(full[-60:])} does not go on from {excerpt(head[-60:])}. Use another "
+                    "template, or give prompt and responses as text"
+                )
+            answers.append(full[len(head) :])
+        return head, answers
+
+    def _render(self, messages: list[Message], place: str, *, for_answer: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=for_answer, date_string=TEMPLATE_DATE
+            )
+        except (TemplateError, ValueError) as error:
+            raise DataError(
+                f"{place}: the tokenizer's chat template refuses the conversation: {error}"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    @cached_property
+    def turn_end(self) -> tuple[int | None, list[int]]:
+        """The special token that ends an assistant's turn (None: the template writes none), and the
+        tokens, of white space, that the template writes behind it."""
+        question: list[Message] = [{"role": "user", "content": "question"}]
+        _, (answer,) = self.split(question, ["answer"], "chat template")
+        after = answer.rpartition("answer")[2]
+        ids: list[int] = self._tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
+        last = max((i for i, token in enumerate(ids) if token in special), default=None)
+        return (None, []) if last is None else (ids[last], ids[last + 1 :])
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
@@ -208,94 +311,3 @@ def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _array(ids: Tokens) -> npt.NDArray[Any]:
     return np.asarray(ids, dtype=np.int32)
-
-
-class TokenizedSet:
-    """Tokenized records in their order; those of equal content share their tokens."""
-
-    def __init__(
-        self, columns: TokenColumns, record_ids: Sequence[str], desirable: Sequence[bool] | None = None
-    ) -> None:
-        row_of = {record: row for row, record in enumerate(columns.record_ids)}
-        self._columns = columns
-        self._rows = np.array([row_of[record] for record in record_ids], dtype=np.int64)
-        self._desirable = None if desirable is None else list(desirable)
-        self.record_ids = list(record_ids)
-        """The content hash of each record, (N)."""
-        self.prompt_lengths: npt.NDArray[Any] = np.diff(columns.prompt_offsets)[self._rows]
-        """(N,) int64, tokens."""
-        lengths = np.diff(columns.response_offsets).reshape(len(columns.record_ids), -1)
-        self.response_lengths: npt.NDArray[Any] = lengths[self._rows]
-        """(N, k) int64, tokens; k is 2 for pairs (chosen, rejected), otherwise 1."""
-        self.truncated = int(columns.truncated[self._rows].sum())
-        """How many examples were cut."""
-        self.identical_after_truncation = int(columns.identical_responses()[self._rows].sum())
-        """How many pairs have the same tokens twice, though their texts differ. They are kept: their
-        margin is 0 and stays 0."""
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Example:
-        row = int(self._rows[index])
-        desirable = True if self._desirable is None else self._desirable[index]
-        return Example(
-            self.record_ids[index], self._columns.prompt(row), self._columns.responses(row), desirable
-        )
-
-
-class WholeSequences(TokenizedSet):
-    """Single responses with all of their prompt but its first token counted as response.
-
-    So supervised fine-tuning trains on everything that can be predicted. No token is added or lost.
-    """
-
-    def __init__(self, examples: TokenizedSet) -> None:
-        self._columns, self._rows = examples._columns, examples._rows
-        self._desirable = examples._desirable
-        self.record_ids = examples.record_ids
-        self.prompt_lengths = np.ones_like(examples.prompt_lengths)
-        self.response_lengths = examples.response_lengths + examples.prompt_lengths[:, None] - 1
-        self.truncated = examples.truncated
-        self.identical_after_truncation = examples.identical_after_truncation
-
-    def __getitem__(self, index: int) -> Example:
-        example = super().__getitem__(index)
-        whole = tuple(np.concatenate([example.prompt[1:], response]) for response in example.responses)
-        return replace(example, prompt=example.prompt[:1], responses=whole)
-
-
-def tokenize_records(
-    records: Sequence[Record], tokenization: Tokenization, cache_dir: Path | None
-) -> TokenizedSet:
-    """Tokenize all records, each content once, or read what an earlier run kept in ``cache_dir``.
-
-    Raises DataError as Tokenization does, and where the cache folder cannot be written to.
-    """
-    distinct = {record.id: record for record in records}
-    if not distinct:
-        raise DataError("there are no records to tokenize")
-    ids = list(distinct)
-    path = None if cache_dir is None else cache_path(cache_dir, tokenization.fingerprint(), ids)
-    columns = None if path is None else load_columns(path, ids)
-    if columns is None:
-        columns = _encode_all(list(distinct.values()), tokenization)
-        if path is not None:
-            save_columns(path, columns)
-    labels = [not isinstance(record, UnpairedRecord) or record.desirable for record in records]
-    result = TokenizedSet(columns, [record.id for record in records], labels)
-    if result.identical_after_truncation:
-        log.warning(
-            "%d of %d pairs have the same tokens as chosen and as rejected once truncated and tokenized",
-            result.identical_after_truncation,
-            len(result),
-        )
-    return result
-
-
-def _encode_all(records: list[Record], tokenization: Tokenization) -> TokenColumns:
-    encoded: list[tuple[Tokens, list[Tokens], bool]] = []
-    for start in range(0, len(records), CHUNK):
-        encoded += tokenization.encode(records[start : start + CHUNK])
-    prompts, responses, truncated = zip(*encoded, strict=True)
-    return TokenColumns.of([record.id for record in records], prompts, responses, truncated)

@@ -1,6 +1,6 @@
 """Bytes that a Llama's forward pass keeps for its backward pass, and bytes that exist for a moment.
 
-docs/memory.md derives the terms; ``models.workload`` has the legend.
+docs/memory.md derives the terms; ``workload.py`` has the legend.
 """
 
 from __future__ import annotations

@@ -1,21 +1,20 @@
-"""A configuration's device memory: the sizes that ``models.memory`` computes with, and a report."""
+"""Device memory that training takes, in bytes per device: arithmetic alone, nothing is allocated.
+
+docs/memory.md derives the terms, and says how they were checked.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from math import prod
 
-import torch
-
-from nxdt_align.config.engines import resolve_engine
-from nxdt_align.config.schema import Config, PrecisionConfig
+from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket, Layout
-from nxdt_align.models.partition import even_stages
-from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES, chunk_size
+from nxdt_align.models.config import LlamaConfig, weight_shapes
+from nxdt_align.models.sharding import KV_HEADS, split_of
+from nxdt_align.planning.activations import above_layers, held_by_model, kept_of_layer, layer_scratch
 from nxdt_align.planning.changes import Change, changed, fitting_changes
-from nxdt_align.planning.estimate import Memory, estimate
-from nxdt_align.planning.workload import FLOAT, AttentionKind, Formats, Workload
+from nxdt_align.planning.workload import Workload, device_kind, workload
 
 GIB = 2**30
 NEURON_CORE_BYTES = 16 * GIB
@@ -23,16 +22,8 @@ NEURON_CORE_BYTES = 16 * GIB
 USABLE = 0.9
 """Share of it that is planned with; the rest is for graphs' code and the runtime's buffers."""
 
-_STATES = {
-    **dict.fromkeys(("adamw", "adamw_fp32OptState", "adam", "adadelta", "adamax", "rprop"), 2),
-    "sgd": 0,
-    "adagrad": 1,
-    "rmsprop": 1,
-    "novograd": 1,
-    "adafactor": 0,
-    "adan": 3,
-}
-"""Optimizer -> numbers that it remembers of each weight."""
+
+# The report
 
 
 def memory_report(
@@ -111,137 +102,115 @@ def _line(chosen: list[Change], size: int) -> str:
     return f"{overrides}: {_gib(size).strip()}{f' ({note})' if note else ''}"
 
 
-# From the configuration
+# The estimate
 
 
-def device_kind(config: Config) -> str:
-    """neuron, cuda or cpu: what the configuration is for. Where it leaves that open, Neuron, whatever
-    this machine is: a plan is made before."""
-    chosen = config.trainer.accelerator
-    if chosen in ("cpu", "cuda"):
-        return chosen
-    if chosen == "neuron" or resolve_engine(config, neuron_available=True) == "nxd":
-        return "neuron"
-    return "cuda" if torch.cuda.is_available() and chosen == "auto" else "cpu"
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, of the pipeline stage that needs most."""
+
+    stage: int
+    weights: int
+    """Those that are computed with, a frozen reference's included."""
+    gradients: int
+    masters: int
+    states: int
+    activations: int
+    """What the forward pass keeps for the backward pass, of all micro-batches in flight."""
+    scratch: int
+    """What exists for a moment: a layer that is recomputed and its gradients; what is above the last layer,
+    logits included; or gradients in the optimizer's format, by when there are no activations: the largest."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.masters + self.states + self.activations + self.scratch
 
 
-def workload(
-    config: Config,
-    model: LlamaConfig,
-    layout: Layout,
-    responses: int,
-    bucket: Bucket,
-    *,
-    needs_reference: bool,
-) -> Workload:
-    """The optimizer step of ``config`` in rows of ``bucket``; see ``memory_report``."""
-    strategy, where = config.distributed_strategy, device_kind(config)
-    tensor, stages = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
-    copies = max(1, config.data_parallel_size)
-    shards = (strategy.zero1 or strategy.fsdp is not False) and copies > 1
-    formats = _formats(config, where)
-    if shards and where != "neuron" and not formats.master:
-        # FSDP's shards are float32, and what is computed with is gathered from them.
-        formats = replace(formats, master=FLOAT)
-    if strategy.zero1 and where == "neuron":
-        formats = _sharded_by_nxd(formats, config.precision)
-    vocabulary = -(-model.vocab_size // tensor)
-    tile = CACHED_BYTES if where == "cpu" else chunk_size(vocabulary) * vocabulary * FLOAT
-    return Workload(
-        model=model,
-        formats=formats,
-        rows=config.data.micro_batch_size * (responses if layout == "none" else 1),
-        tokens=bucket.tokens,
-        responses=bucket.responses,
-        attention=_attention(config, where, layout),
-        recompute=_recompute(config),
-        tensor_parallel=tensor,
-        kv_heads=_kv_heads(config, model, where),
-        sequence_parallel=strategy.sequence_parallel and tensor > 1,
-        keeps_gathered=where != "neuron",
-        context_parallel=strategy.context_parallel_size,
-        stages=_stages(config, model, stages),
-        micro_batches=max(2, stages),
-        data_parallel=copies,
-        zero1=strategy.zero1,
-        fsdp=strategy.fsdp is not False,
-        tile=tile,
-        kept=KEPT_BYTES,
-        reference=_reference(config, formats) if needs_reference else 0,
+def estimate(work: Workload) -> Memory:
+    """The memory of the stage that needs most, at the moment at which it does.
+
+    That is the backward pass of a micro-batch that is not the first: the others' gradients are there; or the
+    optimizer's step.
+    """
+    return max((_of_stage(work, stage) for stage in range(len(work.layers_of_stages))), key=_total)
+
+
+def _total(memory: Memory) -> int:
+    return memory.total
+
+
+def _of_stage(work: Workload, stage: int) -> Memory:
+    stages = len(work.layers_of_stages)
+    counts, formats = _Weights.of(work, stage), work.formats
+    in_flight = min(stages - stage, work.micro_batches)
+    held = held_by_model(work) + in_flight * work.layers_of_stages[stage] * kept_of_layer(work)
+    scratch = layer_scratch(work, counts.largest)
+    if stage == stages - 1:
+        scratch = max(scratch, above_layers(work, counts.head))
+    shard = -(-counts.total // work.data_parallel)
+    # By the optimizer's step activations are gone.
+    scratch = max(scratch, counts.total * formats.float32_copy + shard * formats.shard_gradient - held)
+    weights, gradients, reference = counts.total, counts.total * formats.gradient, counts.total
+    if work.fsdp and work.data_parallel > 1:
+        weights, reference = counts.gathered, shard
+        gradients = shard * formats.gradient + counts.gathered * formats.weight
+    optimized = shard if work.zero1 or work.fsdp else counts.total
+    return Memory(
+        stage=stage,
+        weights=weights * formats.weight + reference * work.reference,
+        gradients=gradients,
+        masters=optimized * formats.master,
+        states=optimized * formats.state,
+        activations=held,
+        scratch=scratch,
     )
 
 
-def _reference(config: Config, formats: Formats) -> int:
-    """Bytes a weight of the reference that is kept while training; 0 where there is none."""
-    settings = config.model_alignment_strategy
-    if settings.precompute_ref_log_probs:
-        return 0
-    return {None: formats.weight, "fp32": FLOAT, "bf16": 2}[settings.reference_dtype]
+# Weights
 
 
-def _formats(config: Config, where: str) -> Formats:
-    """``precision`` in bytes: engine nxd has what NxDT has, native float32 masters below any 16 bits."""
-    precision, optim = config.precision, config.model.optim
-    states = _STATES.get(optim.name, 2) + bool(optim.params.get("amsgrad"))
-    if optim.name in ("sgd", "rmsprop") and optim.params.get("momentum"):
-        states += 1
-    kind = precision.type
-    is_low = precision.xla_use_bf16 == "1" or precision.xla_downcast_bf16 == "1"
-    if kind == "fp32" or (kind == "manual" and not is_low):
-        return Formats(weight=4, gradient=4, master=0, state=4 * states, activation=4)
-    if kind == "autocast":
-        return Formats(weight=4, gradient=4, master=0, state=4 * states, activation=2, autocast=True)
-    if where != "neuron" or kind == "fp16" or kind.startswith("mixed_precision"):
-        return Formats(weight=2, gradient=4, master=4, state=4 * states, activation=2)
-    masters = 4 if kind == "manual" and precision.master_weights else 0
-    gradient = 4 if kind == "manual" and precision.fp32_grad_acc else 2
-    state = 4 if masters or optim.name == "adamw_fp32OptState" else 2
-    copy = 4 if masters and gradient == 2 else 0
-    return Formats(
-        weight=2,
-        gradient=gradient,
-        master=masters,
-        state=state * states,
-        activation=2,
-        float32_copy=copy,
-    )
+@dataclass(frozen=True)
+class _Weights:
+    """Numbers of a stage's weights on one tensor-parallel rank."""
+
+    layer: int
+    layers: int
+    largest: int
+    """Of a layer's single weights."""
+    outside: int
+    """Embedding, last norm and head."""
+    head: int
+
+    @classmethod
+    def of(cls, work: Workload, stage: int) -> _Weights:
+        sizes = {name: _own_size(work, name, shape) for name, shape in weight_shapes(work.model).items()}
+        layer = [size for name, size in sizes.items() if name.startswith("model.layers.0.")]
+        is_first, is_last = stage == 0, stage == len(work.layers_of_stages) - 1
+        embedding = sizes["model.embed_tokens.weight"]
+        # A tied head is a copy of the embedding in a last stage that is not the first.
+        above = sizes["model.norm.weight"] + sizes.get("lm_head.weight", 0 if is_first else embedding)
+        return cls(
+            layer=sum(layer),
+            layers=work.layers_of_stages[stage],
+            largest=max(layer),
+            outside=is_first * embedding + is_last * above,
+            head=sizes.get("lm_head.weight", embedding),
+        )
+
+    @property
+    def total(self) -> int:
+        return self.layers * self.layer + self.outside
+
+    @property
+    def gathered(self) -> int:
+        """What FSDP gathers at a time: what is outside of the layers, one layer, and the next."""
+        return self.outside + 2 * self.layer
 
 
-def _sharded_by_nxd(formats: Formats, precision: PrecisionConfig) -> Formats:
-    """ZeRO-1 of engine nxd: each rank has a copy of its rows, in the optimizer's format, with gradients of
-    their own. Whole gradients in float32 are made for ``fp32_grads_cc`` alone."""
-    rows = formats.master or formats.weight
-    copy = formats.float32_copy if precision.fp32_grads_cc else 0
-    return replace(formats, master=rows, shard_gradient=rows, float32_copy=copy)
-
-
-def _attention(config: Config, where: str, layout: Layout) -> AttentionKind:
-    if where == "neuron":
-        is_causal = layout == "none"
-        return "flash" if is_causal and config.model.fusions.flash_attention else "scores"
-    return "masked" if config.data.attention == "dense" else "flash"
-
-
-def _recompute(config: Config) -> tuple[str, ...]:
-    granularity = config.model.activations_checkpoint_granularity
-    if granularity == "full":
-        return ("full",)
-    return tuple(config.model.activations_checkpoint_recompute or ()) if granularity else ()
-
-
-def _kv_heads(config: Config, model: LlamaConfig, where: str) -> int:
-    """Of a rank's weights: engine nxd copies heads, native keeps all where there are fewer than ranks."""
-    tensor, heads = config.distributed_strategy.tensor_model_parallel_size, model.num_key_value_heads
-    if where == "neuron":
-        return max(1, heads * config.distributed_strategy.kv_replicator // tensor)
-    return heads // tensor if tensor <= heads else heads
-
-
-def _stages(config: Config, model: LlamaConfig, stages: int) -> tuple[int, ...]:
-    """Layers of each pipeline stage: after model.pipeline_cuts, or even shares."""
-    layers, cuts = model.num_hidden_layers, config.model.pipeline_cuts
-    if cuts is None or len(cuts) != stages - 1:
-        return even_stages(layers, stages)
-    ends = [int(cut.rpartition(".")[2]) + 1 for cut in cuts if cut.rpartition(".")[2].isdecimal()]
-    bounds = [0, *ends, layers]
-    return tuple(after - before for before, after in pairwise(bounds))
+def _own_size(work: Workload, name: str, shape: tuple[int, ...]) -> int:
+    split, size = split_of(name), prod(shape)
+    if split.replicated:
+        return size
+    if split == KV_HEADS:
+        return size // work.model.num_key_value_heads * (work.kv_heads or work.own_kv_heads)
+    return size // work.tensor_parallel

@@ -20,8 +20,7 @@ from nxdt_align.batch import Topology
 from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
-from nxdt_align.data.tokenize import Tokenization, load_tokenizer
-from nxdt_align.data.truncation import Truncation
+from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint

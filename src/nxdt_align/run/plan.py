@@ -10,6 +10,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.planning.device_memory import memory_report
+from nxdt_align.planning.rows import row_reports
 from nxdt_align.run import assemble
 
 
@@ -41,4 +42,5 @@ def plan_report(config: Config, engine: Engine) -> str:
         planner.buckets[-1],
         needs_reference=objective.needs_reference,
     )
-    return "\n".join([*data.reports.values(), f"data-parallel ranks: {ranks}", memory])
+    rows = row_reports(data.splits, config.data)
+    return "\n".join([*rows.values(), f"data-parallel ranks: {ranks}", memory])

@@ -19,6 +19,7 @@ from nxdt_align.engines.base import WeightSource
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.types import Loss
+from nxdt_align.planning.rows import row_reports
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import Result, RunEnv
 from nxdt_align.run.mode import RunMode
@@ -88,6 +89,8 @@ class Run:
             **assemble.micro_batch_needs(config),
             fixed_micro_batches=mode.fixes_micro_batches(self.parts.device),
         )
+        for report in row_reports(self.data.splits, config.data).values():
+            log.info("%s", report)
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         mode.prepare(self.data, self._steps())
         self._times.done("data read")

@@ -1,4 +1,4 @@
-"""Tokens of many records in a few flat arrays, and such arrays kept on disk by content."""
+"""Tokenized records: many in a few flat arrays, and such arrays kept on disk by content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,107 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nxdt_align.data.files import DataError
+from nxdt_align.data.records import DataError, Record
+from nxdt_align.data.tokenize import Example, Tokenization, Tokens
 from nxdt_align.files import atomic_write, explain
 
 log = logging.getLogger(__name__)
+CHUNK = 1000
+"""Records handed to the tokenizer at once."""
+
+
+class TokenizedSet:
+    """Tokenized records in their order; those of equal content share their tokens."""
+
+    def __init__(
+        self, columns: TokenColumns, record_ids: Sequence[str], desirable: Sequence[bool] | None = None
+    ) -> None:
+        row_of = {record: row for row, record in enumerate(columns.record_ids)}
+        self._columns = columns
+        self._rows = np.array([row_of[record] for record in record_ids], dtype=np.int64)
+        self._desirable = None if desirable is None else list(desirable)
+        self.record_ids = list(record_ids)
+        """The content hash of each record, (N)."""
+        self.prompt_lengths: npt.NDArray[Any] = np.diff(columns.prompt_offsets)[self._rows]
+        """(N,) int64, tokens."""
+        lengths = np.diff(columns.response_offsets).reshape(len(columns.record_ids), -1)
+        self.response_lengths: npt.NDArray[Any] = lengths[self._rows]
+        """(N, k) int64, tokens; k is 2 for pairs (chosen, rejected), otherwise 1."""
+        self.truncated = int(columns.truncated[self._rows].sum())
+        """How many examples were cut."""
+        self.identical_after_truncation = int(columns.identical_responses()[self._rows].sum())
+        """How many pairs have the same tokens twice, though their texts differ. They are kept: their
+        margin is 0 and stays 0."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = int(self._rows[index])
+        desirable = True if self._desirable is None else self._desirable[index]
+        return Example(
+            self.record_ids[index], self._columns.prompt(row), self._columns.responses(row), desirable
+        )
+
+
+class WholeSequences(TokenizedSet):
+    """Single responses with all of their prompt but its first token counted as response.
+
+    So supervised fine-tuning trains on everything that can be predicted. No token is added or lost.
+    """
+
+    def __init__(self, examples: TokenizedSet) -> None:
+        self._columns, self._rows = examples._columns, examples._rows
+        self._desirable = examples._desirable
+        self.record_ids = examples.record_ids
+        self.prompt_lengths = np.ones_like(examples.prompt_lengths)
+        self.response_lengths = examples.response_lengths + examples.prompt_lengths[:, None] - 1
+        self.truncated = examples.truncated
+        self.identical_after_truncation = examples.identical_after_truncation
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        whole = tuple(np.concatenate([example.prompt[1:], response]) for response in example.responses)
+        return replace(example, prompt=example.prompt[:1], responses=whole)
+
+
+def tokenize_records(
+    records: Sequence[Record], tokenization: Tokenization, cache_dir: Path | None
+) -> TokenizedSet:
+    """Tokenize all records, each content once, or read what an earlier run kept in ``cache_dir``.
+
+    Raises DataError as Tokenization does, and where the cache folder cannot be written to.
+    """
+    distinct = {record.id: record for record in records}
+    if not distinct:
+        raise DataError("there are no records to tokenize")
+    ids = list(distinct)
+    path = None if cache_dir is None else cache_path(cache_dir, tokenization.fingerprint(), ids)
+    columns = None if path is None else load_columns(path, ids)
+    if columns is None:
+        columns = _encode_all(list(distinct.values()), tokenization)
+        if path is not None:
+            save_columns(path, columns)
+    labels = [record.label is not False for record in records]
+    result = TokenizedSet(columns, [record.id for record in records], labels)
+    if result.identical_after_truncation:
+        log.warning(
+            "%d of %d pairs have the same tokens as chosen and as rejected once truncated and tokenized",
+            result.identical_after_truncation,
+            len(result),
+        )
+    return result
+
+
+def _encode_all(records: list[Record], tokenization: Tokenization) -> TokenColumns:
+    encoded: list[tuple[Tokens, list[Tokens], bool]] = []
+    for start in range(0, len(records), CHUNK):
+        encoded += tokenization.encode(records[start : start + CHUNK])
+    prompts, responses, truncated = zip(*encoded, strict=True)
+    return TokenColumns.of([record.id for record in records], prompts, responses, truncated)
+
+
+# Columns
 
 
 @dataclass(frozen=True)
@@ -96,6 +193,9 @@ def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[Any], npt.
 def _fit(tokens: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> bool:
     kinds = tokens.dtype == np.int32 and tokens.ndim == 1 and offsets.dtype == np.int64
     return bool(kinds and offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) > 0).all())
+
+
+# The cache
 
 
 def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> Path:

@@ -15,26 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nxdt_align.errors import UserError
+from nxdt_align.data.records import BadRecord, DataError, excerpt
 
 EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".arrow", ".parquet")
 _DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
 _JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _ARROW_FILE_MAGIC = b"ARROW1"
-_EXCERPT = 80
-
-
-class DataError(UserError):
-    """Data that cannot be read or used; the message names the file, the place and what to do."""
-
-
-class BadRecord(Exception):
-    """One record that cannot be used: ``reason`` is what it is counted under, ``detail`` what was found."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -45,12 +31,6 @@ class RawRecord:
     """``file:line``, or ``file:record N`` where the file has no lines."""
     value: Any
     fault: BadRecord | None = None
-
-
-def excerpt(value: Any) -> str:
-    """The start of ``value`` on one line, for a message."""
-    text = ascii(value) if isinstance(value, bytes) else repr(value)
-    return text if len(text) <= _EXCERPT else text[: _EXCERPT - 3] + "..."
 
 
 def read_raw(path: str) -> Iterator[RawRecord]:

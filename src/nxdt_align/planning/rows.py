@@ -1,12 +1,15 @@
-"""What the planner chose for a data set, in numbers and in words: said before training."""
+"""Rows ahead: what the row planner chose for a data set, in numbers and in words, before training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from nxdt_align.config.data import DataConfig
 from nxdt_align.data.packing import Bucket, Layout, RowPlanner
+from nxdt_align.data.steps import Split, StepDataset
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class PlanReport:
     tokens: int
     """Places that hold a token."""
     padded: int
-    """Places that layout none would take: a row of seq_length for every response."""
+    """Tokens that layout none would compute, padding included: a row of seq_length for every response."""
     imbalance: float
     """Tokens of the busiest rank over those of the mean rank, averaged over steps; 1 is equal work."""
 
@@ -80,22 +83,34 @@ class PlanReport:
 
     @property
     def saved(self) -> float:
-        """Share of layout none's places that this plan does without."""
+        """Fraction of layout none's tokens, padding included, that this plan does without."""
         return 1 - self.places / self.padded
 
     def __str__(self) -> str:
         shapes = "\n".join(
             f"    {b.tokens} tokens x {self.micro_batch_size} row(s), {b.responses} response tokens and "
-            f"{b.slots} responses a row: {self.steps_of_bucket[b] / self.steps:.0%} of the steps"
+            f"{b.slots} responses per row: {self.steps_of_bucket[b] / self.steps:.0%} of the steps"
             for b in self.buckets
         )
-        empty = f", {self.empty_rows / self.steps:.1f} of them empty" if self.empty_rows else ""
+        empty = f" ({self.empty_rows / self.steps:.1f} empty)" if self.empty_rows else ""
         return (
             f"layout {self.layout}, measured over {self.steps} step(s)\n"
             f"  buckets: {len(self.buckets)}, each one graph\n{shapes}\n"
-            f"  rows a step: {self.rows / self.steps:.1f}, over all ranks{empty}\n"
+            f"  {round(self.rows / self.steps, 1):g} rows per step over all ranks{empty}\n"
             f"  fill: {self.fill:.1%} ({self.tokens:,} tokens in {self.places:,} places)\n"
-            f"  against layout none: {self.saved:.1%} of {self.padded:,} places saved, "
-            f"{self.padded / self.places:.1f} times fewer\n"
+            f"  packing saves {self.saved:.0%} of the {self.padded:,} padded tokens "
+            f"({self.padded / self.places:.1f}x fewer)\n"
             f"  busiest rank: {self.imbalance:.2f} times the mean rank's tokens"
         )
+
+
+def row_reports(splits: Mapping[Split, StepDataset], data: DataConfig) -> dict[Split, str]:
+    """Split -> what was loaded and how it is laid into rows, for people."""
+    found = {}
+    for split, dataset in splits.items():
+        examples = dataset.examples
+        report = PlanReport.measure(dataset.planner, len(examples), data.global_batch_size, data.seq_length)
+        found[split] = (
+            f"{split} data: {len(examples)} examples, {examples.truncated} of them truncated; {report}"
+        )
+    return found

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nxdt_align.data.files import DataError, read_raw
+from nxdt_align.data.records import DataError
+from nxdt_align.data.sources import read_raw
 
 ROWS = [{"prompt": f"p{i}", "chosen": "é ✓", "rejected": "\u2028no line end"} for i in range(5)]
 
