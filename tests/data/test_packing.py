@@ -80,7 +80,7 @@ def test_buckets_are_chosen_with_the_pipelines_empty_rows_in_mind() -> None:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_get_about_equal_work(ranks: int) -> None:
-    """64 pairs a step: no rank has over 5% more tokens than the mean of them."""
+    """64 pairs per step: no rank has over 5% more tokens than the mean of them."""
     data = lengths(640)
     plans = planner(data, "shared_prompt", ranks=ranks, examples_per_step=64)
     report = PlanReport.measure(plans, 640, 64, 100)

@@ -1,4 +1,4 @@
-"""The order of steps: every example once an epoch, resumable anywhere, a smaller last step."""
+"""The order of steps: every example once per epoch, resumable anywhere, a smaller last step."""
 
 from __future__ import annotations
 

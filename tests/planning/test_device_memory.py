@@ -97,7 +97,7 @@ def test_nxds_zero1_in_bytes(overrides: tuple[str, ...], formats: Formats) -> No
 
 
 def test_reductions_in_float32_take_memory_when_activations_are_gone() -> None:
-    """276,369,408 weights a rank (see above), 4 bytes each, twice: more than activations and scratch."""
+    """276,369,408 weights per rank (see above), 4 bytes each, twice: more than activations and scratch."""
     reduced, plain = (estimate(sizes(*MANUAL, f"precision.fp32_grads_cc={on}")) for on in (True, False))
     assert reduced.activations + reduced.scratch == 8 * 276_369_408
     assert reduced.total - plain.total == 4 * 276_369_408

@@ -57,7 +57,7 @@ def test_a_bucket_that_the_validation_data_do_not_fit(
 
 
 def test_plan_of_layout_none_saves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """4 pairs a step and 22 pairs: 6 steps of rows of 128, two a pair."""
+    """4 pairs per step and 22 pairs: 6 steps of rows of 128, two a pair."""
     assert plan(Project.create(tmp_path), "data.packing=none", "data.val_dir=null") == 0
     said = capsys.readouterr().out
     assert "buckets: 1, each one graph\n    128 tokens x 1 row(s)" in said

@@ -47,7 +47,7 @@ class Collator:
 
     def __call__(self, rows: Sequence[Sequence[int]], bucket: Bucket, counts: GlobalCounts) -> Batch:
         """``rows``: for each planned row, indices of its examples in the data set. In layout none a
-        planned row is an example, and gives one row a response."""
+        planned row is an example, and gives one row per response."""
         if self.layout == "none":
             filled = [row for indices in rows for row in self._single_rows(indices, bucket)]
         else:

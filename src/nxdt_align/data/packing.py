@@ -29,7 +29,7 @@ class Lengths(Protocol):
     prompt_lengths: npt.NDArray[Any]
     """(N,) int"""
     response_lengths: npt.NDArray[Any]
-    """(N, k) int: k responses an example"""
+    """(N, k) int: k responses per example"""
 
 
 @dataclass(frozen=True, order=True)

@@ -169,7 +169,7 @@ class StepDataset(Dataset[list[Batch]]):
 
 
 def look_up_reference(table: npt.NDArray[Any], batch: Batch) -> Tensor:
-    """(B, R) float32: each slot's value of ``table``, (N, k) with a column a response."""
+    """(B, R) float32: each slot's value of ``table``, (N, k) with a column per response."""
     is_second = (batch.slot_role == SlotRole.REJECTED) | (batch.slot_role == SlotRole.KL)
     column = torch.where(is_second, 1, 0)
     values = torch.from_numpy(table)[batch.record_index.clamp(min=0), column]

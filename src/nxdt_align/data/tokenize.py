@@ -50,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Truncation:
-    """How many tokens a prompt, and a prompt with one response, may have.
+    """How many tokens per prompt, and a prompt with one response, may have.
 
     1. A prompt over ``max_prompt_length`` keeps BOS and its last tokens.
     2. If the prompt and the longest response still exceed ``seq_length``: ``keep_start`` cuts the end

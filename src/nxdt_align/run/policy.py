@@ -11,15 +11,10 @@ import torch
 from nxdt_align.batch import SlotRole, Topology
 from nxdt_align.config.alignment import MAX_PROMPT_LENGTH
 from nxdt_align.data.packing import RowPlanner
-from nxdt_align.data.records import Source, load_records
+from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.steps import StepDataset
-from nxdt_align.data.tokenize import (
-    Tokenization,
-    TokenizedSet,
-    Truncation,
-    load_tokenizer,
-    tokenize_records,
-)
+from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
+from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
 from nxdt_align.engines.native.checkpoint import checkpoint_step
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Precision

@@ -166,8 +166,8 @@ class Preflight(Callback):
         elif worst > self._tolerance:
             raise UserError(
                 f"preflight: policy and reference differ by {worst:.3g} nats per token before the first "
-                f"step, but start from the same weights (tolerance {self._tolerance:g}). {self._advice()}, or set "
-                "exp_manager.preflight=False if this is meant"
+                f"step, but start from the same weights (tolerance {self._tolerance:g}). {self._advice()}, "
+                "or set exp_manager.preflight=False if this is meant"
             )
         else:
             log.info("preflight: policy and reference agree to %.3g nats per token", worst)
