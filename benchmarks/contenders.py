@@ -20,7 +20,7 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import LlamaConfig, fresh_weight
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.training import optim
@@ -162,7 +162,9 @@ class Padded:
         self._device = device
         self._context = Precision(autocast=device.type != "cpu").context
         self._model = Llama(shape, _causal).to(device)
-        self._model.init_weights(0)
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(fresh_weight(shape, name, 0))
         self._optimizer = torch.optim.AdamW(self._model.parameters(), **OPTIMIZER, fused=True)
 
     def train(self, indices: Sequence[int]) -> Tensor:

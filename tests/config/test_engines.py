@@ -10,7 +10,7 @@ import yamls
 
 from nxdt_align.config.check import ConfigError
 from nxdt_align.config.engines import NO_EFFECT, Engine, find_engine_faults, notices, resolve_engine
-from nxdt_align.config.keys import leaf_paths
+from nxdt_align.config.keys import all_keys
 from nxdt_align.config.load import load_config
 from nxdt_align.config.schema import Config
 
@@ -221,4 +221,4 @@ model: {activations_checkpoint_recompute: [CoreAttention]}
 
 
 def test_tables_name_known_keys_only() -> None:
-    assert {key for keys in NO_EFFECT.values() for key in keys} <= set(leaf_paths())
+    assert {key for keys in NO_EFFECT.values() for key in keys} <= set(all_keys())

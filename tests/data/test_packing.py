@@ -6,19 +6,18 @@ import numpy as np
 import pytest
 from row_plans import LAYOUTS, FakeLengths, lengths, planner
 
-from nxdt_align.data.packing import Layout, example_tokens, information_tokens
+from nxdt_align.data.packing import Layout, example_tokens
 from nxdt_align.errors import UserError
 from nxdt_align.planning.rows import PlanReport
 
 
 def test_places_of_one_pair_in_each_layout() -> None:
     """Prompt 5, responses 3 and 2. A row lacks each response's last token: 4 + 3 and 4 + 2 places
-    apart, 4 + 3 + 2 with the prompt once. Information is counted as in the last."""
+    apart, 4 + 3 + 2 with the prompt once."""
     data = FakeLengths(np.array([5]), np.array([[3, 2]]))
     assert example_tokens(data, "none").tolist() == [7]
     assert example_tokens(data, "packed").tolist() == [13]
     assert example_tokens(data, "shared_prompt").tolist() == [9]
-    assert information_tokens(data) == 9
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nxdt_align.config.alignment import OBJECTIVES, DPOConfig
-from nxdt_align.config.keys import leaf_paths
+from nxdt_align.config.keys import all_keys
 from nxdt_align.losses.custom import load_loss
 from nxdt_align.losses.forms import FORMS
 from nxdt_align.losses.types import ResponseLogps
@@ -41,6 +41,6 @@ def test_every_form_and_objective_is_in_the_table() -> None:
 
 
 def test_keys_that_the_page_names_exist() -> None:
-    keys = {path.rpartition(".")[2] for path in leaf_paths()}
+    keys = {path.rpartition(".")[2] for path in all_keys()}
     named = set(re.findall(r"`(\w+)`:? ?(?:True|False|null|\d)", DOC.read_text()))
     assert named <= keys | set(vars(DPOConfig())), named - keys

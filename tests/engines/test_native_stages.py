@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import TINY, plain_model
+from oracle import TINY, draw_weights, plain_model
 
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.pipeline import check_count, require_torch
@@ -88,9 +88,9 @@ def test_a_tied_embedding_is_in_the_first_and_the_last_stage() -> None:
 
 def test_a_stage_draws_the_whole_models_fresh_weights() -> None:
     whole, stage = Llama(DEEP, DenseAttention()), Llama(DEEP, DenseAttention())
-    whole.init_weights(3)
+    draw_weights(whole, 3)
     prune(stage, Stage(1, 2, range(2, 5)))
-    stage.init_weights(3)
+    draw_weights(stage, 3)
     values = dict(whole.named_parameters())
     for name, parameter in stage.named_parameters():
         assert torch.equal(parameter, values[name]), name

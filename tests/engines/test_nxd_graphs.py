@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from nxd_fixture import CONFIG, dataset, examples, objective, require_nxd, run_ranks, weights
+from nxd_fixture import CONFIG, dataset, examples, forget_groups, objective, require_nxd, run_ranks, weights
 
 from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.losses.dpo import DPOLoss
@@ -36,7 +36,7 @@ class Trainer:
         platform = compat.start("xla")
         from nxdt_align.engines import xla
         from nxdt_align.engines.nxd.engine import NxDEngine
-        from nxdt_align.engines.nxd.mesh import forget_groups, make_mesh
+        from nxdt_align.engines.nxd.mesh import make_mesh
         from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
         from nxdt_align.training.optim import build_optimizer
 

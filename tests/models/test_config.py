@@ -193,10 +193,9 @@ def test_rules_hold_for_a_shape_made_in_code() -> None:
 def test_mistral_window_is_measured_by_the_sequence() -> None:
     values = BASE | {"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 4096}
     config = from_hf_dict(values, sequence_length=4096)
-    config.check_sequence_length(4096)
     assert config.to_hf_dict()["sliding_window"] == 4096
     with pytest.raises(ModelConfigError, match=r"at least the sequence length \(4097\), but is 4096"):
-        config.check_sequence_length(4097)
+        from_hf_dict(values, sequence_length=4097)
     assert from_hf_dict(values | {"sliding_window": None}).sliding_window is None
     # A Llama has no window, whatever its file says.
     assert read(sliding_window=16).sliding_window is None

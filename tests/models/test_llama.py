@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import draw_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +49,7 @@ def build(config: LlamaConfig, seed: int = 0) -> Llama:
     model = Llama(config, attend)
     # A large spread, so that attention is far from uniform and a wrong angle shows.
     model.config = replace(config, initializer_range=0.2)
-    model.init_weights(seed)
+    draw_weights(model, seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, LlamaRMSNorm):
@@ -144,7 +145,7 @@ def test_frequencies_survive_dtype_and_meta_device() -> None:
         model = Llama(SHAPES["llama3 rope"], attend)
     assert model.head_weight.is_meta
     model = model.to_empty(device="cpu").to(torch.bfloat16)
-    model.init_weights(0)
+    draw_weights(model, 0)
     assert model.head_weight.dtype == torch.bfloat16
     assert torch.equal(model.model.rotary_emb.inv_freq, expected)
     ids, positions = batch(model.config)
@@ -175,10 +176,10 @@ def test_autocast_attends_in_one_dtype() -> None:
     assert set(seen) == {(torch.bfloat16,) * 3}
 
 
-def test_init_weights_depends_on_the_seed_alone() -> None:
+def test_fresh_weights_depend_on_the_seed_alone() -> None:
     first, same, other = build(TINY, 3), build(TINY, 3), build(TINY, 4)
     wide = Llama(replace(TINY, num_hidden_layers=3, initializer_range=0.2), attend)
-    wide.init_weights(3)
+    draw_weights(wide, 3)
     name = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(first.state_dict()[name], same.state_dict()[name])
     assert torch.equal(first.state_dict()[name], wide.state_dict()[name])

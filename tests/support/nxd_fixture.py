@@ -171,10 +171,18 @@ def engine(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
 
     platform = compat.start("cpu", dist.get_rank(), dist.get_world_size())
     from nxdt_align.engines.nxd.engine import NxDEngine
-    from nxdt_align.engines.nxd.mesh import forget_groups, make_mesh
+    from nxdt_align.engines.nxd.mesh import make_mesh
 
     forget_groups()
     return NxDEngine(config, make_mesh(case.parallel, platform), **settings)
+
+
+def forget_groups() -> None:
+    """Let NxD make other groups in this process."""
+    from neuronx_distributed.parallel_layers import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_kv_group()
 
 
 def optimizer_of(built: Any) -> torch.optim.Optimizer:

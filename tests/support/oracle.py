@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nxdt_align.data.tokenize import Example
 from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import LlamaConfig, fresh_weight
 from nxdt_align.named_tensors import WeightSource
 
 TINY = LlamaConfig(
@@ -88,6 +88,13 @@ def plain_model(seed: int = 0) -> Llama:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + (parameter.ndim == 1))
     return model
+
+
+@torch.no_grad()
+def draw_weights(model: Llama, seed: int) -> None:
+    """Fill every parameter with its ``fresh_weight``, whatever device and dtype it is on."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(fresh_weight(model.config, name, seed))
 
 
 def response_logp(model: Llama, prompt: np.ndarray, response: np.ndarray) -> Tensor:

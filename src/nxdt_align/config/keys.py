@@ -71,10 +71,6 @@ def all_keys() -> dict[str, Key]:
     return {key.path: key for key in _walk(Config, "")}
 
 
-def leaf_paths() -> list[str]:
-    return [key.path for key in all_keys().values() if not key.is_section]
-
-
 def nearest_key(path: str) -> str | None:
     """The known key that ``path`` was probably meant for: what another library calls so in the same
     section, else one of the same name elsewhere in the tree, else a similar name in the section, else a

@@ -50,7 +50,6 @@ __all__ = [
 ]
 
 Accelerator = Literal["auto", "neuron", "cpu", "cuda", "xla"]
-EngineName = Literal["nxd", "native"]
 PrecisionType = Literal[
     "fp32",
     "bf16SR",

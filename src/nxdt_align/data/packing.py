@@ -70,11 +70,6 @@ def example_responses(lengths: Lengths, layout: Layout, with_prompts: bool = Fal
     return np.asarray(predicted.max(1) if layout == "none" else predicted.sum(1))
 
 
-def information_tokens(lengths: Lengths) -> int:
-    """Tokens that carry information: prompts once, and all responses."""
-    return int(example_tokens(lengths, "shared_prompt").sum())
-
-
 class RowPlanner:
     """Lays a step's examples into rows; the same for every rank, worker and restart.
 

@@ -53,7 +53,8 @@ class LlamaConfig:
     model_type: ModelType = "llama"
     """Mistral differs in its ``config.json`` alone, as long as its window covers the sequence."""
     sliding_window: int | None = None
-    """Mistral's attention window, tokens; attention here is full, see ``check_sequence_length``."""
+    """Mistral's attention window, tokens; attention here is full, so ``from_hf_dict`` refuses one that is
+    shorter than the sequence."""
 
     def __post_init__(self) -> None:
         faults = broken_rules(vars(self))
@@ -92,12 +93,6 @@ class LlamaConfig:
         if faults:
             raise config_error("model configuration", faults)
         return replace(self, **changes)
-
-    def check_sequence_length(self, length: int) -> None:
-        """Raises ModelConfigError where examples of ``length`` tokens would reach past the window."""
-        fault = window_fault(self.sliding_window, length)
-        if fault:
-            raise ModelConfigError(fault)
 
     def to_hf_dict(self) -> dict[str, Any]:
         """A ``config.json`` that transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters) read."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import LlamaConfig, fresh_weight
+from nxdt_align.models.presets import LlamaConfig
 
 Granularity = Literal["full", "selective"]
 Rotary = tuple[Tensor, Tensor]
@@ -69,7 +69,7 @@ class LlamaRMSNorm(Recomputable):
 
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
-    """Rotary frequencies, radians a token: (H / 2,) float32 on the CPU.
+    """Rotary frequencies, radians per token: (H / 2,) float32 on the CPU.
 
     Llama 3.1's scaling leaves wavelengths shorter than a context's ``high_freq_factor``-th part,
     divides those longer than its ``low_freq_factor``-th part, and blends between (transformers'
@@ -265,8 +265,8 @@ class Llama(nn.Module):
         attend: the attention over (q, k, v, context); ``context`` is prepared once per batch by whoever
             made ``attend`` and passed through unread.
 
-    Weights are PyTorch's defaults until they are loaded, or drawn by ``init_weights``. Built under
-    ``torch.device("meta")``, it wants ``.to_empty(device=...)`` and either of the two.
+    Weights are PyTorch's defaults until an engine loads others. Built under ``torch.device("meta")``, it
+    wants ``.to_empty(device=...)`` first.
     """
 
     def __init__(self, config: LlamaConfig, attend: Attend) -> None:
@@ -296,12 +296,6 @@ class Llama(nn.Module):
         if self.lm_head is None:
             return F.linear(hidden, self.head_weight)
         return self.lm_head(hidden)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Fill every parameter with its ``fresh_weight``, whatever device and dtype it is on."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(fresh_weight(self.config, name, seed))
 
     def set_checkpointing(
         self,

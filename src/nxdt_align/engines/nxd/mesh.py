@@ -60,8 +60,8 @@ class Mesh:
 def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
     """Have NxD make its groups. Every process calls this.
 
-    NxD keeps one set of groups a process: a second call must ask for the same sizes, or follow
-    ``forget_groups``. Raises EngineError where it does not, and for sizes that NxD gets wrong.
+    NxD keeps one set of groups per process: a second call must ask for the same sizes. Raises EngineError
+    where it does not, and for sizes that NxD gets wrong.
     """
     config: dict[str, Any] = nxd.neuronx_distributed_config(
         tensor_parallel_size=parallel.tensor,
@@ -91,12 +91,6 @@ def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
     )
     everyone = Ranks() if dist.get_backend() == "gloo" else Ranks.apart()
     return Mesh(platform, parallel, groups, everyone, _topology(groups), config)
-
-
-def forget_groups() -> None:
-    """Let NxD make other groups in this process."""
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_kv_group()
 
 
 def _topology(groups: Groups) -> Topology:
