@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from nxdt_align.engines.native.precision import Precision
 from torch import Tensor, nn
 from workload import SEQ_LENGTH, Workload
 
@@ -17,6 +16,7 @@ from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.llama import Llama

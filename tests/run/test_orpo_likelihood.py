@@ -94,7 +94,7 @@ def test_prompts_that_were_not_asked_for_are_named() -> None:
     with pytest.raises(ValueError, match="a likelihood of the prompt needs its tokens' log-probabilities"):
         ORPOLoss(ORPOConfig(beta=BETA, nll_tokens="prompt_and_response"))(policy, None)
     with pytest.raises(
-        ValueError, match="nll_tokens must be one of response, prompt_and_response, but is 'all'"
+        ValueError, match="nll_tokens: must be one of response, prompt_and_response, but is 'all'"
     ):
         ORPOLoss(ORPOConfig(beta=BETA, nll_tokens="all"))
 

@@ -112,7 +112,8 @@ def test_pipeline_cuts_are_taken_as_the_yaml_has_them(cuts: str, tmp_path: Path)
 def documented(repo: Path, page: str) -> list[list[str]]:
     """The conversion commands in a page's bash blocks, in order, without their comments."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", (repo / page).read_text(), re.MULTILINE | re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    joined = [block.replace("\\\n", " ") for block in blocks]
+    lines = [shlex.split(line, comments=True) for block in joined for line in block.splitlines()]
     return [line[1:] for line in lines if line[:1] == ["nxdt-align"] and line[1] in VERBS]
 
 
