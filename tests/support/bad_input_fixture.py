@@ -70,6 +70,7 @@ class Terminal:
     def train(self, *overrides: str) -> tuple[int, str]:
         """Exit status, and all that was written to stderr."""
         self.capture.readouterr()
+        self.project.await_next_second(self.experiments)  # which is no folder of the project's
         status = self.project.train(
             f"exp_manager.exp_dir={self.experiments}", "data.val_dir=null", "trainer.max_steps=2", *overrides
         )

@@ -165,13 +165,14 @@ class Project:
 
     def train(self, *overrides: str) -> int:
         """The command line's exit status."""
-        self._await_next_second()
+        self.await_next_second(self.root)
         return main(self.arguments(*overrides))
 
-    def _await_next_second(self) -> None:
+    @staticmethod
+    def await_next_second(root: Path) -> None:
         """TensorBoard reads a run's event files by name, which holds the second of their start: two of
         one second, as only a test makes them, would be read in either order."""
-        files = self.root.rglob("events.out.tfevents.*")
+        files = root.rglob("events.out.tfevents.*")
         newest = max((int(file.name.split(".")[3]) for file in files), default=0)
         time.sleep(max(0.0, newest + 1 - time.time()))
 
