@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nxdt_align.batch import SlotRole
-from nxdt_align.config.alignment import DPOConfig
+from nxdt_align.config.alignment import CPOConfig, DPOConfig, ORPOConfig
 from nxdt_align.config.dpo_forms import FORMS
-from nxdt_align.losses import CPOLoss, DPOLoss, ORPOLoss, ResponseLogps, SimPOLoss
+from nxdt_align.losses import CPOLoss, DPOLoss, Loss, ORPOLoss, ResponseLogps, SimPOLoss
 
 of_pairs = ResponseLogps.of_pairs
 
@@ -67,3 +67,30 @@ def test_slots_are_those_of_a_batch() -> None:
 def test_what_does_not_fit_is_one_sentence(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         of_pairs(*arguments)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(DPOLoss(DPOConfig(loss_type=name)) for name in FORMS if FORMS[name].normalised),
+        DPOLoss(DPOConfig(length_normalization=True)),
+        DPOLoss(DPOConfig(nll_scale=1.0)),
+        CPOLoss(CPOConfig()),
+        ORPOLoss(ORPOConfig()),
+        SimPOLoss(),
+    ],
+    ids=repr,
+)
+def test_a_loss_that_divides_by_the_length_says_that_it_got_none(loss: Loss) -> None:
+    pairs = of_pairs([-2.0], [-3.0])
+    with pytest.raises(
+        ValueError, match=r"divides by the responses' tokens.*chosen_counts and rejected_counts"
+    ):
+        loss(pairs, pairs)
+    with pytest.raises(ValueError, match="counts are not known"):
+        _ = pairs.with_sums(pairs.sums).chosen_counts
+
+
+def test_a_reference_of_other_pairs_is_not_broadcast() -> None:
+    with pytest.raises(ValueError, match="of the policy's 4 responses, but got 2"):
+        DPOLoss()(of_pairs([-2.0, -1.0], [-3.0, -2.0]), of_pairs([-2.0], [-4.0]))

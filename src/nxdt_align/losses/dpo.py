@@ -12,7 +12,7 @@ from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.config.dpo_forms import FORMS
 from nxdt_align.config.fields import require_sound
 from nxdt_align.losses.forms import FormSettings, PairScores, divergence_score, form_function
-from nxdt_align.losses.modifiers import nll, wpo_weights
+from nxdt_align.losses.modifiers import nll, require_reference, wpo_weights
 from nxdt_align.losses.types import LossOutput, Normaliser, ResponseLogps
 
 
@@ -91,8 +91,7 @@ class DPOLoss:
         chosen, rejected = policy.chosen_logps.float(), policy.rejected_logps.float()
         if self.config.reference_free:
             return chosen, rejected
-        if reference is None:
-            raise ValueError("DPO needs the reference's log-probabilities, but got none")
+        reference = require_reference("DPO", policy, reference)
         # Policy less reference first: near each other they subtract exactly, so that a policy equal
         # to its reference has a margin of exactly 0.
         return chosen - reference.chosen_logps.float(), rejected - reference.rejected_logps.float()
@@ -107,7 +106,7 @@ class DPOLoss:
             """(N,) or its chosen or rejected half, divided by the tokens."""
             if not normalise:
                 return values
-            return values / policy.counts.float()
+            return values / policy.lengths
 
         def margin(sums: Tensor) -> Tensor:
             values = scaled(sums.float())
@@ -149,7 +148,7 @@ class DPOLoss:
         chosen, rejected = self._log_ratios(policy, reference)
         rewards = self.config.kl_beta * torch.stack((chosen, rejected), 1).flatten().detach()
         if self.config.length_normalization:
-            rewards = rewards / policy.counts.float()
+            rewards = rewards / policy.lengths
         seen = policy.valid.sum().to(state.dtype)
         count = state[1] + seen
         mean = state[0] + (_mean(rewards, policy.valid) - state[0]) * seen / count.clamp(min=1.0)

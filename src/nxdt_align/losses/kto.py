@@ -15,6 +15,7 @@ from torch import Tensor
 from nxdt_align.config.alignment import KTOConfig
 from nxdt_align.config.fields import require_sound
 from nxdt_align.losses.metrics import DIVISOR
+from nxdt_align.losses.modifiers import require_reference
 from nxdt_align.losses.types import LossOutput, Normaliser, ResponseLogps
 
 
@@ -43,8 +44,7 @@ class KTOLoss:
         require_sound(self.config, "kto")
 
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
-        if reference is None:
-            raise ValueError("KTO needs the reference's log-probabilities, but got none")
+        reference = require_reference("KTO", policy, reference)
         config = self.config
         ratio = policy.completion_logps.float() - reference.completion_logps.float()
         kl = self._kl(policy, reference)

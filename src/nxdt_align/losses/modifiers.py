@@ -1,4 +1,4 @@
-"""What goes with any loss of pairs: WPO's weights and a likelihood term."""
+"""What losses share: WPO's weights, a likelihood term, and what a reference must be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import torch
 from torch import Tensor
 
 from nxdt_align.losses.types import ResponseLogps
+
+
+def require_reference(loss: str, policy: ResponseLogps, reference: ResponseLogps | None) -> ResponseLogps:
+    """``reference``, which must be there and hold the policy's examples, else a ValueError names ``loss``."""
+    if reference is None:
+        raise ValueError(f"{loss} needs the reference's log-probabilities, but got none")
+    if reference.sums.shape != policy.sums.shape:
+        # 1 example would be broadcast over all the others.
+        raise ValueError(
+            f"{loss} needs the reference's log-probabilities of the policy's {len(policy.sums)} "
+            f"responses, but got {len(reference.sums)}"
+        )
+    return reference
 
 
 def wpo_weights(policy: ResponseLogps) -> Tensor:
@@ -19,7 +32,7 @@ def wpo_weights(policy: ResponseLogps) -> Tensor:
     if policy.collisions is None:
         raise ValueError("WPO's weights need the log of summed squared probabilities, but got none")
     with torch.no_grad():
-        mean = policy.mean_logps - policy.collisions.float() / policy.counts.float()
+        mean = policy.mean_logps - policy.collisions.float() / policy.lengths
         weights = torch.exp(mean)
         return weights[0::2] * weights[1::2]
 
@@ -33,4 +46,4 @@ def nll(policy: ResponseLogps, *, with_prompt: bool = False) -> Tensor:
         raise ValueError("a likelihood of the prompt needs its tokens' log-probabilities, but got none")
     sums = policy.sums if policy.plain_sums is None else policy.plain_sums
     both = sums.float() + policy.prompt_sums.float()
-    return -(both / (policy.counts + policy.prompt_counts).float())[0::2]
+    return -(both / (policy.lengths + policy.prompt_counts.float()))[0::2]

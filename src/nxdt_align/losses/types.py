@@ -69,6 +69,8 @@ class ResponseLogps:
     0 for slots other than an example's first."""
     prompt_counts: Tensor | None = None
     """(N,) float32: how many tokens ``prompt_sums`` is a sum of."""
+    counts_are_known: bool = True
+    """False where ``of_pairs`` was given none; ``counts`` then are 1, and ``lengths`` refuses."""
 
     @classmethod
     def of_pairs(
@@ -87,7 +89,7 @@ class ResponseLogps:
             chosen: (P,) nats: each chosen response's summed log-probability; a tensor keeps its gradient.
             rejected: (P,), of the rejected responses.
             chosen_counts: (P,) tokens of each chosen response, which losses that divide by the length need
-                (ORPO, SimPO, IPO, any ``nll_scale``). Left out: 1 each, so that sums stand for means.
+                (ORPO, CPO, SimPO, IPO, any ``nll_scale``). Left out, such a loss raises ValueError.
             rejected_counts: (P,), of the rejected responses.
 
         Raises ValueError where the shapes differ, where one of the counts alone is given, or where a count is
@@ -120,6 +122,7 @@ class ResponseLogps:
             valid=torch.ones_like(counts, dtype=torch.bool),
             desirable=torch.ones_like(counts, dtype=torch.bool),
             roles=torch.arange(len(counts), device=sums.device) % 2,  # SlotRole: chosen, rejected
+            counts_are_known=chosen_counts is not None,
         )
 
     @classmethod
@@ -174,13 +177,25 @@ class ResponseLogps:
             valid=self.valid,
             desirable=self.desirable,
             roles=self.roles,
+            counts_are_known=self.counts_are_known,
         )
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) float32: ``counts``, for a loss to divide by. Raises ValueError where they are not known: with
+        1 in their place a sum would pass for a mean."""
+        if not self.counts_are_known:
+            raise ValueError(
+                "this loss divides by the responses' tokens, but their counts are not known: give "
+                "ResponseLogps.of_pairs chosen_counts and rejected_counts"
+            )
+        return self.counts.float()
 
     @property
     def mean_logps(self) -> Tensor:
         """(N,) nats per token: each response's mean, every token counted once."""
         sums = self.sums if self.plain_sums is None else self.plain_sums
-        return sums.float() / self.counts.float()
+        return sums.float() / self.lengths
 
     # The names of torchtune's ChosenRejectedOutputs, so that a loss written for it reads the same.
 
@@ -197,12 +212,12 @@ class ResponseLogps:
     @property
     def chosen_counts(self) -> Tensor:
         """(P,) tokens of the chosen responses."""
-        return self.counts[0::2]
+        return self.lengths[0::2]
 
     @property
     def rejected_counts(self) -> Tensor:
         """(P,) tokens of the rejected responses."""
-        return self.counts[1::2]
+        return self.lengths[1::2]
 
     # Unpaired examples: a completion in every first place, another prompt's completion in every second.
 
