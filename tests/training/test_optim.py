@@ -356,10 +356,15 @@ def test_a_class_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "own_optimizers.py").write_text(
         "import torch\nclass Plain(torch.optim.SGD):\n    def __init__(self, params, lr, weight_decay=0.0):\n"
         "        super().__init__(params, lr=lr, weight_decay=weight_decay)\nclass NoOptimizer: pass\n"
+        "class PassesOn(torch.optim.AdamW):\n    def __init__(self, params, **kwargs):\n"
+        "        super().__init__(params, **kwargs)\nclass Inherits(torch.optim.AdamW): pass\n"
     )
-    optimizer = build_optimizer(named_parameters(), "own_optimizers.Plain", {"lr": 0.1, "weight_decay": 0.2})
-    assert type(optimizer).__name__ == "Plain"
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    for name in ("Plain", "PassesOn", "Inherits"):
+        optimizer = build_optimizer(
+            named_parameters(), f"own_optimizers.{name}", {"lr": 0.1, "weight_decay": 0.2}
+        )
+        assert type(optimizer).__name__ == name
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
     for name, settings, message in (
         (
             "own_optimizers.NoOptimizer",

@@ -194,7 +194,23 @@ def _custom_optimizer(path: str) -> tuple[Callable[..., Optimizer], tuple[str, .
         found = find_class(path, Optimizer)
     except OwnPartError as error:
         raise UserError(f"model.optim.name: {error}") from error
-    return found, tuple(inspect.signature(found).parameters)
+    return found, _keywords_of(found)
+
+
+def _keywords_of(cls: Any) -> tuple[str, ...]:
+    """What a constructor takes, with what it passes on to its bases by ``**kwargs``.
+
+    A class that only passes on takes weight_decay too, and norms and biases are spared as with any other.
+    """
+    names: list[str] = []
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        names += [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return tuple(names)
 
 
 def _check_names(
