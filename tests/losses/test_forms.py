@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nxdt_align.config.alignment import CPOConfig, DPOConfig, ORPOConfig, SimPOConfig
 from nxdt_align.config.dpo_forms import FORMS
+from nxdt_align.config.faults import ConfigError
 from nxdt_align.losses.cpo import CPOLoss, SimPOLoss
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.forms import divergence_score, form_function
@@ -251,3 +252,8 @@ def test_reference_free_losses_check_their_numbers(loss: Any, section: Any) -> N
 def test_every_form_of_the_table_can_be_computed() -> None:
     """A row without its function would be found at training; here it is found at once."""
     assert all(callable(form_function(name)) for name in FORMS)
+
+
+def test_a_text_for_a_number_in_a_section_made_by_hand_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"kl_beta: must be a finite number, but is '?0\.1"):
+        DPOLoss(DPOConfig(kl_beta="0.1"))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ SETTINGS = (
     "exp_manager.export_hf=False",
 )
 STUB = """
-import gc, sys, torch
+import gc, sys, torch, torch_xla
 from nxdt_align.run.native import NativeParts
 from nxdt_align.run.nxd import NxDParts
 from nxdt_align.cli import main
@@ -32,7 +32,10 @@ from nxdt_align.engines import xla
 
 def on_device():
     kinds = (torch.Tensor, torch.nn.Parameter)
-    return [t for t in gc.get_objects() if type(t) in kinds and t.device.type == "xla"]
+    found = [t for t in gc.get_objects() if type(t) in kinds and t.device.type == "xla"]
+    # In the order in which they were made, which writing to them renews and in which a graph has its
+    # outputs: in the collector's own order, a step's outputs stand otherwise than without this stub.
+    return sorted(found, key=torch_xla._XLAC._xla_get_tensor_id)
 
 def zeroing(mark):
     def mark_then_zero():

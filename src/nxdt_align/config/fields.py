@@ -43,7 +43,7 @@ _BOUNDS = {
 
 def number(default: Any, **bounds: float) -> Any:
     """A field whose value keeps ``bounds``: above, at_least, below, at_most. None is within all of them."""
-    return dataclasses.field(default=default, metadata={"bounds": {name: bounds[name] for name in bounds}})
+    return dataclasses.field(default=default, metadata={"bounds": bounds})
 
 
 def section_faults(section: Any, path: str) -> Iterator[Fault]:
@@ -65,7 +65,7 @@ def section_faults(section: Any, path: str) -> Iterator[Fault]:
 
 
 def _broken_bounds(path: str, value: Any, bounds: dict[str, float]) -> Iterator[Fault]:
-    if bounds and not math.isfinite(value):
+    if bounds and not (isinstance(value, int | float) and math.isfinite(value)):
         yield Fault(path, "must be a finite number", value)
         return
     for name, bound in bounds.items():

@@ -26,7 +26,7 @@ from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.run.places import EXPORT
-from nxdt_align.run.resume import CHECKPOINTS, IDENTITY_FILE
+from nxdt_align.run.resume import CHECKPOINTS, IDENTITY_FILE, newest_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,10 +134,9 @@ def _weights_of(folder: Path) -> Path:
         raise UserError(f"there is no folder {folder}; name a run, a checkpoint or a Hugging Face folder")
     if not (folder / IDENTITY_FILE).is_file():
         return folder
-    checkpoints = [(_step(place), place) for place in (folder / CHECKPOINTS).glob("*")]
-    whole = [(step, place) for step, place in checkpoints if step is not None]
-    if whole:
-        return max(whole)[1]
+    newest = newest_checkpoint(folder / CHECKPOINTS, _step)
+    if newest is not None:
+        return newest
     if not (folder / EXPORT / "config.json").is_file():
         raise UserError(f"the run {folder} has no whole checkpoint and no export yet")
     return folder / EXPORT

@@ -135,10 +135,6 @@ class RunFolder:
     path: Path
     checkpoint: Path | None
 
-    @property
-    def version(self) -> str:
-        return self.path.name
-
 
 def find_run(
     parent: Path, identity: str, step_of: Callable[[Path], int | None], *, resume: bool
