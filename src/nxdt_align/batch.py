@@ -27,13 +27,13 @@ SEGMENT_STRIDE = 16
 """Segment id = example * SEGMENT_STRIDE + part; part 0 is the prompt, 1 and above the responses."""
 
 
-Reading = Literal["collisions", "entropy", "mean_logit", "is_top1", "logits"]
+TokenStatistic = Literal["collisions", "entropy", "mean_logit", "is_top1", "logits"]
 """What else can be read off the logits while they are there, a value per position, float32, without gradient:
 log of the summed squared probabilities (WPO), the distribution's entropy in nats, the mean of the logits over
 the vocabulary, and whether the label has the largest logit (1 or 0). Or the logits themselves, with gradient,
 a vocabulary a position, where an engine has them whole."""
 
-TOKEN_STATISTICS: tuple[Reading, ...] = ("entropy", "mean_logit", "is_top1")
+TOKEN_STATISTICS: tuple[TokenStatistic, ...] = ("entropy", "mean_logit", "is_top1")
 """What is logged of the responses' tokens on request; no loss reads it."""
 
 

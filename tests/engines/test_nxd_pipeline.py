@@ -25,7 +25,7 @@ from nxd_fixture import (
 )
 from oracle import gradients, orpo_loss, pair_logps
 
-from nxdt_align.batch import Batch, Reading
+from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import even_cuts
@@ -34,7 +34,7 @@ from nxdt_align.ops.logprobs import token_logps
 from nxdt_align.weights.nxdt import NxDTFolder
 
 pytestmark = pytest.mark.nxd
-READINGS: tuple[Reading, ...] = ("collisions", "entropy", "mean_logit", "is_top1")
+STATISTICS: tuple[TokenStatistic, ...] = ("collisions", "entropy", "mean_logit", "is_top1")
 CASE, CUT = Case(pp=2), Case(pp=2, cuts=(1,))
 THREE_LAYERS = replace(CONFIG, num_hidden_layers=3)
 SIZES = [(3, 2), (7, 3), (8, 3), (32, 6), (4, 4)]
@@ -105,7 +105,7 @@ def logps() -> dict[str, Any]:
     other = [built.response_logps(b, reference=True) for b in batches]
     built.load_reference(None)
     copied = [built.response_logps(b, reference=True) for b in batches]
-    readings = built._runner.forward(batches, wanted=READINGS)
+    statistics = built._runner.forward(batches, wanted=STATISTICS)
     with pytest.raises(EngineError) as error:
         odd = batches_of(built, "none", 75)
         built.evaluate([batches[0], odd[0]], objective("orpo"))
@@ -114,7 +114,7 @@ def logps() -> dict[str, Any]:
         "policy": policy,
         "other": other,
         "copied": copied,
-        "readings": [result[:2] for result in readings],
+        "statistics": [result[:2] for result in statistics],
         "refusal": str(error.value),
     }
 
@@ -228,11 +228,11 @@ def test_what_else_is_read_comes_with_them(results: Any) -> None:
     model = Llama(THREE_LAYERS, DenseAttention())
     model.load_state_dict(plain(0, THREE_LAYERS).state_dict())
     for rank in results["logps"]:
-        for batch, (logps, readings) in zip(rank["batches"], rank["readings"], strict=True):
+        for batch, (logps, statistics) in zip(rank["batches"], rank["statistics"], strict=True):
             wanted_logps, wanted = reference(model, batch)
             assert torch.allclose(logps, wanted_logps, atol=2e-6, rtol=1e-6)
-            assert len(readings) == len(READINGS)
-            for got, want in zip(readings, wanted, strict=True):
+            assert len(statistics) == len(STATISTICS)
+            for got, want in zip(statistics, wanted, strict=True):
                 assert torch.allclose(got, want, atol=2e-6, rtol=1e-6)
 
 
@@ -241,7 +241,7 @@ def reference(model: Llama, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Ten
     context = DenseAttention().prepare(batch.segment_ids)
     hidden = model(batch.input_ids, batch.position_ids, context)
     index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-    return token_logps(hidden.gather(1, index), model.head_weight, batch.labels, wanted=READINGS)
+    return token_logps(hidden.gather(1, index), model.head_weight, batch.labels, wanted=STATISTICS)
 
 
 def test_micro_batches_of_several_shapes_are_refused(results: Any) -> None:

@@ -44,7 +44,7 @@ def load(repo: Path) -> Load:
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "variable", "place"),
+    ("accelerator", "variable", "backend"),
     [
         ("cpu", None, "cpu"),
         ("xla", None, "xla"),
@@ -54,16 +54,18 @@ def load(repo: Path) -> Load:
         ("auto", "1", "cpu"),
     ],
 )
-def test_places(monkeypatch: pytest.MonkeyPatch, accelerator: str, variable: str | None, place: str) -> None:
+def test_backends(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str, variable: str | None, backend: str
+) -> None:
     monkeypatch.delenv("NXD_CPU_MODE", raising=False)
     if variable is not None:
         monkeypatch.setenv("NXD_CPU_MODE", variable)
-    assert compat.place_of(accelerator) == place
+    assert compat.backend_of(accelerator) == backend
 
 
 def test_cuda_is_refused() -> None:
     with pytest.raises(EngineError, match=r"not on cuda; distributed_strategy.engine=native does"):
-        compat.place_of("cuda")
+        compat.backend_of("cuda")
 
 
 def test_several_processes_on_xla_are_refused() -> None:
@@ -114,7 +116,7 @@ def test_sizes(load: Load) -> None:
         "distributed_strategy.zero1=True",
         "model.qkv_linear=True",
     )
-    on_neuron, on_cpu = (parallel_of(config, TINY, place) for place in ("neuron", "cpu"))
+    on_neuron, on_cpu = (parallel_of(config, TINY, backend) for backend in ("neuron", "cpu"))
     assert (on_neuron.tensor, on_neuron.kv_multiplier, on_neuron.qkv) == (4, 2, "fused")
     assert on_neuron.sequence_parallel and on_neuron.zero1 and not on_cpu.zero1
     split = parallel_of(load("model.qkv_linear=True", "model.fuse_qkv=False"), TINY, "cpu")
@@ -151,7 +153,7 @@ def test_sizes_that_do_not_fit(
 
 
 @pytest.mark.parametrize(
-    ("kind", "place", "wanted"),
+    ("kind", "backend", "wanted"),
     [
         ("fp32", "neuron", Precision()),
         ("mixed_precision", "neuron", Precision(torch.bfloat16, masters=True)),
@@ -160,8 +162,8 @@ def test_sizes_that_do_not_fit(
         ("bf16SR", "cpu", Precision(torch.bfloat16, masters=True)),
     ],
 )
-def test_precision(load: Load, kind: str, place: compat.Place, wanted: Precision) -> None:
-    assert precision_of(load(f"precision.type={kind}"), place) == wanted
+def test_precision(load: Load, kind: str, backend: compat.Backend, wanted: Precision) -> None:
+    assert precision_of(load(f"precision.type={kind}"), backend) == wanted
 
 
 LOW = torch.bfloat16

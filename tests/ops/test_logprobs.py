@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import IGNORE_LABEL, Reading
+from nxdt_align.batch import IGNORE_LABEL, TokenStatistic
 from nxdt_align.ops import logprobs
 from nxdt_align.ops.logprobs import VocabShard, token_logps
 
-ALL_READINGS: tuple[Reading, ...] = ("collisions", "entropy", "mean_logit", "is_top1")
+ALL_STATISTICS: tuple[TokenStatistic, ...] = ("collisions", "entropy", "mean_logit", "is_top1")
 
 
 def whole(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -73,8 +73,8 @@ def test_collisions_are_the_log_of_summed_squared_probabilities() -> None:
 
 
 @torch.no_grad()
-def read_off(hidden: Tensor, head: Tensor, labels: Tensor) -> dict[Reading, Tensor]:
-    """Each reading by its definition, from whole logits in float64."""
+def read_off(hidden: Tensor, head: Tensor, labels: Tensor) -> dict[TokenStatistic, Tensor]:
+    """Each statistic by its definition, from whole logits in float64."""
     logits = hidden.double() @ head.double().T
     logps = logits.log_softmax(-1)
     return {
@@ -87,9 +87,9 @@ def read_off(hidden: Tensor, head: Tensor, labels: Tensor) -> dict[Reading, Tens
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("tile_bytes", [2**23, 64 * 64 * 4])
-@pytest.mark.parametrize("names", [ALL_READINGS, ALL_READINGS[::-1], ("is_top1", "entropy")])
+@pytest.mark.parametrize("names", [ALL_STATISTICS, ALL_STATISTICS[::-1], ("is_top1", "entropy")])
 def test_readings_are_those_of_whole_logits(
-    compact: bool, tile_bytes: int, names: tuple[Reading, ...], monkeypatch: pytest.MonkeyPatch
+    compact: bool, tile_bytes: int, names: tuple[TokenStatistic, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked for in any order, over one tile or many, beside the same log-probs and gradients."""
     monkeypatch.setattr(logprobs, "CACHED_BYTES", tile_bytes)
@@ -97,8 +97,8 @@ def test_readings_are_those_of_whole_logits(
     with torch.no_grad():
         top = (hidden @ head.T).argmax(-1)
     labels[0] = torch.where(labels[0] == IGNORE_LABEL, IGNORE_LABEL, top[0])  # else hardly any label is first
-    logps, readings = token_logps(hidden, head, labels, compact=compact, wanted=names)
-    for name, got in zip(names, readings, strict=True):
+    logps, statistics = token_logps(hidden, head, labels, compact=compact, wanted=names)
+    for name, got in zip(names, statistics, strict=True):
         assert got.dtype == torch.float32 and not got.requires_grad
         wanted = torch.where(labels == IGNORE_LABEL, 0.0, read_off(hidden, head, labels)[name])
         torch.testing.assert_close(got.double(), wanted, atol=1e-5, rtol=1e-5, msg=name)

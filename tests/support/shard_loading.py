@@ -14,7 +14,7 @@ import torch
 from parallel_fixture import whole
 from torch import Tensor
 
-from nxdt_align.batch import Batch, Reading, SlotRole, Topology
+from nxdt_align.batch import Batch, SlotRole, TokenStatistic, Topology
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.parallelize import whole_rows
 from nxdt_align.engines.native.scoring import Scorer
@@ -126,7 +126,7 @@ def scores(rank: int, case: Case, shards: Path) -> Scores:
     seen: list[Tensor] = []
     read = Scorer.read
 
-    def keeping(scorer: Scorer, hidden: Tensor, rows: Rows, wanted: Sequence[Reading]) -> TokenLogps:
+    def keeping(scorer: Scorer, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         seen.append(whole_rows(hidden, scorer._groups)[:, :TOKENS] @ whole(scorer.llama.head_weight).T)
         return read(scorer, hidden, rows, wanted)
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nxdt_align.batch import Batch, Reading, Topology
+from nxdt_align.batch import Batch, TokenStatistic, Topology
 from nxdt_align.errors import UserError
 from nxdt_align.named_tensors import WeightSource as WeightSource  # a part of the engine's contract
 
@@ -41,7 +41,7 @@ class Objective(Protocol):
     """
 
     needs_reference: bool
-    wanted: Sequence[Reading]
+    wanted: Sequence[TokenStatistic]
     """What it reads off the head beside the log-probabilities."""
     couples_examples: bool
 
@@ -49,7 +49,7 @@ class Objective(Protocol):
         self,
         batch: Batch,
         token_logps: Tensor,
-        readings: Sequence[Tensor] = (),
+        token_statistics: Sequence[Tensor] = (),
         logits: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -57,7 +57,7 @@ class Objective(Protocol):
         self,
         batch: Batch,
         token_logps: Tensor,
-        readings: Sequence[Tensor] = (),
+        token_statistics: Sequence[Tensor] = (),
         logits: Tensor | None = None,
     ) -> Tensor:
         """(B * R, K) float32, rows in the order of the micro-batch's slots."""

@@ -39,7 +39,7 @@ class MasterWeights:
                 parameter.grad = None
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         """Copy the masters into the weights that are computed with."""
         for _, parameter, master in self._pairs:
             parameter.copy_(master)

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import Batch, Reading
+from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import Objective, StepOutput
 from nxdt_align.engines.ranks import Group
 
@@ -22,14 +22,14 @@ class TokenLogps(NamedTuple):
 
     logps: Tensor
     """(B, T) float32, nats; 0 where there is no label."""
-    readings: tuple[Tensor, ...] = ()
+    statistics: tuple[Tensor, ...] = ()
     """(B, T) float32 for each of what was asked for beside them, without gradient."""
     logits: Tensor | None = None
     """(B, T, V) float32, with gradient, where they were asked for; 0 where there is no label."""
 
     def detach(self) -> TokenLogps:
         """What is told of a micro-batch when its backward pass is over: no logits."""
-        return TokenLogps(self.logps.detach(), tuple(reading.detach() for reading in self.readings))
+        return TokenLogps(self.logps.detach(), tuple(statistic.detach() for statistic in self.statistics))
 
 
 Share = Callable[[int, TokenLogps], Tensor]
@@ -39,13 +39,15 @@ Share = Callable[[int, TokenLogps], Tensor]
 class Runner(Protocol):
     """Sends micro-batches through a model. All ranks that share the rows make the same calls."""
 
-    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
+    def forward(
+        self, micro_batches: Sequence[Batch], *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
         """Without gradients, one result a micro-batch, the same on every rank that shares the rows
         (on all pipeline stages, too)."""
         ...
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[TokenStatistic]
     ) -> list[TokenLogps]:
         """Forward and backward; gradients are *added* to the parameters' and not yet summed over
         data-parallel ranks. Returns what ``forward`` would, detached.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import Reading
+from nxdt_align.batch import TokenStatistic
 from nxdt_align.losses.types import ResponseLogps
 
 _COLUMNS = ("sums", "plain_sums", "counts", "valid", "desirable", "roles", "collisions", "reference")
@@ -37,7 +37,9 @@ def to_table(policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor:
     return torch.stack([column.detach().float() for column in columns], 1)
 
 
-def from_table(table: Tensor, statistics: Sequence[Reading] = ()) -> tuple[ResponseLogps, ResponseLogps]:
+def from_table(
+    table: Tensor, statistics: Sequence[TokenStatistic] = ()
+) -> tuple[ResponseLogps, ResponseLogps]:
     """Policy, whose ``sums`` and ``plain_sums`` are leaves that take gradients, and reference.
 
     ``statistics``: the names of the policy's, which are the last columns.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from nxdt_align.batch import Reading, SlotRole
+from nxdt_align.batch import SlotRole, TokenStatistic
 from nxdt_align.losses.types import LossOutput, ResponseLogps
 
 DIVISOR = " (divisor)"
@@ -48,7 +48,7 @@ def _pair_statistics(policy: ResponseLogps) -> dict[str, Tensor]:
     is_chosen = (policy.roles == SlotRole.CHOSEN) | (is_single & policy.desirable)
     is_rejected = (policy.roles == SlotRole.REJECTED) | (is_single & ~policy.desirable)
 
-    def mean(name: str, statistic: Reading, those: Tensor) -> dict[str, Tensor]:
+    def mean(name: str, statistic: TokenStatistic, those: Tensor) -> dict[str, Tensor]:
         return _mean(name, policy.statistics[statistic] * those, policy.counts * those)
 
     values = {

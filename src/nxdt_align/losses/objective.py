@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import TOKEN_STATISTICS, Batch, Reading
+from nxdt_align.batch import TOKEN_STATISTICS, Batch, TokenStatistic
 from nxdt_align.config.alignment import OBJECTIVES, ModelAlignmentStrategyConfig
 from nxdt_align.errors import UserError
 from nxdt_align.losses import coupling
@@ -79,10 +79,10 @@ class GlobalMeanObjective:
         self.needs_reference = loss.needs_reference
         self.needs_logits = loss.needs_logits
         self._statistics = TOKEN_STATISTICS if token_statistics else ()
-        collisions: tuple[Reading, ...] = ("collisions",) if loss.needs_collisions else ()
-        logits: tuple[Reading, ...] = ("logits",) if loss.needs_logits else ()
+        collisions: tuple[TokenStatistic, ...] = ("collisions",) if loss.needs_collisions else ()
+        logits: tuple[TokenStatistic, ...] = ("logits",) if loss.needs_logits else ()
         self._named = collisions + self._statistics
-        self.wanted: Sequence[Reading] = self._named + logits
+        self.wanted: Sequence[TokenStatistic] = self._named + logits
         """What is read off the head beside the log-probabilities."""
         self.needs_prompts = loss.needs_prompts
         """Whether batches must hold the prompts' tokens as positions that are predicted."""
@@ -95,20 +95,20 @@ class GlobalMeanObjective:
         self,
         batch: Batch,
         token_logps: Tensor,
-        readings: Sequence[Tensor] = (),
+        token_statistics: Sequence[Tensor] = (),
         logits: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the loss, () float32, and of each metric, () float32 detached.
 
-        ``token_logps``: (B, T) float32, and so is each of ``readings``, in the order of ``wanted``;
+        ``token_logps``: (B, T) float32, and so is each of ``token_statistics``, in the order of ``wanted``;
         ``logits``: (B, T, V) float32. Raises ValueError where the loss needs reference log-probabilities and
-        there are none, or couples the batch's examples; or where readings or logits are missing.
+        there are none, or couples the batch's examples; or where statistics or logits are missing.
         """
         if self.couples_examples:
             raise ValueError(
                 f"{self.loss} couples the examples of a global batch: it has no value for a micro-batch alone"
             )
-        policy = self._policy(batch, token_logps, readings, logits)
+        policy = self._policy(batch, token_logps, token_statistics, logits)
         output = self.loss(policy, self._reference(batch, policy))
         return self._shares(policy, output, batch)
 
@@ -123,11 +123,11 @@ class GlobalMeanObjective:
         self,
         batch: Batch,
         token_logps: Tensor,
-        readings: Sequence[Tensor] = (),
+        token_statistics: Sequence[Tensor] = (),
         logits: Tensor | None = None,
     ) -> Tensor:
         """(B * R, K) float32: what the loss has to know of a micro-batch's slots, without gradients."""
-        policy = self._policy(batch, token_logps.detach(), readings)
+        policy = self._policy(batch, token_logps.detach(), token_statistics)
         return coupling.to_table(policy, self._reference(batch, policy))
 
     def couple(
@@ -163,15 +163,19 @@ class GlobalMeanObjective:
     # Parts
 
     def _policy(
-        self, batch: Batch, token_logps: Tensor, readings: Sequence[Tensor], logits: Tensor | None = None
+        self,
+        batch: Batch,
+        token_logps: Tensor,
+        token_statistics: Sequence[Tensor],
+        logits: Tensor | None = None,
     ) -> ResponseLogps:
-        if len(readings) != len(self._named) or (self.needs_logits and logits is None):
-            got = len(readings) + (logits is not None)
+        if len(token_statistics) != len(self._named) or (self.needs_logits and logits is None):
+            got = len(token_statistics) + (logits is not None)
             raise ValueError(
                 f"{self.loss} needs {len(self.wanted)} values per token beside its log-probability "
                 f"({', '.join(self.wanted)}), but got {got}"
             )
-        named = dict(zip(self._named, readings, strict=True))
+        named = dict(zip(self._named, token_statistics, strict=True))
         return ResponseLogps.from_tokens(
             batch, token_logps, named, self.loss.needs_tokens, self.needs_prompts, logits
         )

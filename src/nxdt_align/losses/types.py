@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import IGNORE_LABEL, TOKEN_STATISTICS, Batch, Reading
+from nxdt_align.batch import IGNORE_LABEL, TOKEN_STATISTICS, Batch, TokenStatistic
 
 Normaliser = Literal["pairs", "tokens"]
 
@@ -56,7 +56,7 @@ class ResponseLogps:
     collisions: Tensor | None = None
     """(N,) float32: sum over the response's tokens of log(sum of squared probabilities), on request
     (WPO, https://arxiv.org/abs/2406.11827)."""
-    statistics: Mapping[Reading, Tensor] = field(default_factory=dict)
+    statistics: Mapping[TokenStatistic, Tensor] = field(default_factory=dict)
     """(N,) float32 each: sums over the response's tokens of what is logged of them, on request."""
     token_logps: Tensor | None = None
     """(B, T) float32, nats: a value per response position, on request (LD-DPO)."""
@@ -130,12 +130,12 @@ class ResponseLogps:
         cls,
         batch: Batch,
         token_logps: Tensor,
-        readings: Mapping[Reading, Tensor] = {},
+        statistics: Mapping[TokenStatistic, Tensor] = {},
         keep_tokens: bool = False,
         with_prompts: bool = False,
         logits: Tensor | None = None,
     ) -> ResponseLogps:
-        """Reduce per-position values, (B, T), to slots. ``readings``: further ones, by name.
+        """Reduce per-position values, (B, T), to slots. ``statistics``: further ones, by name.
 
         ``keep_tokens`` hands the per-position values on to a loss that declares ``needs_tokens``,
         ``with_prompts`` the prompts' sums to one that declares ``needs_prompts``, ``logits`` to one that
@@ -157,8 +157,8 @@ class ResponseLogps:
             desirable=batch.desirable.reshape(-1),
             roles=batch.slot_role.reshape(-1),
             plain_sums=None if batch.token_weights is None else reduce(token_logps),
-            collisions=reduce(readings["collisions"]) if "collisions" in readings else None,
-            statistics={name: reduce(readings[name]) for name in TOKEN_STATISTICS if name in readings},
+            collisions=reduce(statistics["collisions"]) if "collisions" in statistics else None,
+            statistics={name: reduce(statistics[name]) for name in TOKEN_STATISTICS if name in statistics},
             token_logps=token_logps if keep_tokens else None,
             token_logits=logits,
             token_slots=torch.where(is_response, batch.slot_index + row_offset, -1)

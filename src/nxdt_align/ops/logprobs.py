@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import IGNORE_LABEL, Reading
+from nxdt_align.batch import IGNORE_LABEL, TokenStatistic
 
 CHUNK_BYTES = 2**27
 """Size of one tile's float32 logits: large enough for full matrix-multiply speed."""
@@ -56,7 +56,7 @@ def token_logps(
     *,
     shard: VocabShard = WHOLE_VOCABULARY,
     compact: bool = False,
-    wanted: Sequence[Reading] = (),
+    wanted: Sequence[TokenStatistic] = (),
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """log p(label | hidden) at each position, and what is ``wanted`` beside it.
 
@@ -67,8 +67,9 @@ def token_logps(
         shard: which rows of the vocabulary ``head`` holds.
         compact: drop ignored positions before the head. Faster, but the shapes then depend on the
             data: right for eager devices, wrong where a shape is a compiled graph.
-        wanted: further values, without gradient, see ``batch.Reading``; not the logits, which are a product
-            of ``hidden`` and ``head`` that is never whole here. Raises ValueError where they are asked for.
+        wanted: further values, without gradient, see ``batch.TokenStatistic``; not the logits, which are a
+            product of ``hidden`` and ``head`` that is never whole here. Raises ValueError where they are
+            asked for.
 
     Returns:
         (B, T) float32 nats, and a (B, T) float32 for each of ``wanted``; 0 at ignored positions.
@@ -78,16 +79,16 @@ def token_logps(
     shape = labels.shape
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not compact:
-        logps, *readings = _tiled_logps(flat_hidden, head, flat_labels, shard, wanted)
-        return logps.view(shape), tuple(reading.view(shape) for reading in readings)
+        logps, *statistics = _tiled_logps(flat_hidden, head, flat_labels, shard, wanted)
+        return logps.view(shape), tuple(statistic.view(shape) for statistic in statistics)
 
     kept = torch.nonzero(flat_labels != IGNORE_LABEL).squeeze(1)
-    logps, *readings = _tiled_logps(
+    logps, *statistics = _tiled_logps(
         flat_hidden.index_select(0, kept), head, flat_labels.index_select(0, kept), shard, wanted
     )
     zeros = torch.zeros(flat_labels.shape, dtype=torch.float32, device=labels.device)
     spread = zeros.index_copy(0, kept, logps).view(shape)
-    return spread, tuple(zeros.index_copy(0, kept, reading).view(shape) for reading in readings)
+    return spread, tuple(zeros.index_copy(0, kept, statistic).view(shape) for statistic in statistics)
 
 
 def chunk_size(vocabulary: int) -> int:
@@ -127,7 +128,7 @@ def _labels_in(labels: Tensor, part: slice, shard: VocabShard) -> tuple[Tensor, 
 
 
 def _tiled_logps(
-    hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, wanted: Sequence[Reading]
+    hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, wanted: Sequence[TokenStatistic]
 ) -> tuple[Tensor, ...]:
     """(M, D), (V, D), (M,) -> (M,) float32, and as much for each of ``wanted``."""
     result: tuple[Tensor, ...] = _TiledLogps.apply(hidden, head, labels, shard, tuple(wanted))  # type: ignore[no-untyped-call]
@@ -137,7 +138,7 @@ def _tiled_logps(
 class _Scan:
     """What is summed over the vocabulary while its tiles go by, at C positions: (C,) float32 each."""
 
-    def __init__(self, positions: int, device: torch.device, wanted: Sequence[Reading]) -> None:
+    def __init__(self, positions: int, device: torch.device, wanted: Sequence[TokenStatistic]) -> None:
         self.wanted = wanted
         self.top = torch.full((positions,), float("-inf"), device=device)
         self.norm, self.target, self.squares, self.weighted = torch.zeros(4, positions, device=device)
@@ -164,21 +165,21 @@ class _Scan:
         self.top = top
         return exps, tile_top
 
-    def reduced(self, shard: VocabShard) -> tuple[Tensor, Tensor, dict[Reading, Tensor]]:
+    def reduced(self, shard: VocabShard) -> tuple[Tensor, Tensor, dict[TokenStatistic, Tensor]]:
         """log-norm, target logit, and of what is wanted what follows from sums over all shards."""
         top = shard.reduce_max(self.top)
         shift = (self.top - top).exp()
         norm = shard.reduce_sum(self.norm * shift)
         log_norm = top + norm.log()
         target = shard.reduce_sum(self.target)
-        readings: dict[Reading, Tensor] = {}
+        statistics: dict[TokenStatistic, Tensor] = {}
         if "collisions" in self.wanted:
-            readings["collisions"] = shard.reduce_sum(self.squares * shift.square()).log() - 2 * norm.log()
+            statistics["collisions"] = shard.reduce_sum(self.squares * shift.square()).log() - 2 * norm.log()
         if "entropy" in self.wanted:
-            readings["entropy"] = log_norm - shard.reduce_sum(self.weighted * shift) / norm
+            statistics["entropy"] = log_norm - shard.reduce_sum(self.weighted * shift) / norm
         if "is_top1" in self.wanted:
-            readings["is_top1"] = (target >= top).float()
-        return log_norm, target, readings
+            statistics["is_top1"] = (target >= top).float()
+        return log_norm, target, statistics
 
 
 def _mean_logits(hidden: Tensor, head: Tensor, shard: VocabShard) -> Tensor:
@@ -194,15 +195,20 @@ class _TiledLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, wanted: tuple[Reading, ...]
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        shard: VocabShard,
+        wanted: tuple[TokenStatistic, ...],
     ) -> tuple[Tensor, ...]:
         positions, vocabulary = hidden.shape[0], head.shape[0]
         rows, columns = _tile_sizes(positions, vocabulary, hidden.device)
         logps = torch.empty(positions, dtype=torch.float32, device=hidden.device)
         log_norms = torch.empty_like(logps)
-        readings = {name: torch.empty_like(logps) for name in wanted}
+        statistics = {name: torch.empty_like(logps) for name in wanted}
         if "mean_logit" in wanted:
-            readings["mean_logit"] = torch.where(
+            statistics["mean_logit"] = torch.where(
                 labels == IGNORE_LABEL, 0.0, _mean_logits(hidden, head, shard)
             )
         room = KEPT_BYTES if any(ctx.needs_input_grad) else 0
@@ -218,15 +224,15 @@ class _TiledLogps(torch.autograd.Function):
             ignored = labels[part] == IGNORE_LABEL
             log_norms[part], target, found = scan.reduced(shard)
             logps[part] = torch.where(ignored, 0.0, target - log_norms[part])
-            for name, reading in found.items():
-                readings[name][part] = torch.where(ignored, 0.0, reading)
+            for name, statistic in found.items():
+                statistics[name][part] = torch.where(ignored, 0.0, statistic)
         ctx.save_for_backward(hidden, head, labels, log_norms, *(x for pair in kept.values() for x in pair))
         ctx.shard, ctx.kept, ctx.sizes = shard, list(kept), (rows, columns)
-        ctx.mark_non_differentiable(*readings.values())
-        return logps, *readings.values()
+        ctx.mark_non_differentiable(*statistics.values())
+        return logps, *statistics.values()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_readings: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_statistics: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, labels, log_norms, *saved = ctx.saved_tensors
         kept = dict(zip(ctx.kept, zip(saved[::2], saved[1::2], strict=True), strict=True))
         grad = torch.where(labels == IGNORE_LABEL, 0.0, grad.float())

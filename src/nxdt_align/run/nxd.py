@@ -37,17 +37,17 @@ class NxDParts:
 
     def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
         self._config, self._env, self._model = config, env, model
-        place = compat.place_of(config.trainer.accelerator)
-        missing = find_missing_neuron_packages(cpu_mode=place != "neuron")
+        backend = compat.backend_of(config.trainer.accelerator)
+        missing = find_missing_neuron_packages(cpu_mode=backend != "neuron")
         if missing is not None:
             raise UserError(missing)
-        parallel = parallel_of(config, model, place)
+        parallel = parallel_of(config, model, backend)
         _check_sizes(parallel, model)
-        self.precision = precision_of(config, place)
+        self.precision = precision_of(config, backend)
         self.reference_precision = reference_precision_of(config, self.precision)
-        self.platform = compat.start(place, env.rank, env.world_size)
+        self.platform = compat.start(backend, env.rank, env.world_size)
         self.device = self.platform.device
-        self._compiler = _compiler_of(place, mode)
+        self._compiler = _compiler_of(backend, mode)
         from nxdt_align.engines.nxd.mesh import make_mesh
 
         self.mesh = make_mesh(parallel, self.platform)
@@ -67,7 +67,7 @@ class NxDParts:
             reference_precision=self.reference_precision,
             save_options=save_options_of(self._config, self.precision),
             configure_model=self._configure,
-            turns=StaggeredLoad(self._env.local_rank, trainer.devices, at_once),
+            staggered=StaggeredLoad(self._env.local_rank, trainer.devices, at_once),
         )
         engine.compiler = self._compiler
         return engine
@@ -89,7 +89,7 @@ class NxDParts:
             raise UserError(
                 f"data.attention: must be auto or dense with engine nxd, but is {config.data.attention}"
             )
-        if not config.model.fusions.flash_attention or self.platform.place != "neuron":
+        if not config.model.fusions.flash_attention or self.platform.backend != "neuron":
             return DenseAttention()
         if config.data.packing != "none":
             log.info("model.fusions.flash_attention: packed rows need a mask, which the kernel does not take")
@@ -97,20 +97,20 @@ class NxDParts:
         return CausalFlashAttention(nki_kernel(), transpose_inputs=config.model.transpose_nki_inputs)
 
 
-def _compiler_of(place: compat.Place, mode: RunMode) -> Compiler | None:
+def _compiler_of(backend: compat.Backend, mode: RunMode) -> Compiler | None:
     """Neuron's own compiler lists its graphs, in the cache that neuron_parallel_compile fills."""
-    if place != "cpu":
-        return xla.compiler(tells_keys=place == "xla")
+    if backend != "cpu":
+        return xla.compiler(tells_keys=backend == "xla")
     mode.note_no_graphs(
         "neuronx-distributed's CPU mode has no graphs (trainer.accelerator=xla has, in one process)"
     )
     return None
 
 
-def parallel_of(config: Config, model: LlamaConfig, place: compat.Place) -> Parallel:
+def parallel_of(config: Config, model: LlamaConfig, backend: compat.Backend) -> Parallel:
     """How the model is spread."""
     strategy = config.distributed_strategy
-    if strategy.zero1 and place == "cpu":
+    if strategy.zero1 and backend == "cpu":
         log.info(
             "distributed_strategy.zero1: neuronx-distributed shards the optimizer on XLA devices only; "
             "in CPU mode each rank keeps all of it, with the same result"
@@ -121,7 +121,7 @@ def parallel_of(config: Config, model: LlamaConfig, place: compat.Place) -> Para
         sequence_parallel=strategy.sequence_parallel and strategy.tensor_model_parallel_size > 1,
         kv_multiplier=strategy.kv_replicator,
         qkv=_qkv(config, model),
-        zero1=strategy.zero1 and place != "cpu",
+        zero1=strategy.zero1 and backend != "cpu",
         pipeline_cuts=cut_layers(config),
     )
 
@@ -147,7 +147,7 @@ def _check_sizes(parallel: Parallel, model: LlamaConfig) -> None:
         )
 
 
-def precision_of(config: Config, place: compat.Place) -> Precision:
+def precision_of(config: Config, backend: compat.Backend) -> Precision:
     """``precision`` in this engine's terms. Raises UserError for what it does not have."""
     kind, settings = config.precision.type, config.precision
     if kind == "autocast":
@@ -169,9 +169,9 @@ def precision_of(config: Config, place: compat.Place) -> Precision:
     if kind.startswith("mixed_precision"):
         return Precision(torch.bfloat16, masters=True)
     rounds = kind == "bf16SR" or settings.neuron_rt_stochastic_rounding_en == "1"
-    if rounds and place != "neuron":
+    if rounds and backend != "neuron":
         log.info("stochastic rounding is the Neuron hardware's; fp32 master weights stand in for it here")
-    return Precision(torch.bfloat16, masters=rounds and place != "neuron")
+    return Precision(torch.bfloat16, masters=rounds and backend != "neuron")
 
 
 def reference_precision_of(config: Config, policy: Precision) -> Precision:

@@ -78,7 +78,7 @@ class NativeEngine(Engine):
         self._masters = MasterWeights(self._policy.named_parameters()) if has_copies else None
         needs_scale = precision.needs_loss_scale
         self._loss_scale = LossScale(self.device, self._groups.world) if needs_scale else None
-        self._is_behind = True
+        self._stale = True
         self._reference: RankModel | None = None
         self._saver = Saver(timeout)
 
@@ -105,24 +105,24 @@ class NativeEngine(Engine):
 
     def _weights_changed(self) -> None:
         self._policy.weights_changed()
-        self._is_behind = True
-        self._publish()
+        self._stale = True
+        self._sync_from_masters()
 
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return whole_tensors(self.named_parameters(), self._saver.ranks())
 
-    def _publish(self) -> None:
+    def _sync_from_masters(self) -> None:
         """Bring the weights that are computed with up to the masters, where those may have moved."""
-        if self._masters is not None and self._is_behind:
-            self._masters.publish()
-        self._is_behind = False
+        if self._masters is not None and self._stale:
+            self._masters.sync_weights()
+        self._stale = False
 
     # Forward and backward
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         for _, parameter in self.named_parameters():
             parameter.grad = None
-        self._publish()
+        self._sync_from_masters()
         batches = self._with_reference(micro_batches, objective)
         scale, runner = self._loss_scale, self._policy.runner
         runner = runner if scale is None else scale.over(runner)
@@ -130,7 +130,7 @@ class NativeEngine(Engine):
         finish_gradients(self.named_parameters(), self._groups)
         if scale is not None:
             scale.unscale([parameter for _, parameter in self.named_parameters()])
-        self._is_behind = True  # the optimizer's step comes next
+        self._stale = True  # the optimizer's step comes next
         return output
 
     @property
@@ -143,12 +143,12 @@ class NativeEngine(Engine):
         return {"loss_scale": self._loss_scale.value, "skipped_steps": float(self._loss_scale.skipped_steps)}
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
-        self._publish()
+        self._sync_from_masters()
         batches = self._with_reference(micro_batches, objective)
         return steps.evaluate(self._policy.runner, self._groups.data, batches, objective)
 
     def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
-        self._publish()
+        self._sync_from_masters()
         return self._logps([batch], reference)[0]
 
     def _logps(self, batches: Sequence[Batch], reference: bool) -> list[Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nxdt_align.batch import Batch, Reading
+from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Group, Groups
 from nxdt_align.engines.steps import Runner, Share, TokenLogps
@@ -183,11 +183,13 @@ class _ScaledRunner:
         self._runner = runner
         self._scale = scale
 
-    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
+    def forward(
+        self, micro_batches: Sequence[Batch], *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
         return self._runner.forward(micro_batches, wanted=wanted)
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[TokenStatistic]
     ) -> list[TokenLogps]:
         def scaled(index: int, result: TokenLogps) -> Tensor:
             return share(index, result) * self._scale

@@ -21,7 +21,7 @@ from torch.distributed.pipelining import (
 )
 from torch.nn.functional import pad
 
-from nxdt_align.batch import Batch, Reading
+from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Group
 from nxdt_align.engines.native.scoring import Scorer
@@ -95,7 +95,7 @@ class StageScorer(nn.Module):
         return self.scorer.llama
 
     def forward(
-        self, received: Tensor | None = None, *, wanted: Sequence[Reading], **inputs: Tensor
+        self, received: Tensor | None = None, *, wanted: Sequence[TokenStatistic], **inputs: Tensor
     ) -> Tensor | tuple[Tensor, ...]:
         """One micro-batch.
 
@@ -114,9 +114,9 @@ class StageScorer(nn.Module):
         if not self.stage.is_last:
             missing = self.hidden.shape(*batch.input_ids.shape)[1] - hidden.shape[1]
             return pad(hidden, (0, 0, 0, missing)) if missing else hidden
-        logps, readings, _ = self.scorer.read(hidden, rows, wanted)
+        logps, statistics, _ = self.scorer.read(hidden, rows, wanted)
         # Not a view: FSDP and the schedule hook onto outputs, and the latter detaches them in place.
-        return logps.clone(), *(reading.clone() for reading in readings)
+        return logps.clone(), *(statistic.clone() for statistic in statistics)
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,13 @@ class PipelineRunner:
         self._share: Share | None = None
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
+    def forward(
+        self, micro_batches: Sequence[Batch], *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
         return self._run(micro_batches, wanted, training=False)
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[TokenStatistic]
     ) -> list[TokenLogps]:
         self._share = share
         try:
@@ -173,7 +175,7 @@ class PipelineRunner:
             self._share = None
 
     def _run(
-        self, micro_batches: Sequence[Batch], wanted: Sequence[Reading], *, training: bool
+        self, micro_batches: Sequence[Batch], wanted: Sequence[TokenStatistic], *, training: bool
     ) -> list[TokenLogps]:
         if "logits" in wanted:
             raise EngineError(
@@ -197,7 +199,7 @@ class PipelineRunner:
             stage.clear_runtime_states()
         results = self._told(found, (outputs, count * rows, responses))
         parts = zip(*(result.split(rows) for result in results), strict=True)
-        return [TokenLogps(logps, tuple(readings)) for logps, *readings in parts]
+        return [TokenLogps(logps, tuple(statistics)) for logps, *statistics in parts]
 
     def _told(self, found: Any, shape: tuple[int, ...]) -> Tensor:
         """The last stage's results on every rank, (outputs, n * B, T)."""
@@ -210,8 +212,8 @@ class PipelineRunner:
 
     def _loss(self, output: tuple[Tensor, ...], index: Tensor) -> Tensor:
         assert self._share is not None
-        logps, *readings = output
-        return self._share(int(index), TokenLogps(logps, tuple(readings)))
+        logps, *statistics = output
+        return self._share(int(index), TokenLogps(logps, tuple(statistics)))
 
     def _schedule(self, shape: _Shape) -> _Made:
         """The last one of its kind where that has the same shape: a schedule keeps the shapes that it was

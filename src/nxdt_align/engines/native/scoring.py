@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
-from nxdt_align.batch import PADDING_SEGMENT, Batch, Reading
+from nxdt_align.batch import PADDING_SEGMENT, Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import reduce_gradients, whole_rows
@@ -40,11 +40,11 @@ class Scorer(nn.Module):
         self._device = device
         self._groups = groups
 
-    def forward(self, batch: Batch, wanted: Sequence[Reading]) -> TokenLogps:
+    def forward(self, batch: Batch, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         rows = self.rows(ModelInputs.of(batch))
-        logps, readings, logits = self.read(self.run(rows.input_ids, rows), rows, wanted)
+        logps, statistics, logits = self.read(self.run(rows.input_ids, rows), rows, wanted)
         # FSDP hangs its backward hooks on a module's output, which must not be a view.
-        return TokenLogps(logps.clone(), readings, None if logits is None else logits.clone())
+        return TokenLogps(logps.clone(), statistics, None if logits is None else logits.clone())
 
     def rows(self, inputs: ModelInputs) -> Rows:
         """The tokens that the layers run over: without padding where shapes may follow the data."""
@@ -66,7 +66,7 @@ class Scorer(nn.Module):
             hidden: Tensor = self.llama(x, position_ids, context)
         return hidden
 
-    def read(self, hidden: Tensor, rows: Rows, wanted: Sequence[Reading]) -> TokenLogps:
+    def read(self, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         """The head, over what ``run`` gives where the last layer and the norm are."""
         # Outside of autocast, so that the head's product is accumulated in float32.
         at_responses = rows.at_responses(whole_rows(hidden, self._groups))
@@ -78,7 +78,7 @@ class Scorer(nn.Module):
             if tensor.size > 1:
                 raise EngineError("each tensor-parallel rank has a part of the vocabulary's logits alone")
             logits = rows.spread((at_responses @ own.T.to(at_responses.dtype)).float())
-        logps, readings = token_logps(
+        logps, statistics = token_logps(
             at_responses,
             own,
             rows.labels,
@@ -86,7 +86,9 @@ class Scorer(nn.Module):
             compact=self._attention.static_shapes and self._device.type == "cpu",
             wanted=[name for name in wanted if name != "logits"],
         )
-        return TokenLogps(rows.spread(logps), tuple(rows.spread(reading) for reading in readings), logits)
+        return TokenLogps(
+            rows.spread(logps), tuple(rows.spread(statistic) for statistic in statistics), logits
+        )
 
 
 class WholeRunner:
@@ -102,11 +104,13 @@ class WholeRunner:
         self._reduces_once = reduce_once and isinstance(scorer, FSDPModule)
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
+    def forward(
+        self, micro_batches: Sequence[Batch], *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
         return [self._scorer(batch, wanted) for batch in micro_batches]
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[TokenStatistic]
     ) -> list[TokenLogps]:
         results = []
         for index, batch in enumerate(micro_batches):

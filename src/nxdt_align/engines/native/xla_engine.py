@@ -48,7 +48,7 @@ class XlaEngine(NativeEngine):
 
     def mark_step(self) -> None:
         # Here and not when they are needed next, so that all steps are one graph.
-        self._publish()
+        self._sync_from_masters()
         xla.sync()
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:
@@ -70,4 +70,4 @@ class XlaEngine(NativeEngine):
             with filling(weights) as parts:
                 for name, master in self._masters.named_parameters():
                     parts[name].local.copy_(master)
-        self._is_behind = False
+        self._stale = False

@@ -1,4 +1,4 @@
-"""Where neuronx-distributed (NxD) runs, and what differs between the places.
+"""Where neuronx-distributed (NxD) runs, and what differs between the backends.
 
 Call ``start`` before any other module of this folder is imported: NxD reads the environment while it
 is being imported. Beside the command line, this file alone touches ``os.environ``.
@@ -26,7 +26,7 @@ from nxdt_align.engines.base import EngineError
 
 log = logging.getLogger(__name__)
 
-Place = Literal["neuron", "xla", "cpu"]
+Backend = Literal["neuron", "xla", "cpu"]
 """neuron: NeuronCores; xla: torch_xla's CPU device, one process; cpu: NxD's CPU mode, gloo between
 processes, plain CPU tensors."""
 
@@ -41,14 +41,14 @@ _FORCE_SAFE_LOAD = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 @dataclass(frozen=True)
 class Platform:
-    """The place of this process."""
+    """The backend of this process."""
 
-    place: Place
+    backend: Backend
     device: torch.device
 
     def mark_step(self) -> None:
         """End the graph that is being recorded, and run it. Nothing where nothing is recorded."""
-        if self.place != "cpu":
+        if self.backend != "cpu":
             import torch_xla
 
             torch_xla.sync()
@@ -58,7 +58,7 @@ class Platform:
 
         XLA would find the second computation equal to the first, and keep the first one's results.
         """
-        if self.place == "cpu":
+        if self.backend == "cpu":
             from torch.utils.checkpoint import checkpoint
 
             return partial(checkpoint, use_reentrant=False)
@@ -67,8 +67,8 @@ class Platform:
         return partial(barred_checkpoint, use_reentrant=True)
 
 
-def place_of(accelerator: str) -> Place:
-    """The place that ``trainer.accelerator`` means with this engine. ``auto`` is Neuron, unless the user
+def backend_of(accelerator: str) -> Backend:
+    """The backend that ``trainer.accelerator`` means with this engine. ``auto`` is Neuron, unless the user
     has chosen NxD's CPU mode (NXD_CPU_MODE=1). Raises EngineError for cuda."""
     if accelerator == "cuda":
         raise EngineError(
@@ -81,39 +81,39 @@ def place_of(accelerator: str) -> Place:
     return "cpu" if is_cpu else "neuron"
 
 
-def start(place: Place, rank: int = 0, world_size: int = 1) -> Platform:
-    """Set the environment that ``place`` wants, import NxD, and join the process group.
+def start(backend: Backend, rank: int = 0, world_size: int = 1) -> Platform:
+    """Set the environment that ``backend`` wants, import NxD, and join the process group.
 
     With several processes the launcher has set MASTER_ADDR and MASTER_PORT. What the user has set
-    stays, except NXD_CPU_MODE, which must agree with ``place``.
+    stays, except NXD_CPU_MODE, which must agree with ``backend``.
 
-    Raises EngineError where NxD cannot be imported, or a place takes no more than one process.
+    Raises EngineError where NxD cannot be imported, or a backend takes no more than one process.
     """
-    if place == "xla" and world_size > 1:
+    if backend == "xla" and world_size > 1:
         raise EngineError(
             f"trainer.accelerator: xla on a CPU runs in one process, but there are {world_size}; "
             "trainer.accelerator=cpu runs several"
         )
-    _set_environment(place)
+    _set_environment(backend)
     import_nxd()
-    if place != "neuron":
+    if backend != "neuron":
         _supply_world_size()
-    _join(place, rank, world_size)
-    if place == "cpu":
-        return Platform(place, torch.device("cpu"))
+    _join(backend, rank, world_size)
+    if backend == "cpu":
+        return Platform(backend, torch.device("cpu"))
     import torch_xla
 
-    return Platform(place, torch_xla.device())
+    return Platform(backend, torch_xla.device())
 
 
-def _set_environment(place: Place) -> None:
-    os.environ["NXD_CPU_MODE"] = "1" if place == "cpu" else "0"
+def _set_environment(backend: Backend) -> None:
+    os.environ["NXD_CPU_MODE"] = "1" if backend == "cpu" else "0"
     for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
         if os.environ.get(name, "0") not in ("", "0"):
             # XLA would store float32 tensors as bf16: log-probabilities, master weights, sums of gradients.
             log.warning("%s: set to 0, as engine nxd computes in bf16 where precision.type says so", name)
             os.environ[name] = "0"
-    if place == "neuron":
+    if backend == "neuron":
         return
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     os.environ.setdefault(_HOST_WORLD_SIZE, "1")
@@ -175,14 +175,14 @@ def _supply_tracer() -> None:
     sys.modules[module.__name__] = module
 
 
-def _join(place: Place, rank: int, world_size: int) -> None:
+def _join(backend: Backend, rank: int, world_size: int) -> None:
     if dist.is_initialized():
         return
-    if place == "cpu" and world_size == 1:
+    if backend == "cpu" and world_size == 1:
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    elif place == "cpu":
+    elif backend == "cpu":
         dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    elif place == "xla":
+    elif backend == "xla":
         importlib.import_module("torch_xla.distributed.xla_backend")
         dist.init_process_group("xla", store=HashStore(), rank=0, world_size=1)
     else:

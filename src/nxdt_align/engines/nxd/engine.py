@@ -41,7 +41,7 @@ class NxDEngine(Engine):
         reference_precision: that of the frozen reference; the policy's where None.
         save_options: the form of checkpoints.
         configure_model: called with each Llama that is built, before it is spread.
-        turns: ranks that load weights at the same time.
+        staggered: ranks that load weights at the same time.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class NxDEngine(Engine):
         reference_precision: Precision | None = None,
         save_options: SaveOptions = SaveOptions(),  # noqa: B008 (frozen)
         configure_model: Callable[[Llama], None] = lambda model: None,
-        turns: StaggeredLoad = StaggeredLoad(),  # noqa: B008 (frozen)
+        staggered: StaggeredLoad = StaggeredLoad(),  # noqa: B008 (frozen)
     ) -> None:
         self.config = config
         self.device = mesh.platform.device
-        self.lazy = mesh.platform.place != "cpu"
+        self.lazy = mesh.platform.backend != "cpu"
         self.topology = mesh.topology
         self._platform, self._parallel, self._groups = mesh.platform, mesh.parallel, mesh.groups
         self._attention = attention or DenseAttention()
         self._precision = precision
         self._reference_precision = reference_precision or precision
-        self._configure, self._turns = configure_model, turns
+        self._configure, self._staggered = configure_model, staggered
         self._shards = Shards(config, mesh.parallel, mesh.groups)
         self._policy = self._build(precision.compute)
         self._runner = self._runner_of(self._policy)
@@ -77,7 +77,7 @@ class NxDEngine(Engine):
             xla.make_data(dict(self._masters.named_parameters()))
         self._sharded: ShardedOptimizer | None = None
         self._mesh = mesh
-        self._is_behind = True
+        self._stale = True
         self._reference: steps.Runner | None = None
         self._checkpoints = Checkpoints(mesh, save_options, self._shards.partition.stage_ends)
 
@@ -87,7 +87,7 @@ class NxDEngine(Engine):
             llama = Llama(self.config, self._attention)
         self._configure(llama)
         llama = llama.to(dtype=dtype)
-        parallelize(llama, self._parallel, dtype, cpu_mode=self._platform.place == "cpu")
+        parallelize(llama, self._parallel, dtype, cpu_mode=self._platform.backend == "cpu")
         self._shards.materialize(llama, self.device)
         self._shards.mark(llama)
         return Scorer(llama, self._attention, self._parallel, self._groups.tensor)
@@ -105,7 +105,7 @@ class NxDEngine(Engine):
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
-        self._turns.take(lambda: self._shards.fill(self.named_parameters(), source), self._mesh.ranks)
+        self._staggered.take(lambda: self._shards.fill(self.named_parameters(), source), self._mesh.ranks)
         self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
@@ -114,7 +114,7 @@ class NxDEngine(Engine):
         self._reference = self._runner_of(reference)
         parameters = self._shards.named_parameters(reference.llama)
         if source is not None:
-            self._turns.take(lambda: self._shards.fill(parameters, source), self._mesh.ranks)
+            self._staggered.take(lambda: self._shards.fill(parameters, source), self._mesh.ranks)
             return
         _copy(self.named_parameters(), parameters)
 
@@ -135,16 +135,16 @@ class NxDEngine(Engine):
 
     def _weights_changed(self) -> None:
         """The weights that are computed with are the masters', rounded; on a lazy device they are data as
-        well, where ``publish`` would be a graph."""
+        well, where ``_sync_from_masters`` would be a graph."""
         if self._masters is not None:
             _copy(self._masters.named_parameters(), self._weights())
-        self._is_behind = False
+        self._stale = False
 
-    def _publish(self) -> None:
+    def _sync_from_masters(self) -> None:
         """Bring the weights that are computed with up to the masters, where those may have moved."""
-        if self._masters is not None and self._is_behind:
-            self._masters.publish()
-        self._is_behind = False
+        if self._masters is not None and self._stale:
+            self._masters.sync_weights()
+        self._stale = False
 
     # Forward and backward
 
@@ -156,11 +156,11 @@ class NxDEngine(Engine):
             parameter.grad = None
         if self._sharded is not None:
             self._sharded.zero_grad(set_to_none=True)
-        self._publish()
+        self._sync_from_masters()
         batches = self._with_reference(micro_batches, objective)
         output = steps.forward_and_backward(self._runner, self._groups.data, batches, objective)
         self._finish_gradients()
-        self._is_behind = True  # the optimizer's step comes next
+        self._stale = True  # the optimizer's step comes next
         return output
 
     def _finish_gradients(self) -> None:
@@ -183,13 +183,13 @@ class NxDEngine(Engine):
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         self._computes("validation step", micro_batches)
-        self._publish()
+        self._sync_from_masters()
         batches = self._with_reference(micro_batches, objective)
         return steps.evaluate(self._runner, self._groups.data, batches, objective)
 
     def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
         self._computes("log-probabilities without gradients", [batch])
-        self._publish()
+        self._sync_from_masters()
         if not reference:
             (result,) = self._runner.forward([batch], wanted=())
             return batch.sum_logps(result.logps)
@@ -211,7 +211,7 @@ class NxDEngine(Engine):
     def mark_step(self) -> None:
         """The end of a step: of the optimizer's, too."""
         # Here and not when they are needed next, so that all steps begin with the same graph.
-        self._publish()
+        self._sync_from_masters()
         self._platform.mark_step()
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:

@@ -81,7 +81,7 @@ def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
             parallel_state.get_tensor_model_parallel_replica_groups(),
             parallel.kv_multiplier,
         )
-    if platform.place != "cpu":
+    if platform.backend != "cpu":
         # As NxD's ranks meet when they save: in a graph, which a trial run then has as well.
         xm.rendezvous("nxdt-align: groups are made")
     groups = Groups(

@@ -17,7 +17,7 @@ import torch
 from neuronx_distributed.pipeline import NxDPPModel
 from torch import Tensor, nn
 
-from nxdt_align.batch import Batch, Reading
+from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.nxd.scoring import Scorer
@@ -34,7 +34,7 @@ class Turn:
 
     model: NxDPPModel
     micro_batches: Sequence[Batch]
-    wanted: Sequence[Reading]
+    wanted: Sequence[TokenStatistic]
     share: Share | None
     """None where nothing is trained."""
     results: list[TokenLogps] = field(default_factory=list)
@@ -124,18 +124,20 @@ class PipelineRunner:
         self._local = {id(parameter) for parameter in local}
         self._models: dict[tuple[int, ...], NxDPPModel] = {}
 
-    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
+    def forward(
+        self, micro_batches: Sequence[Batch], *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
         """As the contract says."""
         return self._run(micro_batches, None, wanted)
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[TokenStatistic]
     ) -> list[TokenLogps]:
         """As the contract says."""
         return self._run(micro_batches, share, wanted)
 
     def _run(
-        self, micro_batches: Sequence[Batch], share: Share | None, wanted: Sequence[Reading]
+        self, micro_batches: Sequence[Batch], share: Share | None, wanted: Sequence[TokenStatistic]
     ) -> list[TokenLogps]:
         inputs = self._inputs(micro_batches)
         rows, tokens = inputs["input_ids"].shape
@@ -193,11 +195,11 @@ class PipelineRunner:
         shape = (1 + len(turn.wanted), len(turn.micro_batches), *batch.labels.shape)
         values = torch.zeros(shape, dtype=torch.float32, device=batch.labels.device)
         if stage.rank == stage.size - 1:
-            columns = zip(*((logps, *readings) for logps, readings, _ in turn.results), strict=True)
+            columns = zip(*((logps, *statistics) for logps, statistics, _ in turn.results), strict=True)
             values = torch.stack([torch.stack(column) for column in columns])
         stage.sum([values])
         self._platform.mark_step()
-        return [TokenLogps(logps, tuple(readings)) for logps, *readings in zip(*values, strict=True)]
+        return [TokenLogps(logps, tuple(statistics)) for logps, *statistics in zip(*values, strict=True)]
 
 
 def _to_cpu(tensor: Tensor) -> Tensor:

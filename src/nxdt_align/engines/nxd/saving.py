@@ -44,7 +44,7 @@ class Checkpoints(AsyncSaver):
         super().__init__()
         self._parallel, self._groups, self._platform = mesh.parallel, mesh.groups, mesh.platform
         self._options, self._stage_ends = options, list(stage_ends)
-        self._xser = options.xser and mesh.platform.place != "cpu"
+        self._xser = options.xser and mesh.platform.backend != "cpu"
         if options.xser and not self._xser:
             log.info(
                 "exp_manager.save_xser: not in CPU mode, where neuronx-distributed itself reads such files "

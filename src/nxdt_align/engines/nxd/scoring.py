@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nxdt_align.batch import PADDING_SEGMENT, Batch, Reading
+from nxdt_align.batch import PADDING_SEGMENT, Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.nxd.settings import Parallel
@@ -34,24 +34,24 @@ class Scorer(nn.Module):
         rows = llama.config.vocab_size // tensor.size
         self._shard = VocabShard(tensor.rank * rows, tensor.largest, tensor.summed)
 
-    def forward(self, batch: Batch, wanted: Sequence[Reading]) -> TokenLogps:
+    def forward(self, batch: Batch, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         input_ids, position_ids, segment_ids = self.padded(batch)
         context = self.attention.prepare(segment_ids)
         return self.read(self.llama(input_ids, position_ids, context), batch, wanted)
 
-    def read(self, hidden: Tensor, batch: Batch, wanted: Sequence[Reading]) -> TokenLogps:
+    def read(self, hidden: Tensor, batch: Batch, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         """The head, over what comes out below it: (B, S, D)."""
         if "logits" in wanted:
             raise EngineError("engine nxd keeps no logits: each rank has a part of the vocabulary's alone")
         index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
-        logps, readings = token_logps(
+        logps, statistics = token_logps(
             hidden.gather(1, index),
             self.llama.head_weight,
             batch.labels,
             shard=self._shard,
             wanted=wanted,
         )
-        return TokenLogps(logps, readings)
+        return TokenLogps(logps, statistics)
 
     def padded(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, positions and segments; under sequence parallel of a length that the ranks divide."""
@@ -69,7 +69,9 @@ class Runner:
         self._platform = platform
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[Batch], *, wanted: Sequence[Reading]) -> list[TokenLogps]:
+    def forward(
+        self, micro_batches: Sequence[Batch], *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
         results = []
         for batch in micro_batches:
             results.append(self._scorer(batch, wanted))
@@ -77,7 +79,7 @@ class Runner:
         return results
 
     def backward(
-        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[Reading]
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[TokenStatistic]
     ) -> list[TokenLogps]:
         results = []
         for index, batch in enumerate(micro_batches):
