@@ -19,7 +19,7 @@ FOUNDATION = ("errors", "files", "own_parts", "__version__", "PYTHON", "TORCH")
 
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.settings", "engines.steps", "engines.masters"),
-    *("engines.ranks", "engines.checkpoint_folder", "engines.async_save", "engines.xla"),
+    *("engines.ranks", "engines.scoring", "engines.checkpoint_folder", "engines.async_save", "engines.xla"),
 )
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
@@ -39,6 +39,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engines.steps": ("engines.base", "engines.ranks", "batch"),
     "engines.settings": (),
     "engines.masters": (),
+    "engines.scoring": (
+        *("engines.base", "engines.ranks", "engines.settings", "engines.steps"),
+        *("models", "ops", "batch"),
+    ),
     "engines.checkpoint_folder": ("engines.base", "engines.ranks", "named_tensors"),
     "engines.async_save": ("engines.ranks", "engines.checkpoint_folder"),
     "engines.xla": ("engines.base", "batch"),
@@ -74,6 +78,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "models": ("torch",),
     "engines.base": ("torch",),
     "engines.steps": ("torch",),
+    "engines.scoring": ("torch",),
     "engines.settings": ("torch",),
     "engines.masters": ("torch",),
     "config": ("omegaconf", "hydra"),

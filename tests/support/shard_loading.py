@@ -17,7 +17,7 @@ from torch import Tensor
 from nxdt_align.batch import Batch, SlotRole, TokenStatistic, Topology
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.parallelize import whole_rows
-from nxdt_align.engines.native.scoring import Scorer
+from nxdt_align.engines.native.scoring import NativeScorer
 from nxdt_align.engines.native.settings import Parallel
 from nxdt_align.engines.steps import TokenLogps
 from nxdt_align.models.partition import QKV, fitting_multipliers, fitting_tp
@@ -124,13 +124,15 @@ def scores(rank: int, case: Case, shards: Path) -> Scores:
     engine = NativeEngine(config, DenseAttention(), topology=topology, parallel=parallel)
     engine.load_weights(weights_at(shards, config, "exp_manager.resume_from_checkpoint"))
     seen: list[Tensor] = []
-    read = Scorer.read
+    read = NativeScorer.read
 
-    def keeping(scorer: Scorer, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]) -> TokenLogps:
+    def keeping(
+        scorer: NativeScorer, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]
+    ) -> TokenLogps:
         seen.append(whole_rows(hidden, scorer._groups)[:, :TOKENS] @ whole(scorer.llama.head_weight).T)
         return read(scorer, hidden, rows, wanted)
 
-    with mock.patch.object(Scorer, "read", keeping):
+    with mock.patch.object(NativeScorer, "read", keeping):
         logps = engine.response_logps(batch_of(random_ids(config)))
     return seen, logps[:, 0]
 

@@ -17,9 +17,10 @@ from nxdt_align.engines.native.parallelize import (
     split_over_tensor_ranks,
 )
 from nxdt_align.engines.native.pipeline import HiddenStates, PipelineRunner, StageScorer, require_torch
-from nxdt_align.engines.native.scoring import Scorer, WholeRunner
+from nxdt_align.engines.native.scoring import NativeScorer, ReduceOnceRunner
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.stages import Stage, prune, stages_of_rank
+from nxdt_align.engines.scoring import Scorer, WholeRunner
 from nxdt_align.engines.steps import Runner
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
@@ -82,7 +83,8 @@ class Blueprint:
         pipeline, parallel = self.groups.pipeline, self.groups.parallel
         if pipeline.size == 1:
             scorer = self._finish(self._scorer(None, frozen), frozen)
-            return RankModel([scorer], WholeRunner(scorer, reduce_once=not parallel.fsdp))
+            reduces_once = self._is_sharded(frozen) and not parallel.fsdp
+            return RankModel([scorer], (ReduceOnceRunner if reduces_once else WholeRunner)(scorer))
         held = _stages(self.config, parallel, pipeline.rank)
         hidden = HiddenStates(
             self.config.hidden_size,
@@ -105,7 +107,7 @@ class Blueprint:
         if frozen or not self._is_sharded(frozen):
             llama.to(dtype=self.precision.compute)
         split_over_tensor_ranks(llama, self.groups)
-        return Scorer(llama, self.attention, self.precision, self.device, self.groups)
+        return NativeScorer(llama, self.attention, self.precision, self.device, self.groups)
 
     def _finish(self, scorer: S, frozen: bool) -> S:
         if self._is_sharded(frozen):

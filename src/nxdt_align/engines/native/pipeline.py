@@ -24,8 +24,8 @@ from torch.nn.functional import pad
 from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Group
-from nxdt_align.engines.native.scoring import Scorer
 from nxdt_align.engines.native.stages import Stage
+from nxdt_align.engines.scoring import Scorer, refuse_logits
 from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import Llama
 from nxdt_align.ops.ragged import ModelInputs
@@ -107,10 +107,9 @@ class StageScorer(nn.Module):
         """
         batch = ModelInputs(**inputs)
         rows = self.scorer.rows(batch)
-        x = rows.input_ids
         if received is not None:
-            x = received[:, : self.hidden.shape(*x.shape)[1]]
-        hidden = self.scorer.run(x, rows)
+            received = received[:, : self.hidden.shape(*rows.input_ids.shape)[1]]
+        hidden = self.scorer.run(rows, received)
         if not self.stage.is_last:
             missing = self.hidden.shape(*batch.input_ids.shape)[1] - hidden.shape[1]
             return pad(hidden, (0, 0, 0, missing)) if missing else hidden
@@ -177,10 +176,7 @@ class PipelineRunner:
     def _run(
         self, micro_batches: Sequence[Batch], wanted: Sequence[TokenStatistic], *, training: bool
     ) -> list[TokenLogps]:
-        if "logits" in wanted:
-            raise EngineError(
-                "logits stay in a pipeline's last stage, but every stage computes the loss's metrics"
-            )
+        refuse_logits(wanted)
         inputs = _joined(micro_batches)
         count = len(micro_batches)
         rows, tokens = micro_batches[0].input_ids.shape

@@ -18,10 +18,10 @@ from nxdt_align.engines.nxd.layers import parallelize
 from nxdt_align.engines.nxd.mesh import Mesh
 from nxdt_align.engines.nxd.pipeline import PipelineRunner
 from nxdt_align.engines.nxd.saving import Checkpoints
-from nxdt_align.engines.nxd.scoring import Runner, Scorer
 from nxdt_align.engines.nxd.settings import Precision, SaveOptions, StaggeredLoad
 from nxdt_align.engines.nxd.shards import Shards
 from nxdt_align.engines.nxd.zero import ShardedOptimizer
+from nxdt_align.engines.scoring import Scorer, WholeRunner
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
@@ -90,11 +90,13 @@ class NxDEngine(Engine):
         parallelize(llama, self._parallel, dtype, cpu_mode=self._platform.backend == "cpu")
         self._shards.materialize(llama, self.device)
         self._shards.mark(llama)
+        # Not NxD's from_parallel_logits_to_logprobs, which keeps all logits and loses bf16's last digits.
         return Scorer(llama, self._attention, self._parallel, self._groups.tensor)
 
     def _runner_of(self, scorer: Scorer) -> steps.Runner:
         if self._parallel.pipeline == 1:
-            return Runner(scorer, self._platform)
+            # A graph per micro-batch.
+            return WholeRunner(scorer, self._platform.mark_step)
         local = [parameter for _, parameter in self._shards.named_parameters(scorer.llama)]
         return PipelineRunner(scorer, local, self._shards.partition.stage_ends, self._groups, self._platform)
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
-from nxdt_align.engines.nxd.scoring import Scorer
 from nxdt_align.engines.ranks import Groups
+from nxdt_align.engines.scoring import Scorer, refuse_logits
 from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import LlamaDecoderLayer
+from nxdt_align.ops.ragged import ModelInputs
 
 INPUTS = ("input_ids", "position_ids", "segment_ids")
 
@@ -61,7 +62,7 @@ class Reader(nn.Module):
         super().__init__()
         # NxD trains what it finds in a stage's modules.
         self.lm_head = scorer.llama.lm_head
-        self._read = scorer.read
+        self._rows, self._read = scorer.rows, scorer.read
 
     def forward(self, hidden: Tensor) -> Tensor:
         turn = self.turn
@@ -70,7 +71,8 @@ class Reader(nn.Module):
         if turn.model.tracing:
             return nothing  # NxD only asks for the shapes between stages
         index = len(turn.results)
-        result = self._read(hidden, turn.micro_batches[index], turn.wanted)
+        rows = self._rows(ModelInputs.of(turn.micro_batches[index]))
+        result = self._read(hidden, rows, turn.wanted)
         turn.results.append(result.detach())
         if turn.share is None:
             return nothing
@@ -139,6 +141,7 @@ class PipelineRunner:
     def _run(
         self, micro_batches: Sequence[Batch], share: Share | None, wanted: Sequence[TokenStatistic]
     ) -> list[TokenLogps]:
+        refuse_logits(wanted)
         inputs = self._inputs(micro_batches)
         rows, tokens = inputs["input_ids"].shape
         model = self._model(len(micro_batches), rows, tokens)
@@ -155,7 +158,8 @@ class PipelineRunner:
             raise EngineError(
                 f"a pipeline takes micro-batches of one shape at a time, but got {sorted(shapes)}"
             )
-        parts = [self._scorer.padded(batch.map(_to_cpu)) for batch in micro_batches]
+        each = [ModelInputs.of(batch.map(_to_cpu)) for batch in micro_batches]
+        parts = [self._scorer.padded(self._scorer.rows(inputs)) for inputs in each]
         columns = zip(*parts, strict=True)
         return {name: torch.cat(column) for name, column in zip(INPUTS, columns, strict=True)}
 

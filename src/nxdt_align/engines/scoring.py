@@ -1,0 +1,150 @@
+"""A micro-batch in, its response tokens' log-probabilities out: what a rank does with a Llama whose layers
+are all there, or with the part of it that it holds.
+
+Legend: ``B`` rows, ``S`` tokens, ``D`` hidden, ``T`` response positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from nxdt_align.batch import PADDING_SEGMENT, Batch, TokenStatistic
+from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.ranks import Group
+from nxdt_align.engines.settings import Parallel
+from nxdt_align.engines.steps import Share, TokenLogps
+from nxdt_align.models.llama import Llama
+from nxdt_align.ops.attention import Attention
+from nxdt_align.ops.logprobs import VocabShard, token_logps
+from nxdt_align.ops.ragged import ModelInputs, PaddedRows, RaggedRow, Rows
+
+
+class Scorer(nn.Module):
+    """A Llama that is asked for log-probabilities alone, so that no caller ever sees its logits.
+
+    Every tensor-parallel rank gets the whole result.
+
+    Args:
+        llama: its modules, or an engine's in their place; also a part of its layers.
+        attention: how the rows are attended over. Static shapes where it has them.
+        parallel: how the model is spread.
+        tensor: the ranks that hold the other rows of the head.
+        compact: see ``token_logps``.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        attention: Attention,
+        parallel: Parallel,
+        tensor: Group,
+        *,
+        compact: bool = False,
+    ) -> None:
+        super().__init__()
+        self.llama = llama
+        self.attention = attention
+        self._row_multiple = parallel.row_multiple
+        self._tensor = tensor
+        self._compact = compact
+
+    def forward(self, batch: Batch, wanted: Sequence[TokenStatistic]) -> TokenLogps:
+        rows = self.rows(ModelInputs.of(batch))
+        return self.read(self.run(rows), rows, wanted)
+
+    def rows(self, inputs: ModelInputs) -> Rows:
+        """The tokens that the layers run over: without padding where shapes may follow the data."""
+        return PaddedRows(inputs) if self.attention.static_shapes else RaggedRow.of(inputs)
+
+    def padded(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions and segments, of a length that the ranks of sequence parallel divide."""
+        missing = -rows.input_ids.shape[1] % self._row_multiple
+        if not missing:
+            return rows.input_ids, rows.position_ids, rows.segment_ids
+        return (
+            pad(rows.input_ids, (0, missing)),
+            pad(rows.position_ids, (0, missing)),
+            pad(rows.segment_ids, (0, missing), value=PADDING_SEGMENT),
+        )
+
+    def run(self, rows: Rows, received: Tensor | None = None) -> Tensor:
+        """The layers that are here, over the rows' token ids or over an earlier part's hidden states.
+
+        Returns (B, S, D); a stage's layers alone give this rank's (B, S / tp, D) under sequence parallel,
+        which rows are padded for.
+        """
+        input_ids, position_ids, segment_ids = self.padded(rows)
+        context = self.attention.prepare(segment_ids)
+        hidden: Tensor = self.llama(input_ids if received is None else received, position_ids, context)
+        return hidden
+
+    @property
+    def head(self) -> Tensor:
+        """This rank's rows of it."""
+        return self.llama.head_weight
+
+    def read(self, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]) -> TokenLogps:
+        """The head, over what ``run`` gives where the last layer and the norm are: (B, S, D).
+
+        Raises EngineError for logits where this rank has a part of the vocabulary's alone.
+        """
+        at_responses, head, tensor = rows.at_responses(hidden), self.head, self._tensor
+        logits = None
+        if "logits" in wanted:
+            if tensor.size > 1:
+                raise EngineError("each tensor-parallel rank has a part of the vocabulary's logits alone")
+            logits = rows.spread((at_responses @ head.T.to(at_responses.dtype)).float())
+        logps, statistics = token_logps(
+            at_responses,
+            head,
+            rows.labels,
+            shard=VocabShard(tensor.rank * head.shape[0], tensor.largest, tensor.summed),
+            compact=self._compact,
+            wanted=[name for name in wanted if name != "logits"],
+        )
+        return TokenLogps(rows.spread(logps), tuple(rows.spread(each) for each in statistics), logits)
+
+
+class WholeRunner:
+    """A Runner for a model whose layers are all here: one micro-batch after the other.
+
+    Args:
+        end_micro_batch: called after each.
+    """
+
+    def __init__(self, scorer: Scorer, end_micro_batch: Callable[[], None] = lambda: None) -> None:
+        self._scorer = scorer
+        self._end_micro_batch = end_micro_batch
+
+    @torch.no_grad()
+    def forward(
+        self, micro_batches: Sequence[Batch], *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
+        results = []
+        for batch in micro_batches:
+            results.append(self._scorer(batch, wanted))
+            self._end_micro_batch()
+        return results
+
+    def backward(
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
+        results = []
+        for index, batch in enumerate(micro_batches):
+            result = self._scorer(batch, wanted)
+            share(index, result).backward()  # type: ignore[no-untyped-call]
+            results.append(result.detach())
+            self._end_micro_batch()
+        return results
+
+
+def refuse_logits(wanted: Sequence[TokenStatistic]) -> None:
+    """Raise EngineError where a pipeline is asked for logits."""
+    if "logits" in wanted:
+        raise EngineError(
+            "logits stay in a pipeline's last stage, but every stage computes the loss's metrics"
+        )
