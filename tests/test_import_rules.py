@@ -18,7 +18,7 @@ from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 FOUNDATION = ("errors", "files", "own_parts", "__version__", "PYTHON", "TORCH")
 
 SHARED_BY_ENGINES = (
-    *("engines.base", "engines.settings", "engines.steps", "engines.masters"),
+    *("engines.base", "engines.settings", "engines.steps", "engines.masters", "engines.spread"),
     *("engines.ranks", "engines.scoring", "engines.checkpoint_folder", "engines.async_save", "engines.xla"),
 )
 
@@ -42,6 +42,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engines.scoring": (
         *("engines.base", "engines.ranks", "engines.settings", "engines.steps"),
         *("models", "ops", "batch"),
+    ),
+    "engines.spread": (
+        *("engines.base", "engines.masters", "engines.ranks", "engines.steps", "engines.xla"),
+        "batch",
     ),
     "engines.checkpoint_folder": ("engines.base", "engines.ranks", "named_tensors"),
     "engines.async_save": ("engines.ranks", "engines.checkpoint_folder"),
@@ -79,6 +83,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "engines.base": ("torch",),
     "engines.steps": ("torch",),
     "engines.scoring": ("torch",),
+    "engines.spread": ("torch",),
     "engines.settings": ("torch",),
     "engines.masters": ("torch",),
     "config": ("omegaconf", "hydra"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.batch import Batch, TokenStatistic
-from nxdt_align.engines.base import Objective, StepOutput
+from nxdt_align.engines.base import EngineError, Objective, StepOutput
 from nxdt_align.engines.ranks import Group
 
 
@@ -56,6 +56,33 @@ class Runner(Protocol):
         layers and on no others; the scalars add up to the loss, so they are not averaged.
         """
         ...
+
+
+def slot_logps(runner: Runner | None, micro_batches: Sequence[Batch]) -> list[Tensor]:
+    """Each slot's log-probability without gradients: (B, R) float32 for each micro-batch.
+
+    Args:
+        runner: the policy's or the reference's. Raises EngineError for None, a reference that is not there.
+    """
+    if runner is None:
+        raise EngineError("reference log-probs were asked for, but no reference model was loaded")
+    results = runner.forward(micro_batches, wanted=())
+    return [batch.sum_logps(result.logps) for batch, result in zip(micro_batches, results, strict=True)]
+
+
+def with_reference(
+    reference: Runner | None, micro_batches: Sequence[Batch], objective: Objective
+) -> Sequence[Batch]:
+    """The micro-batches with the reference's log-probs, where the objective needs them.
+
+    Those of a step all bring them, from the reference store, or none does. The reference is asked for all
+    of a step in one call, never for some: each number of micro-batches is a pipeline's schedule and a lazy
+    device's graph of its own, and under FSDP every data-parallel rank must make the same calls.
+    """
+    if not objective.needs_reference or all(b.reference_logps is not None for b in micro_batches):
+        return micro_batches
+    found = slot_logps(reference, micro_batches)
+    return [batch.with_reference(logps) for batch, logps in zip(micro_batches, found, strict=True)]
 
 
 def forward_and_backward(

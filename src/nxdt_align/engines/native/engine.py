@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.engines import steps
-from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
+from nxdt_align.engines.base import Objective, StepOutput, WeightSource
 from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native import checkpoint
 from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.mesh import Groups
-from nxdt_align.engines.native.model import Blueprint, RankModel, check_pipeline
+from nxdt_align.engines.native.model import Blueprint, check_pipeline
 from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.engines.native.saving import Saver
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.shards import copy_weights, fill, whole_tensors
 from nxdt_align.engines.ranks import Ranks
+from nxdt_align.engines.spread import SpreadEngine
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention
@@ -33,7 +34,7 @@ LOSS_SCALE = "loss_scale"
 """Key of a checkpoint's values."""
 
 
-class NativeEngine(Engine):
+class NativeEngine(SpreadEngine):
     """One model over the mesh of processes.
 
     Args:
@@ -74,12 +75,12 @@ class NativeEngine(Engine):
         self._blueprint = Blueprint(config, attention, precision, self._groups, self.device, configure_model)
         self._reference_precision = reference_precision or precision
         self._policy = self._blueprint.build()
+        self._runner = self._policy.runner
+        self._data, self._ranks = self._groups.data, Ranks()
         has_copies = precision.has_masters and not self._groups.shards_data
         self._masters = MasterWeights(self._policy.named_parameters()) if has_copies else None
         needs_scale = precision.needs_loss_scale
         self._loss_scale = LossScale(self.device, self._groups.world) if needs_scale else None
-        self._stale = True
-        self._reference: RankModel | None = None
         self._saver = Saver(timeout)
 
     # Weights
@@ -94,10 +95,7 @@ class NativeEngine(Engine):
             copy_weights(self.named_parameters(), reference.named_parameters())
         else:
             fill(reference.named_parameters(), source)
-        self._reference = reference
-
-    def drop_reference(self) -> None:
-        self._reference = None
+        self._reference = reference.runner
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         owner = self._policy if self._masters is None else self._masters
@@ -111,22 +109,17 @@ class NativeEngine(Engine):
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return whole_tensors(self.named_parameters(), self._saver.ranks())
 
-    def _sync_from_masters(self) -> None:
-        """Bring the weights that are computed with up to the masters, where those may have moved."""
-        if self._masters is not None and self._stale:
-            self._masters.sync_weights()
-        self._stale = False
-
     # Forward and backward
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        self._computes("training step", micro_batches)
         for _, parameter in self.named_parameters():
             parameter.grad = None
         self._sync_from_masters()
-        batches = self._with_reference(micro_batches, objective)
-        scale, runner = self._loss_scale, self._policy.runner
-        runner = runner if scale is None else scale.over(runner)
-        output = steps.forward_and_backward(runner, self._groups.data, batches, objective)
+        batches = steps.with_reference(self._reference, micro_batches, objective)
+        scale = self._loss_scale
+        runner = self._runner if scale is None else scale.over(self._runner)
+        output = steps.forward_and_backward(runner, self._data, batches, objective)
         finish_gradients(self.named_parameters(), self._groups)
         if scale is not None:
             scale.unscale([parameter for _, parameter in self.named_parameters()])
@@ -142,30 +135,6 @@ class NativeEngine(Engine):
             return {}
         return {"loss_scale": self._loss_scale.value, "skipped_steps": float(self._loss_scale.skipped_steps)}
 
-    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
-        self._sync_from_masters()
-        batches = self._with_reference(micro_batches, objective)
-        return steps.evaluate(self._policy.runner, self._groups.data, batches, objective)
-
-    def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
-        self._sync_from_masters()
-        return self._logps([batch], reference)[0]
-
-    def _logps(self, batches: Sequence[Batch], reference: bool) -> list[Tensor]:
-        if reference and self._reference is None:
-            raise EngineError("reference log-probs were asked for, but no reference model was loaded")
-        model = self._reference if reference and self._reference is not None else self._policy
-        results = model.runner.forward(batches, wanted=())
-        return [batch.sum_logps(result.logps) for batch, result in zip(batches, results, strict=True)]
-
-    def _with_reference(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Batch]:
-        """Asks the reference for all at once, unless they bring its log-probs: all of a step do, or none."""
-        batches = list(micro_batches)
-        if not objective.needs_reference or all(b.reference_logps is not None for b in batches):
-            return batches
-        logps = self._logps(batches, reference=True)
-        return [b.with_reference(found) for b, found in zip(batches, logps, strict=True)]
-
     # Norms
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
@@ -173,20 +142,6 @@ class NativeEngine(Engine):
 
     def parameter_norm(self) -> Tensor:
         return total_norm(self.named_parameters(), self._groups)
-
-    # Groups
-
-    def all_gather(self, value: Tensor) -> Tensor:
-        return self._groups.data.gather(value)
-
-    def broadcast_object(self, value: Any) -> Any:
-        return Ranks().broadcast(value)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return Ranks().gather(value)
-
-    def barrier(self) -> None:
-        Ranks().barrier()
 
     # Checkpoints
 
@@ -210,7 +165,7 @@ class NativeEngine(Engine):
 
     def read_extra(self, directory: Path) -> dict[str, Any]:
         self._saver.finish()
-        with Ranks().together(CheckpointError):
+        with self._ranks.together(CheckpointError):
             return checkpoint.read_extra(directory)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:

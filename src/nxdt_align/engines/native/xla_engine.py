@@ -6,7 +6,6 @@ Operations are recorded and run as one compiled graph per step (``mark_step``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import Batch
 from nxdt_align.engines import xla
-from nxdt_align.engines.base import Objective, StepOutput, WeightSource
+from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.shards import filling
 
@@ -34,26 +32,10 @@ class XlaEngine(NativeEngine):
         super().load_reference(source)
         xla.sync()
 
-    def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
-        self._computes("training step", micro_batches)
-        return super().step(micro_batches, objective)
-
-    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
-        self._computes("validation step", micro_batches)
-        return super().evaluate(micro_batches, objective)
-
-    def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
-        self._computes("log-probabilities without gradients", [batch])
-        return super().response_logps(batch, reference=reference)
-
     def mark_step(self) -> None:
         # Here and not when they are needed next, so that all steps are one graph.
         self._sync_from_masters()
         xla.sync()
-
-    def fetch(self, values: Sequence[Tensor]) -> list[float]:
-        """Without a graph of its own, where ``mark_step`` came before."""
-        return xla.fetch(values)
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         with nullcontext() if optimizer is None else xla.state_as_computed(optimizer):

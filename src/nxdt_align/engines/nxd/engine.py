@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nxdt_align.batch import Batch
 from nxdt_align.engines import steps, xla
-from nxdt_align.engines.base import Engine, EngineError, Objective, StepOutput, WeightSource
+from nxdt_align.engines.base import Objective, StepOutput, WeightSource
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.nxd.layers import parallelize
 from nxdt_align.engines.nxd.mesh import Mesh
@@ -22,12 +22,13 @@ from nxdt_align.engines.nxd.settings import Precision, SaveOptions, StaggeredLoa
 from nxdt_align.engines.nxd.shards import Shards
 from nxdt_align.engines.nxd.zero import ShardedOptimizer
 from nxdt_align.engines.scoring import Scorer, WholeRunner
+from nxdt_align.engines.spread import SpreadEngine
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 
 
-class NxDEngine(Engine):
+class NxDEngine(SpreadEngine):
     """A Llama spread over tensor-parallel ranks and stages, and copies of it over data-parallel ranks.
 
     Parameters go by NxD's names (``named_parameters``), those of its checkpoints: ``weight_q`` for the
@@ -61,6 +62,7 @@ class NxDEngine(Engine):
         self.lazy = mesh.platform.backend != "cpu"
         self.topology = mesh.topology
         self._platform, self._parallel, self._groups = mesh.platform, mesh.parallel, mesh.groups
+        self._data, self._ranks = mesh.groups.data, mesh.ranks
         self._attention = attention or DenseAttention()
         self._precision = precision
         self._reference_precision = reference_precision or precision
@@ -77,8 +79,6 @@ class NxDEngine(Engine):
             xla.make_data(dict(self._masters.named_parameters()))
         self._sharded: ShardedOptimizer | None = None
         self._mesh = mesh
-        self._stale = True
-        self._reference: steps.Runner | None = None
         self._checkpoints = Checkpoints(mesh, save_options, self._shards.partition.stage_ends)
 
     def _build(self, dtype: torch.dtype) -> Scorer:
@@ -107,7 +107,7 @@ class NxDEngine(Engine):
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
-        self._staggered.take(lambda: self._shards.fill(self.named_parameters(), source), self._mesh.ranks)
+        self._staggered.take(lambda: self._shards.fill(self.named_parameters(), source), self._ranks)
         self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
@@ -116,12 +116,9 @@ class NxDEngine(Engine):
         self._reference = self._runner_of(reference)
         parameters = self._shards.named_parameters(reference.llama)
         if source is not None:
-            self._staggered.take(lambda: self._shards.fill(parameters, source), self._mesh.ranks)
+            self._staggered.take(lambda: self._shards.fill(parameters, source), self._ranks)
             return
         _copy(self.named_parameters(), parameters)
-
-    def drop_reference(self) -> None:
-        self._reference = None
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._masters.named_parameters()) if self._masters is not None else self._weights()
@@ -142,12 +139,6 @@ class NxDEngine(Engine):
             _copy(self._masters.named_parameters(), self._weights())
         self._stale = False
 
-    def _sync_from_masters(self) -> None:
-        """Bring the weights that are computed with up to the masters, where those may have moved."""
-        if self._masters is not None and self._stale:
-            self._masters.sync_weights()
-        self._stale = False
-
     # Forward and backward
 
     def step(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
@@ -159,8 +150,8 @@ class NxDEngine(Engine):
         if self._sharded is not None:
             self._sharded.zero_grad(set_to_none=True)
         self._sync_from_masters()
-        batches = self._with_reference(micro_batches, objective)
-        output = steps.forward_and_backward(self._runner, self._groups.data, batches, objective)
+        batches = steps.with_reference(self._reference, micro_batches, objective)
+        output = steps.forward_and_backward(self._runner, self._data, batches, objective)
         self._finish_gradients()
         self._stale = True  # the optimizer's step comes next
         return output
@@ -179,46 +170,15 @@ class NxDEngine(Engine):
         if self._sharded is not None:
             self._sharded.reduce()
         else:
-            self._groups.data.sum([p.grad for _, p in parameters if p.grad is not None])
+            self._data.sum([p.grad for _, p in parameters if p.grad is not None])
         if waiting is not None:
             waiting.take_gradients()
-
-    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
-        self._computes("validation step", micro_batches)
-        self._sync_from_masters()
-        batches = self._with_reference(micro_batches, objective)
-        return steps.evaluate(self._runner, self._groups.data, batches, objective)
-
-    def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
-        self._computes("log-probabilities without gradients", [batch])
-        self._sync_from_masters()
-        if not reference:
-            (result,) = self._runner.forward([batch], wanted=())
-            return batch.sum_logps(result.logps)
-        return self._reference_logps([batch])[0]
-
-    def _reference_logps(self, batches: Sequence[Batch]) -> list[Tensor]:
-        if self._reference is None:
-            raise EngineError("reference log-probs were asked for, but no reference model was loaded")
-        results = self._reference.forward(batches, wanted=())
-        return [batch.sum_logps(result.logps) for batch, result in zip(batches, results, strict=True)]
-
-    def _with_reference(self, micro_batches: Sequence[Batch], objective: Objective) -> list[Batch]:
-        lacking = [b for b in micro_batches if b.reference_logps is None]
-        if not objective.needs_reference or not lacking:
-            return list(micro_batches)
-        found = iter(self._reference_logps(lacking))
-        return [b if b.reference_logps is not None else b.with_reference(next(found)) for b in micro_batches]
 
     def mark_step(self) -> None:
         """The end of a step: of the optimizer's, too."""
         # Here and not when they are needed next, so that all steps begin with the same graph.
         self._sync_from_masters()
         self._platform.mark_step()
-
-    def fetch(self, values: Sequence[Tensor]) -> list[float]:
-        """On a lazy device without a graph of its own, where ``mark_step`` came before."""
-        return xla.fetch(values) if self.lazy else super().fetch(values)
 
     # Norms
 
@@ -241,20 +201,6 @@ class NxDEngine(Engine):
 
     def parameter_norm(self) -> Tensor:
         return self._shards.norm(self.named_parameters())
-
-    # Ranks
-
-    def all_gather(self, value: Tensor) -> Tensor:
-        return self._groups.data.gather(value)
-
-    def broadcast_object(self, value: Any) -> Any:
-        return self._mesh.ranks.broadcast(value)
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return self._mesh.ranks.gather(value)
-
-    def barrier(self) -> None:
-        self._mesh.ranks.barrier()
 
     # Checkpoints
 

@@ -1,0 +1,68 @@
+"""What every engine does alike that spreads a model over ranks: ``steps`` on its runner, its reference and
+its master weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from nxdt_align.batch import Batch
+from nxdt_align.engines import steps, xla
+from nxdt_align.engines.base import Engine, Objective, StepOutput
+from nxdt_align.engines.masters import MasterWeights
+from nxdt_align.engines.ranks import Group, Ranks
+
+
+class SpreadEngine(Engine):
+    """A model over ranks. An engine sets these in its ``__init__``."""
+
+    _runner: steps.Runner
+    """Sends micro-batches through the policy."""
+    _reference: steps.Runner | None = None
+    """Through the frozen reference, where there is one."""
+    _masters: MasterWeights | None = None
+    """Of the policy, where the weights that are computed with are copies."""
+    _stale: bool = True
+    """Whether the masters may have moved since they were copied."""
+    _data: Group
+    """Ranks that see other rows of the global batch."""
+    _ranks: Ranks
+    """All processes."""
+
+    def drop_reference(self) -> None:
+        self._reference = None
+
+    def _sync_from_masters(self) -> None:
+        """Bring the weights that are computed with up to the masters, where those may have moved."""
+        if self._masters is not None and self._stale:
+            self._masters.sync_weights()
+        self._stale = False
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        self._computes("validation step", micro_batches)
+        self._sync_from_masters()
+        batches = steps.with_reference(self._reference, micro_batches, objective)
+        return steps.evaluate(self._runner, self._data, batches, objective)
+
+    def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
+        self._computes("log-probabilities without gradients", [batch])
+        self._sync_from_masters()
+        return steps.slot_logps(self._reference if reference else self._runner, [batch])[0]
+
+    def fetch(self, values: Sequence[Tensor]) -> list[float]:
+        """On a lazy device without a graph of its own, where ``mark_step`` came before."""
+        return xla.fetch(values) if self.lazy else super().fetch(values)
+
+    def all_gather(self, value: Tensor) -> Tensor:
+        return self._data.gather(value)
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self._ranks.broadcast(value)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return self._ranks.gather(value)
+
+    def barrier(self) -> None:
+        self._ranks.barrier()
