@@ -107,6 +107,11 @@ def test_pipeline_cuts_name_layers_in_order(reject: Reject, cuts: str, rule: str
     ("overrides", "rule"),
     [
         (["model.optim.name=adamww"], "must be a known optimizer, but is 'adamww'; did you mean adamw?"),
+        (["model.optim.lr=-1.0"], "model.optim.lr: must be at least 0, but is -1.0"),
+        (
+            ["model.optim.sched.max_steps=many"],
+            "model.optim.sched.max_steps: must be an integer, but is 'many'",
+        ),
         (["model.optim.weight_deacy=0.1"], "model.optim.weight_deacy: is not a setting of any optimizer"),
         (
             ["model.optim.sched.name=rprop"],
@@ -199,11 +204,11 @@ def test_settings_of_another_optimizer_are_noticed_and_left_out(load: Load, good
     config = load(
         good,
         *("model.optim.name=rprop", "model.optim.betas=[0.9,0.95]", "model.optim.weight_decay=0.1"),
-        *("model.optim.sched={name: ExponentialLR, gamma: 0.9, warmup_steps: 10}",),
+        *("model.optim.sched={name: ExponentialLR, gamma: 0.9, warmup_steps: 10, last_epoch: 7}",),
     )
     assert check(config) == [
         "rprop takes no model.optim.betas, model.optim.weight_decay: no effect",
-        "ExponentialLR takes no model.optim.sched.warmup_steps: no effect",
+        "ExponentialLR takes no model.optim.sched.warmup_steps, model.optim.sched.last_epoch: no effect",
     ]
     assert config.model.optim.settings() == {"lr": 5e-7}
     assert config.model.optim.sched is not None

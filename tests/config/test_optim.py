@@ -48,6 +48,8 @@ def test_schedulers(classes: tuple[dict[str, type], dict[str, type]]) -> None:
         taken, required = settings_of(found[name], {"optimizer", "last_epoch", "scale_fn"})
         assert set(settings) == taken, name
         assert set(optim.REQUIRED_SCHEDULER_SETTINGS.get(name, ())) == required - {"max_steps"}, name
+        min_lr = inspect.signature(found[name]).parameters.get("min_lr")
+        assert optim.DEFAULT_MIN_LR.get(name, 0.0) == (min_lr.default if min_lr else 0.0), name
 
 
 def test_tutorials_names_are_known() -> None:
@@ -61,7 +63,7 @@ def test_tutorials_names_are_known() -> None:
 
 
 def test_an_unknown_name_keeps_its_settings_for_the_error() -> None:
-    assert optim.accepted_optimizer_settings("nope", {"lr": 1, "a": 2}) == {"lr": 1, "a": 2}
+    assert optim.accepted_settings(optim.OPTIMIZERS, "nope", {"lr": 1, "a": 2}) == {"lr": 1, "a": 2}
 
 
 @pytest.mark.parametrize(
@@ -75,10 +77,29 @@ def test_an_unknown_name_keeps_its_settings_for_the_error() -> None:
         (["model.optim.name=adan", "~model.optim.betas"], None),
         (["model.optim.name=adan", "++model.optim.betas=[0.98, 0.92, 0.99]"], None),
         (["model.optim.name=sgd", "++model.optim.betas=[0.9]"], None),
+        (
+            ["model.optim.name=adafactor", "~model.optim.betas", "++model.optim.scale_parameter=True"],
+            "model.optim.scale_parameter: must be False for adafactor, or left out, but is True; it would",
+        ),
+        (
+            ["model.optim.name=adafactor", "++model.optim.relative_step=True"],
+            "model.optim.relative_step: must be False for adafactor, or left out, but is True; it would",
+        ),
+        (["model.optim.name=adafactor", "++model.optim.relative_step=False"], None),
         (["model.optim.name=my_module.Mine", "++model.optim.anything=1"], None),
         (
             ["model.optim.sched.name=ReduceLROnPlateau"],
             "model.optim.sched.name: must be another schedule, but is 'ReduceLROnPlateau'; it waits",
+        ),
+        (
+            ["model.optim.sched={name: CosineAnnealing, min_lr: low}"],
+            "model.optim.sched.min_lr: must be a number, but is 'low'",
+        ),
+        (
+            # It would raise DPO's rate twentyfold.
+            ["model.optim.lr=5e-7", "model.optim.sched={name: SquareAnnealing}"],
+            "model.optim.sched.min_lr: must not be above model.optim.lr (5e-07), but is 1e-05; that is "
+            "SquareAnnealing's default: set a lower one",
         ),
         (
             ["trainer.callbacks=[NoModule]"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nxdt_align.config.fields import OPEN, PATH, number
-from nxdt_align.config.optim import accepted_optimizer_settings, accepted_scheduler_settings
+from nxdt_align.config.optim import OPTIMIZERS, SCHEDULERS, accepted_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,7 @@ class SchedConfig:
 
     def settings(self) -> dict[str, Any]:
         """Arguments of the schedule ``name``; keys that only other schedules take are left out."""
-        given = {"max_steps": self.max_steps, **self.params}
-        return accepted_scheduler_settings(self.name, given)
+        return accepted_settings(SCHEDULERS, self.name, {"max_steps": self.max_steps, **self.params})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class OptimConfig:
     def settings(self) -> dict[str, Any]:
         """Arguments of the optimizer ``name``, ``lr`` included; keys that only other optimizers take
         are left out (check() names them in a notice)."""
-        return accepted_optimizer_settings(self.name, {"lr": self.lr, **self.params})
+        return {"lr": self.lr, **accepted_settings(OPTIMIZERS, self.name, self.params)}
 
 
 @dataclass(frozen=True, kw_only=True)

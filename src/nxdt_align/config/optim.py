@@ -38,6 +38,11 @@ OPTIMIZERS: dict[str, tuple[str, ...]] = {
 BETAS = {"adan": 3}
 """Optimizer -> values of ``betas``, where they are not two."""
 
+FIXED_SETTINGS = {"adafactor": dict.fromkeys(("relative_step", "scale_parameter", "warmup_init"), False)}
+"""Optimizer -> settings that have one value here, as its documentation has it for a learning rate from
+outside. With another one adafactor sets its step size itself, and NeMo's class writes the result back into
+the group's learning rate at each parameter, so that it compounds."""
+
 _WARMUP = ("warmup_steps", "warmup_ratio", "max_steps", "min_lr")
 _CONSTANT = ("constant_steps", "constant_ratio", "max_steps", "min_lr")
 _HOLD = ("hold_steps", "hold_ratio", *_WARMUP)
@@ -77,29 +82,15 @@ REQUIRED_SCHEDULER_SETTINGS: dict[str, tuple[str, ...]] = {
     "CyclicLR": ("base_lr", "max_lr"),
 }
 
+DEFAULT_MIN_LR = {"SquareAnnealing": 1e-5}
+"""Schedule -> its ``min_lr`` where none is given, if that is not 0."""
+
 OTHER_SCHEDULER_KEYS = ("last_epoch", "monitor", "reduce_on_plateau", "iters_per_batch", "t_max_epochs")
 """Keys of NeMo's YAMLs that no schedule takes: a run keeps its own place and length."""
 
 
-def known_optimizer_settings() -> frozenset[str]:
-    """What any optimizer takes."""
-    return frozenset(key for keys in OPTIMIZERS.values() for key in keys)
-
-
-def known_scheduler_settings() -> frozenset[str]:
-    """What any schedule takes, and what NeMo's YAMLs have beside."""
-    return frozenset(OTHER_SCHEDULER_KEYS).union(*SCHEDULERS.values())
-
-
-def accepted_optimizer_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` without what only other optimizers take; as it is where ``name`` is not known."""
-    return _accepted(given, ("lr", *OPTIMIZERS[name]) if name in OPTIMIZERS else None)
-
-
-def accepted_scheduler_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` without what only other schedules take; as it is where ``name`` is not known."""
-    return _accepted(given, SCHEDULERS.get(name))
-
-
-def _accepted(given: Mapping[str, Any], taken: tuple[str, ...] | None) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if taken is None or key in taken}
+def accepted_settings(
+    table: Mapping[str, tuple[str, ...]], name: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``given`` without what only other names of the table take; as it is where ``name`` is not in it."""
+    return {key: value for key, value in given.items() if key in table.get(name, given)}

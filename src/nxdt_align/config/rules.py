@@ -6,7 +6,7 @@ Each rule yields its faults; ``RULES`` and ``NOTICES`` list them all.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from nxdt_align.config.alignment import OBJECTIVES
@@ -15,12 +15,13 @@ from nxdt_align.config.fields import is_dotted, section_faults
 from nxdt_align.config.objectives import NOTICES as OBJECTIVE_NOTICES
 from nxdt_align.config.optim import (
     BETAS,
+    DEFAULT_MIN_LR,
+    FIXED_SETTINGS,
     OPTIMIZERS,
+    OTHER_SCHEDULER_KEYS,
     REFUSED_SCHEDULERS,
     REQUIRED_SCHEDULER_SETTINGS,
     SCHEDULERS,
-    known_optimizer_settings,
-    known_scheduler_settings,
 )
 from nxdt_align.config.pipeline import pipeline
 from nxdt_align.config.schema import Config
@@ -185,31 +186,30 @@ def trainer(config: Config) -> Iterator[Fault]:
 
 
 def optimizer(config: Config) -> Iterator[Fault]:
-    optim = config.model.optim
+    optim, path = config.model.optim, "model.optim.name"
     if is_dotted(optim.name):
         return  # the user's own class, which is imported at training, says what it takes
     if optim.name not in OPTIMIZERS:
-        there = f"There are: {', '.join(OPTIMIZERS)}, or a class of your own, module.name"
-        advice = f"{did_you_mean(optim.name, OPTIMIZERS)} {there}".strip()
-        yield Fault("model.optim.name", "must be a known optimizer", optim.name, advice)
-    yield from _unknown_settings("model.optim", optim.params, known_optimizer_settings())
-    betas, wanted = optim.params.get("betas"), BETAS.get(optim.name, 2)
-    if "betas" in OPTIMIZERS.get(optim.name, ()) and isinstance(betas, list | tuple) and len(betas) != wanted:
+        advice = f"{_choices(optim.name, OPTIMIZERS)}, or a class of your own, module.name"
+        yield Fault(path, "must be a known optimizer", optim.name, advice)
+    yield from _unknown_settings("model.optim", optim.params, set().union(*OPTIMIZERS.values()))
+    settings = optim.settings()
+    betas, wanted = settings.get("betas"), BETAS.get(optim.name, 2)
+    if optim.name in OPTIMIZERS and isinstance(betas, list | tuple) and len(betas) != wanted:
+        rule = f"must have {wanted} values for {optim.name}"
         advice = "leave it out for the optimizer's own, with the override ~model.optim.betas"
-        yield Fault(
-            "model.optim.betas",
-            f"must have {wanted} values for {optim.name}",
-            betas,
-            advice,
-            ("model.optim.name",),
-        )
+        yield Fault("model.optim.betas", rule, betas, advice, (path,))
+    for key, value in FIXED_SETTINGS.get(optim.name, {}).items():
+        if settings.get(key) not in (None, value):
+            rule = f"must be {value} for {optim.name}, or left out"
+            advice = "it would set its own step size, against model.optim.lr and its schedule"
+            yield Fault(f"model.optim.{key}", rule, settings[key], advice, (path,))
 
 
 def scheduler(config: Config) -> Iterator[Fault]:
-    optim, sched = config.model.optim, config.model.optim.sched
+    optim, sched, path = config.model.optim, config.model.optim.sched, "model.optim.sched.name"
     if sched is None:
         return
-    path = "model.optim.sched.name"
     if sched.name in OPTIMIZERS:
         advice = f"set model.optim.name: {sched.name}, and here one of {', '.join(SCHEDULERS)}"
         yield Fault(path, "must be a schedule; this is an optimizer", sched.name, advice)
@@ -217,19 +217,28 @@ def scheduler(config: Config) -> Iterator[Fault]:
         advice = f"{REFUSED_SCHEDULERS[sched.name]}. There are: {', '.join(SCHEDULERS)}"
         yield Fault(path, "must be another schedule", sched.name, advice)
     elif sched.name not in SCHEDULERS:
-        advice = f"{did_you_mean(sched.name, SCHEDULERS)} There are: {', '.join(SCHEDULERS)}".strip()
-        yield Fault(path, "must be a known schedule", sched.name, advice)
-    yield from _unknown_settings("model.optim.sched", sched.params, known_scheduler_settings())
+        yield Fault(path, "must be a known schedule", sched.name, _choices(sched.name, SCHEDULERS))
+    known = {*OTHER_SCHEDULER_KEYS}.union(*SCHEDULERS.values())
+    yield from _unknown_settings("model.optim.sched", sched.params, known)
+    settings = sched.settings()
     for key in REQUIRED_SCHEDULER_SETTINGS.get(sched.name, ()):
-        if sched.params.get(key) is None:
+        if settings.get(key) is None:
             yield Fault(f"model.optim.sched.{key}", f"is required by {sched.name}", involves=(path,))
-    min_lr = sched.settings().get("min_lr")
-    if isinstance(min_lr, (int, float)) and min_lr > optim.lr:
+    given, default = settings.get("min_lr"), DEFAULT_MIN_LR.get(sched.name)
+    min_lr = default if given is None else given
+    if isinstance(min_lr, bool) or not isinstance(min_lr, int | float | None):
+        yield Fault("model.optim.sched.min_lr", "must be a number", min_lr)
+    elif min_lr is not None and min_lr > optim.lr:
         rule = f"must not be above model.optim.lr ({optim.lr})"
-        yield Fault("model.optim.sched.min_lr", rule, min_lr, involves=("model.optim.lr",))
+        advice = f"that is {sched.name}'s default: set a lower one" if given is None else ""
+        yield Fault("model.optim.sched.min_lr", rule, min_lr, advice, ("model.optim.lr", path))
 
 
-def _unknown_settings(section: str, params: Any, known: frozenset[str]) -> Iterator[Fault]:
+def _choices(name: str, known: Collection[str]) -> str:
+    return f"{did_you_mean(name, known)} There are: {', '.join(known)}".strip()
+
+
+def _unknown_settings(section: str, params: Mapping[str, Any], known: Collection[str]) -> Iterator[Fault]:
     for key, value in params.items():
         if key not in known:
             rule = "is not a setting of any optimizer or schedule here"
@@ -266,16 +275,14 @@ def validation_is_off(config: Config) -> Iterator[str]:
 
 def settings_without_effect(config: Config) -> Iterator[str]:
     """Settings that another optimizer or schedule takes, as when only the name was overridden."""
-    optim, sched = config.model.optim, config.model.optim.sched
-    taken = optim.settings()
-    left_out = [f"model.optim.{key}" for key in optim.params if key not in taken]
-    if left_out:
-        yield f"{optim.name} takes no {', '.join(left_out)}: no effect"
-    if sched is not None:
-        taken = sched.settings()
-        left_out = [f"model.optim.sched.{key}" for key in sched.params if key not in taken]
+    optim = config.model.optim
+    for path, section in (("model.optim", optim), ("model.optim.sched", optim.sched)):
+        if section is None:
+            continue
+        taken = section.settings()
+        left_out = [f"{path}.{key}" for key in section.params if key not in taken]
         if left_out:
-            yield f"{sched.name} takes no {', '.join(left_out)}: no effect"
+            yield f"{section.name} takes no {', '.join(left_out)}: no effect"
 
 
 NOTICES: tuple[Callable[[Config], Iterator[str]], ...] = (

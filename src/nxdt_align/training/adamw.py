@@ -59,13 +59,10 @@ class AdamWFP32OptState(AdamW):
                 self._update(group, wide, wide)
             for parameter in with_gradient:
                 if _is_narrow(parameter):
-                    self._update_narrow(group, parameter)
+                    values = parameter.float()
+                    self._update(group, [parameter], [values])
+                    parameter.copy_(values)
         return loss
-
-    def _update_narrow(self, group: dict[str, Any], parameter: Tensor) -> None:
-        values = parameter.float()
-        self._update(group, [parameter], [values])
-        parameter.copy_(values)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], values: list[Tensor]) -> None:
         """One AdamW step on ``values``, which stand for ``parameters``, with their states."""

@@ -1,12 +1,12 @@
 """Optimizers and learning-rate schedules by NeMo's names, with the two that NxDT adds to them.
 
-NeMo's registry is imported when a training run builds its optimizer and not before: it takes
-seconds. Names and settings follow ``nemo/core/optim`` and ``nemo/core/config`` of NeMo 2.1.0.
+NeMo's registries are imported when a training run builds its optimizer and not before: it takes
+seconds. Names and settings were held to the tables of ``config/optim.py`` when the YAML was read, and
+values are judged by the classes; what is checked here is what only a built part shows.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import math
@@ -19,9 +19,8 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nxdt_align.config.faults import did_you_mean
 from nxdt_align.config.fields import is_dotted
-from nxdt_align.config.optim import OPTIMIZERS, SCHEDULERS
+from nxdt_align.config.optim import FIXED_SETTINGS, SCHEDULERS
 from nxdt_align.errors import UserError
 from nxdt_align.own_parts import OwnPartError, find_class
 from nxdt_align.training.adamw import AdamWFP32OptState, keep_saved_dtypes
@@ -58,19 +57,11 @@ class LinearAnnealingWithWarmUp(LambdaLR):
 
 def register_with_nemo() -> None:
     """Add ``adamw_fp32OptState`` and ``LinearAnnealingWithWarmUp`` to NeMo's registries, once."""
-    from nemo.core.config import AdamWParams
-    from nemo.core.config.schedulers import SchedulerParams
-    from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS, register_scheduler
-    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS, register_optimizer
+    from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 
-    if "adamw_fp32OptState" not in AVAILABLE_OPTIMIZERS:
-        register_optimizer("adamw_fp32OptState", AdamWFP32OptState, AdamWParams)
-    if "LinearAnnealingWithWarmUp" not in AVAILABLE_SCHEDULERS:
-        fields = [(name, int, dataclasses.field(default=0)) for name in ("warmup_steps", "max_steps")]
-        params = dataclasses.make_dataclass(
-            "LinearAnnealingWithWarmUpParams", fields, bases=(SchedulerParams,)
-        )
-        register_scheduler("LinearAnnealingWithWarmUp", LinearAnnealingWithWarmUp, params)
+    AVAILABLE_OPTIMIZERS.setdefault("adamw_fp32OptState", AdamWFP32OptState)
+    AVAILABLE_SCHEDULERS.setdefault("LinearAnnealingWithWarmUp", LinearAnnealingWithWarmUp)
 
 
 def available_optimizers() -> dict[str, type[Optimizer]]:
@@ -119,23 +110,15 @@ def build_optimizer(
 
     ``settings`` holds ``lr`` and what else that optimizer takes (``weight_decay``, ``betas``, ...); a
     setting that is None counts as left out. The fused step is used where torch has one, unless
-    ``fused`` or ``foreach`` is set. Raises UserError for an unknown name, a setting that the
-    optimizer does not take, or a value out of its range.
+    ``fused`` or ``foreach`` is set. Raises UserError where a class of the user's own is not found or is
+    no optimizer, and for settings that the class refuses.
     """
-    cls: Callable[..., Optimizer]
-    kwargs: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if v is not None
-    }
-    if is_dotted(name):
-        cls, taken = _custom_optimizer(name)
-    else:
-        _check_names("model.optim", "optimizer", name, OPTIMIZERS, (*kwargs,), also=("lr",))
-        cls, taken = available_optimizers()[name], (*OPTIMIZERS[name], "lr")
-    _check_lr(kwargs.get("lr"))
+    cls = _custom_optimizer(name) if is_dotted(name) else available_optimizers()[name]
+    taken = _keywords_of(cls)
     if not named_parameters:
         raise ValueError("the optimizer got no trainable parameter")
-    if name == "adafactor":
-        kwargs = _external_step_size(kwargs)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if v is not None}
+    kwargs: dict[str, Any] = FIXED_SETTINGS.get(name, {}) | given
     parameters = [parameter for _, parameter in named_parameters]
     kwargs |= _step_implementation(name, kwargs, parameters, can_be_captured="capturable" in taken)
     groups = parameter_groups(named_parameters, layer_norm_weight_decay=layer_norm_weight_decay)
@@ -160,41 +143,35 @@ def build_scheduler(
     lengths from the YAML, so that raising ``max_steps`` stretches it. Every schedule moves on at each
     optimizer step; NeMo moves ExponentialLR once per epoch, hence a notice in the log.
 
-    Raises UserError for an unknown name, a setting that the schedule does not take or that it lacks, or
-    values with which it would fail during training.
+    Raises UserError where the number of steps is not known, and for values that the schedule refuses or
+    with which it would fail during training.
     """
     if name is None:
-        return LambdaLR(optimizer, _constant)
-    kwargs = {k: v for k, v in settings.items() if v is not None}
-    if kwargs.get("last_epoch") == -1:
-        del kwargs["last_epoch"]
-    _check_names("model.optim.sched", "schedule", name, SCHEDULERS, (*kwargs,), also=("max_steps",))
-    if kwargs.get("max_steps", -1) == -1:
-        kwargs["max_steps"] = max_steps
-    if "max_steps" not in SCHEDULERS[name]:
-        del kwargs["max_steps"]
-    cls: Any = available_schedulers()[name]
-    lr = float(optimizer.param_groups[0]["lr"])
-    _check_schedule_values(name, cls, kwargs, lr)
-    build = _with_lengths_of_the_yaml(cls)
+        return LambdaLR(optimizer, lambda step: 1.0)
     where = f"model.optim.sched ({name})"
+    kwargs = {k: v for k, v in settings.items() if v is not None}
+    if "max_steps" in SCHEDULERS[name]:
+        steps = kwargs.get("max_steps", -1)
+        kwargs["max_steps"] = max_steps if steps == -1 else steps
+        if kwargs["max_steps"] < 1:
+            raise UserError(
+                f"{where} needs the number of steps, but max_steps is {kwargs['max_steps']}: set "
+                "trainer.max_steps"
+            )
     if name == "ExponentialLR":
         log.warning("%s: gamma is applied at each optimizer step; NeMo applies it once per epoch", where)
-    _construct(where, kwargs, lambda: _walk(build(_scratch_optimizer(lr), **kwargs)))
+    cls: Any = available_schedulers()[name]
+    build = _with_lengths_of_the_yaml(cls)
+    scratch = SGD([nn.Parameter(torch.zeros(1))], lr=optimizer.param_groups[0]["lr"], momentum=0.9)
+    _construct(where, kwargs, lambda: _walk(build(scratch, **kwargs)))
     return _construct(where, kwargs, lambda: build(optimizer, **kwargs))
 
 
-def _constant(step: int) -> float:
-    return 1.0
-
-
-def _custom_optimizer(path: str) -> tuple[Callable[..., Optimizer], tuple[str, ...]]:
-    """The class at ``path`` and the settings that it takes."""
+def _custom_optimizer(path: str) -> Callable[..., Optimizer]:
     try:
-        found = find_class(path, Optimizer)
+        return find_class(path, Optimizer)
     except OwnPartError as error:
         raise UserError(f"model.optim.name: {error}") from error
-    return found, _keywords_of(found)
 
 
 def _keywords_of(cls: Any) -> tuple[str, ...]:
@@ -211,46 +188,6 @@ def _keywords_of(cls: Any) -> tuple[str, ...]:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return tuple(names)
-
-
-def _check_names(
-    where: str,
-    kind: str,
-    name: str,
-    table: Mapping[str, Sequence[str]],
-    given: Sequence[str],
-    also: Sequence[str],
-) -> None:
-    """Names that no table of ``config/optim.py`` has; a YAML's were checked against the same tables."""
-    if name not in table:
-        raise UserError(f"{where}.name: no {kind} is called {name!r}; {_choices(name, table)}")
-    unknown = [key for key in given if key not in (*table[name], *also)]
-    if unknown:
-        raise UserError(f"{where}: {name} takes no {', '.join(unknown)}; {_choices(unknown[0], table[name])}")
-
-
-def _choices(name: str, known: Iterable[str]) -> str:
-    return f"{did_you_mean(name, known)} There are: {', '.join(sorted(known))}".strip()
-
-
-def _check_lr(lr: Any) -> None:
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not (0 <= lr < math.inf):
-        raise UserError(f"model.optim.lr must be a finite number of at least 0, but is {lr!r}")
-
-
-def _external_step_size(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Adafactor with the learning rate of ``model.optim``, as its documentation has it.
-
-    Its other two modes set the step size themselves, and NeMo's class writes the result back into
-    the group's learning rate at each parameter, so that it compounds.
-    """
-    for key in ("relative_step", "scale_parameter", "warmup_init"):
-        if kwargs.get(key):
-            raise UserError(
-                f"model.optim.{key}: adafactor would set its own step size, against model.optim.lr and "
-                "its schedule: set it to False or leave it out"
-            )
-    return kwargs | {"relative_step": False, "scale_parameter": False, "warmup_init": False}
 
 
 def _step_implementation(
@@ -273,23 +210,6 @@ def _step_implementation(
     return chosen
 
 
-def _check_schedule_values(name: str, cls: Any, kwargs: Mapping[str, Any], lr: float) -> None:
-    where = f"model.optim.sched ({name})"
-    for key in ("max_steps", "min_lr"):
-        if isinstance(kwargs.get(key), bool) or not isinstance(kwargs.get(key, 0), (int, float)):
-            raise UserError(f"{where}: {key} must be a number, but is {kwargs[key]!r}")
-    if "max_steps" in kwargs and kwargs["max_steps"] < 1:
-        raise UserError(
-            f"{where} needs the number of steps, but max_steps is {kwargs['max_steps']}: set "
-            "trainer.max_steps"
-        )
-    own = inspect.signature(cls).parameters.get("min_lr")
-    min_lr = kwargs.get("min_lr", 0.0 if own is None else own.default)
-    if min_lr > lr:
-        whose = "" if "min_lr" in kwargs else ", its default"
-        raise UserError(f"{where}: min_lr ({min_lr}{whose}) must not be above model.optim.lr ({lr})")
-
-
 def _construct(where: str, settings: Mapping[str, Any], build: Callable[[], T]) -> T:
     """``build()``, whose complaints about values become one UserError with place and settings."""
     try:
@@ -297,10 +217,6 @@ def _construct(where: str, settings: Mapping[str, Any], build: Callable[[], T]) 
     except (TypeError, ValueError, ArithmeticError, LookupError, AssertionError, RuntimeError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         raise UserError(f"{where}: {str(error) or type(error).__name__}; the settings are {given}") from error
-
-
-def _scratch_optimizer(lr: float) -> Optimizer:
-    return SGD([nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9)
 
 
 def _walk(scheduler: LRScheduler) -> None:
