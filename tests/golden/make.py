@@ -18,22 +18,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent / "src"), str(TESTS / "support")]
+os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
 import torch  # noqa: E402
 from golden_probe import (  # noqa: E402
     PROJECT,
+    REPRODUCIBLE,
     RUNS,
     STOPPED,
     VALUES,
     WRITTEN,
     copy_project,
     main,
-    one_process,
     train,
     two_processes,
+    values_alone,
 )
 
 NEUTRAL = Path("/golden")
@@ -114,7 +115,7 @@ def draw_project() -> None:
 def write_values() -> None:
     VALUES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        alone = {name: one_process(copy_project(Path(one)), name) for name in RUNS}
+        alone = values_alone(copy_project(Path(one)), list(RUNS))
         together = two_processes(copy_project(Path(two)), list(RUNS))
     for name in RUNS:
         values = {"one process": alone[name], "two processes": together[name]}
@@ -123,6 +124,8 @@ def write_values() -> None:
 
 def write_what_later_versions_read() -> None:
     shutil.rmtree(WRITTEN, ignore_errors=True)
+    if any(os.environ.get(name) != value for name, value in REPRODUCIBLE.items()):
+        raise SystemExit(f"write these in an environment of {REPRODUCIBLE}: torch has read it by now")
     NEUTRAL.mkdir()
     try:
         copy_project(NEUTRAL)

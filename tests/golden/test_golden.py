@@ -15,14 +15,14 @@ from golden_probe import (
     STOPPED,
     VALUES,
     WRITTEN,
+    alone,
     assert_golden,
     copy_project,
     main,
-    one_process,
     read_caches,
     read_run,
-    train,
     two_processes,
+    values_alone,
 )
 from safetensors.torch import load_file
 
@@ -32,11 +32,16 @@ def golden(name: str) -> dict[str, Any]:
     return values
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return values_alone(copy_project(tmp_path_factory.mktemp("golden")), list(RUNS))
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_one_process(name: str, tmp_path: Path) -> None:
+def test_one_process(name: str, found: dict[str, Any]) -> None:
     """Record ids, rows of tokens, gradients of the first step, every curve, the weights after 5 steps, the
     export, the run's identity and the keys of both caches."""
-    assert_golden(one_process(copy_project(tmp_path), name), golden(name)["one process"], name)
+    assert_golden(found[name], golden(name)["one process"], name)
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -58,16 +63,11 @@ def stopped(tmp_path: Path) -> Path:
     return project
 
 
-def test_an_earlier_versions_run_resumes(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_earlier_versions_run_resumes(stopped: Path) -> None:
     """Its checkpoint is found and read with its optimizer, its reference values and tokens are used again
     (a tokenizer that cannot tokenize proves it), and it ends where a run ended that was never stopped."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the token cache was there to be read")
-
-    monkeypatch.setattr("transformers.PreTrainedTokenizerFast._encode_plus", refuse)
     before = contents(stopped / f"cache_{STOPPED}")
-    run = train(stopped, STOPPED)
+    run = Path(alone("reuse", str(stopped), STOPPED).splitlines()[-1])
     assert run.name == "2025-01-01_00-00-00", "the same run, no new one"
     found = read_run(run)
     want = golden(STOPPED)["one process"]

@@ -46,6 +46,15 @@ RUNS = {
 STOPPED = "dpo_shared_prompt"
 """The run of which written/ holds the first 3 steps."""
 DATA_OF = {"kto": "labelled", "sft": "responses"}
+REPRODUCIBLE = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_CBWR": "COMPATIBLE",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "OMP_NUM_THREADS": "1",
+}
+"""Environment in which every x86 CPU computes alike, in torch's own kernels, MKL's and oneDNN's. Else the
+order of a sum is the CPU's own, and values near 0 (margins, accuracies of untrained models) are other values
+on the next machine. It is read when torch is loaded, so golden runs have processes of their own."""
 MEASURED = ("throughput", "throughput_peak")
 """Curves that are times."""
 PLAN_FIELDS = ("input_ids", "position_ids", "labels", "response_positions", "record_index", "slot_role")
@@ -177,6 +186,29 @@ def read_caches(folder: Path) -> list[str]:
     return sorted(str(entry.relative_to(folder)) for entry in named)
 
 
+def alone(*arguments: str) -> str:
+    """Run ``golden_alone.py``; returns what it printed."""
+    script = str(Path(__file__).with_name("golden_alone.py"))
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env={**os.environ, **REPRODUCIBLE, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def values_alone(project: Path, names: Sequence[str]) -> dict[str, Any]:
+    """``one_process`` of each name."""
+    file = project / "values.json"
+    alone("values", str(project), str(file), *names)
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
 def one_process(project: Path, name: str) -> dict[str, Any]:
     """Train in this process; everything that is golden about it."""
     with Watch(project / "start" / "model.safetensors").watching() as seen:
@@ -200,12 +232,12 @@ def two_processes(project: Path, names: Sequence[str]) -> dict[str, Any]:
     for rank in range(2):
         environment = {
             **os.environ,
+            **REPRODUCIBLE,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2",
             "PYTHONPATH": path,
             "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
         }
         ranks.append(
             subprocess.Popen(
