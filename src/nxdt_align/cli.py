@@ -179,7 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_verb(verbs, "plan", "tokenize the data and print rows, graphs and device memory, without a model")
     train = _add_verb(verbs, "train", "train; train.sh starts as many processes as it takes")
     train.add_argument(
-        "--trial-steps", action="store_true", help="a few steps without logger and checkpoints, as COMPILE=1"
+        "--dry-run-steps",
+        action="store_true",
+        help="run a few steps without logger and checkpoints, as COMPILE=1",
     )
     train.add_argument(
         "--print-env",
@@ -256,7 +258,7 @@ def _train(arguments: argparse.Namespace, environment: Environment) -> int:
     if arguments.print_env:
         return _print_env(arguments, environment)
     checked = _checked(arguments, environment, environment.world_size, notify=environment.rank == 0)
-    env = enter_run(checked, environment, dry_run=arguments.trial_steps)
+    env = enter_run(checked, environment, dry_run=arguments.dry_run_steps)
     from nxdt_align import run
 
     run.train(checked, env)

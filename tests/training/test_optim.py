@@ -337,7 +337,7 @@ def test_a_default_min_lr_above_the_learning_rate_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", TUTORIAL_SCHEDULERS)
-def test_a_trial_run_shorter_than_its_warm_up_is_taken(name: str) -> None:
+def test_a_run_shorter_than_its_warm_up_is_taken(name: str) -> None:
     """``TRAIN_ITERS=2`` with the YAML of a long run."""
     settings = {**TUTORIAL_SCHEDULERS[name]}
     for length in {"warmup_steps", "hold_steps"} & set(settings):

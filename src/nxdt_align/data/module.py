@@ -21,12 +21,12 @@ from nxdt_align.data.reading import RecordSet, Source, load_records
 from nxdt_align.data.records import DataError, with_mismatched
 from nxdt_align.data.steps import (
     UNPAIRED_ROLES,
+    DryRunDataset,
     Split,
     StepDataset,
     StepSampler,
-    TrialDataset,
+    dry_run_steps,
     look_up_reference,
-    trial_steps,
 )
 from nxdt_align.data.token_sets import WholeSequences, tokenize_records
 from nxdt_align.data.tokenize import Tokenization
@@ -108,7 +108,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         if config.data.val_dir is not None and config.validates:
             self.splits["val"] = self._load(_sources(config.data.val_dir), "val")
         self._train_sampler = self._sampler("train", steps_done=self._steps_done)
-        self._trials: dict[Split, TrialDataset] = {}
+        self._dry_runs: dict[Split, DryRunDataset] = {}
 
     @property
     def layout(self) -> Layout:
@@ -190,8 +190,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         batches = self.splits[split][next(iter(self._train_sampler))]
         return self._attach(batches, split)
 
-    def start_trial(self, steps: int) -> None:
-        """From now on the loaders bring the ``trial_steps`` of a run of so many steps; -1: of an epoch."""
+    def start_dry_run(self, steps: int) -> None:
+        """Make the loaders yield the ``dry_run_steps`` of a run of ``steps`` steps; -1: of one epoch."""
         train = self._train_sampler
         epochs = 1 if steps < 0 else -(-steps // len(train))
         every = itertools.chain.from_iterable(train.steps(epoch) for epoch in range(epochs))
@@ -202,7 +202,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             met["val"] = self._sampler("val")
         for split, of_split in met.items():
             dataset = self.splits[split]
-            self._trials[split] = TrialDataset(dataset, trial_steps(dataset.planner, of_split))
+            self._dry_runs[split] = DryRunDataset(dataset, dry_run_steps(dataset.planner, of_split))
 
     # The reference
 
@@ -234,8 +234,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         )
 
     def _loader(self, split: Split, sampler: StepSampler) -> DataLoader[Any]:
-        if split in self._trials:
-            return DataLoader(self._trials[split], batch_size=None, collate_fn=_identity)
+        if split in self._dry_runs:
+            return DataLoader(self._dry_runs[split], batch_size=None, collate_fn=_identity)
         workers = self._config.data.num_workers
         return StepLoader(
             self.splits[split],

@@ -180,17 +180,17 @@ def look_up_reference(table: npt.NDArray[Any], batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TrialStep:
-    """A step's examples; ``bucket`` where the planner would choose another one for them."""
+class DryRunStep:
+    """A step's examples; ``bucket`` overrides the planner's choice."""
 
     examples: tuple[int, ...]
     bucket: Bucket | None = None
 
 
-class TrialDataset(Dataset[list[Batch]]):
-    """Trial steps as one rank's micro-batches."""
+class DryRunDataset(Dataset[list[Batch]]):
+    """Dry-run steps as one rank's micro-batches."""
 
-    def __init__(self, dataset: StepDataset, steps: Sequence[TrialStep]) -> None:
+    def __init__(self, dataset: StepDataset, steps: Sequence[DryRunStep]) -> None:
         self._dataset = dataset
         self._steps = steps
 
@@ -202,17 +202,17 @@ class TrialDataset(Dataset[list[Batch]]):
         return self._dataset.lay_out(step.examples, step.bucket)
 
 
-def trial_steps(planner: RowPlanner, steps: Iterable[Sequence[int]]) -> list[TrialStep]:
+def dry_run_steps(planner: RowPlanner, steps: Iterable[Sequence[int]]) -> list[DryRunStep]:
     """The first of ``steps``, then each of their shapes ``VISITS`` times, then each bucket that none of
-    them is laid into, as another order of the data might be.
+    them uses, since another data order might use it.
 
     A shape is a bucket and a number of rows. ``steps`` are those of the real run, in its order: its first
-    step is the trial's first, because the optimizer's state is made there.
+    step comes first, because the optimizer's state is created there.
     """
-    first: TrialStep | None = None
-    shapes: dict[tuple[Bucket, int], TrialStep] = {}
+    first: DryRunStep | None = None
+    shapes: dict[tuple[Bucket, int], DryRunStep] = {}
     for examples in steps:
-        step = TrialStep(tuple(examples))
+        step = DryRunStep(tuple(examples))
         first = first or step
         plan = planner.plan(step.examples)
         shapes.setdefault((plan.bucket, len(plan.rows)), step)
@@ -220,12 +220,12 @@ def trial_steps(planner: RowPlanner, steps: Iterable[Sequence[int]]) -> list[Tri
     return [*([first] if first else []), *(step for step in visited for _ in range(VISITS))]
 
 
-def _idle_buckets(planner: RowPlanner, used: set[Bucket]) -> list[TrialStep]:
+def _idle_buckets(planner: RowPlanner, used: set[Bucket]) -> list[DryRunStep]:
     """The shortest example in each bucket that is not ``used`` and can hold it."""
     shortest = int(np.argmin(planner.real_tokens(range(planner.examples))))
     fitting = planner.fitting([shortest])
     return [
-        TrialStep((shortest,), bucket)
+        DryRunStep((shortest,), bucket)
         for bucket in planner.buckets
         if bucket in fitting and bucket not in used
     ]

@@ -52,7 +52,7 @@ class Totals:
             )
         if self.graphs == 0:
             raise CompileError(
-                f"COMPILE=1: {compiler} found no graph to compile, so the trial steps did not reach the "
+                f"COMPILE=1: {compiler} found no graph to compile, so the dry-run steps did not reach the "
                 "device; the lines above say what stopped them"
             )
 
@@ -82,7 +82,7 @@ def precompile(command: Sequence[str]) -> Totals:
     if status:
         raise CompileError(
             f"COMPILE=1: {compiler} compiled {totals.successful} graphs but ended with status {status}, so "
-            "the trial steps may not have come to their end; the lines above say why"
+            "the dry-run steps may not have finished; the lines above say why"
         )
     return totals
 

@@ -22,7 +22,7 @@ class RunEnv:
     world_size: int = 1
     local_rank: int = 0
     compile_only: bool = False
-    """Trial steps that write nothing (``COMPILE=1``)."""
+    """Run only the steps of a dry run, which write nothing (``COMPILE=1``)."""
 
 
 @dataclass(frozen=True)
