@@ -207,7 +207,7 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "a custom loss that is not there": (
         ("model_alignment_strategy.loss=no_such_module.Loss",),
-        ("model_alignment_strategy.loss: no_such_module.Loss: the module no_such_module does not import",),
+        ("model_alignment_strategy.loss: no_such_module.Loss: cannot import the module no_such_module",),
     ),
     "file as cache": (
         ("data.cache_dir={root}/train.jsonl",),
