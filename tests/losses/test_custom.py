@@ -201,7 +201,7 @@ def test_rewards_of_labelled_completions_are_refused(name: str) -> None:
         ("script_losses.Loss", {}, r"cannot import the module script_losses \(SystemExit: 3\)"),
         ("own_losses.FailsToStart", {}, r"cannot be created .* RuntimeError: no weights here; it takes \(\)"),
         ("own_losses.of_nothing", {}, "losses without a gradient; they must depend on the policy's"),
-        ("own_losses.Learned", {}, r"has parameters of its own \(scale\), which nothing would train"),
+        ("own_losses.Learned", {}, r"has trainable parameters \(scale\), which no optimizer would"),
         ("own_losses.builtin", {}, r"called as \(policy, reference\), but it is .*log_sigmoid"),
         ("own_losses.Missing", {}, "own_losses has no Missing; it has .*Torchtune, Ours, function"),
         ("own_losses.NUMBER", {}, "must be a class or a function, but is int 3"),

@@ -239,11 +239,11 @@ LATER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "NaN in the weights, without a reference": (
         (RESUME + "={weights}/hf_nan", *ORPO),
-        ("reduced_train_loss is nan at step 1", "check the weights that the run starts from"),
+        ("reduced_train_loss is nan at step 1", "check the start weights"),
     ),
     "NaN in the weights, fp16": (
         (RESUME + "={weights}/hf_nan", "precision.type=fp16", *ORPO),
-        ("reduced_train_loss is nan at step 1", "check the weights that the run starts from"),
+        ("reduced_train_loss is nan at step 1", "check the start weights"),
     ),
     "NaN in the weights, reference during training": (
         (RESUME + "={weights}/hf_nan", f"{DPO}.precompute_ref_log_probs=False"),
