@@ -95,5 +95,5 @@ def test_manifest_says_hash_name_and_shapes(tmp_path: Path) -> None:
 def test_a_file_that_is_no_manifest_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.json"
     path.write_text(text)
-    with pytest.raises(CompileError, match="is no manifest of compiled graphs"):
+    with pytest.raises(CompileError, match="is not a manifest of compiled graphs"):
         read_manifest(path)

@@ -139,7 +139,7 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "data.train_dir: 1 bad of 22 records",
             "{bad}/no_key.jsonl:3: no `rejected`; the record has prompt, chosen",
-            "mend them, or set data.on_bad_record=drop",
+            "fix them, or set data.on_bad_record=drop",
         ),
     ),
     "tokenizer that cannot be read": (
@@ -323,7 +323,7 @@ def test_processes_without_a_launcher(terminal: Terminal, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     shown = terminal.fail("trainer.devices=2")
-    expect(shown, ("2 processes (WORLD_SIZE) cannot find each other", "RANK", "train.sh or torchrun"))
+    expect(shown, ("2 processes (WORLD_SIZE) cannot connect to each other", "RANK", "train.sh or torchrun"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
@@ -368,7 +368,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(terminal: Terminal, whole: P
     older, newest = terminal.checkpoints
     cut(newest / "trainer.pt", 100)
     shown = terminal.succeed(val, "trainer.max_steps=6")
-    expect(shown, ("{newest} is not a whole checkpoint: passed over", "{older}"), newest=newest, older=older)
+    expect(shown, ("{newest} is not a complete checkpoint: skipped", "{older}"), newest=newest, older=older)
     assert (newest / "trainer.pt").stat().st_size == 100  # left as it is, for whoever wants to know
     shutil.rmtree(newest)
     (run,) = (terminal.experiments / "run").iterdir()

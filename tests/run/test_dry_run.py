@@ -104,4 +104,4 @@ def test_where_this_process_has_no_list_of_graphs(
         pass
     report_graphs(compiler, manifest)
     assert capsys.readouterr().out == "" and not manifest.exists()
-    assert ("graphs: 1 compiled or taken from Neuron's cache" in caplog.text) == (compiler is not None)
+    assert ("graphs: 1 compiled or loaded from Neuron's cache" in caplog.text) == (compiler is not None)

@@ -1,4 +1,5 @@
-"""ModelAlignmentDataModule: records in, micro-batches out. The one file here that knows Lightning."""
+"""ModelAlignmentDataModule: records in, micro-batches out. The only file of this folder that uses
+Lightning."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
 _PART_OF_A_PROMPT = {"system", "instruction", "input", "context", "history", "tools"}
-"""Columns that, where they are not read, are probably missed."""
+"""Columns that probably belong to the prompt: not reading one of them is worth a warning."""
 DEFAULT_LAYOUT: Layout = "shared_prompt"
 
 
@@ -43,8 +44,8 @@ def _identity(item: list[Batch]) -> list[Batch]:
 
 
 class StepLoader(DataLoader[Any]):
-    """A loader of steps. Where it stands follows from the optimizer steps done, so its state only says
-    what they are steps of, and a checkpoint of other data is refused."""
+    """A loader of steps. Its position follows from the optimizer steps done, so its state only identifies the
+    data, to refuse a checkpoint of other data."""
 
     VERSION = 1
 
@@ -60,7 +61,7 @@ class StepLoader(DataLoader[Any]):
         wanted = self.state_dict()
         if state != wanted:
             raise UserError(
-                f"the checkpoint was written by a run over {state}, but this run's data are {wanted}: go on "
+                f"the checkpoint was written by a run over {state}, but this run's data are {wanted}: resume "
                 "with the same data and data.global_batch_size, or set model.weight_init_only=True to start "
                 "from the checkpoint's weights alone"
             )
@@ -72,12 +73,12 @@ class ModelAlignmentDataModule(LightningDataModule):
     Args:
         config: the whole configuration.
         tokenization: tokenizer, template and truncation.
-        topology: this process's place, as integers.
-        cache_dir: where tokens are kept between runs; None keeps none.
-        min_micro_batches: at least so many a rank and training step, as a pipeline schedule needs.
-        round_size: see RowPlanner; of a training step, too.
-        with_prompts: the loss wants the prompts' log-probabilities too.
-        fixed_micro_batches: as many at every step of a bucket, see RowPlanner.
+        topology: this process's ranks and the parallel sizes.
+        cache_dir: where tokens are cached between runs; None caches none.
+        min_micro_batches: minimum per rank and training step, as a pipeline schedule needs.
+        round_size: see RowPlanner; for training steps.
+        with_prompts: the loss needs the prompts' log-probabilities too.
+        fixed_micro_batches: the same number at every step of a bucket, see RowPlanner.
     """
 
     def __init__(
@@ -172,7 +173,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             with_prompts=self._with_prompts,
         )
 
-    # What the run asks
+    # Queries of the run
 
     def consumed_samples(self, steps: int) -> int:
         """Training examples seen in the first ``steps`` steps."""
@@ -186,7 +187,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         return list(self.splits[split].examples.record_ids)
 
     def first_micro_batches(self, split: Split = "train") -> list[Batch]:
-        """This rank's share of the step that comes next."""
+        """This rank's share of the next step."""
         batches = self.splits[split][next(iter(self._train_sampler))]
         return self._attach(batches, split)
 
@@ -207,7 +208,7 @@ class ModelAlignmentDataModule(LightningDataModule):
     # The reference
 
     def set_reference(self, split: Split, table: npt.NDArray[Any]) -> None:
-        """(N, k) float32 log-probs in data-set order; attached to every batch from now on."""
+        """(N, k) float32 log-probs in data-set order; attached to every later batch."""
         wanted = self.splits[split].examples.response_lengths.shape
         if table.shape != wanted:
             raise ValueError(f"reference table of {split} must have shape {wanted}, but has {table.shape}")
