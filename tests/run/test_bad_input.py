@@ -108,7 +108,7 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "time": (("trainer.max_time=2h",), ("trainer.max_time: must be days:hours:minutes:seconds", "'2h'")),
     "empty tokenizer folder": (
         ("data.tokenizer.type={bad}/empty",),
-        ("data.tokenizer.type: must be a tokenizer's folder, which has a tokenizer.json", "{bad}/empty"),
+        ("data.tokenizer.type: must be a tokenizer's folder, with a tokenizer.json", "{bad}/empty"),
     ),
     "tokenizer's file instead of its folder": (
         ("data.tokenizer.type={root}/tokenizer/tokenizer.json",),
@@ -120,7 +120,7 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "empty checkpoint": (
         (RESUME + "={bad}/empty",),
-        (f"{RESUME}: must be a folder that holds weights", "{bad}/empty", "name a Hugging Face folder, or"),
+        (f"{RESUME}: must be a folder that holds weights", "{bad}/empty", "name a Hugging Face folder or"),
     ),
 }
 """Found without a model or a record: what is wrong, overrides, what the message must say."""
@@ -247,7 +247,7 @@ LATER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "NaN in the weights, reference during training": (
         (RESUME + "={weights}/hf_nan", f"{DPO}.precompute_ref_log_probs=False"),
-        ("preflight: ", "log-probabilities are not finite before the first step", "check the weights"),
+        ("preflight: ", "log-probabilities are not finite before the first step", "check the start weights"),
     ),
 }
 """Found behind the reading of the data."""
