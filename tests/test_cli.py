@@ -240,8 +240,8 @@ def test_train_gives_the_notices_of_the_configuration(
     assert "notice: trainer.limit_val_batches is 0: validation is off" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("compile_", "flags"), [("1", []), ("0", ["--trial-steps"])])
-def test_trial_steps(
+@pytest.mark.parametrize(("compile_", "flags"), [("1", []), ("0", ["--dry-run-steps"])])
+def test_dry_run_steps(
     build: FakeBuild, good: str, monkeypatch: pytest.MonkeyPatch, compile_: str, flags: list[str]
 ) -> None:
     monkeypatch.setenv("COMPILE", compile_)

@@ -8,8 +8,8 @@
     pairs = na.load_pairs("val.jsonl", config.data.tokenizer.type)
     na.DPOLoss()(policy.logps(pairs), na.load_policy("start").logps(pairs)).losses
 
-What is named in ``__all__`` is the public API; it is imported when it is first used, so that the command line
-stays fast.
+``__all__`` is the public API. Its names are imported on first use (PEP 562), so that the command line stays
+fast.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 PYTHON = ((3, 10), (3, 13))
-"""The oldest and the newest Python that the tests were run on."""
+"""The oldest and the newest Python that the tests run on."""
 TORCH = ((2, 9), (2, 13))
-"""The same of torch: 2.9 is the last one of PyTorch/XLA, to which trn1 is bound."""
+"""The same for torch: trn1 needs 2.9, PyTorch/XLA's last release."""
 
 _PLACES = {
     **dict.fromkeys(("load_config", "train"), "api"),

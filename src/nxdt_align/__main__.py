@@ -1,6 +1,6 @@
-"""``python -m nxdt_align`` and ``nxdt-align``: is this Python one that the package was run on, then the verb.
+"""``python -m nxdt_align`` and ``nxdt-align``: check the Python version, then run the verb.
 
-Nothing but the standard library is imported before that is known, so that the answer is one line.
+Imports only the standard library before the check, so that an unsupported Python gets one clear line.
 """
 
 from __future__ import annotations

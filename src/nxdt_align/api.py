@@ -1,4 +1,4 @@
-"""What a script or a notebook calls instead of the command line: a configuration, and a run of it."""
+"""The entry points of scripts and notebooks: load a configuration, and train with it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_config(name_or_path: str | Path, *overrides: str) -> Config:
         name_or_path: a config that ``nxdt-align presets`` lists, or the path of a YAML.
         overrides: ``"key=value"`` each, with Hydra's ``+``, ``++`` and ``~`` before the key.
 
-    Files that it names need not be there yet. Raises ConfigError (a ValueError) with every unknown key and
+    Files that it names need not exist yet. Raises ConfigError (a ValueError) with every unknown key and
     every value of a wrong type; ``train`` checks the rest.
     """
     return load.load_config(str(name_or_path), overrides)
@@ -34,18 +34,18 @@ def load_config(name_or_path: str | Path, *overrides: str) -> Config:
 def train(
     config: Config, loss: Loss | Callable[..., Any] | None = None, callbacks: Sequence[Callback] = ()
 ) -> Result:
-    """Train as ``config`` says, in this process: one of as many as ``torchrun`` started, or the only one.
+    """Train with ``config`` in this process, one of those that ``torchrun`` started or the only one.
 
     Args:
         config: from ``load_config``, or made by hand.
         loss: instead of the objective's own: one of this package's losses, or a custom loss, called as
-            (policy, reference), in this package's signature or torchtune's. It is part of what makes two runs
-            the same one by its ``repr``.
+            (policy, reference), in this package's signature or torchtune's. Its ``repr`` is part
+            of the run's identity.
         callbacks: Lightning's, after those that ``trainer.callbacks`` names.
 
-    Returns what the run leaves; a run of the same objective, data, start weights and model resumes, if
-    ``exp_manager.resume_if_exists``. Raises ConfigError with every fault of ``config``, and UserError (a
-    ValueError, too) for what data, weights or the machine lack.
+    Returns the run's outputs. A run of the same objective, data, start weights and model resumes if
+    ``exp_manager.resume_if_exists`` is set. Raises ConfigError with every fault of ``config``, and UserError
+    (a ValueError, too) for faulty data or weights, or an unsuitable machine.
     """
     from nxdt_align.cli import Environment, enter_run
 

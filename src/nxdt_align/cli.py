@@ -1,4 +1,4 @@
-"""The command line, ``nxdt-align``. Reads the environment; nothing heavy is imported before training."""
+"""The command line, ``nxdt-align``. Reads the environment; imports nothing heavy before training."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Environment:
-    """What the launcher and train.sh say in environment variables."""
+    """Environment variables that the launcher and train.sh set."""
 
     rank: int
     world_size: int
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _require_torch() -> None:
-    """Raise UserError where torch is missing or out of range. Its metadata say so without an import."""
+    """Raise UserError if torch is missing or out of range. Reads its metadata: the import takes seconds."""
     oldest, newest = (".".join(map(str, version)) for version in TORCH)
     wanted = f"nxdt-align runs on torch {oldest} to {newest}"
     try:
@@ -132,8 +132,8 @@ def _require_torch() -> None:
 
 
 def _complain(error: Exception, message: str) -> None:
-    """Every process finds the same fault in a configuration, so one of each node reports it; what
-    happens later may be one rank's alone."""
+    """Print the error. Every process finds the same fault in a configuration, so only the first of each
+    node reports it; a later error may occur on one rank only."""
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if isinstance(error, ConfigError) and local_rank != "0":
         return
@@ -149,6 +149,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     flags = [text for text in rest if text.startswith("-")]
     if flags or (rest and not hasattr(arguments, "overrides")):
+        # parse_known_args also returns unknown flags, which must not pass as overrides.
         parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
     if rest:
         # Overrides after an option, which argparse does not add to those before it.
@@ -177,9 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--no-check", action="store_true", help="print it without checking its values")
     _add_help_keys(config, default=argparse.SUPPRESS)
     _add_verb(verbs, "plan", "tokenize the data and print rows, graphs and device memory, without a model")
-    train = _add_verb(verbs, "train", "train; train.sh starts as many processes as it takes")
+    train = _add_verb(verbs, "train", "train in this process; train.sh starts all processes of the run")
     train.add_argument(
-        "--trial-steps", action="store_true", help="a few steps without logger and checkpoints, as COMPILE=1"
+        "--dry-run-steps", action="store_true", help="a few steps that write nothing, as with COMPILE=1"
     )
     train.add_argument(
         "--print-env",
@@ -191,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         help="train.sh of this package: CONF_FILE, COMPILE and TRAIN_ITERS are environment variables",
         allow_abbrev=False,
     )
-    launch.add_argument("--path", action="store_true", help="print where train.sh is, to copy it, and stop")
+    launch.add_argument("--path", action="store_true", help="print the path of train.sh and stop")
     launch.add_argument("--print-env", action="store_true", help="as train.sh --print-env")
     launch.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML's values")
     listing = verbs.add_parser("presets", help="list the configs, one line each")
@@ -240,7 +241,7 @@ def _overrides(arguments: argparse.Namespace, environment: Environment) -> list[
 # Verbs
 
 _WEIGHTS = ("exp_manager.resume_from_checkpoint", "model_alignment_strategy.reference_model")
-"""Keys of folders of weights; the first has the config.json too, where model.model_config names none."""
+"""Keys that name folders of weights; the first also provides config.json if model.model_config is unset."""
 
 
 def _config(arguments: argparse.Namespace, environment: Environment) -> int:
@@ -256,7 +257,7 @@ def _train(arguments: argparse.Namespace, environment: Environment) -> int:
     if arguments.print_env:
         return _print_env(arguments, environment)
     checked = _checked(arguments, environment, environment.world_size, notify=environment.rank == 0)
-    env = enter_run(checked, environment, dry_run=arguments.trial_steps)
+    env = enter_run(checked, environment, dry_run=arguments.dry_run_steps)
     from nxdt_align import run
 
     run.train(checked, env)
@@ -264,17 +265,17 @@ def _train(arguments: argparse.Namespace, environment: Environment) -> int:
 
 
 def enter_run(checked: CheckedConfig, environment: Environment, *, dry_run: bool = False) -> RunEnv:
-    """Make this process one that trains: its log, and the Neuron stack's variables, which torch_xla and the
-    Neuron runtime read when they are imported.
+    """Prepare this process for training: set up its log, and the Neuron stack's variables, which torch_xla
+    and the Neuron runtime read when they are imported.
 
-    ``dry_run``: a few steps that keep nothing, as with ``COMPILE=1``.
+    ``dry_run``: a few steps that write nothing, as with ``COMPILE=1``.
     """
     _log_to_terminal(environment.rank)
     variables = _missing_variables(checked.config, checked.engine)
     for name in replaced(os.environ, variables) if environment.rank == 0 else ():
         _note(
-            f"{name} is set to 0 instead of {os.environ[name]}: torch_xla would hold float32 tensors as "
-            "bf16, log-probabilities and master weights among them; precision.type says what is to be bf16"
+            f"{name} is set to 0 instead of {os.environ[name]}: torch_xla would store all float32 tensors as "
+            "bf16, including log-probabilities and master weights; precision.type selects what is bf16"
         )
     os.environ.update(variables)
     from nxdt_align.run import RunEnv
@@ -288,7 +289,7 @@ def enter_run(checked: CheckedConfig, environment: Environment, *, dry_run: bool
 
 
 def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
-    """Fewer processes than the run's will do, no weights and none of its packages: one plans for all."""
+    """Plans for all ranks in one process; needs neither the weights nor the Neuron packages."""
     config, missing = _read(arguments, environment, checked=True)
     unread = set(_WEIGHTS) if config.model.model_config is not None else set(_WEIGHTS[1:])
     needed = [fault for fault in missing if fault.path not in unread]
@@ -316,7 +317,7 @@ def _missing_variables(config: Config, engine: Engine) -> dict[str, str]:
 
 
 def _wanted_variables(config: Config, engine: Engine) -> dict[str, str]:
-    """On torch_xla's device the native engine has no use for its downcasts either."""
+    """Engine native on torch_xla's device must not inherit torch_xla's downcasts either."""
     if engine == "nxd":
         return neuron_environment(config)
     is_xla = config.trainer.accelerator == "xla"
@@ -324,25 +325,26 @@ def _wanted_variables(config: Config, engine: Engine) -> dict[str, str]:
 
 
 def _print_env(arguments: argparse.Namespace, environment: Environment) -> int:
-    """Also where the Neuron packages or the data are not: it says what another machine would set."""
+    """Works without the Neuron packages and the data: shows what the target machine would set."""
     config, _ = _read(arguments, environment, checked=True)
     engine = resolve_engine(config, neuron_available())
     if engine != "nxd":
         _note(
-            f"engine {engine} sets none of them; distributed_strategy.engine=nxd shows what it sets on Neuron"
+            f"engine {engine} sets none of them; distributed_strategy.engine=nxd shows what is set on Neuron"
         )
     print("\n".join(describe(os.environ, _wanted_variables(config, engine))))
     return 0
 
 
 def _launch(arguments: argparse.Namespace, environment: Environment) -> int:
-    """Become train.sh, with this interpreter unless the user has chosen another."""
+    """Replace this process by train.sh, with this interpreter unless NXDT_ALIGN_PYTHON names another."""
     script = str(Path(__file__).resolve().with_name("train.sh"))
     if arguments.path:
         print(script)
         return 0
     os.environ.setdefault("NXDT_ALIGN_PYTHON", sys.executable)
     options = ["--print-env"] if arguments.print_env else []
+    # exec, so that signals reach train.sh itself and its exit status is this command's.
     os.execvp("bash", ["bash", script, *options, *arguments.overrides])
 
 
@@ -391,7 +393,7 @@ def _inspect(arguments: argparse.Namespace, environment: Environment) -> int:
 def _read(
     arguments: argparse.Namespace, environment: Environment, *, checked: bool
 ) -> tuple[Config, list[Fault]]:
-    """The configuration, whatever engine it is for, and its files that are not on this machine.
+    """The configuration, for any engine, and a fault for each of its files that is missing on this machine.
 
     Raises ConfigError for any other fault.
     """
@@ -420,10 +422,11 @@ def _checked(
 
 
 def _show(text: str) -> None:
-    """Print what may be long; who reads it may leave before its end, as ``head`` does."""
+    """Print a long text to a reader that may close the pipe early, as ``head`` does."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
+        # Python flushes stdout again at exit, which would raise a second BrokenPipeError.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -432,10 +435,10 @@ def _note(text: str) -> None:
 
 
 def _log_to_terminal(rank: int) -> None:
-    """The first rank says what it does, the others only what goes wrong."""
+    """Rank 0 logs at INFO, the others at WARNING."""
     logger = logging.getLogger("nxdt_align")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # A library that sets the root logger up later would have each line printed twice.
+    # Lightning or NeMo may configure the root logger: propagating as well would print each line twice.
     logger.propagate = bool(logging.getLogger().handlers)
     if not logger.handlers:
         handler = logging.StreamHandler()

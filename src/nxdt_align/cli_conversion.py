@@ -1,4 +1,4 @@
-"""Arguments of convert, export and inspect: our own names, and those of NxD Training's converter."""
+"""Arguments of convert, export and inspect, under this package's names and NxD Training's."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def conversion_options(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--{name}: must be 1, no other is supported")
     if values.pop("hw_backend", "trn1") != "trn1":
         raise UserError("--hw_backend: must be trn1; the order of heads for trn2 is not supported")
+    # Accepted for NxD Training's command lines; their only valid values mean nothing here.
     for name in ("verb", "help_keys", "model_style", "input_dir", "output_dir"):
         values.pop(name, None)
     size = values.pop("max_shard_size")
@@ -64,7 +65,7 @@ def conversion_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _direction(name: str) -> dict[str, Any]:
-    """What a --convert_* flag of NxD's converter asks for."""
+    """The target that a --convert_* flag of NxD's converter selects."""
     if name == "convert_from_xser":
         return {"to": "nxdt", "xser": False}
     if name == "convert_to_xser":
@@ -123,18 +124,18 @@ def _add_sizes(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_nxdt(verb: argparse.ArgumentParser) -> None:
-    """What NxD Training's converter takes beside the sizes."""
+    """Further options of NxD Training's converter (checkpoint_converter.py)."""
     add = verb.add_argument
     add("--input_dir", type=Path, metavar="PATH", help="SOURCE under NxD Training's name")
     add("--output_dir", type=Path, metavar="PATH", help="DESTINATION under NxD Training's name")
     add("--model_style", choices=("hf",), default="hf", help="hf; megatron is not supported")
     add("--hw_backend", default="trn1", help="trn1")
     add("--n_layers", type=int, metavar="N", help="checked against the model's")
-    add("--load_xser", **_switch("checked against what the source is found to be"))
+    add("--load_xser", **_switch("checked against the source"))
     for name in _UNSUPPORTED:
         add(f"--{name}", type=int, default=1, help=argparse.SUPPRESS)
     for name in _DIRECTIONS:
-        add(f"--{name}", action="store_true", help="direction; found without it, too")
+        add(f"--{name}", action="store_true", help="direction; detected if left out")
 
 
 def _add_common(verb: argparse.ArgumentParser) -> None:
@@ -155,8 +156,9 @@ def _add_common(verb: argparse.ArgumentParser) -> None:
 
 
 def _switch(text: str, default: bool | None = None) -> dict[str, Any]:
-    """``--flag``, ``--flag True`` and ``--flag False``, the last of which NxD's converter takes for True."""
+    """``--flag``, ``--flag True`` and ``--flag False``."""
     return {
+        # Not type=bool, with which NxD's converter takes "--flag False" for True.
         "type": _boolean,
         "nargs": "?",
         "const": True,
@@ -174,7 +176,7 @@ def _boolean(text: str) -> bool:
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    """Numbers or names of layers, with or without the brackets and quotes that they have in YAML."""
+    """Layer numbers or names, with or without YAML's brackets and quotes."""
     matches = [_CUT.fullmatch(part.strip(" \"'")) for part in text.strip("[] ").split(",")]
     if None in matches:
         raise argparse.ArgumentTypeError(

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A fault in what the user gave; the message says what to do."""
+    """Invalid user input; the message says how to fix it."""

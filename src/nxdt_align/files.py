@@ -1,11 +1,11 @@
-"""Atomic writes: after a crash, a kill or a full disk a file or folder is there whole, or as it was before.
+"""Atomic writes: after a crash, a kill or a full disk, a file or folder is either complete or unchanged.
 
-What ``atomic_write`` and ``atomic_folder`` have not finished is lost with an interruption; whoever keeps it
-and resumes, as a conversion does, takes their last step alone, ``publish_folder``.
+``atomic_write`` and ``atomic_folder`` drop unfinished work on interruption; code that keeps it and resumes,
+such as a conversion, calls only their last step, ``publish_folder``.
 
-What is written goes to a temporary sibling (same file system), is flushed to the device, and takes
-the final name in one rename. A temporary of a killed process is removed by the next write into the
-same folder; a lock, which the kernel drops with the process, tells it from one still being written.
+Data goes to a temporary sibling (same file system), is flushed to the device, and gets its final name in one
+rename. The next write into the same folder removes the temporary of a killed process; a lock, which the
+kernel releases with the process, tells it from one that is still being written.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ except ImportError:  # pragma: no cover - not a POSIX system: leftovers then sta
     fcntl = None  # type: ignore[assignment]
 
 TEMPORARY_SUFFIX = ".nxdt-tmp"
-"""Ends the name of everything unfinished; such names start with a dot."""
+"""Suffix of every unfinished file or folder; such names start with a dot."""
 _LEFTOVER_AGE = 60.0
-"""Seconds: younger temporaries may belong to a writer that has not taken its lock yet."""
+"""Seconds; a younger temporary may belong to a writer that has not locked it yet."""
 
 _REASONS = {
     errno.ENOSPC: "the disk is full: free some space, or choose another folder",
@@ -43,7 +43,7 @@ _REASONS = {
 
 
 def explain(error: OSError) -> str:
-    """Why a write failed and what to do, in words for a user."""
+    """Why a write failed and what to do about it, for a user."""
     reason = _REASONS.get(error.errno or 0)
     return f"{reason} ({error.strerror})" if reason else str(error)
 
@@ -52,8 +52,8 @@ CHOOSE_ANOTHER = "make it writable, or choose another folder"
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why ``folder`` cannot be made or written to, as the end of a sentence that names it; None where
-    it can. It is not made here."""
+    """Why ``folder`` cannot be created or written to, as the end of a sentence that names it; None if it
+    can. Creates nothing."""
     place = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     if not place.is_dir():
         return f", where {place} is a file"
@@ -75,22 +75,23 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            # Inside the lock: after the rename, nothing can mistake the file for a leftover.
             os.replace(temporary, path)
     except BaseException as error:
         _remove(temporary)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # fsync(2) and write(2) know no names
+            error.filename = str(path)  # fsync(2) and write(2) report no file name
         raise
     _sync_folder(path.parent)
 
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new empty folder to fill, which takes ``path``'s place, whole, when the block ends.
+    """A new empty folder to fill, which replaces ``path`` when the block ends.
 
-    Whatever stood at ``path`` is replaced then, and stays as it was if the block raises.
+    If the block raises, ``path`` stays as it was.
 
-    Raises OSError where the folder cannot be made, flushed or renamed.
+    Raises OSError if the folder cannot be created, flushed or renamed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,10 +109,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, path: Path, *, replace: bool) -> None:
-    """Bring a sibling of ``path`` to the device and give it that name.
+    """Flush ``temporary``, a sibling of ``path``, to the device and rename it to ``path``.
 
-    With ``replace`` whatever stands there swaps places with it, so that ``path`` is never missing; without,
-    nothing but an empty folder may stand there. Raises OSError; ``path`` is then as it was before.
+    With ``replace`` the two swap names, so that ``path`` is never missing; without it, ``path`` must not
+    exist or be an empty folder. Raises OSError; ``path`` is then as it was before.
     """
     flush_tree(temporary)
     if replace:
@@ -126,7 +127,7 @@ def _temporary_name(path: Path) -> Path:
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename; an earlier ``path`` swaps places with ``temporary``, so that it is never missing."""
+    """Rename; an existing ``path`` swaps names with ``temporary``, so that it is never missing."""
     if not os.path.lexists(path):
         os.rename(temporary, path)
     elif not _exchange(temporary, path):
@@ -143,6 +144,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two names in one step (Linux, renameat2(2)); False where the system has no such call."""
+    # AT_FDCWD and RENAME_EXCHANGE of <fcntl.h> and <linux/fs.h>; Python's os has no renameat2.
     at_cwd, rename_exchange = -100, 2
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
@@ -150,13 +152,14 @@ def _exchange(first: Path, second: Path) -> bool:
     if rename(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange) == 0:
         return True
     code = ctypes.get_errno()
+    # An old kernel, or a file system without exchange (NFS, some overlays).
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(second))
 
 
 def flush_tree(folder: Path) -> None:
-    """Bring every file and folder to the device. Raises OSError."""
+    """Flush every file and folder to the device. Raises OSError."""
     for parent, _, names in os.walk(folder):
         for name in names:
             descriptor = os.open(os.path.join(parent, name), os.O_RDONLY)
@@ -180,8 +183,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def lock(descriptor: int) -> bool | None:
-    """Take the lock that says "being written": True, or False where another process holds it. None where
-    the file system knows no locks: then nothing is ever taken for a leftover."""
+    """Take the lock that marks a file as being written: True if taken, False if another process holds it,
+    None if the file system has no locks (nothing then counts as a leftover)."""
     if fcntl is None:
         return None
     try:
@@ -194,6 +197,7 @@ def lock(descriptor: int) -> bool | None:
 def _remove_leftovers(folder: Path) -> None:
     for entry in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with suppress(OSError):  # gone meanwhile, or another user's: not ours to fail on
+            # O_NOFOLLOW: a link of that name could point at anyone's file.
             descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 old = time.time() - os.fstat(descriptor).st_mtime > _LEFTOVER_AGE

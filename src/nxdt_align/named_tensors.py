@@ -1,8 +1,8 @@
-"""Named tensors that are read one by one: the one interface, check and fingerprint of all weights.
+"""Named tensors that are read one by one: the common interface, check and fingerprint of all weights.
 
-Whatever holds weights implements it: Hugging Face folders and single files, NxD's shards, Meta's
-downloads, the native engine's checkpoints, weights that are drawn. Engines fill parameters from it,
-conversions carry it elsewhere, and neither knows what lies behind.
+Every kind of weights implements it: Hugging Face folders and single files, NxD's shards, Meta's downloads,
+the native engine's checkpoints, random initial weights. Engines fill parameters from it and conversions copy
+it; neither knows the file format.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NamedTensors(ABC):
     """Tensors under their names; several threads may read at once."""
 
     path: Path | None = None
-    """The folder or file; None for tensors that lie in none."""
+    """The folder or file; None for tensors without one."""
 
     @abstractmethod
     def names(self) -> list[str]: ...
@@ -46,8 +46,8 @@ class NamedTensors(ABC):
 
     @abstractmethod
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
-        """The part that ``region``, a start and a stop per dimension, cuts out: as ``read``, without
-        holding more than one whole tensor."""
+        """The part of the tensor within ``region``, a start and a stop per dimension; holds at most one whole
+        tensor in memory."""
 
     def specs(self) -> dict[str, Spec]:
         return {name: (self.shape(name), self.dtype(name)) for name in self.names()}
@@ -59,8 +59,8 @@ class WeightSource(NamedTensors):
     _content: str | None = None
 
     def fingerprint(self) -> str:
-        """``content_fingerprint`` of all weights: the same for the same weights, whatever holds them.
-        Reads them all, once."""
+        """``content_fingerprint`` of all weights: the same for the same weights in any format. Reads all of
+        them, once."""
         if self._content is None:
             self._content = content_fingerprint((name, self.read(name)) for name in sorted(self.names()))
         return self._content
@@ -69,11 +69,12 @@ class WeightSource(NamedTensors):
 def content_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """A digest, 32 hex digits, of names, dtypes, shapes and bytes; ``tensors`` come sorted by name.
 
-    Reference stores and runs are found again by it: its values must never change.
+    Reference stores and run identities are keyed by it, so its values must never change.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # view(uint8): numpy has no bfloat16, and the bytes are what is compared.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -90,11 +91,11 @@ def require_fit(
     """Raises ``error`` naming every tensor that is missing, surplus, of another shape or another dtype.
 
     Args:
-        what: holds ``found``.
-        wanted: what ``to`` has; None for a dtype lets any pass.
-        hint: the last line: what must be right for it to fit.
+        what: what holds ``found``, for the message.
+        wanted: the specs of ``to``; a dtype of None accepts any.
+        hint: the message's last line: what to check.
     """
-    # One line for the layers of a model that are all at fault in the same way: it has up to a hundred.
+    # One line for all layers with the same fault: a model has up to a hundred.
     alike: dict[str, list[str]] = {}
     for name in sorted(found.keys() & wanted.keys()):
         (shape, dtype), (right_shape, right_dtype) = found[name], wanted[name]

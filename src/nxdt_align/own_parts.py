@@ -1,7 +1,6 @@
-"""Parts of a run that the user brings, named by a dotted path: losses, callbacks, optimizers, data formats.
+"""User-supplied components named by a dotted path: losses, callbacks, optimizers, data formats.
 
-They are imported where they are used and never before, so that ``nxdt-align config`` runs no code that a
-YAML names.
+They are imported only where they are used, so that ``nxdt-align config`` runs no code that a YAML names.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from nxdt_align.errors import UserError
 
 
 class OwnPartError(UserError):
-    """A part of the user's own that cannot be found or used; the message says what was found."""
+    """A user-supplied component that cannot be found or used; the message says what was found."""
 
 
 def find(path: str) -> Callable[..., Any]:
     """The class or function at ``path``, module.name; the current folder comes first, as in ``python -m``.
 
-    Raises OwnPartError where the module does not import, has no such name, or that cannot be called.
+    Raises OwnPartError if the module does not import or has no such name, or if the object is not callable.
     """
     module_name, _, name = path.rpartition(".")
     try:
         module = _import(module_name)
     except (Exception, SystemExit) as error:
-        # Whatever a module raises while it is imported is the user's to see, with the key that named it; a
-        # script without a guard ends by SystemExit.
+        # User code may raise anything at import, and a script without an `if __name__` guard exits: the user
+        # has to see it beside the key that named the module.
         reason = f"{type(error).__name__}: {error}"
         raise OwnPartError(
-            f"{path}: the module {module_name} does not import ({reason}); it is looked up in "
+            f"{path}: cannot import the module {module_name} ({reason}); it is looked up in "
             f"PYTHONPATH and in {Path.cwd()}"
         ) from error
     found = getattr(module, name, None)
@@ -60,14 +59,14 @@ def find_class(path: str, base: type) -> Callable[..., Any]:
 
 
 def require_call(found: Callable[..., Any], path: str, *arguments: str) -> None:
-    """Raise OwnPartError where ``found`` cannot be called with ``arguments``, in their order."""
+    """Raise OwnPartError if ``found`` cannot be called with the positional ``arguments``."""
     wanted = f"{path}: it must be called as ({', '.join(arguments)})"
     try:
         signature = inspect.signature(found)
     except ValueError as error:
         raise OwnPartError(
-            f"{wanted}, but it is {describe(found)}, whose arguments cannot be told; wrap it in a "
-            "function of your own"
+            f"{wanted}, but it is {describe(found)}, whose signature cannot be inspected; wrap it in "
+            "a function"
         ) from error
     try:
         signature.bind(*arguments)
@@ -76,15 +75,15 @@ def require_call(found: Callable[..., Any], path: str, *arguments: str) -> None:
 
 
 def make(found: Callable[..., Any], path: str, settings: Mapping[str, Any], key: str) -> Any:
-    """``found`` called with the keyword settings that ``key`` of the YAML holds. Raises OwnPartError."""
+    """``found`` called with ``settings``, the value of the YAML's ``key``. Raises OwnPartError."""
     try:
         return found(**settings)
     except Exception as error:
-        # A part of the user's may raise anything; what it was is in the message.
+        # User code may raise anything; the message quotes it.
         is_plain = isinstance(error, TypeError | ValueError)
         reason = str(error) if is_plain else f"{type(error).__name__}: {error}"
         raise OwnPartError(
-            f"{path} cannot be made with {key} {dict(settings)}: {reason}; it takes {signature_of(found)}"
+            f"{path} cannot be created with {key} {dict(settings)}: {reason}; it takes {signature_of(found)}"
         ) from error
 
 
@@ -93,11 +92,11 @@ def signature_of(called: Callable[..., Any]) -> str:
     try:
         return str(inspect.signature(called))
     except ValueError:
-        return "arguments that cannot be told"
+        return "an unknown signature"
 
 
 def describe(value: object) -> str:
-    """A value for a message: what type it is of, and its text, cut."""
+    """A value for a message: its type and its text, truncated."""
     if isinstance(value, tuple):
         return f"a tuple of {', '.join(type(item).__name__ for item in value) or 'nothing'}"
     return f"{type(value).__name__} {value!r}"[:120]
@@ -109,4 +108,5 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     finally:
+        # Not left there: a user's folder must not shadow what libraries import later.
         sys.path.remove(here)

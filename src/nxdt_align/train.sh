@@ -6,8 +6,8 @@
 #
 # CONF_FILE     a config that "nxdt-align presets" lists, with or without .yaml, or a path (default
 #               hf_llama3_8B_DPO_config)
-# COMPILE       1: compile the run's graphs and stop: trial steps of every shape, of which nothing is written, under
-#               neuron_parallel_compile if it is there, else on torch_xla's CPU device if that is there (docs/compile.md)
+# COMPILE       1: compile the run's graphs and stop: dry-run steps of every shape, which write nothing, under
+#               neuron_parallel_compile if installed, else on torch_xla's CPU device if installed (docs/compile.md)
 # TRAIN_ITERS   number of steps, instead of the config's trainer.max_steps
 # LOG_PATH      folder of the log file (default nemo_experiments/logs; with a node's subfolder under Slurm and MPI)
 # MASTER_ADDR, MASTER_PORT   rendezvous of a job of several nodes (default: the first node, 41000). To keep other
@@ -158,7 +158,7 @@ build_launch() {
   launch+=(-m nxdt_align train "${arguments[@]}")
 }
 
-# Without Neuron, the trainer itself compiles the trial steps' graphs, on torch_xla's CPU device where that is.
+# Without Neuron, the trainer itself compiles the dry-run steps' graphs, on torch_xla's CPU device if installed.
 compile_ahead() {
   ! command -v neuron_parallel_compile >/dev/null ||
     launch=("$python" -m nxdt_align precompile neuron_parallel_compile "${launch[@]}")

@@ -96,7 +96,7 @@ def test_what_the_nxd_engine_cannot_do_in_this_version(load: Load) -> None:
         engine_faults(load(text), "nxd")
     assert "fsdp: must be False (engine nxd does not support it yet)" in str(error.value)
     assert "virtual_pipeline_model_parallel_size: must be 1 (engine nxd" in str(error.value)
-    assert "first share of the layers alone" in str(error.value)
+    assert "only each rank's first chunk" in str(error.value)
     assert " pipeline_model_parallel_size: must be" not in str(error.value)
     for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         engine_faults(load(f"distributed_strategy: {{engine: nxd, {size}: 2}}"), "nxd")

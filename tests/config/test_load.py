@@ -247,7 +247,7 @@ def test_a_broken_yaml_is_named_with_its_place(load: Load, text: str, fault: str
 def test_a_yaml_that_is_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / "latin.yaml"
     file.write_bytes("name: é".encode("latin-1"))
-    with pytest.raises(UserError, match="not a text in UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         load_config(str(file))
 
 

@@ -34,7 +34,7 @@ VIRTUAL = "distributed_strategy.virtual_pipeline_model_parallel_size"
         ("data.train_dir=[{weight: 1}]", "data.train_dir.0.path: is required"),
         ("data.val_dir=/no/val.jsonl", "data.val_dir: must be a file or folder that exists"),
         ("data.tokenizer.type=/no/tokenizer", "data.tokenizer.type: must be a folder that exists"),
-        ("data.tokenizer.type={files}/weights", "must be a tokenizer's folder, which has a tokenizer.json"),
+        ("data.tokenizer.type={files}/weights", "must be a tokenizer's folder, with a tokenizer.json"),
         ("data.tokenizer.type={files}/tokenizer/tokenizer.json", "must be a folder, not a file, but is"),
         ("model.model_config=/no/config.json", "model.model_config: must be a config.json that exists"),
         (

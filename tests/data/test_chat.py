@@ -46,8 +46,8 @@ def test_the_date_stands_still() -> None:
     [
         (None, "f:7: the record holds chat messages, but the tokenizer has no chat template"),
         ("{{ raise_exception('no system turn') }}", "f:7: .* refuses the conversation: no system turn"),
-        ("{{ messages | length }}", "otherwise than the prompt alone"),
-        ("{{ messages[0]['content'] }}", "otherwise than the prompt alone"),
+        ("{{ messages | length }}", "differently from the prompt alone"),
+        ("{{ messages[0]['content'] }}", "differently from the prompt alone"),
     ],
 )
 def test_unusable_templates(template: str | None, message: str) -> None:

@@ -141,7 +141,7 @@ def gpt(text: str, role: str = "gpt") -> dict[str, str]:
             "pairs",
             {"chosen": [USER, say("x"), ASK, say("a")], "rejected": [USER, say("y"), ASK, say("b")]},
             "no common prompt",
-            "`chosen` goes on with 3 turns",
+            "`chosen` continues with 3 turns",
         ),
         ("pairs", {"chosen": [say("a")], "rejected": [say("b")]}, "no common prompt", "chosen begins"),
         (

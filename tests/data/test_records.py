@@ -171,7 +171,7 @@ def test_columns_may_swap(tmp_path: Path) -> None:
 
 def test_columns_of_no_format(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"data.columns: 'promt' is no key of a format; known are prompt, chosen"
+        DataError, match=r"data.columns: 'promt' is not a key of any format; known are prompt, chosen"
     ):
         load(write(tmp_path / "a.jsonl", [row(1)]), columns={"promt": "instr"})
 
@@ -251,7 +251,7 @@ def test_bad_weights(tmp_path: Path, weight: float) -> None:
 
 def test_a_source_without_a_usable_record_stops(tmp_path: Path) -> None:
     good, bad = write(tmp_path / "a.jsonl", [row(1)]), write(tmp_path / "b.jsonl", [row(2, chosen="")])
-    with pytest.raises(DataError, match="a source has no record"):
+    with pytest.raises(DataError, match="a source has no usable record"):
         load(good, bad, on_bad_record="drop")
 
 

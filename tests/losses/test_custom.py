@@ -192,12 +192,16 @@ def test_rewards_of_labelled_completions_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "settings", "message"),
     [
-        ("no_such_module.Loss", {}, r"no_such_module does not import \(ModuleNotFoundError: .*looked up in"),
-        ("broken_losses.Loss", {}, "broken_losses does not import .*nothing_of_this_name"),
-        ("script_losses.Loss", {}, r"script_losses does not import \(SystemExit: 3\)"),
-        ("own_losses.FailsToStart", {}, r"cannot be made .* RuntimeError: no weights here; it takes \(\)"),
+        (
+            "no_such_module.Loss",
+            {},
+            r"no_such_module \(ModuleNotFoundError: .*looked up in",
+        ),
+        ("broken_losses.Loss", {}, "cannot import the module broken_losses .*nothing_of_this_name"),
+        ("script_losses.Loss", {}, r"cannot import the module script_losses \(SystemExit: 3\)"),
+        ("own_losses.FailsToStart", {}, r"cannot be created .* RuntimeError: no weights here; it takes \(\)"),
         ("own_losses.of_nothing", {}, "losses without a gradient; they must depend on the policy's"),
-        ("own_losses.Learned", {}, r"has parameters of its own \(scale\), which nothing would train"),
+        ("own_losses.Learned", {}, r"has trainable parameters \(scale\), which no optimizer would"),
         ("own_losses.builtin", {}, r"called as \(policy, reference\), but it is .*log_sigmoid"),
         ("own_losses.Missing", {}, "own_losses has no Missing; it has .*Torchtune, Ours, function"),
         ("own_losses.NUMBER", {}, "must be a class or a function, but is int 3"),

@@ -30,7 +30,7 @@ training on stdout
 
 def program(graphs: int, successful: int, failed: int, status: int = 0) -> list[str]:
     text = str(Totals(graphs, successful, failed))
-    code = f"import sys; print('the trial says'); print({text!r}, file=sys.stderr); sys.exit({status})"
+    code = f"import sys; print('the dry run says'); print({text!r}, file=sys.stderr); sys.exit({status})"
     return [sys.executable, "-c", code]
 
 
@@ -50,7 +50,7 @@ def test_totals_are_all_three(missing: str) -> None:
 
 def test_output_passes_through(capsys: pytest.CaptureFixture[str]) -> None:
     assert precompile(program(4, 4, 0)) == Totals(4, 4, 0)
-    assert capsys.readouterr().out.splitlines() == ["the trial says", *str(Totals(4, 4, 0)).splitlines()]
+    assert capsys.readouterr().out.splitlines() == ["the dry run says", *str(Totals(4, 4, 0)).splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -95,5 +95,5 @@ def test_manifest_says_hash_name_and_shapes(tmp_path: Path) -> None:
 def test_a_file_that_is_no_manifest_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.json"
     path.write_text(text)
-    with pytest.raises(CompileError, match="is no manifest of compiled graphs"):
+    with pytest.raises(CompileError, match="is not a manifest of compiled graphs"):
         read_manifest(path)

@@ -59,7 +59,7 @@ def test_it_ends_with_a_run_that_fails(
 
 
 @pytest.mark.parametrize("variables", [{"COMPILE": "1"}, {"LOCAL_RANK": "1"}])
-def test_trial_steps_and_other_processes_of_a_node_start_none(
+def test_dry_run_steps_and_other_processes_of_a_node_start_none(
     project: Project, program: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 ) -> None:
     for name, value in variables.items():

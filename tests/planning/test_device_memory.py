@@ -48,7 +48,7 @@ def test_shipped_yaml_fits_a_neuron_core() -> None:
     assert figures["optimizer state"] == pytest.approx(8 * weights / GIB, abs=0.005)
     assert figures["total"] == pytest.approx(sum(v for k, v in figures.items() if k != "total"), abs=0.03)
     assert 4.8 < figures["total"] < 6
-    assert said.endswith("16 GiB (trn1), 10% of which is left to graphs and runtime: fits")
+    assert said.endswith("16 GiB (trn1, 10% reserved for graphs and runtime): fits")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_several_are_named_only_where_one_is_not_enough() -> None:
 
 def test_where_nothing_helps() -> None:
     huge = replace(LLAMA3_8B, num_hidden_layers=4000, intermediate_size=2**20)
-    assert report(model=huge).endswith("no change of the keys here makes it fit: take a smaller model")
+    assert report(model=huge).endswith("no change of these keys makes it fit: choose a smaller model")
 
 
 def test_advice_names_sizes_that_the_model_can_be_split_by() -> None:

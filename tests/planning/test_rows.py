@@ -9,12 +9,12 @@ from nxdt_align.planning.rows import PlanReport
 
 
 def test_report_of_a_plan_counted_by_hand() -> None:
-    """Two pairs of 9 places each in one row of 64: 18 of 64 places hold a token, where layout none has
+    """Two pairs of 9 positions each in one row of 64: 18 of 64 positions hold a token, where layout none has
     4 rows of 100."""
     data = FakeLengths(np.array([5, 5]), np.array([[3, 2], [3, 2]]))
     report = PlanReport.measure(planner(data, "shared_prompt"), 2, 8, 100)
-    assert (report.rows, report.tokens, report.places, report.padded) == (1, 18, 64, 400)
-    assert "fill: 28.1% (18 tokens in 64 places)" in str(report)
+    assert (report.rows, report.tokens, report.positions, report.padded) == (1, 18, 64, 400)
+    assert "fill: 28.1% (18 tokens in 64 positions)" in str(report)
     assert "packing saves 84% of the 400 padded tokens (6.2x fewer)" in str(report)
 
 

@@ -247,7 +247,7 @@ def test_value_that_is_not_finite_stops_every_rank(tmp_path: Path) -> None:
     assert store_at(tmp_path).missing(record_ids(COUNT)) == list(range(6, COUNT))
 
 
-# Flushing, trial, faults
+# Flushing, dry run, faults
 
 
 def test_flush_by_count_and_time(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def trace(
     return trace_shapes(engine, micro_batches, collate, record_ids(COUNT), store, records_of=records_of)
 
 
-def test_trial_runs_each_shape_once_and_writes_nothing(tmp_path: Path) -> None:
+def test_dry_run_runs_each_shape_once_and_writes_nothing(tmp_path: Path) -> None:
     micro_batches = [*plan(12), *plan(12, rows=1)]
     engine = FakeEngine()
     table, _ = trace(engine, store_at(tmp_path), micro_batches)
@@ -282,7 +282,7 @@ def test_trial_runs_each_shape_once_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_trial_is_in_lockstep_and_ignores_values(tmp_path: Path, whole: np.ndarray) -> None:
+def test_dry_run_is_in_lockstep_and_ignores_values(tmp_path: Path, whole: np.ndarray) -> None:
     results, engines = in_ranks(2, lambda e: trace(e, store_at(tmp_path), plan(COUNT)), poison=0)
     assert [len(e.calls) for e in engines] == [1, 1] and not results[0][0].any()
     np.testing.assert_array_equal(run(FakeEngine(), store_at(tmp_path))[0], whole)

@@ -108,7 +108,7 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "time": (("trainer.max_time=2h",), ("trainer.max_time: must be days:hours:minutes:seconds", "'2h'")),
     "empty tokenizer folder": (
         ("data.tokenizer.type={bad}/empty",),
-        ("data.tokenizer.type: must be a tokenizer's folder, which has a tokenizer.json", "{bad}/empty"),
+        ("data.tokenizer.type: must be a tokenizer's folder, with a tokenizer.json", "{bad}/empty"),
     ),
     "tokenizer's file instead of its folder": (
         ("data.tokenizer.type={root}/tokenizer/tokenizer.json",),
@@ -120,7 +120,7 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "empty checkpoint": (
         (RESUME + "={bad}/empty",),
-        (f"{RESUME}: must be a folder that holds weights", "{bad}/empty", "name a Hugging Face folder, or"),
+        (f"{RESUME}: must be a folder that holds weights", "{bad}/empty", "name a Hugging Face folder or"),
     ),
 }
 """Found without a model or a record: what is wrong, overrides, what the message must say."""
@@ -139,7 +139,7 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             "data.train_dir: 1 bad of 22 records",
             "{bad}/no_key.jsonl:3: no `rejected`; the record has prompt, chosen",
-            "mend them, or set data.on_bad_record=drop",
+            "fix them, or set data.on_bad_record=drop",
         ),
     ),
     "tokenizer that cannot be read": (
@@ -207,7 +207,7 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "a custom loss that is not there": (
         ("model_alignment_strategy.loss=no_such_module.Loss",),
-        ("model_alignment_strategy.loss: no_such_module.Loss: the module no_such_module does not import",),
+        ("model_alignment_strategy.loss: no_such_module.Loss: cannot import the module no_such_module",),
     ),
     "file as cache": (
         ("data.cache_dir={root}/train.jsonl",),
@@ -239,15 +239,15 @@ LATER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "NaN in the weights, without a reference": (
         (RESUME + "={weights}/hf_nan", *ORPO),
-        ("reduced_train_loss is nan at step 1", "check the weights that the run starts from"),
+        ("reduced_train_loss is nan at step 1", "check the start weights"),
     ),
     "NaN in the weights, fp16": (
         (RESUME + "={weights}/hf_nan", "precision.type=fp16", *ORPO),
-        ("reduced_train_loss is nan at step 1", "check the weights that the run starts from"),
+        ("reduced_train_loss is nan at step 1", "check the start weights"),
     ),
     "NaN in the weights, reference during training": (
         (RESUME + "={weights}/hf_nan", f"{DPO}.precompute_ref_log_probs=False"),
-        ("preflight: ", "log-probabilities are not finite before the first step", "check the weights"),
+        ("preflight: ", "log-probabilities are not finite before the first step", "check the start weights"),
     ),
 }
 """Found behind the reading of the data."""
@@ -323,7 +323,7 @@ def test_processes_without_a_launcher(terminal: Terminal, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     shown = terminal.fail("trainer.devices=2")
-    expect(shown, ("2 processes (WORLD_SIZE) cannot find each other", "RANK", "train.sh or torchrun"))
+    expect(shown, ("2 processes (WORLD_SIZE) cannot connect to each other", "RANK", "train.sh or torchrun"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every folder")
@@ -368,7 +368,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(terminal: Terminal, whole: P
     older, newest = terminal.checkpoints
     cut(newest / "trainer.pt", 100)
     shown = terminal.succeed(val, "trainer.max_steps=6")
-    expect(shown, ("{newest} is not a whole checkpoint: passed over", "{older}"), newest=newest, older=older)
+    expect(shown, ("{newest} is not a complete checkpoint: skipped", "{older}"), newest=newest, older=older)
     assert (newest / "trainer.pt").stat().st_size == 100  # left as it is, for whoever wants to know
     shutil.rmtree(newest)
     (run,) = (terminal.experiments / "run").iterdir()

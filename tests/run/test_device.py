@@ -1,4 +1,4 @@
-"""The device of a run: ``trainer.accelerator``, and where COMPILE=1 takes its trial steps."""
+"""The device of a run: ``trainer.accelerator``, and where COMPILE=1 takes its dry-run steps."""
 
 from __future__ import annotations
 
@@ -89,22 +89,22 @@ def test_xla_is_one_process(has_torch_xla: bool, compile_only: bool) -> None:
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "cpu"])
-def test_a_trial_compiles_where_it_can(
+def test_a_dry_run_compiles_where_it_can(
     has_torch_xla: bool, accelerator: Accelerator, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The run itself stays on the CPU."""
     caplog.set_level(logging.INFO)
     assert device(config(accelerator), RunEnv(), RunMode()).type == "cpu"
-    trial = device(config(accelerator), RunEnv(), DryRun()).type
-    assert trial == ("meta" if has_torch_xla else "cpu")
-    assert ("torch_xla is not installed, so that the trial steps run" in caplog.text) != has_torch_xla
+    place = device(config(accelerator), RunEnv(), DryRun()).type
+    assert place == ("meta" if has_torch_xla else "cpu")
+    assert ("torch_xla is not installed, so the dry-run steps run" in caplog.text) != has_torch_xla
 
 
 @pytest.mark.parametrize(
     ("attention", "processes", "why"),
     [("auto", 2, "torch_xla's CPU device runs one process"), ("blocks", 1, "blocks has no static shapes")],
 )
-def test_a_trial_that_cannot_compile_says_why(
+def test_a_dry_run_that_cannot_compile_says_why(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     attention: Attention,
@@ -115,10 +115,10 @@ def test_a_trial_that_cannot_compile_says_why(
     caplog.set_level(logging.INFO)
     env = RunEnv(world_size=processes)
     assert device(config("cpu", attention), env, DryRun()).type == "cpu"
-    assert f"{why}, so that the trial steps run and nothing is compiled ahead" in caplog.text
+    assert f"{why}, so the dry-run steps run but nothing is compiled ahead" in caplog.text
 
 
-def test_a_trial_of_fp16_compiles_nothing(
+def test_a_dry_run_of_fp16_compiles_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whether it skips a step is no part of a graph."""
@@ -126,4 +126,4 @@ def test_a_trial_of_fp16_compiles_nothing(
     caplog.set_level(logging.INFO)
     half = replace(config("cpu"), precision=PrecisionConfig(type="fp16"))
     assert device(half, RunEnv(), DryRun()).type == "cpu"
-    assert "precision.type: fp16 is not in the engine's compiled graphs, so that the trial" in caplog.text
+    assert "precision.type: fp16 is not in the engine's compiled graphs, so the dry-run" in caplog.text

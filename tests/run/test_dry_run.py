@@ -1,4 +1,4 @@
-"""What a trial run's totals and manifest come to, and what a run says of the manifest; no torch_xla here."""
+"""What a dry run's totals and manifest come to, and what a run says of the manifest; no torch_xla here."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_totals_and_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_a_graph_that_does_not_compile_fails_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The runtime's error becomes a line of the log; a trial that fails leaves no manifest."""
+    """The runtime's error becomes a line of the log; a dry run that fails leaves no manifest."""
     with (
         pytest.raises(CompileError, match="1 of 3 graphs did not compile"),
         compiling(Compiler("1", "2", failed=1), tmp_path / "m.json"),
@@ -104,4 +104,4 @@ def test_where_this_process_has_no_list_of_graphs(
         pass
     report_graphs(compiler, manifest)
     assert capsys.readouterr().out == "" and not manifest.exists()
-    assert ("graphs: 1 compiled or taken from Neuron's cache" in caplog.text) == (compiler is not None)
+    assert ("graphs: 1 compiled or loaded from Neuron's cache" in caplog.text) == (compiler is not None)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from nxd_fixture import require_nxd
 from training_fixture import Project, scalars
-from xla_fixture import STEPS, Finished, assert_all_was_compiled_ahead, broken_off, make_project, run, trial
+from xla_fixture import STEPS, Finished, assert_all_was_compiled_ahead, broken_off, dry_run, make_project, run
 
 pytestmark = [pytest.mark.nxd, pytest.mark.xla]
 NXD = (
@@ -30,12 +30,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="module")
 def tried(project: Project) -> tuple[Finished, list[Path]]:
-    return trial(project, "ahead", *NXD)
+    return dry_run(project, "ahead", *NXD)
 
 
 @pytest.fixture(scope="module")
 def ahead(project: Project, tried: Any) -> list[Finished]:
-    """The run itself behind the trial."""
+    """The run itself behind the dry run."""
     return broken_off(project, "ahead", *NXD)
 
 

@@ -45,9 +45,12 @@ def test_they_are_called_with_their_settings(project: Project) -> None:
         ("own_callbacks.Missing", "own_callbacks has no Missing; it has Callback, Watch, NotOne"),
         (
             "no_such.Callback",
-            "the module no_such does not import (ModuleNotFoundError: No module named 'no_such')",
+            "cannot import the module no_such (ModuleNotFoundError: No module named 'no_such')",
         ),
-        ("{path: own_callbacks.Watch, settings: {speed: 3}}", "cannot be made with settings {'speed': 3}: "),
+        (
+            "{path: own_callbacks.Watch, settings: {speed: 3}}",
+            "created with settings {'speed': 3}: ",
+        ),
     ],
 )
 def test_an_unfit_one_stops_the_run_before_a_model_is_made(

@@ -54,7 +54,7 @@ def test_a_copy_of_dpo_trains_as_dpo(
 
     assert project.train(*short, own[0]) == 1
     message = capsys.readouterr().err
-    assert "copy_of_dpo.Margin cannot be made with loss_settings {}" in message
+    assert "copy_of_dpo.Margin cannot be created with loss_settings {}" in message
     assert "Traceback" not in message
 
 

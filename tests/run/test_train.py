@@ -208,9 +208,9 @@ def test_compile_only_writes_nothing(
     monkeypatch.setattr("nxdt_align.engines.xla.is_available", lambda: False)
     monkeypatch.setenv("COMPILE", "1")
     before = sorted(project.root.rglob("*"))
-    assert project.train(f"exp_manager.exp_dir={project.root}/trial", "trainer.max_steps=3") == 0
+    assert project.train(f"exp_manager.exp_dir={project.root}/dry", "trainer.max_steps=3") == 0
     assert sorted(project.root.rglob("*")) == before
-    assert "COMPILE=1: torch_xla is not installed, so that the trial steps run" in caplog.text
+    assert "COMPILE=1: torch_xla is not installed, so the dry-run steps run" in caplog.text
 
 
 def test_weight_init_only_starts_a_new_run_from_weights_alone(project: Project, whole: Path) -> None:

@@ -14,9 +14,9 @@ from xla_fixture import (
     Finished,
     assert_all_was_compiled_ahead,
     broken_off,
+    dry_run,
     make_project,
     run,
-    trial,
 )
 
 pytestmark = pytest.mark.xla
@@ -30,12 +30,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="module")
 def tried(project: Project) -> tuple[Finished, list[Path]]:
-    return trial(project, "ahead")
+    return dry_run(project, "ahead")
 
 
 @pytest.fixture(scope="module")
 def ahead(project: Project, tried: Any) -> list[Finished]:
-    """The run itself behind the trial."""
+    """The run itself behind the dry run."""
     return broken_off(project, "ahead")
 
 

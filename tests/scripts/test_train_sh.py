@@ -212,7 +212,7 @@ def test_compile_runs_under_the_compiler(train: Trainer) -> None:
 @pytest.mark.parametrize(("failed", "status"), [(0, 0), (2, 1)])
 def test_totals_of_the_compiler_decide(train: Trainer, failed: int, status: int) -> None:
     """With the real command line between train.sh and a compiler that prints what the real one does."""
-    program = "echo TRIAL $COMPILE\n" + "".join(
+    program = "echo DRYRUN $COMPILE\n" + "".join(
         f"echo '2026-08-01 INFO ||NEURON_PARALLEL_COMPILE||: Total {what}: {count}'\n"
         for what, count in (
             ("graphs", 5),
@@ -224,7 +224,7 @@ def test_totals_of_the_compiler_decide(train: Trainer, failed: int, status: int)
     # As a worker of torchrun, so that no configuration of this machine's is asked for.
     result = train(COMPILE="1", NXDT_ALIGN_PYTHON=sys.executable, TORCHELASTIC_RUN_ID="job")
     assert result.status == status, result.stdout + result.stderr
-    assert "TRIAL 1" in result.stdout and f"Total failed compilations: {failed}" in result.stdout
+    assert "DRYRUN 1" in result.stdout and f"Total failed compilations: {failed}" in result.stdout
     log = (train.cwd / "nemo_experiments/logs/job/rank_0/log").read_text()
     assert ("error: COMPILE=1: 2 of 5 graphs did not compile" in log) == bool(failed)
     assert "Traceback" not in log

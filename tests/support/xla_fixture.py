@@ -103,8 +103,8 @@ def run(project: Project, experiments: str, *overrides: str, compile: str = "0",
     return Finished(done.stdout, done.stderr)
 
 
-def trial(project: Project, experiments: str, *overrides: str) -> tuple[Finished, list[Path]]:
-    """A trial run of a device that computes zeros, and the files that it made."""
+def dry_run(project: Project, experiments: str, *overrides: str) -> tuple[Finished, list[Path]]:
+    """A dry run on a device that computes zeros, and the files that it made."""
     before = set(project.root.rglob("*"))
     # Setting to zero is itself a graph, and another one as values pile up.
     settings = (f"trainer.max_steps={STEPS}", "exp_manager.fail_on_recompile=False")
@@ -118,7 +118,7 @@ def broken_off(project: Project, experiments: str, *overrides: str) -> list[Fini
 
 
 def assert_all_was_compiled_ahead(parts: list[Finished], run: Path) -> None:
-    """``broken_off``'s runs needed no graph that the trial had not listed, and together are one run."""
+    """``broken_off``'s runs needed no graph that the dry run had not listed, and together are one run."""
     for part in parts:
         compiled, outside = part.graphs
         assert compiled > 0 and outside == 0, part.log[-3000:]

@@ -317,7 +317,7 @@ def test_settings_that_a_schedule_refuses_are_named(
 
 
 @pytest.mark.parametrize("name", TUTORIAL_SCHEDULERS)
-def test_a_trial_run_shorter_than_its_warm_up_is_taken(name: str) -> None:
+def test_a_run_shorter_than_its_warm_up_is_taken(name: str) -> None:
     """``TRAIN_ITERS=2`` with the YAML of a long run."""
     settings = {**TUTORIAL_SCHEDULERS[name]}
     for length in {"warmup_steps", "hold_steps"} & set(settings):
@@ -356,7 +356,7 @@ def test_a_class_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             {},
             r"model\.optim\.name: own_optimizers.Missing: own_optimizers has no Missing",
         ),
-        ("no_such_module.Plain", {}, r"model\.optim\.name: .*no_such_module does not import"),
+        ("no_such_module.Plain", {}, r"model\.optim\.name: .*cannot import the module no_such_module"),
         ("own_optimizers.Plain", {"betas": (0.9, 0.9)}, r"model\.optim \(own_optimizers.Plain\): .*betas"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -63,7 +63,7 @@ def test_a_surprise_names_the_step_and_its_shapes(caplog: pytest.LogCaptureFixtu
             device.validate(batch(64), compiles, index=4)
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith(
-        "step 3 compiled 2 graph(s), though 2 batches of its shapes came before it: 2 micro-batch(es) of "
+        "step 3 compiled 2 graph(s), although 2 batches of its shapes preceded it: 2 micro-batch(es) of "
         "1 row(s) x 128 tokens, 64 response tokens and 6 responses per row."
     )
     assert second.startswith("batch 4 of the validation after step 3 compiled 1 graph(s)")

@@ -1,7 +1,6 @@
-"""What other libraries call the settings of an objective, so that a message can say what they are here.
+"""Other libraries' names for the settings of an objective, for messages that point to ours.
 
-From TRL 1.16 (and names that it had before), fairseq2, torchtune and the papers; docs/objectives.md has the
-table.
+From TRL 1.16 and earlier, fairseq2, torchtune and the papers; docs/objectives.md has the table.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ OTHER_NAMES = {
     "orpo_lambda": "beta",
     "average_log_prob": "length_normalization",
 }
-"""Key of an objective elsewhere -> the key here, where the section has it."""
+"""Another library's key of an objective -> our key, if the section has it."""
 
 _LOSS_TYPES = {
     "sft": f"{_DPO}.nll_scale adds that term to any loss_type",
-    "rso": f"loss_type hinge is it, with {_DPO}.gamma",
-    "slic": "loss_type hinge is it",
-    "cdpo": f"loss_type sigmoid is it, with {_DPO}.label_smoothing",
-    "dpo": "loss_type sigmoid is it",
+    "rso": f"use loss_type hinge with {_DPO}.gamma",
+    "slic": "use loss_type hinge",
+    "cdpo": f"use loss_type sigmoid with {_DPO}.label_smoothing",
+    "dpo": "use loss_type sigmoid",
     "kto_pair": f"{_ALIGN}.kto takes labelled completions",
-    **{name: f"{_ALIGN}.{name} instead of dpo is it" for name in ("orpo", "cpo", "simpo", "kto")},
+    **{name: f"use {_ALIGN}.{name} instead of dpo" for name in ("orpo", "cpo", "simpo", "kto")},
 }
 
 
 def loss_type_advice(path: str, value: object) -> str:
-    """What a loss type of elsewhere is here; nothing for another key, or one that is not known."""
+    """Our equivalent of another library's loss type; empty for other keys and unknown types."""
     return _LOSS_TYPES.get(str(value).lower(), "") if path == f"{_DPO}.loss_type" else ""

@@ -1,4 +1,4 @@
-"""The section ``model_alignment_strategy``: what the model is trained for. Part of the schema."""
+"""The section ``model_alignment_strategy``: the objective. Part of the schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nxdt_align.config.fields import PATH, is_dotted, number
 
 TruncationMode = Literal["keep_start", "keep_end"]
 Examples = Literal["pair", "response", "unpaired"]
-"""What an objective's examples are: a chosen and a rejected response, one response, or a labelled one."""
+"""An objective's examples: a chosen and a rejected response, one response, or a labelled one."""
 
 if TYPE_CHECKING:
     DPOLossType = str
@@ -27,14 +27,14 @@ MAX_PROMPT_LENGTH = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLimits:
-    """How prompts and responses are cut; every objective has these."""
+    """Truncation of prompts and responses, common to all objectives."""
 
     max_prompt_length: int = number(MAX_PROMPT_LENGTH, at_least=1)
-    """Tokens of a prompt that are kept, BOS and the last ones. Where it is not given: 2048, or half of
-    data.seq_length where that is less."""
+    """Tokens kept of a prompt: BOS and the last ones. Default: 2048, or half of data.seq_length if that is
+    less."""
     truncation_mode: TruncationMode = "keep_start"
-    """What gives way where prompt and response exceed data.seq_length. keep_start: the response's end;
-    keep_end: the prompt's start after BOS."""
+    """What is cut if prompt and response exceed data.seq_length. keep_start: the response's end; keep_end:
+    the prompt's start after BOS."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,32 +48,33 @@ class DPOConfig(PromptLimits):
     loss_weights: tuple[float, ...] | None = None
     """(ours) Weight of each form where loss_type is a list; null: 1 each."""
     label_smoothing: float | None = number(None, at_least=0, below=0.5)
-    """(ours) Assumed fraction of flipped labels, from 0 to below 0.5: with sigmoid conservative DPO;
-    counts for robust, exo_pair, aot and sigmoid_norm too; null: 0, and 0.001 for exo_pair."""
+    """(ours) Assumed fraction of flipped labels, from 0 to below 0.5: conservative DPO with sigmoid; also
+    read by robust, exo_pair, aot and sigmoid_norm; null: 0, or 0.001 for exo_pair."""
     gamma: float | None = number(None, above=0)
     """(ours) Scale of the margin in loss_type hinge (RSO); null: kl_beta."""
     discopop_tau: float = number(0.05, above=0)
     """(ours) Temperature of loss_type discopop."""
     bco_reward_shift: Literal["running_mean", "none"] = "running_mean"
-    """(ours) What loss_type bco_pair takes off the rewards: running_mean: their mean so far (the paper);
-    none: nothing (TRL 1.16)."""
+    """(ours) Shift that loss_type bco_pair subtracts from the rewards. running_mean: their mean so far (the
+    paper); none: 0 (TRL 1.16)."""
     reference_free: bool = False
-    """(ours) Leave the reference out, as if it were uniform."""
+    """(ours) Use no reference, as if it were uniform."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
-    """(ours) Divergence from the reference that is held small."""
+    """(ours) Divergence from the reference that the objective penalises."""
     f_alpha_divergence_coef: float = 0.5
     """(ours) alpha of alpha_divergence."""
     length_normalization: bool | None = None
-    """(ours) Divide log-ratios by the response's tokens; null: as loss_type has it (ipo and sigmoid_norm
-    do)."""
+    """(ours) Divide log-ratios by the response's tokens; null: as loss_type does (ipo and sigmoid_norm
+    divide)."""
     ld_alpha: float | None = number(None, at_least=0, at_most=1)
-    """(ours) What tokens beyond the shorter response of a pair count (LD-DPO), from 0 to 1; null: 1."""
+    """(ours) Weight of tokens beyond the length of a pair's shorter response (LD-DPO), from 0 to 1; null:
+    1."""
     use_weighting: bool = False
     """(ours) Weigh each pair by how likely the policy finds it (WPO)."""
     nll_scale: float = number(0.0, at_least=0)
     """(ours) Weight of the chosen response's negative log-likelihood per token, added to the loss."""
     precompute_ref_log_probs: bool = True
-    """Compute the reference log-probabilities once before training, and keep them on disk; False:
+    """Compute the reference log-probabilities once before training and store them on disk; False:
     compute them at each step, with the reference in memory."""
 
     @property
@@ -82,13 +83,13 @@ class DPOConfig(PromptLimits):
         return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
 
     def faults(self) -> Iterator[Fault]:
-        """Combinations that mean nothing, and forms that do not exist."""
+        """Meaningless combinations, and unknown forms."""
         if not self.loss_types:
             yield Fault("loss_type", "must name at least one loss", [])
         for name in self.loss_types:
             if name in FORMS:
                 yield from self._combinations(name)
-            elif not isinstance(self.loss_type, str):  # the choices of one are checked as any key's are
+            elif not isinstance(self.loss_type, str):  # a single one is checked like any other key's choices
                 yield Fault("loss_type", f"must be one of {', '.join(FORMS)}", name)
         if self.reference_free and self.f_divergence_type != "reverse_kl":
             kind = self.f_divergence_type
@@ -102,12 +103,12 @@ class DPOConfig(PromptLimits):
         if not form.of_difference and self.reference_free:
             without = ", ".join(other for other in FORMS if FORMS[other].of_difference)
             rule = f"must be False with loss_type {name}, which needs a reference"
-            yield Fault("reference_free", rule, True, f"these do without: {without}", involves)
+            yield Fault("reference_free", rule, True, f"these need none: {without}", involves)
         if not form.of_difference and self.f_divergence_type != "reverse_kl":
             rule = f"must be reverse_kl with loss_type {name}"
             yield Fault("f_divergence_type", rule, self.f_divergence_type, involves=involves)
         if form.sorts and self.use_weighting:
-            rule = f"must be False with loss_type {name}, which sorts, so that no pair has a loss of its own"
+            rule = f"must be False with loss_type {name}, which sorts, so pairs have no separate losses"
             yield Fault("use_weighting", rule, True, involves=involves)
         if form.smoothing and self.label_smoothing == 0:
             rule = f"must be above 0 with loss_type {name}, whose target it is"
@@ -115,7 +116,7 @@ class DPOConfig(PromptLimits):
             yield Fault("label_smoothing", rule, 0.0, advice, involves)
         if form.normalised and form.function and self.length_normalization is False:
             rule = f"must not be False with loss_type {name}"
-            advice = f"loss_type {form.function} is it without"
+            advice = f"loss_type {form.function} is the form without it"
             yield Fault("length_normalization", rule, advice=advice, involves=involves)
 
     def _weights(self, weights: tuple[float, ...]) -> Iterator[Fault]:
@@ -137,8 +138,8 @@ class ORPOConfig(PromptLimits):
     nll_scale: float = number(1.0, at_least=0)
     """(ours) Weight of the chosen response's negative log-likelihood per token."""
     nll_tokens: Literal["response", "prompt_and_response"] = "response"
-    """(ours) Which tokens that likelihood is of: the response's, as NxDT has it, or the prompt's from the
-    second on as well, as TRL and the paper's code have it."""
+    """(ours) Tokens of that likelihood: the response's (NxDT), or also the prompt's from the second on (TRL
+    and the paper's code)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +173,7 @@ class KTOConfig(PromptLimits):
     """Kahneman-Tversky optimization (https://arxiv.org/abs/2402.01306). All keys are ours."""
 
     beta: float = number(0.1, above=0)
-    """Strength of the pull to the reference."""
+    """Strength of the penalty for leaving the reference."""
     desirable_weight: float = number(1.0, at_least=0)
     """Weight of completions whose label is true."""
     undesirable_weight: float = number(1.0, at_least=0)
@@ -188,10 +189,10 @@ class KTOConfig(PromptLimits):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(PromptLimits):
-    """Supervised fine-tuning, on responses alone unless told otherwise."""
+    """Supervised fine-tuning, by default on responses only."""
 
     packing: bool = False
-    """Lay several records into a row, each attending to itself alone; False pads every row."""
+    """Pack several records into a row, each attending only to itself; False pads every row."""
     train_on_prompt: bool = False
     """(ours) Train on the prompt's tokens too, from the second on (torchtune's train_on_input)."""
 
@@ -212,11 +213,11 @@ class PEFTConfig:
     lora_bias: Literal["none", "all", "lora_only"] = "none"
     """Biases that are trained."""
     lora_verbose: bool = False
-    """Log what gets an adapter."""
+    """Log which layers get an adapter."""
     target_modules: tuple[str, ...] = ("qkv_proj",)
     """Layers that get an adapter: qkv_proj, o_proj, gate_up_proj, down_proj."""
     load_lora_from_ckpt: bool = False
-    """Take adapters from the start checkpoint."""
+    """Load adapters from the start checkpoint."""
     save_lora_base: bool = False
     """Save the base model's weights too."""
     merge_lora: bool = False
@@ -228,7 +229,7 @@ class PEFTConfig:
 
 
 def _row(loss: str, examples: Examples = "pair") -> dict[str, Any]:
-    """An objective's row: where its loss is in the room ``losses``, and what its examples are."""
+    """Metadata of an objective: its loss, as module.class of the package ``losses``, and its examples."""
     return {"loss": loss, "examples": examples}
 
 
@@ -245,9 +246,9 @@ class ModelAlignmentStrategyConfig:
     peft: PEFTConfig | None = None
     loss: str | None = None
     """(ours) Custom loss as a dotted path, module.name, called as (policy, reference) instead of the
-    objective's own; the objective still says what the data are."""
+    built-in one; the objective still determines the data."""
     loss_settings: Mapping[str, Any] | None = None
-    """(ours) Keyword settings that ``loss`` is made with."""
+    """(ours) Keyword arguments of ``loss``."""
     reference_model: str | None = field(default=None, metadata=PATH)
     """(ours) Folder of the reference's weights; null: the weights that training starts from."""
     reference_dtype: Literal["fp32", "bf16"] | None = None
@@ -255,7 +256,7 @@ class ModelAlignmentStrategyConfig:
 
     @property
     def objective(self) -> str:
-        """The one that is set. Raises ValueError where none or several are (check() reports that)."""
+        """The one that is set. Raises ValueError if none or several are (check() reports that)."""
         chosen = [name for name in OBJECTIVES if getattr(self, name) is not None]
         if len(chosen) != 1:
             names = ", ".join(OBJECTIVES)
@@ -270,13 +271,13 @@ class ModelAlignmentStrategyConfig:
 
     @property
     def examples(self) -> Examples:
-        """What the examples of ``objective`` are."""
+        """The kind of examples of ``objective``."""
         found: Examples = OBJECTIVES[self.objective]["examples"]
         return found
 
     @property
     def precompute_ref_log_probs(self) -> bool:
-        """Whether a reference is asked before training; so where the objective's own loss has none."""
+        """Whether the reference runs before training; True if the objective has no such key."""
         return getattr(self.active, "precompute_ref_log_probs", True)
 
     @property
@@ -288,7 +289,7 @@ class ModelAlignmentStrategyConfig:
         return self.active.truncation_mode
 
     def faults(self) -> Iterator[Fault]:
-        """What is wrong with a custom loss, as far as can be told without importing it."""
+        """Faults of a custom loss that can be found without importing it."""
         if self.loss is None and self.loss_settings:
             rule = "must not be set without model_alignment_strategy.loss"
             yield Fault("loss_settings", rule, dict(self.loss_settings))

@@ -1,4 +1,4 @@
-"""Check a configuration before anything is built from it; every fault comes in one message."""
+"""Check a configuration before anything is built from it; one message reports every fault."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class CheckedConfig:
-    """A configuration without a fault on this machine: made once per process, and handed down."""
+    """A configuration without faults on this machine; created once per process."""
 
     config: Config
     engine: Engine
     """The engine that runs it here."""
     notices: Sequence[str]
-    """What the user may want to know, none of it a fault."""
+    """Notices for the user, none of them a fault."""
     engine_notices: Sequence[str]
     """Keys that have no effect on this engine."""
 
 
 def checked(config: Config, world_size: int | None = None, faults: Sequence[Fault] = ()) -> CheckedConfig:
-    """Hold ``config`` to every rule and to the limits of the engine that runs it on this machine.
+    """Check ``config`` against every rule and the limits of the engine that runs it on this machine.
 
     Args:
-        world_size: processes that run, which must be as many as the configuration asks for.
-        faults: what reading it has found already.
+        world_size: the number of running processes, which must match the configuration.
+        faults: those that reading it already found.
 
     Raises ConfigError with every fault.
     """
@@ -61,7 +61,7 @@ def checked(config: Config, world_size: int | None = None, faults: Sequence[Faul
 
 
 def check_notices(config: Config) -> list[str]:
-    """What the user may want to know of a configuration without fault."""
+    """Notices about a configuration without faults."""
     return [notice for rule in NOTICES for notice in rule(config)]
 
 
@@ -71,7 +71,7 @@ def load_checked(
     config_dir: Path | None = None,
     world_size: int | None = None,
 ) -> CheckedConfig:
-    """``load_config`` and ``checked`` in one, so that the faults of both come in one ConfigError."""
+    """``load_config`` and ``checked`` in one, with the faults of both in one ConfigError."""
     config, faults = read_config(config_name_or_path, overrides, config_dir)
     return checked(config, world_size, faults)
 
@@ -79,13 +79,14 @@ def load_checked(
 def with_check(
     config: Config, faults: Sequence[Fault], world_size: int | None = None, engine: Engine | None = None
 ) -> list[Fault]:
-    """``faults`` of reading ``config``, then those of its values that do not follow from them."""
+    """``faults`` from reading ``config``, then the faults of its values that do not follow from them."""
     return [*faults, *independent(find_faults(config, world_size, engine), faults)]
 
 
 def find_faults(config: Config, world_size: int | None = None, engine: Engine | None = None) -> list[Fault]:
-    """Every fault of ``config``, see ``checked``; without an engine's limits where none is named."""
+    """Every fault of ``config``, see ``checked``; checks an engine's limits only if one is given."""
     found = [fault for rule in RULES for fault in rule(config)]
+    # world_size is below 1 only where devices or num_nodes is out of bounds, which has its own fault.
     if world_size is not None and config.world_size > 0 and world_size != config.world_size:
         found.append(_wrong_world(config, world_size))
     if engine is not None:

@@ -1,8 +1,7 @@
-"""Plain YAML values into the schema's dataclasses; every fault is noted, none stops the walk.
+"""Converts plain YAML values to the schema's dataclasses and collects every fault.
 
-Lenient where YAML users expect it: an integer for a number, a whole number or a text for an integer,
-``3e-4`` as a text (YAML 1.1 reads it so), a number for a text, and ``null`` for the default of a key
-that has no null.
+Accepts an integer for a number, a whole number or a text for an integer, ``3e-4`` as a text (YAML 1.1
+requires a dot in a float), a number for a text, and ``null`` for the default of a key that cannot be null.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 class _Unfit(Exception):
-    """A value that is not of the wanted type; the message is the rule."""
+    """A value of the wrong type; the message is the rule."""
 
 
 @dataclass
 class Walk:
-    """What a conversion finds on its way."""
+    """What a conversion collects."""
 
     faults: list[Fault] = field(default_factory=list)
     given: set[str] = field(default_factory=set)
@@ -111,7 +110,7 @@ def _unfit(error: _Unfit, hint: Any, value: Any, path: str) -> Fault:
 
 
 def _check_alias(path: str, value: Any, siblings: Mapping[Any, Any], walk: Walk) -> None:
-    """The key itself was filled in beforehand; here the two must only agree."""
+    """``_with_aliases`` has already set the key itself; the two must agree."""
     key = ALIASES[path]
     other = siblings.get(key.rpartition(".")[2])
     if value is not None and other != value:
@@ -121,6 +120,7 @@ def _check_alias(path: str, value: Any, siblings: Mapping[Any, Any], walk: Walk)
 
 def _convert(hint: Any, value: Any, path: str, walk: Walk, is_path: bool) -> Any:
     options = [option for option in alternatives(hint) if option is not type(None)]
+    # Try the exact type first: for int | float, 2 must stay an int and 2.0 a float.
     exact = [option for option in options if type(value) is option]
     rule = ""
     for option in exact or options:
@@ -171,7 +171,7 @@ def _sequence(item: Any, value: Any, path: str, walk: Walk, is_path: bool) -> tu
     if not isinstance(value, list):
         raise _Unfit
     if dataclasses.is_dataclass(item) and isinstance(item, type):
-        # A plain text in a list of sections stands for the section's first key.
+        # A plain value in a list of sections is the section's first key: callbacks: [my.Callback].
         first = key_fields(item)[0].name
         sections = [v if isinstance(v, Mapping) else {first: v} for v in value]
         return tuple(
@@ -204,7 +204,7 @@ def _number(value: Any) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        # A NaN would pass every comparison that a rule makes the other way round.
+        # NaN compares false with everything, so a rule of the form `if value < bound` would accept it.
         raise _Unfit("must be a finite number")
     return number
 

@@ -27,12 +27,12 @@ class DataSource:
     path: str = field(default="", metadata=PATH)
     """File, or name of a data set on the Hub."""
     weight: float = 1.0
-    """How often its records come in an epoch: 2 twice, 0.5 every other one."""
+    """How often its records occur per epoch: 2 is twice, 0.5 a random half."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data, batches and how examples are laid into rows."""
+    """Data, batches and the layout of examples in rows."""
 
     train_dir: str | tuple[DataSource, ...] = field(default="", metadata=PATH)
     """Training data: .jsonl, .json, .arrow or .parquet (also .gz), or the name of a data set on the
@@ -40,29 +40,29 @@ class DataConfig:
     val_dir: str | tuple[DataSource, ...] | None = field(default=None, metadata=PATH)
     """Validation data, as train_dir; null for none."""
     dev_choose_samples: int | None = number(None, at_least=1)
-    """Take the first so many records of each file; null for all."""
+    """Take the first N records of each file; null for all."""
     seq_length: int = number(4096, at_least=2)
-    """Most tokens of an example: prompt and response. Where it is not given, model.encoder_seq_length
-    if that is."""
+    """Maximum tokens of an example, prompt and response. If not set: model.encoder_seq_length, if that is
+    set."""
     micro_batch_size: int = number(1, at_least=1)
-    """Pairs (with packing none) or rows (else) that a rank computes at once."""
+    """Pairs (packing none) or rows (otherwise) per micro-batch."""
     global_batch_size: int = number(8, at_least=1)
-    """Pairs of an optimizer step, over all ranks; for sft and kto, responses."""
+    """Pairs per optimizer step over all ranks; for sft and kto, responses."""
     packing: Packing | None = field(default=None, metadata=reads_as(true="packed", false="none"))
-    """(ours) Layout of examples in rows. none: a row per response, padded; packed: several responses a
-    row, each with its prompt; shared_prompt: packed, chosen and rejected sharing their prompt's tokens;
-    null: shared_prompt, and for sft what model_alignment_strategy.sft.packing says. It changes the
-    speed and nothing else. True and False, as in NxDT's Megatron YAMLs, are packed and none."""
+    """(ours) Layout of examples in rows. none: a row per response, padded; packed: several responses
+    per row, each with its prompt; shared_prompt: packed, chosen and rejected sharing their prompt's tokens;
+    null: shared_prompt, for sft as model_alignment_strategy.sft.packing says. Affects only the speed. True
+    and False, as in NxDT's Megatron YAMLs, mean packed and none."""
     buckets: tuple[int, ...] | None = None
     """(ours) Row lengths in ascending order, each one compiled graph; null: chosen from the data."""
     attention: Attention = "auto"
-    """(ours) How packed rows are attended over. dense: a mask of all pairs of tokens, for any device;
-    blocks: an example at a time, padding left out, for cpu; flex: PyTorch's FlexAttention, compiled, for
-    cuda; auto: blocks on cpu, flex on cuda, else dense. It changes the speed and nothing else."""
+    """(ours) Attention kernel for packed rows. dense: an (S, S) mask, for any device; blocks: one example at
+    a time, without padding, for cpu; flex: PyTorch's compiled FlexAttention, for cuda; auto: blocks on cpu,
+    flex on cuda, else dense. Affects only the speed."""
     format: str | None = None
-    """(ours) Format of the records, e.g. pairs, fairseq2, orca, hh, sharegpt; or a function of your own,
-    module.function, from a record of the file to a mapping with prompt, chosen and rejected; null: found by
-    their keys."""
+    """(ours) Format of the records, e.g. pairs, fairseq2, orca, hh, sharegpt; or a custom function,
+    module.function, from a record of the file to a mapping with prompt, chosen and rejected; null: detected
+    from the keys."""
     columns: Mapping[str, str] | None = None
     """(ours) Our key to the files' key, e.g. {prompt: question, chosen: good, rejected: bad}."""
     on_bad_record: Literal["error", "drop"] = "error"

@@ -1,7 +1,7 @@
-"""The forms of DPO's loss: one row per value of ``dpo.loss_type``, which says all that a form needs.
+"""The forms of DPO's loss: one row per value of ``dpo.loss_type``.
 
-A new form is a row here and a function of its name in ``losses/forms.py``. No torch: the configuration is
-checked against this table.
+A new form is a row here and a function of the same name in ``losses/forms.py``. Imports no torch: the
+configuration is checked against this table.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Form:
-    """What a form reads and what may be combined with it."""
+    """Which settings a form reads and what it can be combined with."""
 
     reads: tuple[str, ...] = ()
-    """Settings of ``dpo`` that count for this form and not for all."""
+    """Settings of ``dpo`` that only some forms read."""
     of_difference: bool = True
-    """Whether it depends on the difference of the two scores alone: then another f-divergence, and doing
-    without a reference, make sense."""
+    """Whether it depends only on the difference of the two scores; only then do other f-divergences and
+    ``reference_free`` make sense."""
     normalised: bool = False
-    """Whether scores are divided by the response's tokens unless ``length_normalization`` says otherwise."""
+    """Whether scores are divided by the response's tokens if ``length_normalization`` is null."""
     sorts: bool = False
-    """Whether it depends on the ranks of a pair's scores among all others' of the global batch."""
+    """Whether it depends on how a pair's scores rank within the global batch."""
     smoothing: float = 0.0
-    """label_smoothing where it is null; a form with one above 0 cannot do without."""
+    """Default of label_smoothing; a form with a default above 0 is undefined without smoothing."""
     function: str = ""
-    """Name in ``losses/forms.py``; that of the form where empty."""
+    """Function in ``losses/forms.py``; empty: the form's name."""
 
 
 SMOOTHING = ("label_smoothing",)

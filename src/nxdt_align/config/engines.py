@@ -1,4 +1,4 @@
-"""Which engine runs a configuration, what it cannot do yet, and which keys have no effect on it."""
+"""Which engine runs a configuration, what it does not support yet, and which keys have no effect on it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _NEURON_PACKAGES = {
     "libneuronxla": "libneuronxla",
     **_CPU_MODE_PACKAGES,
 }
-"""Package -> the module that it brings."""
+"""Package -> the module that it provides."""
 
 
 def neuron_available() -> bool:
-    """Whether the real Neuron packages are here. PyPI's placeholders of these names hold no module."""
+    """Whether the real Neuron packages are installed. PyPI's placeholders of these names hold no module."""
     return all(_has_module(name) for name in ("torch_neuronx", "neuronx_distributed"))
 
 
 def find_missing_neuron_packages(cpu_mode: bool = False) -> str | None:
-    """What engine nxd lacks of its packages, and what to do; None where they are all here.
+    """Which packages engine nxd is missing, and what to do; None if it has all of them.
 
     Args:
-        cpu_mode: as with NXD_CPU_MODE=1, where neither compiler nor runtime is needed.
+        cpu_mode: NXD_CPU_MODE=1, which needs neither compiler nor runtime.
     """
     wanted = _CPU_MODE_PACKAGES if cpu_mode else _NEURON_PACKAGES
     absent = [package for package, module in wanted.items() if not _has_module(module)]
@@ -60,6 +60,7 @@ def find_missing_neuron_packages(cpu_mode: bool = False) -> str | None:
 def _has_module(name: str) -> bool:
     """Whether ``name`` can be imported; a folder of that name without code does not count."""
     spec = importlib.util.find_spec(name)
+    # A namespace package has a spec without an origin: any folder of that name on the path is one.
     return spec is not None and spec.origin is not None
 
 
@@ -72,8 +73,8 @@ def _is_installed(package: str) -> bool:
 
 
 def resolve_engine(config: Config, neuron_available: bool) -> Engine:
-    """The engine that distributed_strategy.engine asks for; of ``auto``, nxd where the Neuron packages
-    are and trainer.accelerator does not ask for another device."""
+    """The engine of distributed_strategy.engine; ``auto`` is nxd if the Neuron packages are installed and
+    trainer.accelerator does not select another device."""
     chosen = config.distributed_strategy.engine
     if chosen != "auto":
         return chosen
@@ -81,12 +82,12 @@ def resolve_engine(config: Config, neuron_available: bool) -> Engine:
     return "nxd" if neuron_available and neuron_is_wanted else "native"
 
 
-# What an engine does not support yet: path -> (values that it can, why not the others, what to do).
+# What an engine does not support yet.
 
 _SPREAD_OTHERWISE = "with 1, sequence_parallel over tensor_model_parallel_size=N ranks spreads long sequences"
 _NXDS_VALIDATION_STOPS = (
-    "leave it out: neuronx-distributed's schedule without gradients goes through each rank's first share of "
-    "the layers alone, so that there would be no validation and no reference pass"
+    "leave it out: neuronx-distributed's schedule without gradients runs only each rank's first chunk of "
+    "the layers, so neither validation nor a reference pass would work"
 )
 _NOT_YET = "engine {engine} does not support it yet"
 
@@ -102,11 +103,11 @@ LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
         "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
     },
 }
-"""Engine -> path -> (the only value that it takes, what to do). Lift a limit by deleting its line."""
+"""Engine -> path -> (the only supported value, what to do). Lift a limit by deleting its line."""
 
 
 def find_engine_faults(config: Config, engine: Engine) -> list[Fault]:
-    """What ``engine`` cannot do of ``config``."""
+    """What ``config`` asks for and ``engine`` does not support."""
     found = []
     not_yet = _NOT_YET.format(engine=engine)
     for path, (allowed, advice) in LIMITS[engine].items():
@@ -120,9 +121,10 @@ def find_engine_faults(config: Config, engine: Engine) -> list[Fault]:
 
 
 def _fp16_faults(config: Config, engine: Engine) -> Iterator[Fault]:
-    """Whether a step is skipped is decided on the host, outside of any compiled graph."""
+    """fp16 needs a dynamic loss scale, whose decision to skip a step cannot be in a compiled graph."""
     if config.precision.type != "fp16":
         return
+    # bf16 has float32's exponent range, so gradients neither overflow nor underflow.
     advice = "precision.type=mixed_precision computes in bf16, which needs no loss scale"
     if engine == "nxd":
         yield Fault("precision.type", "must not be fp16 on engine nxd", advice=advice)
@@ -132,7 +134,7 @@ def _fp16_faults(config: Config, engine: Engine) -> Iterator[Fault]:
 
 
 def _nxd_faults(config: Config) -> Iterator[Fault]:
-    """Number formats of reductions and of gradients that engine nxd has not."""
+    """Number formats of reductions and gradients that engine nxd does not support."""
     precision = config.precision
     is_float32 = precision.type == "fp32" or (
         precision.type == "manual" and "1" not in (precision.xla_use_bf16, precision.xla_downcast_bf16)
@@ -141,7 +143,7 @@ def _nxd_faults(config: Config) -> Iterator[Fault]:
     if given not in (None, wanted):
         rule = (
             f"must be {wanted} with precision.type {precision.type} on engine nxd, as neuronx-distributed "
-            "loses gradients where its layers reduce in another format than they compute in"
+            "loses gradients where its layers reduce in another dtype than they compute in"
         )
         path = "precision.parallel_layers_reduce_dtype"
         yield Fault(path, rule, given, "leave it out", ("precision.type",))
@@ -151,13 +153,13 @@ def _nxd_faults(config: Config) -> Iterator[Fault]:
         if getattr(precision, key):
             rule = (
                 "must be False without precision.master_weights on engine nxd, as gradients then have the "
-                "format of the bf16 weights that the optimizer moves"
+                "dtype of the bf16 weights that the optimizer updates"
             )
             advice = "precision.master_weights=True gives it fp32 weights and gradients"
             yield Fault(f"precision.{key}", rule, True, advice, ("precision.master_weights",))
 
 
-# Keys that are read but change nothing.
+# Keys that are read but have no effect.
 
 _MEGATRON_OR_LIGHTNING = (
     *("exp_manager.version", "exp_manager.use_datetime_version", "exp_manager.resume_past_end"),
@@ -177,8 +179,8 @@ _NEURON = (
 )
 _NATIVE_NOT_YET = ("precision.master_weights", "precision.fp32_grad_acc", "precision.fp32_grads_cc")
 _NXD_ON_TRN1 = ("trainer.lnc", "exp_manager.ckpt_ptl_version", "model.fusions.ring_attention")
-# A native checkpoint keeps the weights that the optimizer moves, float32 masters where there are such:
-# without them a run would not go on as if it had not been interrupted. (NxDT itself reads save_bf16 nowhere.)
+# A native checkpoint holds the weights that the optimizer updates, float32 masters if any: without them a
+# resumed run would differ from an uninterrupted one. (NxDT itself never reads save_bf16.)
 _NATIVE_ALWAYS_EXACT = (
     "exp_manager.save_bf16",
     "exp_manager.checkpoint_callback_params.use_master_weights_in_ckpt",
@@ -187,7 +189,7 @@ NO_EFFECT: dict[Engine, tuple[str, ...]] = {
     "native": (*_MEGATRON_OR_LIGHTNING, *_NEURON, *_NATIVE_NOT_YET, *_NATIVE_ALWAYS_EXACT),
     "nxd": (*_MEGATRON_OR_LIGHTNING, *_NXD_ON_TRN1),
 }
-"""Engine -> keys that change nothing on it."""
+"""Engine -> keys that have no effect on it."""
 
 
 def _runs_on_neuron(config: Config) -> bool:
@@ -198,16 +200,16 @@ REASONS: dict[Engine, dict[str, str]] = {
     "native": {},
     "nxd": {
         "trainer.lnc": "a logical NeuronCore of trn1 is a physical one",
-        "exp_manager.ckpt_ptl_version": "checkpoints of this package say their version themselves",
+        "exp_manager.ckpt_ptl_version": "checkpoints of this package record their version",
         "model.fusions.ring_attention": "it is for context parallelism",
         "model.transpose_nki_inputs": "it is for the kernel of model.fusions.flash_attention",
         "model.use_cpu_initialization": (
-            "weights are always made on the CPU, so that ranks of any sizes start from the same ones"
+            "weights are always initialised on the CPU, so that every layout starts from the same ones"
         ),
         "trainer.sequential_move_factor": "without a pipeline all ranks load their weights at once",
     },
 }
-"""Engine -> why a key of those that say so in the notice changes nothing."""
+"""Engine -> key -> why it has no effect, for the notice."""
 
 
 _ONLY_WITH: dict[str, Callable[[Config], bool]] = {
@@ -224,11 +226,11 @@ _ONLY_WITH: dict[str, Callable[[Config], bool]] = {
     "model.use_cpu_initialization": lambda c: c.model.use_cpu_initialization,
     "trainer.sequential_move_factor": lambda c: c.distributed_strategy.pipeline_model_parallel_size > 1,
 }
-"""Keys that count only where they or another have some value."""
+"""Keys that have an effect only if the condition holds."""
 
 
 def keys_without_effect(config: Config, engine: Engine) -> list[str]:
-    """Keys that the YAML or an override sets to something and that change nothing on ``engine``."""
+    """Keys that the YAML or an override sets and that have no effect on ``engine``."""
 
     def is_idle(path: str) -> bool:
         if path in NO_EFFECT[engine]:
@@ -240,7 +242,7 @@ def keys_without_effect(config: Config, engine: Engine) -> list[str]:
 
 
 def notices(config: Config, engine: Engine) -> list[str]:
-    """One notice that names every such key; none where there is no such key."""
+    """One notice that names every such key; empty if there is none."""
     reasons = REASONS[engine]
     keys = [f"{k} ({reasons[k]})" if k in reasons else k for k in keys_without_effect(config, engine)]
     return [f"keys without effect on engine {engine}: {', '.join(keys)}"] if keys else []

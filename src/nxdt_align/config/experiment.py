@@ -1,7 +1,7 @@
 """The section ``exp_manager``: folders, loggers, checkpoints, resume. Part of the schema.
 
-NeMo 2.1.0's ``ExpManagerConfig`` and ``CallbackParams``, with NeMo's defaults where not said
-otherwise, NxDT's own keys, and ours.
+NeMo 2.1.0's ``ExpManagerConfig`` and ``CallbackParams``, with NeMo's defaults unless noted, plus
+NxDT's keys and ours.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ class CheckpointCallbackConfig:
     """When checkpoints are written and which are kept."""
 
     filepath: str | None = None
-    """Old spelling of dirpath and filename in NeMo; leave it null."""
+    """NeMo's old spelling of dirpath and filename; leave it null."""
     dirpath: str | None = field(default=None, metadata=PATH)
     """Folder of the checkpoints; null: checkpoints in the experiment's folder."""
     filename: str | None = None
-    """Name of a checkpoint, with {step} and {consumed_samples} filled in; null: made from the name."""
+    """Name of a checkpoint, with {step} and {consumed_samples} filled in; null: derived from the name."""
     monitor: str = "step"
     """Metric that ranks checkpoints. NeMo's default is val_loss; NxDT's YAMLs have step."""
     mode: str = "max"
     """Whether the largest (max) or smallest (min) value of monitor is best."""
     save_top_k: int = number(1, at_least=-1)
-    """Checkpoints that are kept; -1 for all."""
+    """Number of checkpoints to keep; -1 for all."""
     save_last: bool = False
-    """Write one more at the end, whose name ends in -last."""
+    """Write one more at the end, with a name ending in -last."""
     every_n_train_steps: int | None = number(None, at_least=0)
     """Steps between two checkpoints."""
     every_n_epochs: int | None = 1
-    """Epochs between two checkpoints; without effect where every_n_train_steps is set."""
+    """Epochs between two checkpoints; no effect if every_n_train_steps is set."""
     train_time_interval: Any = None
     """Wall-clock time between two checkpoints."""
     save_on_train_epoch_end: bool = False
     """Write at the end of a training epoch instead of after validation."""
     save_weights_only: bool = False
-    """Leave the optimizer's state out."""
+    """Leave out the optimizer's state."""
     auto_insert_metric_name: bool = True
     """Put the metric's name into the file name."""
     enable_version_counter: bool = False
@@ -48,7 +48,7 @@ class CheckpointCallbackConfig:
     verbose: bool = True
     """Log each checkpoint."""
     prefix: str | None = None
-    """Start of the name; null: made from the experiment's name."""
+    """Start of the name; null: derived from the experiment's name."""
     postfix: str = ".nemo"
     """End of a .nemo archive's name; none is written here."""
     save_best_model: bool = False
@@ -62,7 +62,7 @@ class CheckpointCallbackConfig:
     async_save: bool = False
     """NeMo's asynchronous checkpoints; exp_manager.async_checkpointing has ours."""
     model_parallel_size: int | None = None
-    """Tensor x pipeline parallel size, as ${multiply:...} in NxDT's YAMLs; known from
+    """Tensor x pipeline parallel size, ${multiply:...} in NxDT's YAMLs; here it follows from
     distributed_strategy."""
     use_master_weights_in_ckpt: bool = False
     """Save the fp32 copy of the weights instead of the bf16 ones."""
@@ -70,10 +70,10 @@ class CheckpointCallbackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpManagerConfig:
-    """The experiment's folder, loggers, checkpoints and what training resumes from."""
+    """The experiment's folder, loggers and checkpoints, and what training resumes from."""
 
     explicit_log_dir: str | None = field(default=None, metadata=PATH)
-    """Folder of the experiment, instead of exp_dir/name/date (exp_log_dir is taken too)."""
+    """Folder of the experiment, instead of exp_dir/name/date (exp_log_dir is accepted too)."""
     exp_dir: str | None = field(default=None, metadata=PATH)
     """Folder of all experiments; null: nemo_experiments in the current folder."""
     name: str | None = None
@@ -83,18 +83,18 @@ class ExpManagerConfig:
     use_datetime_version: bool = True
     """Name runs by date; False: version_0, version_1, ..."""
     resume_if_exists: bool = False
-    """Go on from the newest checkpoint of the same run (objective, data, start weights and model)."""
+    """Resume from the newest checkpoint of the same run (objective, data, start weights and model)."""
     resume_past_end: bool = False
-    """Go on even from a checkpoint of the end."""
+    """Resume even from a checkpoint of the end."""
     resume_ignore_no_checkpoint: bool = False
-    """Start anew where resume_if_exists finds no checkpoint."""
+    """Start a new run if resume_if_exists finds no checkpoint."""
     resume_from_checkpoint: str | None = field(default=None, metadata=PATH)
     """Where training starts: a checkpoint, or a Hugging Face folder of weights; null: random weights.
     A checkpoint of this run in the experiment's folder takes precedence."""
     log_local_rank_0_only: bool = False
-    """Write a log file for the first process of a node alone."""
+    """Write a log file only for the first process of a node."""
     log_global_rank_0_only: bool = False
-    """Write a log file for the first process of the run alone."""
+    """Write a log file only for the first process of the run."""
     create_tensorboard_logger: bool = True
     """Log to TensorBoard."""
     summary_writer_kwargs: Mapping[str, Any] | None = None
@@ -131,21 +131,21 @@ class ExpManagerConfig:
     files_to_copy: tuple[str, ...] | None = None
     """Files to copy into the experiment's folder."""
     log_step_timing: bool = False
-    """Log the time of each step with NeMo's timer, whose step axis starts at 0; throughput is logged
-    anyway."""
+    """Log the time of each step with NeMo's timer, whose step axis starts at 0; throughput is always
+    logged."""
     log_delta_step_timing: bool = False
     """Log the time between steps with NeMo's logger."""
     step_timing_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the step timer: reduction, sync_cuda, buffer_size."""
     disable_validation_on_resume: bool = False
-    """Leave out the validation that was due when the run broke off (NeMo's default, with which a resumed
-    run logs less than an uninterrupted one)."""
+    """Skip the validation that was due when the run was interrupted (NeMo's default, with which a resumed run
+    logs less than an uninterrupted one)."""
     ema: Mapping[str, Any] = field(default_factory=dict)
     """NeMo's moving average of weights; enable must be False."""
     max_time_per_run: str | None = None
     """Wall-clock time after which the run ends with a checkpoint, as DD:HH:MM:SS."""
     seconds_to_sleep: float = 5
-    """Seconds that the other ranks wait while the first makes the folder."""
+    """Seconds that the other ranks wait while rank 0 creates the folder."""
     create_straggler_detection_callback: bool = False
     """NeMo's detection of slow ranks (CUDA)."""
     straggler_detection_params: Mapping[str, Any] = field(default_factory=dict)
@@ -161,27 +161,27 @@ class ExpManagerConfig:
     log_gradient_norm: bool = True
     """Log the gradients' L2 norm before clipping."""
     log_token_statistics: bool = True
-    """Log what TRL does of the responses' tokens: logits/chosen, logits/rejected, entropy and
+    """Log TRL's statistics of the responses' tokens: logits/chosen, logits/rejected, entropy and
     mean_token_accuracy."""
     enable_recovery_time_instrumentation: bool = False
     """Log how long each part of a start or a restart takes, up to the end of the first step."""
     save_xser: bool = True
-    """Write checkpoints in torch_xla's one-file-a-tensor form."""
+    """Write checkpoints in torch_xla's xser form, one file per tensor."""
     load_xser: bool = True
-    """That checkpoints are read in that form. Which form a folder has is found out on reading; where this
-    key is set and says otherwise, a line of the log says so (engine nxd)."""
+    """Expect checkpoints in xser form. The form is detected on reading; if this key is set and differs, the
+    log says so (engine nxd)."""
     save_bf16: bool = False
     """Write checkpoint weights in bf16."""
     async_checkpointing: bool = False
     """Write checkpoints while training goes on, from a copy of the state in each rank's host memory. At
-    most one is under way; what fails in it stops the run at the next one, or at the end."""
+    most one is in progress; a failed write stops the run at the next checkpoint, or at the end."""
     ckpt_ptl_version: str | None = None
-    """NxDT's: version of Lightning of a checkpoint that does not say. Those of this package always do."""
+    """NxDT's: Lightning version of a checkpoint that does not record it. Ours always do."""
     export_hf: bool = True
     """(ours) Write the trained model as a Hugging Face folder at the end."""
     preflight: bool = True
-    """(ours) Before the first step, check that reference and policy agree where they must; a fresh run
-    whose reference is not its policy stops."""
+    """(ours) Before the first step, check that policy and reference agree; stop a new run if they should and
+    do not."""
     fail_on_recompile: bool = False
-    """(ours) Stop where a step compiles a graph that it should not: after the first two steps of its shapes.
-    For accelerators that compile steps (neuron, xla); False only warns."""
+    """(ours) Stop if a step compiles a graph after the first two steps of its shapes; False only warns. For
+    accelerators that compile steps (neuron, xla)."""

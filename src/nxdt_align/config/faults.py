@@ -1,4 +1,4 @@
-"""Faults of a configuration, each with its path, gathered into one error."""
+"""Faults of a configuration, each with its path, collected into one error."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from nxdt_align.errors import UserError
 
+# None is a value that a key can have.
 _NOTHING = object()
 _LONGEST_VALUE = 120
 
@@ -20,15 +21,15 @@ class Fault:
     path: str
     """The key, e.g. data.seq_length."""
     rule: str
-    """What must hold, as the rest of a sentence that begins with the key."""
+    """The rule, as the rest of a sentence that begins with the key."""
     received: Any = _NOTHING
-    """The value; left out where the rule says it already."""
+    """The value; left out if the rule already states it."""
     advice: str = ""
     """What to do."""
     involves: tuple[str, ...] = ()
-    """Other keys that the rule looks at: where one of them is faulty itself, this may follow from it."""
+    """Other keys that the rule reads; if one of them is faulty, this fault may follow from it."""
     is_missing_path: bool = False
-    """Whether a file or folder is not there, which may be so on this machine alone."""
+    """Whether a file or folder is missing, perhaps only on this machine."""
 
     def __str__(self) -> str:
         received = "" if self.received is _NOTHING else f", but is {show(self.received)}"
@@ -52,7 +53,7 @@ def _message(faults: tuple[Fault, ...], source: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a YAML would have it, cut where it is long."""
+    """A value as a YAML would show it, truncated."""
     if value is None:
         return "null"
     text = str(list(value)) if isinstance(value, tuple) else repr(value)
@@ -60,7 +61,7 @@ def show(value: Any) -> str:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that is most like ``name``, or else the first that begins with it."""
+    """The known name most similar to ``name``, or else the first that begins with it."""
     candidates = {each.lower(): each for each in known}
     close = difflib.get_close_matches(name.lower(), list(candidates), n=1, cutoff=cutoff)
     close = close or [each for each in candidates if name and each.startswith(name.lower())]
@@ -74,10 +75,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def independent(faults: Iterable[Fault], earlier: Sequence[Fault]) -> list[Fault]:
-    """``faults`` that cannot merely follow from a key already known to be faulty."""
+    """``faults`` that do not follow from a key already known to be faulty."""
     broken = [fault.path for fault in earlier]
 
     def follows(path: str) -> bool:
+        # A faulty section makes its keys suspect, and a faulty key its section.
         return any(path == b or path.startswith(f"{b}.") or b.startswith(f"{path}.") for b in broken)
 
     return [f for f in faults if not any(follows(path) for path in (f.path, *f.involves))]

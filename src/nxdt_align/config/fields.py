@@ -1,4 +1,4 @@
-"""What a field of the schema says of its key beside type and default: its bounds, and how it is read."""
+"""Metadata of the schema's fields beyond type and default: bounds, and how a value is read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ PATH: dict[str, Any] = {"path": True}
 """A file or folder: ``~`` and ``$HOME`` are expanded."""
 
 OPEN: dict[str, Any] = {"open": True}
-"""A mapping of the keys of its section that are no fields, e.g. an optimizer's arguments."""
+"""A mapping that collects the section's other keys, e.g. an optimizer's arguments."""
 
 INTERNAL: dict[str, Any] = {"internal": True}
 """Not a key of the YAML."""
 
 
 def reads_as(**replacements: Any) -> dict[str, Any]:
-    """Other spellings that a value is taken for, by the text of the YAML value in lower case."""
+    """Alternative spellings: lower-case text of the YAML value -> the value it means."""
     return {"reads_as": replacements}
 
 
 def is_dotted(path: str) -> bool:
-    """Whether ``path`` reads as module.name; whether it can be imported is seen at training."""
+    """Whether ``path`` has the form module.name; it is imported only when training starts."""
     return "." in path and all(part.isidentifier() for part in path.split("."))
 
 
@@ -42,15 +42,15 @@ _BOUNDS = {
 
 
 def number(default: Any, **bounds: float) -> Any:
-    """A field whose value keeps ``bounds``: above, at_least, below, at_most. None is within all of them."""
+    """A field with ``bounds``: above, at_least, below, at_most. None is always within them."""
     return dataclasses.field(default=default, metadata={"bounds": bounds})
 
 
 def section_faults(section: Any, path: str) -> Iterator[Fault]:
-    """What is wrong with the values of a section, a dataclass of the schema, that stands at ``path``.
+    """The faults of a section (a dataclass of the schema) at ``path``.
 
-    The bounds of its fields, those of the sections in it, and the rules of its own: what its method
-    ``faults`` yields, with paths that begin at the section.
+    Checks the bounds of its fields and of its subsections, and its own rules: what its method ``faults``
+    yields, with paths relative to the section.
     """
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
@@ -75,7 +75,7 @@ def _broken_bounds(path: str, value: Any, bounds: dict[str, float]) -> Iterator[
 
 
 def _broken_choices(section: Any, path: str) -> Iterator[Fault]:
-    """Texts that are none of those that a key takes; in a YAML they are found when it is read."""
+    """Texts that are not among a key's choices; in a YAML, reading finds these."""
     for name, hint in get_type_hints(type(section)).items():
         options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         choices = [
@@ -87,7 +87,7 @@ def _broken_choices(section: Any, path: str) -> Iterator[Fault]:
 
 
 def require_sound(section: Any, path: str) -> None:
-    """Raise ConfigError with every fault of a section that was made by hand."""
+    """Raise ConfigError with every fault of a section that was constructed in Python."""
     found = [*_broken_choices(section, f"{path}."), *section_faults(section, f"{path}.")]
     if found:
         raise ConfigError(found)

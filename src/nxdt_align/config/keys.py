@@ -1,4 +1,4 @@
-"""Every key of the schema with type, default and meaning, read off the schema itself."""
+"""Every key of the schema with type, default and meaning, read from the schema's source."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def section_type(hint: Any) -> type | None:
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The types that a union allows; the type itself where it is none."""
+    """The members of a union; the type itself if it is not a union."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -72,9 +72,8 @@ def all_keys() -> dict[str, Key]:
 
 
 def nearest_key(path: str) -> str | None:
-    """The known key that ``path`` was probably meant for: what another library calls so in the same
-    section, else one of the same name elsewhere in the tree, else a similar name in the section, else a
-    similar path."""
+    """The known key that ``path`` probably means: another library's name in the same section, else the same
+    name elsewhere in the tree, else a similar name in the section, else a similar path."""
     section, _, name = path.rpartition(".")
     known = list(all_keys())
     here = f"{section}.{OTHER_NAMES.get(name, '')}"
@@ -89,7 +88,7 @@ def nearest_key(path: str) -> str | None:
 
 
 def describe_keys(prefix: str = "") -> str:
-    """What ``--help-keys`` prints: each key under ``prefix``, and the known keys without effect."""
+    """The text of ``--help-keys``: each key under ``prefix``, and the known keys without effect."""
     chosen = [
         key
         for key in all_keys().values()
@@ -161,6 +160,7 @@ def field_docstrings(section: type) -> dict[str, str]:
     """Field name -> the string below it in the source, on one line, those of the bases included."""
     inherited = [field_docstrings(base) for base in section.__bases__ if dataclasses.is_dataclass(base)]
     found = {name: text for base in inherited for name, text in base.items()}
+    # Python discards strings below fields (PEP 224 was rejected), so they are read from the source.
     tree = ast.parse(textwrap.dedent(inspect.getsource(section)))
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     for statement, follower in itertools.pairwise(body):

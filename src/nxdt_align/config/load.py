@@ -1,4 +1,4 @@
-"""Read a YAML with Hydra and OmegaConf, apply overrides, resolve it, and make it a Config."""
+"""Read a YAML with Hydra and OmegaConf, apply overrides, resolve it, and convert it to a Config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 
 HYDRA_VERSION_BASE = "1.2"
-"""The version whose rules NxDT's YAMLs are composed by."""
+"""The version whose rules NxDT uses to compose its YAMLs."""
 
 
 def load_config(
@@ -32,7 +32,7 @@ def load_config(
     Args:
         config_name_or_path: name in ``config_dir``, with or without .yaml, or a path to a file.
         overrides: ``key=value`` for any known key, ``+key=value``, ``++key=value`` or ``~key``.
-        config_dir: where names are looked up; None: conf in the current folder, then the package's.
+        config_dir: folder of names; None: conf in the current folder, then the package's.
 
     Raises UserError for a YAML or an override that cannot be read, and ConfigError (one of them)
     with every unknown key and every value of a wrong type.
@@ -46,7 +46,7 @@ def load_config(
 def read_config(
     config_name_or_path: str, overrides: Sequence[str] = (), config_dir: Path | None = None
 ) -> tuple[Config, list[Fault]]:
-    """As ``load_config``, with the faults handed back; a faulty key has its default."""
+    """As ``load_config``, but returns the faults; a faulty key has its default."""
     _register_resolvers()
     path = find_config(config_name_or_path, config_dir)
     composed = _compose(path, [rewrite_override(text) for text in overrides])
@@ -64,7 +64,7 @@ def default_config_dirs() -> list[Path]:
 
 
 def find_config(name: str, config_dir: Path | None = None) -> Path:
-    """The file that ``name`` means. Raises UserError with what there is where there is none."""
+    """The file that ``name`` refers to. Raises UserError, with the known names, if there is none."""
     file = name if name.endswith(".yaml") else f"{name}.yaml"
     folders = [config_dir] if config_dir is not None else default_config_dirs()
     candidates = [folder / file for folder in folders]
@@ -80,9 +80,9 @@ def find_config(name: str, config_dir: Path | None = None) -> Path:
 
 
 def presets(config_dir: Path | None = None) -> list[tuple[str, str]]:
-    """The configs where names are looked up, and what each is for: the first line of its comment.
+    """The configs and the purpose of each, the first line of its comment.
 
-    Raises UserError where there are none.
+    Raises UserError if there are none.
     """
     folders = [config_dir] if config_dir is not None else default_config_dirs()
     files: dict[str, Path] = {}
@@ -108,14 +108,15 @@ def to_yaml(config: Config) -> str:
 
 
 def rewrite_override(text: str) -> str:
-    """``key=value`` in Hydra's grammar, for any key whether the YAML has it or not.
+    """``key=value`` in Hydra's grammar, for any key, whether or not the YAML has it.
 
-    The value of a key that takes a text is quoted, so that paths need no quoting by the user.
+    Text values are quoted, so that the user need not quote paths.
     """
     key, equals, value = text.partition("=")
     if not equals or key.startswith("~"):
         return text
     name = key.lstrip("+")
+    # Hydra's plain key=value requires that the YAML has the key; "++" adds or overrides.
     plus = key[: len(key) - len(name)] or "++"
     name = ALIASES.get(name, name)
     known = all_keys().get(name)
@@ -127,11 +128,12 @@ def rewrite_override(text: str) -> str:
 
 
 def _quoted(value: str) -> str:
-    """A text as Hydra's grammar quotes it; what is quoted, a list, a mapping or null stays."""
+    """A text quoted for Hydra's grammar; a quoted text, a list, a mapping or null stays as it is."""
     if value[:1] in ("'", '"', "[", "{") or value.lower() in ("", "null"):
         return value
     escaped = ""
     backslashes = 0
+    # Hydra's grammar (OverrideLexer.g4): backslashes are literal, except before a quote.
     for character in value + "\0":
         if character in ("'", "\0"):
             escaped += "\\" * backslashes
@@ -148,7 +150,7 @@ def _register_resolvers() -> None:
 
 
 def _multiply(*factors: Any) -> int | float:
-    """``${multiply:a, b}`` of NxDT's YAMLs: whole numbers give a whole number."""
+    """``${multiply:a, b}`` of NxDT's YAMLs: integers give an integer."""
     product = math.prod([float(factor) for factor in factors], start=1.0)
     return int(product) if product.is_integer() else product
 
@@ -159,23 +161,23 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
         try:
             config = compose(path.stem, overrides=overrides)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            # ValueError: a section is given a number, where Hydra knows a group of that name.
+            # Hydra raises a bare ValueError for a number in place of a config group, e.g. trainer=3.
             raise UserError(_compose_message(error, path, overrides)) from error
     return _with_aliases(config)
 
 
 def _check_yaml(path: Path) -> None:
-    """Raise UserError with file and line for what is no YAML mapping."""
+    """Raise UserError with file and line unless the file is a YAML mapping."""
     try:
         content = OmegaConf.load(path)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text in UTF-8: {error}") from error
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read as a YAML of sections and keys: {error}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
     except Exception as error:
-        # Those of PyYAML, which this room does not import; most carry the place of the fault.
+        # PyYAML's errors, told by module name as this package does not import it; most carry the position.
         if type(error).__module__.partition(".")[0] != "yaml":
             raise
         mark = getattr(error, "problem_mark", None)
@@ -199,7 +201,7 @@ def _compose_message(error: Exception, path: Path, overrides: list[str]) -> str:
 
 
 def _with_aliases(config: DictConfig) -> DictConfig:
-    """Give each key that is spelled another way its own name too, before anything refers to it."""
+    """Copy each key with an alternative spelling to its canonical name, before interpolations refer to it."""
     for alias, key in ALIASES.items():
         section, _, name = key.rpartition(".")
         node: Any = OmegaConf.select(config, section) if section else config
@@ -211,7 +213,7 @@ def _with_aliases(config: DictConfig) -> DictConfig:
 
 
 def _resolved(node: DictConfig | ListConfig, prefix: str, walk: Walk) -> Any:
-    """``node`` with every interpolation replaced; one that cannot be is noted and left out."""
+    """``node`` with every interpolation resolved; one that fails becomes a fault and is left out."""
     if isinstance(node, ListConfig):
         kept = [_resolved_item(node, i, f"{prefix}{i}", walk) for i in range(len(node))]
         return [value for value in kept if value is not _FAULTY]
@@ -256,7 +258,7 @@ def _derive(config: Config, given: frozenset[str]) -> Config:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses into what a YAML holds; a mapping of further keys goes into its section."""
+    """Dataclasses to plain YAML values; an open mapping's keys go into its section."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain: dict[str, Any] = {}
         for field in key_fields(type(value)):

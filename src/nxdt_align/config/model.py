@@ -19,17 +19,17 @@ class FusionsConfig:
     flash_attention: bool = False
     """NKI flash attention."""
     ring_attention: bool = False
-    """Ring attention; needed with context_parallel_size above 1."""
+    """Ring attention; required with context_parallel_size above 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedConfig:
-    """The learning rate's schedule."""
+    """The learning-rate schedule."""
 
     name: str = "LinearAnnealingWithWarmUp"
     """A schedule of NeMo (CosineAnnealing, WarmupPolicy, ...) or LinearAnnealingWithWarmUp."""
     max_steps: int | None = None
-    """Steps that the schedule spans; null or -1: those of the run."""
+    """Steps that the schedule spans; null or -1: the run's steps."""
     params: Mapping[str, Any] = field(default_factory=dict, metadata=OPEN)
     """Every other key of sched is an argument of the schedule: warmup_steps, constant_steps, min_lr, ..."""
 
@@ -44,8 +44,8 @@ class OptimConfig:
 
     name: str = "adamw"
     """An optimizer of NeMo (adamw, sgd, adam, adadelta, adamax, adagrad, rmsprop, rprop, novograd,
-    adafactor, adan), adamw_fp32OptState (AdamW with its state in fp32), or a class of your own as a dotted
-    path, module.name."""
+    adafactor, adan), adamw_fp32OptState (AdamW with its state in fp32), or a custom class as a dotted path,
+    module.name."""
     lr: float = number(5.0e-7, at_least=0)
     """Learning rate, at the schedule's peak."""
     sched: SchedConfig | None = None
@@ -66,8 +66,8 @@ class ModelConfig:
     """Hugging Face config.json, or a folder that has one; null: that of
     exp_manager.resume_from_checkpoint."""
     encoder_seq_length: int | None = number(None, at_least=2)
-    """Longest sequence of the model, at least data.seq_length (spelled encoder_seq_len in NxDT's
-    tutorial, which is taken too); null: data.seq_length."""
+    """Longest sequence of the model, at least data.seq_length (NxDT's tutorial spells it
+    encoder_seq_len, also accepted); null: data.seq_length."""
     max_position_embeddings: int | None = number(None, at_least=1)
     """Overrides that of config.json."""
     num_layers: int | None = number(None, at_least=1)
@@ -77,25 +77,25 @@ class ModelConfig:
     rope_theta: float | None = number(None, above=0)
     """Overrides the rotary embedding's base of config.json."""
     weight_init_only: bool = True
-    """Take from exp_manager.resume_from_checkpoint the weights alone, not the optimizer's state."""
+    """Load only the weights from exp_manager.resume_from_checkpoint, not the optimizer's state."""
     qkv_linear: bool = False
-    """One GQAQKVLinear layer for queries, keys and values, with key and value heads replicated."""
+    """One GQAQKVColumnParallelLinear layer for queries, keys and values, with replicated key-value heads."""
     fuse_qkv: bool = True
-    """Keep its three weights as one."""
+    """Store its three weights as one."""
     transpose_nki_inputs: bool = True
-    """Bring the inputs of NKI flash attention into the layout that it computes with, instead of having it do
-    so (engine nxd)."""
+    """Transpose the inputs of NKI flash attention before the kernel instead of inside it (engine nxd)."""
     pipeline_cuts: tuple[str, ...] | None = None
-    """Layers after which the pipeline is cut, e.g. [model.layers.10]; null: even shares, with the layers
-    that are left over in the last stages."""
+    """Layers after which the pipeline is cut, e.g. [model.layers.10]; null: even shares, with
+    leftover layers in the last stages."""
     use_cpu_initialization: bool = False
-    """Make the weights on the CPU and move them to the device, which is done whatever this says."""
+    """Initialise the weights on the CPU and move them to the device; this is always done, whatever the
+    value."""
     activations_checkpoint_granularity: Literal["full", "selective"] | None = None
-    """What is computed again in the backward pass instead of kept. full: each layer; selective: the
-    modules named in activations_checkpoint_recompute; null: nothing."""
+    """What the backward pass recomputes. full: each layer; selective: the modules in
+    activations_checkpoint_recompute; null: nothing."""
     activations_checkpoint_recompute: tuple[str, ...] | None = None
-    """Modules to compute again with selective, e.g. [CoreAttention, LlamaMLP]."""
+    """Modules to recompute with selective, e.g. [CoreAttention, LlamaMLP]."""
     do_layer_norm_weight_decay: bool = False
-    """Decay the weights of the norms too."""
+    """Apply weight decay to the norms too."""
     fusions: FusionsConfig = field(default_factory=FusionsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -26,7 +26,7 @@ def reference_is_not_needed(config: Config) -> Iterator[str]:
 
 
 def settings_of_other_forms(config: Config) -> Iterator[str]:
-    """Keys of dpo that were set, and that none of its forms reads."""
+    """Keys of dpo that are set but that none of the chosen forms reads."""
     dpo = config.model_alignment_strategy.dpo
     if dpo is None:
         return
@@ -45,7 +45,7 @@ def settings_of_other_forms(config: Config) -> Iterator[str]:
 
 
 def settings_of_the_replaced_loss(config: Config) -> Iterator[str]:
-    """Settings of the objective's own loss, beside a custom loss that is used instead."""
+    """Settings of the built-in loss that a custom loss replaces."""
     strategy = config.model_alignment_strategy
     if strategy.loss is None:
         return

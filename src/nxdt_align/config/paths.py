@@ -1,4 +1,4 @@
-"""Rules on the files that a configuration names: they must exist, and config.json must fit."""
+"""Rules on the files that a configuration names: they must exist, and config.json must fit the settings."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def path_faults(config: Config) -> list[Fault]:
     found += _tokenizer(config.data.tokenizer.type)
     found += _weights("exp_manager.resume_from_checkpoint", config.exp_manager.resume_from_checkpoint)
     strategy = config.model_alignment_strategy
+    # Only these ask for a reference; a custom loss may.
     if any(setting is not None for setting in (strategy.dpo, strategy.kto, strategy.loss)):
         path = "model_alignment_strategy.reference_model"
         found += _weights(path, config.model_alignment_strategy.reference_model)
@@ -53,7 +54,7 @@ def _data(path: str, value: str | tuple[DataSource, ...] | None) -> Iterator[Fau
 
 
 def _near(missing: Path) -> str:
-    """What to do about a data file that is not there."""
+    """Advice about a missing data file."""
     if not missing.parent.is_dir():
         hub = "a data set on the Hugging Face Hub is named as owner/name"
         return f"there is no folder {missing.parent} either" if missing.is_absolute() else hub
@@ -67,7 +68,7 @@ def _may_be_hub_data(value: str) -> bool:
 
 
 def _may_be_hub_name(value: str) -> bool:
-    """Whether it looks like ``owner/name`` or ``name``, and there is no such folder as ``owner`` here."""
+    """Whether it looks like ``owner/name`` or ``name``, and no local folder ``owner`` exists."""
     if not _HUB_NAME.fullmatch(value) or value.startswith("."):
         return False
     return "/" not in value or not Path(value).parent.is_dir()
@@ -79,7 +80,7 @@ def _tokenizer(value: str) -> Iterator[Fault]:
         return
     if folder.is_dir():
         if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            rule = "must be a tokenizer's folder, which has a tokenizer.json or tokenizer.model"
+            rule = "must be a tokenizer's folder, with a tokenizer.json or tokenizer.model"
             yield Fault(key, rule, value)
     elif folder.exists():
         advice = f"did you mean {folder.parent}?" if folder.name in _TOKENIZER_FILES else ""
@@ -97,7 +98,7 @@ def _weights(path: str, value: str | None) -> Iterator[Fault]:
     elif not folder.is_dir():
         yield Fault(path, "must be a folder, not a file", value)
     elif not any(folder.iterdir()):
-        advice = "this one is empty; name a Hugging Face folder, or a checkpoint that a run has written"
+        advice = "this one is empty; name a Hugging Face folder or a checkpoint of a run"
         yield Fault(path, "must be a folder that holds weights", value, advice)
 
 
@@ -105,7 +106,7 @@ def _weights(path: str, value: str | None) -> Iterator[Fault]:
 
 
 def model_config_path(config: Config) -> Path | None:
-    """The config.json that model.model_config, or else the start checkpoint, has; None for neither."""
+    """The config.json of model.model_config, or else of the start checkpoint; None if neither is set."""
     chosen = config.model.model_config or config.exp_manager.resume_from_checkpoint
     if chosen is None:
         return None
@@ -121,7 +122,7 @@ def _model(config: Config) -> Iterator[Fault]:
             received, rule = config.model.model_config, "must be a config.json that exists, or its folder"
             yield Fault(key, rule, received, is_missing_path=True)
         elif file.parent.is_dir():
-            advice = "model.model_config names a config.json anywhere else"
+            advice = "model.model_config can name a config.json elsewhere"
             yield Fault(key, f"is required, since {file} does not exist", advice=advice, is_missing_path=True)
         return
     try:
@@ -143,7 +144,7 @@ def _shape(config: Config, shape: dict[str, Any]) -> Iterator[Fault]:
         shape = shape | {"num_hidden_layers": config.model.num_layers}
     heads, hidden = _size(shape, "num_attention_heads"), _size(shape, "hidden_size")
     if heads is None or hidden is None:
-        return  # transformers' defaults, or what the model's own reader reports
+        return  # the model's reader fills in transformers' defaults, or reports the fault
     if "head_dim" not in shape and hidden % heads:
         path = "model.hidden_size" if config.model.hidden_size is not None else "model.model_config"
         yield Fault(path, f"must give a hidden_size that num_attention_heads ({heads}) divides", hidden)
@@ -161,10 +162,11 @@ def _tensor_parallel(size: int, shape: dict[str, Any]) -> Iterator[Fault]:
 
 
 def _broken_rules(size: int, shape: dict[str, Any]) -> list[str]:
-    """What keeps ``size`` ranks from sharing a model evenly."""
+    """Rules that ``size`` tensor-parallel ranks would break."""
     sizes = {key: _size(shape, key) for key in ("num_attention_heads", "intermediate_size", "vocab_size")}
     rules = [f"must divide {key} ({whole})" for key, whole in sizes.items() if whole and whole % size]
     kv_heads = _size(shape, "num_key_value_heads")
+    # More ranks than kv heads is fine where whole heads can be replicated.
     if kv_heads and kv_heads % size and size % kv_heads:
         rules.append(f"must divide num_key_value_heads ({kv_heads}), or be a multiple of it")
     return rules

@@ -1,4 +1,4 @@
-"""Rules of the pipeline: how many stages there can be, and after which layers the model is cut."""
+"""Rules of the pipeline: the number of stages, and the layers after which the model is cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CUT = re.compile(r"(?:model\.)?layers\.(\d+)")
 
 
 def stages(config: Config) -> int:
-    """Shares that the layers are cut into: pipeline ranks x shares a rank."""
+    """Number of model chunks: pipeline ranks x chunks per rank."""
     parallel = config.distributed_strategy
     return parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
 
@@ -29,7 +29,7 @@ def cut_layers(config: Config) -> tuple[int, ...] | None:
 
 
 def pipeline(config: Config) -> Iterator[Fault]:
-    """What does not depend on the model."""
+    """Rules that do not depend on the model."""
     parallel, names = config.distributed_strategy, config.model.pipeline_cuts
     if parallel.virtual_pipeline_model_parallel_size > 1 and parallel.pipeline_model_parallel_size == 1:
         yield Fault(
@@ -54,7 +54,7 @@ def pipeline(config: Config) -> Iterator[Fault]:
 
 
 def layers_of_stages(config: Config, layers: int) -> Iterator[Fault]:
-    """What depends on the model's number of layers."""
+    """Rules that depend on the model's number of layers."""
     parallel = config.distributed_strategy
     ranks, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     if ranks > layers:

@@ -1,9 +1,9 @@
 """Every key of the configuration: type, default and, below each field, its meaning.
 
-The tree is NxDT's YAML; a key that NxDT does not have says "(ours)". Sections of their own file:
+The tree is NxDT's YAML; keys that NxDT lacks are marked "(ours)". Sections in separate files:
 ``exp_manager`` in experiment.py, ``data`` in data.py, ``model`` in model.py,
-``model_alignment_strategy`` in alignment.py. For a key that has no null, ``null`` in a YAML stands for
-the default.
+``model_alignment_strategy`` in alignment.py. For a key that
+cannot be null, ``null`` in a YAML means the default.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ PrecisionType = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class OwnPart:
-    """A class of the user's own."""
+    """A user-supplied class."""
 
     path: str = ""
     """Dotted path, module.name; modules of the current folder are found first."""
     settings: Mapping[str, Any] | None = None
-    """Keyword settings that it is made with."""
+    """Keyword arguments of the class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +77,16 @@ class TrainerConfig:
     """Lightning's Trainer: devices, length of the run, validation."""
 
     accelerator: Accelerator = "auto"
-    """(ours) Device to run on. auto: Neuron where its packages are, else CUDA where there is a device,
-    else the CPU. xla: torch_xla's CPU device, in one process."""
+    """(ours) Device to run on. auto: Neuron if its packages are installed, else CUDA if there is a
+    device, else the CPU. xla: torch_xla's CPU device, in one process."""
     devices: int = number(1, at_least=1)
     """Processes on each node, one per device: a trn1.32xlarge has 32 NeuronCores."""
     num_nodes: int = number(1, at_least=1)
     """Nodes. train.sh sets it from Slurm or MPI."""
     lnc: int | None = None
-    """Physical NeuronCores to a logical one: 1 or 2 (trn2)."""
+    """Physical NeuronCores per logical one: 1 or 2 (trn2)."""
     sequential_move_factor: int = number(11, at_least=1)
-    """Ranks of a node that read their start weights and put them on the device at the same time, where there
-    is a pipeline (engine nxd)."""
+    """Ranks per node that load their start weights at the same time, with a pipeline (engine nxd)."""
     max_epochs: int = number(-1, at_least=-1)
     """Epochs after which training ends; -1 for no limit."""
     max_steps: int = number(-1, at_least=-1)
@@ -95,22 +94,21 @@ class TrainerConfig:
     max_time: str | None = None
     """Wall-clock time after which training ends, as DD:HH:MM:SS."""
     log_every_n_steps: int = number(1, at_least=1)
-    """Steps between two entries in the log. NxDT's YAMLs have 1 or 10."""
+    """Steps between two log entries. NxDT's YAMLs have 1 or 10."""
     val_check_interval: int | float = number(1.0, above=0)
-    """Validate after so many training steps (an integer), or after this share of an epoch (a float)."""
+    """Validate every N training steps (an integer) or every fraction of an epoch (a float)."""
     check_val_every_n_epoch: int | None = number(1, at_least=1)
-    """Validate every so many epochs; null: val_check_interval counts steps across epochs."""
+    """Validate every N epochs; null: val_check_interval counts steps across epochs."""
     num_sanity_val_steps: int = 0
     """Validation batches to run before training starts."""
     limit_train_batches: int | float = number(1.0, above=0)
-    """Training batches of an epoch that are used: a number (an integer) or a share (a float)."""
+    """Training batches per epoch: a number (an integer) or a fraction (a float)."""
     limit_val_batches: int | float = number(1.0, at_least=0)
-    """Validation batches that are used: a number (an integer) or a share (a float); 0 switches
-    validation off."""
+    """Validation batches: a number (an integer) or a fraction (a float); 0 turns validation off."""
     limit_test_batches: int | float = 1.0
-    """As limit_val_batches, for a test run; there is none here."""
+    """As limit_val_batches, for test runs; there are none here."""
     gradient_clip_val: float | None = number(None, at_least=0)
-    """Largest global L2 norm of the gradients; null for no clipping."""
+    """Maximum global L2 norm of the gradients; null for no clipping."""
     gradient_clip_algorithm: Literal["norm"] = "norm"
     """How gradients are clipped."""
     accumulate_grad_batches: int = 1
@@ -118,14 +116,14 @@ class TrainerConfig:
     enable_progress_bar: bool = True
     """Show a progress bar."""
     callbacks: tuple[OwnPart, ...] | None = None
-    """(ours) Lightning callbacks of your own: a list of dotted paths, or of {path, settings}. They are
-    imported at training and called after this package's own."""
+    """(ours) Custom Lightning callbacks: a list of dotted paths, or of {path, settings}. They are imported
+    when training starts and called after this package's callbacks."""
     logger: bool | None = None
-    """Lightning's own logger; exp_manager makes the loggers instead."""
+    """Lightning's logger; exp_manager creates the loggers instead."""
     enable_checkpointing: bool | None = None
-    """Lightning's own checkpoint callback; exp_manager makes it instead."""
+    """Lightning's checkpoint callback; exp_manager creates it instead."""
     use_distributed_sampler: bool | None = None
-    """Lightning's own sampler; the data module has a resumable one instead."""
+    """Lightning's sampler; the data module has a resumable one instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +131,12 @@ class DistributedStrategyConfig:
     """How the model is spread over devices."""
 
     engine: Literal["auto", "nxd", "native"] = "auto"
-    """(ours) Code that spreads the model. nxd: neuronx-distributed on trn1; native: PyTorch's own
-    parallelism (CPU, CUDA); auto: nxd where the real Neuron packages are, else native."""
+    """(ours) Implementation of the parallelism. nxd: neuronx-distributed on trn1; native: PyTorch's own (CPU,
+    CUDA); auto: nxd if the real Neuron packages are installed, else native."""
     tensor_model_parallel_size: int = number(1, at_least=1)
     """Devices that share each layer's matrices."""
     pipeline_model_parallel_size: int = number(1, at_least=1)
-    """Devices in a row that hold a share of the layers each."""
+    """Pipeline stages: devices that hold a share of the layers each."""
     virtual_pipeline_model_parallel_size: int = number(1, at_least=1)
     """Shares of the layers that each pipeline device holds (interleaved schedule)."""
     context_parallel_size: int = number(1, at_least=1)
@@ -156,9 +154,9 @@ class DistributedStrategyConfig:
     sequence_parallel: bool = False
     """Shard activations along the sequence over the tensor-parallel ranks."""
     timeout_minutes: float = number(30.0, above=0)
-    """(ours) How long a process waits for the others before it gives up, as when one of them hangs."""
+    """(ours) How long a process waits for the others before it gives up, e.g. if one of them hangs."""
     kv_replicator: int = number(1, at_least=1)
-    """Copies of each key and value head, for more tensor-parallel ranks than such heads."""
+    """Copies of each key-value head, for more tensor-parallel ranks than key-value heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +171,13 @@ class PrecisionConfig:
     master_weights: bool = False
     """Keep a copy of the weights in fp32 (read with type manual)."""
     fp32_grad_acc: bool = False
-    """Add gradients up in fp32 (read with type manual)."""
+    """Accumulate gradients in fp32 (read with type manual)."""
     fp32_grads_cc: bool = False
     """Reduce gradients over ranks in fp32 (read with type manual)."""
     xla_use_bf16: str = "0"
     """'1': XLA computes fp32 tensors in bf16 (read with type manual)."""
     xla_downcast_bf16: str = "0"
-    """'1': XLA takes fp32 tensors for bf16, fp64 tensors for fp32 (read with type manual)."""
+    """'1': XLA treats fp32 tensors as bf16 and fp64 tensors as fp32 (read with type manual)."""
     neuron_rt_stochastic_rounding_en: str = "0"
     """'1': round stochastically on the device (read with type manual)."""
     parallel_layers_reduce_dtype: Literal["fp32", "bf16"] | None = None
@@ -193,9 +191,9 @@ class Config:
     name: str = "nxdt_align"
     """Name of the experiment; exp_manager.name takes precedence as the folder's name."""
     model_source: Literal["hf", "megatron"] = "hf"
-    """Where the model's code is from. Only hf (a config.json of Hugging Face) is supported."""
+    """Origin of the model's code. Only hf (a Hugging Face config.json) is supported."""
     seed: int = number(1234, at_least=0, below=2**32)
-    """Seed of the data's order, dropout and fresh weights."""
+    """Seed of the data order, dropout and random initial weights."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     distributed_strategy: DistributedStrategyConfig = field(default_factory=DistributedStrategyConfig)
@@ -210,15 +208,15 @@ class Config:
     compiler_cache_url: str | None = field(default=None, metadata=PATH)
     """Folder, or s3:// address, of the Neuron compiler's cache; null: its own default."""
     aync_exec_max_inflight_requests: int = 5
-    """Length of the Neuron runtime's queue (spelled as NxDT does; async_exec_... is taken too)."""
+    """Length of the Neuron runtime's queue (NxDT's spelling; async_exec_... is accepted too)."""
     bucket_size_collectives: int = 1024
-    """Megabytes of tensors that a collective takes at once."""
+    """Megabytes of tensors per collective."""
     neuron_rt_exec_timeout: int = 100
-    """Seconds after which the Neuron runtime gives a request up."""
+    """Seconds after which the Neuron runtime gives up on a request."""
     neuron_experimental_compress_rg: bool = False
-    """Hand replica groups to the Neuron runtime in compressed form."""
+    """Pass replica groups to the Neuron runtime in compressed form."""
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False, metadata=INTERNAL)
-    """Paths of the keys that the YAML or an override set; the others have their defaults."""
+    """Paths of the keys that the YAML or an override sets; all others have their defaults."""
     source: str = field(default="", compare=False, repr=False, metadata=INTERNAL)
     """The file that this was read from."""
 
@@ -239,7 +237,7 @@ class Config:
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the model; check() sees to it that they come out even."""
+        """Copies of the model; check() ensures that the division is exact."""
         return self.world_size // self.model_parallel_size
 
     @property

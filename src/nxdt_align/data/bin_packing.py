@@ -1,7 +1,7 @@
-"""Examples into rows: as few rows as can be, and then rows of about equal fill.
+"""Packs examples into as few rows as possible, then levels the rows' fill.
 
-Legend: ``n`` examples, each with its places for tokens and for response tokens; a row is a tuple of their
-indices.
+Legend: ``n`` examples, each with its numbers of tokens and of response tokens; a row is a tuple of their
+    indices.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Counts = npt.NDArray[Any]
 
 
 class Room(NamedTuple):
-    """What a row holds at most."""
+    """A row's capacity."""
 
     tokens: int
     responses: int
@@ -25,7 +25,7 @@ class Room(NamedTuple):
 
 
 class _Rows:
-    """Rows being filled. Lists of numbers, as this is the planner's inner loop."""
+    """Rows being filled. Plain lists, not arrays: this is the planner's inner loop, on few rows."""
 
     def __init__(self, room: Room, count: int = 0) -> None:
         self._room = room
@@ -34,7 +34,7 @@ class _Rows:
         self._free_responses = [room.responses] * count
 
     def holding(self, tokens: int, responses: int) -> list[int]:
-        """The rows that such an example fits in too."""
+        """The rows with room for such an example."""
         most, examples, free_responses = self._room.examples, self.examples, self._free_responses
         return [
             r
@@ -56,6 +56,7 @@ class _Rows:
 
 def best_fit(tokens: Counts, responses: Counts, room: Room) -> list[tuple[int, ...]]:
     """Best-fit decreasing: each example, longest first, into the fullest row that still holds it."""
+    # In one dimension, best-fit decreasing uses at most 11/9 OPT + 4 bins (Johnson et al. 1974).
     rows = _Rows(room)
     for i, need in _longest_first(tokens, responses):
         holding = rows.holding(*need)
@@ -65,8 +66,8 @@ def best_fit(tokens: Counts, responses: Counts, room: Room) -> list[tuple[int, .
 
 
 def level(tokens: Counts, responses: Counts, room: Room, count: int) -> list[tuple[int, ...]]:
-    """``count`` rows of about equal fill: each example, longest first, into the emptiest row that holds it.
-    No rows at all where none holds one of them."""
+    """``count`` rows of about equal fill: each example, longest first, into the emptiest row with
+    room for it. Empty if some example finds no room."""
     rows = _Rows(room, count)
     for i, need in _longest_first(tokens, responses):
         holding = rows.holding(*need)

@@ -1,4 +1,4 @@
-"""Planned rows -> Batch: the only code that knows where each token of a layout stands.
+"""Planned rows -> Batch: the only code that knows the position of each token in a layout.
 
 Legend as in batch.py. In every layout a response segment starts with its prompt's last token and
 lacks its own last token, so the next token is always the next position, and none is seen twice.
@@ -25,7 +25,7 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """Sizes of the global batch that the loss is a mean over."""
+    """Sizes of the global batch, the denominators of the loss."""
 
     examples: int
     tokens: int
@@ -33,14 +33,14 @@ class GlobalCounts:
 
 @dataclass(frozen=True)
 class Collator:
-    """Lays examples out in rows of a layout."""
+    """Arranges examples in rows of a layout."""
 
     examples: Examples
     layout: Layout
     roles: tuple[SlotRole, ...]
     """Role of each response of an example: (CHOSEN, REJECTED) or (SINGLE,)."""
     tail_weight: float | None = None
-    """What a pair's tokens beyond its shorter response count (LD-DPO); None: 1."""
+    """Weight of a pair's tokens beyond its shorter response's length (LD-DPO); None: 1."""
     with_prompts: bool = False
     """Predict the prompt's tokens too, from the second on, for the likelihood of an example's first
     response."""
@@ -72,6 +72,7 @@ class Collator:
         row = _Row(bucket, role_pattern=self.roles)
         for index in indices:
             example = self.examples[index]
+            # Shared: one segment group with all responses. Packed: each response repeats its prompt.
             shared = self.layout == "shared_prompt"
             for which, responses in enumerate([example.responses] if shared else zip(example.responses)):
                 row.add_sequence(
@@ -82,7 +83,7 @@ class Collator:
 
 
 class _Row:
-    """One row under construction: arrays of the bucket's sizes, and how far they are filled."""
+    """One row under construction: arrays of the bucket's sizes, and their fill positions."""
 
     def __init__(self, bucket: Bucket, role_pattern: tuple[SlotRole, ...]) -> None:
         tokens, responses, slots = bucket.tokens, bucket.responses, bucket.slots
@@ -93,6 +94,7 @@ class _Row:
         self.labels = np.full(responses, IGNORE_LABEL, np.int64)
         self.slot_index = np.zeros(responses, np.int64)
         self.slot_valid = np.zeros(slots, np.bool_)
+        # Empty slots have roles too, so that paired slots stay paired; slot_valid masks them.
         self.slot_role = np.resize(np.array(role_pattern, np.int64), slots)
         self.desirable = np.ones(slots, np.bool_)
         self.record_index = np.full(slots, -1, np.int64)
@@ -107,13 +109,15 @@ class _Row:
         *,
         with_prompt: bool,
     ) -> None:
-        """A prompt without its last token, once, and each response behind that last token."""
+        """Add the prompt without its last token, once, then each response preceded by that token."""
         segment = self._example * SEGMENT_STRIDE
         if with_prompt:
             self._add_labels(prompt[1:], len(self.slot_valid) + self._slot)
         self._add_tokens(prompt[:-1], 0, segment)
         for part, response in enumerate(responses, start=1):
             self._add_labels(response, self._slot)
+            # The last prompt token predicts the first response token, so each response has its own copy of
+            # it, at its usual position; the response's last token is only predicted.
             self._add_tokens(np.concatenate([prompt[-1:], response[:-1]]), len(prompt) - 1, segment + part)
             self.slot_valid[self._slot] = True
             self.desirable[self._slot] = desirable
@@ -122,7 +126,7 @@ class _Row:
         self._example += 1
 
     def _add_labels(self, labels: npt.NDArray[Any], slot: int) -> None:
-        """Predicted from the tokens that are added next."""
+        """Add ``labels``, to be predicted from the tokens that are added next."""
         place = slice(self._response, self._response + len(labels))
         self.response_positions[place] = np.arange(self._token, self._token + len(labels))
         self.labels[place] = labels

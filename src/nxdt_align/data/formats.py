@@ -1,9 +1,9 @@
-"""The formats of preference data, each turned into prompt and responses. Nothing beyond knows of formats.
+"""The formats of preference data, each converted to prompt and responses. No other module knows formats.
 
-A format is one function, ``row -> records``, that raises BadRecord where the row does not fit. It is
-found by the row's keys (the first line of the table, at the end, that has them all), or named by
-``data.format``, which may also be the dotted path of a function of the user's. A key whose value is null
-counts as missing: Arrow writes nulls for keys that other rows have.
+A format is one function, ``row -> records``, that raises BadRecord if the row does not fit. It is detected
+from the row's keys (the first format of the table at the end that has them all) or named by ``data.format``,
+which may also be the dotted path of a custom function. A key whose value is null counts as missing: Arrow
+writes nulls for keys that other rows have.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _from_conversations(prompt: Any, chosen: list[Message], rejected: list[Messa
 
 
 def _merge_prompt(prompt: Prompt, turns: list[Message]) -> list[Message]:
-    """``prompt`` and the turns that chosen and rejected repeat, which must tell the same."""
+    """``prompt`` merged with the turns that chosen and rejected share, which must agree with it."""
     if isinstance(prompt, str):
         if not turns and prompt.strip():
             return [{"role": "user", "content": prompt}]
@@ -86,7 +86,7 @@ def _merge_prompt(prompt: Prompt, turns: list[Message]) -> list[Message]:
 
 
 def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
-    """How many turns at the start are equal; the last turn of either is a response, never the prompt."""
+    """Number of equal turns at the start; the last turn of either is a response, never part of the prompt."""
     longest = min(len(chosen), len(rejected)) - 1
     return next((i for i in range(longest) if chosen[i] != rejected[i]), max(longest, 0))
 
@@ -104,6 +104,7 @@ def from_orca(row: Row) -> list[Record]:
         if not text.strip():
             raise BadRecord("empty prompt" if key == "question" else "empty response", f"`{key}` is {text!r}")
     system = "<|im_start|>\n" + take_text(row, "system") + "<|im_end|>\n"
+    # The space and the missing role are in the tutorial's script.
     prompt = "<|im_start|> " + question + "<|im_end|>\n<|im_start|>assistant\n"
     return [Record(system + prompt, (chosen + "<|im_end|>\n", rejected + "<|im_end|>\n"))]
 
@@ -128,6 +129,7 @@ def _first_difference(first: str, second: str) -> int:
 
 
 def _split_transcript(text: str, name: str) -> tuple[str, str]:
+    # From the right: earlier turns hold the same mark.
     before, mark, answer = text.rpartition(ASSISTANT)
     if not mark or HUMAN in answer:
         raise BadRecord("no final assistant turn", f"`{name}` ends {excerpt(text[-60:])}")
@@ -182,7 +184,7 @@ def from_messages(row: Row) -> list[Record]:
 
 
 def from_input_output(row: Row) -> list[Record]:
-    """``input``, ``output``. Alpaca's ``instruction`` beside them is a part of the prompt that must stay."""
+    """``input``, ``output``. Refuses Alpaca's ``instruction`` beside them: it is part of the prompt."""
     instruction = row.get("instruction")
     if isinstance(instruction, str) and instruction.strip():
         found = f"`instruction` is {excerpt(instruction)} beside `input`; join the two in the file"
@@ -198,7 +200,7 @@ def _from_columns(prompt: str, response: str) -> Convert:
 
 
 def _preferred(convert: Convert) -> Convert:
-    """Single responses out of pairs: the chosen one, as the DPO reference implementation's SFT takes it."""
+    """Single responses from pairs: the chosen one, as in the DPO reference implementation's SFT."""
 
     def convert_preferred(row: Row) -> list[Record | BadRecord]:
         return [replace(r, responses=r.responses[:1]) if isinstance(r, Record) else r for r in convert(row)]
@@ -227,10 +229,10 @@ class Format:
     name: str
     """What ``data.format`` calls it."""
     keys: tuple[str, ...]
-    """The keys that a row must have for the format to be taken; none are known of a format of one's own."""
+    """The keys that a row must have to match the format; empty for a custom format."""
     convert: Convert
     fits: Callable[[Row], bool] = lambda row: True
-    """Tells formats of the same keys apart."""
+    """Distinguishes formats with the same keys."""
 
     def matches(self, row: Row) -> bool:
         return all(row.get(key) is not None for key in self.keys) and self.fits(row)
@@ -271,9 +273,9 @@ FORMATS: Mapping[Kind, tuple[Format, ...]] = {
 
 
 def named_format(name: str, kind: Kind) -> Format:
-    """The format called ``name``: one of the table, or a function of the user's own by dotted path.
+    """The format called ``name``: one of the table, or a custom function by dotted path.
 
-    Raises DataError with the names that there are, and UserError as ``own_format`` does.
+    Raises DataError with the known names, and UserError as ``own_format`` does.
     """
     if is_dotted(name):
         return own_format(name, kind)
@@ -281,8 +283,8 @@ def named_format(name: str, kind: Kind) -> Format:
     if found is None:
         names = ", ".join(dict.fromkeys(f.name for f in FORMATS[kind]))
         raise DataError(
-            f"data.format: {name!r} is no format of {_WANTED[kind]}; known are {names}; a function of your "
-            "own is named as module.function"
+            f"data.format: {name!r} is no format of {_WANTED[kind]}; known are {names}; a custom function is "
+            "named as module.function"
         )
     return found
 
@@ -292,13 +294,13 @@ def own_format(path: str, kind: Kind) -> Format:
 
     It takes one record as its file has it, a mapping, and returns a mapping with ``prompt``, ``chosen``,
     ``rejected`` (pairs), ``prompt``, ``response`` (single responses; of a pair, chosen is taken) or
-    ``prompt``, ``completion``, ``label`` (labelled completions), text or chat messages as everywhere. What it
-    raises, or returns beside that, makes a bad record, reported with its place.
+    ``prompt``, ``completion``, ``label`` (labelled completions), text or chat messages. If it raises,
+    or returns anything else, the record is reported as bad, with its position.
 
-    Tokens and reference values are stored under what it returned, never under its name: where a changed
-    function gives another text, that is another record, so nothing stale is read.
+    Tokens and reference values are stored under the content that it returns, never under its name: if a
+    changed function returns another text, that is another record, so nothing stale is read.
 
-    Raises UserError where it does not import or cannot be called with one record.
+    Raises UserError if it does not import or cannot be called with one record.
     """
     try:
         function = find(path)
@@ -312,7 +314,7 @@ def own_format(path: str, kind: Kind) -> Format:
         try:
             made = function(row)
         except Exception as error:
-            # A function of the user's may raise anything; what it was is in the report.
+            # User code may raise anything; the report quotes it.
             raise BadRecord("format failed", f"{path} raises {type(error).__name__}: {error}") from error
         if not isinstance(made, Mapping):
             found = f"{path} must return a mapping with {keys}, but returned {describe(made)}"
@@ -331,7 +333,7 @@ def detect_format(row: Row, kind: Kind) -> Format | None:
 
 
 def unread_columns(row: Row, format: Format, kind: Kind) -> list[str]:
-    """Columns of ``row`` that no format of this name reads; none where that cannot be told."""
+    """Columns of ``row`` that no format of this name reads; empty if that is unknown."""
     if not format.keys:
         return []
     read = {key for each in FORMATS[kind] if each.name == format.name for key in each.keys}
@@ -339,8 +341,8 @@ def unread_columns(row: Row, format: Format, kind: Kind) -> list[str]:
 
 
 def nearest_format(row: Row, kind: Kind) -> tuple[str, list[str]]:
-    """The format of which ``row`` has the largest share of keys, and the keys that it lacks. Where it
-    lacks none (the values do not fit), the keys of the format."""
+    """The format of which ``row`` has the largest share of keys, and the keys that ``row`` lacks; if it lacks
+    none (its values do not fit), all keys of the format."""
 
     def missing(format: Format) -> list[str]:
         return [key for key in format.keys if row.get(key) is None]

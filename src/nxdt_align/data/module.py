@@ -1,4 +1,5 @@
-"""ModelAlignmentDataModule: records in, micro-batches out. The one file here that knows Lightning."""
+"""ModelAlignmentDataModule: records in, micro-batches out. The only file of this folder that uses
+Lightning."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from nxdt_align.data.reading import RecordSet, Source, load_records
 from nxdt_align.data.records import DataError, with_mismatched
 from nxdt_align.data.steps import (
     UNPAIRED_ROLES,
+    DryRunDataset,
     Split,
     StepDataset,
     StepSampler,
-    TrialDataset,
+    dry_run_steps,
     look_up_reference,
-    trial_steps,
 )
 from nxdt_align.data.token_sets import WholeSequences, tokenize_records
 from nxdt_align.data.tokenize import Tokenization
@@ -34,7 +35,7 @@ from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
 _PART_OF_A_PROMPT = {"system", "instruction", "input", "context", "history", "tools"}
-"""Columns that, where they are not read, are probably missed."""
+"""Columns that probably belong to the prompt: not reading one of them is worth a warning."""
 DEFAULT_LAYOUT: Layout = "shared_prompt"
 
 
@@ -43,8 +44,8 @@ def _identity(item: list[Batch]) -> list[Batch]:
 
 
 class StepLoader(DataLoader[Any]):
-    """A loader of steps. Where it stands follows from the optimizer steps done, so its state only says
-    what they are steps of, and a checkpoint of other data is refused."""
+    """A loader of steps. Its position follows from the optimizer steps done, so its state only identifies the
+    data, to refuse a checkpoint of other data."""
 
     VERSION = 1
 
@@ -60,7 +61,7 @@ class StepLoader(DataLoader[Any]):
         wanted = self.state_dict()
         if state != wanted:
             raise UserError(
-                f"the checkpoint was written by a run over {state}, but this run's data are {wanted}: go on "
+                f"the checkpoint was written by a run over {state}, but this run's data are {wanted}: resume "
                 "with the same data and data.global_batch_size, or set model.weight_init_only=True to start "
                 "from the checkpoint's weights alone"
             )
@@ -72,12 +73,12 @@ class ModelAlignmentDataModule(LightningDataModule):
     Args:
         config: the whole configuration.
         tokenization: tokenizer, template and truncation.
-        topology: this process's place, as integers.
-        cache_dir: where tokens are kept between runs; None keeps none.
-        min_micro_batches: at least so many a rank and training step, as a pipeline schedule needs.
-        round_size: see RowPlanner; of a training step, too.
-        with_prompts: the loss wants the prompts' log-probabilities too.
-        fixed_micro_batches: as many at every step of a bucket, see RowPlanner.
+        topology: this process's ranks and the parallel sizes.
+        cache_dir: where tokens are cached between runs; None caches none.
+        min_micro_batches: minimum per rank and training step, as a pipeline schedule needs.
+        round_size: see RowPlanner; for training steps.
+        with_prompts: the loss needs the prompts' log-probabilities too.
+        fixed_micro_batches: the same number at every step of a bucket, see RowPlanner.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         if config.data.val_dir is not None and config.validates:
             self.splits["val"] = self._load(_sources(config.data.val_dir), "val")
         self._train_sampler = self._sampler("train", steps_done=self._steps_done)
-        self._trials: dict[Split, TrialDataset] = {}
+        self._dry_runs: dict[Split, DryRunDataset] = {}
 
     @property
     def layout(self) -> Layout:
@@ -172,7 +173,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             with_prompts=self._with_prompts,
         )
 
-    # What the run asks
+    # Queries of the run
 
     def consumed_samples(self, steps: int) -> int:
         """Training examples seen in the first ``steps`` steps."""
@@ -186,12 +187,12 @@ class ModelAlignmentDataModule(LightningDataModule):
         return list(self.splits[split].examples.record_ids)
 
     def first_micro_batches(self, split: Split = "train") -> list[Batch]:
-        """This rank's share of the step that comes next."""
+        """This rank's share of the next step."""
         batches = self.splits[split][next(iter(self._train_sampler))]
         return self._attach(batches, split)
 
-    def start_trial(self, steps: int) -> None:
-        """From now on the loaders bring the ``trial_steps`` of a run of so many steps; -1: of an epoch."""
+    def start_dry_run(self, steps: int) -> None:
+        """Make the loaders yield the ``dry_run_steps`` of a run of ``steps`` steps; -1: of one epoch."""
         train = self._train_sampler
         epochs = 1 if steps < 0 else -(-steps // len(train))
         every = itertools.chain.from_iterable(train.steps(epoch) for epoch in range(epochs))
@@ -202,12 +203,12 @@ class ModelAlignmentDataModule(LightningDataModule):
             met["val"] = self._sampler("val")
         for split, of_split in met.items():
             dataset = self.splits[split]
-            self._trials[split] = TrialDataset(dataset, trial_steps(dataset.planner, of_split))
+            self._dry_runs[split] = DryRunDataset(dataset, dry_run_steps(dataset.planner, of_split))
 
     # The reference
 
     def set_reference(self, split: Split, table: npt.NDArray[Any]) -> None:
-        """(N, k) float32 log-probs in data-set order; attached to every batch from now on."""
+        """(N, k) float32 log-probs in data-set order; attached to every later batch."""
         wanted = self.splits[split].examples.response_lengths.shape
         if table.shape != wanted:
             raise ValueError(f"reference table of {split} must have shape {wanted}, but has {table.shape}")
@@ -234,8 +235,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         )
 
     def _loader(self, split: Split, sampler: StepSampler) -> DataLoader[Any]:
-        if split in self._trials:
-            return DataLoader(self._trials[split], batch_size=None, collate_fn=_identity)
+        if split in self._dry_runs:
+            return DataLoader(self._dry_runs[split], batch_size=None, collate_fn=_identity)
         workers = self._config.data.num_workers
         return StepLoader(
             self.splits[split],

@@ -1,8 +1,8 @@
-"""The row plan: how a step's examples are laid into rows of one static length.
+"""The row plan: the arrangement of a step's examples in rows of one static length.
 
-Packing changes the speed and nothing else: a plan decides where tokens stand, never which tokens
-there are. Lengths are in tokens; ``P`` is a prompt's length, ``n`` a response's. A row never holds a
-response's last token, which is only predicted, so a sequence takes P - 1 + n places.
+Packing affects only the speed: a plan decides where tokens are, never which tokens there are. Lengths are in
+tokens; ``P`` is a prompt's length, ``n`` a response's. A row never holds a response's last token, which is
+only predicted, so a sequence takes P - 1 + n positions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from nxdt_align.errors import UserError
 
 Layout = Literal["none", "packed", "shared_prompt"]
 ROUNDING = 64
-"""Row lengths are multiples of this, which suits matrix units and keeps the choice small."""
+"""Row lengths are multiples of this: it suits matrix units and keeps the number of candidates small."""
 MAX_BUCKETS = 3
 
 
 class Lengths(Protocol):
-    """What a plan needs to know of a tokenized set."""
+    """The part of a tokenized set that a plan uses."""
 
     prompt_lengths: npt.NDArray[Any]
     """(N,) int"""
@@ -37,11 +37,11 @@ class Bucket:
     """The static shape of a row; each bucket is one compiled graph on Trainium."""
 
     tokens: int
-    """S: places for tokens."""
+    """S: token positions."""
     responses: int
-    """T: places for response tokens."""
+    """T: response positions."""
     slots: int
-    """R: places for responses."""
+    """R: response slots."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StepPlan:
 
 
 def example_tokens(lengths: Lengths, layout: Layout) -> npt.NDArray[Any]:
-    """(N,) places that each example takes in a row; its longest single row for layout none."""
+    """(N,) positions that each example takes in a row; of its longest single row for layout none."""
     context = lengths.prompt_lengths - 1
     if layout == "shared_prompt":
         return np.asarray(context + lengths.response_lengths.sum(1))
@@ -62,8 +62,8 @@ def example_tokens(lengths: Lengths, layout: Layout) -> npt.NDArray[Any]:
 
 
 def example_responses(lengths: Lengths, layout: Layout, with_prompts: bool = False) -> npt.NDArray[Any]:
-    """(N,) tokens that each example has predicted in a row: its responses', and ``with_prompts`` its
-    prompt's from the second on, once, for the first response."""
+    """(N,) predicted tokens of each example in a row: its responses', and ``with_prompts`` also its prompt's
+    from the second on, once, for the first response."""
     predicted = lengths.response_lengths.copy()
     if with_prompts:
         predicted[:, 0] += lengths.prompt_lengths - 1
@@ -71,7 +71,7 @@ def example_responses(lengths: Lengths, layout: Layout, with_prompts: bool = Fal
 
 
 class RowPlanner:
-    """Lays a step's examples into rows; the same for every rank, worker and restart.
+    """Arranges a step's examples in rows, identically on every rank, worker and restart.
 
     Args:
         lengths: of the whole data set.
@@ -79,16 +79,16 @@ class RowPlanner:
         buckets: ascending row lengths S, or None to choose up to MAX_BUCKETS from the data.
         examples_per_step: the global batch size N.
         ranks: data-parallel size.
-        micro_batch_size: pairs (layout none) or rows (packed layouts) a micro-batch.
-        min_micro_batches: at least so many a rank, as a pipeline schedule needs.
-        round_size: micro-batches go in as many rounds of at least so many as there can be, all of one
-            size, as an interleaved pipeline schedule needs; 1 for any number.
-        fixed_micro_batches: every step of a bucket gets the same number of micro-batches, for devices to
-            which another number is another graph. It is the most that a sample of steps needs; a step
-            that needs more gets twice as many.
+        micro_batch_size: pairs (layout none) or rows (packed layouts) per micro-batch.
+        min_micro_batches: minimum per rank, as a pipeline schedule needs.
+        round_size: micro-batches must divide into equal rounds of at least this many, as an interleaved
+            pipeline schedule needs; 1 for any number.
+        fixed_micro_batches: every step of a bucket gets the same number of micro-batches, for devices on
+            which another number is another graph: the maximum over a sample of steps; a step that needs
+            more gets twice as many.
         seq_length: the longest sequence after truncation; the row length of layout none.
-        with_prompts: leave room for the prompts' tokens among those that are predicted.
-        name: of the data set, for messages.
+        with_prompts: leave room for predicted prompt tokens.
+        name: name of the data set, for messages.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class RowPlanner:
             self._micro_batches = self._most_micro_batches(examples_per_step)
 
     def plan(self, examples: Sequence[int], bucket: Bucket | None = None) -> StepPlan:
-        """The rows of a step whose examples are these indices into the data set: in ``bucket``, which must
-        hold them, or in the one that takes the fewest places."""
+        """The rows of a step whose examples are these indices into the data set, in ``bucket`` (which must
+        hold them) or in the bucket that takes the fewest positions."""
         tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
         fitting = self.fitting(examples) if bucket is None else [bucket]
         plans = [(self._rows(tokens, responses, fits), fits) for fits in fitting]
@@ -139,6 +139,8 @@ class RowPlanner:
         if self.ranks > 1 and self.layout != "none":
             equal = level(tokens, responses, self._room(chosen), len(rows))
             if equal:
+                # Best fit leaves one nearly empty row; leveling the same number of rows may balance ranks
+                # better.
                 rows = min((rows, self._dealt(equal, tokens)), key=lambda r: self._busiest(r, tokens))
         return StepPlan(chosen, tuple(rows))
 
@@ -149,7 +151,7 @@ class RowPlanner:
 
     @property
     def examples(self) -> int:
-        """Of the data set."""
+        """Number of examples in the data set."""
         return len(self._tokens)
 
     def rows_of_rank(self, plan: StepPlan, rank: int) -> list[list[tuple[int, ...]]]:
@@ -159,7 +161,7 @@ class RowPlanner:
         return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
 
     def real_tokens(self, examples: Sequence[int]) -> npt.NDArray[Any]:
-        """(n,) places that each example fills, over all of its rows."""
+        """(n,) positions that each example fills, over all of its rows."""
         per_row = self._all_tokens if self.layout == "none" else self._tokens
         return np.asarray(per_row[list(examples)])
 
@@ -177,8 +179,8 @@ class RowPlanner:
         return Room(bucket.tokens, bucket.responses, bucket.slots // self.responses_per_example)
 
     def _dealt(self, rows: Sequence[tuple[int, ...]], tokens: npt.NDArray[Any]) -> list[tuple[int, ...]]:
-        """Sorted by fill and dealt to and fro, so that alike rows go to different ranks and no rank gets
-        the fuller one each time."""
+        """Sort by fill and deal in a zigzag, so that similar rows go to different ranks and no rank always
+        gets the fuller one."""
         if self.layout != "none":
             rows = sorted(rows, key=lambda row: (-int(tokens[list(row)].sum()), row))
         turns = [rows[i : i + self.ranks] for i in range(0, len(rows), self.ranks)]
@@ -190,17 +192,20 @@ class RowPlanner:
         return max((sum(fills[rank :: self.ranks]) for rank in range(self.ranks)), default=0)
 
     def _filled_up(self, rows: int, bucket: Bucket | None) -> int:
-        """``rows`` and the empty ones that make whole micro-batches of them, as many as a rank needs."""
+        """``rows`` rounded up to whole micro-batches on every rank, as many as the schedule needs."""
         unit = self.ranks * self.micro_batch_size
         count = max(-(-rows // unit), self.min_micro_batches)
         multiple = 1 if bucket is None else self._micro_batches.get(bucket, 1)
         count = _round_up(count, multiple)
+        # torch's interleaved schedule requires the micro-batches to be divisible by the number of rounds,
+        # count // pipeline size.
         while count % max(1, count // self.round_size):
             count += multiple
         return count * unit
 
     def _most_micro_batches(self, examples_per_step: int) -> dict[Bucket, int]:
-        """Of a rank's share of any sampled step, by bucket; 1 for a bucket that no step is laid into."""
+        """Maximum micro-batches per rank over a sample of steps, by bucket; 1 for a bucket that no step
+        uses."""
         most = dict.fromkeys(self.buckets, 1)
         for step in self._sample_steps(examples_per_step):
             plan = self.plan(step.tolist())
@@ -208,14 +213,14 @@ class RowPlanner:
         return most
 
     def _choose_buckets(self, largest: int, examples_per_step: int) -> tuple[int, ...]:
-        """The row lengths that take the fewest places over a sample of steps.
+        """The row lengths that take the fewest positions over a sample of steps.
 
-        The largest must hold the longest example; up to two more are added while each saves at
-        least 2%.
+        The largest must hold the longest example; up to two more are added while each saves at least 2%, as
+        each is one more graph to compile.
         """
         steps = self._sample_steps(examples_per_step)
         costs = {
-            size: np.array([self._places(step, size) for step in steps])
+            size: np.array([self._positions(step, size) for step in steps])
             for size in _candidates(largest, int(np.mean([self._tokens[s].sum() for s in steps])))
         }
         chosen = [max(costs)] if largest not in costs else [largest]
@@ -234,8 +239,8 @@ class RowPlanner:
             chosen.append(best)
         return tuple(sorted(chosen))
 
-    def _places(self, step: npt.NDArray[Any], size: int) -> float:
-        """Places that a step takes in rows of ``size``; infinite where an example does not fit."""
+    def _positions(self, step: npt.NDArray[Any], size: int) -> float:
+        """Positions that a step takes in rows of ``size``; infinite if an example does not fit."""
         tokens = self._tokens[step]
         if tokens.max() > size:
             return float("inf")
@@ -243,12 +248,13 @@ class RowPlanner:
         return float(self._filled_up(len(rows), None) * size)
 
     def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[npt.NDArray[Any]]:
+        # A fixed seed: buckets must not change with the run's seed, or graphs would be compiled anew.
         order = np.random.default_rng(0).permutation(len(self._tokens))
         starts = range(0, len(order), examples_per_step)
         return [order[i : i + examples_per_step] for i in starts][:most]
 
     def _shape(self, size: int, examples_per_step: int) -> Bucket:
-        """A bucket's T and R, from the rows that a sample of steps fills, with room to spare."""
+        """A bucket's T and R, from the rows of a sample of steps, with some slack."""
         if self.layout == "none":
             return Bucket(size, min(size, _round_up(int(self._responses.max()))), 1)
         fits = self._tokens <= size
@@ -259,6 +265,8 @@ class RowPlanner:
             for row in best_fit(self._tokens[inside], self._responses[inside], Room(size, size)):
                 most_responses = max(most_responses, int(self._responses[inside[list(row)]].sum()))
                 most_examples = max(most_examples, len(row))
+        # A quarter more than seen: slots cost little, and a row that lacks one stays emptier than it could
+        # be.
         examples = -(-most_examples * 5 // 4)
         return Bucket(size, min(size, _round_up(most_responses)), examples * self.responses_per_example)
 
@@ -268,7 +276,7 @@ def _round_up(value: int, multiple: int = ROUNDING) -> int:
 
 
 def _candidates(largest: int, typical_step: int) -> list[int]:
-    """Row lengths worth trying: the largest that is needed, and a coarse grid around a step's size."""
+    """Candidate row lengths: the largest that is needed, and a geometric grid up to a step's size."""
     top = max(largest, _round_up(typical_step))
     grid = {largest}
     size = ROUNDING

@@ -1,6 +1,6 @@
-"""The door: several sources read, checked and mixed to one list of records.
+"""Reads, checks and mixes several sources into one list of records.
 
-The format is found, every row checked, and the bad ones are counted by reason.
+Detects the format, checks every row, and counts the bad ones by reason.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from nxdt_align.data.sources import RawRecord, read_raw
 
 EXAMPLES_PER_REASON = 3
 ROWS_TO_DETECT = 100
-"""How many rows may come before the first that fits a format."""
+"""Number of rows to search for the first that fits a format."""
 
 
 @dataclass(frozen=True)
 class Source:
     """One file, saved folder or data set id of a mixture.
 
-    ``weight`` is how often each of its records is seen in one epoch: 1 (or None) once, 2 twice, 0.5
-    a half of them, drawn by the seed, once; 1.5 all of them and a half again.
+    ``weight`` is how often each record occurs per epoch: 1 (or None) once, 2 twice, 0.5 a random half of them
+    once, 1.5 all of them plus a random half.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass
 class BadRecords:
-    """Records that could not be used, by reason, out of ``read`` that were looked at."""
+    """Unusable records by reason, out of ``read`` records."""
 
     read: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -64,7 +64,7 @@ class BadRecords:
             shown.append(f"{place}: {fault.detail}")
 
     def summary(self) -> str:
-        """A paragraph: how many of how many, and for each reason its count and first places."""
+        """A paragraph with the totals, and for each reason its count and first examples."""
         lines = [f"{self.total} bad of {self.read} records"]
         for reason, count in self.counts.most_common():
             lines.append(f"  {reason}: {count}")
@@ -76,15 +76,15 @@ class BadRecords:
 
 @dataclass(frozen=True)
 class RecordSet:
-    """Records in the sources' order, those of a weighted source repeated or sampled."""
+    """Records in the sources' order; those of a weighted source are repeated or sampled."""
 
     records: list[Record]
     """All of one kind."""
     report: BadRecords
     format: str
-    """The format's name; several, joined by commas, where sources differ."""
+    """The format's name; several, joined by commas, if sources differ."""
     unread: Mapping[str, Sequence[str]]
-    """Source -> columns that its format does not read; none where it reads all."""
+    """Source -> columns that its format does not read; sources without such columns are left out."""
 
 
 def load_records(
@@ -102,14 +102,14 @@ def load_records(
     Args:
         kind: ``pair`` for preference data; ``unpaired`` for a completion with a label;
             ``response`` for one response (of pairs: the chosen one).
-        format: a format's name; None finds it by the keys, for each source.
+        format: a format's name; None detects it from the keys, for each source.
         columns: our key -> the files' key.
         on_bad_record: ``error`` reads to the end and raises with the report of all bad records.
-        limit: take the first so many good records of each source, before weights.
-        seed: draws the records of a source whose weight is not whole.
+        limit: take the first N good records of each source, before weights.
+        seed: for sampling a source whose weight is not an integer.
 
     Raises:
-        DataError: nothing to read, a broken file, no known format, or bad records as said.
+        DataError: nothing to read, a broken file, no known format, or bad records (see ``on_bad_record``).
     """
     if not sources:
         raise DataError("no data file is given; set data.train_dir")
@@ -132,9 +132,9 @@ def load_records(
 
 def _bad_records_message(report: BadRecords, some_are_good: bool) -> str:
     advice = (
-        "mend them, or set data.on_bad_record=drop to train without them"
+        "fix them, or set data.on_bad_record=drop to train without them"
         if some_are_good
-        else "a source has no record that can be used; check data.format and data.columns"
+        else "a source has no usable record; check data.format and data.columns"
     )
     return f"{report.summary()}\n{advice}"
 
@@ -161,12 +161,14 @@ def _checked_columns(columns: Mapping[str, str] | None, kind: Kind) -> dict[str,
     known = known_columns(kind)
     for ours in columns or {}:
         if ours not in known:
-            raise DataError(f"data.columns: {ours!r} is no key of a format; known are {', '.join(known)}")
+            raise DataError(
+                f"data.columns: {ours!r} is not a key of any format; known are {', '.join(known)}"
+            )
     return dict(columns or {})
 
 
 class Reader:
-    """Reads sources one after the other into one report."""
+    """Reads sources one after another into one report."""
 
     def __init__(self, kind: Kind, format: Format | None, columns: dict[str, str]) -> None:
         self._kind = kind
@@ -178,7 +180,7 @@ class Reader:
         """Source -> columns of its first row that its format does not read."""
 
     def read(self, path: str, limit: int | None) -> list[Record]:
-        """The good records of a source, at most ``limit``. Raises DataError where none can be made."""
+        """The good records of a source, at most ``limit``. Raises DataError if its format is unknown."""
         rows = self._sound_rows(path)
         head, format = self._detect(rows, path)
         records: list[Record] = []
@@ -191,7 +193,7 @@ class Reader:
         return records
 
     def _sound_rows(self, path: str) -> Iterator[RawRecord]:
-        """Rows that are objects; others go into the report. Raises DataError where there is no row."""
+        """Rows that are objects; others go into the report. Raises DataError if there is no row."""
         empty = True
         for row in read_raw(path):
             empty = False
@@ -210,7 +212,7 @@ class Reader:
             raise DataError(f"{path} holds no records; name a file with at least one")
 
     def _detect(self, rows: Iterator[RawRecord], path: str) -> tuple[list[RawRecord], Format]:
-        """The rows looked at, and the format of the first that fits one."""
+        """The rows read so far, and the format of the first that fits one."""
         head: list[RawRecord] = []
         format = self._format
         while format is None and len(head) < ROWS_TO_DETECT:
@@ -236,7 +238,7 @@ class Reader:
         )
 
     def _renamed(self, row: Row) -> Row:
-        """The row under our names; a mapped column does not keep its own."""
+        """The row under our names; a mapped column loses its own name."""
         if not self._columns:
             return row
         theirs = set(self._columns.values())
@@ -269,7 +271,7 @@ class Reader:
 
 
 def _fault_of(record: Record) -> BadRecord | None:
-    """What is wrong with a converted record, whatever its format was."""
+    """The fault of a converted record, for any format."""
     prompt = record.prompt
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         return BadRecord("empty prompt", f"the prompt is {prompt!r}")

@@ -1,4 +1,4 @@
-"""Records: what every format becomes, and the checks of the values that it is made of."""
+"""Records, the common form of every data format, and checks of their values."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _EXCERPT = 80
 
 
 class DataError(UserError):
-    """Data that cannot be read or used; the message names the file, the place and what to do."""
+    """Data that cannot be read or used; the message names the file, the position and what to do."""
 
 
 class BadRecord(Exception):
-    """One record that cannot be used: ``reason`` is what it is counted under, ``detail`` what was found."""
+    """One unusable record: ``reason`` is the category it is counted under, ``detail`` what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -49,7 +49,8 @@ def excerpt(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """A prompt, text or chat messages, with its responses; a format makes it, the reader adds its place."""
+    """A prompt, text or chat messages, with its responses. A format creates it; the reader adds
+    ``source``."""
 
     prompt: Prompt
     responses: tuple[str, ...]
@@ -62,8 +63,8 @@ class Record:
 
     @cached_property
     def id(self) -> str:
-        """The content's hash: equal content, equal id, wherever it stands. Tokens and reference values are
-        stored under it. 32 hex digits."""
+        """The content's hash, 32 hex digits, independent of file and position. Tokens and reference values
+        are stored under it."""
         if self.label is None:
             return record_id(self.prompt, self.responses)
         completion, *mismatched = self.responses
@@ -87,9 +88,9 @@ def _digest(text: str) -> str:
 def with_mismatched(records: Sequence[Record]) -> list[Record]:
     """The records, each with the completion of the one before it (the first: the last one's).
 
-    TRL rotates completions by one inside batches; here it is the whole data set, so that the pairing,
-    and with it a stored reference value, does not depend on the batch size. Completions of the same
-    prompt and equal ones are passed over. Raises DataError where a record is left without one.
+    TRL rotates completions by one inside batches; here it is the whole data set, so that the pairing, and
+    with it a stored reference value, does not depend on the batch size. Skips completions of the same prompt
+    and equal ones. Raises DataError if a record has no candidate.
     """
     found: list[Record] = []
     for i, record in enumerate(records):
@@ -112,7 +113,7 @@ def _is_mismatched(record: Record, other: Record) -> bool:
 
 
 def take(row: Row, key: str) -> Any:
-    """The value under ``key``. Raises BadRecord where it is missing or null."""
+    """The value under ``key``. Raises BadRecord if it is missing or null."""
     value = row.get(key)
     if value is None:
         found = ", ".join(k for k, v in row.items() if v is not None) or "none"
@@ -130,8 +131,10 @@ def as_text(value: Any, name: str) -> str:
         raise BadRecord(
             "wrong type", f"`{name}` must be text, but is {type(value).__name__}: {excerpt(value)}"
         )
+    # isascii is a flag lookup: most texts need no encoding to be checked.
     if not value.isascii():
         try:
+            # JSON can hold lone surrogates ("\ud800"), which Python keeps but no tokenizer accepts.
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             around = value[max(error.start - 20, 0) : error.start + 20]
@@ -171,7 +174,7 @@ def as_answer(value: Any, name: str) -> str:
         return as_text(value, name)
     turns = as_messages(value, name) if isinstance(value, list) else [as_message(value, name)]
     if len(turns) > 1:
-        found = f"after the turns that are shared, `{name}` goes on with {len(turns)} turns, not one"
+        found = f"after the shared turns, `{name}` continues with {len(turns)} turns, not one"
         raise BadRecord("no common prompt", found)
     if not turns:
         raise BadRecord("no final assistant turn", f"`{name}` holds no turn")

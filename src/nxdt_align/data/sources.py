@@ -1,7 +1,7 @@
-"""Files and data sets in, raw records with their places out. What a record means is formats.py's matter.
+"""Reads files and data sets as raw records with their positions; formats.py interprets them.
 
-JSON is read line by line (and an array element by element) with the standard library, so that a bad
-record is reported with its file and line; `datasets` would stop at the first without naming it.
+JSON is read line by line (an array element by element) with the standard library, so that a bad record is
+reported with its file and line; `datasets` would stop at the first without naming it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class RawRecord:
 def read_raw(path: str) -> Iterator[RawRecord]:
     """The records of a file, of a folder written by `datasets`' ``save_to_disk``, or of a data set id.
 
-    Raises DataError where there is nothing to read or the file as a whole is broken; a single bad
-    record comes out with its ``fault`` instead.
+    Raises DataError if there is nothing to read or the whole file is broken; a single bad record is yielded
+    with its ``fault``.
     """
     place = Path(path).expanduser()
     if place.is_dir():
@@ -81,7 +81,7 @@ def _read_file(path: Path) -> Iterator[RawRecord]:
 
 
 def _read_json(path: Path) -> Iterator[RawRecord]:
-    """A .json file may hold lines, and a .jsonl file an array: the first character tells."""
+    """A .json file may hold lines, and a .jsonl file an array: the first character decides."""
     compressed = path.name.lower().endswith(".gz")
     try:
         with gzip.open(path) if compressed else open(path, "rb") as file:
@@ -103,6 +103,7 @@ def _read_json(path: Path) -> Iterator[RawRecord]:
 
 def _first_character(file: Any) -> bytes:
     for line in file:
+        # Windows tools write UTF-8 with a byte-order mark, which json rejects.
         text: bytes = line.removeprefix(b"\xef\xbb\xbf").strip()
         if text:
             return text[:1]
@@ -110,7 +111,7 @@ def _first_character(file: Any) -> bytes:
 
 
 def _one_object(data: bytes) -> dict[str, Any] | None:
-    """The JSON object that ``data`` is, or None: then it is lines (parsing ends with the first)."""
+    """``data`` as one JSON object; None if it is something else, such as JSON lines."""
     try:
         value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
@@ -147,7 +148,7 @@ def _parse_line(content: bytes, place: str) -> RawRecord:
 
 
 def _read_json_array(data: bytes, path: Path) -> Iterator[RawRecord]:
-    """Element by element, so that each has its line. After a syntax error nothing more can be found.
+    """Element by element, so that each has its line. After a syntax error the rest cannot be parsed.
 
     Bytes that are not UTF-8 become lone surrogates, which the text checks of formats.py report.
     """
@@ -155,6 +156,7 @@ def _read_json_array(data: bytes, path: Path) -> Iterator[RawRecord]:
     decoder, line, counted = json.JSONDecoder(), 1, 0
     position = _skip_space(text, _skip_space(text, 0) + 1)
     while text[position : position + 1] != "]":
+        # Counts only the new part, so that line numbers cost one pass over the text.
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
@@ -166,7 +168,7 @@ def _read_json_array(data: bytes, path: Path) -> Iterator[RawRecord]:
             position = _skip_space(text, position + 1)
         elif text[position : position + 1] != "]":
             line += text.count("\n", counted, position)
-            raise DataError(f"{path}:{line}: bad JSON: the array does not go on with ',' or ']'")
+            raise DataError(f"{path}:{line}: bad JSON: expected ',' or ']' in the array")
     rest = text[position + 1 :].strip()
     if rest:
         raise DataError(f"{path}: bad JSON: {excerpt(rest)} follows the array's end")
@@ -182,7 +184,7 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _read_arrow(path: Path) -> Iterator[RawRecord]:
-    """An Arrow IPC file, or a stream (what `datasets` writes): the first bytes tell."""
+    """An Arrow IPC file or stream (what `datasets` writes); the first bytes decide."""
     import pyarrow as pa
 
     try:

@@ -1,8 +1,7 @@
-"""Steps: the order of the data, the global batch of each step, and a rank's micro-batches of it.
+"""Steps: the data order, the global batch of each step, and a rank's micro-batches of it.
 
-The unit of order is a step: the indices of one global batch. Ranks share each step between them (see
-packing.py), so none of them sees an example twice and the order does not depend on their number, nor on that
-of the workers.
+The unit of order is a step: the indices of one global batch. The ranks divide each step (see packing.py), so
+no example is seen twice, and the order depends neither on the number of ranks nor on that of the workers.
 """
 
 from __future__ import annotations
@@ -29,21 +28,20 @@ UNPAIRED_ROLES = (SlotRole.SINGLE, SlotRole.KL)
 REFERENCE_GROUP = 256
 """Examples of similar length that the reference pass lays into rows together."""
 VISITS = 2
-"""Steps of each shape: the first one's optimizer has no state yet, so that the second is another graph."""
+"""Steps per shape: the first creates the optimizer's state, so the second is another graph."""
 
 
 class StepSampler(Sampler[tuple[int, ...]]):
     """Yields the examples of each step of an epoch.
 
-    It keeps no position of its own: ``steps_done`` is asked when an iteration starts, so that a
-    resumed run goes on in the middle of its epoch, and what a loader has fetched ahead is not
-    mistaken for what was trained on. The last step of an epoch is smaller where the batch size does
-    not divide the number of examples; the loss is divided by its true size.
+    It keeps no position: it calls ``steps_done`` when an iteration starts, so that a resumed run continues in
+    the middle of its epoch, and prefetched steps do not count as trained. The last step of an epoch is
+    smaller if the batch size does not divide the number of examples; the loss is divided by its true size.
 
     Args:
         examples: N, the size of the data set.
         examples_per_step: the global batch size.
-        seed: with the epoch, decides the order.
+        seed: determines the order, together with the epoch.
         shuffle: False for validation.
         steps_done: steps trained so far, counted over epochs.
     """
@@ -67,6 +65,7 @@ class StepSampler(Sampler[tuple[int, ...]]):
         """(N,) indices in the order of this epoch."""
         if not self._shuffle:
             return np.arange(self.examples)
+        # A new generator per epoch: a resumed run draws the same order without replaying earlier epochs.
         return np.random.default_rng([self._seed, epoch]).permutation(self.examples)
 
     def consumed(self, steps: int) -> int:
@@ -75,7 +74,7 @@ class StepSampler(Sampler[tuple[int, ...]]):
         return epochs * self.examples + min(rest * self.examples_per_step, self.examples)
 
     def __len__(self) -> int:
-        """Steps of a whole epoch, wherever an iteration starts: Lightning counts on from there."""
+        """Steps of a whole epoch, even for a resumed one: Lightning adds the steps already done."""
         return -(-self.examples // self.examples_per_step)
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
@@ -92,7 +91,7 @@ class StepSampler(Sampler[tuple[int, ...]]):
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """Rows of data-set indices, and the shape that they are laid into."""
+    """Rows of data-set indices, and their shape."""
 
     bucket: Bucket
     rows: tuple[tuple[int, ...], ...]
@@ -105,8 +104,7 @@ class PlannedMicroBatch:
 class StepDataset(Dataset[list[Batch]]):
     """Item = the data-set indices of one global batch; value = one rank's micro-batches of it.
 
-    All that happens here is a function of the indices and of integers, so it runs in worker
-    processes.
+    A pure function of the indices, so it can run in worker processes.
     """
 
     def __init__(
@@ -131,7 +129,7 @@ class StepDataset(Dataset[list[Batch]]):
         return self.lay_out(indices)
 
     def lay_out(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Batch]:
-        """The step's micro-batches in ``bucket``, or in the one that the planner chooses."""
+        """The step's micro-batches in ``bucket``, by default the planner's choice."""
         counts = GlobalCounts(len(indices), int(self._response_tokens[list(indices)].sum()))
         plan = self.planner.plan(indices, bucket)
         return [
@@ -142,9 +140,10 @@ class StepDataset(Dataset[list[Batch]]):
     def reference_plan(self) -> list[PlannedMicroBatch]:
         """The reference pass: every distinct record once, planned from the whole data set.
 
-        Neighbours are alike in length, so that rows are full. The plan is the same for every rank
-        and every restart, which is what makes a resumed pass equal to an uninterrupted one.
+        Sorted by length, so that rows fill up. The plan is the same on every rank and after every restart,
+        which makes a resumed pass equal to an uninterrupted one.
         """
+        # Reversed, so that the first of several equal records stays in the dictionary.
         first_of = {record: i for i, record in reversed(list(enumerate(self.examples.record_ids)))}
         order = sorted(first_of.values(), key=lambda i: (-self._tokens(i), i))
         planned = []
@@ -159,9 +158,10 @@ class StepDataset(Dataset[list[Batch]]):
         return planned
 
     def collate_planned(self, planned: PlannedMicroBatch) -> Batch:
-        """A micro-batch of ``reference_plan``, filled up with empty rows to its static size."""
+        """A micro-batch of ``reference_plan``, padded with empty rows to its static size."""
         missing = self.planner.micro_batch_size - len(planned.rows)
         rows = list(planned.rows) + [()] * missing
+        # Counts of 1: log-probabilities are not divided by them.
         return self._collate(rows, planned.bucket, GlobalCounts(1, 1))
 
     def _tokens(self, index: int) -> int:
@@ -180,17 +180,17 @@ def look_up_reference(table: npt.NDArray[Any], batch: Batch) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TrialStep:
-    """A step's examples; ``bucket`` where the planner would choose another one for them."""
+class DryRunStep:
+    """A step's examples; ``bucket`` overrides the planner's choice."""
 
     examples: tuple[int, ...]
     bucket: Bucket | None = None
 
 
-class TrialDataset(Dataset[list[Batch]]):
-    """Trial steps as one rank's micro-batches."""
+class DryRunDataset(Dataset[list[Batch]]):
+    """Dry-run steps as one rank's micro-batches."""
 
-    def __init__(self, dataset: StepDataset, steps: Sequence[TrialStep]) -> None:
+    def __init__(self, dataset: StepDataset, steps: Sequence[DryRunStep]) -> None:
         self._dataset = dataset
         self._steps = steps
 
@@ -202,17 +202,17 @@ class TrialDataset(Dataset[list[Batch]]):
         return self._dataset.lay_out(step.examples, step.bucket)
 
 
-def trial_steps(planner: RowPlanner, steps: Iterable[Sequence[int]]) -> list[TrialStep]:
+def dry_run_steps(planner: RowPlanner, steps: Iterable[Sequence[int]]) -> list[DryRunStep]:
     """The first of ``steps``, then each of their shapes ``VISITS`` times, then each bucket that none of
-    them is laid into, as another order of the data might be.
+    them uses, since another data order might use it.
 
     A shape is a bucket and a number of rows. ``steps`` are those of the real run, in its order: its first
-    step is the trial's first, because the optimizer's state is made there.
+    step comes first, because the optimizer's state is created there.
     """
-    first: TrialStep | None = None
-    shapes: dict[tuple[Bucket, int], TrialStep] = {}
+    first: DryRunStep | None = None
+    shapes: dict[tuple[Bucket, int], DryRunStep] = {}
     for examples in steps:
-        step = TrialStep(tuple(examples))
+        step = DryRunStep(tuple(examples))
         first = first or step
         plan = planner.plan(step.examples)
         shapes.setdefault((plan.bucket, len(plan.rows)), step)
@@ -220,12 +220,12 @@ def trial_steps(planner: RowPlanner, steps: Iterable[Sequence[int]]) -> list[Tri
     return [*([first] if first else []), *(step for step in visited for _ in range(VISITS))]
 
 
-def _idle_buckets(planner: RowPlanner, used: set[Bucket]) -> list[TrialStep]:
+def _idle_buckets(planner: RowPlanner, used: set[Bucket]) -> list[DryRunStep]:
     """The shortest example in each bucket that is not ``used`` and can hold it."""
     shortest = int(np.argmin(planner.real_tokens(range(planner.examples))))
     fitting = planner.fitting([shortest])
     return [
-        TrialStep((shortest,), bucket)
+        DryRunStep((shortest,), bucket)
         for bucket in planner.buckets
         if bucket in fitting and bucket not in used
     ]

@@ -1,4 +1,4 @@
-"""Tokenized records: many in a few flat arrays, and such arrays kept on disk by content."""
+"""Tokenized records in a few flat arrays, and their cache on disk by content."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from nxdt_align.files import atomic_write, explain
 
 log = logging.getLogger(__name__)
 CHUNK = 1000
-"""Records handed to the tokenizer at once."""
+"""Records per call of the tokenizer."""
 
 
 class TokenizedSet:
-    """Tokenized records in their order; those of equal content share their tokens."""
+    """Tokenized records in their order; records of equal content share their tokens."""
 
     def __init__(
         self, columns: TokenColumns, record_ids: Sequence[str], desirable: Sequence[bool] | None = None
@@ -43,10 +43,10 @@ class TokenizedSet:
         self.response_lengths: npt.NDArray[Any] = lengths[self._rows]
         """(N, k) int64, tokens; k is 2 for pairs (chosen, rejected), otherwise 1."""
         self.truncated = int(columns.truncated[self._rows].sum())
-        """How many examples were cut."""
+        """Number of truncated examples."""
         self.identical_after_truncation = int(columns.identical_responses()[self._rows].sum())
-        """How many pairs have the same tokens twice, though their texts differ. They are kept: their
-        margin is 0 and stays 0."""
+        """Number of pairs whose chosen and rejected tokens are equal although their texts differ. They are
+        kept: their margin is always 0."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -60,9 +60,9 @@ class TokenizedSet:
 
 
 class WholeSequences(TokenizedSet):
-    """Single responses with all of their prompt but its first token counted as response.
+    """Single responses that count all prompt tokens but the first as response.
 
-    So supervised fine-tuning trains on everything that can be predicted. No token is added or lost.
+    So supervised fine-tuning trains on every predictable token. No token is added or lost.
     """
 
     def __init__(self, examples: TokenizedSet) -> None:
@@ -83,9 +83,9 @@ class WholeSequences(TokenizedSet):
 def tokenize_records(
     records: Sequence[Record], tokenization: Tokenization, cache_dir: Path | None
 ) -> TokenizedSet:
-    """Tokenize all records, each content once, or read what an earlier run kept in ``cache_dir``.
+    """Tokenize all records, equal ones once, or read the tokens that an earlier run cached in ``cache_dir``.
 
-    Raises DataError as Tokenization does, and where the cache folder cannot be written to.
+    Raises DataError as Tokenization does, and if the cache folder is not writable.
     """
     distinct = {record.id: record for record in records}
     if not distinct:
@@ -121,7 +121,7 @@ def _encode_all(records: list[Record], tokenization: Tokenization) -> TokenColum
 
 @dataclass(frozen=True)
 class TokenColumns:
-    """U records of k responses each. Tokens stand end to end; ``offsets[i]:offsets[i + 1]`` is the i-th."""
+    """U records of k responses each. Tokens are concatenated; ``offsets[i]:offsets[i + 1]`` is the i-th."""
 
     record_ids: list[str]
     """(U), content hashes, each once."""
@@ -171,7 +171,7 @@ class TokenColumns:
         return result
 
     def is_whole(self) -> bool:
-        """Whether the arrays fit each other: what a file on disk has to prove."""
+        """Whether the arrays are consistent, which a file on disk may not be."""
         count = len(self.record_ids)
         return (
             count > 0
@@ -199,7 +199,7 @@ def _fit(tokens: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> bool:
 
 
 def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> Path:
-    """Where the tokens of these records under this tokenization are kept: a name by content alone."""
+    """The cache file of these records under this tokenization, named by content only."""
     digest = hashlib.blake2b(fingerprint.encode(), digest_size=16)
     for record in record_ids:
         digest.update(b"\n" + record.encode())
@@ -207,7 +207,7 @@ def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> 
 
 
 def load_columns(path: Path, record_ids: list[str]) -> TokenColumns | None:
-    """The columns kept at ``path``; None where there are none, or (with a warning) where it is broken."""
+    """The columns cached at ``path``; None if there are none, or, with a warning, if the file is broken."""
     if not path.exists():
         return None
     try:
@@ -217,15 +217,15 @@ def load_columns(path: Path, record_ids: list[str]) -> TokenColumns | None:
         columns = TokenColumns(ids, **values)
         if ids == record_ids and columns.is_whole():
             return columns
-        reason = "its arrays do not fit each other"
+        reason = "its arrays are inconsistent"
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error)
-    log.warning("the token cache %s is broken (%s): tokenizing anew", path, reason)
+    log.warning("the token cache %s is broken (%s): tokenizing again", path, reason)
     return None
 
 
 def save_columns(path: Path, columns: TokenColumns) -> None:
-    """Write atomically. Raises DataError where the folder cannot be written to."""
+    """Write atomically. Raises DataError if the folder is not writable."""
     buffer = io.BytesIO()
     values = {f.name: getattr(columns, f.name) for f in fields(columns)}
     np.savez(buffer, **values)

@@ -1,7 +1,7 @@
-"""Records to tokens: BOS and EOS once, the prompt's tokens the same beside every response, then truncation.
+"""Records to tokens: one BOS and EOS, identical prompt tokens for every response, then truncation.
 
-Prompt and response are tokenized apart, so no token spans their border. Chat messages go through the
-tokenizer's chat template, text is taken as it is.
+Prompt and response are tokenized separately, so no token spans their border. Chat messages go through the
+tokenizer's chat template; text is used as it is.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RULES_VERSION = 1
-"""Part of the fingerprint. Raise it when the same record gets other tokens than before."""
+"""Part of the fingerprint. Increment it when a change gives the same record different tokens."""
 TEMPLATE_DATE = "26 Jul 2024"
-"""Llama 3's templates print a date, and take today's unless told. This one is what they fall back to.
-Without it the tokens, and with them every stored reference value, would change from day to day."""
+"""Llama 3's templates print a date, today's by default; this is their own fallback. Without a fixed date the
+tokens, and with them every stored reference value, would change daily."""
 TruncationMode = Literal["keep_start", "keep_end"]
 Tokens = list[int]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -36,7 +36,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized record. The arrays are views into the whole set's: not to be written to."""
+    """A tokenized record. The arrays are views of the whole set's arrays; do not write to them."""
 
     record_id: str
     """The content hash of its record, hex."""
@@ -50,16 +50,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Truncation:
-    """How many tokens per prompt, and a prompt with one response, may have.
+    """Limits on the tokens of a prompt, and of a prompt with one response.
 
     1. A prompt over ``max_prompt_length`` keeps BOS and its last tokens.
     2. If the prompt and the longest response still exceed ``seq_length``: ``keep_start`` cuts the end
        of each response that is too long; ``keep_end`` first cuts the prompt after BOS, by what the
-       longest response needs, and cuts the ends of responses only when of the prompt one token is
-       left (BOS, or the last token where there is no BOS): something must predict the first
-       response token.
+       longest response needs, and cuts the ends of responses only when one prompt token is left
+       (BOS, or the last token if there is no BOS): something must predict the first response
+       token.
 
-    A response keeps at least one token. One whose end is cut has no EOS: it does not end there.
+    A response keeps at least one token. A truncated response has no EOS, as it does not end there.
     """
 
     seq_length: int
@@ -78,7 +78,7 @@ class Truncation:
         if self.max_prompt_length is not None and not 1 <= self.max_prompt_length < self.seq_length:
             raise UserError(
                 f"max_prompt_length must be at least 1 and below data.seq_length ({self.seq_length}), "
-                f"so that a response token fits behind the prompt, but is {self.max_prompt_length}"
+                f"so that a response token fits after the prompt, but is {self.max_prompt_length}"
             )
 
     def __call__(
@@ -96,7 +96,7 @@ class Truncation:
 
 
 def keep_last(prompt: Tokens, room: int, bos: int | None) -> Tokens:
-    """The last ``room`` tokens, BOS among them where the prompt begins with it."""
+    """The last ``room`` tokens, including BOS if the prompt begins with it."""
     if len(prompt) <= room:
         return prompt
     if bos is not None and prompt[0] == bos:
@@ -105,8 +105,8 @@ def keep_last(prompt: Tokens, room: int, bos: int | None) -> Tokens:
 
 
 class ChatTemplate:
-    """The prompt's text is what the template gives with its generation prompt; a response's text is
-    what it adds to that when the response stands there as the assistant's turn, end of turn included."""
+    """The prompt's text is the template's output with its generation prompt; a response's text is what the
+    template adds to that for the response as the assistant's turn, end of turn included."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -130,8 +130,8 @@ class ChatTemplate:
             )
             if not full.startswith(head) or full == head:
                 raise DataError(
-                    f"{place}: the chat template writes a prompt with its answer otherwise than the prompt "
-                    f"alone: {excerpt(full[-60:])} does not go on from {excerpt(head[-60:])}. Use another "
+                    f"{place}: the chat template renders a prompt with an answer differently from the prompt "
+                    f"alone: {excerpt(full[-60:])} does not continue {excerpt(head[-60:])}. Use another "
                     "template, or give prompt and responses as text"
                 )
             answers.append(full[len(head) :])
@@ -154,7 +154,7 @@ class ChatTemplate:
     @cached_property
     def turn_end(self) -> tuple[int | None, list[int]]:
         """The special token that ends an assistant's turn (None: the template writes none), and the
-        tokens, of white space, that the template writes behind it."""
+        white-space tokens that the template writes after it."""
         question: list[Message] = [{"role": "user", "content": "question"}]
         _, (answer,) = self.split(question, ["answer"], "chat template")
         after = answer.rpartition("answer")[2]
@@ -165,9 +165,9 @@ class ChatTemplate:
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, or of a model id. No code out of the folder is ever run.
+    """The tokenizer in a folder, or of a Hub id. Never runs code from the folder.
 
-    Raises UserError where the folder is missing or no tokenizer, or the id cannot be reached.
+    Raises UserError if the folder is missing or has no tokenizer, or the id cannot be reached.
     """
     folder = Path(path_or_id).expanduser()
     if folder.is_file():
@@ -191,7 +191,7 @@ def _from_pretrained(path_or_id: str, folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder) if local else path_or_id, trust_remote_code=False
         )
-    # The Rust tokenizers raise bare Exception for a file that they cannot parse.
+    # The tokenizers library (Rust) raises a bare Exception for a file that it cannot parse.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if local:
@@ -208,18 +208,18 @@ def _from_pretrained(path_or_id: str, folder: Path) -> PreTrainedTokenizerBase:
 class Tokenization:
     """``record -> Example``: a tokenizer, its chat template and a truncation.
 
-    BOS stands once at the prompt's start if the tokenizer has one, also where the text or the chat
-    template writes it. EOS stands once at the response's end. A chat response ends with its
-    template's end-of-turn token, whatever white space the template puts behind that (a model stops
-    there when it generates), and gets EOS only where the template writes no such token.
+    The prompt starts with one BOS if the tokenizer has one, even if the text or the chat template writes it
+    too. A response ends with one EOS. A chat response ends with its template's end-of-turn token, without the
+    white space that the template writes after it (generation stops there), and gets EOS only if the template
+    writes no such token.
 
-    Raises UserError where the tokenizer has no EOS.
+    Raises UserError if the tokenizer has no EOS.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, truncation: Truncation) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "the tokenizer has no eos_token, so no model could learn where a response ends; "
+                "the tokenizer has no eos_token, so a model could not learn where a response ends; "
                 "set eos_token in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
@@ -253,7 +253,8 @@ class Tokenization:
         return self._chat.split(record.prompt, record.responses, record.source)
 
     def _ids(self, texts: list[str]) -> list[Tokens]:
-        # verbose=False: texts over the tokenizer's model_max_length are ours to cut.
+        # verbose=False: no warning about texts over model_max_length, which are truncated later.
+        # One call for all texts: the Rust tokenizer then works in parallel.
         encoded = self.tokenizer(
             texts, add_special_tokens=False, padding=False, truncation=False, verbose=False
         )
@@ -275,7 +276,7 @@ class Tokenization:
         return ids if ids[-1:] == [self._eos] else [*ids, self._eos]
 
     def fingerprint(self) -> str:
-        """A digest of all that decides a record's tokens beside its content: 32 hex digits."""
+        """A digest of everything but the content that determines a record's tokens: 32 hex digits."""
         return self._fingerprint
 
     @cached_property
@@ -294,11 +295,11 @@ class Tokenization:
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the tokenizer does, as text: vocabulary, merges, normalization, added tokens."""
+    """The tokenizer's behaviour as text: vocabulary, merges, normalization, added tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        # A tokenizer remembers the padding and truncation of its last call; neither is used here.
+        # A fast tokenizer's state includes the padding and truncation of its last call; neither is used here.
         for passing in ("padding", "truncation"):
             content.pop(passing, None)
         return json.dumps(content, sort_keys=True)

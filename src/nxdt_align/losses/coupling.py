@@ -2,9 +2,9 @@
 
 Legend: ``N`` slots of a global batch, over all micro-batches and ranks; ``K`` columns.
 
-The engine computes all log-probabilities without gradients, gathers this table, asks for d loss / d
-log-probability, and then runs the backward pass a micro-batch at a time with those. So the result does
-not depend on how the batch was split.
+The engine computes all log-probabilities without gradients, gathers this table, gets d loss / d
+log-probability from it, and then runs the backward pass one micro-batch at a time with those. So the result
+does not depend on how the batch was split.
 """
 
 from __future__ import annotations
@@ -68,5 +68,6 @@ def gradients_of(share: Tensor, policy: ResponseLogps) -> Tensor:
 def surrogate(policy: ResponseLogps, gradients: Tensor) -> Tensor:
     """A scalar whose gradient is that of the coupled loss, from a micro-batch's rows of ``gradients``."""
     plain = policy.sums if policy.plain_sums is None else policy.plain_sums
+    # The chain rule: d(sums * g)/d(sums) = g, with g constant.
     products = policy.sums * gradients[:, 0] + plain * gradients[:, 1]
     return torch.where(policy.valid, products, 0.0).sum()

@@ -1,4 +1,4 @@
-"""CPO and SimPO: contrastive losses of pairs that need no reference. All arithmetic is float32."""
+"""CPO and SimPO: contrastive losses of pairs without a reference. All arithmetic is float32."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class CPOLoss:
 
     -log sigmoid(beta * (chosen - rejected)) of the responses' log-probabilities, summed over tokens,
     plus nll_scale times the chosen response's negative log-likelihood per token. Rewards are beta * log
-    policy; ``nll_loss`` is reported, as TRL does. TRL averages the likelihood over a batch's tokens,
-    here it is a mean per response, and then over pairs.
+    policy; ``nll_loss`` is reported, as TRL does. TRL averages the likelihood over a batch's tokens;
+    here it is averaged per response, then over pairs.
     """
 
     config: CPOConfig = field(default_factory=CPOConfig)
@@ -70,7 +70,8 @@ class SimPOLoss:
     def __call__(self, policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
         config = self.config
         chosen, rejected = policy.mean_logps[0::2], policy.mean_logps[1::2]
-        # The margin first, as TRL has it: beta * (difference - gamma / beta).
+        # The margin inside, as in TRL, so that label smoothing flips it too: beta * (difference - gamma /
+        # beta).
         losses = sigmoid_loss(
             chosen - rejected - config.gamma / config.beta, config.beta, config.label_smoothing
         )

@@ -2,7 +2,7 @@
 
 Ours: ``loss(policy, reference) -> LossOutput``. torchtune's: ``forward(policy, reference) -> (losses,
 chosen_rewards, rejected_rewards)``, both arguments with ``chosen_logps`` and ``rejected_logps``, (P,).
-A class is made with the keyword settings, a function gets them at each call.
+A class is constructed with the keyword settings; a function gets them at each call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CustomLossError(OwnPartError):
 
 
 class CustomLoss:
-    """A callable from outside as a Loss. What it does not declare is taken as for DPO.
+    """Wraps a custom callable as a Loss. Needs that it does not declare default to DPO's.
 
     Declared as attributes of the callable: ``needs_reference`` (True unless said), ``needs_tokens``,
     ``needs_prompts``, ``needs_collisions``, ``needs_logits``, ``couples_examples`` (False unless said),
@@ -38,6 +38,7 @@ class CustomLoss:
 
     def __init__(self, function: Callable[..., Any], path: str, examples: Examples = "pair") -> None:
         paired = examples != "response"
+        # functools.partial does not pass attributes of its function through.
         declared = function.func if isinstance(function, functools.partial) else function
         self._function = function
         self._path = path
@@ -68,6 +69,7 @@ class CustomLoss:
             )
         if isinstance(result, LossOutput):
             return result
+        # torchtune's losses return this triple; its rewards are detached already, a user's may not be.
         is_triple = isinstance(result, tuple) and len(result) == 3
         if is_triple and all(isinstance(item, Tensor) for item in result):
             losses, chosen, rejected = result
@@ -79,25 +81,24 @@ class CustomLoss:
 
 
 def load_loss(path: str, settings: Mapping[str, Any] | None = None, examples: Examples = "pair") -> Loss:
-    """The loss at ``path``, made with ``settings`` and tried out on two pairs of made-up numbers.
+    """The loss at ``path``, constructed with ``settings`` and tested on two made-up pairs.
 
-    Modules are looked up as Python does, and in the current folder. ``examples``: pairs, labelled
-    completions with another prompt's beside each (unpaired), or single responses.
+    Modules are looked up as Python does, and in the current folder. ``examples``: pairs, labelled completions
+    with a mismatched one beside each (unpaired), or single responses.
 
-    Raises OwnPartError where the path does not import, the settings do not fit, the callable does not
-    take (policy, reference), reads logits that it does not declare, or returns something else than one
-    value per example.
+    Raises OwnPartError if the path does not import, the settings do not fit, or the callable does not take
+    (policy, reference), reads logits that it does not declare, or does not return one value per example.
     """
     return _tried(_make(find(path), path, dict(settings or {})), path, examples)
 
 
 def given_loss(loss: Loss | Callable[..., Any], examples: Examples = "pair") -> Loss:
-    """A loss that a script hands over: one of this package's as it is, any other tried out as ``load_loss``
-    does. Raises CustomLossError."""
+    """A loss object from a script: one of this package's as it is, any other tested as by ``load_loss``.
+    Raises CustomLossError."""
     if isinstance(loss, Loss):
         return loss
     kind = loss if inspect.isfunction(loss) else type(loss)
-    # Its plain settings too: the text is part of what makes two runs the same one.
+    # Its plain settings too: this text is part of the run's identity.
     plain = {
         name: value
         for name, value in sorted(getattr(loss, "__dict__", {}).items())
@@ -138,8 +139,8 @@ def _check_parameters(function: Callable[..., Any], path: str) -> None:
         signature = inspect.signature(called)
     except ValueError as error:
         raise CustomLossError(
-            f"{path}: {_WANTED}, but it is {describe(called)}, whose arguments cannot be told; "
-            "wrap it in a function of your own"
+            f"{path}: {_WANTED}, but it is {describe(called)}, whose signature cannot be inspected; "
+            "wrap it in a function"
         ) from error
     try:
         signature.bind(None, None, **settings)
@@ -151,7 +152,7 @@ def _check_parameters(function: Callable[..., Any], path: str) -> None:
 
 
 def _try_out(loss: CustomLoss, path: str) -> None:
-    """One call with numbers that any loss takes, so that a wrong one stops before the model is built."""
+    """Call the loss once on harmless numbers, so that a broken one fails before the model is built."""
     policy = _probe(with_logits=loss.needs_logits)
     reference = policy.with_sums(policy.sums.detach() - 0.5) if loss.needs_reference else None
     try:
@@ -159,7 +160,7 @@ def _try_out(loss: CustomLoss, path: str) -> None:
     except CustomLossError:
         raise
     except Exception as error:
-        # A loss of the user's may raise anything; what it was is in the message.
+        # User code may raise anything; the message quotes it.
         raise CustomLossError(
             f"{path} fails on log-probabilities of {_PROBE_PAIRS} pairs: {type(error).__name__}: {error}"
         ) from error
@@ -181,6 +182,7 @@ def _reaches(losses: Tensor, policy: ResponseLogps) -> bool:
 
 def _probe(*, with_logits: bool) -> ResponseLogps:
     count = 2 * _PROBE_PAIRS
+    # Log-probabilities of -1 nat and distinct sums: nothing overflows, no two pairs tie.
     tokens = -torch.ones(_PROBE_PAIRS, 4, requires_grad=True)
     return ResponseLogps(
         sums=tokens.reshape(count, 2).sum(1) * torch.arange(1.0, count + 1),
@@ -200,10 +202,10 @@ def _probe(*, with_logits: bool) -> ResponseLogps:
 
 
 def _check_parameters_of_its_own(function: Callable[..., Any], path: str) -> None:
-    """The optimizer has the model's parameters alone."""
+    """Refuse trainable parameters: the optimizer only has the model's."""
     names = [name for name, _ in function.named_parameters()] if isinstance(function, nn.Module) else []
     if names:
         raise CustomLossError(
-            f"{path} has parameters of its own ({', '.join(names)}), which nothing would train; make them "
-            "settings or buffers"
+            f"{path} has trainable parameters ({', '.join(names)}), which no optimizer would update; make "
+            "them settings or buffers"
         )

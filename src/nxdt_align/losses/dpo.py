@@ -1,4 +1,4 @@
-"""DPO and its family: losses of pairs against a reference, alone or as a weighted sum of several."""
+"""DPO and its variants: losses of pairs against a reference, alone or as a weighted sum."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from nxdt_align.losses.types import LossOutput, Normaliser, ResponseLogps
 
 @dataclass(frozen=True)
 class DPOLoss:
-    """Direct Preference Optimization (https://arxiv.org/abs/2305.18290) and what grew from it.
+    """Direct Preference Optimization (https://arxiv.org/abs/2305.18290) and its variants.
 
     A pair's loss is the weighted sum of its forms (``loss_type``), each a function of beta *
-    log(policy / reference) of the two responses; times WPO's weight where that is asked; plus
+    log(policy / reference) of the two responses; times WPO's weight if enabled; plus
     nll_scale times the chosen response's negative log-likelihood per token.
 
     Rewards are beta * log(policy / reference), the paper's implicit reward up to a constant of the
     prompt, whatever the divergence and the normalisation, as TRL reports them.
 
-    Raises ValueError (a ConfigError) with every setting that is out of range or means nothing here.
+    Raises ConfigError (a ValueError) with every setting that is out of range or meaningless.
     """
 
     config: DPOConfig = field(default_factory=DPOConfig)
     """The section of the YAML."""
     state: Tensor | None = field(default=None, repr=False, compare=False)
-    """(2,) float32: BCO's mean reward so far and of how many responses; without any, it is the mean of
-    the responses at hand."""
+    """(2,) float32: BCO's mean reward so far and the number of responses in it; None: the mean of the current
+    responses."""
 
     paired = True
     needs_tokens = needs_prompts = needs_logits = False
@@ -43,7 +43,7 @@ class DPOLoss:
     def __post_init__(self) -> None:
         require_sound(self.config, "dpo")
 
-    # What it declares
+    # Declared needs
 
     @property
     def needs_reference(self) -> bool:
@@ -78,6 +78,7 @@ class DPOLoss:
             losses = losses + config.nll_scale * likelihood
             extras["nll_loss"] = likelihood.detach()
         scale = config.kl_beta
+        # RSO's gamma is the hinge's scale, so its rewards are scaled by it too.
         if config.gamma is not None and loss_types == ("hinge",):
             scale = config.gamma
         return LossOutput(
@@ -92,8 +93,8 @@ class DPOLoss:
         if self.config.reference_free:
             return chosen, rejected
         reference = require_reference("DPO", policy, reference)
-        # Policy less reference first: near each other they subtract exactly, so that a policy equal
-        # to its reference has a margin of exactly 0.
+        # Policy minus reference first: nearby floats subtract exactly (Sterbenz), so that a policy equal to
+        # its reference has a margin of exactly 0.
         return chosen - reference.chosen_logps.float(), rejected - reference.rejected_logps.float()
 
     def _form(self, name: str, policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor:
@@ -119,6 +120,7 @@ class DPOLoss:
                 chosen=scores[0::2],
                 rejected=scores[1::2],
                 policy_margin=margin(policy.sums),
+                # Only forms that need a reference read this, so zeros stand for a missing one.
                 reference_margin=margin(policy.sums.detach() * 0 if reference is None else reference.sums),
                 valid=policy.valid[0::2] & policy.valid[1::2],
             ),
@@ -136,21 +138,21 @@ class DPOLoss:
                 shift = torch.where(self.state[1] > 0, self.state[0], shift)
         return FormSettings(self.config, smoothing, shift)
 
-    # BCO's running mean, which outlives a step
+    # BCO's running mean, kept across steps
 
     def initial_state(self) -> Tensor | None:
-        """(2,) float32, the mean reward so far and the responses that it is a mean of; None where the
-        loss remembers nothing."""
+        """(2,) float32, the mean reward so far and its number of responses; None if the loss has no state."""
         return torch.zeros(2) if self._shifts else None
 
     def next_state(self, state: Tensor, policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor:
-        """``state`` with a global batch's responses counted in."""
+        """``state`` updated with a global batch's responses."""
         chosen, rejected = self._log_ratios(policy, reference)
         rewards = self.config.kl_beta * torch.stack((chosen, rejected), 1).flatten().detach()
         if self.config.length_normalization:
             rewards = rewards / policy.lengths
         seen = policy.valid.sum().to(state.dtype)
         count = state[1] + seen
+        # The incremental mean (Welford) in float32; a running sum would lose digits over a long run.
         mean = state[0] + (_mean(rewards, policy.valid) - state[0]) * seen / count.clamp(min=1.0)
         return torch.stack((mean, count))
 

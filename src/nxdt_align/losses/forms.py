@@ -1,7 +1,8 @@
 """The forms of a loss of pairs against a reference: ``dpo.loss_type``.
 
-Each is a pure function of a pair's scores, named as the form; ``config/dpo_forms.py`` has a row for each.
-TRL's names; where TRL and the paper differ, the docstring says which is taken. All arithmetic is float32.
+Each is a pure function of a pair's scores, named like the form; ``config/dpo_forms.py`` has a row for each.
+The names are TRL's; where TRL and the paper differ, the docstring says which one is followed. All arithmetic
+is float32.
 
 Legend: ``P`` pairs; h = beta * (chosen score - rejected score).
 """
@@ -24,7 +25,7 @@ _LARGEST_EXPONENT = 80.0
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a form is a function of, (P,) float32 each.
+    """A form's inputs, (P,) float32 each.
 
     A score is f'(policy / reference): with DPO's reverse KL, the log-ratio. All are divided by the
     response's tokens where the loss is length-normalised.
@@ -36,7 +37,7 @@ class PairScores:
     """log policy(chosen) - log policy(rejected)."""
     reference_margin: Tensor
     valid: Tensor
-    """(P,) bool: False at empty places, which must not count where examples are coupled."""
+    """(P,) bool: False for empty slots, which coupled forms must ignore."""
 
     @property
     def difference(self) -> Tensor:
@@ -45,11 +46,11 @@ class PairScores:
 
 @dataclass(frozen=True)
 class FormSettings:
-    """The numbers that forms take: those of the section ``dpo``, and what is worked out from them."""
+    """Numbers that forms read: those of the section ``dpo``, and values derived from them."""
 
     dpo: DPOConfig
     label_smoothing: float
-    """The section's, or the form's own where it is null."""
+    """The section's, or the form's default if that is null."""
     reward_shift: Tensor | float = 0.0
     """() delta of BCO."""
 
@@ -64,7 +65,7 @@ FormFunction = Callable[[PairScores, FormSettings], Tensor]
 def sigmoid_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """-log sigmoid(beta * margin), mixed with its flipped label by ``label_smoothing``.
 
-    Equation 7 of DPO (https://arxiv.org/abs/2305.18290) a pair; with smoothing e, conservative DPO:
+    Equation 7 of DPO (https://arxiv.org/abs/2305.18290) per pair; with smoothing e, conservative DPO:
     -(1 - e) log sigmoid(h) - e log sigmoid(-h), h = beta * margin
     (https://ericmitchell.ai/cdpo.pdf, equation 3). TRL's ``sigmoid`` leaves label_smoothing out.
 
@@ -101,6 +102,7 @@ def hinge(scores: PairScores, settings: FormSettings) -> Tensor:
 def exo_pair(scores: PairScores, settings: FormSettings) -> Tensor:
     """KL((sigmoid(h), sigmoid(-h)) || (1 - e, e)) (https://arxiv.org/abs/2402.00856, equation 16)."""
     scaled = settings.beta * scores.difference
+    # The soft labels (1 - e, e); e = 0 would make log(e) infinite, hence the form's default of 1e-3.
     truth = torch.tensor([1 - settings.label_smoothing, settings.label_smoothing], device=scaled.device).log()
     chosen = torch.sigmoid(scaled) * (F.logsigmoid(scaled) - truth[0])
     return chosen + torch.sigmoid(-scaled) * (F.logsigmoid(-scaled) - truth[1])
@@ -140,15 +142,17 @@ def aot_unpaired(scores: PairScores, settings: FormSettings) -> Tensor:
 
 
 def _by_rank(upper: Tensor, lower: Tensor, valid: Tensor, settings: FormSettings) -> Tensor:
-    """Loss of each rank's difference, at the place of the example that has this rank in ``upper``."""
+    """The loss of each difference of equal rank, at the index of the example with this rank in ``upper``."""
     upper, ranking = _sort_valid(upper, valid)
     lower, _ = _sort_valid(lower, valid)
     losses = sigmoid_loss(upper - lower, settings.beta, settings.label_smoothing)
+    # argsort of a permutation is its inverse: back to the examples' order.
     return losses[torch.argsort(ranking)]
 
 
 def _sort_valid(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending, empty places last (as 0, so that they stay finite), and which place each came from."""
+    """Sorted values, ascending with empty slots last (as 0, to stay finite), and the sorting indices."""
+    # The order is not differentiable; the gradient flows through the gathered values.
     _, order = torch.sort(torch.where(valid, values.detach(), torch.inf), stable=True)
     return torch.where(valid[order], values[order], 0.0), order
 
@@ -166,25 +170,26 @@ def apo_down(scores: PairScores, settings: FormSettings) -> Tensor:
 
 def discopop(scores: PairScores, settings: FormSettings) -> Tensor:
     """(1 - m) * -log sigmoid(h) + m * exp(-h), m = sigmoid(h / tau) (https://arxiv.org/abs/2406.08414,
-    equation 5). The second term is computed as one exponential: exp(-h) alone overflows."""
+    equation 5)."""
     scaled = settings.beta * scores.difference
     modulation = scaled / settings.dpo.discopop_tau
+    # sigmoid(h / tau) * exp(-h) as one exponential: exp(-h) alone overflows for a large negative h.
     exponential = torch.exp((F.logsigmoid(modulation) - scaled).clamp(max=_LARGEST_EXPONENT))
     return -F.logsigmoid(scaled) * torch.sigmoid(-modulation) + exponential
 
 
 def form_function(name: str) -> FormFunction:
-    """What computes the form ``name``, (P,) losses from scores and settings."""
+    """The function of the form ``name``."""
     function: FormFunction = globals()[FORMS[name].function or name]
     return function
 
 
-# f-divergences between policy and reference: what stands for the log-ratio in the margin. f-DPO
-# (https://arxiv.org/abs/2309.16240) replaces log(policy / reference) by f'(policy / reference), f being the
-# divergence that is held small. TRL's names.
+# f-divergences between policy and reference. f-DPO (https://arxiv.org/abs/2309.16240) replaces
+# log(policy / reference) in the margin by f'(policy / reference), where f generates the divergence that is
+# penalised. The names are TRL's.
 
 _LARGEST_RATIO = 40.0
-"""Exponents above stop here, with gradient 0: e^40 squared is still a float32."""
+"""Exponents are clamped here, with gradient 0 beyond: e^40 squared is still finite in float32."""
 
 
 def divergence_score(log_ratio: Tensor, kind: str, alpha: float = 0.5) -> Tensor:
@@ -205,9 +210,11 @@ def divergence_score(log_ratio: Tensor, kind: str, alpha: float = 0.5) -> Tensor
     if kind == "forward_kl":
         return 1 - torch.exp((-log_ratio).clamp(max=_LARGEST_RATIO))
     if kind == "js_divergence":
+        # log(2u / (1 + u)) = ln 2 + log sigmoid(log u).
         return math.log(2.0) + F.logsigmoid(log_ratio)
     if kind == "alpha_divergence":
         if abs(alpha - 1.0) < 1e-6:
             return log_ratio
+        # expm1 keeps digits for u near 1, where the power minus 1 cancels.
         return torch.expm1(((alpha - 1) * log_ratio).clamp(max=_LARGEST_RATIO)) / (alpha - 1)
-    raise ValueError(f"there is no f-divergence {kind!r}")
+    raise ValueError(f"unknown f-divergence {kind!r}")

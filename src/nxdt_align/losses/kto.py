@@ -1,7 +1,7 @@
 """KTO: a loss of single responses that are labelled good or bad.
 
-Legend: ``P`` examples. Slot ``2k`` is example k's completion, slot ``2k + 1`` another prompt's completion
-after its prompt, from which the policy's distance to the reference is estimated.
+Legend: ``P`` examples. Slot ``2k`` is example k's completion, slot ``2k + 1`` a mismatched completion
+(another prompt's) after the same prompt, which estimates the KL divergence from the reference.
 """
 
 from __future__ import annotations
@@ -52,15 +52,18 @@ class KTOLoss:
         signed = torch.where(desirable, ratio - kl, kl - ratio)
         weight = torch.where(desirable, config.desirable_weight, config.undesirable_weight)
         return LossOutput(
+            # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits for large x.
             losses=weight * torch.sigmoid(-config.beta * signed),
             extras=_metrics(policy, config.beta * ratio.detach(), desirable, kl),
         )
 
     def _kl(self, policy: ResponseLogps, reference: ResponseLogps) -> Tensor:
         """() float32, nats."""
+        # Detached, as in the paper: z_0 is only a baseline, and no gradient flows through it.
         mismatched = (policy.mismatched_logps.float() - reference.mismatched_logps.float()).detach()
         valid = policy.valid[0::2] & policy.valid[1::2]
         mean = torch.where(valid, mismatched, 0.0).sum() / valid.sum().clamp(min=1)
+        # A KL divergence is never negative, but its estimate from mismatched pairs can be.
         return mean.clamp(min=0)
 
 
@@ -71,5 +74,6 @@ def _metrics(policy: ResponseLogps, rewards: Tensor, desirable: Tensor, kl: Tens
     for name, those in (("chosen", desirable), ("rejected", ~desirable)):
         for metric, value in (("rewards", rewards), ("logps", logps)):
             values[f"{metric}/{name}"] = value * those
+            # finish() divides the two means, which leaves the mean over this label's completions.
             values[f"{metric}/{name}{DIVISOR}"] = those.float()
     return values

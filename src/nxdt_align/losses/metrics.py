@@ -1,8 +1,8 @@
-"""Metrics of a loss of pairs, an example at a time, and their last step to what is reported.
+"""Metrics per example, and their final reduction.
 
-A metric over some of the examples (accuracy where the chosen response is longer) is a quotient of two
-means over all of them, so that it adds up over micro-batches, ranks and steps like every other: the
-divisor goes under the metric's name with ``DIVISOR`` behind it, and ``finish`` divides.
+A metric over a subset of the examples (e.g. accuracy where the chosen response is longer) is the quotient of
+two means over all examples, so that it adds up over micro-batches, ranks and steps like any other: the
+divisor is stored under the metric's name plus ``DIVISOR``, and ``finish`` divides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DIVISOR = " (divisor)"
 
 
 def example_metrics(policy: ResponseLogps, output: LossOutput, *, paired: bool) -> dict[str, Tensor]:
-    """Metrics an example, (P,) each: NxDT's names, TRL's names, ours on lengths, then the loss's own.
+    """Metrics per example, (P,) each: under NxDT's names and TRL's, ours on lengths, then the loss's extras.
 
     ``paired``: slots 2k and 2k+1 are one example.
     """
@@ -42,8 +42,8 @@ def example_metrics(policy: ResponseLogps, output: LossOutput, *, paired: bool) 
 
 
 def _pair_statistics(policy: ResponseLogps) -> dict[str, Tensor]:
-    """TRL's, as means over the global batch's tokens: of chosen responses (or desirable ones), of rejected
-    ones, and of both. Mismatched completions count for nothing."""
+    """TRL's statistics as means over the global batch's tokens: of chosen (or desirable) responses, of
+    rejected ones, and of both. Mismatched completions are excluded."""
     is_single = policy.roles == SlotRole.SINGLE
     is_chosen = (policy.roles == SlotRole.CHOSEN) | (is_single & policy.desirable)
     is_rejected = (policy.roles == SlotRole.REJECTED) | (is_single & ~policy.desirable)
@@ -57,6 +57,7 @@ def _pair_statistics(policy: ResponseLogps) -> dict[str, Tensor]:
         **mean("mean_token_accuracy", "is_top1", is_chosen),
         **mean("entropy", "entropy", is_chosen | is_rejected),
     }
+    # Two slots per example; masked ones are 0.
     return {name: slots.view(-1, 2).sum(1) for name, slots in values.items()}
 
 
@@ -72,8 +73,8 @@ def _mean(name: str, sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
 
 
 def _length_metrics(policy: ResponseLogps, correct: Tensor) -> dict[str, Tensor]:
-    """What tells length bias (accuracy high only where the longer response is the chosen one) and
-    likelihood displacement (chosen log-probs a token falling while margins grow) apart."""
+    """Metrics that tell length bias (accuracy is high only where the chosen response is longer) from
+    likelihood displacement (chosen log-probs per token fall while margins grow)."""
     mean = policy.mean_logps.detach()
     values = {"logps/chosen_per_token": mean[0::2], "logps/rejected_per_token": mean[1::2]}
     for name, longer in (
@@ -87,8 +88,8 @@ def _length_metrics(policy: ResponseLogps, correct: Tensor) -> dict[str, Tensor]
 
 
 def finish(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Metrics to report, from means over whole global batches. A metric over examples of which there was
-    none is left out. Reads divisors on the host."""
+    """Metrics to report, from means over whole global batches. A metric over an empty subset is
+    left out. Reads divisors on the host."""
     plain = {name: value for name, value in metrics.items() if not name.endswith(DIVISOR)}
     for name, value in metrics.items():
         if name.endswith(DIVISOR):
@@ -98,6 +99,6 @@ def finish(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
             else:
                 del plain[metric]
     if "rewards/margins" not in plain and {"rewards/chosen", "rewards/rejected"} <= plain.keys():
-        # Unpaired examples: of means over two different sets.
+        # Unpaired examples have no margin each: the difference of two means, as in TRL's KTOTrainer.
         plain["rewards/margins"] = plain["rewards/chosen"] - plain["rewards/rejected"]
     return plain

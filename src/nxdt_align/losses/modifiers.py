@@ -1,4 +1,4 @@
-"""What losses share: WPO's weights, a likelihood term, and what a reference must be."""
+"""Shared parts of losses: WPO's weights, a likelihood term, and the check of a reference."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from nxdt_align.losses.types import ResponseLogps
 
 
 def require_reference(loss: str, policy: ResponseLogps, reference: ResponseLogps | None) -> ResponseLogps:
-    """``reference``, which must be there and hold the policy's examples, else a ValueError names ``loss``."""
+    """``reference`` if it is given for the policy's responses; otherwise raises ValueError, naming
+    ``loss``."""
     if reference is None:
         raise ValueError(f"{loss} needs the reference's log-probabilities, but got none")
     if reference.sums.shape != policy.sums.shape:
-        # 1 example would be broadcast over all the others.
+        # A single value would silently broadcast over all responses.
         raise ValueError(
             f"{loss} needs the reference's log-probabilities of the policy's {len(policy.sums)} "
             f"responses, but got {len(reference.sums)}"
@@ -22,7 +23,7 @@ def require_reference(loss: str, policy: ResponseLogps, reference: ResponseLogps
 
 
 def wpo_weights(policy: ResponseLogps) -> Tensor:
-    """A pair's weight, (P,) float32 without gradient: how much the policy would say it itself.
+    """A pair's weight, (P,) float32 without gradient: how likely the policy is to generate it.
 
     Equation 2 of WPO (https://arxiv.org/abs/2406.11827) with the weight alignment of its section 3.2:
     exp(mean over tokens of log p(token) - log sum of squared probabilities), chosen times rejected, as

@@ -1,4 +1,4 @@
-"""From a loss to what an engine runs: shares of a global mean, and shares of its metrics.
+"""Turns a loss into what an engine runs: a micro-batch's share of the global mean and of each metric.
 
 Legend: ``P`` examples of a micro-batch: pairs, or single responses for SFT. ``N`` slots of a global
 batch, ``K`` columns of its table (``coupling.py``).
@@ -23,10 +23,10 @@ from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 
 @runtime_checkable
 class RememberingLoss(Protocol):
-    """A loss with something that outlives a step, such as BCO's running mean."""
+    """A loss with state across steps, such as BCO's running mean."""
 
     def initial_state(self) -> Tensor | None:
-        """What it remembers before the first step; None for nothing."""
+        """The state before the first step; None for none."""
         ...
 
     def next_state(self, state: Tensor, policy: ResponseLogps, reference: ResponseLogps | None) -> Tensor: ...
@@ -35,8 +35,8 @@ class RememberingLoss(Protocol):
 
 
 def build_loss(strategy: ModelAlignmentStrategyConfig) -> Loss:
-    """The loss of the objective that is set, made with its section. Raises ConfigError for a section that
-    no check has seen and that means nothing."""
+    """The loss of the chosen objective, built from its section. Raises ConfigError for an invalid section
+    that was not checked before."""
     module, _, name = OBJECTIVES[strategy.objective]["loss"].partition(".")
     loss: Loss = getattr(importlib.import_module(f"nxdt_align.losses.{module}"), name)(strategy.active)
     return loss
@@ -45,18 +45,18 @@ def build_loss(strategy: ModelAlignmentStrategyConfig) -> Loss:
 class GlobalMeanObjective:
     """A loss as a mean over the global batch, computed one micro-batch at a time.
 
-    Each result is already divided by the global batch's size, so results of all micro-batches and
-    data-parallel ranks *add up* to the true means, however the batch was split, and gradients do too.
-    The loss is a mean over what ``normaliser`` says ("pairs" or "tokens"), metrics are means over
-    examples. Shapes are static and nothing branches on a tensor's value.
+    Each result is already divided by the global batch's size, so the results of all micro-batches and
+    data-parallel ranks *add up* to the true means for any split of the batch, and so do gradients. The loss
+    is a mean over ``normaliser`` ("pairs" or "tokens"); metrics are means over examples. Shapes are static
+    and nothing branches on a tensor's value.
 
-    Where ``couples_examples``, an engine goes by ``statistics``, ``couple`` and ``surrogate`` instead.
+    If ``couples_examples``, an engine uses ``statistics``, ``couple`` and ``surrogate`` instead.
 
     Args:
-        token_statistics: also report what TRL does of the responses' tokens: entropy, mean logits, and how
-            often the label has the largest logit.
+        token_statistics: also report TRL's statistics of the responses' tokens: entropy, mean logits, and
+            the top-1 accuracy of the labels.
 
-    Raises UserError for a loss that no engine can serve.
+    Raises UserError for a loss that no engine supports.
     """
 
     def __init__(self, loss: Loss, *, token_statistics: bool = False) -> None:
@@ -83,13 +83,13 @@ class GlobalMeanObjective:
         logits: tuple[TokenStatistic, ...] = ("logits",) if loss.needs_logits else ()
         self._named = collisions + self._statistics
         self.wanted: Sequence[TokenStatistic] = self._named + logits
-        """What is read off the head beside the log-probabilities."""
+        """Token statistics computed at the head beside the log-probabilities."""
         self.needs_prompts = loss.needs_prompts
-        """Whether batches must hold the prompts' tokens as positions that are predicted."""
+        """Whether batches must predict the prompts' tokens too."""
         self.couples_examples = loss.couples_examples
         self.normaliser = loss.normaliser
         self.state = loss.initial_state() if isinstance(loss, RememberingLoss) else None
-        """What the loss remembers of earlier steps: part of a checkpoint."""
+        """The loss's state across steps, saved in checkpoints."""
 
     def __call__(
         self,
@@ -101,8 +101,8 @@ class GlobalMeanObjective:
         """The micro-batch's share of the loss, () float32, and of each metric, () float32 detached.
 
         ``token_logps``: (B, T) float32, and so is each of ``token_statistics``, in the order of ``wanted``;
-        ``logits``: (B, T, V) float32. Raises ValueError where the loss needs reference log-probabilities and
-        there are none, or couples the batch's examples; or where statistics or logits are missing.
+        ``logits``: (B, T, V) float32. Raises ValueError if reference log-probabilities, token_statistics or
+        logits are missing, or if the loss couples the batch's examples.
         """
         if self.couples_examples:
             raise ValueError(
@@ -126,7 +126,7 @@ class GlobalMeanObjective:
         token_statistics: Sequence[Tensor] = (),
         logits: Tensor | None = None,
     ) -> Tensor:
-        """(B * R, K) float32: what the loss has to know of a micro-batch's slots, without gradients."""
+        """(B * R, K) float32: the loss's inputs from a micro-batch's slots, without gradients."""
         policy = self._policy(batch, token_logps.detach(), token_statistics)
         return coupling.to_table(policy, self._reference(batch, policy))
 
@@ -137,10 +137,10 @@ class GlobalMeanObjective:
         where it is not ``training``.
 
         ``table``: (N, K), the statistics of all micro-batches and ranks in any fixed order; ``batch``:
-        any of the micro-batches, for the global counts. ``training`` lets the loss remember the batch.
+        any of the micro-batches, for the global counts. ``training`` updates the loss's state.
         """
-        # Without need, no gradients: autograd's thread may let go of its last tensor after the step's end is
-        # marked, and on a lazy device whatever is there by then is part of the graph.
+        # No gradients unless needed: autograd's thread may free its last tensor after the step is marked, and
+        # on a lazy device every tensor alive at that moment becomes an output of the graph.
         with torch.set_grad_enabled(training):
             policy, reference = coupling.from_table(table, self._statistics)
             output = self._loss_now(policy, reference, training)(policy, reference)
@@ -195,7 +195,7 @@ class GlobalMeanObjective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         valid = policy.valid[0::2] & policy.valid[1::2] if self.loss.paired else policy.valid
         _check_shapes(self.loss, output, valid)
-        # Engines may hand scalars on expanded to the rows.
+        # Engines may have expanded these scalars to one per row.
         pairs, tokens = batch.global_pairs.reshape(-1)[0], batch.global_tokens.reshape(-1)[0]
         share = _masked_sum(output.losses, valid) / (tokens if self.normaliser == "tokens" else pairs)
         with torch.no_grad():
@@ -205,12 +205,12 @@ class GlobalMeanObjective:
 
 
 def _masked_sum(values: Tensor, valid: Tensor) -> Tensor:
-    # where, not a product: NaN * 0 is NaN.
+    # where, not a product: NaN * 0 is NaN, in the gradient too.
     return torch.where(valid, values.float(), 0.0).sum()
 
 
 def _check_shapes(loss: Loss, output: LossOutput, valid: Tensor) -> None:
-    """A loss from outside that returns a scalar would broadcast, and be wrong by a factor."""
+    """A custom loss that returns a scalar would broadcast and be wrong by a factor."""
     wanted = {"losses": output.losses, **output.extras}
     if output.chosen_rewards is not None and output.rejected_rewards is not None:
         wanted |= {"chosen_rewards": output.chosen_rewards, "rejected_rewards": output.rejected_rewards}

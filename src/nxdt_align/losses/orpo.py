@@ -1,4 +1,4 @@
-"""ORPO: a loss of pairs that needs no reference.
+"""ORPO: a loss of pairs without a reference.
 
 Legend: ``P`` pairs of a micro-batch. All arithmetic is float32, whatever dtype comes in.
 """
@@ -19,22 +19,22 @@ from nxdt_align.losses.modifiers import nll
 from nxdt_align.losses.types import LossOutput, Normaliser, ResponseLogps
 
 LOG_PROBABILITY_MAX = -1e-12
-"""``log1mexp`` takes anything above this, 0 (probability 1) and rounding above 0 included, for this:
-the value stops at log(1e-12) = -27.6, and the gradient there is 0 instead of infinite."""
+"""``log1mexp`` clamps its input here, also 0 (probability 1) and rounding above 0: the value stops at
+log(1e-12) = -27.6, and the gradient beyond is 0 instead of infinite."""
 
 
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x <= 0, same shape as ``x``; float32, or float64 where ``x`` is.
 
-    ``log(1 - exp(x))`` as written cancels to log(0) for x near 0. Splitting at -ln 2 between expm1
-    and log1p keeps value and gradient, -1 / expm1(-x), to rounding error
+    The naive ``log(1 - exp(x))`` cancels to log(0) for x near 0. Switching between expm1 and log1p at -ln 2
+    keeps the value and the gradient, -1 / expm1(-x), accurate to rounding
     (Maechler 2012, https://cran.r-project.org/web/packages/Rmpfr/vignettes/log1mexp-note.pdf).
     By hand: x = -ln 2 gives ln(1/2) = -0.6931 and gradient -1; x = -1e-8 gives -18.4207 and -1e8.
     """
     x = (x if x.dtype == torch.float64 else x.float()).clamp(max=LOG_PROBABILITY_MAX)
     near_zero = x > -math.log(2.0)
-    # Each branch gets an input that is safe for it: where's backward multiplies the branch not taken
-    # by 0, and 0 * inf is NaN.
+    # Each branch gets a safe input: torch.where's backward multiplies the gradient of the branch not taken by
+    # 0, and 0 * inf is NaN.
     near = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0)))
     far = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
     return torch.where(near_zero, near, far)

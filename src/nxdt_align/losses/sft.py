@@ -18,7 +18,7 @@ class SFTLoss:
     """
 
     config: SFTConfig = field(default_factory=SFTConfig)
-    """The section of the YAML, which says how the data are laid out and not what the loss is."""
+    """The section of the YAML; it affects the data layout, not the loss."""
 
     needs_reference = False
     paired = False

@@ -19,7 +19,7 @@ Normaliser = Literal["pairs", "tokens"]
 
 
 class SupportsArray(Protocol):
-    """A numpy array, or what makes itself one."""
+    """A numpy array, or an object that converts to one."""
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -28,7 +28,7 @@ ArrayLike = Tensor | Sequence[float] | SupportsArray
 
 
 def interleave(first: Tensor, second: Tensor) -> Tensor:
-    """(P,) and (P,) -> (2P,), the first's values in every even place."""
+    """(P,) and (P,) -> (2P,), alternating, ``first`` at even positions."""
     return torch.stack((first, second), 1).flatten()
 
 
@@ -36,13 +36,13 @@ def interleave(first: Tensor, second: Tensor) -> Tensor:
 class ResponseLogps:
     """Log-probabilities of a micro-batch's responses, one entry per slot.
 
-    An empty slot holds sum -1 and count 1, without gradient: finite in every loss, so that masking
-    its loss afterwards cannot turn a gradient into NaN.
+    An empty slot has sum -1 and count 1, without gradient: finite in every loss, so that masking it
+    afterwards cannot produce a NaN gradient.
     """
 
     sums: Tensor
-    """(N,) float32, nats: sum of the response's token log-probabilities, by the batch's token weights
-    where it has any (LD-DPO)."""
+    """(N,) float32, nats: sum of the response's token log-probabilities, weighted by the batch's token
+    weights if it has any (LD-DPO)."""
     counts: Tensor
     """(N,) float32: the response's tokens, EOS included; at least 1."""
     valid: Tensor
@@ -52,25 +52,25 @@ class ResponseLogps:
     roles: Tensor
     """(N,) int64, a SlotRole."""
     plain_sums: Tensor | None = None
-    """(N,) float32, nats: the sums with every token counted once, where ``sums`` are weighted."""
+    """(N,) float32, nats: the unweighted sums, if ``sums`` are weighted."""
     collisions: Tensor | None = None
     """(N,) float32: sum over the response's tokens of log(sum of squared probabilities), on request
     (WPO, https://arxiv.org/abs/2406.11827)."""
     statistics: Mapping[TokenStatistic, Tensor] = field(default_factory=dict)
-    """(N,) float32 each: sums over the response's tokens of what is logged of them, on request."""
+    """(N,) float32 each: sums of the logged token statistics over the response, on request."""
     token_logps: Tensor | None = None
     """(B, T) float32, nats: a value per response position, on request (LD-DPO)."""
     token_logits: Tensor | None = None
-    """(B, T, V) float32: the logits that each response token is predicted with, on request."""
+    """(B, T, V) float32: the logits that predict each response token, on request."""
     token_slots: Tensor | None = None
-    """(B, T) int64: the slot in 0..N-1 that each of ``token_logps`` counts for; -1 for none."""
+    """(B, T) int64: the slot in 0..N-1 of each of ``token_logps``; -1 for none."""
     prompt_sums: Tensor | None = None
     """(N,) float32, nats: sum of the log-probabilities of the prompt's tokens from the second on, on request;
     0 for slots other than an example's first."""
     prompt_counts: Tensor | None = None
-    """(N,) float32: how many tokens ``prompt_sums`` is a sum of."""
+    """(N,) float32: number of tokens in ``prompt_sums``."""
     counts_are_known: bool = True
-    """False where ``of_pairs`` was given none; ``counts`` then are 1, and ``lengths`` refuses."""
+    """False if ``of_pairs`` got none; ``counts`` are then 1, and ``lengths`` raises."""
 
     @classmethod
     def of_pairs(
@@ -80,7 +80,7 @@ class ResponseLogps:
         chosen_counts: ArrayLike | None = None,
         rejected_counts: ArrayLike | None = None,
     ) -> ResponseLogps:
-        """Log-probabilities of P pairs, so that any loss of pairs can be computed in a notebook.
+        """Log-probabilities of P pairs, to compute any loss of pairs in a notebook.
 
             loss = DPOLoss(DPOConfig(kl_beta=0.1))
             loss(ResponseLogps.of_pairs([-12.0], [-15.0]), ResponseLogps.of_pairs([-13.0], [-14.0])).losses
@@ -88,19 +88,18 @@ class ResponseLogps:
         Args:
             chosen: (P,) nats: each chosen response's summed log-probability; a tensor keeps its gradient.
             rejected: (P,), of the rejected responses.
-            chosen_counts: (P,) tokens of each chosen response, which losses that divide by the length need
-                (ORPO, CPO, SimPO, IPO, any ``nll_scale``). Left out, such a loss raises ValueError.
+            chosen_counts: (P,) tokens of each chosen response, required by losses that divide by the length
+                (ORPO, CPO, SimPO, IPO, any ``nll_scale``), which otherwise raise ValueError.
             rejected_counts: (P,), of the rejected responses.
 
-        Raises ValueError where the shapes differ, where one of the counts alone is given, or where a count is
-        below 1.
+        Raises ValueError if the shapes differ, if only one of the counts is given, or if a count is below 1.
         """
         if (chosen_counts is None) != (rejected_counts is None):
             raise ValueError("chosen_counts and rejected_counts: give both, or neither")
         given = {"chosen": chosen, "rejected": rejected}
         if chosen_counts is not None and rejected_counts is not None:
             given |= {"chosen_counts": chosen_counts, "rejected_counts": rejected_counts}
-        # float64 lists and arrays become float32 as the losses compute; a tensor stays what it is.
+        # Lists and arrays become float32, in which losses compute; a tensor keeps its dtype and gradient.
         tensors = {
             name: v if isinstance(v, Tensor) else torch.as_tensor(v, dtype=torch.float32)
             for name, v in given.items()
@@ -137,7 +136,7 @@ class ResponseLogps:
     ) -> ResponseLogps:
         """Reduce per-position values, (B, T), to slots. ``statistics``: further ones, by name.
 
-        ``keep_tokens`` hands the per-position values on to a loss that declares ``needs_tokens``,
+        ``keep_tokens`` passes the per-position values to a loss that declares ``needs_tokens``,
         ``with_prompts`` the prompts' sums to one that declares ``needs_prompts``, ``logits`` to one that
         declares ``needs_logits``.
         """
@@ -182,8 +181,8 @@ class ResponseLogps:
 
     @property
     def lengths(self) -> Tensor:
-        """(N,) float32: ``counts``, for a loss to divide by. Raises ValueError where they are not known: with
-        1 in their place a sum would pass for a mean."""
+        """(N,) float32: ``counts``, for a loss to divide by. Raises ValueError if they are unknown: with a
+        count of 1, a sum would pass for a mean."""
         if not self.counts_are_known:
             raise ValueError(
                 "this loss divides by the responses' tokens, but their counts are not known: give "
@@ -219,7 +218,7 @@ class ResponseLogps:
         """(P,) tokens of the rejected responses."""
         return self.lengths[1::2]
 
-    # Unpaired examples: a completion in every first place, another prompt's completion in every second.
+    # Unpaired examples: completions at even slots, mismatched completions (another prompt's) at odd ones.
 
     @property
     def completion_logps(self) -> Tensor:
@@ -261,7 +260,7 @@ class ResponseLogps:
         slots = self.token_slots.reshape(-1)
         places = (slots >= 0).nonzero().squeeze(1)
         slots = slots[places]
-        # A response's tokens stand side by side: a token's number is its distance from the first.
+        # A response's tokens are contiguous, so a token's index is its distance from the response's first.
         numbers = torch.arange(len(slots), device=slots.device)
         is_first = torch.cat([slots.new_ones(1), slots[1:] != slots[:-1]]).bool()[: len(slots)]
         within = numbers - torch.where(is_first, numbers, 0).cummax(0).values
@@ -273,12 +272,12 @@ class ResponseLogps:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss's answer for one micro-batch, one entry per example."""
+    """A loss's result for one micro-batch, one entry per example."""
 
     losses: Tensor
-    """(P,) float32. Entries of empty places are dropped by the objective."""
+    """(P,) float32. The objective drops the entries of empty slots."""
     chosen_rewards: Tensor | None = None
-    """(P,) without gradient, or None where the objective has no rewards."""
+    """(P,) without gradient; None if the objective has no rewards."""
     rejected_rewards: Tensor | None = None
     """(P,) without gradient."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -299,7 +298,7 @@ class Loss(Protocol):
 
     @property
     def paired(self) -> bool:
-        """True where slots 2k and 2k+1 are one example; False where every slot is one."""
+        """True if slots 2k and 2k+1 are one example; False if every slot is one."""
         ...
 
     @property
@@ -319,7 +318,7 @@ class Loss(Protocol):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether ``token_logits`` are wanted, which only a model that is whole on each rank has."""
+        """Whether ``token_logits`` are wanted, which only a model that is not split over ranks has."""
         ...
 
     @property

@@ -1,6 +1,6 @@
 """Compiling ahead of time (``COMPILE=1``): neuron_parallel_compile's totals, and manifests of graphs.
 
-neuron_parallel_compile documents no return codes; what it compiled is in its last log lines.
+neuron_parallel_compile documents no return codes, so its last log lines are parsed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from nxdt_align.files import atomic_write
 
 FORMAT = "nxdt-align graph manifest 1"
 SHAPE = ["rows", "tokens", "response tokens", "responses"]
-"""What the numbers of a micro-batch's shape are."""
+"""The meaning of the numbers of a micro-batch's shape."""
 _TOTAL = re.compile(r"Total (graphs|successful compilations|failed compilations): *(\d+)")
 
 
 class CompileError(UserError):
-    """Graphs were not compiled, so that the run would do so step by step."""
+    """Graphs were not compiled ahead, so the run would compile them step by step."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Totals:
         )
 
     def require_success(self, compiler: str) -> None:
-        """Raise CompileError where a compilation failed or there was none."""
+        """Raise CompileError if a compilation failed or there was none."""
         if self.failed:
             raise CompileError(
                 f"COMPILE=1: {self.failed} of {self.graphs} graphs did not compile, so the run would stop at "
@@ -52,7 +52,7 @@ class Totals:
             )
         if self.graphs == 0:
             raise CompileError(
-                f"COMPILE=1: {compiler} found no graph to compile, so the trial steps did not reach the "
+                f"COMPILE=1: {compiler} found no graph to compile, so the dry-run steps did not reach the "
                 "device; the lines above say what stopped them"
             )
 
@@ -75,14 +75,14 @@ def precompile(command: Sequence[str]) -> Totals:
     totals, status = _run(command)
     if totals is None:
         raise CompileError(
-            f"COMPILE=1: {compiler} ended with status {status} and without its totals, so that nothing is "
+            f"COMPILE=1: {compiler} ended with status {status} and without its totals, so nothing is "
             "known to be compiled; the lines above say why"
         )
     totals.require_success(compiler)
     if status:
         raise CompileError(
             f"COMPILE=1: {compiler} compiled {totals.successful} graphs but ended with status {status}, so "
-            "the trial steps may not have come to their end; the lines above say why"
+            "the dry-run steps may not have finished; the lines above say why"
         )
     return totals
 
@@ -106,7 +106,7 @@ def _run(command: Sequence[str]) -> tuple[Totals | None, int]:
 
 
 class Graph(Protocol):
-    """What a manifest says of a graph."""
+    """A graph as listed in a manifest."""
 
     @property
     def key(self) -> str:
@@ -134,8 +134,8 @@ def write_manifest(path: Path, graphs: Iterable[Graph], about: Mapping[str, str]
 
 
 def read_manifest(path: Path) -> set[str] | None:
-    """The hashes of a manifest's graphs; None where there is no file. Raises CompileError for a file that
-    is none."""
+    """The hashes of a manifest's graphs; None where there is no file. Raises CompileError for any other
+    file."""
     if not path.is_file():
         return None
     try:
@@ -145,5 +145,5 @@ def read_manifest(path: Path) -> set[str] | None:
         return {str(entry["hash"]) for entry in content["graphs"]}
     except (ValueError, KeyError, TypeError) as error:
         raise CompileError(
-            f"{path} is no manifest of compiled graphs ({error}); remove it, or write it anew with COMPILE=1"
+            f"{path} is not a manifest of compiled graphs ({error}); remove it, or rewrite it with COMPILE=1"
         ) from error

@@ -1,7 +1,7 @@
 """Environment variables of the Neuron stack that follow from the YAML, as NxDT sets them.
 
-torch_xla, the runtime and the compiler read them once, when they start: they must be set before the
-first import of torch_xla. What the user has set stays.
+torch_xla, the runtime and the compiler read them once, at their start: they must be set before the first
+import of torch_xla. Values that the user has set are kept.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from nxdt_align.files import CHOOSE_ANOTHER, unwritable
 FLAGS = "NEURON_CC_FLAGS"
 CACHE = "NEURON_COMPILE_CACHE_URL"
 DEFAULT_CACHE = "/var/tmp/neuron-compile-cache"
-"""Where the Neuron compiler keeps its graphs where nobody says otherwise."""
+"""The Neuron compiler's default cache."""
 
 DOWNCASTS = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
-"""What is 0 whatever the user has set. Under either, torch_xla stores float32 tensors as bf16 without a word:
-log-probabilities, master weights, sums of gradients, and AdamW's step count, which then stops at 256. Under
-the first, float64 tensors as well, so that nothing can be kept out of it."""
+"""Always 0, whatever the user has set. With either, torch_xla silently stores float32 tensors as bf16:
+log-probabilities, master weights, gradient sums, and AdamW's step count, which then stops at 256. With the
+first also float64 tensors, so that nothing can be exempted."""
 
 Origin = Literal["YAML", "already set", "already set, then YAML"]
 
@@ -41,10 +41,10 @@ KEYS: dict[str, str] = {
     "XLA_DOWNCAST_BF16": "engine nxd",
     "NEURON_RT_STOCHASTIC_ROUNDING_EN": "precision.type",
 }
-"""Variable -> the keys that it follows from."""
+"""Variable -> the keys that determine it."""
 
 _RELATED = ("NEURON_", "NEURONCORE_", "XLA_", "PJRT_", "NXD_", "FI_", "CCOM_", "MALLOC_ARENA_MAX")
-"""Beginnings of the names of what else steers the stack."""
+"""Prefixes of other variables that affect the stack."""
 
 _ACCUMULATE = "--enable-mixed-precision-accumulation"
 _NO_CAST = "--auto-cast none"
@@ -77,8 +77,8 @@ def _format(precision: PrecisionConfig) -> _Format:
 def neuron_environment(config: Config) -> dict[str, str]:
     """Variable -> value, as NxDT's training_orchestrator.py sets them on an empty environment.
 
-    A compiler flag that precision.type implies gives way to the same flag in compiler_flags. Raises
-    UserError for flags that a shell could not read.
+    A flag in compiler_flags overrides the same flag implied by precision.type. Raises UserError for flags
+    that a shell could not parse.
     """
     chosen = _format(config.precision)
     values: dict[str, str | None] = {
@@ -89,7 +89,7 @@ def neuron_environment(config: Config) -> dict[str, str]:
         CACHE: config.compiler_cache_url,
         FLAGS: add_flags(config.compiler_flags, " ".join(chosen.flags)),
         "NEURON_RT_EXEC_TIMEOUT": str(config.neuron_rt_exec_timeout),
-        # The one difference from NxDT: engine nxd says itself which tensors are bf16.
+        # The only difference from NxDT: engine nxd chooses the bf16 tensors itself.
         **dict.fromkeys(DOWNCASTS, "0"),
         "NEURON_RT_STOCHASTIC_ROUNDING_EN": chosen.stochastic_rounding,
     }
@@ -97,10 +97,8 @@ def neuron_environment(config: Config) -> dict[str, str]:
 
 
 def missing_from(present: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
-    """What of ``wanted`` has still to be set: what is ``present`` stays, but compiler flags are added, and
-    DOWNCASTS are what is wanted.
-
-    Applied twice, it changes nothing the second time.
+    """The variables of ``wanted`` to set: ``present`` ones are kept, except that compiler flags are appended
+    and DOWNCASTS are always as wanted. Idempotent.
     """
     absent = {name: value for name, value in wanted.items() if name not in present}
     absent |= {name: wanted[name] for name in replaced(present, wanted)}
@@ -112,12 +110,12 @@ def missing_from(present: Mapping[str, str], wanted: Mapping[str, str]) -> dict[
 
 
 def replaced(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    """Those of DOWNCASTS that are ``present`` with another value than the one that is ``wanted``."""
+    """Those of DOWNCASTS that are ``present`` with another value than ``wanted``."""
     return [n for n in DOWNCASTS if n in wanted and (present.get(n) or wanted[n]) != wanted[n]]
 
 
 def missing_variables(config: Config, present: Mapping[str, str]) -> dict[str, str]:
-    """What a run of ``config`` on engine nxd still has to set.
+    """The variables that a run of ``config`` on engine nxd must set.
 
     Raises ConfigError for a compile cache that cannot be written to.
     """
@@ -148,7 +146,7 @@ def describe(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]
 
 
 def local_cache(environment: Mapping[str, str]) -> tuple[str, str] | None:
-    """The compiler's cache and the variable that says so, none for the default; None for an s3://
+    """The compiler's cache and the variable that names it, empty for the default; None for an s3://
     address."""
     for tokens in _options(environment.get(FLAGS, "")):
         name, _, value = tokens[0].partition("=")
@@ -160,7 +158,7 @@ def local_cache(environment: Mapping[str, str]) -> tuple[str, str] | None:
 
 
 def cache_fault(present: Mapping[str, str], wanted: Mapping[str, str]) -> Fault | None:
-    """What is wrong with the compiler's cache, where it is a folder of this machine."""
+    """The fault of the compiler's cache, if it is a local folder."""
     place = local_cache({**present, **missing_from(present, wanted)})
     problem = unwritable(Path(place[0])) if place else None
     if place is None or problem is None:
@@ -183,7 +181,7 @@ def _local(address: str, origin: str) -> tuple[str, str] | None:
 
 
 def add_flags(first: str, more: str) -> str:
-    """``first``, then those options of ``more`` that it has not. Raises UserError for an open quote."""
+    """``first``, then the options of ``more`` that it lacks. Raises UserError for an open quote."""
     known = {_name(tokens) for tokens in _options(first)}
     added = [shlex.join(tokens) for tokens in _options(more) if _name(tokens) not in known]
     return " ".join(filter(None, [first.strip(), *added]))
@@ -209,4 +207,5 @@ def _options(text: str) -> list[list[str]]:
 
 def _name(tokens: Sequence[str]) -> str:
     name = tokens[0].partition("=")[0]
+    # neuronx-cc's -O1 is short for --optlevel=1; both in one command would conflict.
     return "--optlevel" if name in ("-O", "-O1", "-O2", "-O3") else name

@@ -1,6 +1,6 @@
-"""neuron-monitor beside a run: its newest report is kept, its complaints are logged once.
+"""Runs neuron-monitor beside a run: keeps its newest report and logs each of its warnings once.
 
-Whatever the program does, the run goes on: it is read by a thread of its own, and it ends with the run.
+The run never depends on the program: a separate thread reads it, and it ends with the run.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from nxdt_align.neuron.report import Report, parse
 log = logging.getLogger(__name__)
 PROGRAM = "neuron-monitor"
 MAX_AGE = 60.0
-"""Seconds: an older report no longer says how the devices are. The program reports every 5."""
+"""Seconds after which a report is out of date. The program reports every 5."""
 _LONGEST_LINE = 2**24
 _GRACE = 2.0
-"""Seconds that the program has to end by itself."""
+"""Seconds between SIGTERM and SIGKILL."""
 _MOST_WARNINGS = 20
 
 
 class NeuronMonitor:
-    """Starts ``program`` in a process group of its own and reads it until ``stop``.
+    """Starts ``program`` in a new process group and reads it until ``stop``.
 
     Args:
         program: looked for on PATH.
@@ -47,7 +47,7 @@ class NeuronMonitor:
         self._said: set[str] = set()
 
     def start(self) -> bool:
-        """Whether the program is there and runs now."""
+        """Start the program; returns whether it runs."""
         path = shutil.which(self._program)
         if path is None or self._process is not None:
             return self._process is not None
@@ -67,12 +67,12 @@ class NeuronMonitor:
             target=self._read, args=(self._process,), name=self._program, daemon=True
         )
         self._thread.start()
-        # A run that is killed closes the pipe, and the program ends at its next report.
+        # If the run is killed, the pipe closes and the program ends at its next report.
         atexit.register(self.stop)
         return True
 
     def newest(self) -> Report | None:
-        """The last report, if it is new."""
+        """The last report, if it is not out of date."""
         newest = self._newest
         if newest is None or time.monotonic() - newest[0] > self._max_age:
             return None
@@ -91,7 +91,7 @@ class NeuronMonitor:
         self._newest = None
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """Kill the process group and reap its leader, whose number the group has until then."""
+        """Kill the process group, then reap its leader: until then its pid cannot be reused as a group id."""
         with self._ending:
             if process.returncode is not None:
                 return
@@ -120,14 +120,14 @@ class NeuronMonitor:
         try:
             report = parse(line)
         except ValueError as error:
-            self._warn(f"{self._program} printed a line that is no report, which is passed over: {error}")
+            self._warn(f"{self._program} printed a line that is not a report; skipped: {error}")
             return
         self._newest = (time.monotonic(), report)
         for text in report.errors:
             self._warn(f"{self._program} reports: {text}")
 
     def _warn(self, text: str) -> None:
-        """Each complaint once, whatever numbers it holds."""
+        """Log each warning once, ignoring numbers in it."""
         kind = re.sub(r"\d+", "#", text)
         if kind not in self._said and len(self._said) < _MOST_WARNINGS:
             self._said.add(kind)
@@ -135,7 +135,7 @@ class NeuronMonitor:
 
 
 def _wait_for_exit(pid: int, seconds: float) -> None:
-    """Until the child ``pid`` has ended, or so long; it stays to be reaped."""
+    """Wait up to ``seconds`` for the child ``pid`` to end, without reaping it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with suppress(ChildProcessError):

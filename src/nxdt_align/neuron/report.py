@@ -1,4 +1,4 @@
-"""What neuron-monitor prints, one JSON object a period, as numbers and complaints.
+"""Parses neuron-monitor's output, one JSON object per period, into numbers and error messages.
 
 Format: the Neuron Monitor User Guide of AWS's documentation, metric groups ``neuroncore_counters``,
 ``memory_used``, ``execution_stats`` and ``memory_info``. A group that is missing or misshapen counts as
@@ -23,7 +23,7 @@ class Core:
     """A NeuronCore, over all runtimes that use it; None for what was not reported."""
 
     utilization: float | None = None
-    """Percent of the period."""
+    """Percent of the period in use."""
     memory: float | None = None
     """Bytes of device memory: tensors, code, constants, scratchpad."""
 
@@ -40,7 +40,7 @@ class Report:
     host_memory: float | None
     """Bytes of host memory in use on the node."""
     errors: tuple[str, ...]
-    """What went wrong, a sentence each."""
+    """Errors, one sentence each."""
 
     def metrics(self) -> dict[str, float]:
         """Name -> value for a logger: percent and GiB."""
@@ -57,7 +57,7 @@ class Report:
 
 
 def parse(line: str | bytes) -> Report:
-    """One line of neuron-monitor's output. Raises ValueError for what is no JSON object."""
+    """One line of neuron-monitor's output. Raises ValueError unless it is a JSON object."""
     try:
         data = json.loads(line)
     except RecursionError as error:
@@ -101,7 +101,7 @@ def _by_core(cores: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _errors(runtime: Mapping[str, Any]) -> Iterator[str]:
-    """Complaints of one runtime, without counts, so that a lasting fault reads the same each period."""
+    """Errors of one runtime, without counts, so that a lasting fault reads the same in each period."""
     name = f"Neuron runtime of process {runtime.get('pid', '?')}"
     if runtime.get("error"):
         yield f"{name}: {runtime['error']}"

@@ -1,4 +1,4 @@
-"""Bytes that a Llama's forward pass keeps for its backward pass, and bytes that exist for a moment.
+"""Bytes that a Llama's forward pass keeps for its backward pass, and temporary bytes.
 
 docs/memory.md derives the terms; ``workload.py`` has the legend.
 """
@@ -26,31 +26,33 @@ def _norm(work: Workload, whole: bool = False) -> int:
     positions, hidden = work.residual_positions, work.model.hidden_size
     if "LlamaRMSNorm" in work.recompute and not whole:
         return positions * hidden * work.formats.residual
+    # RMSNorm computes in float32 and saves that input, the normed values and one rsqrt per token.
     return positions * (hidden * (FLOAT + work.formats.residual) + FLOAT)
 
 
 def _inputs(work: Workload, whole: bool = False) -> int:
-    """Inputs of the projections: one tensor each for q, k, v and for gate, up. torch.autocast casts an
-    input anew for each of them, and keeps its copies of the weights too."""
+    """Inputs of the projections: one tensor shared by q, k, v and one by gate, up."""
     formats = work.formats
     positions = work.positions if work.keeps_gathered else work.residual_positions
     size = positions * work.model.hidden_size
     is_mlp_kept = "LlamaMLP" not in work.recompute or whole
     if not formats.autocast:
         return 2 * size * formats.activation
+    # torch.autocast casts the input once per projection, q, k, v, gate, up, and caches its casts of the
+    # weights until the context ends.
     attention_weights, mlp_weights = _product_weights(work)
     into_mlp = (2 * size + mlp_weights) * formats.activation if is_mlp_kept else size * FLOAT
     return (3 * size + attention_weights) * formats.activation + into_mlp
 
 
 def _product_weights(work: Workload) -> tuple[int, int]:
-    """Numbers of the weights of a layer's attention and MLP projections."""
+    """Parameter counts of a layer's attention and MLP projections."""
     hidden, head = work.model.hidden_size, work.model.head_dim
     return 2 * hidden * head * (work.heads + work.own_kv_heads), 3 * hidden * work.width
 
 
 def _attention(work: Workload, whole: bool = False) -> int:
-    """Queries, keys and values as the kernel takes them, its result, and what lies between pairs."""
+    """Queries, keys and values as the kernel takes them, its result, and scores or mask."""
     n, size, head = work.positions, work.formats.activation, work.model.head_dim
     out = n * work.heads * head * size
     if "CoreAttention" in work.recompute and not whole:
@@ -63,8 +65,10 @@ def _kernel(work: Workload) -> int:
     n, head = work.positions, work.model.head_dim
     pairs = n * work.tokens
     if work.attention == "scores":
+        # softmax saves its output, (rows, heads, S, S); q, k and v are float32 for it.
         return (3 * n * head + pairs) * work.heads * FLOAT
     inputs = n * work.heads * (3 * head * work.formats.activation + FLOAT)
+    # The fused kernel saves one logsumexp per query and head (the FLOAT above), not the scores.
     return inputs + (pairs * work.formats.activation if work.attention == "masked" else 0)
 
 
@@ -75,12 +79,15 @@ def _mlp(work: Workload, whole: bool = False) -> int:
         return 4 * one
     if "LlamaMLP" in work.recompute:
         return 0
+    # The checkpointed silu(gate) * up keeps its inputs and its output; silu(gate) is recomputed.
     return (3 if "ActivationMultiplyMLP" in work.recompute else 4) * one
 
 
 def held_by_model(work: Workload) -> int:
     """Rotary angles, cos and sin, the mask, and the batch itself."""
+    # cos and sin are float32 whatever the model computes in.
     rotary = 2 * work.positions * work.model.head_dim * FLOAT
+    # A boolean mask, one byte per query-key pair.
     mask = 0 if work.attention == "flash" else work.positions * work.tokens
     return rotary + mask + 8 * (3 * work.positions + 3 * work.rows * work.responses)
 
@@ -89,7 +96,7 @@ def _vocabulary(work: Workload) -> int:
     return -(-work.model.vocab_size // work.tensor_parallel)
 
 
-# What exists for a moment
+# Temporary memory
 
 
 def layer_scratch(work: Workload, largest_weight: int) -> int:
@@ -102,7 +109,7 @@ def layer_scratch(work: Workload, largest_weight: int) -> int:
 
 
 def _in_mlp(work: Workload) -> int:
-    """Gradients of the product's two factors come to what is kept; the product's own takes its place."""
+    """Two gradients, of the factors of gate * up: the product's own gradient reuses its memory."""
     recomputed = {
         "full": _whole_layer(work),
         "LlamaMLP": _mlp(work, whole=True),
@@ -114,7 +121,7 @@ def _in_mlp(work: Workload) -> int:
 
 
 def _in_attention(work: Workload) -> int:
-    """By then, what the layer kept for its MLP and second norm is free again."""
+    """Negative terms: what the layer kept for its MLP and second norm is already free."""
     is_full = "full" in work.recompute
     freed = _mlp(work, whole=is_full) + _norm(work, whole=is_full)
     recomputed = _whole_layer(work) if is_full else 0
@@ -132,8 +139,8 @@ def _attention_gradients(work: Workload) -> int:
 
 
 def above_layers(work: Workload, head: int) -> int:
-    """Last norm, hidden states at the responses, probabilities, a tile of logits, gradients of head and
-    hidden states in float32; in a lower precision, a product of it and its float32 copy besides."""
+    """Last norm, hidden states at the responses, probabilities, a tile of logits, and float32 gradients of
+    head and hidden states; in a lower precision also the low-precision product and its float32 copy."""
     formats, at_responses = work.formats, work.rows * work.responses
     hidden = at_responses * work.model.hidden_size
     logits = at_responses * _vocabulary(work) * FLOAT

@@ -1,4 +1,4 @@
-"""Changes of a configuration that lower its device memory, and which of them make it fit."""
+"""Changes to a configuration that lower its device memory, and which of them make it fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SizeOf = Callable[[Config], int]
 
 @dataclass(frozen=True)
 class Change:
-    """Values of the configuration, and what they cost where that is more than time."""
+    """Values of the configuration, and a note if they cost more than time."""
 
     values: Mapping[str, Any]
     note: str = ""
@@ -51,8 +51,8 @@ def _with_value(section: Any, path: Sequence[str], value: Any) -> Any:
 def fitting_changes(
     config: Config, model: LlamaConfig, size_of: SizeOf, limit: int
 ) -> tuple[list[Change], list[Change]]:
-    """Every change that alone brings ``config`` to ``limit`` bytes, the mildest of its group; and where there
-    is none, changes that do so together. Both are empty where nothing does."""
+    """The mildest change of each group that alone brings ``config`` to ``limit`` bytes; if there is none,
+    changes that do so together. Both lists are empty if nothing helps."""
     alone = []
     for group in GROUPS:
         fitting = [c for c in group(config, model) if size_of(changed(config, [c])) <= limit]
@@ -67,12 +67,13 @@ def fitting_changes(
             if total <= limit:
                 return [], _needed(config, [*chosen, option], size_of, limit)
         if options and min(totals) < size_of(changed(config, chosen)):
+            # Greedy: take the group's best change, and go on to the next, harsher group.
             chosen.append(options[totals.index(min(totals))])
     return [], []
 
 
 def _needed(config: Config, chosen: list[Change], size_of: SizeOf, limit: int) -> list[Change]:
-    """``chosen`` without what the others make up for, the harshest left out first."""
+    """``chosen`` without the changes that the others make unnecessary, the harshest dropped first."""
     for change in reversed(list(chosen)):
         others = [other for other in chosen if other is not change]
         if size_of(changed(config, others)) <= limit:
@@ -80,7 +81,7 @@ def _needed(config: Config, chosen: list[Change], size_of: SizeOf, limit: int) -
     return chosen
 
 
-# Groups of changes: of each, one is enough; the mildest comes first.
+# Groups of changes: at most one per group is applied; the mildest comes first.
 
 
 def _checkpointing(config: Config, model: LlamaConfig) -> list[Change]:
@@ -115,7 +116,7 @@ def _reference(config: Config, model: LlamaConfig) -> list[Change]:
 
 
 def _tensor_parallel(config: Config, model: LlamaConfig) -> list[Change]:
-    """Wider tensor parallel, on as many more cores as it takes."""
+    """Wider tensor parallel, on more cores if needed."""
     now, kv_heads = config.distributed_strategy.tensor_model_parallel_size, model.num_key_value_heads
     wholes = (model.num_attention_heads, model.intermediate_size, model.vocab_size)
     found = []
@@ -123,6 +124,7 @@ def _tensor_parallel(config: Config, model: LlamaConfig) -> list[Change]:
         is_even = not any(whole % size for whole in wholes)
         if size <= now or not is_even or (kv_heads % size and size % kv_heads):
             continue
+        # Each rank needs a whole kv head, so NxD replicates heads (kv_replicator) above that number.
         copies = max(1, size // kv_heads)
         values: dict[str, Any] = {_TENSOR: size}
         if copies != config.distributed_strategy.kv_replicator:
@@ -134,6 +136,7 @@ def _tensor_parallel(config: Config, model: LlamaConfig) -> list[Change]:
 def _pipeline(config: Config, model: LlamaConfig) -> list[Change]:
     now = config.distributed_strategy.pipeline_model_parallel_size
     is_nxd = resolve_engine(config, neuron_available=True) == "nxd"
+    # Engine nxd refuses a tied head across stages; model.pipeline_cuts fixes the number of stages.
     if (is_nxd and model.tie_word_embeddings) or config.model.pipeline_cuts is not None:
         return []
     return [
@@ -144,7 +147,7 @@ def _pipeline(config: Config, model: LlamaConfig) -> list[Change]:
 
 
 def _cores(config: Config, cores: int) -> dict[str, Any]:
-    """Enough cores for a copy of the model, where there are not enough or they do not come out even."""
+    """Cores for whole copies of the model; nothing if the present ones already divide evenly."""
     if config.world_size % cores == 0:
         return {}
     nodes = -(-cores // CORES_OF_A_NODE)

@@ -1,6 +1,6 @@
-"""Device memory that training takes, in bytes per device: arithmetic alone, nothing is allocated.
+"""Device memory of training in bytes per device, computed without allocating anything.
 
-docs/memory.md derives the terms, and says how they were checked.
+docs/memory.md derives the terms and says how they were checked.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from nxdt_align.planning.workload import Workload, device_kind, workload
 
 GIB = 2**30
 NEURON_CORE_BYTES = 16 * GIB
-"""Device memory of a NeuronCore of trn1: 32 GiB a chip of two."""
+"""Device memory of a trn1 NeuronCore: a chip has 32 GiB and two cores."""
 USABLE = 0.9
-"""Share of it that is planned with; the rest is for graphs' code and the runtime's buffers."""
+"""Fraction of it that a plan may use; the rest is for the graphs' code and the runtime's buffers."""
 
 
 # The report
@@ -35,7 +35,7 @@ def memory_report(
     *,
     needs_reference: bool,
 ) -> str:
-    """What a device needs for the largest bucket, against a NeuronCore's memory where it is one.
+    """The memory that a device needs for the largest bucket, compared to a NeuronCore's memory on Neuron.
 
     Args:
         layout: how examples are laid into rows.
@@ -59,14 +59,15 @@ def memory_report(
     fits = need.total <= limit * USABLE
     verdict = "fits" if fits else "does not fit"
     lines.append(
-        f"    {'total':<18}{_gib(need.total)} of {limit // GIB} GiB (trn1), {1 - USABLE:.0%} of which is "
-        f"left to graphs and runtime: {verdict}"
+        f"    {'total':<18}{_gib(need.total)} of {limit // GIB} GiB (trn1, {1 - USABLE:.0%} reserved for "
+        f"graphs and runtime): {verdict}"
     )
     if fits:
         return "\n".join(lines)
 
     def size_of(other: Config) -> int:
         """With other sizes; rows grow and shrink with data.seq_length."""
+        # Assumes that row lengths scale with seq_length: planning them anew would retokenize the data.
         part = other.data.seq_length / config.data.seq_length
         shrunk = replace(bucket, tokens=int(bucket.tokens * part), responses=int(bucket.responses * part))
         work = workload(other, model, layout, responses, shrunk, needs_reference=needs_reference)
@@ -74,7 +75,7 @@ def memory_report(
 
     alone, together = fitting_changes(config, model, size_of, int(limit * USABLE))
     if not alone and not together:
-        lines.append("  no change of the keys here makes it fit: take a smaller model")
+        lines.append("  no change of these keys makes it fit: choose a smaller model")
     for chosen in [[change] for change in alone] or filter(None, [together]):
         lines.append(f"  fits with {_line(chosen, size_of(changed(config, chosen)))}")
     return "\n".join(lines)
@@ -107,19 +108,19 @@ def _line(chosen: list[Change], size: int) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, of the pipeline stage that needs most."""
+    """Bytes per device, for the pipeline stage that needs the most."""
 
     stage: int
     weights: int
-    """Those that are computed with, a frozen reference's included."""
+    """The compute weights, including those of a frozen reference."""
     gradients: int
     masters: int
     states: int
     activations: int
     """What the forward pass keeps for the backward pass, of all micro-batches in flight."""
     scratch: int
-    """What exists for a moment: a layer that is recomputed and its gradients; what is above the last layer,
-    logits included; or gradients in the optimizer's format, by when there are no activations: the largest."""
+    """Temporary memory, the largest of: a recomputed layer and its gradients; everything above the last
+    layer, including logits; gradients in the optimizer's format (activations are free by then)."""
 
     @property
     def total(self) -> int:
@@ -127,10 +128,10 @@ class Memory:
 
 
 def estimate(work: Workload) -> Memory:
-    """The memory of the stage that needs most, at the moment at which it does.
+    """The peak memory of the stage that needs the most.
 
-    That is the backward pass of a micro-batch that is not the first: the others' gradients are there; or the
-    optimizer's step.
+    The peak is either in the backward pass of a micro-batch after the first, when accumulated gradients
+    exist, or in the optimizer's step.
     """
     return max((_of_stage(work, stage) for stage in range(len(work.layers_of_stages))), key=_total)
 
@@ -142,17 +143,19 @@ def _total(memory: Memory) -> int:
 def _of_stage(work: Workload, stage: int) -> Memory:
     stages = len(work.layers_of_stages)
     counts, formats = _Weights.of(work, stage), work.formats
+    # 1F1B: stage i of n starts n - i forward passes before its first backward pass.
     in_flight = min(stages - stage, work.micro_batches)
     held = held_by_model(work) + in_flight * work.layers_of_stages[stage] * kept_of_layer(work)
     scratch = layer_scratch(work, counts.largest)
     if stage == stages - 1:
         scratch = max(scratch, above_layers(work, counts.head))
     shard = -(-counts.total // work.data_parallel)
-    # By the optimizer's step activations are gone.
+    # Activations are free before the optimizer's step, so only what exceeds them adds to the peak.
     scratch = max(scratch, counts.total * formats.float32_copy + shard * formats.shard_gradient - held)
     weights, gradients, reference = counts.total, counts.total * formats.gradient, counts.total
     if work.fsdp and work.data_parallel > 1:
         weights, reference = counts.gathered, shard
+        # FSDP2 reduces a layer's whole gradients, in the compute dtype, into the float32 shard.
         gradients = shard * formats.gradient + counts.gathered * formats.weight
     optimized = shard if work.zero1 or work.fsdp else counts.total
     return Memory(
@@ -171,12 +174,12 @@ def _of_stage(work: Workload, stage: int) -> Memory:
 
 @dataclass(frozen=True)
 class _Weights:
-    """Numbers of a stage's weights on one tensor-parallel rank."""
+    """Parameter counts of a stage on one tensor-parallel rank."""
 
     layer: int
     layers: int
     largest: int
-    """Of a layer's single weights."""
+    """The layer's largest single weight."""
     outside: int
     """Embedding, last norm and head."""
     head: int
@@ -203,7 +206,8 @@ class _Weights:
 
     @property
     def gathered(self) -> int:
-        """What FSDP gathers at a time: what is outside of the layers, one layer, and the next."""
+        """What FSDP gathers at a time: the weights outside the layers, one layer, and the prefetched next
+        one."""
         return self.outside + 2 * self.layer
 
 

@@ -1,4 +1,4 @@
-"""Rows ahead: what the row planner chose for a data set, in numbers and in words, before training."""
+"""Reports on the row plan of a data set before training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nxdt_align.data.steps import Split, StepDataset
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Measured over ``steps`` steps of the data. Places are slots for tokens, all ranks together."""
+    """Statistics over ``steps`` steps of the data, summed over all ranks."""
 
     layout: Layout
     buckets: tuple[Bucket, ...]
@@ -23,15 +23,16 @@ class PlanReport:
     steps_of_bucket: dict[Bucket, int]
     rows: int
     empty_rows: int
-    """Of ``rows``: those that only make whole micro-batches, as many as ranks and pipeline need."""
-    places: int
-    """Slots for tokens, padding included."""
+    """Empty rows among ``rows``, added to fill micro-batches up to the number that ranks and pipeline
+    need."""
+    positions: int
+    """Token positions, padding included."""
     tokens: int
-    """Places that hold a token."""
+    """Positions that hold a token."""
     padded: int
-    """Tokens that layout none would compute, padding included: a row of seq_length for every response."""
+    """Positions that layout none would compute: a row of seq_length per response."""
     imbalance: float
-    """Tokens of the busiest rank over those of the mean rank, averaged over steps; 1 is equal work."""
+    """Tokens of the busiest rank over the mean rank's, averaged over steps; 1 is a perfect balance."""
 
     @classmethod
     def measure(
@@ -42,11 +43,11 @@ class PlanReport:
         seq_length: int,
         most_steps: int = 200,
     ) -> PlanReport:
-        """Plan steps of a shuffled order, as training meets them."""
+        """Plan up to ``most_steps`` steps of a shuffled order."""
         order = np.random.default_rng(0).permutation(examples)
         steps = [order[i : i + examples_per_step] for i in range(0, examples, examples_per_step)][:most_steps]
         rows_each = planner.responses_per_example if planner.layout == "none" else 1
-        rows = empty = places = tokens = 0
+        rows = empty = positions = tokens = 0
         used = dict.fromkeys(planner.buckets, 0)
         ratios = []
         for step in steps:
@@ -54,7 +55,7 @@ class PlanReport:
             used[plan.bucket] += 1
             rows += len(plan.rows) * rows_each
             empty += sum(not row for row in plan.rows) * rows_each
-            places += len(plan.rows) * rows_each * plan.bucket.tokens
+            positions += len(plan.rows) * rows_each * plan.bucket.tokens
             real = planner.real_tokens(step.tolist())
             tokens += int(real.sum())
             shares = [
@@ -71,7 +72,7 @@ class PlanReport:
             steps_of_bucket=used,
             rows=rows,
             empty_rows=empty,
-            places=places,
+            positions=positions,
             tokens=tokens,
             padded=seen * planner.responses_per_example * seq_length,
             imbalance=float(np.mean(ratios)),
@@ -79,12 +80,12 @@ class PlanReport:
 
     @property
     def fill(self) -> float:
-        return self.tokens / self.places
+        return self.tokens / self.positions
 
     @property
     def saved(self) -> float:
-        """Fraction of layout none's tokens, padding included, that this plan does without."""
-        return 1 - self.places / self.padded
+        """Fraction of layout none's positions that this plan avoids."""
+        return 1 - self.positions / self.padded
 
     def __str__(self) -> str:
         shapes = "\n".join(
@@ -97,15 +98,15 @@ class PlanReport:
             f"layout {self.layout}, measured over {self.steps} step(s)\n"
             f"  buckets: {len(self.buckets)}, each one graph\n{shapes}\n"
             f"  {round(self.rows / self.steps, 1):g} rows per step over all ranks{empty}\n"
-            f"  fill: {self.fill:.1%} ({self.tokens:,} tokens in {self.places:,} places)\n"
+            f"  fill: {self.fill:.1%} ({self.tokens:,} tokens in {self.positions:,} positions)\n"
             f"  packing saves {self.saved:.0%} of the {self.padded:,} padded tokens "
-            f"({self.padded / self.places:.1f}x fewer)\n"
+            f"({self.padded / self.positions:.1f}x fewer)\n"
             f"  busiest rank: {self.imbalance:.2f} times the mean rank's tokens"
         )
 
 
 def row_reports(splits: Mapping[Split, StepDataset], data: DataConfig) -> dict[Split, str]:
-    """Split -> what was loaded and how it is laid into rows, for people."""
+    """Split -> a readable summary of its data and its row plan."""
     found = {}
     for split, dataset in splits.items():
         examples = dataset.examples

@@ -1,4 +1,4 @@
-"""One optimizer step as a device sees it, in sizes: what the estimate of its memory is computed from.
+"""The sizes of one optimizer step on one device, from which its memory is estimated.
 
 Legend: ``B`` rows and ``S`` tokens of a micro-batch, ``T`` response positions per row, ``D`` hidden, ``N``
 query heads, ``K`` key-value heads, ``H`` head size, ``F`` MLP width, ``V`` vocabulary; heads, widths and
@@ -23,8 +23,8 @@ from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES, chunk_size
 FLOAT = 4
 """Bytes of a float32."""
 AttentionKind = Literal["flash", "masked", "scores"]
-"""flash: causal, nothing between pairs of tokens; masked: a fused kernel that takes a mask of all pairs;
-scores: softmax over all pairs, in float32."""
+"""flash: causal, no (S, S) tensor; masked: a fused kernel with an (S, S) mask; scores: an (S, S) softmax in
+float32."""
 
 _STATES = {
     **dict.fromkeys(("adamw", "adamw_fp32OptState", "adam", "adadelta", "adamax", "rprop"), 2),
@@ -35,29 +35,29 @@ _STATES = {
     "adafactor": 0,
     "adan": 3,
 }
-"""Optimizer -> numbers that it remembers of each weight."""
+"""Optimizer -> state values per weight."""
 
 
 @dataclass(frozen=True)
 class Formats:
-    """Bytes a number."""
+    """Bytes per value."""
 
     weight: int
-    """Of the weights that are computed with."""
+    """Of the compute weights."""
     gradient: int
     master: int
-    """Of master weights, or of an optimizer's own copy of its shard; 0 for none."""
+    """Of master weights, or of the optimizer's copy of its shard; 0 for none."""
     state: int
-    """Of the optimizer's states of one weight together."""
+    """Of all optimizer states of one weight together."""
     activation: int
     autocast: bool = False
-    """torch.autocast: the residual is float32, weights and inputs of each product are cast to
-    ``activation`` and kept."""
+    """torch.autocast: a float32 residual; weights and inputs of each product are cast to ``activation`` and
+    kept."""
     float32_copy: int = 0
-    """Of copies of all gradients that the optimizer's step begins with, where they were added up in a lower
-    precision."""
+    """Of the float32 copies of all gradients at the start of the optimizer's step, where gradients were
+    accumulated in a lower precision."""
     shard_gradient: int = 0
-    """Of the gradients of an optimizer's shard where they are apart from those of the whole weights."""
+    """Of the gradients of the optimizer's shard where they are separate tensors."""
 
     @property
     def residual(self) -> int:
@@ -66,7 +66,7 @@ class Formats:
 
 @dataclass(frozen=True)
 class Workload:
-    """One optimizer step as a device sees it."""
+    """One optimizer step on one device."""
 
     model: LlamaConfig
     formats: Formats
@@ -81,7 +81,7 @@ class Workload:
     """``("full",)``, or names as in ``models.llama.RECOMPUTABLE``."""
     tensor_parallel: int = 1
     kv_heads: int | None = None
-    """Key-value heads that a rank's weights have, copies included; None: its share, at least one."""
+    """Key-value heads in a rank's weights, copies included; None: its share, at least one."""
     sequence_parallel: bool = False
     keeps_gathered: bool = False
     """Whether sequence parallel keeps a projection's input gathered (DTensor) or gathers it again in the
@@ -90,18 +90,18 @@ class Workload:
     stages: tuple[int, ...] | None = None
     """Layers of each pipeline stage; None: one stage."""
     micro_batches: int = 1
-    """Of one optimizer step and rank; a stage holds as many as the 1F1B schedule has in flight."""
+    """Per optimizer step and rank; a stage holds as many as the 1F1B schedule has in flight."""
     data_parallel: int = 1
     zero1: bool = False
     """Optimizer states and master weights are sharded over the data-parallel ranks."""
     fsdp: bool = False
-    """Gradients too, and weights are gathered a layer at a time from the masters."""
+    """Gradients are sharded too, and weights are gathered from the masters layer by layer."""
     tile: int = 0
     """Bytes of the float32 logits that exist at a time (ops.logprobs)."""
     kept: int = 0
-    """Most bytes of probabilities that ops.logprobs keeps for the backward pass."""
+    """Limit in bytes on the probabilities that ops.logprobs keeps for the backward pass."""
     reference: int = 0
-    """Bytes a weight of a frozen reference that lies beside the policy; 0 for none."""
+    """Bytes per weight of a frozen reference held beside the policy; 0 for none."""
 
     @property
     def layers_of_stages(self) -> tuple[int, ...]:
@@ -135,8 +135,8 @@ class Workload:
 
 
 def device_kind(config: Config) -> str:
-    """neuron, cuda or cpu: what the configuration is for. Where it leaves that open, Neuron, whatever
-    this machine is: a plan is made before."""
+    """The target of the configuration: neuron, cuda or cpu. If it does not say, neuron: runs are planned on
+    other machines."""
     chosen = config.trainer.accelerator
     if chosen in ("cpu", "cuda"):
         return chosen
@@ -161,10 +161,11 @@ def workload(
     shards = (strategy.zero1 or strategy.fsdp is not False) and copies > 1
     formats = _formats(config, where)
     if shards and where != "neuron" and not formats.master:
-        # FSDP's shards are float32, and what is computed with is gathered from them.
+        # FSDP's shards are float32 masters; the compute weights are gathered from them.
         formats = replace(formats, master=FLOAT)
     if strategy.zero1 and where == "neuron":
         formats = _sharded_by_nxd(formats, config.precision)
+    # ops.logprobs never makes a row's whole logits: CPUs tile to the cache, others by a fixed chunk.
     vocabulary = -(-model.vocab_size // tensor)
     tile = CACHED_BYTES if where == "cpu" else chunk_size(vocabulary) * vocabulary * FLOAT
     return Workload(
@@ -181,6 +182,7 @@ def workload(
         keeps_gathered=where != "neuron",
         context_parallel=strategy.context_parallel_size,
         stages=_stages(config, model, stages),
+        # At least 2: from the second micro-batch on, gradients of the first are held too (the peak).
         micro_batches=max(2, stages),
         data_parallel=copies,
         zero1=strategy.zero1,
@@ -192,7 +194,7 @@ def workload(
 
 
 def _reference(config: Config, formats: Formats) -> int:
-    """Bytes a weight of the reference that is kept while training; 0 where there is none."""
+    """Bytes per weight of the reference that is held during training; 0 for none."""
     settings = config.model_alignment_strategy
     if settings.precompute_ref_log_probs:
         return 0
@@ -200,9 +202,11 @@ def _reference(config: Config, formats: Formats) -> int:
 
 
 def _formats(config: Config, where: str) -> Formats:
-    """``precision`` in bytes: engine nxd has what NxDT has, native float32 masters below any 16 bits."""
+    """``precision`` in bytes: engine nxd follows NxDT; native always has float32 masters for 16-bit
+    weights."""
     precision, optim = config.precision, config.model.optim
     states = _STATES.get(optim.name, 2) + bool(optim.params.get("amsgrad"))
+    # torch allocates a momentum buffer only where momentum is not 0.
     if optim.name in ("sgd", "rmsprop") and optim.params.get("momentum"):
         states += 1
     kind = precision.type
@@ -228,8 +232,8 @@ def _formats(config: Config, where: str) -> Formats:
 
 
 def _sharded_by_nxd(formats: Formats, precision: PrecisionConfig) -> Formats:
-    """ZeRO-1 of engine nxd: each rank has a copy of its rows, in the optimizer's format, with gradients of
-    their own. Whole gradients in float32 are made for ``fp32_grads_cc`` alone."""
+    """ZeRO-1 of engine nxd: each rank copies its rows, in the optimizer's format, and has separate gradients
+    for them. Only ``fp32_grads_cc`` makes float32 copies of the whole gradients."""
     rows = formats.master or formats.weight
     copy = formats.float32_copy if precision.fp32_grads_cc else 0
     return replace(formats, master=rows, shard_gradient=rows, float32_copy=copy)
@@ -250,7 +254,7 @@ def _recompute(config: Config) -> tuple[str, ...]:
 
 
 def _kv_heads(config: Config, model: LlamaConfig, where: str) -> int:
-    """Of a rank's weights: engine nxd copies heads, native keeps all where there are fewer than ranks."""
+    """Per rank: engine nxd replicates heads; native keeps all of them if there are fewer than ranks."""
     tensor, heads = config.distributed_strategy.tensor_model_parallel_size, model.num_key_value_heads
     if where == "neuron":
         return max(1, heads * config.distributed_strategy.kv_replicator // tensor)

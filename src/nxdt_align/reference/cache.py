@@ -1,13 +1,13 @@
 """The reference store: log-probabilities on disk, one entry per record, under a fingerprint of their inputs.
 
-A value belongs to a record's content, not to a position: order, data-parallel size, restarts and
-epochs cannot mix values up. Layout::
+A value belongs to a record's content, not to a position, so order, data-parallel size, restarts and epochs
+cannot mix values up. Layout::
 
     <root>/<fingerprint>/store.json                    what the fingerprint was made from
     <root>/<fingerprint>/part-NNNNN-XXXXXXXX.safetensors   ids (n, 16) uint8, values (n, width) float32
 
-A part is written once, atomically, with a digest of its content. Parts are only ever added, under
-names of their own, so that two runs may share a store.
+A part is written once, atomically, with a digest of its content. Parts are only added, under unique names, so
+that two runs can share a store.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ def require_finite(ids: Sequence[str], values: FloatArray) -> None:
 class ReferenceStore:
     """The values of one fingerprint: ``width`` float32 numbers per record, in nats.
 
-    Knows no process group: one process (rank 0) owns it. ``add`` buffers; ``flush`` writes.
+    Independent of process groups: one process (rank 0) owns it. ``add`` buffers; ``flush`` writes.
 
     Args:
         root: folder of all stores.
         fingerprint: of everything the values depend on; see ``fingerprint_of``.
         width: 2 for pairs (chosen, rejected), 1 for single responses.
-        description: what the fingerprint was made from, kept as ``store.json`` for a reader.
-        read_only: never write; ``add`` then raises RuntimeError, or with ``ignore_adds`` drops what
-            it is given, as while graphs are extracted and every value is zero.
+        description: the fingerprint's parts, stored as ``store.json`` for humans.
+        read_only: never write; ``add`` then raises RuntimeError, or ignores its arguments with
+            ``ignore_adds``, for graph extraction, where every value is zero.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class ReferenceStore:
         return len(self._pending)
 
     def load(self) -> None:
-        """Read all whole parts. A truncated or corrupt one is named in a warning and ignored, so
-        that its values count as missing; values not flushed yet are kept."""
+        """Read all intact parts. Truncated or corrupt ones are ignored with a warning, so that their values
+        count as missing; unflushed values are kept."""
         kept = {key: self._values[key] for key in self._pending}
         self._values = {}
         for path in sorted(self.folder.glob("part-*.safetensors")):
@@ -123,7 +123,7 @@ class ReferenceStore:
                 ids, values = _read_part(path, self.width)
             except (SafetensorError, OSError, ValueError) as error:
                 warnings.warn(
-                    f"reference store: {path} is damaged ({error}); its values are computed again",
+                    f"reference store: {path} is damaged ({error}); its values will be recomputed",
                     stacklevel=2,
                 )
                 continue
@@ -151,7 +151,7 @@ class ReferenceStore:
                 self._pending.append(key)
 
     def prepare(self) -> None:
-        """Create the folder and ``store.json``: finds an unwritable folder before hours of work.
+        """Create the folder and ``store.json``, to detect an unwritable folder before hours of work.
 
         Raises ReferenceStoreError.
         """
@@ -205,7 +205,7 @@ class ReferenceStore:
         except OSError as error:
             raise ReferenceStoreError(
                 f"cannot write reference log-probabilities to {self.folder}: {explain(error)}. "
-                "What was stored before is whole, and the next run resumes from there"
+                "Earlier values are intact, and the next run resumes from them"
             ) from error
 
 
@@ -232,8 +232,8 @@ def _digest(ids: npt.NDArray[np.uint8], values: FloatArray) -> str:
 
 
 def _read_part(path: Path, width: int) -> tuple[list[bytes], FloatArray]:
-    """Ids and (n, width) values; none of a part of another width. Raises SafetensorError, OSError or
-    ValueError unless all is whole."""
+    """Ids and (n, width) values; empty for a part of another width. Raises SafetensorError, OSError or
+    ValueError if the part is damaged."""
     with safe_open(path, framework="numpy") as file:
         if set(file.keys()) != {"ids", "values"}:
             raise ValueError(f"it holds {sorted(file.keys())} instead of ids and values")

@@ -1,8 +1,8 @@
 """The reference pass: every record's reference log-probabilities, before training, without gradients.
 
-The micro-batches are planned once from the whole data set. One whose records are all stored is
-skipped whole; any other is run whole. So a record is always computed beside the same neighbours, in
-the same shapes, and a pass that was killed and goes on ends bit-equal to an uninterrupted one.
+The micro-batches are planned once from the whole data set. One whose records are all stored is skipped; any
+other is run in full. So a record is always computed beside the same neighbours in the same shapes, and a pass
+that was killed and resumed ends bit-equal to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _COLUMN = {SlotRole.CHOSEN: 0, SlotRole.SINGLE: 0, SlotRole.REJECTED: 1, SlotRol
 
 @dataclass(frozen=True)
 class PassSummary:
-    """What a reference pass did, counted in distinct records but for ``records``."""
+    """Summary of a reference pass, in distinct records except for ``records``."""
 
     records: int
-    """Records asked for: the data set's length."""
+    """The data set's length."""
     computed: int
     reused: int
-    """Distinct records whose value was in the store."""
+    """Distinct records whose values were in the store."""
     duplicates: int
-    """Records whose content an earlier one has; they share its value."""
+    """Records with the content of an earlier one; they share its value."""
     micro_batches: int
     """Micro-batches run, over all data-parallel ranks."""
     seconds: float
@@ -59,7 +59,7 @@ class _Plan(Generic[M]):
 
     @property
     def most_records(self) -> int:
-        """Of any micro-batch: the static size of what is gathered."""
+        """Maximum records per micro-batch: the static size of the gathered tensor."""
         return max((len(self.records_of(m)) for m in self.micro_batches), default=0)
 
 
@@ -79,15 +79,15 @@ def precompute(
     """All records' reference log-probabilities: (N, width) float32, nats, in data-set order.
 
     Every rank calls this with the same plan and makes the same number of engine calls; each ends
-    with the same table. Rank 0 alone touches ``store``, and writes at least every ``flush_every``
-    records and ``flush_seconds``, after the micro-batch that is under way.
+    with the same table. Only rank 0 uses ``store``, and it writes at least every ``flush_every``
+    records and ``flush_seconds``, after the current micro-batch.
 
     Args:
-        micro_batches: planned from the whole data set; each distinct record is in one at least.
+        micro_batches: planned from the whole data set; each distinct record is in at least one.
         collate: makes a micro-batch's tensors, on any rank.
         record_ids: (N,) content hashes, 32 hex digits each.
         records_of: a micro-batch's records, indices into ``record_ids``, without making its tensors.
-        reference: ask the engine's frozen reference instead of its policy.
+        reference: use the engine's frozen reference instead of its policy.
 
     Raises:
         ReferenceStoreError: a value is not finite (on every rank), or cannot be written (rank 0).
@@ -121,7 +121,7 @@ class _Known:
     def __init__(self, record_ids: Sequence[str], width: int) -> None:
         first: dict[str, int] = {}
         self.distinct = np.array([first.setdefault(r, len(first)) for r in record_ids], np.int64)
-        """(N,) which distinct record each record of the data set is."""
+        """(N,) index of each record's distinct record."""
         self.ids = list(first)
         self.values: FloatArray = np.zeros((len(first), width), np.float32)
         self.have: npt.NDArray[np.bool_] = np.zeros(len(first), np.bool_)
@@ -137,7 +137,7 @@ class _Known:
         self.values[present] = store.table([self.ids[i] for i in present])
 
     def update(self, records: Sequence[int], values: FloatArray) -> tuple[list[str], FloatArray]:
-        """Take the values, (n, width), of n records; returns ids and values of those that are new."""
+        """Add the values, (n, width), of n records; returns ids and values of the new ones."""
         new: dict[int, int] = {}
         for at, distinct in enumerate(self.distinct[list(records)].tolist()):
             if not self.have[distinct]:
@@ -158,9 +158,10 @@ class _Known:
 
 
 def _agree(engine: Engine, plan: _Plan[M], known: _Known, store: ReferenceStore) -> list[tuple[M, list[int]]]:
-    """The micro-batches to run, with their records, and ``known`` filled: both as rank 0 has them."""
+    """The micro-batches to run, with their records; fills ``known``. Both follow rank 0's store."""
     if engine.topology.rank == 0:
         known.read(store)
+    # All ranks must skip the same micro-batches, or the collectives of _rounds would not match.
     known.values, known.have = engine.broadcast_object((known.values, known.have))
     todo = []
     for micro_batch in plan.micro_batches:
@@ -175,7 +176,7 @@ def _agree(engine: Engine, plan: _Plan[M], known: _Known, store: ReferenceStore)
 def _rounds(
     engine: Engine, plan: _Plan[M], todo: Sequence[tuple[M, list[int]]], width: int, reference: bool
 ) -> Iterator[tuple[list[int], FloatArray]]:
-    """Run ``todo`` in lockstep, one micro-batch a data-parallel rank a round.
+    """Run ``todo`` in lockstep, one micro-batch per data-parallel rank per round.
 
     Yields records and their values, (n, width), of each micro-batch in ``todo``'s order, on every rank.
     """
@@ -183,7 +184,8 @@ def _rounds(
     most = plan.most_records
     for start in range(0, len(todo), ranks):
         turn = todo[start : start + ranks]
-        # A rank without work of its own in the last round repeats one, and the result is dropped.
+        # A rank without work in the last round repeats another's, since every rank must join the collectives;
+        # zip below drops the result.
         micro_batch, records = turn[min(rank, len(turn) - 1)]
         mine = np.zeros((most, width), np.float32)
         mine[: len(records)] = _values(engine, plan.collate(micro_batch), records, width, reference)
@@ -224,7 +226,7 @@ def _values(engine: Engine, batch: Batch, records: Sequence[int], width: int, re
 def _column(role: int, width: int) -> int:
     column = _COLUMN.get(SlotRole(role))
     if column is None or column >= width:
-        raise ValueError(f"a {SlotRole(role).name} slot has no place among {width} stored value(s) a record")
+        raise ValueError(f"a {SlotRole(role).name} slot does not fit {width} stored value(s) per record")
     return column
 
 
@@ -238,10 +240,11 @@ def trace_shapes(
     records_of: Callable[[M], Sequence[int]],
     reference: bool = False,
 ) -> tuple[FloatArray, PassSummary]:
-    """``precompute`` for graph extraction (``COMPILE=1``): zeros, after one micro-batch of each static shape.
+    """``precompute`` for graph extraction (``COMPILE=1``): runs one micro-batch of each static shape, returns
+    zeros.
 
-    Runs on every rank through the same graphs as the real pass, reads and writes nothing, and looks at no
-    value, since extracted graphs are not executed.
+    Every rank runs the same graphs as in the real pass; nothing is read or written, and no value is used,
+    since extracted graphs are not executed.
     """
     started = time.monotonic()
     plan = _Plan(micro_batches, collate, records_of)
@@ -251,6 +254,7 @@ def trace_shapes(
         shape = _shape(batch)
         if shape not in seen:
             seen.add(shape)
+            # cpu() ends the graph, as the transfer of the real pass does.
             engine.response_logps(batch.to(engine.device), reference=reference).cpu()
             _gather(engine, torch.zeros(plan.most_records, store.width))
     table = np.zeros((len(record_ids), store.width), np.float32)
@@ -262,9 +266,9 @@ def _shape(batch: Batch) -> Hashable:
 
 
 class _Writer:
-    """Hands values to the store, and flushes often enough that a killed pass loses little.
+    """Adds values to the store and flushes often enough that a killed pass loses little.
 
-    What was added is flushed on the way out too, also when the pass is broken off by an error.
+    Also flushes on exit, even after an error.
     """
 
     def __init__(self, store: ReferenceStore | None, flush_every: int, flush_seconds: float) -> None:

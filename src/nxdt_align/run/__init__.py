@@ -1,4 +1,4 @@
-"""The composition root: a configuration becomes objects, and the objects are run."""
+"""The composition root: builds objects from a configuration and runs them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def train(
     loss: Loss | Callable[..., Any] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Result:
-    """Train as configured, or run a few steps that keep nothing where ``env`` asks for graphs alone.
+    """Train as configured, or do a dry run if ``env.compile_only``.
 
     Raises UserError for user errors.
     """

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topology:
-    """Join the process group of ``where``'s own backend, with gloo beside it for values on the host."""
+    """Join a process group with ``where``'s default backend, plus gloo for values on the host."""
     if env.world_size > 1:
         own = dist.get_default_backend_for_device(where)
         backend = own if where.type == "cpu" else f"cpu:gloo,{where.type}:{own}"
@@ -52,8 +52,8 @@ def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topolog
             dist.init_process_group(backend, timeout=timeout(config))
         except ValueError as error:
             raise UserError(
-                f"the {env.world_size} processes (WORLD_SIZE) cannot find each other: {error}; start with "
-                "train.sh or torchrun"
+                f"the {env.world_size} processes (WORLD_SIZE) cannot connect to each other: {error}; start "
+                "with train.sh or torchrun"
             ) from error
     parallel = config.distributed_strategy
     return Topology.of_rank(
@@ -70,21 +70,22 @@ def timeout(config: Config) -> timedelta:
 
 
 def end_processes() -> None:
-    """Leave the process group, if there is one, when all its processes are done.
+    """Destroy the process group, if there is one, when all its processes are done.
 
-    gloo's threads end with it. One that is still letting go of a tensor when the interpreter goes down
-    cannot have its lock any more, and aborts the process ("terminate called without an active exception").
+    This ends gloo's threads. One that still releases a tensor while the interpreter shuts down cannot get the
+    GIL and aborts the process ("terminate called without an active exception").
     """
     if not dist.is_available() or not dist.is_initialized():
         return
-    if dist.get_backend() != "xla":  # which has no gloo beside it
+    if dist.get_backend() != "xla":  # it has no gloo backend for CPU tensors
+        # A barrier: a rank that leaves early closes connections that others still use.
         dist.all_reduce(torch.zeros(()))
-    gc.collect()  # a group's threads end with the last object that refers to it
+    gc.collect()  # a group's threads end with the last reference to it
     dist.destroy_process_group()
 
 
 def parallel(config: Config) -> Parallel:
-    """How the model is spread over the processes."""
+    """The layout of the model over the processes."""
     strategy = config.distributed_strategy
     return Parallel(
         tensor=strategy.tensor_model_parallel_size,
@@ -98,7 +99,7 @@ def parallel(config: Config) -> Parallel:
 
 
 def join(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mode: RunMode) -> EngineParts:
-    """Join the processes of the run, for ``engine``; only that one is imported."""
+    """Join the run's processes for ``engine``; imports only that engine."""
     if engine == "nxd":
         from nxdt_align.run.nxd import NxDParts
 
@@ -109,7 +110,7 @@ def join(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mo
 
 
 class MicroBatchNeeds(TypedDict):
-    """How many micro-batches a rank's schedule takes per step, as the data module's arguments."""
+    """The pipeline schedule's requirements on micro-batches per step, as arguments of the data module."""
 
     min_micro_batches: int
     round_size: int
@@ -121,18 +122,19 @@ def micro_batch_needs(config: Config) -> MicroBatchNeeds:
     ranks = strategy.pipeline_model_parallel_size
     if strategy.virtual_pipeline_model_parallel_size > 1:
         return {"min_micro_batches": 1, "round_size": ranks}
+    # With fewer micro-batches than stages, torch's 1F1B schedule raises.
     return {"min_micro_batches": ranks, "round_size": 1}
 
 
 def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
-    """The device of this process, the mode's fallback where there is no accelerator.
+    """The device of this process; the mode's fallback if there is no accelerator.
 
-    Raises UserError for one that is not here.
+    Raises UserError if the chosen accelerator is missing.
     """
     chosen = config.trainer.accelerator
     if chosen == "xla":
         return _xla_device(env)
-    # Whatever kind this torch is built for: CUDA, or a backend that registers itself, as Neuron's does.
+    # The accelerator that torch was built for: CUDA, or one that registers itself, such as TorchNeuron's.
     present = torch.accelerator.current_accelerator(check_available=True)
     if chosen in ("cuda", "neuron") and (present is None or present.type != chosen):
         found = "no accelerator" if present is None else f"{present.type} alone"
@@ -164,7 +166,7 @@ ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
 
 
 def attention(config: Config, where: torch.device) -> Attention:
-    """How rows are attended over there. Raises UserError for a kind that the device has not."""
+    """The attention for device ``where``. Raises UserError for a kind that the device does not support."""
     kind: str = config.data.attention
     if kind == "auto":
         kind = ATTENTION_OF_DEVICE.get(where.type, "dense")
@@ -181,12 +183,12 @@ def attention(config: Config, where: torch.device) -> Attention:
 
 
 def cluster(env: RunEnv) -> ClusterEnvironment:
-    """Ranks for Lightning, as torchrun gives them, or as a process of its own has them."""
+    """Ranks for Lightning, from torchrun or of a single process."""
     return TorchElasticEnvironment() if env.world_size > 1 else LightningEnvironment()
 
 
 def model_config(config: Config) -> LlamaConfig:
-    """config.json with the YAML's overrides, as in NxDT."""
+    """config.json with the YAML's overrides applied, as in NxDT."""
     model = config.model
     source = model.model_config or config.exp_manager.resume_from_checkpoint
     if source is None:
@@ -200,7 +202,7 @@ def model_config(config: Config) -> LlamaConfig:
 
 
 def start_weights(config: Config, model: LlamaConfig) -> WeightSource:
-    """What the policy starts from: ``resume_from_checkpoint``, or fresh weights."""
+    """The policy's start weights: ``resume_from_checkpoint``, or random ones."""
     given = config.exp_manager.resume_from_checkpoint
     if given is None:
         log.warning("exp_manager.resume_from_checkpoint is null: the model starts from random weights")
@@ -209,7 +211,7 @@ def start_weights(config: Config, model: LlamaConfig) -> WeightSource:
 
 
 def weights_at(folder: Path, model: LlamaConfig, key: str) -> WeightSource:
-    """A reader for whatever kind of weights lies in ``folder``, the value of ``key``."""
+    """A reader for any kind of weights in ``folder``, the value of ``key``."""
     if not folder.is_dir():
         found = "a file" if folder.exists() else "missing"
         raise UserError(f"{key}: must be a folder of weights, but {folder} is {found}")
@@ -225,29 +227,29 @@ def weights_at(folder: Path, model: LlamaConfig, key: str) -> WeightSource:
 
 
 def _foreign_weights(folder: Path, model: LlamaConfig) -> WeightSource:
-    """Weights that this package did not train: NxD's shards, or a Hugging Face folder."""
+    """Weights from other tools: NxD's shards, or a Hugging Face folder."""
     layout = layout_of(folder)
     if layout == "meta":
         raise UserError(
             f"{folder} is Meta's original download; nxdt-align convert {folder} DESTINATION --to hf makes a "
-            "folder of it that training starts from"
+            "folder that training can start from"
         )
     if layout == "nxdt":
-        return NxDTFolder(folder, model)  # which checks its shards against the model
+        return NxDTFolder(folder, model)  # checks its shards against the model
     weights = HFFolder(folder)
     check_weights(weights, model)
     return weights
 
 
 def _refuse_run_folder(folder: Path) -> None:
-    """A run's folder, or its checkpoints', where one of the checkpoints is meant."""
+    """Raise UserError for a run's folder or its folder of checkpoints instead of one checkpoint."""
     found = sorted(f for each in (folder, folder / "checkpoints") for f in each.glob("*") if is_checkpoint(f))
     if found:
         raise UserError(f"{folder} holds checkpoints; name one of them, such as {found[-1]}")
 
 
 def tokenization(config: Config, model: LlamaConfig) -> Tokenization:
-    """Tokenizer and truncation. Raises UserError for a tokenizer that the model is too small for."""
+    """Tokenizer and truncation. Raises UserError if the tokenizer exceeds the model's vocabulary."""
     tokenizer = load_tokenizer(config.data.tokenizer.type)
     if len(tokenizer) > model.vocab_size:
         raise UserError(
@@ -261,7 +263,7 @@ def tokenization(config: Config, model: LlamaConfig) -> Tokenization:
 
 
 def precision(config: Config) -> Precision:
-    """What comes nearest to ``precision.type`` off Neuron; says so where that is not the same."""
+    """The closest equivalent of ``precision.type`` on other devices; logs any difference."""
     kind, settings = config.precision.type, config.precision
     is_low = settings.xla_use_bf16 == "1" or settings.xla_downcast_bf16 == "1"
     if kind == "fp32" or (kind == "manual" and not is_low):
@@ -273,12 +275,12 @@ def precision(config: Config) -> Precision:
         return Precision(compute=torch.float16)
     log.info("precision.type %s: bf16 weights and activations, fp32 master weights and gradients", kind)
     if "SR" in kind or (kind == "manual" and not settings.master_weights):
-        log.info("stochastic rounding is the Neuron hardware's; fp32 master weights stand in for it here")
+        log.info("stochastic rounding needs Neuron hardware; fp32 master weights are used instead")
     return Precision(compute=torch.bfloat16)
 
 
 def reference_precision(config: Config) -> Precision:
-    """What the frozen reference computes in: ``reference_dtype``, or as the policy."""
+    """The frozen reference's precision: ``reference_dtype``, or the policy's."""
     chosen = config.model_alignment_strategy.reference_dtype
     if chosen is None:
         return precision(config)
@@ -286,9 +288,9 @@ def reference_precision(config: Config) -> Precision:
 
 
 def loss(config: Config, engine: EngineName, given: Loss | Callable[..., Any] | None = None) -> Loss:
-    """The loss that ``model_alignment_strategy`` chooses, or the one that is ``given`` instead.
+    """The loss of ``model_alignment_strategy``, or ``given`` instead.
 
-    Raises UserError for a custom one that is unfit.
+    Raises UserError for an invalid custom loss.
     """
     strategy = config.model_alignment_strategy
     if given is None and strategy.loss is None:
@@ -324,7 +326,7 @@ def _require_whole_logits(config: Config, engine: EngineName, own: Loss) -> None
 
 
 def own_callbacks(config: Config) -> list[Callback]:
-    """The callbacks that ``trainer.callbacks`` names. Raises UserError for one that is unfit."""
+    """The callbacks of ``trainer.callbacks``. Raises UserError for an invalid one."""
     made: list[Callback] = []
     for part in config.trainer.callbacks or ():
         try:
@@ -332,5 +334,5 @@ def own_callbacks(config: Config) -> list[Callback]:
             made.append(make(found, part.path, part.settings or {}, "settings"))
         except OwnPartError as error:
             raise UserError(f"trainer.callbacks: {error}") from error
-        log.info("callback of your own: %s", part.path)
+        log.info("custom callback: %s", part.path)
     return made

@@ -1,4 +1,4 @@
-"""What the parts of a run hand to one another: its process, its engine before that is built, its result."""
+"""Types that the parts of a run exchange: its process, its engine before that is built, its result."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nxdt_align.engines.settings import Precision
 
 @dataclass(frozen=True)
 class RunEnv:
-    """This process among those of the run."""
+    """This process's position among those of the run."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     compile_only: bool = False
-    """Trial steps that write nothing (``COMPILE=1``)."""
+    """Run only the steps of a dry run, which write nothing (``COMPILE=1``)."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves. The paths are None after a dry run, and where nothing was written."""
+    """A run's outputs. The paths are None after a dry run, or if nothing was written."""
 
     step: int
     """Optimizer steps done, those before a resume included."""
@@ -70,5 +70,5 @@ class EngineParts(Protocol):
     def engine(self) -> Engine: ...
 
     def notes_on(self, folder: Path) -> list[str]:
-        """What the user should know of the weights or the checkpoint in ``folder``, which the run reads."""
+        """Notes for the user about the weights or checkpoint in ``folder``, which the run reads."""
         ...

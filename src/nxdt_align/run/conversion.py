@@ -64,7 +64,7 @@ def convert(
     direction: str | None = None,
     n_layers: int | None = None,
 ) -> Report:
-    """Write the weights at ``source`` into a new folder ``destination``; whole or not at all.
+    """Write the weights at ``source`` into a new folder ``destination``, atomically.
 
     Args:
         source: a Hugging Face folder or one file of weights, NxD Training's shards, Meta's download, or a
@@ -82,7 +82,7 @@ def convert(
         qkv_linear, fuse_qkv, coalesce_qkv: the attention layer, as NxD Training's settings of these names.
         vocab: rows to pad the vocabulary to. None: the next multiple of ``tp``.
         xser: one file per tensor, as ``save_xser`` writes.
-        dtype: what the weights are cast to. None: each stays as it is.
+        dtype: cast the weights to it. None keeps each weight's dtype.
         tokenizer: a folder whose tokenizer is copied into a Hugging Face folder.
         max_shard_bytes: of a safetensors file.
         first_replica: take the first rank's copy of heads and norms where copies of ranks differ.
@@ -90,12 +90,12 @@ def convert(
         verify: read back what was written, and compare.
         workers: threads. None: 4.
         quiet: no progress bar.
-        load_xser, direction, n_layers: what NxD's converter has to be told of the source; checked.
+        load_xser, direction, n_layers: what NxD's converter must be told about the source; only checked.
 
-    Returns what was done: counts, bytes, seconds, and which weights hold NaN.
+    Returns counts, bytes, seconds, and the weights with NaN.
 
-    Raises UserError for whatever its caller can put right: a source that is damaged or of another shape
-    than its configuration, sizes that do not go together, a destination that is taken, a full disk.
+    Raises UserError for anything that the caller can fix: a source that is damaged or does not match its
+    configuration, incompatible sizes, an existing destination, a full disk.
     """
     for name, value, choices in (("to", to, get_args(Target)), ("dtype", dtype, get_args(Dtype))):
         if value is not None and value not in choices:
@@ -169,8 +169,8 @@ def export(
     workers: int | None = None,
     quiet: bool = False,
 ) -> Report:
-    """Write a checkpoint of any kind as a folder that transformers loads: ``convert`` with ``to="hf"``, whose
-    arguments, result and errors these are."""
+    """Write a checkpoint of any kind as a folder that transformers loads: ``convert`` with ``to="hf"``, which
+    explains arguments, result and errors."""
     return convert(
         checkpoint,
         destination,
@@ -192,7 +192,7 @@ def _path(path: str | Path | None) -> Path | None:
 
 
 def _usual_target(source: WeightSource, sizes: ShardSizes) -> Target:
-    """Away from what the source is."""
+    """The opposite kind: shards become whole weights, whole weights become shards."""
     if isinstance(source, NativeCheckpoint):
         return "nxdt" if sizes.are_stated else "hf"
     return "hf" if isinstance(source, NxDTFolder) else "nxdt"
@@ -201,7 +201,7 @@ def _usual_target(source: WeightSource, sizes: ShardSizes) -> Target:
 def _check_target(
     target: Target, source: WeightSource, sizes: ShardSizes, tokenizer: str | Path | None
 ) -> None:
-    """Raises UserError for options that have no place in what is written."""
+    """Raises UserError for options that do not apply to the target."""
     if target != "nxdt" and not isinstance(source, NxDTFolder) and sizes.are_stated:
         raise UserError(
             f"sizes and forms of shards are given, but the target is {target}, and {source} has none; leave "
@@ -259,8 +259,8 @@ def open_weights(
 
 
 def _run_model(checkpoint: Path) -> LlamaConfig | None:
-    """The shape in the record that a run keeps in its folder, above its checkpoints; that of a converted
-    one is in it."""
+    """The shape from the record in the run's folder, above its checkpoints; a converted checkpoint contains
+    its own."""
     if (checkpoint / "config.json").is_file():
         return read_shape(checkpoint)
     for folder in list(checkpoint.absolute().parents)[:2]:
@@ -272,7 +272,7 @@ def _run_model(checkpoint: Path) -> LlamaConfig | None:
 
 
 def describe(path: Path, config_file: Path | None = None) -> dict[str, Any]:
-    """What a checkpoint is, as plain values. Raises UserError where it is none, or is damaged."""
+    """A description of a checkpoint in plain values. Raises UserError if it is none, or is damaged."""
     layout = "native" if is_checkpoint(path) else layout_of(path)
     if layout == "nxdt" and config_file is None and not _says_its_model(path):
         return inspect.describe_bare(path)

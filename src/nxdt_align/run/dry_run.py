@@ -1,4 +1,4 @@
-"""``COMPILE=1`` and other trial runs: every graph of the run in a few steps, of which nothing is kept.
+"""``COMPILE=1`` and other dry runs: every graph of the run in a few steps that write nothing.
 
 Under neuron_parallel_compile, graphs are extracted and never executed, so every value is zero: nothing here
 may branch on one. Where there is no Neuron, the graphs are compiled on torch_xla's CPU device and listed in a
@@ -33,24 +33,24 @@ log = logging.getLogger(__name__)
 
 
 class _PreflightGraphs(Preflight):
-    """The preflight's graphs are wanted; its values are not those of the run."""
+    """Runs the preflight's graphs and ignores its values, which are zeros."""
 
     def judge(self, worst: float) -> None:
         pass
 
 
 class DryRun(RunMode):
-    """Each static shape that the run will meet, in a few steps; caches, logs, checkpoints and exports are
-    neither read for resuming nor written."""
+    """A few steps that cover each static shape of the run; nothing is resumed, and no cache, log, checkpoint
+    or export is written."""
 
     compute_reference = staticmethod(trace_shapes)
     preflight = _PreflightGraphs
 
     def check_places(self, places: Places) -> None:
-        """Nothing is written, so no place has to be writable."""
+        """Nothing is written, so no folder has to be writable."""
 
     def fallback_device(self, config: Config, env: RunEnv) -> torch.device:
-        """torch_xla's CPU device, where the graphs of this run can be compiled on it."""
+        """torch_xla's CPU device if it can compile this run's graphs, else the CPU."""
         if not xla.is_available():
             why = "torch_xla is not installed"
         elif env.world_size > 1:
@@ -65,7 +65,7 @@ class DryRun(RunMode):
         return torch.device("cpu")
 
     def note_no_graphs(self, why: str) -> None:
-        log.info("COMPILE=1: %s, so that the trial steps run and nothing is compiled ahead", why)
+        log.info("COMPILE=1: %s, so the dry-run steps run but nothing is compiled ahead", why)
 
     def token_cache(self, places: Places) -> Path | None:
         return None
@@ -74,10 +74,10 @@ class DryRun(RunMode):
         return True
 
     def prepare(self, data: ModelAlignmentDataModule, steps: int) -> None:
-        data.start_trial(steps)
+        data.start_dry_run(steps)
 
     def extent(self, config: Config) -> dict[str, Any]:
-        """The trial steps are the epoch; validation comes once, after all of them."""
+        """The dry-run steps form one epoch; validation runs once, after it."""
         whole = {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "val_check_interval": 1.0}
         return whole | {"max_epochs": 1, "check_val_every_n_epoch": 1, "num_sanity_val_steps": 0}
 
@@ -89,7 +89,7 @@ class DryRun(RunMode):
     def resume_point(
         self, config: Config, run: RunFolder, checkpoints: Checkpoints, start: object
     ) -> Path | None:
-        """None: a trial's steps are not those after a checkpoint, and its graphs are the same."""
+        """None: a resumed run uses the same graphs, so a dry run need not resume."""
         return None
 
     def reference_store(
@@ -114,14 +114,14 @@ class DryRun(RunMode):
         return compiling(compiler, manifest)
 
     def conclude(self, compiler: Compiler | None, manifest: Path, result: Result, samples: int) -> None:
-        log.info("trial run done: %d steps, of which nothing was written", result.step)
+        log.info("dry run done: %d steps, nothing was written", result.step)
 
 
 @contextmanager
 def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
-    """Entered around a trial: prints the totals, and writes the manifest where all graphs were compiled.
+    """Wraps a dry run: prints the totals, and writes the manifest if every graph was compiled.
 
-    On Neuron, where neuron_parallel_compile does so, and where nothing is compiled, nothing happens here.
+    Does nothing on Neuron, where neuron_parallel_compile reports, or where nothing is compiled.
     Raises CompileError where a compilation failed or there was none.
     """
     if compiler is None or compiler.graphs() is None:
@@ -129,6 +129,8 @@ def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
         return
     try:
         yield
+    # torch_xla raises a bare RuntimeError for a graph that does not compile; anything else also lands here,
+    # and is re-raised where no compilation failed.
     except RuntimeError as error:
         totals = _totals(compiler)
         if totals.failed == 0:

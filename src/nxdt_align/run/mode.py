@@ -1,4 +1,4 @@
-"""What a run does beside its steps. A dry run (``dry_run.py``) replaces these methods and nothing else."""
+"""What a run does besides its steps. A dry run (``dry_run.py``) overrides only these methods."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ log = logging.getLogger(__name__)
 
 
 class RunMode:
-    """A run that trains: it keeps its caches, logs, checkpoints and export."""
+    """A training run, which writes caches, logs, checkpoints and the export."""
 
     compute_reference: Callable[..., tuple[FloatArray, PassSummary]] = staticmethod(precompute)
-    """Fills the reference's table of a split, see ``reference.precompute``."""
+    """Computes a split's table of reference values, see ``reference.precompute``."""
     preflight: type[Preflight] = Preflight
 
     def check_places(self, places: Places) -> None:
-        """Raise UserError where the run could not write."""
+        """Raise UserError if the run could not write to one of its folders."""
         places.require_writable()
 
     def fallback_device(self, config: Config, env: RunEnv) -> torch.device:
-        """The device where ``trainer.accelerator: auto`` finds no accelerator."""
+        """The device if ``trainer.accelerator: auto`` finds no accelerator."""
         return torch.device("cpu")
 
     def note_no_graphs(self, why: str) -> None:
-        """``why`` nothing can be compiled ahead: news to a dry run alone."""
+        """Report ``why`` nothing can be compiled ahead; only a dry run does."""
 
     # Data and steps
 
@@ -52,19 +52,19 @@ class RunMode:
         return places.tokens
 
     def fixes_micro_batches(self, device: torch.device) -> bool:
-        """Whether every step of a bucket has as many micro-batches: where steps are compiled graphs."""
+        """Whether every step of a bucket has the same number of micro-batches, as compiled steps need."""
         return device.type == "xla"
 
     def prepare(self, data: ModelAlignmentDataModule, steps: int) -> None:
-        """Choose what ``data`` brings in a run of ``steps`` optimizer steps (-1: not counted)."""
+        """Choose what ``data`` yields in a run of ``steps`` optimizer steps (-1: not limited by steps)."""
 
     def extent(self, config: Config) -> dict[str, Any]:
-        """How many steps, and when validation comes, as arguments of Lightning's Trainer."""
+        """Lengths and validation intervals, as arguments of Lightning's Trainer."""
         names = ("max_steps", "max_epochs", "max_time", "val_check_interval", "check_val_every_n_epoch")
         limits = ("num_sanity_val_steps", "limit_val_batches", "limit_train_batches")
         return {name: getattr(config.trainer, name) for name in (*names, *limits)}
 
-    # Where the run stands
+    # Resuming
 
     def find_run(
         self, config: Config, places: Places, identity: RunIdentity, checkpoints: Checkpoints, engine: Engine
@@ -76,7 +76,7 @@ class RunMode:
     ) -> Path | None:
         return resume_point(config, run, checkpoints, start)
 
-    # What is written
+    # Output
 
     def reference_store(
         self, folder: Path, fingerprint: str, width: int, made_from: Mapping[str, str]
@@ -84,29 +84,29 @@ class RunMode:
         return ReferenceStore(folder, fingerprint, width=width, description=made_from)
 
     def monitors(self, config: Config, env: RunEnv) -> list[Callback]:
-        """neuron-monitor sees every process of its node, so one of them starts it."""
+        """neuron-monitor observes the whole node, so one process per node starts it."""
         if env.local_rank != 0:
             return []
         return [DeviceMonitor(NeuronMonitor(), config.trainer.log_every_n_steps)]
 
     def export_folder(self, config: Config, run: RunFolder) -> Path | None:
-        """Where the policy is exported to at the end; None for no export."""
+        """Destination of the final export; None for no export."""
         return run.path / EXPORT if config.exp_manager.export_hf else None
 
     def start_experiment(
         self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int | None
     ) -> None:
-        """Folder, loggers and checkpoint callback; ``step``: of the run's own checkpoint, if any."""
+        """Set up folder, loggers and checkpoint callback; ``step``: of the run's own checkpoint, if any."""
         start_experiment(trainer, config.exp_manager, run.path, resumed_step=step)
         if trainer.is_global_zero:
             write_identity(run.path, identity.digest, identity.parts)
 
     def around_fit(self, compiler: Compiler | None, manifest: Path) -> AbstractContextManager[None]:
-        """Entered around all steps."""
+        """A context around all steps."""
         return nullcontext()
 
     def conclude(self, compiler: Compiler | None, manifest: Path, result: Result, samples: int) -> None:
-        """Log how many graphs were compiled, which of them no dry run saw, and where everything is."""
+        """Log the number of compiled graphs, those that no dry run compiled, and the output folders."""
         report_graphs(compiler, manifest)
         log.info("done: %d steps, %d samples", result.step, samples)
         log.info("experiment folder: %s", result.folder)
@@ -115,12 +115,12 @@ class RunMode:
 
 
 def report_graphs(compiler: Compiler | None, manifest: Path) -> None:
-    """Log the graphs that were compiled, and warn of each that ``manifest`` does not list."""
+    """Log the number of compiled graphs, and warn about each that ``manifest`` does not list."""
     if compiler is None:
         return
     graphs = compiler.graphs()
     if graphs is None:
-        log.info("graphs: %d compiled or taken from Neuron's cache", compiler.count())
+        log.info("graphs: %d compiled or loaded from Neuron's cache", compiler.count())
         return
     known = read_manifest(manifest)
     if known is None:

@@ -1,4 +1,4 @@
-"""The native engine's share of a run."""
+"""The native engine's part of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from nxdt_align.run.mode import RunMode
 
 
 class NativeParts:
-    """Joins the processes of a run, and builds its engine. Raises UserError for sizes that do not fit."""
+    """Joins the run's processes and builds its engine. Raises UserError for sizes that do not fit the
+    model."""
 
     checkpoints = checkpoint
 

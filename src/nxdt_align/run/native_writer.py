@@ -1,7 +1,7 @@
 """A checkpoint of the native engine without optimizer state, written one weight at a time.
 
 As engines/native/saving.py writes it, but with one file per weight instead of one per rank: weights are
-written in any order, by several threads, and again after an interruption.
+written in any order, by several threads, and rewritten after an interruption.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nxdt_align.named_tensors import WeightSource
 
 _UNFINISHED = f"{TENSORS}.partial"
 _ARCHIVE = 4096
-"""Bytes of a file beside its weight's, at most."""
+"""Upper bound on a file's bytes beyond its weight's."""
 
 
 class NativeWriter:
@@ -61,7 +61,7 @@ class NativeWriter:
     def write(self, name: str, whole: Tensor) -> None:
         """Raises OSError."""
         if whole.untyped_storage().nbytes() != whole.nbytes:
-            whole = whole.clone()  # torch saves all of the memory that a view is of
+            whole = whole.clone()  # torch.save writes a view's whole storage
         with open(self._tensors / self._file(name), "wb") as file:
             torch.save(whole.detach(), file)
 
@@ -71,7 +71,7 @@ class NativeWriter:
         return NativeCheckpoint(self.folder, unfinished=_UNFINISHED)
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Make the folder one that is loaded; the summary, which says that it is whole, comes last."""
+        """Complete the folder; the summary, which marks it as complete, is written last."""
         self._write_index()
         os.rename(self._tensors, self.folder / TENSORS)
         torch.save({"extra": {}, "optimizer": None}, self.folder / TRAINER)
@@ -105,7 +105,7 @@ class NativeWriter:
         FileSystemWriter(self._tensors).finish(Metadata(entries), [written])
 
     def description(self) -> dict[str, Any]:
-        """What makes two conversions write the same."""
+        """Identifies the output, to compare two conversions."""
         dtypes = sorted({str(dtype) for dtype in self._dtypes.values()})
         return {"layout": "native", "config": self._config.to_hf_dict(), "dtypes": dtypes}
 

@@ -1,4 +1,4 @@
-"""The NxD engine's share of a run. Nothing here imports NxD before a run asks for that engine."""
+"""The NxD engine's part of a run. Imports NxD only when a run uses that engine."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class NxDParts:
-    """Joins the processes of a run, and builds its engine.
+    """Joins the run's processes and builds its engine.
 
-    Raises UserError for sizes that do not go together, and where NxD cannot be imported.
+    Raises UserError for incompatible sizes, and if NxD cannot be imported.
     """
 
     checkpoints = checkpoint
@@ -56,7 +56,7 @@ class NxDParts:
     def engine(self) -> Engine:
         from nxdt_align.engines.nxd.engine import NxDEngine
 
-        # As in NxDT, which takes turns with a pipeline alone.
+        # As in NxDT, which staggers loading only with a pipeline.
         trainer, is_piped = self._config.trainer, self.mesh.parallel.pipeline > 1
         at_once = trainer.sequential_move_factor if is_piped else None
         engine = NxDEngine(
@@ -98,7 +98,7 @@ class NxDParts:
 
 
 def _compiler_of(backend: compat.Backend, mode: RunMode) -> Compiler | None:
-    """Neuron's own compiler lists its graphs, in the cache that neuron_parallel_compile fills."""
+    """On Neuron, graphs are only counted: its compiler keeps them in the cache of neuron_parallel_compile."""
     if backend != "cpu":
         return xla.compiler(tells_keys=backend == "xla")
     mode.note_no_graphs(
@@ -108,7 +108,7 @@ def _compiler_of(backend: compat.Backend, mode: RunMode) -> Compiler | None:
 
 
 def parallel_of(config: Config, model: LlamaConfig, backend: compat.Backend) -> Parallel:
-    """How the model is spread."""
+    """The layout of the model."""
     strategy = config.distributed_strategy
     if strategy.zero1 and backend == "cpu":
         log.info(
@@ -143,12 +143,12 @@ def _check_sizes(parallel: Parallel, model: LlamaConfig) -> None:
     if parallel.pipeline > 1 and model.tie_word_embeddings:
         raise UserError(
             "distributed_strategy.pipeline_model_parallel_size: must be 1 for a model whose head is tied to "
-            f"its embedding, which are in the first and the last stage, but is {parallel.pipeline}"
+            f"its embedding, as these are in the last and the first stage, but is {parallel.pipeline}"
         )
 
 
 def precision_of(config: Config, backend: compat.Backend) -> Precision:
-    """``precision`` in this engine's terms. Raises UserError for what it does not have."""
+    """``precision`` in this engine's terms. Raises UserError for unsupported types."""
     kind, settings = config.precision.type, config.precision
     if kind == "autocast":
         raise UserError(
@@ -170,13 +170,13 @@ def precision_of(config: Config, backend: compat.Backend) -> Precision:
         return Precision(torch.bfloat16, masters=True)
     rounds = kind == "bf16SR" or settings.neuron_rt_stochastic_rounding_en == "1"
     if rounds and backend != "neuron":
-        log.info("stochastic rounding is the Neuron hardware's; fp32 master weights stand in for it here")
+        log.info("stochastic rounding needs Neuron hardware; fp32 master weights are used instead")
     return Precision(torch.bfloat16, masters=rounds and backend != "neuron")
 
 
 def reference_precision_of(config: Config, policy: Precision) -> Precision:
-    """What the frozen reference computes in: ``reference_dtype``, or as the policy. The policy's own where
-    the dtype is the same, since masters change no log-probability."""
+    """The frozen reference's precision: ``reference_dtype``, or the policy's. The policy's object if the
+    dtypes agree, since masters do not affect log-probabilities."""
     chosen = config.model_alignment_strategy.reference_dtype
     dtype = policy.compute if chosen is None else _DTYPES[chosen]
     return policy if dtype == policy.compute else Precision(dtype)
@@ -194,8 +194,8 @@ def save_options_of(config: Config, precision: Precision) -> SaveOptions:
 
 
 def form_notes(config: Config, folder: Path) -> list[str]:
-    """Where ``load_xser`` is set to something else than what ``folder`` holds. NxDT reads no less then: it,
-    too, finds out what form the files have."""
+    """A note if ``load_xser`` is set and differs from the form of ``folder``. As in NxDT, the form is
+    detected anyway."""
     key, wanted = "exp_manager.load_xser", config.exp_manager.load_xser
     shards = [*folder.glob("model/dp_rank_*.pt*"), *folder.glob("dp_rank_*.pt*")]
     is_xser = any(shard.suffix == ".tensors" for shard in shards)
@@ -203,6 +203,6 @@ def form_notes(config: Config, folder: Path) -> list[str]:
         return []
     held = "a file per tensor (xser)" if is_xser else "plain files, one per rank"
     return [
-        f"{key}: is {wanted}, but {folder} holds {held}; they are read as what they are. {key}={is_xser} "
-        "agrees with them"
+        f"{key}: is {wanted}, but {folder} holds {held}, which is detected and read. {key}={is_xser} "
+        "matches them"
     ]

@@ -1,4 +1,4 @@
-"""Where a run reads and writes: its experiments, caches and manifest, all of them from the configuration."""
+"""The folders that a run reads and writes: experiments, caches and manifest."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from nxdt_align.errors import UserError
 from nxdt_align.files import CHOOSE_ANOTHER, unwritable
 
 EXPORT = "hf_export"
-"""Folder of an experiment that holds the policy for transformers."""
+"""Folder of an experiment with the policy for transformers."""
 
 
 class Places:
-    """Absolute folders of one configuration. None is made here: a run that stops early leaves nothing."""
+    """Absolute folders of one configuration. Creates none, so that a run that stops early leaves nothing."""
 
     def __init__(self, config: Config) -> None:
         self._settings, self._cache_dir = config.exp_manager, config.data.cache_dir
         name = config.exp_manager.name or config.name
         self.experiments = Path(config.exp_manager.exp_dir or "nemo_experiments").absolute()
         self.runs = self.experiments / name
-        """Where the dated folders are."""
+        """The parent of the dated folders."""
         explicit = config.exp_manager.explicit_log_dir
         self.explicit = None if explicit is None else Path(explicit).absolute()
-        """The folder that the user chose for this run, in place of a dated one."""
+        """The folder that the user chose for this run, instead of a dated one."""
         # DPO and ORPO configurations may share a name, so the objective is part of the file's.
         objective = config.model_alignment_strategy.objective
         self.manifest = self.experiments / "compile" / f"{name}_{objective}.json"
@@ -42,7 +42,7 @@ class Places:
         return (Path(chosen) if chosen is not None else self.experiments / "cache") / what
 
     def require_writable(self) -> None:
-        """Raise UserError where a folder that the run will write to cannot be made or written to."""
+        """Raise UserError if a folder that the run will write to cannot be created or written to."""
         if self.explicit is not None:
             _require_writable("exp_manager.explicit_log_dir", self.explicit)
         else:

@@ -1,4 +1,4 @@
-"""The row plan and the memory of a run, without the run: tokens are made, a model is not."""
+"""The row plan and memory of a run without running it: tokenizes the data, builds no model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nxdt_align.run import assemble
 
 
 def plan_report(config: Config, engine: Engine) -> str:
-    """What the planner chooses for the data, as training says it before its first step, and the device
-    memory that the largest bucket takes.
+    """The row plan of the data, as training logs it before its first step, and the device memory of the
+    largest bucket.
 
-    Tokens are taken from ``data.cache_dir`` where it has them, and kept there. Raises UserError for
-    data, tokenizer, buckets or a custom loss that training would refuse.
+    Uses and fills the token cache in ``data.cache_dir``. Raises UserError for data, tokenizer, buckets or a
+    custom loss that training would refuse.
     """
     ranks, model = config.data_parallel_size, assemble.model_config(config)
     objective = GlobalMeanObjective(assemble.loss(config, engine))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Policy:
-    """A model that gives log-probabilities of responses, as training computes them."""
+    """A model that computes log-probabilities of responses as training does."""
 
     def __init__(self, engine: NativeEngine, name: str) -> None:
         self._engine, self._name = engine, name
@@ -51,10 +51,10 @@ class Policy:
 
         Args:
             pairs: from ``load_pairs``.
-            batch_size: pairs that are laid into rows together; it changes the speed alone.
+            batch_size: pairs packed into rows together; affects only the speed.
 
-        Returns sums and token counts, float32 on the CPU, without gradients: what every loss of pairs takes.
-        Raises UserError where a token is not in the model's vocabulary.
+        Returns sums and token counts, float32 on the CPU, without gradients, for any loss of pairs. Raises
+        UserError if a token is not in the model's vocabulary.
         """
         examples = [pairs[index] for index in range(len(pairs))]
         largest = max(int(ids.max()) for pair in examples for ids in (pair.prompt, *pair.responses))
@@ -64,7 +64,7 @@ class Policy:
                 f"{self.config.vocab_size}: the tokenizer and the model do not belong together"
             )
         longest = int((pairs.prompt_lengths + pairs.response_lengths.max(1)).max())
-        # A whole row of its own for the longest pair, prompt and both responses.
+        # Rows must hold the longest pair, prompt and both responses.
         planner = RowPlanner(pairs, "shared_prompt", examples_per_step=batch_size, seq_length=longest)
         rows = StepDataset(pairs, planner, "shared_prompt", Topology())
         sums = torch.zeros(len(pairs), 2)
@@ -86,9 +86,9 @@ def load_policy(
 
     Args:
         device: ``cpu`` or a CUDA device.
-        dtype: that of weights and activations; log-probabilities are float32 whatever it is.
+        dtype: of weights and activations; log-probabilities are always float32.
 
-    Raises UserError where there are no weights, or they do not fit their config.json.
+    Raises UserError if there are no weights, or they do not fit their config.json.
     """
     place = _weights_of(Path(folder).expanduser())
     source, config = open_weights(place)
@@ -113,9 +113,9 @@ def load_pairs(
     Args:
         path: a file in any format of ``data.train_dir``, several of them, or a data set's name on the Hub.
         tokenizer: a folder or hub id, or a tokenizer of transformers.
-        seq_length: tokens of prompt and response together; what is longer is cut as in training.
-        max_prompt_length: tokens of a prompt that are kept; at most ``seq_length`` // 2 by default.
-        format: a format's name; found by the keys where None.
+        seq_length: maximum tokens of prompt and response; longer ones are truncated as in training.
+        max_prompt_length: maximum tokens of a prompt, at most ``seq_length // 2``.
+        format: a format's name; None detects it from the keys.
 
     Raises UserError that names each bad record by file and line.
     """
@@ -129,7 +129,7 @@ def load_pairs(
 
 
 def _weights_of(folder: Path) -> Path:
-    """``folder``, or where in a run's folder the newest weights are: those that its last step left."""
+    """``folder``, or for a run's folder the newest weights in it."""
     if not folder.exists():
         raise UserError(f"there is no folder {folder}; name a run, a checkpoint or a Hugging Face folder")
     if not (folder / IDENTITY_FILE).is_file():

@@ -1,4 +1,4 @@
-"""What can be found wrong before the first step, and Lightning's complaints as this package's own."""
+"""Checks before the first step, and other libraries' errors as UserErrors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nxdt_align.errors import UserError
 
 
 def require_validation_in_epoch(config: Config, steps_per_epoch: int) -> None:
-    """Raise UserError where validation would be due after the end of each epoch."""
+    """Raise UserError if validation would never be due within an epoch."""
     trainer, limit = config.trainer, config.trainer.limit_train_batches
     if trainer.check_val_every_n_epoch is None or not isinstance(trainer.val_check_interval, int):
         return
@@ -27,12 +27,12 @@ def require_validation_in_epoch(config: Config, steps_per_epoch: int) -> None:
 
 
 _LOST = ("gloo/", "nccl", "timed out", "timeout", "connection closed", "connection reset")
-"""What a RuntimeError of a collective says, lower-case, where another process does not answer."""
+"""Lower-case fragments of a collective's RuntimeError when another process does not answer."""
 
 
 @contextmanager
 def report_lost_ranks(world_size: int, timeout_minutes: float) -> Iterator[None]:
-    """What torch.distributed raises where another process has ended, or hangs, becomes a UserError."""
+    """Turn torch.distributed's errors about a lost or hanging process into a UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -40,6 +40,7 @@ def report_lost_ranks(world_size: int, timeout_minutes: float) -> Iterator[None]
         is_lost = isinstance(error, dist.DistError) or any(sign in text.lower() for sign in _LOST)
         if world_size == 1 or not is_lost:
             raise
+        # gloo prefixes "[file:line] " and appends a C++ backtrace after the first sentence.
         cause = text.rpartition("] ")[2].partition(". ")[0][:150]
         raise UserError(
             f"another of the run's {world_size} processes has ended, or has not answered for "
@@ -50,13 +51,13 @@ def report_lost_ranks(world_size: int, timeout_minutes: float) -> Iterator[None]
 
 @contextmanager
 def as_user_error() -> Iterator[None]:
-    """Complaints of Lightning and W&B about settings that fit no rule here become a UserError."""
+    """Turn Lightning's and W&B's errors about settings into a UserError."""
     try:
         yield
     except MisconfigurationException as error:
         raise UserError(f"trainer, exp_manager: {' '.join(str(error).split())}") from error
     except Exception as error:
-        # W&B, which need not be installed: most often there is no login.
+        # Matched by module, as wandb need not be installed; usually the login is missing.
         if not type(error).__module__.startswith("wandb.errors"):
             raise
         raise UserError(f"exp_manager.create_wandb_logger: {' '.join(str(error).split())}") from error

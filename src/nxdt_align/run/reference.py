@@ -1,7 +1,7 @@
-"""A run's reference: where its weights come from, how a checkpoint remembers them, what computes it.
+"""A run's reference: the origin of its weights, their record in checkpoints, and what computes its values.
 
-A run that resumes from a checkpoint meets the reference that it started with. NxDT computes it again
-from the resumed policy, so that DPO silently changes its target.
+A resumed run keeps the reference that it started with. NxDT recomputes it from the resumed policy, so DPO's
+target silently changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nxdt_align.training.hooks import (
 from nxdt_align.weights.hf import FreshWeights
 
 RUN_RECORD = "nxdt_align"
-"""Key of a checkpoint's extra values that are this package's own."""
+"""Key of this package's values among a checkpoint's extra values."""
 ORIGIN = "reference_origin"
 
 
@@ -44,8 +44,8 @@ def find_origin(
         start: what the policy starts from.
         continued: another run's checkpoint that this one resumes from, optimizer state included.
 
-    ``reference_model`` where it is set; else the start of the run that ``continued`` belongs to; else
-    ``start``. Raises UserError where those weights are gone or changed.
+    ``reference_model`` if set; else the start weights of the run that ``continued`` belongs to; else
+    ``start``. Raises UserError if those weights are missing or changed.
     """
     chosen = config.model_alignment_strategy.reference_model
     if chosen is not None:
@@ -61,7 +61,7 @@ def _extra(continued: Path) -> dict[str, Any]:
 
 
 def origin_record(source: WeightSource, fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint keeps of its reference, in plain values."""
+    """A checkpoint's record of its reference, in plain values."""
     seed = source.seed if isinstance(source, FreshWeights) else None
     return {
         "path": None if source.path is None else str(source.path.absolute()),
@@ -75,8 +75,9 @@ def _recorded(record: dict[str, Any], model: LlamaConfig, checkpoint: Path | Non
         return FreshWeights(model, record["seed"])
     folder = Path(record["path"])
     if not folder.is_dir():
-        raise _lost(checkpoint, folder, "is not there")
+        raise _lost(checkpoint, folder, "does not exist")
     source = assemble.weights_at(folder, model, "the checkpoint's reference")
+    # A folder of the same name may hold another download, or an export written later.
     if source.fingerprint() != record["fingerprint"]:
         raise _lost(checkpoint, folder, "holds other weights now")
     return source
@@ -98,11 +99,11 @@ def reference_callbacks(
     precisions: tuple[Precision, Precision],
     store: ReferenceStore | None,
 ) -> list[Callback]:
-    """What computes the reference's values and, unless the YAML says otherwise, checks them before step 1.
+    """Callbacks that compute the reference's values and, unless disabled, check them before step 1.
 
     Args:
-        precisions: what policy and reference compute in.
-        store: where values are kept that are computed before training; None computes them at each step.
+        precisions: of policy and reference.
+        store: for values computed before training; None computes them at each step.
     """
     policy_precision, own_precision = precisions
     alike = own_precision == policy_precision
@@ -130,14 +131,15 @@ def open_store(
     tokenization: str,
     precision: str,
 ) -> ReferenceStore:
-    """The store of the values that a reference of these ``weights`` gives, read and computed as said.
+    """The store of the values of a reference with these ``weights``.
 
-    The other arguments are the store's fingerprint, so that no value is used for another model, tokenizer,
+    The keyword arguments form the store's fingerprint, so that no value is used for another model, tokenizer,
     truncation or precision.
     """
     made_from = {"weights": weights, "model": model, "tokenization": tokenization, "precision": precision}
     dpo = config.model_alignment_strategy.dpo
     if dpo is not None and dpo.ld_alpha is not None:
+        # Only where it is set, so that stores of runs without it keep their fingerprint.
         made_from["ld_alpha"] = str(dpo.ld_alpha)
     # Two values per record: chosen and rejected, or KTO's completion and the mismatched one.
     return mode.reference_store(folder, fingerprint_of(made_from), 2, made_from)

@@ -1,7 +1,7 @@
-"""Which run this is, and which checkpoint it resumes from.
+"""The identity of a run, and the checkpoint that it resumes from.
 
-A run is its objective, its data, its start weights and its model: never its name, which NxDT's DPO
-and ORPO configurations share.
+A run is identified by objective, data, start weights and model, not by its name, which NxDT's DPO and ORPO
+configurations share.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ DATE_FORMAT = "%Y-%m-%d_%H-%M-%S"
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is, whatever its name."""
+    """What identifies a run, independent of its name."""
 
     parts: Mapping[str, Any]
-    """Plain values, kept in the experiment's folder for people."""
+    """Plain values, also written to the experiment's folder for humans."""
 
     @property
     def digest(self) -> str:
@@ -52,15 +52,15 @@ def identify(
     tokenization: str,
     loss: str | None,
 ) -> RunIdentity:
-    """What makes two runs the same one. Data and start weights count by content; how they are
-    laid out and spread over devices does not count.
+    """The identity of a run. Data and start weights count by content; row layout and parallel sizes do not
+    count.
 
     Args:
         record_ids: of the training data, in their order.
         start: fingerprint of the weights that training starts from.
         model: the model's config.json.
         tokenization: fingerprint of tokenizer, template and truncation.
-        loss: text of one that a script gave instead of that which ``config`` names.
+        loss: the repr of a loss that a script passed instead of the one in ``config``.
     """
     parts = {
         "objective": dataclasses.asdict(config.model_alignment_strategy),
@@ -80,9 +80,10 @@ def find(
     step_of: Callable[[Path], int | None],
     engine: Engine,
 ) -> RunFolder:
-    """The folder of the run with this identity, and its newest checkpoint. Rank 0 looks; the others follow.
+    """The folder of the run with this identity, and its newest checkpoint. Rank 0 searches and
+    tells the others.
 
-    Raises UserError where the YAML says that there must be a checkpoint and there is none.
+    Raises UserError if the YAML requires a checkpoint and there is none.
     """
     settings = config.exp_manager
     run = None
@@ -109,7 +110,7 @@ def resume_point(config: Config, run: RunFolder, checkpoints: Checkpoints, start
     if run.checkpoint is not None:
         log.info("resuming from this run's own checkpoint %s", run.checkpoint)
         if given is not None:
-            log.info("resume_from_checkpoint=%s is not read again: it is where this run started", given)
+            log.info("resume_from_checkpoint=%s is not read again: this run started from it", given)
         return run.checkpoint
     takes_all = given is not None and not config.model.weight_init_only
     if given is not None and takes_all and checkpoints.is_checkpoint(Path(given)):
@@ -123,14 +124,14 @@ def resume_point(config: Config, run: RunFolder, checkpoints: Checkpoints, start
 
 
 def run_identity(parts: Mapping[str, Any]) -> str:
-    """Hex digest of what makes two runs the same one."""
+    """Hex digest of a run's identity. Its values must never change, or runs would no longer resume."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run writes, and the checkpoint that it resumes from, if there is one."""
+    """A run's output folder, and the checkpoint that it resumes from, if any."""
 
     path: Path
     checkpoint: Path | None
@@ -143,8 +144,8 @@ def find_run(
 
     Args:
         parent: ``<exp_dir>/<name>``.
-        step_of: optimizer steps of a checkpoint folder, or None for what is not a whole checkpoint.
-        resume: whether an earlier run may go on.
+        step_of: optimizer steps of a checkpoint folder; None if it is not a complete checkpoint.
+        resume: whether an earlier run may be resumed.
     """
     if resume and parent.is_dir():
         for folder in sorted((f for f in parent.iterdir() if f.is_dir()), reverse=True):
@@ -158,8 +159,8 @@ def find_run(
 def explicit_run(
     folder: Path, identity: str, step_of: Callable[[Path], int | None], *, resume: bool
 ) -> RunFolder:
-    """The user's own folder: goes on where it is this run's. Raises UserError where it holds the
-    checkpoints of another, which would be mixed up with this run's."""
+    """The folder that the user chose, resumed if it is this run's. Raises UserError if it holds checkpoints
+    of another run, which would mix with this run's."""
     newest = newest_checkpoint(folder / CHECKPOINTS, step_of)
     if newest is None:
         return RunFolder(folder, None)
@@ -177,7 +178,7 @@ def explicit_run(
 
 
 def _new_folder(parent: Path) -> Path:
-    """A dated name that is not taken; two runs can start in one second."""
+    """An unused dated name; two runs can start within one second."""
     stamp = time.strftime(DATE_FORMAT)
     folder, count = parent / stamp, 1
     while folder.exists():
@@ -187,14 +188,14 @@ def _new_folder(parent: Path) -> Path:
 
 
 def newest_checkpoint(folder: Path, step_of: Callable[[Path], int | None]) -> Path | None:
-    """The whole checkpoint with the most optimizer steps."""
+    """The complete checkpoint with the most optimizer steps."""
     if not folder.is_dir():
         return None
     whole = []
     for checkpoint in sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")):
         step = step_of(checkpoint)
         if step is None:
-            log.warning("%s is not a whole checkpoint: passed over", checkpoint)
+            log.warning("%s is not a complete checkpoint: skipped", checkpoint)
         else:
             whole.append((step, checkpoint))
     return max(whole, key=lambda pair: (pair[0], pair[1].name))[1] if whole else None

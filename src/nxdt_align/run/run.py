@@ -1,4 +1,4 @@
-"""One run: its objects, made in the order in which they need each other, and its steps."""
+"""One run: builds its objects in dependency order, and runs its steps."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class Run:
     Args:
         config: checked.
         engine: the one that runs it.
-        mode: what is done beside the steps; ``DryRun`` keeps nothing.
-        loss: a loss in place of the one that ``config`` names.
-        callbacks: further callbacks of Lightning's, called after this package's own.
+        mode: what is done besides the steps; ``DryRun`` writes nothing.
+        loss: a loss to use instead of the one in ``config``.
+        callbacks: further Lightning callbacks, called after this package's.
     """
 
     def __init__(
@@ -98,14 +98,15 @@ class Run:
         self._times.done("model made")
 
     def fit(self) -> Result:
-        """Look for an earlier part of this run, train to the end, and export."""
+        """Find a checkpoint of this run, train to the end, and export."""
+        # The data order has its own generator; this seeds dropout and what user code draws.
         seed_everything(self.config.seed, verbose=False)
         identity = self._identity()
         checkpoints = self.parts.checkpoints
         run = self.mode.find_run(self.config, self.places, identity, checkpoints, self.engine)
         resumed = self.mode.resume_point(self.config, run, checkpoints, self.start)
         if resumed is None:
-            self.engine.load_weights(self.start)  # else the trainer fills them, with the optimizer's state
+            self.engine.load_weights(self.start)  # else the trainer loads them, with the optimizer's state
         self._times.done("start weights loaded" if resumed is None else "this run looked for")
         self._note_what_is_read(run)
         reference, record = self._reference(None if resumed == run.checkpoint else resumed)
@@ -151,7 +152,7 @@ class Run:
         )
 
     def _fingerprint(self, source: WeightSource) -> str:
-        """Reads all weights, so each source is asked once, by rank 0. Every rank calls this."""
+        """Collective. Reads all weights, so only rank 0 computes it, once per source."""
         if source not in self._fingerprints:
             own = source.fingerprint() if self.topology.rank == 0 else ""
             self._fingerprints[source] = str(self.engine.broadcast_object(own))
@@ -162,10 +163,10 @@ class Run:
         for note in self.parts.notes_on(Path(read)) if read is not None else []:
             log.info("%s", note)
 
-    # What the trainer is made of
+    # Parts of the trainer
 
     def _reference(self, continued: Path | None) -> tuple[list[Callback], dict[str, Any]]:
-        """The callbacks that see to the reference, and what each checkpoint says of it.
+        """The reference's callbacks, and its record for each checkpoint.
 
         ``continued``: another run's checkpoint that this one resumes from.
         """
@@ -222,15 +223,15 @@ class Run:
         return optim.build_scheduler(optimizer, sched.name, sched.settings(), self._steps())
 
     def _steps(self) -> int:
-        """Optimizer steps of the run, by whichever of max_steps and max_epochs ends it; -1 where only
-        max_time does."""
+        """Optimizer steps of the run, the smaller limit of max_steps and max_epochs; -1 if only max_time ends
+        it."""
         trainer = self.config.trainer
         limits = [trainer.max_steps, trainer.max_epochs * self.data.steps_per_epoch]
         return min((limit for limit in limits if limit > 0), default=-1)
 
     def _trainer(self, callbacks: list[Callback], record: dict[str, Any]) -> Trainer:
         settings = self.config.trainer
-        # Advice to reduce validation's values, which are means over all ranks already.
+        # Lightning advises sync_dist for validation metrics, but they are already means over all ranks.
         warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
         strategy = EngineStrategy(
             self.engine,
@@ -256,7 +257,7 @@ class Run:
     # The export
 
     def _export(self, folder: Path) -> None:
-        """Rank 0 writes, one weight after the other, which all ranks put together."""
+        """Rank 0 writes one weight at a time; all ranks take part in gathering each."""
         weights = self.engine.whole_parameters()
         fault: UserError | None = None
         try:
@@ -265,7 +266,7 @@ class Run:
         except UserError as error:
             fault = error
         for _ in weights:
-            """The other ranks' turn, also where the first has given up."""
+            """Keep joining the gathers: other ranks only gather, and rank 0 may have failed half-way."""
         told = self.engine.broadcast_object(None if fault is None else str(fault))
         if told is not None:
             raise fault or UserError(told)

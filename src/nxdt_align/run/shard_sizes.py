@@ -1,5 +1,5 @@
-"""What a user states of NxD's shards: checked against shards that are read, worked out for those that are
-written."""
+"""Sizes of NxD's shards that the user states: checked against shards that are read, completed for shards to
+write."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SOURCES = {
 
 @dataclass(frozen=True)
 class ShardSizes:
-    """Sizes and forms of shards as ``conversion.convert`` takes them; None: to be worked out."""
+    """Sizes and forms of shards, arguments of ``conversion.convert``; None: to be derived."""
 
     tp: int | None
     pp: int | None
@@ -42,7 +42,7 @@ class ShardSizes:
         return self.xser or any(value is not None for value in (*sizes, *styles))
 
     def require_those_of(self, source: NxDTFolder, config: LlamaConfig) -> None:
-        """Raises UserError where the shards that are read have others, which then are missing or surplus."""
+        """Raises UserError if the shards that are read have other sizes."""
         held = source.partition
         stated = {"tp_size": self.tp, "pp_size": self.pp, "kv_size_multiplier": self.kv_multiplier}
         found = {"tp_size": held.tp, "pp_size": held.pp, "kv_size_multiplier": held.kv_multiplier}
@@ -64,8 +64,8 @@ class ShardSizes:
             )
 
     def partition(self, config: LlamaConfig, held: Partition | None) -> Partition:
-        """That of the shards to write. ``held``: that of the shards that are the source, of which what is
-        not stated stays as it is. Raises PartitionError for sizes that do not go together."""
+        """The partition of the shards to write. ``held``: that of source shards, the default for what is not
+        stated. Raises PartitionError for incompatible sizes."""
         tp, pp = (held.tp, held.pp) if held else (1, 1)
         if self.pipeline_cuts is not None:
             pp = len(self.pipeline_cuts) + 1
@@ -85,7 +85,7 @@ class ShardSizes:
         return Partition(config, tp, pp, multiplier, qkv, vocab, cuts)
 
     def _qkv(self, config: LlamaConfig) -> QKV | None:
-        """The layer that NxD Training builds from the same settings; None where nothing is stated."""
+        """The layer that NxD Training builds from the same settings; None if none is stated."""
         is_mha = config.num_attention_heads == config.num_key_value_heads
         if self.qkv_linear is self.fuse_qkv is self.coalesce_qkv is None:
             return None
@@ -101,7 +101,7 @@ def listed(layers: Iterable[int] | None) -> str:
 
 
 def _usual_qkv(config: LlamaConfig, tp: int, multiplier: int, held: Partition | None) -> QKV:
-    """That of the source's shards where NxD loads it at these sizes, or they have not changed."""
+    """The style of the source's shards if NxD loads it at these sizes or the sizes are unchanged."""
     if held is None:
         return default_qkv(config, tp, multiplier)
     is_linear = held.qkv in ("split", "fused")
@@ -112,7 +112,7 @@ def _usual_qkv(config: LlamaConfig, tp: int, multiplier: int, held: Partition | 
 
 @dataclass(frozen=True)
 class SourceFlags:
-    """What the flags of NxD's own converter say of the source, which is found out here and only checked."""
+    """NxD's converter flags that describe the source, which is detected here; they are only checked."""
 
     load_xser: bool | None
     direction: str | None
@@ -120,7 +120,7 @@ class SourceFlags:
     n_layers: int | None
 
     def require_true_of(self, source: WeightSource, config: LlamaConfig, is_run_checkpoint: bool) -> None:
-        """Raises UserError. A run's own checkpoint is neither whole nor in shards to whoever reads it."""
+        """Raises UserError. A run's own checkpoint counts as neither whole weights nor shards."""
         held = "whole weights"
         if isinstance(source, NxDTFolder):
             held = "xser shards" if source.is_xser else "plain shards"

@@ -17,12 +17,12 @@ class AdamWFP32OptState(AdamW):
     """``adamw_fp32OptState``: AdamW (https://arxiv.org/abs/1711.05101), states and update in float32.
 
     For float32 parameters it is ``torch.optim.AdamW``, bit for bit. For bf16 and fp16 parameters the
-    update is computed on a float32 copy of one parameter at a time and rounded back; nothing else is
-    kept. Updates below half a rounding step (about 0.2% of a bf16 weight) are then lost: keep master
-    weights, as the native engine does, or let Neuron's hardware round stochastically.
+    update is computed on a float32 copy of one parameter at a time and rounded back; no other copy
+    is kept. Updates below half a rounding step (about 0.2% of a bf16 weight) are then lost: use master
+    weights, as the native engine does, or Neuron's stochastic rounding.
 
-    ``eps`` is 1e-6 by default, as in the class of neuronx-distributed that NxDT registers by this
-    name; ``weight_decay`` 0.01, as NxDT's parameter groups.
+    Defaults: ``eps`` 1e-6, as in the neuronx-distributed class that NxDT registers under this name;
+    ``weight_decay`` 0.01, as in NxDT's parameter groups.
     """
 
     def __init__(
@@ -41,7 +41,8 @@ class AdamWFP32OptState(AdamW):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, capturable=capturable, fused=fused
         )
-        # torch sets this with ``fused``: a gradient scaler would then leave unscaling to the step.
+        # torch sets this with ``fused``: a GradScaler would then leave unscaling to this step, which does
+        # not.
         self._step_supports_amp_scaling = False
         keep_saved_dtypes(self)
 
@@ -59,13 +60,16 @@ class AdamWFP32OptState(AdamW):
                 self._update(group, wide, wide)
             for parameter in with_gradient:
                 if _is_narrow(parameter):
+                    # One at a time: float32 copies of all parameters at once would be master weights in all
+                    # but name.
                     values = parameter.float()
                     self._update(group, [parameter], [values])
                     parameter.copy_(values)
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], values: list[Tensor]) -> None:
-        """One AdamW step on ``values``, which stand for ``parameters``, with their states."""
+        """One AdamW step on ``values``, copies of ``parameters`` or themselves, with the parameters'
+        states."""
         states = [self._state_of(group, p) for p in parameters]
         gradients = [
             p.grad.to(v.dtype) for p, v in zip(parameters, values, strict=True) if p.grad is not None
@@ -93,7 +97,8 @@ class AdamWFP32OptState(AdamW):
     def _state_of(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            # torch keeps the count on the host, except where the step runs as one kernel or graph.
+            # As torch: the count is on the host, unless the step runs as one kernel or graph and must not
+            # sync.
             on_device = group["fused"] or group["capturable"]
             state["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
             dtype = torch.float32 if _is_narrow(parameter) else parameter.dtype
@@ -119,6 +124,7 @@ def keep_saved_dtypes(optimizer: Optimizer) -> None:
         for key, parameter in zip(keys, parameters, strict=True):
             for name, value in saved["state"].get(key, {}).items():
                 current = loaded.state[parameter][name]
+                # torch's load_state_dict leaves "step" alone, so it needs no repair.
                 if isinstance(value, Tensor) and name != "step" and current.dtype != value.dtype:
                     loaded.state[parameter][name] = value.to(current.device, copy=True)
 

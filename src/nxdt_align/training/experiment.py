@@ -1,4 +1,4 @@
-"""NeMo's exp_manager, asked for what NxDT's YAML sets: folder, loggers, checkpoint callback, log files."""
+"""Calls NeMo's exp_manager with NxDT's settings: folder, loggers, checkpoint callback, log files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ EVENT_FILES = "events.out.tfevents.*"
 def start_experiment(
     trainer: Trainer, config: ExpManagerConfig, folder: Path, *, resumed_step: int | None
 ) -> Path:
-    """Set the trainer's loggers and callbacks up as ``config`` (``exp_manager`` of the YAML) says.
+    """Set up the trainer's loggers and callbacks from ``config``, the YAML's ``exp_manager``.
 
     Args:
-        folder: the run's, found beforehand; NeMo itself looks only for checkpoints named '*last' or
-            '*end', and so starts over where NxDT's YAML says ``save_last: False``.
-        resumed_step: optimizer steps of this run's checkpoint that it resumes from, None for a new run.
+        folder: the run's. Not left to NeMo, which only finds checkpoints named '*last' or '*end' and so
+            starts over with the ``save_last: False`` of NxDT's YAML.
+        resumed_step: optimizer steps of the checkpoint that this run resumes from; None for a new run.
 
-    Returns the folder that the run writes to.
+    Returns the run's output folder.
     """
     # These imports take seconds: only a training run pays for them.
     from nemo.utils import exp_manager as nemo
@@ -37,6 +37,7 @@ def start_experiment(
     known = {field.name for field in dataclasses.fields(nemo.ExpManagerConfig)}
     chosen = {name: value for name, value in settings.items() if name in known}
     chosen["checkpoint_callback_params"] = _callback_params(settings["checkpoint_callback_params"], nemo)
+    # find_run has already decided; NeMo must neither search nor move checkpoints.
     chosen["resume_if_exists"] = False
     chosen["resume_from_checkpoint"] = None  # trainer.fit is given it
     if config.explicit_log_dir is not None:
@@ -48,7 +49,7 @@ def start_experiment(
             "version": folder.name,
         }
     if resumed_step is not None:
-        # What was logged after the checkpoint is logged again: TensorBoard drops the first copy.
+        # Steps after the checkpoint are logged again: purge_step makes TensorBoard drop the first copy.
         chosen["summary_writer_kwargs"] = {
             **(settings.get("summary_writer_kwargs") or {}),
             "purge_step": resumed_step + 1,
@@ -73,14 +74,14 @@ def _callback_params(settings: Mapping[str, Any], nemo: Any) -> dict[str, Any]:
     params = {name: value for name, value in settings.items() if name in known}
     params["save_nemo_on_train_end"] = False
     if params.get("every_n_train_steps") is not None or params.get("train_time_interval") is not None:
-        # Lightning takes one of the three; NeMo's own default would be a second.
+        # Lightning's ModelCheckpoint accepts only one of the three, and NeMo's default would be a second.
         params["every_n_epochs"] = None
     return params
 
 
 def _remove_marks(trainer: Trainer) -> None:
-    """NeMo marks a checkpoint while it writes or removes it, and deletes what is marked at the next start.
-    Ours are there whole or not at all, and a killed run may have left its mark on the only one."""
+    """Remove NeMo's markers of unfinished checkpoints, whose checkpoints NeMo deletes at the next start. Ours
+    are atomic, and a killed run may have left a marker on its only good one."""
     callback: Any = trainer.checkpoint_callback
     if callback is not None:
         for mark in Path(callback.dirpath).glob(f"*{callback.UNFINISHED_CHECKPOINT_SUFFIX}"):
@@ -88,8 +89,8 @@ def _remove_marks(trainer: Trainer) -> None:
 
 
 def _keep_events_in_place(folder: Path, before: set[Path]) -> None:
-    """NeMo moves a resumed run's earlier files to run_N: bring the TensorBoard files back, so that
-    the run stays one curve."""
+    """Move TensorBoard files back from run_N, where NeMo puts a resumed run's earlier files, so that the run
+    stays one curve."""
     for moved in set(folder.glob("run_*")) - before:
         for file in moved.glob(EVENT_FILES):
             shutil.move(str(file), str(folder / file.name))

@@ -1,4 +1,4 @@
-"""What happens around the training loop: the pre-fit reference pass, the preflight, the export."""
+"""Callbacks around the training loop: the reference pass, the preflight, the export."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
 
 PREFLIGHT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest |policy - reference| a token, in nats, that the same weights may give in one dtype."""
+"""Largest |policy - reference| per token, in nats, that identical weights may give in each dtype."""
 
 
 class ReferencePlan(Protocol):
-    """What the reference pass needs of a tokenized split."""
+    """The part of a tokenized split that the reference pass uses."""
 
     def reference_plan(self) -> Sequence[Any]: ...
 
@@ -35,7 +35,7 @@ class ReferencePlan(Protocol):
 
 
 class AlignmentData(Protocol):
-    """What the hooks need of the data module."""
+    """The part of the data module that the hooks use."""
 
     @property
     def splits(self) -> Mapping[Split, ReferencePlan]: ...
@@ -51,7 +51,7 @@ class AlignmentData(Protocol):
 class ReferenceOrigin:
     """Where reference values come from.
 
-    ``is_start`` says that the reference is the policy as it was before its first step.
+    ``is_start``: the reference is the policy before its first step.
     """
 
     source: WeightSource
@@ -61,9 +61,9 @@ class ReferenceOrigin:
 class ReferencePass(Callback):
     """Before the first step: the reference log-probs of train and validation data.
 
-    Values that the store has are not computed again. On a fresh run whose reference is its own
-    start and computes as the policy does (``like_policy``), the policy itself is asked; otherwise the
-    reference's weights are loaded for the pass and freed after it. ``compute`` fills a split's table.
+    Stored values are reused. In a new run whose reference is its start weights in the policy's precision
+    (``like_policy``), the policy itself computes them; otherwise the reference's weights are loaded for the
+    pass and freed after it. ``compute`` fills a split's table.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ReferencePass(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         splits = list(self._data.splits)
         ids = [record for split in splits for record in self._data.record_ids(split)]
-        # Rank 0's answer counts: the others may read the store while it is being written.
+        # Rank 0 decides for all: another rank might read the store while it is being written.
         absent = self._engine.broadcast_object(len(self._store.missing(ids)))
         use_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
         if absent and not use_policy:
@@ -112,7 +112,7 @@ class ReferencePass(Callback):
 
 
 class ReferenceDuringTraining(Callback):
-    """``precompute_ref_log_probs: False``: a frozen reference beside the policy, asked at each step."""
+    """``precompute_ref_log_probs: False``: a frozen reference beside the policy, evaluated at each step."""
 
     def __init__(self, engine: Engine, origin: ReferenceOrigin, *, like_policy: bool = True) -> None:
         self._engine = engine
@@ -120,17 +120,18 @@ class ReferenceDuringTraining(Callback):
         self._like_policy = like_policy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A reference of more digits than the policy computes with reads its own weights.
+        # A copy of the policy has the policy's precision; a reference in another dtype reads its weights
+        # anew.
         copies_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
         self._engine.load_reference(None if copies_policy else self._origin.source)
 
 
 class Preflight(Callback):
-    """Stops a fresh run whose reference is not its policy, before the first step.
+    """Before the first step, stops a new run whose policy and reference disagree.
 
-    At step 0 the policy is the reference, so each margin is 0 and DPO's loss ln 2. Where it is not,
-    the values belong to other weights, another tokenizer or another order, and training would be
-    silently wrong. A reference that differs by intent is reported instead.
+    At step 0 policy and reference are the same, so each margin is 0 and DPO's loss is ln 2. If they differ,
+    the values belong to other weights, another tokenizer or another order, and training would be silently
+    wrong. An intentionally different reference is only reported.
     """
 
     def __init__(
@@ -158,8 +159,7 @@ class Preflight(Callback):
         if not math.isfinite(worst):
             raise UserError(
                 "preflight: the policy's or the reference's log-probabilities are not finite before the "
-                "first step; check the weights that the run starts from, and precision.type (fp32 rules out "
-                "overflow)"
+                "first step; check the start weights, and precision.type (fp32 rules out overflow)"
             )
         if self._by_intent:
             log.info("preflight: reference_model differs from the policy by up to %.3g nats per token", worst)
@@ -167,7 +167,7 @@ class Preflight(Callback):
             raise UserError(
                 f"preflight: policy and reference differ by {worst:.3g} nats per token before the first "
                 f"step, but start from the same weights (tolerance {self._tolerance:g}). {self._advice()}, "
-                "or set exp_manager.preflight=False if this is meant"
+                "or set exp_manager.preflight=False if this is intended"
             )
         else:
             log.info("preflight: policy and reference agree to %.3g nats per token", worst)
@@ -183,7 +183,7 @@ class Preflight(Callback):
         """Over the first step's responses, the same on every rank."""
         worst = torch.zeros(())
         for batch in self._data.first_micro_batches():
-            # Compared on the host, so that a compiled graph is the reference pass's and no further one.
+            # Compared on the host, so that a lazy device needs no graph beyond the reference pass's.
             on_device = batch.to(self._engine.device)
             policy = self._engine.response_logps(on_device).cpu()
             reference = batch.reference_logps
@@ -200,7 +200,7 @@ class Preflight(Callback):
 
 
 class FinishRun(Callback):
-    """At the end: a checkpoint of the last step if there is none, and the Hugging Face export.
+    """At the end: save the last step if it has no checkpoint yet, and write the Hugging Face export.
 
     Args:
         export: writes the policy to a folder; called on every rank.
@@ -216,10 +216,11 @@ class FinishRun(Callback):
         callback: Any = trainer.checkpoint_callback
         is_saved = callback is None or callback._last_global_step_saved == trainer.global_step
         if not is_saved and trainer.global_step > 0:
+            # NeMo's save_last writes a second copy named -last; this saves under the usual name and ranking.
             callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Also where a run goes on that had all its steps done, as after an export that found no space."""
+        """Also runs if a resumed run has no steps left, e.g. after an export that ran out of disk space."""
         self._engine.finish_saving()
         if self._folder is not None:
             self._export(self._folder)

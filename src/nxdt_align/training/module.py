@@ -1,4 +1,4 @@
-"""The Lightning module: one optimizer step per batch, and what is logged of it."""
+"""The Lightning module: one optimizer step per batch, and its metrics."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ OBJECTIVE_STATE = "objective_state"
 
 
 class AlignmentObjective(Objective, Protocol):
-    """An objective that also says what its means are over."""
+    """An objective that also states what its means are over."""
 
     state: Tensor | None
-    """What it remembers of earlier steps."""
+    """State carried over from earlier steps."""
 
     @property
     def normaliser(self) -> str:
@@ -39,7 +39,7 @@ class AlignmentObjective(Objective, Protocol):
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What of the configuration a training step needs."""
+    """The settings that a training step reads."""
 
     gradient_clip_val: float | None
     log_every_n_steps: int
@@ -49,7 +49,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class OptimizerPlan:
-    """How the optimizer and its schedule are made; called once the parameters are there."""
+    """Factories of the optimizer and its schedule, called once the parameters exist."""
 
     build: Callable[[Engine], torch.optim.Optimizer]
     schedule: Callable[[torch.optim.Optimizer], Any | None]
@@ -72,6 +72,8 @@ class AlignmentModule(LightningModule):
         consumed_samples: Callable[[int], int],
     ) -> None:
         super().__init__()
+        # Lightning's own loop would call backward() itself; the engine schedules micro-batches and their
+        # backward passes.
         self.automatic_optimization = False
         self.engine = engine
         self._objective = objective
@@ -98,8 +100,9 @@ class AlignmentModule(LightningModule):
         gradient_norm = self.engine.clip_gradients(self._settings.gradient_clip_val)
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
+        # Before the scheduler's step: the rate that this step used.
         learning_rate = optimizer.param_groups[0]["lr"]
-        # Counted also where the engine skips it (see EngineStrategy.optimizer_step): its data are used up.
+        # A step that the engine skips (see EngineStrategy.optimizer_step) counts too: its data are consumed.
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None and not self.engine.skips_step:
@@ -116,8 +119,8 @@ class AlignmentModule(LightningModule):
         return self.global_step % self._settings.log_every_n_steps == 0
 
     def _norms(self, gradient_norm: Tensor) -> dict[str, Tensor]:
-        """Where a step is a compiled graph, every step computes them, so that all are one graph. Gradients
-        that overflowed have no norm."""
+        """Where a step is a compiled graph, every step computes the parameter norm, so that all steps share
+        one graph. Overflowed gradients have no norm."""
         norms = {}
         if self._settings.log_parameter_norm and (self._logs_now or self.engine.lazy):
             norms["parameter_norm"] = self.engine.parameter_norm()
@@ -130,7 +133,7 @@ class AlignmentModule(LightningModule):
         consumed = self._consumed_samples(step)
         throughput = self._throughput.step(consumed - self._consumed_samples(step - 1))
         if not self._logs_now:
-            # The checkpoint callback builds file names from this; a number on the host costs nothing.
+            # The checkpoint callback builds file names from it; this host-side number needs no device sync.
             self._show({"consumed_samples": float(consumed)})
             return
         fetched = self._fetch({"reduced_train_loss": output.loss, **output.metrics, **norms})
@@ -149,31 +152,32 @@ class AlignmentModule(LightningModule):
         self._show(numbers)
 
     def _fetch(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values, () float32 each, on the host."""
+        """The values on the host, () float32 each, in one transfer."""
         numbers = self.engine.fetch(list(values.values()))
         return {name: torch.tensor(number) for name, number in zip(values, numbers, strict=True)}
 
     def _require_finite(self, loss: float) -> None:
-        """Stop before weights that are lost replace the last good checkpoint. The loss is on the host
-        anyway where it is logged, and the same on every rank."""
+        """Stop before non-finite weights replace the last good checkpoint. Checked where the loss is logged:
+        it is on the host then, and the same on every rank."""
         if not math.isfinite(loss):
             raise UserError(
                 f"reduced_train_loss is {loss} at step {self.global_step}: training cannot recover. "
-                "Earlier checkpoints are whole; check the weights that the run starts from, lower "
+                "Earlier checkpoints are intact; check the start weights, lower "
                 "model.optim.lr, or set trainer.gradient_clip_val or precision.type=fp32"
             )
 
     def _show(self, values: Mapping[str, float]) -> None:
-        """NxDT's fields in the progress bar; the others only for callbacks that monitor them."""
+        """Show NxDT's fields in the progress bar; pass the others to callbacks that monitor them."""
         for name, value in values.items():
+            # batch_size: Lightning would otherwise search the batch for a tensor to read it from.
             self.log(name, value, prog_bar="/" not in name, logger=False, batch_size=1)
 
     def _write(self, values: Mapping[str, float]) -> None:
-        """To every logger, at the number of optimizer steps done: Lightning's own axis starts at 0."""
+        """Log to every logger at the number of optimizer steps done; Lightning's own axis starts at 0."""
         for logger in self.loggers:
             logger.log_metrics(dict(values), step=self.global_step)
 
-    # What the objective remembers
+    # The objective's state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._objective.state is not None:
@@ -190,6 +194,7 @@ class AlignmentModule(LightningModule):
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
         output = self.engine.evaluate(self._on_device(batch), self._objective)
         self.engine.mark_step()
+        # All micro-batches of a step carry the same global counts.
         weight = batch[0].global_tokens if self._objective.normaliser == "tokens" else batch[0].global_pairs
         self._validation.add({"loss": output.loss, **output.metrics}, weight)
 
@@ -208,10 +213,10 @@ class AlignmentModule(LightningModule):
         self._throughput.restart()
 
 
-# Measures that are not the loss's
+# Measures other than the loss
 
 THROUGHPUT_WINDOW = 10
-"""Steps that NxDT averages its throughput over."""
+"""Steps over which NxDT averages its throughput."""
 
 
 class Throughput:
@@ -226,7 +231,7 @@ class Throughput:
         self.peak = 0.0
 
     def restart(self) -> None:
-        """Leave out what happened since the last step: a validation pass, a checkpoint."""
+        """Exclude the time since the last step: a validation pass, a checkpoint."""
         self._last = self._clock()
 
     def step(self, examples: int) -> float:
@@ -241,8 +246,8 @@ class Throughput:
 
 
 class WeightedMeans:
-    """Means over the examples (or tokens) of several steps. Values stay on their device until they are
-    asked for, so that no step waits for them."""
+    """Means over the examples (or tokens) of several steps. Values stay on their device until ``means``, so
+    that no step waits for a transfer."""
 
     def __init__(self) -> None:
         self._steps: list[tuple[dict[str, Tensor], Tensor]] = []
@@ -252,7 +257,7 @@ class WeightedMeans:
         self._steps.append((values, weight))
 
     def means(self, fetch: Callable[[Sequence[Tensor]], list[float]]) -> dict[str, Tensor]:
-        """The means so far, () float32 on the host; empty where nothing was added.
+        """The means so far, () float32 on the host; empty if nothing was added.
 
         ``fetch`` brings scalars from their device.
         """

@@ -1,4 +1,4 @@
-"""Callbacks that watch a run and change nothing in it: compilations, devices, how long a start takes."""
+"""Callbacks that only observe a run: compilations, devices, start-up times."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from nxdt_align.neuron.monitor import NeuronMonitor
 log = logging.getLogger(__name__)
 
 ALLOWED = 2
-"""Steps of each shape that may compile: the second one's optimizer has a state."""
+"""Steps of each shape that may compile. The first creates the optimizer's state, so the second is another
+graph."""
 
 
 class RecompileGuard(Callback):
-    """After the first two steps of each shape, no step compiles: a graph takes minutes to compile on
-    Trainium, so that one per step would be the end of a run's speed.
+    """Reports compilations after the first two steps of each shape: a graph takes minutes to compile on
+    Trainium, so one per step would stall a run.
 
     Args:
         compilations: graphs compiled so far in this process.
-        stop: raise UserError at a surprise instead of a warning (``exp_manager.fail_on_recompile``).
+        stop: raise UserError at an unexpected compilation instead of warning
+            (``exp_manager.fail_on_recompile``).
     """
 
     def __init__(self, compilations: Callable[[], int], *, stop: bool) -> None:
@@ -36,7 +38,7 @@ class RecompileGuard(Callback):
         self._visits: Counter[tuple[str, Shapes]] = Counter()
         self._before = 0
         self.surprises = 0
-        """Graphs compiled where none should be."""
+        """Unexpected compilations so far."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._before = self._compilations()
@@ -70,9 +72,9 @@ class RecompileGuard(Callback):
         self.surprises += compiled
         earlier = self._visits[kind, shapes] - 1
         message = (
-            f"{where} compiled {compiled} graph(s), though {earlier} batches of its shapes came before it: "
+            f"{where} compiled {compiled} graph(s), although {earlier} batches of its shapes preceded it: "
             f"{describe(shapes)}. A number that changes from step to step has become a constant of the "
-            "graph, as from an optimizer's setting or a custom loss that reads a value"
+            "graph, e.g. an optimizer setting, or a value that a custom loss reads"
         )
         if self._stop:
             raise UserError(f"exp_manager.fail_on_recompile: {message}; False only warns")
@@ -91,8 +93,8 @@ def describe(shapes: Shapes) -> str:
 class DeviceMonitor(Callback):
     """Logs ``monitor``'s newest report at the logging interval, at the number of optimizer steps done.
 
-    One process of each node has this callback. Lightning's loggers write on the first node alone; on the
-    others the monitor's warnings are what is left of it.
+    One process per node has this callback. Lightning's loggers write only on the first node; on the others
+    only the monitor's warnings appear.
     """
 
     def __init__(self, monitor: NeuronMonitor, every_n_steps: int) -> None:
@@ -117,9 +119,9 @@ class DeviceMonitor(Callback):
 
 
 class StartTimes(Callback):
-    """Logs, in seconds, what each part took since the one before it, up to the end of the first step.
+    """Logs the seconds that each part of the start took, up to the end of the first step.
 
-    As a callback it comes before all others, whose parts it times.
+    Must be the first callback, since it times the parts of the others.
     """
 
     def __init__(self, *, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
@@ -127,7 +129,7 @@ class StartTimes(Callback):
         self._began = self._last = clock()
 
     def done(self, what: str) -> None:
-        """``what`` has just come to its end."""
+        """Log the time of ``what``, which has just finished."""
         now = self._clock()
         if self._enabled:
             log.info("start: %s: %.2f s (%.2f s so far)", what, now - self._last, now - self._began)

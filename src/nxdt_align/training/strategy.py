@@ -1,4 +1,4 @@
-"""The Lightning strategy: hands Lightning's questions about ranks, devices and checkpoints to the engine."""
+"""The Lightning strategy: delegates ranks, devices and checkpoints to the engine."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nxdt_align.files import explain
 
 log = logging.getLogger(__name__)
 OPTIMIZER_IN_FOLDER = "in the checkpoint folder"
-"""Stands where Lightning expects the optimizer's state, which the engine writes itself."""
+"""Placeholder for the optimizer's state in Lightning's checkpoint; the engine writes the state itself."""
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """The folder behind a checkpoint's path. Lightning and NeMo append '.ckpt' to the name; NeMo's
-    convention for checkpoints that are folders is the name without it."""
+    """The folder of a checkpoint's path: the path without the '.ckpt' that Lightning and NeMo append, as NeMo
+    itself names checkpoint folders."""
     return Path(str(path).removesuffix(".ckpt"))
 
 
@@ -36,9 +36,9 @@ class EngineStrategy(ParallelStrategy):
     Args:
         engine: the engine.
         cluster_environment: ranks, as the launcher gives them.
-        extra: plain values kept in each checkpoint beside Lightning's.
-        background: write checkpoints while training goes on. One that is to be removed stays until the
-            one before which it was to go is whole.
+        extra: plain values stored in each checkpoint beside Lightning's.
+        background: write checkpoints while training continues. An old checkpoint is removed only once the
+            new one is complete.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class EngineStrategy(ParallelStrategy):
         self._background = background
         self._resumed: Path | None = None
 
-    # Places
+    # Ranks and devices
 
     @property
     def root_device(self) -> torch.device:
-        """Where Lightning keeps its own tensors: it reads them now and then, which on a lazy device would
-        be a graph each time. The module brings batches to such a device itself."""
+        """The device of Lightning's own tensors. The CPU on a lazy device, where each read of them would
+        compile a graph; the module moves batches to such a device itself."""
         return torch.device("cpu") if self.engine.lazy else self.engine.device
 
     @property
@@ -88,14 +88,15 @@ class EngineStrategy(ParallelStrategy):
         """The engine has placed its model already."""
 
     def optimizer_step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Nothing, where the engine skips the step."""
+        """Does nothing if the engine skips the step."""
         return None if self.engine.skips_step else super().optimizer_step(optimizer, *args, **kwargs)
 
     def setup(self, trainer: Trainer) -> None:
-        """Makes the optimizer, and fills weights and its state together, from one read of the checkpoint.
+        """Create the optimizer, then load weights and optimizer state together, in one read of the
+        checkpoint.
 
-        Lightning has weights filled before ``setup`` and the optimizer's state behind ``on_fit_start``,
-        whose hooks need the weights already: here is the one place where both are there.
+        Lightning loads weights before ``setup``, when there is no optimizer yet, and optimizer state after
+        ``on_fit_start``, whose hooks already need the weights. Only here do both exist in time.
         """
         super().setup(trainer)
         if self._resumed is not None:
@@ -114,12 +115,12 @@ class EngineStrategy(ParallelStrategy):
         return self.engine.all_gather(tensor)
 
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """What is logged is a global mean already, so there is nothing to reduce."""
+        """Logged values are already global means, so there is nothing to reduce."""
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether all ranks, or any, decide so: of every stage and tensor-parallel rank, too, since a
-        deadline or a signal reaches each process at its own time."""
+        """Whether all ranks, or any, vote True. Includes every pipeline stage and tensor-parallel rank, as a
+        deadline or signal reaches processes at different times."""
         votes = self.engine.gather_objects(bool(decision))
         return False not in votes if all else True in votes
 
@@ -140,7 +141,7 @@ class EngineStrategy(ParallelStrategy):
         self.engine.save(folder, self.optimizers[0], extra, background=self._background)
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
-        """The trainer's state alone; ``setup`` comes next and fills the rest."""
+        """The trainer's state only; ``setup`` loads the rest."""
         self._resumed = checkpoint_folder(checkpoint_path)
         return self.engine.read_extra(self._resumed)
 
@@ -155,7 +156,7 @@ class EngineStrategy(ParallelStrategy):
             self.engine.once_saved(lambda: self.checkpoint_io.remove_checkpoint(filepath))
 
     def on_exception(self, exception: BaseException) -> None:
-        """A checkpoint in the background is finished, since training that breaks off will need it."""
+        """Finish a background checkpoint: an interrupted run will need it."""
         try:
             self.engine.finish_saving()
         except EngineError as error:
@@ -163,7 +164,7 @@ class EngineStrategy(ParallelStrategy):
 
 
 class _FolderIO(CheckpointIO):
-    """Lightning asks the strategy to save and load; of the files themselves only removal is left."""
+    """The strategy saves and loads through the engine; only removal is left to do here."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -176,7 +177,7 @@ class _FolderIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         folder = checkpoint_folder(path)
         if folder.is_dir():
-            # Renamed first, so that a crash half-way leaves nothing that looks like a checkpoint.
+            # Rename first, so that a crash half-way leaves nothing that looks like a checkpoint.
             doomed = folder.with_name(f".removing-{folder.name}")
             try:
                 folder.replace(doomed)

@@ -1,7 +1,7 @@
-"""Carries weights from a source to a destination, one at a time, and checks what was written.
+"""Copies weights from a source to a destination, one by one, and verifies the result.
 
-Several weights are under way at once, as long as their bytes fit a budget, so that the memory in use
-does not grow with the model.
+Several weights are in flight at once, within a budget of bytes, so that the memory in use does not grow with
+the model.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from nxdt_align.weights.staging import Staging
 log = logging.getLogger(__name__)
 _WORKERS = 4
 _BUDGET = 960 << 20
-"""Bytes of memory for weights under way at once; one that takes more goes alone."""
+"""Bytes of memory for weights in flight; a larger weight is copied alone."""
 _SLACK = 64 << 20
-"""Bytes of disk space for what is not weights."""
+"""Bytes of disk space for everything but weights."""
 _CHUNK = 1 << 24
 
 
@@ -46,37 +46,37 @@ class Writer(Protocol):
     def total_bytes(self) -> int: ...
 
     def create(self) -> None:
-        """Make what is there before the first weight."""
+        """Create the files before the first weight."""
         ...
 
     def open(self) -> None:
-        """Find the places in what ``create`` has made, now or before."""
+        """Locate the tensors in the files of ``create``, also in those of an earlier attempt."""
         ...
 
     def write(self, name: str, whole: Tensor) -> None:
-        """Put a weight into its place. Raises OSError."""
+        """Write a weight. Raises OSError."""
         ...
 
     def reopen(self) -> WeightSource:
-        """What was written, read as a user of the folder reads it."""
+        """A reader of what was written."""
         ...
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Make the folder one that is loaded; the last thing written says that it is whole."""
+        """Complete the folder; the last file written marks it as complete."""
         ...
 
     def unfinish(self) -> None:
-        """Undo what an interrupted ``finish`` has done, all or some of it."""
+        """Undo an interrupted ``finish``."""
         ...
 
     def description(self) -> dict[str, Any]:
-        """What makes two conversions write the same; ``config`` is the model's shape."""
+        """Identifies the output, to compare two conversions; ``config`` is the model's shape."""
         ...
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did."""
+    """The result of a conversion."""
 
     weights: int
     bytes_written: int
@@ -85,7 +85,7 @@ class Report:
     """Weight -> NaN entries, where there are any."""
     verified: bool
     resumed: int
-    """Weights that an earlier attempt had written."""
+    """Number of weights that an earlier attempt had written."""
 
 
 class Conversion:
@@ -121,8 +121,8 @@ class Conversion:
     def run(self) -> Report:
         """Convert, verify and publish.
 
-        Raises UserError. What an interruption or a full disk leaves is kept for ``resume``, under a name
-        that no loader takes.
+        Raises UserError. After an interruption or a full disk, the files are kept for ``resume``, under a
+        name that no loader accepts.
         """
         began = time.monotonic()
         with Staging(self._folder, self._identity(), resume=self._resume) as staging:
@@ -131,13 +131,13 @@ class Conversion:
             try:
                 earlier = len(staging.checksums)
                 self._write(staging, writer)
-                # What another process wrote may never have reached the device: it is always read back.
+                # After a crash, an earlier process's writes may not have reached the device: always verify.
                 if self._verify or staging.resumed:
                     self._check(staging, writer)
-                flush_tree(staging.folder)  # so that what says that it is whole is true of the device too
+                flush_tree(staging.folder)  # before the marker of completeness is
                 writer.finish(self._record(staging, writer))
                 staging.publish()
-            except UserError:  # resuming would meet it again
+            except UserError:  # resuming would fail in the same way
                 staging.discard()
                 raise
             except KeyboardInterrupt:
@@ -205,7 +205,7 @@ class Conversion:
             if tensor.dtype != self._target_dtype(name):
                 tensor = _cast(name, tensor, self._target_dtype(name))
             writer.write(name, tensor)
-            # Of the memory, not of the file: so that reading back finds what the disk changed.
+            # Of the memory, not of the file, so that reading back detects corruption on disk.
             checksum, nans = zlib.crc32(byte_view(tensor)), count_nans(tensor)
             with lock:
                 staging.record(name, checksum, nans)
@@ -213,8 +213,8 @@ class Conversion:
         self._for_each("writing", [n for n in self._source.names() if n not in staging.checksums], carry)
 
     def _check(self, staging: Staging, writer: Writer) -> None:
-        """Read every weight back, past the system's cache where it lets us, and compare checksums."""
-        flush_tree(staging.folder)  # only what is on the device can leave the cache
+        """Read every weight back, bypassing the page cache if possible, and compare checksums."""
+        flush_tree(staging.folder)  # dirty pages cannot leave the cache
         for file in (f for f in staging.folder.rglob("*") if f.is_file()):
             _forget(file)
         wrong: list[str] = []
@@ -244,7 +244,7 @@ class Conversion:
     def _for_each(self, label: str, names: list[str], act: Callable[[str], None]) -> None:
         """Call ``act`` for all names, in threads; the first error stops the others."""
         budget, stop, own_threads = _Budget(_BUDGET), threading.Event(), torch.get_num_threads()
-        torch.set_num_threads(1)  # of torch's own in each of ours
+        torch.set_num_threads(1)  # our threads already use all cores
         sizes = {name: self._nbytes(name) for name in names}
         disable = True if self._quiet else None
         with (
@@ -253,7 +253,7 @@ class Conversion:
         ):
 
             def guarded(name: str) -> None:
-                # A weight, and a share of it in another order, which may be all of it.
+                # Twice: the weight, and a reordered copy of a share, which may be all of it.
                 with budget.take(2 * sizes[name]), direct_transfers(_BUDGET // self._workers):
                     if not stop.is_set():
                         act(name)
@@ -276,7 +276,7 @@ class Conversion:
 
 
 class _Budget:
-    """Lets bytes through until ``most`` are taken; more than that at once only alone."""
+    """A semaphore of ``most`` bytes; a larger request is capped, so it runs alone."""
 
     def __init__(self, most: int) -> None:
         self._most = self._left = most
@@ -314,7 +314,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def count_nans(tensor: Tensor) -> int:
-    """How many entries are NaN. A sum, which is one of the fastest things to take, is NaN if any is."""
+    """Number of NaN entries. Tests the sum first, which is fast and NaN if any entry is."""
     if not tensor.is_floating_point():
         return 0
     flat = tensor.reshape(-1)
@@ -327,13 +327,13 @@ def count_nans(tensor: Tensor) -> int:
 
 
 def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    """Name, bytes and time of change of each file at ``path``: changes when the content does."""
+    """Name, size and modification time of each file at ``path``, to detect a changed source."""
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     return [(str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
 
 def _forget(file: Path) -> None:
-    """Ask the system to read the file from the disk next time."""
+    """Drop the file from the page cache, so that the next read comes from the disk."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(file, os.O_RDONLY)

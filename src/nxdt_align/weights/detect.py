@@ -1,4 +1,4 @@
-"""What lies at a path, and a reader for it."""
+"""Detects the kind of weights at a path, and opens a reader for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Layout = Literal["hf", "nxdt", "meta"]
 
 
 def layout_of(path: Path) -> Layout:
-    """The kind of weights at ``path``. Raises WeightsError where there is nothing, or nothing whole."""
+    """The kind of weights at ``path``. Raises WeightsError if there is nothing, or nothing complete."""
     if not path.exists():
         raise WeightsError(f"{path} does not exist: give a folder of weights")
     if (path / JOURNAL).is_file():
@@ -36,7 +36,7 @@ def layout_of(path: Path) -> Layout:
 
 
 def _refuse_first_format(path: Path) -> None:
-    """NxD has two ways to save; the older one names files differently."""
+    """Raise WeightsError for NxD's older checkpoint format, which names files differently."""
     for folder in (path, path / MODEL):
         old = (
             sorted(f.name for f in folder.iterdir() if _FIRST_FORMAT.match(f.name)) if folder.is_dir() else []
@@ -60,7 +60,7 @@ def find_config_file(path: Path) -> Path | None:
 
 
 def _require_weights(path: Path) -> None:
-    """The folder above that of the weights is the usual mistake. Raises WeightsError."""
+    """Raise WeightsError for a folder without weights; the usual mistake is a parent folder."""
     if path.is_file() or not any(path.iterdir()) or _holds_weights(path):
         return
     below = [f for folder in (path, path / "checkpoints") for f in folder.glob("*") if _holds_weights(f)]
@@ -79,15 +79,15 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def read_shape(path: Path) -> LlamaConfig:
-    """The model's shape in a config.json, or in that of a folder, whatever its attention window: weights
-    that are carried attend to nothing. Raises ModelConfigError."""
+    """The model's shape in a config.json, or in that of a folder. Any attention window is accepted, as
+    converting computes no attention. Raises ModelConfigError."""
     return read_config_json(path, sequence_length=1)
 
 
 def open_source(
     path: Path, config_file: Path | None = None, *, unequal_replicas: bool = False
 ) -> tuple[WeightSource, LlamaConfig]:
-    """A reader for what lies at ``path``, and the model's shape.
+    """A reader for the weights at ``path``, and the model's shape.
 
     Raises WeightsError, ModelConfigError: nothing of a known kind, damaged, or of another shape than
     its configuration.
@@ -132,5 +132,5 @@ def check_weights(source: WeightSource, config: LlamaConfig, *, hint: str = _SIZ
 def _hf_name(name: str) -> str:
     try:
         return to_hf(name)
-    except UnknownNameError:  # which a checkpoint of another kind of model may hold
+    except UnknownNameError:  # in a checkpoint of another kind of model
         return name

@@ -1,12 +1,11 @@
-"""A conversion's transfers past the system's cache (O_DIRECT), through memory that is used again.
+"""A conversion's transfers with O_DIRECT, bypassing the page cache, through reused memory.
 
-A conversion touches every byte once. Through the cache each would be copied once more, into memory that
-has to be found for it, at several times the cost of the transfer itself; and what is read back to be
-verified should come from the device. Ranks that load the same weights want the cache, and have it. Where
-the file system has no such mode, where bytes are few or do not fill a block, and where the cache holds
-what is to be read, they go through the cache in any case.
+A conversion touches every byte once. The page cache would cost an extra copy of each, into newly allocated
+pages, at several times the cost of the transfer; and verification should read from the device. Ranks that
+load the same weights benefit from the cache and keep using it. Transfers still use the cache if the file
+system has no O_DIRECT, for small or unaligned pieces, and if the data are already cached.
 
-This file can be taken away: delete it, and in convert.py import ``contextlib.nullcontext`` in its place.
+This file is optional: delete it, and import ``contextlib.nullcontext`` instead in convert.py.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import numpy as np
 from nxdt_align.weights.extents import BLOCK, Bytes, Transfers, new_memory, opened, transfers_by
 
 _LEAST = 1 << 18
-"""Bytes: fewer are not worth a second descriptor."""
+"""Bytes; smaller transfers are not worth a second descriptor."""
 _CHUNK = 8 << 20
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -34,10 +33,10 @@ _thread = threading.local()
 
 
 def direct_transfers(capacity: int) -> AbstractContextManager[None]:
-    """Inside, this thread reads and writes past the cache.
+    """A context in which this thread bypasses the page cache.
 
-    Tensors that are read get the same memory in each block, and new memory past ``capacity`` bytes; none
-    may be used after the block.
+    Tensors read in each such block reuse the same memory, plus new memory beyond ``capacity`` bytes; do not
+    use them after the block.
     """
     kept: _DirectTransfers | None = getattr(_thread, "kept", None)
     if kept is None or kept.capacity != capacity:
@@ -47,13 +46,13 @@ def direct_transfers(capacity: int) -> AbstractContextManager[None]:
 
 
 class _DirectTransfers(Transfers):
-    """One thread's. Its memory starts at a page, as the device wants it."""
+    """One thread's transfers. Its memory is page-aligned, as O_DIRECT requires."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.used = capacity, 0
         self._arena = memoryview(new_memory(capacity))
         self._buffer: Bytes = np.frombuffer(new_memory(_CHUNK), dtype=np.uint8)
-        """For what does not start at a block in the file, or at a page in memory."""
+        """A bounce buffer for data that are not block-aligned in the file or page-aligned in memory."""
 
     def memory(self, size: int) -> mmap.mmap | memoryview:
         if self.used + size > self.capacity:
@@ -120,7 +119,7 @@ class _DirectTransfers(Transfers):
 
 @contextmanager
 def _opened_direct(path: Path, flags: int, size: int) -> Iterator[int | None]:
-    """A descriptor past the cache; None for few bytes, and where there is none."""
+    """A descriptor with O_DIRECT; None for small transfers, and if the file system has none."""
     if size < _LEAST or not _DIRECT:
         yield None
         return
@@ -138,7 +137,7 @@ def _opened_direct(path: Path, flags: int, size: int) -> Iterator[int | None]:
 
 
 def _is_cached(path: Path, offset: int, size: int) -> bool:
-    """Whether the cache holds all of these bytes, mincore(2): then it is the quicker place to read."""
+    """Whether the page cache holds all of these bytes (mincore(2)), so that reading from it is faster."""
     start = offset // BLOCK * BLOCK
     try:
         with (
@@ -148,8 +147,8 @@ def _is_cached(path: Path, offset: int, size: int) -> bool:
             resident = np.zeros(-(-len(mapped) // mmap.PAGESIZE), dtype=np.uint8)
             view = np.frombuffer(mapped, dtype=np.uint8)
             failed = _libc.mincore(_address(view), ctypes.c_size_t(len(view)), _address(resident))
-            del view  # a map that is looked at cannot be closed
-    except (OSError, ValueError):  # no maps of such files; or it ends before
+            del view  # a map with exported buffers cannot be closed
+    except (OSError, ValueError):  # the file cannot be mapped, or is shorter
         return False
     return not failed and bool((resident & 1).all())
 

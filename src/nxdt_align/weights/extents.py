@@ -1,7 +1,7 @@
-"""Tensors as bytes at a place in a file: read and written there, without mapping the file.
+"""Tensors as byte ranges of a file, read and written with positioned I/O instead of mmap.
 
-A mapped file counts as memory in use for every page that was touched; reading by position does not,
-so that a model larger than the machine passes through it.
+Every touched page of a mapped file counts as used memory; positioned reads do not, so that a model larger
+than the machine's memory can be converted.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from torch import Tensor
 from nxdt_align.errors import UserError
 
 BLOCK = max(4096, mmap.PAGESIZE)
-"""Bytes: in files that are written here weights start at a multiple of this, so that they can be mapped,
-or transferred past the system's cache."""
+"""Alignment of weights in written files, in bytes, so that they can be mapped, or written with O_DIRECT."""
 _LARGE = 1 << 20
-"""Bytes: memory for smaller tensors is left to torch."""
+"""Bytes; torch allocates smaller tensors."""
 
 Bytes = NDArray[np.uint8]
 _thread = threading.local()
@@ -56,11 +55,11 @@ class Extent:
         return prod(self.shape[1:]) * self.dtype.itemsize
 
 
-# How bytes move. direct_io.py has another way, which a thread may take for a while
+# Transfers: the default, which direct_io.py can replace per thread
 
 
 class Transfers:
-    """Through the system's cache, and into new memory for each tensor."""
+    """Through the page cache, into new memory for each tensor."""
 
     def memory(self, size: int) -> mmap.mmap | memoryview:
         """``size`` bytes, uninitialised, from the start of a page, for one large tensor."""
@@ -108,8 +107,8 @@ def opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def new_memory(size: int) -> mmap.mmap:
-    """In huge pages where the system has them: half of the time of reading a weight would go into handing
-    out small ones."""
+    """Anonymous memory in huge pages, if available: faulting in small pages takes half of the time of reading
+    a weight."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

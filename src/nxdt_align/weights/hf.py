@@ -30,9 +30,9 @@ WEIGHT_FILES = (
 
 
 class HFFolder(WeightSource):
-    """The weights of a folder that transformers' ``save_pretrained`` wrote; tensors are read when asked for.
+    """The weights of a folder that transformers' ``save_pretrained`` wrote; tensors are read on demand.
 
-    Where its ``config.json`` ties the head to the embedding, a head that is stored too is left out.
+    If its ``config.json`` ties the head to the embedding, a stored head is left out.
 
     Args:
         path: the folder, or one file of all weights (``pytorch_model.bin``, NxD's ``checkpoint.pt``).
@@ -53,7 +53,7 @@ class HFFolder(WeightSource):
             )
         if not any(folder.iterdir()):
             raise WeightsError(f"the folder {self.path} is empty: it must hold config.json and weights")
-        # Its raw values: a head that is tied is left out whatever else the model is.
+        # Raw values: a tied head is left out whether or not the rest of the config is supported.
         _, self._config = load_config_json(config_file or folder)
         self._files = _by_our_name(self.path, _find_tensors(self.path))
         if self._config.get("tie_word_embeddings", False):
@@ -94,7 +94,7 @@ class HFFolder(WeightSource):
 
 
 class FreshWeights(WeightSource):
-    """Untrained weights, drawn when asked for; ``seed`` decides them. float32."""
+    """Random initial weights, float32, generated on demand from ``seed``."""
 
     def __init__(self, config: LlamaConfig, seed: int) -> None:
         self._config = config
@@ -117,11 +117,11 @@ class FreshWeights(WeightSource):
         return fresh_weight(self._config, name, self.seed)
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
-        """Drawn whole: each entry depends on those before it."""
+        """Generates the whole tensor: each random number depends on those before it."""
         return self.read(name)[tuple(region)]
 
     def fingerprint(self) -> str:
-        """Follows from what the weights are drawn from, without drawing them."""
+        """Computed from the generator's inputs, without generating the weights."""
         drawn_from = [self.seed, self._config.initializer_range, sorted(self._shapes.items())]
         return hashlib.blake2b(json.dumps(["fresh", *drawn_from]).encode(), digest_size=16).hexdigest()
 
@@ -150,13 +150,13 @@ def _find_tensors(folder: Path) -> dict[str, NamedTensors]:
 def _require_complete_index(
     index: Path, weight_map: Mapping[str, str], files: Mapping[str, NamedTensors]
 ) -> None:
-    """Index and shards must say the same, or some are of another model or an earlier save."""
+    """Raise WeightsError unless index and shards agree; else some are of another model or save."""
     held = {shard: set(file.names()) for shard, file in files.items()}
     absent = [name for name, shard in weight_map.items() if name not in held[shard]]
     if absent:
         shown = ", ".join(summary(absent))
         raise WeightsError(f"{index} names tensors that their files do not hold: {shown}")
-    # transformers would read no such file, and the user may take the folder for what it holds.
+    # transformers would silently ignore such a file, and the user may expect its weights.
     there = {file.name for file in index.parent.iterdir() if _is_shard_like(file.name, min(files))}
     surplus = sorted(there - set(files))
     if surplus:

@@ -1,8 +1,8 @@
-"""Writes a Hugging Face folder that transformers loads: for exports, conversions and a training's end.
+"""Writes a Hugging Face folder that transformers loads, for exports and conversions.
 
-The safetensors format puts every tensor at a place that its header names, so the files are made at
-their full size first and filled afterwards: a whole weight at a time, in any order, from several threads.
-No more than one weight is in memory, and what an interruption leaves can be filled up.
+A safetensors header fixes every tensor's position, so the files are created at full size and filled
+afterwards: one whole weight at a time, in any order, from several threads. At most one weight is in memory,
+and an interrupted write can be completed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nxdt_align.weights.tensor_files import SAFETENSORS_DTYPES
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
-"""Of a file, as transformers' own; a larger model is spread over several, with an index."""
+"""Maximum size of a file, transformers' default; larger models are split into several, with an index."""
 _UNFINISHED_CONFIG = "config.json.partial"
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 _TOKENIZER_FILES = (
@@ -58,13 +58,13 @@ def write_hf_folder(
     """Write config.json, generation_config.json, safetensors and the tokenizer's files; whole or not at all.
 
     Args:
-        path: the folder to make. It must not exist, unless it is empty or ``overwrite`` is set; then it
-            is replaced when the new one is complete.
+        path: the folder to create. It must not exist or be empty, unless ``overwrite`` is set; then it is
+            replaced when the new one is complete.
         tensors: every weight of the plain Llama once, whole, on any device; read one at a time.
         tokenizer_dir: whose tokenizer files to copy.
-        dtype: what the weights are cast to. Where not given: theirs, which must be one and the same where
-            they come one by one.
-        max_shard_bytes: a larger model is spread over several files with an index.
+        dtype: cast the weights to it. None keeps their dtypes, which must all be equal if ``tensors`` is an
+            iterable of pairs.
+        max_shard_bytes: larger models are split into several files with an index.
 
     Raises WeightsError: the folder exists, weights are missing, surplus or misshapen, the tokenizer
     folder has no tokenizer, or the disk refuses.
@@ -80,7 +80,7 @@ def write_hf_folder(
     else:
         pairs = iter(tensors)
         if dtype is None:
-            # The files are laid out before they are filled, so dtypes must be known when the first comes.
+            # The header comes before the data, so all dtypes must be known when the first weight arrives.
             first = list(islice(pairs, 1))
             dtypes = dict.fromkeys(shapes, first[0][1].dtype if first else torch.float32)
             pairs = chain(first, pairs)
@@ -101,7 +101,7 @@ def write_hf_folder(
                 found |= _specs({name: tensor})
                 if tuple(tensor.shape) == shapes.get(name):
                     writer.write(name, tensor.detach().to("cpu", dtypes[name]).contiguous())
-                del tensor  # before the next one is put together
+                del tensor  # before the next one is gathered
             _require_fit(path, found, wanted)
             writer.finish()
     except OSError as error:
@@ -172,7 +172,7 @@ class HFWriter:
         return sum(self._nbytes(name) for name in self._dtypes)
 
     def create(self) -> None:
-        """Make every file at its full size: holes, which take no space yet."""
+        """Create every file at full size, as sparse files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for file, names in self._shards.items():
             header, size = self._header(names)
@@ -191,7 +191,7 @@ class HFWriter:
         write_json(self.folder / "generation_config.json", generation_json(self._config))
 
     def open(self) -> None:
-        """Find where the tensors are in files that ``create`` has made, now or before."""
+        """Locate the tensors in the files of ``create``, also in those of an earlier attempt."""
         for file, names in self._shards.items():
             offset = len(self._header(names)[0])
             for name in names:
@@ -200,27 +200,27 @@ class HFWriter:
                 offset += self._nbytes(name)
 
     def write(self, name: str, whole: Tensor) -> None:
-        """Put a weight into its place. Raises OSError."""
+        """Write a weight at its position. Raises OSError."""
         place = self._places[name]
         write_bytes(place.path, place.offset, whole)
 
     def reopen(self) -> WeightSource:
-        """What was written, read as a user of the folder reads it."""
+        """A reader of what was written."""
         return HFFolder(self.folder, self.folder / _UNFINISHED_CONFIG)
 
     def finish(self, record: Mapping[str, Any] | None = None) -> None:
-        """Make the folder one that is loaded. It has no place for a record."""
+        """Complete the folder; this layout stores no record."""
         for file in self._tokenizer:
             shutil.copyfile(file, self.folder / file.name)
         os.rename(self.folder / _UNFINISHED_CONFIG, self.folder / CONFIG)
 
     def unfinish(self) -> None:
-        """Undo what an interrupted ``finish`` has done, all or some of it."""
+        """Undo an interrupted ``finish``."""
         if (self.folder / CONFIG).exists():
             os.rename(self.folder / CONFIG, self.folder / _UNFINISHED_CONFIG)
 
     def description(self) -> dict[str, Any]:
-        """What makes two conversions write the same."""
+        """Identifies the output, to compare two conversions."""
         dtypes = sorted({str(dtype) for dtype in self._dtypes.values()})
         files = {file: len(names) for file, names in self._shards.items()}
         return {"layout": "hf", "config": self._config.to_hf_dict(), "dtypes": dtypes, "files": files}
@@ -237,7 +237,7 @@ class HFWriter:
                 held = 0
             groups[-1].append(name)
             held += self._nbytes(name)
-        # Wide dtypes first, so that every tensor starts at a multiple of its entries' size.
+        # Wide dtypes first, as safetensors does: every tensor then starts at a multiple of its itemsize.
         groups = [sorted(group, key=lambda name: -self._dtypes[name].itemsize) for group in groups]
         if len(groups) == 1:
             return {"model.safetensors": groups[0]}
@@ -245,7 +245,7 @@ class HFWriter:
         return {f"model-{i + 1:05d}-of-{total:05d}.safetensors": names for i, names in enumerate(groups)}
 
     def _header(self, names: list[str]) -> tuple[bytes, int]:
-        """A safetensors file up to its tensors, and the bytes of those."""
+        """The start of a safetensors file, up to its tensors, and the size of these."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
@@ -255,13 +255,14 @@ class HFWriter:
             entries[to_hf(name)] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, stop]}
             offset = stop
         text = json.dumps(entries, separators=(",", ":")).encode()
+        # The format allows trailing spaces in the header: they align the first tensor to a block.
         text += b" " * (-(8 + len(text)) % BLOCK)
         return len(text).to_bytes(8, "little") + text, offset
 
 
 def config_json(config: LlamaConfig, dtype: torch.dtype | None) -> dict[str, Any]:
     """config.json of a folder whose weights are ``dtype``."""
-    # transformers 4 reads torch_dtype, 5 both.
+    # transformers 4 reads torch_dtype, transformers 5 this or dtype.
     return config.to_hf_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 

@@ -54,7 +54,7 @@ _KEYS: dict[QKV, str] = {
     "coalesced": _ATTENTION + "qkv_proj.weight",
 }
 _BLOCK = 1 << 22
-"""Entries of the embedding that are looked at at a time."""
+"""Entries of the embedding to compare at a time."""
 
 
 def describe(path: Path, source: WeightSource, config: LlamaConfig, layout: str) -> dict[str, Any]:
@@ -82,9 +82,9 @@ def describe(path: Path, source: WeightSource, config: LlamaConfig, layout: str)
 
 
 def describe_bare(path: Path) -> dict[str, Any]:
-    """What ``describe`` says, as far as shards tell it without a config.json; ``unknown`` names the rest.
+    """``describe`` as far as shards allow without a config.json; ``unknown`` lists the rest.
 
-    Raises WeightsError: shards are missing or damaged, or ranks hold other tensors than the first.
+    Raises WeightsError: shards are missing or damaged, or ranks hold different tensors.
     """
     return _place(path, "nxdt") | _BareShards(path).description()
 
@@ -130,11 +130,11 @@ def _bytes(path: Path) -> int:
 
 
 class _BareShards:
-    """NxD's shards, where nothing says what model they are of.
+    """NxD's shards without a config.json.
 
-    A head is a number of rows that shards do not mark, so only products are known: heads times head dim.
-    Copies of kv heads show, as they are equal. Rank 0 stands for all of a stage, which hold tensors of the
-    same names and shapes.
+    Shards do not mark head boundaries, so only the product of heads and head dim is known. Copies of kv heads
+    can be detected, as they are equal. Rank 0 represents its stage, whose ranks hold tensors of the same
+    names and shapes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -215,7 +215,7 @@ class _BareShards:
             )
 
     def _key_rows(self) -> tuple[int, int]:
-        """Where a rank's keys are in the tensor that holds them."""
+        """The rows of a rank's keys in the tensor that holds them."""
         rows = self._extent(self._layer + _KEYS[self._qkv]).shape[0]
         if self._qkv in ("split", "separate"):
             return 0, rows
@@ -224,7 +224,7 @@ class _BareShards:
         return queries, queries + (rows - queries) // 2
 
     def _kv_copies(self) -> int:
-        """The most equal parts that the ranks' keys of one layer fall into."""
+        """The largest number of equal copies in the ranks' keys of one layer."""
         if self._qkv in ("separate", "coalesced"):
             return 1
         name, rows = self._layer + _KEYS[self._qkv], slice(*self._key_rows())
@@ -238,7 +238,7 @@ class _BareShards:
         )
 
     def _is_tied(self) -> bool:
-        """Whether there is no head but the embedding, or one that is equal to it."""
+        """Whether there is no separate head, or one equal to the embedding."""
         if HEAD not in self._local:
             return True
         head, embedding = self._local[HEAD], self._extent(EMBEDDING)
@@ -264,7 +264,7 @@ class _BareShards:
         return next(self._files[rank, p][name] for p in range(self._pp) if name in self._files[rank, p])
 
     def _blocks(self) -> list[slice]:
-        """The embedding's rows on a rank, so many at a time as fit in little memory."""
+        """The embedding's rows on a rank, in blocks of bounded memory."""
         rows, hidden = self._extent(EMBEDDING).shape
         step = max(1, _BLOCK // max(1, hidden))
         return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

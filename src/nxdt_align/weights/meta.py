@@ -1,7 +1,7 @@
 """Meta's original download: ``consolidated.NN.pth`` shards with ``params.json``.
 
 The shards split weights over model-parallel ranks as fairscale does. Rows of q and k are ordered for
-rotary pairs (2i, 2i+1), and become those for pairs (i, i + head_dim/2), as in Hugging Face's own
+rotary pairs (2i, 2i+1) and are permuted to pairs (i, i + head_dim/2), as in Hugging Face's
 conversion (transformers, models/llama/convert_llama_weights_to_hf.py).
 """
 
@@ -46,10 +46,10 @@ _RECOMPUTED = "rope.freqs"
 
 
 class MetaFolder(WeightSource):
-    """The weights of a folder that Meta's download made; whole tensors are put together when asked for.
+    """The weights of a folder of Meta's download; whole tensors are assembled on demand.
 
     Args:
-        config: the shape, where params.json says too little; otherwise ``self.config`` follows from it.
+        config: the model's shape, if params.json is not sufficient; by default derived from it.
 
     Raises WeightsError naming the file or tensor that is missing, surplus, damaged or misshapen.
     """
@@ -96,14 +96,16 @@ class MetaFolder(WeightSource):
         return whole
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
-        """Cut out of the whole tensor: rows of q and k lie in another order than they are asked for."""
+        """Sliced from the whole tensor, as the rows of q and k are stored in another order."""
         return self.read(name)[tuple(region)].clone()
 
     def _dim(self, name: str) -> int | None:
-        """Along which the shards split a weight. The embedding: rows in Llama 3, columns before."""
+        """The dimension along which shards split a weight."""
         if len(self._shards) == 1:
             return None
         if name == EMBEDDING:
+            # Llama 3 splits the embedding by rows (VocabParallelEmbedding), Llama 2 by columns; the head is
+            # always split by rows, so equal row counts tell.
             rows = self._shards[0][self._names[name]].shape[0]
             head = self._shards[0].get("output.weight")
             is_by_rows = head is not None and head.shape[0] == rows
@@ -124,6 +126,7 @@ class MetaFolder(WeightSource):
         values["vocab_size"] = self.shape(EMBEDDING)[0]
         values["intermediate_size"] = self.shape(gate)[0]
         config = from_hf_dict(values, where=str(self.path / PARAMS))
+        # Llama 3.2 1B and 3B: their rope scaling factor is 32, that of Llama 3.1 is 8.
         is_small = (config.hidden_size, config.num_hidden_layers) in ((2048, 16), (3072, 28))
         if params.get("use_scaled_rope"):
             factor = float(params.get("rope_scaling_factor") or (32 if is_small else 8))
@@ -147,7 +150,7 @@ class MetaFolder(WeightSource):
         return torch.equal(self.read(HEAD), self.read(EMBEDDING))
 
     def _require_shards_alike(self) -> None:
-        """Each holds as much of the same tensors as the first, or they are not of one download."""
+        """Shards of one download hold the same tensors in the same shapes."""
         kept = [{n: e for n, e in shard.items() if n != _RECOMPUTED} for shard in self._shards]
         first, *others = [{n: (e.shape, e.dtype) for n, e in shard.items()} for shard in kept]
         for i, shard in enumerate(others, 1):
@@ -157,7 +160,7 @@ class MetaFolder(WeightSource):
                 first,
                 to="consolidated.00.pth",
                 error=WeightsError,
-                hint="Shards of one download hold as much each: copy or download it again",
+                hint="Shards of one download have equal shapes: copy or download it again",
             )
 
 
@@ -188,7 +191,7 @@ def _read_shards(folder: Path) -> list[dict[str, Extent]]:
 
 
 def _names(shard: Mapping[str, Extent]) -> tuple[dict[str, str], list[str]]:
-    """The plain Llama's name -> Meta's, and those of Meta's that it has not."""
+    """The plain Llama's name -> Meta's, and Meta's names without an equivalent."""
     names, unknown = {}, []
     for theirs in shard:
         match = _LAYER.match(theirs)
@@ -201,9 +204,10 @@ def _names(shard: Mapping[str, Extent]) -> tuple[dict[str, str], list[str]]:
 
 
 def _hf_values(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What of config.json follows from params.json; lengths and ids are those of the releases."""
+    """The part of config.json that follows from params.json; lengths and ids are those of the releases."""
     dim, heads = int(params["dim"]), int(params["n_heads"])
     theta = float(params.get("rope_theta") or 10000.0)
+    # params.json does not name the release; Llama 3's rope_theta is 500,000.
     is_llama3 = theta >= 5e5
     return {
         "hidden_size": dim,

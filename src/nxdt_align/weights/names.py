@@ -1,4 +1,4 @@
-"""Names of weights: Hugging Face's and those of the plain Llama, which inserts two segments."""
+"""Names of weights: Hugging Face's, and the plain Llama's, which have two more segments."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def to_hf(name: str) -> str:
 
 
 def is_recomputed(hf_name: str) -> bool:
-    """Whether the tensor follows from the configuration: rotary frequencies, which old files hold."""
+    """Whether the tensor follows from the configuration: rotary frequencies, stored in old files."""
     return _RECOMPUTED.search(hf_name) is not None
 
 

@@ -43,12 +43,12 @@ _OR_MISSING = "or shards of the highest ranks are missing"
 
 
 class NxDTFolder(WeightSource):
-    """The weights of a sharded checkpoint; whole tensors are put together when asked for.
+    """The weights of a sharded checkpoint; whole tensors are assembled on demand.
 
     Args:
-        config: the model's shape; ``tie_word_embeddings`` becomes false where the folder holds a head
-            that differs from the embedding and ``untie`` is set.
-        unequal_replicas: take the first rank's copy where ranks that should hold the same differ.
+        config: the model's shape; ``tie_word_embeddings`` becomes false if ``untie`` is set and the folder
+            holds a head that differs from the embedding.
+        unequal_replicas: use the first rank's copy if replicas differ between ranks.
 
     Raises WeightsError naming every shard or tensor that is missing, surplus or misshapen.
     """
@@ -92,7 +92,7 @@ class NxDTFolder(WeightSource):
         return sorted(name for name in self._tensors if not (tied and name == HEAD))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The whole weight's, without the vocabulary's padding."""
+        """The whole weight's shape, without the vocabulary's padding."""
         shape = self.partition.whole_shape(name)
         return (self.config.vocab_size, *shape[1:]) if name in (HEAD, EMBEDDING) else shape
 
@@ -100,13 +100,13 @@ class NxDTFolder(WeightSource):
         return self._place(name)[0][0].dtype
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, put together from the ranks' shares.
+        """The whole tensor, assembled from the ranks' shares.
 
-        Raises WeightsError where ranks that should hold the same heads or norms differ.
+        Raises WeightsError if replicas of heads or norms differ between ranks.
         """
         extents, first_row = self._place(name)
         whole = empty(self.shape(name), extents[0].dtype)
-        spare = empty(extents[0].shape, whole.dtype)  # for a share that is not read into its place
+        spare = empty(extents[0].shape, whole.dtype)  # for shares that cannot be read in place
         seen: set[tuple[int, int]] = set()
         for rank, extent in enumerate(extents):
             dim, ranges = self.partition.ranges(name, rank)
@@ -129,8 +129,8 @@ class NxDTFolder(WeightSource):
         return whole
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
-        """Of copies that several ranks hold the first one counts, so that only bytes of the part are read;
-        ``read`` and ``fingerprint`` compare them."""
+        """Uses the first of several replicas, so that only bytes of the part are read; ``read`` and
+        ``fingerprint`` compare replicas."""
         extents, first_row = self._place(name)
         cut = [slice(*part.indices(size)) for part, size in zip(region, self.shape(name), strict=True)]
         part = empty([max(0, each.stop - each.start) for each in cut], extents[0].dtype)
@@ -169,7 +169,7 @@ class NxDTFolder(WeightSource):
     def _partition(self, config: LlamaConfig) -> Partition:
         tp, pp = 1 + max(t for t, _ in self._files), 1 + max(p for _, p in self._files)
         local = {name: extent for p in range(pp) for name, extent in self._files[0, p].items()}
-        # Of what is there alone; against the model it is checked below, so that a lost rank is said as such.
+        # Counts what is there; the comparison with the model below names a lost rank as such.
         layers = 1 + max(layers_of(local), default=-1)
         qkv = qkv_style(self.path, local)
         if layers != config.num_hidden_layers:
@@ -192,7 +192,7 @@ class NxDTFolder(WeightSource):
             ) from error
 
     def _check(self) -> dict[str, tuple[list[Extent], int]]:
-        """Weight -> each tensor-parallel rank's tensor, and the row at which the weight starts in it."""
+        """Weight -> each tensor-parallel rank's tensor, and the weight's first row in it."""
         found: dict[str, tuple[list[Extent], int]] = {}
         wanted: dict[str, Spec] = {}
         for stage in range(self.partition.pp):
@@ -226,7 +226,7 @@ class NxDTFolder(WeightSource):
         return found
 
     def _require_padding_of_zeros(self) -> None:
-        """A row of the embedding that no token has stays 0 in training, the head's does not."""
+        """Rows of the embedding beyond the vocabulary get no gradient and stay 0; the head's rows do not."""
         vocab = self.config.vocab_size
         for rank, extent in enumerate(self._tensors[EMBEDDING][0] if EMBEDDING in self._tensors else ()):
             _, [(start, stop)] = self.partition.ranges(EMBEDDING, rank)
@@ -268,8 +268,7 @@ def _kv_multiplier(path: Path, config: LlamaConfig, local: Mapping[str, Extent],
 
 
 def _cuts(files: Files, layers: int, pp: int) -> tuple[int, ...] | None:
-    """The stages' last layers, as the shards have them; None where they are even, or the shards do not hold
-    the layers in a row."""
+    """The last layer of each stage but the last; None if the stages are even, or not contiguous."""
     held = [sorted(layers_of(files[0, stage])) for stage in range(pp)]
     if not all(held) or list(chain.from_iterable(held)) != list(range(layers)):
         return None

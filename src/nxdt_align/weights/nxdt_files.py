@@ -41,7 +41,8 @@ def model_folder(path: Path) -> Path | None:
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """A save that was interrupted has its tag file and no ``done``; NxD's converter writes neither."""
+    """Raise WeightsError for an interrupted save, which has its tag file but no ``done``. (NxD's converter
+    writes neither.)"""
     tag = folder.parent if folder.name == MODEL else folder
     if (tag / TAG).is_file() and not (tag / DONE).is_file():
         raise WeightsError(
@@ -52,7 +53,7 @@ def refuse_unfinished(folder: Path) -> None:
 
 def find_shards(folder: Path) -> dict[tuple[int, int], Path]:
     files = sorted(folder.iterdir())
-    # First: their names have an ep_rank, so that none of them would be found as a shard.
+    # Before anything else: names with an ep_rank do not match _SHARD, so the folder would seem empty.
     experts = next((f.name for f in files if _EXPERTS.match(f.name)), None)
     if experts is not None:
         raise WeightsError(f"{folder / experts} is a shard of a mixture of experts, which is not supported")
@@ -100,7 +101,7 @@ def is_xser(shards: Iterable[Path]) -> bool:
 
 
 def qkv_style(path: Path, local: Iterable[str]) -> QKV:
-    """How the tensors that the names are of keep q, k and v. Raises WeightsError for another model's."""
+    """The storage style of q, k and v, from tensor names. Raises WeightsError for other models."""
     marks: dict[str, QKV] = {
         ".qkv_proj.weight_qkv": "fused",
         ".qkv_proj.weight_q": "split",

@@ -1,7 +1,7 @@
-"""Writes NxD's checkpoint folder, a whole weight at a time, in any order and from several threads.
+"""Writes NxD's checkpoint folder, one whole weight at a time, in any order and from several threads.
 
-Every file is made at its full size first, by torch.save itself with the bytes left out; a weight is
-then cut and put into its places. Names and order are those that NxD's own converter writes.
+Every file is first created at full size, by torch.save without the tensor bytes; each weight is then split
+and written into it. Names and order are those of NxD's own converter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nxdt_align.weights.nxdt_files import DONE, INFO, MODEL, TAG, TENSORS, shard
 from nxdt_align.weights.tensor_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of
 
 RECORD = "conversion.json"
-"""What a converted checkpoint was made from, and the checksums of its weights."""
+"""The source of a converted checkpoint, and the checksums of its weights."""
 _UNFINISHED_MODEL = "model.partial"
 _Local = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a local tensor."""
@@ -70,7 +70,7 @@ class NxDTWriter:
         return self.partition.tp * sum(each)
 
     def create(self) -> None:
-        """Make every file at its full size: holes, which take no space yet."""
+        """Create every file at full size, as sparse files."""
         self._shards.mkdir(parents=True, exist_ok=True)
         for stage in range(self.partition.pp):
             specs = self._specs(stage)
@@ -84,7 +84,7 @@ class NxDTWriter:
                     self._copy_xser(self._shards / shard_name(0, stage), path)
 
     def open(self) -> None:
-        """Find where the tensors are in files that ``create`` has made, now or before."""
+        """Locate the tensors in the files of ``create``, also in those of an earlier attempt."""
         for stage in range(self.partition.pp):
             first = self._extents(self._shards / shard_name(0, stage))
             for rank in range(self.partition.tp):
@@ -101,7 +101,7 @@ class NxDTWriter:
                         row += self.partition.local_shape(name)[0]
 
     def write(self, name: str, whole: Tensor) -> None:
-        """Put a weight into all its places. Raises OSError. The vocabulary's padding stays 0."""
+        """Write a weight's share on every rank. Raises OSError. The vocabulary's padding stays 0."""
         for target in [name, *([HEAD] if name == EMBEDDING and self._is_tied else [])]:
             spare = empty(self.partition.local_shape(target), whole.dtype)
             for place in self._places[target]:
@@ -159,26 +159,27 @@ class NxDTWriter:
         write_references(path, list(self._extents(first)))
 
     def reopen(self) -> WeightSource:
-        """What was written, read as a user of the folder reads it."""
+        """A reader of what was written."""
         return NxDTFolder(self.folder, self.partition.config, shards=self._shards)
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Make the folder one that is loaded; ``done``, which says that it is whole, comes last."""
+        """Complete the folder; ``done``, which marks it as complete, is written last."""
         os.rename(self._shards, self.folder / MODEL)
         write_json(self.folder / CONFIG, config_json(self.partition.config, self._dtype("model.norm.weight")))
         (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        # As neuronx_distributed.trainer.save_checkpoint: the tag file, then done.
         (self.folder / TAG).write_text("1")
         (self.folder / DONE).write_text("1")
 
     def unfinish(self) -> None:
-        """Undo what an interrupted ``finish`` has done, all or some of it."""
+        """Undo an interrupted ``finish``."""
         for name in (DONE, TAG):
             (self.folder / name).unlink(missing_ok=True)
         if (self.folder / MODEL).exists():
             os.rename(self.folder / MODEL, self._shards)
 
     def description(self) -> dict[str, Any]:
-        """What makes two conversions write the same."""
+        """Identifies the output, to compare two conversions."""
         return {"layout": "nxdt", "xser": self._xser, **asdict(self.partition)}
 
 
@@ -202,6 +203,7 @@ def _create_xser(path: Path, specs: Mapping[str, _Local]) -> None:
 
 
 def _save_without_bytes(content: Any, path: Path) -> None:
+    # torch aligns storages to 64 bytes; whole blocks can be written with O_DIRECT.
     usual = serialization.config.save.storage_alignment
     serialization.config.save.storage_alignment = BLOCK
     try:
@@ -212,7 +214,7 @@ def _save_without_bytes(content: Any, path: Path) -> None:
 
 
 def _copy_without_bytes(extent: Extent, path: Path) -> None:
-    """All of a file but its tensor's bytes, for which a hole is left."""
+    """Copy a file, leaving a hole instead of its tensor's bytes."""
     end = extent.offset + extent.nbytes
     with open(extent.path, "rb") as source, open(path, "wb") as target:
         target.write(source.read(extent.offset))
@@ -224,7 +226,7 @@ def _copy_without_bytes(extent: Extent, path: Path) -> None:
 def write_references(path: Path, names: list[str]) -> None:
     """A torch.save file of {name: TensorReference(its position)}, as torch_xla's ``xser.save`` leaves it.
 
-    Written opcode by opcode (pickle protocol 2), since the class is torch_xla's, which need not be here.
+    Written opcode by opcode (pickle protocol 2), since torch_xla, whose class it is, need not be installed.
     """
     text = f"c{REFERENCE_MODULE}\n{REFERENCE_NAME}\n".encode()
     parts = [b"\x80\x02}("]
@@ -235,5 +237,5 @@ def write_references(path: Path, names: list[str]) -> None:
     parts.append(b"u.")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for record, content in (("data.pkl", b"".join(parts)), ("byteorder", b"little"), ("version", b"3\n")):
-            # ZipInfo: without the time of day, so that the same weights make the same file.
+            # ZipInfo has a fixed time, so that the same weights give the same file.
             archive.writestr(zipfile.ZipInfo(f"{path.stem}/{record}"), content)

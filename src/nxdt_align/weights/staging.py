@@ -1,6 +1,6 @@
-"""Where a conversion is written until it is whole, and the journal from which it resumes.
+"""The staging folder of an unfinished conversion, and the journal from which it resumes.
 
-The folder is a hidden sibling of the destination, so that the last step is one rename.
+The folder is a hidden sibling of the destination, so that the last step is a single rename.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class Staging:
     """The unfinished output of one conversion; a context that holds a lock on it.
 
     Args:
-        identity: what source and target are; a conversion that is resumed must have the same.
-        resume: continue what is there. Without it an earlier leftover is removed.
+        identity: identifies source and target; must match to resume.
+        resume: continue an earlier attempt; without it, its leftovers are removed.
 
-    Raises WeightsError: the destination is taken, another process is at work, or what is to be resumed
-    is of another conversion.
+    Raises WeightsError: the destination is not free, another process is writing it, or the leftovers are of
+    another conversion.
     """
 
     def __init__(self, destination: Path, identity: Mapping[str, Any], *, resume: bool = False) -> None:
         self.destination = destination.absolute()
         self.folder = self.destination.with_name(f".{self.destination.name}{_SUFFIX}")
         self.checksums: dict[str, int] = {}
-        """Weight -> CRC-32 of its bytes, for those that are written."""
+        """Weight -> CRC-32 of its bytes, for the weights written so far."""
         self.nans: dict[str, int] = {}
         self.is_created = False
         """Whether all files are there at full size."""
@@ -70,7 +70,7 @@ class Staging:
         self._append({"created": True})
 
     def record(self, name: str, checksum: int, nans: int) -> None:
-        """Say that the weight is written."""
+        """Record in the journal that the weight is written."""
         self.checksums[name] = checksum
         self.nans[name] = nans
         self._append({"name": name, "crc32": checksum, "nans": nans})
@@ -79,14 +79,16 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def publish(self) -> None:
-        """Give the folder its name. Up to here an interrupted conversion has its journal to resume from."""
+        """Rename the folder to its destination. Until then, an interrupted conversion can resume from the
+        journal."""
         flush_tree(self.folder)
         (self.folder / JOURNAL).unlink()
-        # What appeared there meanwhile is not ours to replace.
+        # Never replace something that appeared at the destination meanwhile.
         publish_folder(self.folder, self.destination, replace=False)
 
     def bytes_on_disk(self) -> int:
-        """What the leftover of an earlier attempt takes already."""
+        """Bytes that an earlier attempt already occupies."""
+        # st_blocks counts 512-byte units on every file system; st_size would count holes too.
         return sum(f.stat().st_blocks * 512 for f in self.folder.rglob("*") if f.is_file())
 
     def _require_free_destination(self) -> None:

@@ -1,7 +1,7 @@
 """One file of tensors, safetensors or PyTorch's, opened without reading the tensors.
 
-A PyTorch file's pickle is read by an unpickler that knows tensors, their containers and torch_xla's
-TensorReference, gives nothing else a meaning, and calls nothing that the file names.
+A PyTorch file's pickle is read by an unpickler that knows only tensors, their containers and torch_xla's
+TensorReference, and never calls anything that the file names.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class _ExtentsFile(NamedTensors):
 
 
 class _OldTorchFile(NamedTensors):
-    """A file of torch before 1.6: no zip archive, read as a whole."""
+    """A file of torch before 1.6: not a zip archive, so it is read completely."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -123,7 +123,7 @@ class _OldTorchFile(NamedTensors):
 
 
 def _safetensors_extents(path: Path) -> dict[str, Extent]:
-    """Where the tensors are, by the header that safetensors' own reader has found sound."""
+    """The tensors' positions from the header, which safetensors' own reader has validated."""
     try:
         checked: Any = safe_open(path, framework="pt", device="cpu")
         with checked, open(path, "rb") as file:
@@ -146,7 +146,7 @@ def _safetensors_extents(path: Path) -> dict[str, Extent]:
 
 
 class TensorReference:
-    """Stands for torch_xla's class of this name: a tensor that lies in a file of its own, number ``tid``."""
+    """Replaces torch_xla's class of this name: a tensor in a separate file, number ``tid``."""
 
     tid: int
 
@@ -160,8 +160,8 @@ class _Storage:
 def read_index(path: Path) -> Any:
     """What was saved, with an Extent instead of each tensor.
 
-    Raises WeightsError for a file that is damaged, or holds other objects than tensors, numbers, text
-    and containers of them; and for one of torch before 1.6.
+    Raises WeightsError for a damaged file, one that holds anything but tensors, numbers, text and containers
+    of them, or one of torch before 1.6.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -194,7 +194,7 @@ def tensors_of(path: Path, saved: Any) -> dict[str, Extent | TensorReference]:
 
 
 def _records(path: Path, archive: zipfile.ZipFile) -> dict[str, tuple[int, int]]:
-    """Record -> where its bytes start in the file, and how many they are."""
+    """Record -> offset and size of its bytes in the file."""
     found = {}
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -202,6 +202,8 @@ def _records(path: Path, archive: zipfile.ZipFile) -> dict[str, tuple[int, int]]
             if info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its record {info.filename} is compressed")
             file.seek(info.header_offset)
+            # The central directory gives the local header's offset only; name and extra field (torch's
+            # alignment padding) have other lengths there.
             signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
             if signature != b"PK\x03\x04":
                 raise ValueError(f"its record {info.filename} is not where its list says")

@@ -82,7 +82,7 @@ def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
             parallel.kv_multiplier,
         )
     if platform.backend != "cpu":
-        # As NxD's ranks meet when they save: in a graph, which a trial run then has as well.
+        # As NxD's ranks meet when they save: in a graph, which a dry run then has as well.
         xm.rendezvous("nxdt-align: groups are made")
     groups = Groups(
         tensor=Group(parallel_state.get_tensor_model_parallel_group()),

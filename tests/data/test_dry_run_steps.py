@@ -1,4 +1,4 @@
-"""The steps of a trial run: every shape of the real run, its first step first, and every bucket."""
+"""The steps of a dry run: every shape of the real run, its first step first, and every bucket."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from oracle import ExampleSet, random_examples
 
 from nxdt_align.batch import Topology
 from nxdt_align.data.packing import Bucket, Layout, RowPlanner
-from nxdt_align.data.steps import VISITS, StepDataset, StepSampler, TrialDataset, TrialStep, trial_steps
+from nxdt_align.data.steps import VISITS, DryRunDataset, DryRunStep, StepDataset, StepSampler, dry_run_steps
 
 PER_STEP = 4
 
@@ -29,7 +29,7 @@ def planner(
     )
 
 
-def shape(planner: RowPlanner, step: TrialStep) -> tuple[Bucket, int]:
+def shape(planner: RowPlanner, step: DryRunStep) -> tuple[Bucket, int]:
     plan = planner.plan(step.examples, step.bucket)
     return plan.bucket, len(plan.rows)
 
@@ -49,11 +49,11 @@ def test_every_shape_of_the_run_is_visited_twice_and_its_first_step_comes_first(
     plans = planner(examples, [64, 128, 192], fixed)
     sampler = StepSampler(len(examples), PER_STEP, seed=3)
     run = [step for epoch in range(3) for step in sampler.steps(epoch)]
-    trial = trial_steps(plans, run)
-    met = {shape(plans, TrialStep(step)) for step in run}
+    steps = dry_run_steps(plans, run)
+    met = {shape(plans, DryRunStep(step)) for step in run}
     assert len(met) > 1, "the data must make for several shapes"
-    assert trial[0].examples == run[0]
-    visits = Counter(shape(plans, step) for step in trial[1:])
+    assert steps[0].examples == run[0]
+    visits = Counter(shape(plans, step) for step in steps[1:])
     assert met <= set(visits) and set(visits.values()) == {VISITS}
     assert {bucket for bucket, _ in visits} == set(plans.buckets)
 
@@ -62,18 +62,18 @@ def test_a_bucket_that_no_step_needs_is_visited(examples: ExampleSet) -> None:
     """Other orders of the data may need it; one that no example fits into can never be needed."""
     few = ExampleSet(examples.examples[:4])
     plans = planner(few, [8, 64, 512])
-    trial = trial_steps(plans, [(0, 1, 2, 3)])
-    visited = {shape(plans, step)[0].tokens for step in trial}
+    steps = dry_run_steps(plans, [(0, 1, 2, 3)])
+    visited = {shape(plans, step)[0].tokens for step in steps}
     assert 64 in visited and 512 in visited
     assert 8 not in visited or min(plans.real_tokens(range(4))) <= 8
 
 
-def test_a_trial_step_is_laid_into_its_bucket(examples: ExampleSet) -> None:
+def test_a_dry_run_step_is_laid_into_its_bucket(examples: ExampleSet) -> None:
     plans = planner(examples, [64, 192])
     dataset = StepDataset(examples, plans, "shared_prompt", Topology())  # type: ignore[arg-type]
-    trial = TrialDataset(dataset, [TrialStep((0,), plans.buckets[1]), TrialStep((0,))])
-    forced, chosen = trial[0], trial[1]
-    assert len(trial) == 2
+    steps = DryRunDataset(dataset, [DryRunStep((0,), plans.buckets[1]), DryRunStep((0,))])
+    forced, chosen = steps[0], steps[1]
+    assert len(steps) == 2
     assert forced[0].input_ids.shape[1] == 192 and chosen[0].input_ids.shape[1] == 64
 
 
