@@ -58,12 +58,12 @@ def test_trn1_node_takes_neuron_packages_by_exact_version_from_their_index(
     assert all(str(trn1[name].specifier).startswith("==") for name in NEURON)
 
 
-@pytest.mark.parametrize("version", ["2.9.0", "2.9.1", "2.13.0"])
+@pytest.mark.parametrize("version", ["2.9.0", "2.9.1", "2.13.0", "2.15.0"])
 def test_package_accepts_the_torch_of_either_side(dependencies: dict[str, Requirement], version: str) -> None:
     assert version in dependencies["torch"].specifier
 
 
-@pytest.mark.parametrize("version", ["2.8.0", "2.14.0"])
+@pytest.mark.parametrize("version", ["2.8.0", "2.16.0"])
 def test_package_refuses_other_torch(dependencies: dict[str, Requirement], version: str) -> None:
     assert version not in dependencies["torch"].specifier
 

@@ -152,7 +152,7 @@ def test_without_an_environment_train_sh_says_what_to_run(installed: Installed, 
         (
             "import sys, importlib.metadata as m; m.version = lambda name: '2.8.0+cpu'; sys.argv[1:] = "
             "['inspect', '.']; from nxdt_align.__main__ import main; sys.exit(main())",
-            "error: nxdt-align runs on torch 2.9 to 2.13, but {python} has 2.8.0+cpu; pip install torch==2.1",
+            "error: nxdt-align runs on torch 2.9 to 2.15, but {python} has 2.8.0+cpu; pip install torch==2.1",
         ),
     ],
     ids=["python", "torch"],

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 PYTHON = ((3, 10), (3, 13))
-"""The oldest and the newest Python that the tests run on."""
-TORCH = ((2, 9), (2, 13))
-"""The same for torch: trn1 needs 2.9, PyTorch/XLA's last release."""
+"""The oldest and the newest Python that the tests were run on."""
+TORCH = ((2, 9), (2, 15))
+"""The same of torch: 2.9 is the last one of PyTorch/XLA, to which trn1 is bound."""
 
 _PLACES = {
     **dict.fromkeys(("load_config", "train"), "api"),
