@@ -20,11 +20,9 @@ from torch import Tensor
 IGNORE_LABEL = -100
 """Label of a response position that holds no response token."""
 
-PADDING_SEGMENT = -1
-"""Segment id of padding. A padding token attends to itself alone."""
 
-SEGMENT_STRIDE = 16
-"""Segment id = example * SEGMENT_STRIDE + part; part 0 is the prompt, 1 and above the responses."""
+INT32_DEVICES = ("neuron", "xla")
+"""Types of devices that compute with 32-bit integers, whatever they are given."""
 
 
 TokenStatistic = Literal["collisions", "entropy", "mean_logit", "is_top1", "logits"]
@@ -94,11 +92,15 @@ class Batch:
     input_ids: Tensor
     """(B, S) int64. Padding holds any valid token id."""
     position_ids: Tensor
-    """(B, S) int64. Restarts with each example; a response continues its prompt's."""
-    segment_ids: Tensor
-    """(B, S) int64. Which example of the row, and whether prompt or which response of it."""
+    """(B, S) int64. Of the token in its sequence: restarts with each example; a response continues its
+    prompt's, also where it is laid last token first."""
+    key_start: Tensor
+    """(B, S) int32. The first token of the row that a token attends to."""
+    key_stop: Tensor
+    """(B, S) int32. One past the last. Padding sees itself alone: [s, s + 1). It comes last in a row."""
     response_positions: Tensor
-    """(B, T) int64. Index into the row from which a response token is predicted."""
+    """(B, T) int64. Index into the row from which a response token is predicted. A response's labels stand in
+    reading order; where it is laid last token first, its positions descend."""
     labels: Tensor
     """(B, T) int64. The token predicted there (already shifted); IGNORE_LABEL where there is none."""
     slot_index: Tensor
@@ -134,11 +136,17 @@ class Batch:
         return Batch(**mapped)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Batch:
-        def move(tensor: Tensor) -> Tensor:
-            # Not as a scalar: XLA makes constants of 0 and 1, so that other counts are other graphs.
-            return tensor.reshape(-1).to(device, non_blocking=True).reshape(())
+        """The batch on ``device``; its integers as int32 where that is a Neuron device, by either stack."""
+        narrow = torch.device(device).type in INT32_DEVICES
 
-        return self.map(lambda t: t.to(device, non_blocking=True) if t.ndim else move(t))
+        def move(tensor: Tensor) -> Tensor:
+            if narrow and tensor.dtype == torch.int64:
+                tensor = tensor.to(torch.int32)
+            # Not as a scalar: XLA makes constants of 0 and 1, so that other counts are other graphs.
+            there = (tensor if tensor.ndim else tensor.reshape(-1)).to(device, non_blocking=True)
+            return there if tensor.ndim else there.reshape(())
+
+        return self.map(move)
 
     def pin_memory(self) -> Batch:
         return self.map(lambda t: t.pin_memory())

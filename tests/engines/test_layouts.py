@@ -19,17 +19,20 @@ from oracle import (
     pair_logps,
     plain_model,
     random_examples,
+    response_logp,
 )
+from torch import Tensor
 
 from nxdt_align.batch import Topology
 from nxdt_align.config.alignment import DPOConfig, ORPOConfig
 from nxdt_align.data.collate import GlobalCounts
-from nxdt_align.data.packing import Layout
-from nxdt_align.data.steps import look_up_reference
+from nxdt_align.data.packing import Layout, RowPlanner, shares_prompt
+from nxdt_align.data.steps import StepDataset, look_up_reference
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.orpo import ORPOLoss
+from nxdt_align.models.llama import Llama
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.weights.hf import FreshWeights
@@ -205,3 +208,63 @@ def test_a_step_of_random_lengths_and_truncated_pairs_in_every_layout() -> None:
                 for name, value in output.metrics.items():
                     assert float(value) == pytest.approx(float(wanted[0].metrics[name]), rel=1e-4, abs=1e-5)
                 assert_gradients_close(got, wanted[1], GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_tail_weights_count_a_responses_last_tokens(layout: Layout, case: str) -> None:
+    """LD-DPO: tokens beyond the pair's shorter response weigh 0.25, also of a reversed response."""
+    examples = random_examples(5, seed=1, **CASES[case])
+    planner = RowPlanner(examples, layout, examples_per_step=5, seq_length=96)
+    data = StepDataset(examples, planner, layout, Topology(), tail_weight=0.25)  # type: ignore[arg-type]
+    policy, model = engine(), plain_model(0)
+    found = {}
+    for batch in data[tuple(range(5))]:
+        values = policy.response_logps(batch)
+        for row, slot in batch.slot_valid.nonzero().tolist():
+            record, role = int(batch.record_index[row, slot]), int(batch.slot_role[row, slot])
+            found[record, role] = float(values[row, slot])
+    for record, example in enumerate(examples.examples):
+        shorter = min(map(len, example.responses))
+        for role, response in enumerate(example.responses):
+            with torch.no_grad():
+                whole = float(response_logp(model, example.prompt, response))
+                head = float(response_logp(model, example.prompt, response[:shorter]))
+            assert found[record, role] == pytest.approx(head + 0.25 * (whole - head), rel=1e-5)
+
+
+WINDOW = 12
+
+
+def windowed(q: Tensor, k: Tensor, v: Tensor, context: object) -> Tensor:
+    """Softmax over the last WINDOW tokens, by a mask of positions: no bounds."""
+    seen = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril().triu(1 - WINDOW)
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
+    scores = torch.einsum("bsnh,btnh->bnst", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bnst,btnh->bsnh", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_sliding_window(layout: Layout, attention: str) -> None:
+    """Pairs of up to 42 tokens, of which a token sees the last 12: some are laid around their prompt, others
+    as packed."""
+    shape = replace(TINY, model_type="mistral", sliding_window=WINDOW)
+    examples = random_examples(7, seed=4, prompt=(1, 30), response=(1, WINDOW))
+    planner = RowPlanner(examples, layout, examples_per_step=7, seq_length=96, window=WINDOW)
+    data = StepDataset(examples, planner, layout, Topology())  # type: ignore[arg-type]
+    shared = shares_prompt(examples.prompt_lengths, examples.response_lengths, WINDOW)
+    assert 0 < shared.sum() < 7
+    policy = NativeEngine(shape, ATTENTIONS[attention])
+    policy.load_weights(ModuleWeights(plain_model(0)))
+    policy.load_reference(ModuleWeights(plain_model(1)))
+    output = policy.step(data[tuple(range(7))], GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.3))))
+
+    model, reference = (Llama(shape, windowed) for _ in range(2))
+    model.load_state_dict(plain_model(0).state_dict())
+    reference.load_state_dict(plain_model(1).state_dict())
+    wanted = dpo_loss(model, reference, examples.examples, 0.3)
+    assert abs(float(output.loss - wanted.detach())) <= LOSS_TOLERANCE * max(1.0, float(wanted.detach()))
+    got = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
+    assert_gradients_close(got, gradients(wanted, model), GRADIENT_TOLERANCE)

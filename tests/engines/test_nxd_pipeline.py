@@ -191,7 +191,7 @@ def test_a_rank_holds_its_stage_alone(results: Any) -> None:
 
 
 def test_stages_send_hidden_states_alone(results: Any) -> None:
-    """No masks, and no rotary angles: each stage has the tokens' positions and segments."""
+    """No masks, and no rotary angles: each stage has the tokens' positions and bounds."""
     for rank in results["rounds"]:
         assert rank["sent"] == [0, 1] * 4, "a model for each shape and count"
 
@@ -238,7 +238,7 @@ def test_what_else_is_read_comes_with_them(results: Any) -> None:
 
 @torch.no_grad()
 def reference(model: Llama, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    context = DenseAttention().prepare(batch.segment_ids)
+    context = DenseAttention().prepare(batch.key_start, batch.key_stop)
     hidden = model(batch.input_ids, batch.position_ids, context)
     index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])
     return token_logps(hidden.gather(1, index), model.head_weight, batch.labels, wanted=STATISTICS)

@@ -32,6 +32,9 @@ from golden_probe import (  # noqa: E402
     WRITTEN,
     copy_project,
     main,
+    read_run,
+    resume,
+    stopped_project,
     train,
     two_processes,
     values_alone,
@@ -117,8 +120,12 @@ def write_values() -> None:
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         alone = values_alone(copy_project(Path(one)), list(RUNS))
         together = two_processes(copy_project(Path(two)), list(RUNS))
+    with tempfile.TemporaryDirectory() as folder:
+        resumed = read_run(resume(stopped_project(Path(folder))))
     for name in RUNS:
         values = {"one process": alone[name], "two processes": together[name]}
+        if name == STOPPED:
+            values["resumed"] = resumed
         (VALUES / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
 
 

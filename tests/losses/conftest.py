@@ -33,7 +33,8 @@ def make_batch(rows: Rows, pairs: float, tokens: float, reference: Tensor | None
     return Batch(
         input_ids=tokens_shape,
         position_ids=tokens_shape,
-        segment_ids=tokens_shape,
+        key_start=tokens_shape.int(),
+        key_stop=tokens_shape.int(),
         response_positions=torch.zeros_like(labels),
         labels=labels,
         slot_index=slot_index,

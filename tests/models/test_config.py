@@ -163,8 +163,8 @@ def test_llama3_context_defaults_to_the_files_own_and_survives_an_override() -> 
         ),
         ({"rope_theta": float("inf")}, "`rope_theta` must be a finite number, but is Infinity"),
         (
-            {"model_type": "mistral", "num_key_value_heads": 4, "max_position_embeddings": 32768},
-            "`sliding_window` must be null or at least the sequence length (32768), but is 4096",
+            {"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 0},
+            "`sliding_window` must be positive, but is 0",
         ),
     ],
 )
@@ -190,12 +190,12 @@ def test_rules_hold_for_a_shape_made_in_code() -> None:
         replace(TINY, vocab_size=-1)
 
 
-def test_mistral_window_is_measured_by_the_sequence() -> None:
-    values = BASE | {"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 4096}
-    config = from_hf_dict(values, sequence_length=4096)
-    assert config.to_hf_dict()["sliding_window"] == 4096
-    with pytest.raises(ModelConfigError, match=r"at least the sequence length \(4097\), but is 4096"):
-        from_hf_dict(values, sequence_length=4097)
+def test_every_layer_of_a_mistral_has_its_window() -> None:
+    values = BASE | {"model_type": "mistral", "num_key_value_heads": 4, "sliding_window": 512}
+    config = from_hf_dict(values)
+    assert config.to_hf_dict()["sliding_window"] == 512
+    assert [config.window_of(layer) for layer in range(2)] == [512, 512]
+    assert from_hf_dict({k: v for k, v in values.items() if k != "sliding_window"}).sliding_window == 4096
     assert from_hf_dict(values | {"sliding_window": None}).sliding_window is None
     # A Llama has no window, whatever its file says.
     assert read(sliding_window=16).sliding_window is None

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.llama import RECOMPUTABLE, Llama, LlamaRMSNorm, inverse_frequencies
 from nxdt_align.models.presets import TINY, LlamaConfig, RopeScaling, parameter_count, weight_shapes
+from nxdt_align.ops.attention import visibility
 from nxdt_align.weights.names import to_hf
 
 LLAMA3_ROPE = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
@@ -93,6 +94,53 @@ def test_logits_and_gradients_equal_those_of_transformers(shape: str, start: int
     theirs = dict(hf.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[to_hf(name)].grad, rtol=0, atol=1e-5, msg=name)
+
+
+def bounds(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """Of rows of one sequence in reading order."""
+    index = torch.arange(tokens, dtype=torch.int32).expand(rows, -1)
+    return torch.zeros_like(index), index + 1
+
+
+def test_a_window_is_that_of_transformers() -> None:
+    """Mistral's over 24 tokens, of which each sees the last 7: logits and gradients to 1e-5."""
+    model = build(replace(SHAPES["mistral"], sliding_window=7))
+    hf = transformers_model(model)
+    ids, positions = batch(model.config)
+    logits = model.logits(model(ids, positions, model.model.prepare(*bounds(*ids.shape), visibility)))
+    expected = hf(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    full = model.logits(model(ids, positions, causal(*ids.shape)))
+    assert (logits - full)[:, 7:].abs().max() > 0.1
+    torch.autograd.backward(F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
+    torch.autograd.backward(F.cross_entropy(expected.flatten(0, 1), ids.flatten()))
+    theirs = dict(hf.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[to_hf(name)].grad, rtol=0, atol=1e-5, msg=name)
+
+
+class LocalAndFull(LlamaConfig):
+    """Every other layer has the window, as some families' models."""
+
+    def window_of(self, layer: int) -> int | None:
+        return None if layer % 2 else self.sliding_window
+
+
+def test_layers_with_windows_of_their_own_get_bounds_of_their_own() -> None:
+    seen: list[Tensor] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> Tensor:
+        seen.append(context)
+        return attend(q, k, v, context)
+
+    config = LocalAndFull(**vars(replace(TINY, num_hidden_layers=3, sliding_window=5)))
+    model = Llama(config, spy)
+    ids, positions = batch(config, rows=1)
+    model(ids, positions, model.model.prepare(*bounds(1, 24), visibility))
+    full = causal(1, 24)
+    local = full.triu(-4)
+    assert [context.equal(local) for context in seen] == [True, False, True]
+    assert seen[1].equal(full) and local.sum(-1).max() == 5
 
 
 def test_positions_that_jump_equal_those_of_transformers() -> None:

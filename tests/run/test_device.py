@@ -50,10 +50,11 @@ from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.assemble import attention, device
 from nxdt_align.config.schema import Config, TrainerConfig
+from nxdt_align.models.presets import TINY
 from dataclasses import replace
 config = replace(Config(), trainer=TrainerConfig(accelerator=sys.argv[1]))
 found = device(config, RunEnv(local_rank=3), RunMode())
-print(found, moved_to, type(attention(config, found)).__name__)
+print(found, moved_to, type(attention(config, found, TINY)).__name__)
 """
 
 

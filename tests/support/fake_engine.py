@@ -46,7 +46,8 @@ def collate(micro_batch: MicroBatch, width: int = 2) -> Batch:
     return Batch(
         input_ids=owner + 1,
         position_ids=ones,
-        segment_ids=ones,
+        key_start=ones.int(),
+        key_stop=ones.int(),
         response_positions=ones,
         labels=ones,
         slot_index=ones,

@@ -209,6 +209,19 @@ def values_alone(project: Path, names: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def stopped_project(folder: Path) -> Path:
+    """The project beside a run of an earlier version that was stopped after 3 of its 5 steps."""
+    copy_project(folder)
+    shutil.copytree(WRITTEN / "cache", folder / f"cache_{STOPPED}")
+    shutil.copytree(WRITTEN / "run", folder / "experiments" / STOPPED / "2025-01-01_00-00-00")
+    return folder
+
+
+def resume(project: Path) -> Path:
+    """Go on with the run of ``stopped_project``; returns its folder."""
+    return Path(alone("reuse", str(project), STOPPED).splitlines()[-1])
+
+
 def one_process(project: Path, name: str) -> dict[str, Any]:
     """Train in this process; everything that is golden about it."""
     with Watch(project / "start" / "model.safetensors").watching() as seen:

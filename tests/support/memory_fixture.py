@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from bounds import key_bounds
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.distributed.tensor import DTensor
@@ -71,7 +72,7 @@ RECOMPUTE = [
 
 
 def batch(rows: int, tokens: int, responses: int, vocabulary: int) -> Batch:
-    """A pair per row; the last ``responses`` tokens are the two responses'."""
+    """A pair per row; ``responses`` of its tokens are the two responses', around the prompt."""
     half = responses // 2
     generator = torch.Generator().manual_seed(0)
 
@@ -81,14 +82,14 @@ def batch(rows: int, tokens: int, responses: int, vocabulary: int) -> Batch:
     def ids(columns: int) -> Tensor:
         return torch.randint(0, vocabulary, (rows, columns), generator=generator)
 
-    segments = torch.zeros(tokens, dtype=torch.long)
-    segments[tokens - responses : tokens - half] = 1
-    segments[tokens - half :] = 2
+    key_start, key_stop = key_bounds([[(half, tokens - responses, responses - half)]] * rows)
+    chosen, rejected = torch.arange(half).flip(0), torch.arange(tokens - responses + half, tokens)
     return Batch(
         input_ids=ids(tokens),
         position_ids=of_rows(torch.arange(tokens)),
-        segment_ids=of_rows(segments),
-        response_positions=of_rows(torch.arange(tokens - responses, tokens)),
+        key_start=key_start,
+        key_stop=key_stop,
+        response_positions=of_rows(torch.cat((chosen, rejected))),
         labels=ids(responses),
         slot_index=of_rows((torch.arange(responses) >= half).long()),
         slot_valid=torch.ones(rows, 2, dtype=torch.bool),

@@ -142,7 +142,9 @@ def examples() -> ExampleSet:
     return random_examples(PAIRS, seed=4, prompt=(1, 20), response=(1, 14))
 
 
-def dataset(topology: Any, layout: Layout = "packed", row: int | None = None) -> StepDataset:
+def dataset(
+    topology: Any, layout: Layout = "packed", row: int | None = None, window: int | None = None
+) -> StepDataset:
     """``row``: tokens of a row, where they are not to be chosen."""
     found = examples()
     planner = RowPlanner(
@@ -153,6 +155,7 @@ def dataset(topology: Any, layout: Layout = "packed", row: int | None = None) ->
         ranks=topology.data_parallel_size,
         micro_batch_size=1,
         buckets=None if row is None else [row],
+        window=window,
     )
     return StepDataset(found, planner, layout, topology)  # type: ignore[arg-type]
 
@@ -209,7 +212,8 @@ def start(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
 
 def batches_of(built: Any, layout: Layout = "packed", row: int | None = None) -> list[Batch]:
     """This rank's of one step over all pairs; ``row`` as for ``dataset``."""
-    found: list[Batch] = dataset(built.topology, layout, row)[tuple(range(PAIRS))]
+    window = built.config.sliding_window
+    found: list[Batch] = dataset(built.topology, layout, row, window)[tuple(range(PAIRS))]
     return found
 
 

@@ -97,7 +97,8 @@ def batch_of(ids: Tensor) -> Batch:
     return Batch(
         input_ids=ids,
         position_ids=count,
-        segment_ids=torch.zeros_like(ids),
+        key_start=torch.zeros_like(ids, dtype=torch.int32),
+        key_stop=(count + 1).int(),
         response_positions=count[:, :-1],
         labels=ids[:, 1:],
         slot_index=torch.zeros_like(ids[:, 1:]),

@@ -185,8 +185,7 @@ def test_padding_stays_where_the_configuration_asks_for_it(make_hf: MakeHF, tmp_
 
 
 def test_a_mistral_whose_window_is_shorter_than_its_context(make_hf: MakeHF, tmp_path: Path) -> None:
-    """As Mistral-7B-v0.1's. Training on it is refused for sequences that reach past the window, where
-    attention would differ; weights are converted as any others."""
+    """As Mistral-7B-v0.1's: weights are converted as any others."""
     make_hf(replace(CONFIG, model_type="mistral", sliding_window=64, max_position_embeddings=2048))
     run(tmp_path / "hf", tmp_path / "out", **SIZES)
     run(tmp_path / "out", tmp_path / "native", to="native")

@@ -9,7 +9,7 @@ from typing import Literal
 from nxdt_align.config.fields import PATH, number, reads_as
 
 Packing = Literal["none", "packed", "shared_prompt"]
-Attention = Literal["auto", "dense", "blocks", "flex"]
+Attention = Literal["auto", "dense", "blocks", "flex", "causal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,10 @@ class DataConfig:
     buckets: tuple[int, ...] | None = None
     """(ours) Row lengths in ascending order, each one compiled graph; null: chosen from the data."""
     attention: Attention = "auto"
-    """(ours) Attention kernel for packed rows. dense: an (S, S) mask, for any device; blocks: one example at
-    a time, without padding, for cpu; flex: PyTorch's compiled FlexAttention, for cuda; auto: blocks on cpu,
-    flex on cuda, else dense. Affects only the speed."""
+    """(ours) Attention kernel for rows. dense: an (S, S) mask, for any device; blocks: one example at a time,
+    without padding, for cpu; flex: PyTorch's compiled FlexAttention, for cuda; causal: the device's flash
+    kernel without a mask, for packing none alone; auto: blocks on cpu, flex on cuda, causal on neuron (engine
+    native) where packing is none, else dense. Affects only the speed."""
     format: str | None = None
     """(ours) Format of the records, e.g. pairs, fairseq2, orca, hh, sharegpt; or a custom function,
     module.function, from a record of the file to a mapping with prompt, chosen and rejected; null: detected

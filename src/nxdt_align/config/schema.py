@@ -241,6 +241,16 @@ class Config:
         return self.world_size // self.model_parallel_size
 
     @property
+    def layout(self) -> Packing:
+        """How examples are laid into rows: ``data.packing``, or the objective's default."""
+        if self.data.packing is not None:
+            return self.data.packing
+        sft = self.model_alignment_strategy.sft
+        if sft is None:
+            return "shared_prompt"
+        return "packed" if sft.packing else "none"
+
+    @property
     def validates(self) -> bool:
         """Whether the run ever validates."""
         return self.data.val_dir is not None and self.trainer.limit_val_batches != 0

@@ -1,7 +1,9 @@
 """Planned rows -> Batch: the only code that knows the position of each token in a layout.
 
-Legend as in batch.py. In every layout a response segment starts with its prompt's last token and
-lacks its own last token, so the next token is always the next position, and none is seen twice.
+Legend as in batch.py. In every layout a response starts with its prompt's last token and lacks its own last
+token, so the next token is always the next position, and none is seen twice. What a token may see stands
+together in its row, so that two numbers say it: of a prompt that two responses share, the first stands before
+it, last token first, and the second behind it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nxdt_align.batch import IGNORE_LABEL, PADDING_SEGMENT, SEGMENT_STRIDE, Batch, SlotRole
-from nxdt_align.data.packing import Bucket, Layout
+from nxdt_align.batch import IGNORE_LABEL, Batch, SlotRole
+from nxdt_align.data.packing import Bucket, Layout, shares_prompt
 from nxdt_align.data.tokenize import Example
+
+Tokens = npt.NDArray[Any]
+"""(n,) integers: token ids, or their indices in a row."""
 
 
 class Examples(Protocol):
@@ -41,6 +46,8 @@ class Collator:
     """Role of each response of an example: (CHOSEN, REJECTED) or (SINGLE,)."""
     tail_weight: float | None = None
     """Weight of a pair's tokens beyond its shorter response's length (LD-DPO); None: 1."""
+    window: int | None = None
+    """Tokens that the model's local layers see; None for a model without."""
     with_prompts: bool = False
     """Predict the prompt's tokens too, from the second on, for the likelihood of an example's first
     response."""
@@ -60,11 +67,7 @@ class Collator:
         for which, role in enumerate(self.roles):
             row = _Row(bucket, role_pattern=(role,))
             for index in indices:
-                example = self.examples[index]
-                row.add_sequence(
-                    *(example.prompt, [example.responses[which]], index, example.desirable),
-                    with_prompt=self.with_prompts and which == 0,
-                )
+                self._add(row, index, which)
             result.append(row)
         return result
 
@@ -72,14 +75,27 @@ class Collator:
         row = _Row(bucket, role_pattern=self.roles)
         for index in indices:
             example = self.examples[index]
-            # Shared: one segment group with all responses. Packed: each response repeats its prompt.
-            shared = self.layout == "shared_prompt"
-            for which, responses in enumerate([example.responses] if shared else zip(example.responses)):
-                row.add_sequence(
-                    *(example.prompt, responses, index, example.desirable),
-                    with_prompt=self.with_prompts and which == 0,
+            if self.layout == "shared_prompt" and _shares_prompt(example, self.window):
+                row.add_pair(
+                    *(example.prompt, example.responses, index, example.desirable),
+                    with_prompt=self.with_prompts,
                 )
+            else:
+                for which in range(len(example.responses)):
+                    self._add(row, index, which)
         return row
+
+    def _add(self, row: _Row, index: int, which: int) -> None:
+        example = self.examples[index]
+        row.add_sequence(
+            *(example.prompt, example.responses[which], index, example.desirable),
+            with_prompt=self.with_prompts and which == 0,
+        )
+
+
+def _shares_prompt(example: Example, window: int | None) -> bool:
+    lengths = np.array([[len(response) for response in example.responses]])
+    return bool(shares_prompt(np.array([len(example.prompt)]), lengths, window)[0])
 
 
 class _Row:
@@ -89,7 +105,8 @@ class _Row:
         tokens, responses, slots = bucket.tokens, bucket.responses, bucket.slots
         self.input_ids = np.zeros(tokens, np.int64)
         self.position_ids = np.zeros(tokens, np.int64)
-        self.segment_ids = np.full(tokens, PADDING_SEGMENT, np.int64)
+        self.key_start = np.arange(tokens, dtype=np.int32)
+        self.key_stop = self.key_start + 1
         self.response_positions = np.zeros(responses, np.int64)
         self.labels = np.full(responses, IGNORE_LABEL, np.int64)
         self.slot_index = np.zeros(responses, np.int64)
@@ -98,53 +115,84 @@ class _Row:
         self.slot_role = np.resize(np.array(role_pattern, np.int64), slots)
         self.desirable = np.ones(slots, np.bool_)
         self.record_index = np.full(slots, -1, np.int64)
-        self._token = self._response = self._slot = self._example = 0
+        self._token = self._response = self._slot = 0
 
     def add_sequence(
+        self, prompt: Tokens, response: Tokens, index: int, desirable: bool, *, with_prompt: bool
+    ) -> None:
+        """A prompt and a response, in reading order."""
+        first = self._token
+        context = self._reserve(len(prompt) - 1)
+        answer = self._reserve(len(response))
+        if with_prompt:
+            self._add_prompt_labels(prompt, context)
+        self._lay(np.concatenate([prompt, response[:-1]]), np.r_[context, answer])
+        self.key_start[first : self._token] = first
+        self._add_response(response, answer, index, desirable)
+
+    def add_pair(
         self,
-        prompt: npt.NDArray[Any],
-        responses: Sequence[npt.NDArray[Any]],
+        prompt: Tokens,
+        responses: Sequence[Tokens],
         index: int,
         desirable: bool,
         *,
         with_prompt: bool,
     ) -> None:
-        """Add the prompt without its last token, once, then each response preceded by that token."""
-        segment = self._example * SEGMENT_STRIDE
+        """A prompt without its last token, once: before it the first response, last token first, and
+        behind it the second. Each begins with the prompt's last token."""
+        chosen, rejected = responses
+        before = self._reserve(len(chosen))
+        context = self._reserve(len(prompt) - 1)
+        behind = self._reserve(len(rejected))
         if with_prompt:
-            self._add_labels(prompt[1:], len(self.slot_valid) + self._slot)
-        self._add_tokens(prompt[:-1], 0, segment)
-        for part, response in enumerate(responses, start=1):
-            self._add_labels(response, self._slot)
-            # The last prompt token predicts the first response token, so each response has its own copy of
-            # it, at its usual position; the response's last token is only predicted.
-            self._add_tokens(np.concatenate([prompt[-1:], response[:-1]]), len(prompt) - 1, segment + part)
-            self.slot_valid[self._slot] = True
-            self.desirable[self._slot] = desirable
-            self.record_index[self._slot] = index
-            self._slot += 1
-        self._example += 1
+            self._add_prompt_labels(prompt, context)
+        backwards = before[::-1]
+        # The last prompt token predicts the first response token, so each response has its own copy of it, at
+        # its usual position; the response's last token is only predicted.
+        self._lay(np.concatenate([prompt, chosen[:-1]]), np.r_[context, backwards])
+        self._lay(np.concatenate([prompt[-1:], rejected[:-1]]), behind, first_position=len(prompt) - 1)
+        # A token of the first response sees those behind it, which precede it, and all of the prompt.
+        self.key_start[before], self.key_stop[before] = before, behind[0]
+        self.key_start[context] = self.key_start[behind] = behind[0] - len(context)
+        self._add_response(chosen, backwards, index, desirable)
+        self._add_response(rejected, behind, index, desirable)
 
-    def _add_labels(self, labels: npt.NDArray[Any], slot: int) -> None:
-        """Add ``labels``, to be predicted from the tokens that are added next."""
-        place = slice(self._response, self._response + len(labels))
-        self.response_positions[place] = np.arange(self._token, self._token + len(labels))
-        self.labels[place] = labels
-        self.slot_index[place] = slot
+    def _reserve(self, tokens: int) -> Tokens:
+        """Indices of the row's next tokens."""
+        self._token += tokens
+        return np.arange(self._token - tokens, self._token)
+
+    def _lay(self, tokens: Tokens, places: Tokens, first_position: int = 0) -> None:
+        """Tokens in reading order, at these indices of the row."""
+        self.input_ids[places] = tokens
+        self.position_ids[places] = np.arange(first_position, first_position + len(tokens))
+
+    def _add_prompt_labels(self, prompt: Tokens, context: Tokens) -> None:
+        """The prompt's tokens from the second on, for the likelihood of the slot that comes next."""
+        self._add_labels(prompt[1:], context, len(self.slot_valid) + self._slot)
+
+    def _add_response(self, response: Tokens, places: Tokens, index: int, desirable: bool) -> None:
+        self._add_labels(response, places, self._slot)
+        self.slot_valid[self._slot] = True
+        self.desirable[self._slot] = desirable
+        self.record_index[self._slot] = index
+        self._slot += 1
+
+    def _add_labels(self, labels: Tokens, places: Tokens, slot: int) -> None:
+        """``labels`` in reading order, each predicted from the token at its index of the row."""
+        taken = slice(self._response, self._response + len(labels))
+        self.response_positions[taken] = places
+        self.labels[taken] = labels
+        self.slot_index[taken] = slot
         self._response += len(labels)
-
-    def _add_tokens(self, tokens: npt.NDArray[Any], first_position: int, segment: int) -> None:
-        place = slice(self._token, self._token + len(tokens))
-        self.input_ids[place] = tokens
-        self.position_ids[place] = np.arange(first_position, first_position + len(tokens))
-        self.segment_ids[place] = segment
-        self._token += len(tokens)
 
 
 _ROW_FIELDS = [
     "input_ids",
     "position_ids",
-    "segment_ids",
+    "key_start",
+    "key_stop",
     "response_positions",
     "labels",
     "slot_index",

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.schema import Config
-from nxdt_align.data.packing import Layout, RowPlanner
+from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.reading import RecordSet, Source, load_records
 from nxdt_align.data.records import DataError, with_mismatched
 from nxdt_align.data.steps import (
@@ -36,7 +36,6 @@ from nxdt_align.errors import UserError
 log = logging.getLogger(__name__)
 _PART_OF_A_PROMPT = {"system", "instruction", "input", "context", "history", "tools"}
 """Columns that probably belong to the prompt: not reading one of them is worth a warning."""
-DEFAULT_LAYOUT: Layout = "shared_prompt"
 
 
 def _identity(item: list[Batch]) -> list[Batch]:
@@ -79,6 +78,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         round_size: see RowPlanner; for training steps.
         with_prompts: the loss needs the prompts' log-probabilities too.
         fixed_micro_batches: the same number at every step of a bucket, see RowPlanner.
+        window: tokens that the model's local layers see; None for a model without such layers.
+        row_multiple: see RowPlanner.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         round_size: int = 1,
         with_prompts: bool = False,
         fixed_micro_batches: bool = False,
+        window: int | None = None,
+        row_multiple: int = 1,
     ) -> None:
         super().__init__()
         self._config = config
@@ -102,6 +105,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._round_size = round_size
         self._with_prompts = with_prompts
         self._fixed_micro_batches = fixed_micro_batches
+        self._window, self._row_multiple = window, row_multiple
         self._references: dict[Split, npt.NDArray[Any]] = {}
         self.splits: dict[Split, StepDataset] = {
             "train": self._load(_sources(config.data.train_dir), "train")
@@ -110,13 +114,6 @@ class ModelAlignmentDataModule(LightningDataModule):
             self.splits["val"] = self._load(_sources(config.data.val_dir), "val")
         self._train_sampler = self._sampler("train", steps_done=self._steps_done)
         self._dry_runs: dict[Split, DryRunDataset] = {}
-
-    @property
-    def layout(self) -> Layout:
-        if self._config.model_alignment_strategy.objective == "sft" and self._config.data.packing is None:
-            sft = self._config.model_alignment_strategy.sft
-            return "packed" if sft is not None and sft.packing else "none"
-        return self._config.data.packing or DEFAULT_LAYOUT
 
     @property
     def _tail_weight(self) -> float | None:
@@ -153,7 +150,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             examples = WholeSequences(examples)
         planner = RowPlanner(
             examples,
-            self.layout,
+            self._config.layout,
             examples_per_step=data.global_batch_size,
             seq_length=data.seq_length,
             buckets=data.buckets,
@@ -163,11 +160,13 @@ class ModelAlignmentDataModule(LightningDataModule):
             round_size=self._round_size if split == "train" else 1,
             with_prompts=self._with_prompts,
             fixed_micro_batches=self._fixed_micro_batches,
+            window=self._window,
+            row_multiple=self._row_multiple,
             name=f"data.{split}_dir",
         )
         roles = None if self._config.model_alignment_strategy.kto is None else UNPAIRED_ROLES
         return StepDataset(
-            *(examples, planner, self.layout, self._topology),
+            *(examples, planner, self._config.layout, self._topology),
             tail_weight=self._tail_weight,
             roles=roles,
             with_prompts=self._with_prompts,

@@ -52,13 +52,38 @@ class StepPlan:
     rows: tuple[tuple[int, ...], ...]
 
 
-def example_tokens(lengths: Lengths, layout: Layout) -> npt.NDArray[Any]:
+def shares_prompt(
+    prompt_length: npt.NDArray[Any], response_lengths: npt.NDArray[Any], window: int | None
+) -> npt.NDArray[Any]:
+    """(N,) bool: whether an example's responses stand around one prompt in layout shared_prompt.
+
+    ``[first response, reversed | prompt | second response]``: each token then sees one interval of keys. That
+    takes exactly two responses, and the longer of them, with the prompt, must not exceed a sliding
+    ``window``: a reversed response would see two intervals, its own tokens and the prompt's tail. Others are
+    laid as in layout packed.
+
+    Args:
+        prompt_length: (N,) tokens.
+        response_lengths: (N, k) tokens.
+    """
+    if response_lengths.shape[1] != 2:
+        return np.zeros(len(prompt_length), np.bool_)
+    longest = prompt_length - 1 + response_lengths.max(1)
+    return np.asarray(longest <= (np.inf if window is None else window))
+
+
+def example_tokens(lengths: Lengths, layout: Layout, window: int | None = None) -> npt.NDArray[Any]:
     """(N,) positions that each example takes in a row; of its longest single row for layout none."""
     context = lengths.prompt_lengths - 1
-    if layout == "shared_prompt":
-        return np.asarray(context + lengths.response_lengths.sum(1))
     sequences = context[:, None] + lengths.response_lengths
-    return np.asarray(sequences.sum(1) if layout == "packed" else sequences.max(1))
+    if layout == "none":
+        return np.asarray(sequences.max(1))
+    apart = sequences.sum(1)
+    if layout == "packed":
+        return np.asarray(apart)
+    together = context + lengths.response_lengths.sum(1)
+    shared = shares_prompt(lengths.prompt_lengths, lengths.response_lengths, window)
+    return np.asarray(np.where(shared, together, apart))
 
 
 def example_responses(lengths: Lengths, layout: Layout, with_prompts: bool = False) -> npt.NDArray[Any]:
@@ -88,7 +113,11 @@ class RowPlanner:
             more gets twice as many.
         seq_length: the longest sequence after truncation; the row length of layout none.
         with_prompts: leave room for predicted prompt tokens.
+        window: tokens that the model's local layers see; None for a model without such layers.
+        row_multiple: row lengths are multiples of this, as a device's kernel may require.
         name: name of the data set, for messages.
+
+    Raises UserError for buckets that do not hold the data, and for a window shorter than a response.
     """
 
     def __init__(
@@ -105,23 +134,27 @@ class RowPlanner:
         round_size: int = 1,
         with_prompts: bool = False,
         fixed_micro_batches: bool = False,
+        window: int | None = None,
+        row_multiple: int = 1,
         name: str = "the data",
     ) -> None:
+        _check_window(window, lengths, name)
+        self.window = window
         self.layout: Layout = layout
         self.ranks = ranks
         self.micro_batch_size = micro_batch_size
         self.min_micro_batches = min_micro_batches
         self.round_size = round_size
         self.responses_per_example = int(lengths.response_lengths.shape[1])
-        self._tokens = example_tokens(lengths, layout)
+        self._tokens = example_tokens(lengths, layout, window)
         self._all_tokens = example_tokens(lengths, "packed")
         self._responses = example_responses(lengths, layout, with_prompts)
         longest = int(self._tokens.max())
         if buckets is not None:
-            _check_buckets(buckets, longest, layout, name)
+            _check_buckets(buckets, longest, layout, row_multiple, name)
             sizes = tuple(buckets)
         elif layout == "none":
-            sizes = (seq_length,)
+            sizes = (_round_up(seq_length, row_multiple),)
         else:
             sizes = self._choose_buckets(_round_up(longest), examples_per_step)
         self.buckets = tuple(self._shape(size, examples_per_step) for size in sizes)
@@ -288,10 +321,31 @@ def _candidates(largest: int, typical_step: int) -> list[int]:
     return sorted(grid)
 
 
-def _check_buckets(buckets: Sequence[int], longest: int, layout: Layout, name: str) -> None:
+def _check_window(window: int | None, lengths: Lengths, name: str) -> None:
+    if window is None:
+        return
+    # A prompt of one token is the start of a whole sequence that is trained on.
+    longest = np.where(lengths.prompt_lengths > 1, lengths.response_lengths.max(1), 0)
+    at = int(longest.argmax())
+    if longest[at] > window:
+        raise UserError(
+            f"sliding_window: must be at least the longest response, but is {window}, and example {at} of "
+            f"{name} has a response of {longest[at]} tokens, whose last ones would see nothing of the "
+            f"prompt; set data.seq_length to {window} at most, or leave out such records"
+        )
+
+
+def _check_buckets(
+    buckets: Sequence[int], longest: int, layout: Layout, row_multiple: int, name: str
+) -> None:
     if not buckets or any(b <= 0 for b in buckets) or sorted(set(buckets)) != list(buckets):
         raise UserError(
             f"data.buckets: must be positive row lengths in ascending order, but is {list(buckets)}"
+        )
+    if any(b % row_multiple for b in buckets):
+        raise UserError(
+            f"data.buckets: must be multiples of {row_multiple}, as the flash kernel asks for, but is "
+            f"{list(buckets)}; set data.attention=dense for others"
         )
     if buckets[-1] < longest:
         raise UserError(

@@ -122,7 +122,9 @@ class StepDataset(Dataset[list[Batch]]):
         self._topology = topology
         if roles is None:
             roles = PAIR_ROLES if examples.response_lengths.shape[1] == 2 else SINGLE_ROLES
-        self._collate = Collator(examples, layout, roles, tail_weight, with_prompts)
+        self._collate = Collator(
+            examples, layout, roles, tail_weight, window=planner.window, with_prompts=with_prompts
+        )
         self._response_tokens = examples.response_lengths.sum(1)
 
     def __getitem__(self, indices: Sequence[int]) -> list[Batch]:

@@ -7,18 +7,19 @@ Legend: ``B`` rows, ``S`` tokens, ``D`` hidden, ``T`` response positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nxdt_align.batch import PADDING_SEGMENT, Batch, TokenStatistic
+from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.ranks import Group
 from nxdt_align.engines.settings import Parallel
 from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import Llama
-from nxdt_align.ops.attention import Attention
+from nxdt_align.ops.attention import Attention, pad_bounds
 from nxdt_align.ops.logprobs import VocabShard, token_logps
 from nxdt_align.ops.ragged import ModelInputs, PaddedRows, RaggedRow, Rows
 
@@ -60,16 +61,17 @@ class Scorer(nn.Module):
         """The tokens that the layers run over: without padding where shapes may follow the data."""
         return PaddedRows(inputs) if self.attention.static_shapes else RaggedRow.of(inputs)
 
-    def padded(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, positions and segments, of a length that the ranks of sequence parallel divide."""
+    def padded(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, positions and bounds, of a length that the ranks of sequence parallel divide."""
         missing = -rows.input_ids.shape[1] % self._row_multiple
         if not missing:
-            return rows.input_ids, rows.position_ids, rows.segment_ids
-        return (
-            pad(rows.input_ids, (0, missing)),
-            pad(rows.position_ids, (0, missing)),
-            pad(rows.segment_ids, (0, missing), value=PADDING_SEGMENT),
-        )
+            return rows.input_ids, rows.position_ids, rows.key_start, rows.key_stop
+        ids, positions = (pad(x, (0, missing)) for x in (rows.input_ids, rows.position_ids))
+        return ids, positions, *pad_bounds(rows.key_start, rows.key_stop, missing)
+
+    def context(self, key_start: Tensor, key_stop: Tensor) -> Any:
+        """What the layers are told of rows with these bounds, (B, S) each."""
+        return self.llama.model.prepare(key_start, key_stop, self.attention.prepare)
 
     def run(self, rows: Rows, received: Tensor | None = None) -> Tensor:
         """The layers that are here, over the rows' token ids or over an earlier part's hidden states.
@@ -77,8 +79,8 @@ class Scorer(nn.Module):
         Returns (B, S, D); a stage's layers alone give this rank's (B, S / tp, D) under sequence parallel,
         which rows are padded for.
         """
-        input_ids, position_ids, segment_ids = self.padded(rows)
-        context = self.attention.prepare(segment_ids)
+        input_ids, position_ids, *bounds = self.padded(rows)
+        context = self.context(*bounds)
         hidden: Tensor = self.llama(input_ids if received is None else received, position_ids, context)
         return hidden
 

@@ -51,15 +51,18 @@ class LlamaConfig:
     eos_token_id: TokenIds = 2
     pad_token_id: TokenIds = None
     model_type: ModelType = "llama"
-    """Mistral differs in its ``config.json`` alone, as long as its window covers the sequence."""
+    """A Mistral may have a window, and differs in its ``config.json``."""
     sliding_window: int | None = None
-    """Mistral's attention window, tokens; attention here is full, so ``from_hf_dict`` refuses one that is
-    shorter than the sequence."""
+    """Mistral's attention window: tokens that a token sees, itself included (https://arxiv.org/abs/2310.06825)."""
 
     def __post_init__(self) -> None:
         faults = broken_rules(vars(self))
         if faults:
             raise config_error("model configuration", faults)
+
+    def window_of(self, layer: int) -> int | None:
+        """Tokens that a layer's attention sees, the token itself included; None for all before it."""
+        return self.sliding_window
 
     def with_overrides(
         self,
@@ -142,16 +145,6 @@ def parameter_count(config: LlamaConfig) -> int:
     return sum(prod(shape) for shape in weight_shapes(config).values())
 
 
-def window_fault(window: int | None, needed: int) -> str | None:
-    """Why attention over ``needed`` tokens differs from a sliding window's, or None."""
-    if window is None or window >= needed:
-        return None
-    return (
-        f"`sliding_window` must be null or at least the sequence length ({needed}), but is {window}: "
-        "attention here is full, so use shorter sequences or a model without a window"
-    )
-
-
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -163,6 +156,7 @@ _POSITIVE = (
     "max_position_embeddings",
     "rms_norm_eps",
     "rope_theta",
+    "sliding_window",
 )
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (

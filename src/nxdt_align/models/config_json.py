@@ -15,17 +15,13 @@ from nxdt_align.models.config import (
     TokenIds,
     broken_rules,
     config_error,
-    window_fault,
 )
 
 
-def read_config_json(path: str | Path, sequence_length: int | None = None) -> LlamaConfig:
-    """The shape in a ``config.json``, or in that of a folder. Raises ModelConfigError.
-
-    ``sequence_length``: tokens of the longest example, see ``from_hf_dict``.
-    """
+def read_config_json(path: str | Path) -> LlamaConfig:
+    """The shape in a ``config.json``, or in that of a folder. Raises ModelConfigError."""
     file, values = load_config_json(path)
-    return from_hf_dict(values, sequence_length, where=str(file))
+    return from_hf_dict(values, where=str(file))
 
 
 def load_config_json(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -46,14 +42,11 @@ def load_config_json(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return file, values
 
 
-def from_hf_dict(
-    values: Mapping[str, Any], sequence_length: int | None = None, *, where: str = "config.json"
-) -> LlamaConfig:
+def from_hf_dict(values: Mapping[str, Any], *, where: str = "config.json") -> LlamaConfig:
     """The shape in a Hugging Face configuration; a missing key has transformers' default.
 
     Both spellings of the rotary settings are read: ``rope_theta`` with ``rope_scaling``
-    (transformers 4), and ``rope_parameters`` (5). A Mistral's attention window must cover
-    ``sequence_length`` tokens: ``max_position_embeddings`` where none is given.
+    (transformers 4), and ``rope_parameters`` (5). A Llama has no window, whatever its file says.
 
     Raises ModelConfigError naming every fault, and what this Llama does not do (biases, other
     activations, other rotary scalings, quantised weights).
@@ -67,7 +60,8 @@ def from_hf_dict(
         found[key] = fields.token_ids(key, default)
     found["rope_theta"], found["rope_scaling"] = _rotary(fields, found["max_position_embeddings"])
     if found["model_type"] == "mistral":
-        found["sliding_window"] = _window(fields, sequence_length or found["max_position_embeddings"])
+        has_none = "sliding_window" in values and values["sliding_window"] is None
+        found["sliding_window"] = None if has_none else fields.integer("sliding_window", 4096)
     _refuse_unsupported(fields)
     faults = fields.faults + broken_rules(found)
     if faults:
@@ -133,16 +127,6 @@ def _scaling(part: _Fields, whole: Mapping[str, Any], max_positions: int | None)
     if None in numbers.values():
         return None
     return RopeScaling(rope_type=kind, **numbers)
-
-
-def _window(fields: _Fields, needed: int | None) -> int | None:
-    if "sliding_window" in fields.values and fields.values["sliding_window"] is None:
-        return None
-    window = fields.integer("sliding_window", 4096)
-    fault = window_fault(window, needed) if needed else None
-    if fault:
-        fields.faults.append(fault)
-    return window
 
 
 def _refuse_unsupported(fields: _Fields) -> None:

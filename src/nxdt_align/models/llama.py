@@ -31,6 +31,10 @@ class Attend(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor: ...
 
 
+Prepare = Callable[[Tensor, Tensor], Any]
+"""The first and one past the last key that each token sees, (B, S) int32 each -> an attention's context."""
+
+
 class Recompute(Protocol):
     """Calls ``function(*args)``, keeping ``args`` alone for the backward pass and calling it again there."""
 
@@ -202,8 +206,11 @@ class LlamaMLP(Recomputable):
 
 
 class LlamaDecoderLayer(Recomputable):
-    def __init__(self, config: LlamaConfig, attend: Attend) -> None:
+    """``window``: the last tokens that its attention sees; None for all."""
+
+    def __init__(self, config: LlamaConfig, attend: Attend, window: int | None) -> None:
         super().__init__()
+        self.window = window
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LlamaAttention(config, attend)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -233,18 +240,40 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, attend) for _ in range(config.num_hidden_layers)
+            LlamaDecoderLayer(config, attend, config.window_of(i)) for i in range(config.num_hidden_layers)
         )
+        self._windows = {config.window_of(i) for i in range(config.num_hidden_layers)}
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def prepare(self, key_start: Tensor, key_stop: Tensor, prepare: Prepare) -> Any:
+        """What ``forward`` takes as context, of rows whose tokens see these keys, (B, S) int32 each.
+
+        Where layers have different windows: a context for each window.
+        """
+
+        def of_window(window: int | None) -> Any:
+            if window is None:
+                return prepare(key_start, key_stop)
+            # Right in reading order. A response that is laid last token first must not be longer than the
+            # window, with its prompt: the row plan sees to that. Its stop is kept either way.
+            index = torch.arange(key_start.shape[1], dtype=key_start.dtype, device=key_start.device)
+            return prepare(torch.maximum(key_start, index + (1 - window)), key_stop)
+
+        contexts = {window: of_window(window) for window in self._windows}
+        return contexts if len(contexts) > 1 else next(iter(contexts.values()))
+
+    def context_of(self, layer: nn.Module, context: Any) -> Any:
+        """``layer``'s own, out of what ``prepare`` gave."""
+        return context[layer.window] if len(self._windows) > 1 else context
+
     def forward(self, x: Tensor, position_ids: Tensor, context: Any) -> Tensor:
-        """(B, S) int64 token ids, or (B, S, D) hidden states, and (B, S) int64 -> (B, S, D)."""
+        """(B, S) token ids, or (B, S, D) hidden states, and (B, S) positions -> (B, S, D)."""
         if not self.takes_hidden_states:
             assert self.embed_tokens is not None
             x = self.embed_tokens(x)
         rotary = self.rotary_emb(position_ids)
         for layer in self.layers.children():
-            x = layer(x, rotary, context)
+            x = layer(x, rotary, self.context_of(layer, context))
         return x if self.norm is None else self.norm(x)
 
 
@@ -262,8 +291,8 @@ class Llama(nn.Module):
 
     Args:
         config: its shape.
-        attend: the attention over (q, k, v, context); ``context`` is prepared once per batch by whoever
-            made ``attend`` and passed through unread.
+        attend: the attention over (q, k, v, context); ``context`` is made once per batch, by
+            ``model.prepare`` of what ``attend`` prepares.
 
     Weights are PyTorch's defaults until an engine loads others. Built under ``torch.device("meta")``, it
     wants ``.to_empty(device=...)`` first.
@@ -278,7 +307,7 @@ class Llama(nn.Module):
         self.register_module("lm_head", head)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
-        """(B, S), (B, S) int64 -> the hidden states below the head, (B, S, D): see ``logits``.
+        """(B, S), (B, S) integers -> the hidden states below the head, (B, S, D): see ``logits``.
 
         Where ``model`` takes hidden states: those, (B, S, D), instead of ``input_ids``.
         """

@@ -1,7 +1,7 @@
-"""Attention over packed rows, an example at a time: no dense mask, no work between examples.
+"""Attention by intervals for eager devices: a sequence at a time, no dense mask, no work between sequences.
 
-For eager devices: where blocks begin and end is read on the host, so shapes follow the data.
-Legend as in ``attention.py``; ``L`` tokens of one block.
+Where blocks begin and end is read off the bounds on the host, so shapes follow the data. Legend as in
+``attention.py``; ``L`` tokens of one block.
 """
 
 from __future__ import annotations
@@ -14,29 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from nxdt_align.batch import PADDING_SEGMENT, SEGMENT_STRIDE
-from nxdt_align.ops.attention import visibility
-
 MERGED_TOKENS = 64
-"""Neighbouring examples share one masked block up to this size: below it, calls cost more than sums."""
+"""Neighbouring sequences share one masked block up to this size: below it, calls cost more than sums."""
+LONGEST_SLIDING = 512
+"""Queries of a sliding window that share one product: each sees few of the keys of a longer stretch."""
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Neighbouring tokens of one segment, counted over all rows."""
-
-    start: int
-    length: int
-    segment: int
-
-    @property
-    def example(self) -> int:
-        return self.segment // SEGMENT_STRIDE
-
-
-@dataclass(frozen=True)
-class _Padding:
-    """Tokens that see themselves alone."""
+class _Alone:
+    """Tokens that see themselves alone: padding, and prompts of one token."""
 
     length: int
 
@@ -45,59 +31,57 @@ class _Padding:
 
 
 @dataclass(frozen=True)
-class _Masked:
-    """Several small examples behind one mask, (L, L) bool."""
+class _Part:
+    """Queries of a block, the one stretch of keys that they see, and who sees which of them."""
 
-    length: int
-    mask: Tensor
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+    queries: slice
+    keys: slice
+    causal: bool
+    mask: Tensor | None
+    """(queries, keys) bool; None where each sees all, or is causal."""
 
 
 @dataclass(frozen=True)
-class _Single:
-    """One example: prompt and first response are causal; each later response sees prompt and itself."""
+class _Block:
+    """Tokens that see no others, and that no others see."""
 
     length: int
-    prompt: int
-    responses: tuple[int, ...]
-    masks: tuple[Tensor, ...]
-    """For each response after the first, (n, prompt + n) bool."""
+    parts: tuple[_Part, ...]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        end = self.prompt + (self.responses[0] if self.responses else 0)
-        first = slice(end)
-        parts = [scaled_dot_product_attention(q[:, :, first], k[:, :, first], v[:, :, first], is_causal=True)]
-        for length, mask in zip(self.responses[1:], self.masks, strict=True):
-            own = slice(end, end + length)
-            keys = torch.cat((k[:, :, : self.prompt], k[:, :, own]), 2)
-            values = torch.cat((v[:, :, : self.prompt], v[:, :, own]), 2)
-            parts.append(scaled_dot_product_attention(q[:, :, own], keys, values, attn_mask=mask))
-            end += length
-        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-
-
-_Block = _Padding | _Masked | _Single
+        out = [
+            scaled_dot_product_attention(
+                q[:, :, part.queries],
+                k[:, :, part.keys],
+                v[:, :, part.keys],
+                attn_mask=part.mask,
+                is_causal=part.causal,
+            )
+            for part in self.parts
+        ]
+        return torch.cat(out, 2) if len(out) > 1 else out[0]
 
 
 class BlockAttention:
-    """Causal attention inside each example, in blocks found from the segment ids on the host.
+    """Attention inside each sequence, or pair with a shared prompt, in blocks that the bounds give.
 
-    ``prepare`` raises ValueError where an example's tokens do not stand together, prompt first.
+    ``prepare`` raises ValueError for a token that does not see itself.
     """
 
     static_shapes = False
 
-    def prepare(self, segment_ids: Tensor) -> Sequence[_Block]:
-        return [block for row, ids in enumerate(segment_ids.cpu()) for block in _blocks(ids, f"row {row}")]
+    def prepare(self, key_start: Tensor, key_stop: Tensor) -> Sequence[_Alone | _Block]:
+        rows = zip(key_start.cpu(), key_stop.cpu(), strict=True)
+        return [
+            block for row, (start, stop) in enumerate(rows) for block in _blocks(start, stop, f"row {row}")
+        ]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
-        blocks: Sequence[_Block] = context
+        blocks: Sequence[_Alone | _Block] = context
         shape, groups = q.shape, q.shape[2] // k.shape[2]
         if groups > 1:
             k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-        if all(isinstance(block, _Padding) for block in blocks):
+        if all(isinstance(block, _Alone) for block in blocks):
             # Queries and keys count for nothing, but all ranks must have gradients for the same weights.
             return v + 0.0 * (q.sum() + k.sum())
         lengths = [block.length for block in blocks]
@@ -108,62 +92,82 @@ class BlockAttention:
         return torch.cat([part.transpose(1, 2) for part in out], 1).view(shape)
 
 
-def _blocks(segment_ids: Tensor, where: str) -> Iterator[_Block]:
+def _blocks(start: Tensor, stop: Tensor, where: str) -> Iterator[_Alone | _Block]:
     """The blocks of one row, (S,), in order."""
-    waiting: list[list[_Run]] = []
-    for runs in _examples(segment_ids, where):
-        size = _size(runs)
-        if waiting and sum(map(_size, waiting)) + size > MERGED_TOKENS:
-            yield _joined(waiting, segment_ids)
-            waiting = []
-        if runs[0].segment == PADDING_SEGMENT:
-            if waiting:
-                yield _joined(waiting, segment_ids)
-                waiting = []
-            yield _Padding(size)
+    size = len(start)
+    index = torch.arange(size, dtype=start.dtype)
+    blind = ((start > index) | (stop <= index)).nonzero().flatten()
+    if len(blind):
+        s = int(blind[0])
+        raise ValueError(f"{where}: token {s} sees the keys [{start[s]}, {stop[s]}), without itself")
+    if not size:
+        return
+    # A block ends where no earlier token sees a later one, and no later one an earlier.
+    seen_by_earlier = stop.cummax(0).values[:-1] > index[1:]
+    sees_earlier = start.flip(0).cummin(0).values.flip(0)[1:] < index[1:]
+    edges = [0, *((~(seen_by_earlier | sees_earlier)).nonzero().flatten() + 1).tolist(), size]
+    single = [edges[i + 1] - edges[i] == 1 for i in range(len(edges) - 1)] + [False]
+    first, count = 0, len(edges) - 1
+    while first < count:
+        last = first + 1
+        if single[first] and single[first + 1]:
+            while single[last]:
+                last += 1
+            yield _Alone(last - first)
         else:
-            waiting.append(runs)
-    if waiting:
-        yield _joined(waiting, segment_ids)
+            # Up to a stretch of tokens alone, as padding is, which needs no product.
+            while (
+                last < count
+                and edges[last + 1] - edges[first] <= MERGED_TOKENS
+                and not (single[last] and single[last + 1])
+            ):
+                last += 1
+            begin, end = edges[first], edges[last]
+            yield _block(start[begin:end] - begin, stop[begin:end] - begin, merged=last - first > 1)
+        first = last
 
 
-def _joined(examples: list[list[_Run]], segment_ids: Tensor) -> _Block:
-    size = sum(map(_size, examples))
-    if len(examples) > 1:
-        start = examples[0][0].start
-        return _Masked(size, visibility(segment_ids[None, start : start + size])[0])
-    (runs,) = examples
-    has_prompt = runs[0].segment % SEGMENT_STRIDE == 0
-    prompt = runs[0].length if has_prompt else 0
-    responses = tuple(run.length for run in runs[has_prompt:])
-    masks = tuple(torch.ones(n, prompt + n, dtype=torch.bool).tril(prompt) for n in responses[1:])
-    return _Single(size, prompt, responses, masks)
+def _block(start: Tensor, stop: Tensor, *, merged: bool) -> _Block:
+    """``merged``: of several sequences, which share a mask instead of a call each."""
+    runs = [(0, len(start))] if merged else _runs(start, stop)
+    return _Block(len(start), tuple(_part(start, stop, begin, end) for begin, end in runs))
 
 
-def _examples(segment_ids: Tensor, where: str) -> Iterator[list[_Run]]:
-    """Runs by example; a stretch of padding counts as one."""
-    values, counts = (x.tolist() for x in torch.unique_consecutive(segment_ids, return_counts=True))
-    seen: set[int] = set()
-    group: list[_Run] = []
-    start = 0
-    for segment, length in zip(values, counts, strict=True):
-        if segment != PADDING_SEGMENT and segment in seen:
-            raise ValueError(f"{where}: the tokens of segment {segment} do not stand together")
-        run = _Run(start, length, segment)
-        is_prompt = segment % SEGMENT_STRIDE == 0
-        if group and run.example == group[-1].example and is_prompt:
-            raise ValueError(f"{where}: the prompt of segment {segment} stands after its responses")
-        if group and run.example != group[-1].example:
-            yield group
-            group = []
-        if not group and segment != PADDING_SEGMENT and any(s // SEGMENT_STRIDE == run.example for s in seen):
-            raise ValueError(f"{where}: the segments of example {run.example} do not stand together")
-        group.append(run)
-        seen.add(segment)
-        start += length
-    if group:
-        yield group
+def _part(start: Tensor, stop: Tensor, begin: int, end: int) -> _Part:
+    lower, upper = start[begin:end, None], stop[begin:end, None]
+    first, last = int(lower.min()), int(upper.max())
+    queries, keys = slice(begin, end), slice(first, last)
+    count = torch.arange(begin + 1, end + 1, dtype=stop.dtype)[:, None]
+    if first == begin and bool((lower == begin).all() and (upper == count).all()):
+        return _Part(queries, keys, causal=True, mask=None)
+    if bool((lower == first).all() and (upper == last).all()):
+        return _Part(queries, keys, causal=False, mask=None)
+    index = torch.arange(first, last, dtype=start.dtype)
+    return _Part(queries, keys, causal=False, mask=(index >= lower) & (index < upper))
 
 
-def _size(runs: Sequence[_Run]) -> int:
-    return sum(run.length for run in runs)
+_SLIDING, _OTHER = 3, -1
+
+
+def _runs(start: Tensor, stop: Tensor) -> list[tuple[int, int]]:
+    """Stretches of tokens whose bounds move alike from each to the next.
+
+    A stop that moves is a sequence in reading order; a start that moves, a reversed response; both, a window
+    that slides.
+    """
+    of_start, of_stop = start.diff(), stop.diff()
+    is_step = (of_start >= 0) & (of_start <= 1) & (of_stop >= 0) & (of_stop <= 1)
+    moves = torch.where(is_step, of_start * 2 + of_stop, _OTHER)
+    runs: list[tuple[int, int]] = []
+    begin, size = 0, len(start)
+    while begin < size:
+        move = int(moves[begin]) if begin < size - 1 else _OTHER
+        end = begin + 1
+        if move != _OTHER:
+            others = (moves[begin:] != move).nonzero()
+            end = begin + int(others[0]) + 1 if len(others) else size
+        if move == _SLIDING:
+            end = min(end, begin + LONGEST_SLIDING)
+        runs.append((begin, end))
+        begin = end
+    return runs

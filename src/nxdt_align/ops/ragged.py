@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from nxdt_align.batch import IGNORE_LABEL, PADDING_SEGMENT, SEGMENT_STRIDE, Batch
+from nxdt_align.batch import IGNORE_LABEL, Batch
 
 
 class ModelInputs(NamedTuple):
@@ -20,7 +20,8 @@ class ModelInputs(NamedTuple):
 
     input_ids: Tensor
     position_ids: Tensor
-    segment_ids: Tensor
+    key_start: Tensor
+    key_stop: Tensor
     response_positions: Tensor
     labels: Tensor
 
@@ -37,7 +38,9 @@ class Rows(Protocol):
     @property
     def position_ids(self) -> Tensor: ...
     @property
-    def segment_ids(self) -> Tensor: ...
+    def key_start(self) -> Tensor: ...
+    @property
+    def key_stop(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
 
@@ -54,7 +57,9 @@ class PaddedRows:
     """A batch's rows as they are: static shapes."""
 
     def __init__(self, inputs: ModelInputs) -> None:
-        self.input_ids, self.position_ids, self.segment_ids, self._positions, self.labels = inputs
+        self.input_ids, self.position_ids = inputs.input_ids, inputs.position_ids
+        self.key_start, self.key_stop = inputs.key_start, inputs.key_stop
+        self.labels, self._positions = inputs.labels, inputs.response_positions
 
     def at_responses(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, T, D)."""
@@ -66,14 +71,16 @@ class PaddedRows:
 
 @dataclass(frozen=True)
 class RaggedRow:
-    """What the model reads, without the places that hold nothing."""
+    """What the model reads, without padding."""
 
     input_ids: Tensor
     """(1, K) int64"""
     position_ids: Tensor
     """(1, K) int64"""
-    segment_ids: Tensor
-    """(1, K) int64. Examples of different rows have different ids."""
+    key_start: Tensor
+    """(1, K) int32. Bounds of the keys that each token sees, counted over all rows together."""
+    key_stop: Tensor
+    """(1, K) int32"""
     response_positions: Tensor
     """(M,) int64. Index into the row from which a response token is predicted."""
     labels: Tensor
@@ -84,20 +91,22 @@ class RaggedRow:
 
     @classmethod
     def of(cls, batch: ModelInputs) -> RaggedRow:
-        rows, size = batch.segment_ids.shape
-        is_real = batch.segment_ids.reshape(-1) != PADDING_SEGMENT
-        kept = is_real.nonzero().squeeze(1)
-        row = torch.arange(rows, device=kept.device)[:, None]
-        # A row has no more examples than tokens.
-        apart = (batch.segment_ids + row * SEGMENT_STRIDE * size).reshape(-1)
-        places = (batch.labels.reshape(-1) != IGNORE_LABEL).nonzero().squeeze(1)
-        flat_positions = (batch.response_positions + row * size).reshape(-1)[places]
-        new_position = is_real.cumsum(0) - 1
+        size = batch.input_ids.shape[1]
+        index = torch.arange(size, device=batch.input_ids.device)
+        has_label = batch.labels != IGNORE_LABEL
+        # Padding comes last, and a row's last token predicts a label: the bounds of padding, [s, s + 1), may
+        # be those of a prompt of one token too.
+        used = torch.where(has_label, batch.response_positions + 1, 0).amax(1)
+        kept = (index < used[:, None]).reshape(-1).nonzero().squeeze(1)
+        # Rows move up by the padding before them, and with them all that counts tokens.
+        shift = (used.cumsum(0) - used)[:, None]
+        places = has_label.reshape(-1).nonzero().squeeze(1)
         return cls(
             input_ids=batch.input_ids.reshape(-1)[kept][None],
             position_ids=batch.position_ids.reshape(-1)[kept][None],
-            segment_ids=apart[kept][None],
-            response_positions=new_position[flat_positions],
+            key_start=(batch.key_start + shift).to(torch.int32).reshape(-1)[kept][None],
+            key_stop=(batch.key_stop + shift).to(torch.int32).reshape(-1)[kept][None],
+            response_positions=(batch.response_positions + shift).reshape(-1)[places],
             labels=batch.labels.reshape(-1)[places],
             _places=places,
             _shape=batch.labels.shape,

@@ -61,12 +61,14 @@ def _attention(work: Workload, whole: bool = False) -> int:
 
 
 def _kernel(work: Workload) -> int:
-    """Keys and values are repeated to the queries' heads."""
+    """Keys and values are repeated to the queries' heads, but for scores. Of these the softmax keeps a
+    float32 copy, and the product with the values another in a lower precision."""
     n, head = work.positions, work.model.head_dim
     pairs = n * work.tokens
     if work.attention == "scores":
-        # softmax saves its output, (rows, heads, S, S); q, k and v are float32 for it.
-        return (3 * n * head + pairs) * work.heads * FLOAT
+        size = work.formats.activation
+        copies = FLOAT + (size if size < FLOAT else 0)
+        return n * (work.heads + 2 * work.own_kv_heads) * head * size + pairs * work.heads * copies
     inputs = n * work.heads * (3 * head * work.formats.activation + FLOAT)
     # The fused kernel saves one logsumexp per query and head (the FLOAT above), not the scores.
     return inputs + (pairs * work.formats.activation if work.attention == "masked" else 0)
@@ -131,10 +133,12 @@ def _in_attention(work: Workload) -> int:
 
 
 def _attention_gradients(work: Workload) -> int:
-    """Of queries, keys, values and result; with scores, of them and of the softmax's input."""
+    """Of queries, keys, values and result; with scores, of the softmax's input and output, by when the copy
+    in a lower precision is free again."""
     n, size = work.positions, work.formats.activation
     if work.attention == "scores":
-        return (4 * n * work.model.head_dim + 2 * n * work.tokens) * work.heads * FLOAT
+        of_scores = 2 * FLOAT - (size if size < FLOAT else 0)
+        return (4 * n * work.model.head_dim * size + n * work.tokens * of_scores) * work.heads
     return 4 * n * work.heads * work.model.head_dim * size
 
 

@@ -30,7 +30,7 @@ from nxdt_align.losses.custom import given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss
 from nxdt_align.models.presets import LlamaConfig, read_config_json
-from nxdt_align.ops.attention import Attention, DenseAttention
+from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.own_parts import OwnPartError, find_class, make
@@ -163,13 +163,14 @@ def _xla_device(env: RunEnv) -> torch.device:
 
 
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
+"""Backends that run on one type of device alone, where they are the default."""
+FLASH_MULTIPLE = {"neuron": 512}
+"""Device type -> row lengths are multiples of this for its flash kernel."""
 
 
-def attention(config: Config, where: torch.device) -> Attention:
-    """The attention for device ``where``. Raises UserError for a kind that the device does not support."""
-    kind: str = config.data.attention
-    if kind == "auto":
-        kind = ATTENTION_OF_DEVICE.get(where.type, "dense")
+def attention(config: Config, where: torch.device, model: LlamaConfig) -> Attention:
+    """The attention for device ``where``. Raises UserError for one that it or the layout does not support."""
+    kind = _attention_kind(config, where, model)
     for device_type, only in ATTENTION_OF_DEVICE.items():
         if kind == only and where.type != device_type:
             fitting = ["auto", "dense", *filter(None, [ATTENTION_OF_DEVICE.get(where.type)])]
@@ -179,7 +180,47 @@ def attention(config: Config, where: torch.device) -> Attention:
             )
     if kind == "blocks":
         return BlockAttention()
+    if kind == "causal":
+        check_attention(config, model)
+        return CausalAttention(FLASH_MULTIPLE.get(where.type, 1))
     return FlexAttention() if kind == "flex" else DenseAttention()
+
+
+def row_multiple(config: Config, where: torch.device, model: LlamaConfig) -> int:
+    """Row lengths must be multiples of this, for the attention that is chosen for ``where``."""
+    is_causal = _attention_kind(config, where, model) == "causal"
+    return FLASH_MULTIPLE.get(where.type, 1) if is_causal else 1
+
+
+def check_attention(config: Config, model: LlamaConfig) -> None:
+    """Raises UserError where ``data.attention`` cannot compute the layout, whatever the device."""
+    fault = why_not_causal(config, model)
+    if config.data.attention == "causal" and fault is not None:
+        raise UserError(f"data.attention: causal takes no bounds of what a token sees, {fault}")
+
+
+def why_not_causal(config: Config, model: LlamaConfig) -> str | None:
+    """What attention needs bounds for, and what would do; None where each token may see all before it."""
+    if config.layout != "none":
+        return (
+            f"which rows of several sequences need, but the layout is {config.layout}: set "
+            "data.packing=none, the one layout that it computes, or data.attention=dense for any layout"
+        )
+    window, longest = model.sliding_window, config.data.seq_length
+    if window is not None and window < longest:
+        return (
+            f"which a window needs: sliding_window is {window}, but data.seq_length {longest}; set "
+            f"data.seq_length to {window} at most, or data.attention=dense"
+        )
+    return None
+
+
+def _attention_kind(config: Config, where: torch.device, model: LlamaConfig) -> str:
+    if config.data.attention != "auto":
+        return config.data.attention
+    if where.type in FLASH_MULTIPLE and config.data.buckets is None and why_not_causal(config, model) is None:
+        return "causal"
+    return ATTENTION_OF_DEVICE.get(where.type, "dense")
 
 
 def cluster(env: RunEnv) -> ClusterEnvironment:
@@ -193,7 +234,7 @@ def model_config(config: Config) -> LlamaConfig:
     source = model.model_config or config.exp_manager.resume_from_checkpoint
     if source is None:
         raise UserError("model.model_config: must name a Hugging Face config.json or a folder that holds one")
-    return read_config_json(Path(source), config.data.seq_length).with_overrides(
+    return read_config_json(Path(source)).with_overrides(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         rope_theta=model.rope_theta,

@@ -67,6 +67,11 @@ class EngineParts(Protocol):
     @property
     def checkpoints(self) -> Checkpoints: ...
 
+    @property
+    def row_multiple(self) -> int:
+        """Tokens that rows have to be a multiple of."""
+        ...
+
     def engine(self) -> Engine: ...
 
     def notes_on(self, folder: Path) -> list[str]:

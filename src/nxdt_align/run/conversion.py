@@ -15,14 +15,14 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import Partition
-from nxdt_align.models.presets import LlamaConfig, from_hf_dict
+from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.run.native_writer import NativeWriter
 from nxdt_align.run.resume import IDENTITY_FILE
 from nxdt_align.run.shard_sizes import ShardSizes, SourceFlags, listed
 from nxdt_align.weights import inspect
 from nxdt_align.weights.convert import Conversion, Report, Writer
-from nxdt_align.weights.detect import check_weights, find_config_file, layout_of, open_source, read_shape
+from nxdt_align.weights.detect import check_weights, find_config_file, layout_of, open_source
 from nxdt_align.weights.hf_writer import MAX_SHARD_BYTES, HFWriter, tokenizer_files
 from nxdt_align.weights.inspect import to_text
 from nxdt_align.weights.nxdt import NxDTFolder
@@ -245,7 +245,7 @@ def open_weights(
     is_of_nxd = is_nxd_checkpoint(path)
     if not is_of_nxd and not is_checkpoint(path):
         return open_source(path, config_file, unequal_replicas=first_replica)
-    config = _run_model(path) if config_file is None else read_shape(config_file)
+    config = _run_model(path) if config_file is None else read_config_json(config_file)
     if config is None:
         raise UserError(
             f"no {IDENTITY_FILE} above {path} says what model it is of: give its config.json with --config"
@@ -262,12 +262,12 @@ def _run_model(checkpoint: Path) -> LlamaConfig | None:
     """The shape from the record in the run's folder, above its checkpoints; a converted checkpoint contains
     its own."""
     if (checkpoint / "config.json").is_file():
-        return read_shape(checkpoint)
+        return read_config_json(checkpoint)
     for folder in list(checkpoint.absolute().parents)[:2]:
         file = folder / IDENTITY_FILE
         if file.is_file():
             values = json.loads(file.read_text())["of"]["model"]
-            return from_hf_dict(values, sequence_length=1, where=str(file))  # as ``read_shape``
+            return from_hf_dict(values, where=str(file))
     return None
 
 

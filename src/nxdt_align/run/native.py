@@ -31,7 +31,12 @@ class NativeParts:
         check_sizes(model, config.distributed_strategy.tensor_model_parallel_size)
         check_pipeline(model, assemble.parallel(config))
         self.precision = assemble.precision(config)
+        self._attention = assemble.attention(config, self.device, model)
         self.reference_precision = assemble.reference_precision(config)
+
+    @property
+    def row_multiple(self) -> int:
+        return assemble.row_multiple(self._config, self.device, self._model)
 
     def engine(self) -> Engine:
         model = self._config.model
@@ -41,7 +46,7 @@ class NativeParts:
         how = xla.recompute if on_xla else None
         engine = (XlaEngine if on_xla else NativeEngine)(
             self._model,
-            assemble.attention(self._config, self.device),
+            self._attention,
             precision=self.precision,
             reference_precision=self.reference_precision,
             topology=self.topology,

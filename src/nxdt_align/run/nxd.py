@@ -20,6 +20,7 @@ from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
+from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
@@ -52,6 +53,9 @@ class NxDParts:
 
         self.mesh = make_mesh(parallel, self.platform)
         self.topology = self.mesh.topology
+
+    row_multiple = 1
+    """Its own kernel says on the first batch what rows it takes."""
 
     def engine(self) -> Engine:
         from nxdt_align.engines.nxd.engine import NxDEngine
@@ -91,8 +95,9 @@ class NxDParts:
             )
         if not config.model.fusions.flash_attention or self.platform.backend != "neuron":
             return DenseAttention()
-        if config.data.packing != "none":
-            log.info("model.fusions.flash_attention: packed rows need a mask, which the kernel does not take")
+        fault = assemble.why_not_causal(config, self._model)
+        if fault is not None:
+            log.info("model.fusions.flash_attention: a mask is used, %s", fault)
             return DenseAttention()
         return CausalFlashAttention(nki_kernel(), transpose_inputs=config.model.transpose_nki_inputs)
 

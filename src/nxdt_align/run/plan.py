@@ -22,6 +22,7 @@ def plan_report(config: Config, engine: Engine) -> str:
     custom loss that training would refuse.
     """
     ranks, model = config.data_parallel_size, assemble.model_config(config)
+    assemble.check_attention(config, model)
     objective = GlobalMeanObjective(assemble.loss(config, engine))
     cache = config.data.cache_dir
     data = ModelAlignmentDataModule(
@@ -32,12 +33,13 @@ def plan_report(config: Config, engine: Engine) -> str:
         with_prompts=objective.needs_prompts,
         fixed_micro_batches=config.trainer.accelerator == "xla",
         **assemble.micro_batch_needs(config),
+        window=model.sliding_window,
     )
     planner = data.splits["train"].planner
     memory = memory_report(
         config,
         model,
-        data.layout,
+        config.layout,
         planner.responses_per_example,
         planner.buckets[-1],
         needs_reference=objective.needs_reference,

@@ -65,7 +65,13 @@ class Policy:
             )
         longest = int((pairs.prompt_lengths + pairs.response_lengths.max(1)).max())
         # Rows must hold the longest pair, prompt and both responses.
-        planner = RowPlanner(pairs, "shared_prompt", examples_per_step=batch_size, seq_length=longest)
+        planner = RowPlanner(
+            pairs,
+            "shared_prompt",
+            examples_per_step=batch_size,
+            seq_length=longest,
+            window=self.config.sliding_window,
+        )
         rows = StepDataset(pairs, planner, "shared_prompt", Topology())
         sums = torch.zeros(len(pairs), 2)
         for start in range(0, len(pairs), batch_size):

@@ -88,6 +88,8 @@ class Run:
             with_prompts=self.objective.needs_prompts,
             **assemble.micro_batch_needs(config),
             fixed_micro_batches=mode.fixes_micro_batches(self.parts.device),
+            window=self.model_config.sliding_window,
+            row_multiple=self.parts.row_multiple,
         )
         for report in row_reports(self.data.splits, config.data).values():
             log.info("%s", report)

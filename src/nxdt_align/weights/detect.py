@@ -78,12 +78,6 @@ def _holds_weights(folder: Path) -> bool:
     )
 
 
-def read_shape(path: Path) -> LlamaConfig:
-    """The model's shape in a config.json, or in that of a folder. Any attention window is accepted, as
-    converting computes no attention. Raises ModelConfigError."""
-    return read_config_json(path, sequence_length=1)
-
-
 def open_source(
     path: Path, config_file: Path | None = None, *, unequal_replicas: bool = False
 ) -> tuple[WeightSource, LlamaConfig]:
@@ -94,7 +88,7 @@ def open_source(
     """
     layout = layout_of(path)
     if layout == "meta":
-        meta = MetaFolder(path, None if config_file is None else read_shape(config_file))
+        meta = MetaFolder(path, None if config_file is None else read_config_json(config_file))
         check_weights(meta, meta.config, hint=f"{PARAMS} must be that of the weights, or a shard is missing")
         return meta, meta.config
     if layout == "nxdt":
@@ -104,7 +98,7 @@ def open_source(
                 f"{path} has no config.json, and the sizes of heads do not follow from shards: give the "
                 "model's config.json with --config"
             )
-        config = read_shape(file)
+        config = read_config_json(file)
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=unequal_replicas)
         return sharded, sharded.config
     _require_weights(path)
@@ -112,7 +106,7 @@ def open_source(
     if file is None:
         raise WeightsError(f"{path} has no config.json: give the model's with --config")
     folder = HFFolder(path, file)
-    config = read_shape(file)
+    config = read_config_json(file)
     check_weights(folder, config)
     return folder, config
 

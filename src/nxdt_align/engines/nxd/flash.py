@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from nxdt_align.engines.base import EngineError
+from nxdt_align.ops.attention import CausalAttention
 
 Kernel = Callable[..., Tensor]
 """neuronx_distributed's nki_flash_attn_func: (B, N, H, S) each, or with transpose_nki_inputs=False
@@ -31,26 +32,16 @@ def nki_kernel() -> Kernel:
     return kernel
 
 
-class CausalFlashAttention:
-    """Every token sees the earlier ones of its row: right in layout none, where padding comes last.
+class CausalFlashAttention(CausalAttention):
+    """``CausalAttention`` by NxD's kernel.
 
     ``transpose_inputs``: whether the kernel gets them as it computes with them, or transposes them itself.
     """
 
-    static_shapes = True
-
     def __init__(self, kernel: Kernel, *, transpose_inputs: bool = True) -> None:
+        super().__init__(TILE, "model.fusions.flash_attention=False")
         self._kernel = kernel
         self._transpose = transpose_inputs
-
-    def prepare(self, segment_ids: Tensor) -> None:
-        """Nothing. Raises EngineError for rows of a length that the kernel does not take."""
-        tokens = segment_ids.shape[1]
-        if tokens % TILE:
-            raise EngineError(
-                f"model.fusions.flash_attention: needs rows of a multiple of {TILE} tokens, but a row has "
-                f"{tokens}; set data.seq_length to such a multiple, or model.fusions.flash_attention=False"
-            )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: None) -> Tensor:
         """q (B, S, N, H), k and v (B, S, K, H) -> (B, S, N, H)."""

@@ -26,7 +26,7 @@ from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import LlamaDecoderLayer
 from nxdt_align.ops.ragged import ModelInputs
 
-INPUTS = ("input_ids", "position_ids", "segment_ids")
+INPUTS = ("input_ids", "position_ids", "key_start", "key_stop")
 
 
 @dataclass
@@ -47,10 +47,10 @@ class Places(nn.Module):
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
         self.rotary_emb = scorer.llama.model.rotary_emb
-        self._attention = scorer.attention
+        self._context = scorer.context
 
-    def forward(self, position_ids: Tensor, segment_ids: Tensor) -> tuple[Any, Any]:
-        return self.rotary_emb(position_ids), self._attention.prepare(segment_ids)
+    def forward(self, position_ids: Tensor, key_start: Tensor, key_stop: Tensor) -> tuple[Any, Any]:
+        return self.rotary_emb(position_ids), self._context(key_start, key_stop)
 
 
 class Reader(nn.Module):
@@ -90,16 +90,16 @@ class StagedScorer(nn.Module):
         self.reader = Reader(scorer)
         self._ends = frozenset(stage_ends)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, key_start: Tensor, key_stop: Tensor) -> Tensor:
         body = self.llama.model
         assert body.embed_tokens is not None and body.norm is not None
         x = body.embed_tokens(input_ids)
-        where = self.places(position_ids, segment_ids)
+        where = self.places(position_ids, key_start, key_stop)
         for number, layer in enumerate(body.layers.children()):
-            x = layer(x, where[0], where[1])
+            x = layer(x, where[0], body.context_of(layer, where[1]))
             if number in self._ends:
                 # In the trace this comes after the cut: it is the next stage's own.
-                where = self.places(position_ids, segment_ids)
+                where = self.places(position_ids, key_start, key_stop)
         return self.reader(body.norm(x))  # type: ignore[no-any-return]
 
 
