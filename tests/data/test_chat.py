@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from small_tokenizers import CHATML, LLAMA3, make_tokenizer
 
-from nxdt_align.data.records import DataError
+from nxdt_align.data.records import BadRecord, DataError
 from nxdt_align.data.tokenize import TEMPLATE_DATE, ChatTemplate
 
 QUESTION = [{"role": "system", "content": "brief"}, {"role": "user", "content": "why?"}]
@@ -45,11 +45,16 @@ def test_the_date_stands_still() -> None:
     ("template", "message"),
     [
         (None, "f:7: the record holds chat messages, but the tokenizer has no chat template"),
-        ("{{ raise_exception('no system turn') }}", "f:7: .* refuses the conversation: no system turn"),
+        ("{{ raise_exception('no system turn') }}", "refuses the conversation: no system turn"),
+        ("{{ messages[0]['content'] + 1 }}", "refuses the conversation: can only concatenate str"),
+        (
+            "{% for k, v in messages[0]['content'] | items %}{% endfor %}",
+            "refuses the conversation: Can only get item pairs",
+        ),
         ("{{ messages | length }}", "differently from the prompt alone"),
         ("{{ messages[0]['content'] }}", "differently from the prompt alone"),
     ],
 )
 def test_unusable_templates(template: str | None, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((DataError, BadRecord), match=message):
         ChatTemplate(make_tokenizer(template=template)).split(QUESTION, ["a"], "f:7")

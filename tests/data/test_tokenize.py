@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nxdt_align.data import token_sets
 from nxdt_align.data.reading import Source, load_records
-from nxdt_align.data.records import DataError, Prompt, Record
+from nxdt_align.data.records import BadRecords, DataError, Prompt, Record
 from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
 from nxdt_align.data.tokenize import Example, Tokenization, Truncation, load_tokenizer
 from nxdt_align.errors import UserError
@@ -232,6 +232,81 @@ def test_pairs_that_truncation_makes_equal_are_counted(caplog: pytest.LogCapture
 def test_no_records() -> None:
     with pytest.raises(DataError, match="no records to tokenize"):
         tokenize_records([], Tokenization(make_tokenizer(), ROOMY), None)
+
+
+# Records without tokens
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}{% endfor %}" + CHATML
+)
+"""Refuses what Gemma's template refuses."""
+
+
+def chat(*turns: str) -> Prompt:
+    return [dict(zip(("role", "content"), turn.split(": "), strict=True)) for turn in turns]
+
+
+def refused_among(good: int) -> list[Record]:
+    """``good`` records, then two that NO_SYSTEM refuses, at lines good + 1 and good + 2."""
+    prompts = [chat(f"user: {i}?") for i in range(good)]
+    prompts += [chat("system: brief", "user: why?"), chat("user: a", "user: b")]
+    return [Record(p, ("two", "three"), source=f"f.jsonl:{i}") for i, p in enumerate(prompts, start=1)]
+
+
+def test_records_that_the_template_refuses_stop_with_all_of_them() -> None:
+    tokenization = Tokenization(make_tokenizer(template=NO_SYSTEM), ROOMY)
+    with pytest.raises(DataError) as caught:
+        tokenize_records(refused_among(8), tokenization, None)
+    message = str(caught.value)
+    assert message.startswith("2 bad of 10 records\n  refused by the chat template: 2\n")
+    assert "f.jsonl:9: the tokenizer's chat template refuses the conversation: no system role\n" in message
+    assert "f.jsonl:10: the tokenizer's chat template refuses the conversation: roles must" in message
+    assert "data.on_bad_record=drop" in message
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_drop_goes_on_without_refused_records(tmp_path: Path, cached: bool) -> None:
+    """The others are what they are alone; a second run reports the same from the cache, tokenizing none."""
+    records = refused_among(8)
+    alone = tokenize_records(records[:8], Tokenization(make_tokenizer(template=NO_SYSTEM), ROOMY), None)
+    for run in range(2):
+        tokenization = Counting(make_tokenizer(template=NO_SYSTEM), ROOMY)
+        report = BadRecords(read=11)
+        cache = tmp_path if cached else None
+        # A mixture repeats records: each is one bad record all the same.
+        mixed = [*records, records[8], records[0]]
+        examples = tokenize_records(mixed, tokenization, cache, report=report, on_bad_record="drop")
+        assert examples.record_ids == [*alone.record_ids, alone.record_ids[0]]
+        for i in range(8):
+            assert_same(examples[i], alone[i])
+        assert report.summary().startswith("2 bad of 11 records\n  refused by the chat template: 2\n    f.js")
+        assert tokenization.calls == (0 if cached and run else 10)
+    with pytest.raises(DataError, match=r"2 bad of 12[^§]*f.jsonl:9: .*no system role"):
+        tokenize_records(mixed, tokenization, cache)
+
+
+def test_a_source_of_refused_records_stops() -> None:
+    records = [*refused_among(2)[2:], Record(CHAT, ("two", "three"), source="other.jsonl:1")]
+    tokenization = Tokenization(make_tokenizer(template=NO_SYSTEM), ROOMY)
+    with pytest.raises(DataError, match=r"2 bad of 3 [^§]*no record of f.jsonl can be used"):
+        tokenize_records(records, tokenization, None, on_bad_record="drop")
+    with pytest.raises(DataError, match=r"2 bad of 2 [^§]*no record of f.jsonl can be used"):
+        tokenize_records(records[:2], tokenization, None, on_bad_record="drop")
+
+
+def test_a_prompt_without_tokens_is_a_bad_record() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = make_tokenizer(bos=False)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
+    report, records = BadRecords(read=2), [pair("??"), pair("?a")]
+    examples = tokenize_records(
+        records, Tokenization(tokenizer, ROOMY), None, report=report, on_bad_record="drop"
+    )
+    assert examples.record_ids == [records[1].id]
+    assert report.counts == {"prompt without tokens": 1}
 
 
 # The cache

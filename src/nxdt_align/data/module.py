@@ -139,12 +139,16 @@ class ModelAlignmentDataModule(LightningDataModule):
     def _load(self, sources: list[Source], split: Split) -> StepDataset:
         data = self._config.data
         records = self._records(sources, split)
-        if records.report.total:
-            log.warning("%s", records.report.summary())
         for path, columns in records.unread.items():
             level = logging.WARNING if _PART_OF_A_PROMPT & set(columns) else logging.INFO
             log.log(level, "%s: read as %s; columns not read: %s", path, records.format, ", ".join(columns))
-        examples = tokenize_records(records.records, self._tokenization, self._cache_dir)
+        examples = tokenize_records(
+            *(records.records, self._tokenization, self._cache_dir),
+            report=records.report,
+            on_bad_record=data.on_bad_record,
+        )
+        if records.report.total:
+            log.warning("%s", records.report.summary())
         sft = self._config.model_alignment_strategy.sft
         if sft is not None and sft.train_on_prompt:
             examples = WholeSequences(examples)

@@ -6,11 +6,9 @@ Detects the format, checks every row, and counts the bad ones by reason.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
 
 import numpy as np
 
@@ -24,10 +22,19 @@ from nxdt_align.data.formats import (
     nearest_format,
     unread_columns,
 )
-from nxdt_align.data.records import BadRecord, DataError, Record, Row, excerpt
+from nxdt_align.data.records import (
+    BAD_RECORDS_ADVICE,
+    BadRecord,
+    BadRecords,
+    DataError,
+    OnBadRecord,
+    Record,
+    Row,
+    excerpt,
+)
 from nxdt_align.data.sources import RawRecord, read_raw
 
-EXAMPLES_PER_REASON = 3
+NONE_USABLE_ADVICE = "a source has no usable record; check data.format and data.columns"
 ROWS_TO_DETECT = 100
 """Number of rows to search for the first that fits a format."""
 
@@ -42,36 +49,6 @@ class Source:
 
     path: str
     weight: float | None = None
-
-
-@dataclass
-class BadRecords:
-    """Unusable records by reason, out of ``read`` records."""
-
-    read: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    """The first few of each reason, ``file:line: detail``."""
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def add(self, place: str, fault: BadRecord) -> None:
-        self.counts[fault.reason] += 1
-        shown = self.examples.setdefault(fault.reason, [])
-        if len(shown) < EXAMPLES_PER_REASON:
-            shown.append(f"{place}: {fault.detail}")
-
-    def summary(self) -> str:
-        """A paragraph with the totals, and for each reason its count and first examples."""
-        lines = [f"{self.total} bad of {self.read} records"]
-        for reason, count in self.counts.most_common():
-            lines.append(f"  {reason}: {count}")
-            lines += [f"    {example}" for example in self.examples[reason]]
-            if count > len(self.examples[reason]):
-                lines.append(f"    and {count - len(self.examples[reason])} more")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -93,7 +70,7 @@ def load_records(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
-    on_bad_record: Literal["error", "drop"] = "error",
+    on_bad_record: OnBadRecord = "error",
     limit: int | None = None,
     seed: int = 0,
 ) -> RecordSet:
@@ -121,22 +98,15 @@ def load_records(
     parts = [reader.read(source.path, limit) for source in sources]
     some_are_good = all(parts)
     if reader.report.total and (on_bad_record == "error" or not some_are_good):
-        raise DataError(_bad_records_message(reader.report, some_are_good))
+        raise DataError(
+            f"{reader.report.summary()}\n{BAD_RECORDS_ADVICE if some_are_good else NONE_USABLE_ADVICE}"
+        )
     mixed = chain.from_iterable(
         _weighted(part, source, [seed, i])
         for i, (part, source) in enumerate(zip(parts, sources, strict=True))
     )
     unread = {path: columns for path, columns in reader.unread.items() if columns}
     return RecordSet(list(mixed), reader.report, ", ".join(reader.formats), unread)
-
-
-def _bad_records_message(report: BadRecords, some_are_good: bool) -> str:
-    advice = (
-        "fix them, or set data.on_bad_record=drop to train without them"
-        if some_are_good
-        else "a source has no usable record; check data.format and data.columns"
-    )
-    return f"{report.summary()}\n{advice}"
 
 
 def _check_weight(source: Source) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from nxdt_align.errors import UserError
 
@@ -23,6 +24,9 @@ SHAREGPT_ROLES = {
     "system": "system",
 }
 _EXCERPT = 80
+EXAMPLES_PER_REASON = 3
+OnBadRecord = Literal["error", "drop"]
+BAD_RECORDS_ADVICE = "fix them, or set data.on_bad_record=drop to train without them"
 
 
 class DataError(UserError):
@@ -42,6 +46,36 @@ def excerpt(value: Any) -> str:
     """The start of ``value`` on one line, for a message."""
     text = ascii(value) if isinstance(value, bytes) else repr(value)
     return text if len(text) <= _EXCERPT else text[: _EXCERPT - 3] + "..."
+
+
+@dataclass
+class BadRecords:
+    """Unusable records by reason, out of ``read`` records."""
+
+    read: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first few of each reason, ``file:line: detail``."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def add(self, place: str, fault: BadRecord) -> None:
+        self.counts[fault.reason] += 1
+        shown = self.examples.setdefault(fault.reason, [])
+        if len(shown) < EXAMPLES_PER_REASON:
+            shown.append(f"{place}: {fault.detail}")
+
+    def summary(self) -> str:
+        """A paragraph with the totals, and for each reason its count and first examples."""
+        lines = [f"{self.total} bad of {self.read} records"]
+        for reason, count in self.counts.most_common():
+            lines.append(f"  {reason}: {count}")
+            lines += [f"    {example}" for example in self.examples[reason]]
+            if count > len(self.examples[reason]):
+                lines.append(f"    and {count - len(self.examples[reason])} more")
+        return "\n".join(lines)
 
 
 # Records

@@ -7,7 +7,7 @@ import io
 import logging
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nxdt_align.data.records import DataError, Record
-from nxdt_align.data.tokenize import Example, Tokenization, Tokens
+from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecord, BadRecords, DataError, OnBadRecord, Record
+from nxdt_align.data.tokenize import Encoded, Example, Tokenization
 from nxdt_align.files import atomic_write, explain
 
 log = logging.getLogger(__name__)
@@ -81,22 +81,34 @@ class WholeSequences(TokenizedSet):
 
 
 def tokenize_records(
-    records: Sequence[Record], tokenization: Tokenization, cache_dir: Path | None
+    records: Sequence[Record],
+    tokenization: Tokenization,
+    cache_dir: Path | None,
+    *,
+    report: BadRecords | None = None,
+    on_bad_record: OnBadRecord = "error",
 ) -> TokenizedSet:
     """Tokenize all records, equal ones once, or read the tokens that an earlier run cached in ``cache_dir``.
 
-    Raises DataError as Tokenization does, and if the cache folder is not writable.
+    Records that have no tokens, such as those that the chat template refuses, are bad records like those of
+    ``load_records``, whose ``report`` they are added to.
+
+    Raises DataError for bad records (``error``, or where a source has no other), as Tokenization does, and if
+    the cache folder is not writable.
     """
     distinct = {record.id: record for record in records}
     if not distinct:
         raise DataError("there are no records to tokenize")
     ids = list(distinct)
     path = None if cache_dir is None else cache_path(cache_dir, tokenization.fingerprint(), ids)
-    columns = None if path is None else load_columns(path, ids)
-    if columns is None:
-        columns = _encode_all(list(distinct.values()), tokenization)
-        if path is not None:
-            save_columns(path, columns)
+    cached = None if path is None else load_columns(path, ids)
+    columns, refused = cached or _encode_all(list(distinct.values()), tokenization)
+    if refused:
+        _report_refused(records, refused, report or BadRecords(read=len(records)), on_bad_record)
+        records = [record for record in records if record.id not in refused]
+    assert columns is not None
+    if path is not None and cached is None:
+        save_columns(path, columns, refused)
     labels = [record.label is not False for record in records]
     result = TokenizedSet(columns, [record.id for record in records], labels)
     if result.identical_after_truncation:
@@ -108,12 +120,51 @@ def tokenize_records(
     return result
 
 
-def _encode_all(records: list[Record], tokenization: Tokenization) -> TokenColumns:
-    encoded: list[tuple[Tokens, list[Tokens], bool]] = []
+def _encode_all(
+    records: list[Record], tokenization: Tokenization
+) -> tuple[TokenColumns | None, dict[str, BadRecord]]:
+    """The tokens of the good records, if there are any, and the faults of the others by their ids."""
+    good: dict[str, Encoded] = {}
+    refused: dict[str, BadRecord] = {}
     for start in range(0, len(records), CHUNK):
-        encoded += tokenization.encode(records[start : start + CHUNK])
-    prompts, responses, truncated = zip(*encoded, strict=True)
-    return TokenColumns.of([record.id for record in records], prompts, responses, truncated)
+        chunk = records[start : start + CHUNK]
+        for record, encoded in zip(chunk, tokenization.encode(chunk), strict=True):
+            if isinstance(encoded, BadRecord):
+                refused[record.id] = encoded
+            else:
+                good[record.id] = encoded
+    if not good:
+        return None, refused
+    prompts, responses, truncated = zip(*good.values(), strict=True)
+    return TokenColumns.of(list(good), prompts, responses, truncated), refused
+
+
+def _report_refused(
+    records: Sequence[Record],
+    refused: Mapping[str, BadRecord],
+    report: BadRecords,
+    on_bad_record: OnBadRecord,
+) -> None:
+    """Add the refused records to the report, each place once, however often a mixture repeats it.
+
+    Raises DataError under ``error``, and where a source has no other record.
+    """
+    for place, record_id in dict.fromkeys((record.source, record.id) for record in records):
+        if record_id in refused:
+            report.add(place, refused[record_id])
+    usable = {_file_of(record) for record in records if record.id not in refused}
+    unusable = [path for path in dict.fromkeys(map(_file_of, records)) if path not in usable]
+    if unusable:
+        raise DataError(
+            f"{report.summary()}\nno record of {', '.join(unusable)} can be used with this tokenizer and its "
+            "chat template; use those of another model, or give prompt and responses as text"
+        )
+    if on_bad_record == "error":
+        raise DataError(f"{report.summary()}\n{BAD_RECORDS_ADVICE}")
+
+
+def _file_of(record: Record) -> str:
+    return record.source.rpartition(":")[0]
 
 
 # Columns
@@ -197,6 +248,9 @@ def _fit(tokens: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> bool:
 
 # The cache
 
+_REFUSED = "refused"
+"""(R, 3) text: id, reason and detail of each record that has no tokens; absent where there is none."""
+
 
 def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> Path:
     """The cache file of these records under this tokenization, named by content only."""
@@ -206,17 +260,20 @@ def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> 
     return cache_dir / f"tokens-{digest.hexdigest()}.npz"
 
 
-def load_columns(path: Path, record_ids: list[str]) -> TokenColumns | None:
-    """The columns cached at ``path``; None if there are none, or, with a warning, if the file is broken."""
+def load_columns(path: Path, record_ids: list[str]) -> tuple[TokenColumns, dict[str, BadRecord]] | None:
+    """The columns cached at ``path`` and the faults of records without tokens; None if there are none, or,
+    with a warning, if the file is broken."""
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
             values = {f.name: arrays[f.name] for f in fields(TokenColumns)}
+            faults = arrays[_REFUSED].tolist() if _REFUSED in arrays else []
         ids = values.pop("record_ids").tolist()
         columns = TokenColumns(ids, **values)
-        if ids == record_ids and columns.is_whole():
-            return columns
+        refused = {record: BadRecord(reason, detail) for record, reason, detail in faults}
+        if ids == [record for record in record_ids if record not in refused] and columns.is_whole():
+            return columns, refused
         reason = "its arrays are inconsistent"
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error)
@@ -224,10 +281,12 @@ def load_columns(path: Path, record_ids: list[str]) -> TokenColumns | None:
     return None
 
 
-def save_columns(path: Path, columns: TokenColumns) -> None:
+def save_columns(path: Path, columns: TokenColumns, refused: Mapping[str, BadRecord]) -> None:
     """Write atomically. Raises DataError if the folder is not writable."""
     buffer = io.BytesIO()
     values = {f.name: getattr(columns, f.name) for f in fields(columns)}
+    if refused:
+        values[_REFUSED] = np.array([(record, f.reason, f.detail) for record, f in refused.items()])
     np.savez(buffer, **values)
     try:
         atomic_write(path, buffer.getvalue())

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from nxdt_align.data.records import DataError, Message, Record, excerpt
+from nxdt_align.data.records import BadRecord, DataError, Message, Record, excerpt
 from nxdt_align.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ TEMPLATE_DATE = "26 Jul 2024"
 tokens, and with them every stored reference value, would change daily."""
 TruncationMode = Literal["keep_start", "keep_end"]
 Tokens = list[int]
+Encoded = tuple[Tokens, list[Tokens], bool]
+"""Prompt, responses, and whether truncation cut any of them."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -114,39 +116,41 @@ class ChatTemplate:
     def split(self, prompt: list[Message], responses: Sequence[str], place: str) -> tuple[str, list[str]]:
         """The texts of the prompt and of each response.
 
-        Raises DataError where there is no template, where it refuses the conversation, or where the
-        prompt's text is not the beginning of the conversation's.
+        Raises DataError where there is no template; BadRecord where it refuses the conversation, or where
+        the prompt's text is not the beginning of the conversation's.
         """
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"{place}: the record holds chat messages, but the tokenizer has no chat template. Use the "
                 "tokenizer of a chat model, add a chat_template to it, or give prompt and responses as text"
             )
-        head = self._render(prompt, place, for_answer=True)
+        head = self._render(prompt, for_answer=True)
         answers = []
         for response in responses:
-            full = self._render(
-                [*prompt, {"role": "assistant", "content": response}], place, for_answer=False
-            )
+            full = self._render([*prompt, {"role": "assistant", "content": response}], for_answer=False)
             if not full.startswith(head) or full == head:
-                raise DataError(
-                    f"{place}: the chat template renders a prompt with an answer differently from the prompt "
+                raise BadRecord(
+                    "no common beginning in the chat template",
+                    "the chat template renders a prompt with an answer differently from the prompt "
                     f"alone: {excerpt(full[-60:])} does not continue {excerpt(head[-60:])}. Use another "
-                    "template, or give prompt and responses as text"
+                    "template, or give prompt and responses as text",
                 )
             answers.append(full[len(head) :])
         return head, answers
 
-    def _render(self, messages: list[Message], place: str, *, for_answer: bool) -> str:
+    def _render(self, messages: list[Message], *, for_answer: bool) -> str:
         from jinja2 import TemplateError
 
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=for_answer, date_string=TEMPLATE_DATE
             )
-        except (TemplateError, ValueError) as error:
-            raise DataError(
-                f"{place}: the tokenizer's chat template refuses the conversation: {error}"
+        # A template refuses with TemplateError; one that meets a value of another type than it expects
+        # raises what that operation of Python raises.
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+            raise BadRecord(
+                "refused by the chat template",
+                f"the tokenizer's chat template refuses the conversation: {error}",
             ) from error
         assert isinstance(text, str)
         return text
@@ -156,7 +160,10 @@ class ChatTemplate:
         """The special token that ends an assistant's turn (None: the template writes none), and the
         white-space tokens that the template writes after it."""
         question: list[Message] = [{"role": "user", "content": "question"}]
-        _, (answer,) = self.split(question, ["answer"], "chat template")
+        try:
+            _, (answer,) = self.split(question, ["answer"], "chat template")
+        except BadRecord as fault:
+            raise DataError(f"of one question and its answer, {fault.detail}") from fault
         after = answer.rpartition("answer")[2]
         ids: list[int] = self._tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
         special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
@@ -229,43 +236,55 @@ class Tokenization:
         self._eos: int = tokenizer.eos_token_id
 
     def __call__(self, record: Record) -> Example:
-        """Raises DataError where a chat record meets no template, or a prompt gives no token."""
-        (prompt, responses, _), *_ = self.encode([record])
+        """Raises DataError where a chat record meets no template, or one that refuses it, or a prompt gives
+        no token."""
+        encoded = self.encode([record])[0]
+        if isinstance(encoded, BadRecord):
+            raise DataError(f"{record.source}: {encoded.detail}") from encoded
+        prompt, responses, _ = encoded
         return Example(record.id, _array(prompt), tuple(map(_array, responses)))
 
-    def encode(self, records: Sequence[Record]) -> list[tuple[Tokens, list[Tokens], bool]]:
-        """For each record: prompt, responses, and whether truncation cut any of them."""
-        texts: list[str] = []
-        for record in records:
-            prompt, responses = self._texts(record)
-            texts += [prompt, *responses]
-        tokens = iter(self._ids(texts))
-        encoded = []
-        for record in records:
-            prompt_ids = self._open(next(tokens), record)
-            answers = [self._close(next(tokens), record) for _ in record.responses]
-            encoded.append(self.truncation(prompt_ids, answers, self._bos))
+    def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
+        """The tokens of each record, or why it has none. Raises DataError where a chat record meets no
+        template."""
+        rendered = [self._texts(record) for record in records]
+        tokens = iter(self._ids([text for texts in rendered if isinstance(texts, list) for text in texts]))
+        encoded: list[Encoded | BadRecord] = []
+        for record, texts in zip(records, rendered, strict=True):
+            if isinstance(texts, BadRecord):
+                encoded.append(texts)
+                continue
+            prompt, *answers = (next(tokens) for _ in texts)
+            encoded.append(self._finish(record, prompt, answers))
         return encoded
 
-    def _texts(self, record: Record) -> tuple[str, Sequence[str]]:
+    def _finish(self, record: Record, prompt: Tokens, answers: list[Tokens]) -> Encoded | BadRecord:
+        if self._bos is not None and prompt[:1] != [self._bos]:
+            prompt = [self._bos, *prompt]
+        if not prompt:
+            found = f"the tokenizer makes no token of the prompt {excerpt(record.prompt)}"
+            return BadRecord("prompt without tokens", found)
+        return self.truncation(prompt, [self._close(answer, record) for answer in answers], self._bos)
+
+    def _texts(self, record: Record) -> list[str] | BadRecord:
+        """The text of the prompt and of each response."""
         if isinstance(record.prompt, str):
-            return record.prompt, record.responses
-        return self._chat.split(record.prompt, record.responses, record.source)
+            return [record.prompt, *record.responses]
+        try:
+            prompt, answers = self._chat.split(record.prompt, record.responses, record.source)
+        except BadRecord as fault:
+            return fault
+        return [prompt, *answers]
 
     def _ids(self, texts: list[str]) -> list[Tokens]:
+        if not texts:
+            return []
         # verbose=False: no warning about texts over model_max_length, which are truncated later.
         # One call for all texts: the Rust tokenizer then works in parallel.
         encoded = self.tokenizer(
             texts, add_special_tokens=False, padding=False, truncation=False, verbose=False
         )
         ids: list[Tokens] = encoded["input_ids"]
-        return ids
-
-    def _open(self, ids: Tokens, record: Record) -> Tokens:
-        if self._bos is not None and ids[:1] != [self._bos]:
-            ids = [self._bos, *ids]
-        if not ids:
-            raise DataError(f"{record.source}: the tokenizer makes no token of the prompt {record.prompt!r}")
         return ids
 
     def _close(self, ids: Tokens, record: Record) -> Tokens:

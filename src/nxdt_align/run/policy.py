@@ -129,9 +129,8 @@ def load_pairs(
     found = load_records([Source(str(p), None) for p in paths], "pair", format=format)
     made = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
     limit = min(max_prompt_length, seq_length // 2)
-    return tokenize_records(
-        found.records, Tokenization(made, Truncation(seq_length, limit, "keep_start")), None
-    )
+    tokenization = Tokenization(made, Truncation(seq_length, limit, "keep_start"))
+    return tokenize_records(found.records, tokenization, None, report=found.report)
 
 
 def _weights_of(folder: Path) -> Path:
