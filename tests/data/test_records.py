@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -177,14 +178,37 @@ def test_columns_of_no_format(tmp_path: Path) -> None:
 
 
 def test_columns_that_nothing_reads_are_told(tmp_path: Path) -> None:
-    """By the first record; a null counts as missing, and a mapped column is read."""
-    told = write(tmp_path / "a.jsonl", [row(1, system="s", score=0.5, other=None), row(2, later=1)])
+    """By any record, with the number of them; a null or an empty value counts as missing, and a mapped column
+    is read."""
+    rows = [
+        row(1, score=0.5, other=None, system=""),
+        row(2, later=0, system="s"),
+        row(3, system="t", history=[], tools={}),
+    ]
+    told = write(tmp_path / "a.jsonl", rows)
     plain = write(tmp_path / "b.jsonl", [{"prompt": "p", "better": "a", "rejected": "b"}])
-    assert load(told).unread == {told.path: ["system", "score"]}
+    assert load(told).unread == {told.path: {"score": 1, "later": 1, "system": 2}}
     assert load(plain, columns={"chosen": "better"}).unread == {}
     turns = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "a"}]}
     chat = write(tmp_path / "c.jsonl", [turns])
     assert load_records([chat], "response", format="messages").unread == {}
+
+
+@pytest.mark.parametrize("first", [{}, {"system": None}, {"system": ""}])
+def test_a_part_of_the_prompt_in_a_later_record_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, first: dict[str, Any]
+) -> None:
+    rows = [row(0, **first), row(1, System="s", score=1), row(2, System="t")]
+    source = write(tmp_path / "a.jsonl", rows)
+    with caplog.at_level(logging.INFO):
+        load(source)
+    told = [(r.levelname, r.getMessage()) for r in caplog.records]
+    assert [level for level, _ in told] == ["INFO", "WARNING"]
+    assert told[0][1].endswith("have them: System (2), score (1)")
+    assert told[1][1].startswith(f"{source.path}: `System`, which 2 records have, is not read")
+    caplog.clear()
+    load(source, limit=1)
+    assert not caplog.records
 
 
 def test_an_empty_response_is_named(tmp_path: Path) -> None:

@@ -332,12 +332,11 @@ def detect_format(row: Row, kind: Kind) -> Format | None:
     return next((f for f in FORMATS[kind] if f.matches(row)), None)
 
 
-def unread_columns(row: Row, format: Format, kind: Kind) -> list[str]:
-    """Columns of ``row`` that no format of this name reads; empty if that is unknown."""
+def read_columns(format: Format, kind: Kind) -> frozenset[str] | None:
+    """The columns that a format of this name reads; None if that is unknown."""
     if not format.keys:
-        return []
-    read = {key for each in FORMATS[kind] if each.name == format.name for key in each.keys}
-    return [str(key) for key, value in row.items() if value is not None and key not in read]
+        return None
+    return frozenset(key for each in FORMATS[kind] if each.name == format.name for key in each.keys)
 
 
 def nearest_format(row: Row, kind: Kind) -> tuple[str, list[str]]:

@@ -34,8 +34,6 @@ from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.errors import UserError
 
 log = logging.getLogger(__name__)
-_PART_OF_A_PROMPT = {"system", "instruction", "input", "context", "history", "tools"}
-"""Columns that probably belong to the prompt: not reading one of them is worth a warning."""
 
 
 def _identity(item: list[Batch]) -> list[Batch]:
@@ -139,9 +137,6 @@ class ModelAlignmentDataModule(LightningDataModule):
     def _load(self, sources: list[Source], split: Split) -> StepDataset:
         data = self._config.data
         records = self._records(sources, split)
-        for path, columns in records.unread.items():
-            level = logging.WARNING if _PART_OF_A_PROMPT & set(columns) else logging.INFO
-            log.log(level, "%s: read as %s; columns not read: %s", path, records.format, ", ".join(columns))
         examples = tokenize_records(
             *(records.records, self._tokenization, self._cache_dir),
             report=records.report,

@@ -5,7 +5,9 @@ Detects the format, checks every row, and counts the bad ones by reason.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -20,7 +22,7 @@ from nxdt_align.data.formats import (
     known_columns,
     named_format,
     nearest_format,
-    unread_columns,
+    read_columns,
 )
 from nxdt_align.data.records import (
     BAD_RECORDS_ADVICE,
@@ -34,6 +36,15 @@ from nxdt_align.data.records import (
 )
 from nxdt_align.data.sources import RawRecord, read_raw
 
+log = logging.getLogger(__name__)
+PARTS_OF_A_PROMPT = frozenset(
+    (
+        *("system", "system_prompt", "system_message", "instruction", "instructions", "input", "question"),
+        *("query", "context", "history", "documents", "tools", "functions"),
+        *("images", "image", "videos", "audios"),
+    )
+)
+"""Columns that probably belong to the prompt: not reading one of them is worth a warning."""
 NONE_USABLE_ADVICE = "a source has no usable record; check data.format and data.columns"
 ROWS_TO_DETECT = 100
 """Number of rows to search for the first that fits a format."""
@@ -60,8 +71,9 @@ class RecordSet:
     report: BadRecords
     format: str
     """The format's name; several, joined by commas, if sources differ."""
-    unread: Mapping[str, Sequence[str]]
-    """Source -> columns that its format does not read; sources without such columns are left out."""
+    unread: Mapping[str, Mapping[str, int]]
+    """Source -> columns that its format does not read, each with the number of rows where it is not empty;
+    sources without such columns are left out."""
 
 
 def load_records(
@@ -105,7 +117,9 @@ def load_records(
         _weighted(part, source, [seed, i])
         for i, (part, source) in enumerate(zip(parts, sources, strict=True))
     )
-    unread = {path: columns for path, columns in reader.unread.items() if columns}
+    unread = {path: counts for path, counts in reader.unread.items() if counts}
+    for path, counts in unread.items():
+        _tell_unread(path, counts)
     return RecordSet(list(mixed), reader.report, ", ".join(reader.formats), unread)
 
 
@@ -146,17 +160,21 @@ class Reader:
         self._columns = columns
         self.report = BadRecords()
         self.formats: dict[str, None] = {}
-        self.unread: dict[str, list[str]] = {}
-        """Source -> columns of its first row that its format does not read."""
+        self.unread: dict[str, Counter[str]] = {}
+        """Source -> columns that its format does not read, each with the number of rows that fill it."""
 
     def read(self, path: str, limit: int | None) -> list[Record]:
         """The good records of a source, at most ``limit``. Raises DataError if its format is unknown."""
         rows = self._sound_rows(path)
         head, format = self._detect(rows, path)
         records: list[Record] = []
+        # A mixture may name a file twice.
+        unread = self.unread[path] = Counter()
+        known = read_columns(format, self._kind)
         for row in chain(head, rows):
-            if path not in self.unread:
-                self.unread[path] = unread_columns(self._renamed(row.value), format, self._kind)
+            if known is not None:
+                renamed = self._renamed(row.value)
+                unread.update(str(key) for key in renamed if key not in known and _is_filled(renamed[key]))
             records += self._convert(row, format)
             if limit is not None and len(records) >= limit:
                 return records[:limit]
@@ -238,6 +256,25 @@ class Reader:
             yield replace(converted, source=place)
         elif fault is not None:
             self.report.add(place, fault)
+
+
+def _tell_unread(path: str, counts: Mapping[str, int]) -> None:
+    listed = ", ".join(f"{column} ({rows})" for column, rows in counts.items())
+    log.info("%s: columns that are not read, with the number of records that have them: %s", path, listed)
+    for column in counts:
+        if column.lower() in PARTS_OF_A_PROMPT:
+            log.warning(
+                "%s: `%s`, which %d records have, is not read, though it is probably a part of the prompt: "
+                "join it with the prompt in the file, or in a function named by data.format",
+                *(path, column, counts[column]),
+            )
+
+
+def _is_filled(value: object) -> bool:
+    """Whether a column says anything: Arrow writes nulls, and others empty values, where a row has none."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return bool(value) if isinstance(value, list | Mapping) else value is not None
 
 
 def _fault_of(record: Record) -> BadRecord | None:
