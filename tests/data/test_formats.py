@@ -13,6 +13,13 @@ USER, ASK = {"role": "user", "content": "hi"}, {"role": "user", "content": "why?
 SYSTEM = {"role": "system", "content": "be brief"}
 
 
+CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}],
+}
+
+
 def say(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
@@ -43,6 +50,21 @@ CASES: list[tuple[str, dict[str, Any], list[Record]]] = [
         [Record([USER], ("a", "b"))],
     ),
     ("pairs", {"prompt": "hi", "chosen": [say("a")], "rejected": [say("b")]}, [Record([USER], ("a", "b"))]),
+    # Further keys of messages are the chat template's to read; nulls and empty values say nothing.
+    (
+        "pairs",
+        {
+            "prompt": [USER, {**CALL, "content": None, "name": None}, {**USER, "tool_calls": [], "name": ""}],
+            "chosen": [{**say("a"), "weight": 0}],
+            "rejected": [{**say("b"), "weight": None}],
+        },
+        [Record([USER, CALL, USER], ({**say("a"), "weight": 0}, "b"))],
+    ),
+    (
+        "pairs",
+        {"chosen": [USER, CALL, say("a")], "rejected": [USER, CALL, CALL]},
+        [Record([USER, CALL], ("a", CALL))],
+    ),
     # The system turn stands in the prompt alone.
     (
         "pairs",
@@ -71,10 +93,10 @@ CASES: list[tuple[str, dict[str, Any], list[Record]]] = [
                 {"from": "gpt", "value": "yes?"},
                 {"from": "human", "value": "why?"},
             ],
-            "chosen": {"from": "gpt", "value": "a"},
+            "chosen": {"from": "gpt", "value": "a", "weight": 1},
             "rejected": {"from": "gpt", "value": "b"},
         },
-        [Record([SYSTEM, USER, say("yes?"), ASK], ("a", "b"))],
+        [Record([SYSTEM, USER, say("yes?"), ASK], ({**say("a"), "weight": 1}, "b"))],
     ),
     (
         "responses",
@@ -166,9 +188,9 @@ def gpt(text: str, role: str = "gpt") -> dict[str, str]:
         ),
         (
             "pairs",
-            {"prompt": [USER], "chosen": [{**say("a"), "tool_calls": [1]}], "rejected": [say("b")]},
-            "wrong type",
-            "calls tools",
+            {"prompt": [USER], "chosen": [{**say("a"), "name": "\ud800"}], "rejected": [say("b")]},
+            "not UTF-8",
+            r"`chosen\[0\]` holds",
         ),
         (
             "hh",

@@ -309,6 +309,90 @@ def test_a_prompt_without_tokens_is_a_bad_record() -> None:
     assert report.counts == {"prompt without tokens": 1}
 
 
+# Keys of messages beside role and content
+
+REASONS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}why: {{ m.reasoning_content }}\n{% endif %}"
+    "{% for c in m.tool_calls or [] %}call {{ c.name }}{% endfor %}{{ m.content }}"
+    "{{ '<|eot|>' if m.tool_calls else '<|im_end|>' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def says(text: str, **further: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **further}
+
+
+def test_the_template_reads_every_key(caplog: pytest.LogCaptureFixture) -> None:
+    """Prompt and responses are what apply_chat_template writes of the whole conversation."""
+    tokenizer = make_tokenizer(template=REASONS)
+    asks: Any = [*CHAT, says("", tool_calls=[{"name": "red"}]), {"role": "tool", "content": "five"}]
+    chosen, rejected = says("two", reasoning_content="is so"), says("", tool_calls=[{"name": "blue"}])
+    record = Record(asks, (chosen, rejected), source="f:1")
+    examples = tokenize_records([record], Tokenization(tokenizer, ROOMY), None)
+    assert not caplog.records
+    prompt, *responses = (e.tolist() for e in (examples[0].prompt, *examples[0].responses))
+    for answer, response, stop in ((chosen, responses[0], "<|im_end|>"), (rejected, responses[1], "<|eot|>")):
+        whole = tokenizer.apply_chat_template([*asks, answer], tokenize=False)
+        assert tokenizer.decode([*prompt, *response]) == "<s>" + whole.removesuffix("\n")
+        assert response[-1] == tokenizer.convert_tokens_to_ids(stop)
+    plain = Record(asks, ("two", rejected))
+    assert len({record.id, plain.id, Record(CHAT, record.responses).id, Record(asks, ("two", "")).id}) == 4
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_keys_that_the_template_does_not_read_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, cached: bool
+) -> None:
+    tokenizer = make_tokenizer(template=REASONS)
+    heavy = [
+        Record([{"role": "user", "content": f"{i}?", "name": "Ann"}], (says("two", weight=i), "three"))
+        for i in range(3)
+    ]
+    heavy.append(Record(CHAT, (says("two", weight=1, reasoning_content="so"), "three")))
+    heavy.append(Record("text", (says("two", weight=1), "three")))
+    for run in range(2):
+        caplog.clear()
+        tokenization = Counting(tokenizer, ROOMY)
+        examples = tokenize_records(heavy, tokenization, tmp_path if cached else None)
+        assert tokenization.calls == (0 if cached and run else 5)
+        told = sorted(r.getMessage().partition(", is not read")[0] for r in caplog.records)
+        assert told == [
+            "`name`, which messages of 3 records have",
+            "`weight`, which messages of 5 records have",
+        ]
+    plain = Tokenization(tokenizer, ROOMY)(Record([{"role": "user", "content": "1?"}], ("two", "three")))
+    assert examples[1].prompt.tolist() == plain.prompt.tolist()
+    assert examples[1].responses[0].tolist() == plain.responses[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "responses", "reason"),
+    [
+        ([*CHAT, says("", tool_calls=[{"name": "f"}])], ("two", "three"), "empty turn"),
+        (CHAT, (says(" ", weight=1), "three"), "empty turn"),
+        ("text", ("two", says("", reasoning_content="so")), "empty turn"),
+        (
+            *(CHAT, (says("two", reasoning_content="a"), says("two", reasoning_content="b"))),
+            "chosen equal to rejected",
+        ),
+    ],
+)
+def test_records_that_say_nothing_without_an_unread_key_are_bad(
+    prompt: Any, responses: Any, reason: str
+) -> None:
+    report, records = BadRecords(read=2), [Record(prompt, responses, source="f:1"), pair(CHAT)]
+    tokenization = Tokenization(make_tokenizer(template=CHATML), ROOMY)
+    examples = tokenize_records(records, tokenization, None, report=report, on_bad_record="drop")
+    assert report.counts == {reason: 1} and "template does not read `" in report.summary().replace(
+        ", which the chat template does not read", " template does not read `"
+    )
+    assert examples.record_ids == [records[1].id]
+    if reason != "empty turn":
+        assert Tokenization(make_tokenizer(template=REASONS), ROOMY)(records[0]).record_id == records[0].id
+
+
 # The cache
 
 

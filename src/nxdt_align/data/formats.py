@@ -19,6 +19,7 @@ from nxdt_align.data.records import (
     Message,
     Prompt,
     Record,
+    Response,
     Row,
     as_answer,
     as_messages,
@@ -157,7 +158,7 @@ def from_responses(row: Row) -> list[Record | BadRecord]:
     return [_pair_of(pair, prompt, texts) for pair in pairs]
 
 
-def _pair_of(pair: Any, prompt: Prompt, texts: list[str]) -> Record | BadRecord:
+def _pair_of(pair: Any, prompt: Prompt, texts: list[Response]) -> Record | BadRecord:
     numbers = isinstance(pair, list | tuple) and all(type(i) is int for i in pair)
     if not numbers or len(pair) != 2:
         return BadRecord("wrong type", f"a pair must be two indices into `responses`, but is {excerpt(pair)}")
@@ -166,7 +167,7 @@ def _pair_of(pair: Any, prompt: Prompt, texts: list[str]) -> Record | BadRecord:
     return Record(prompt, (texts[pair[0]], texts[pair[1]]))
 
 
-def _texts(row: Row) -> list[str]:
+def _texts(row: Row) -> list[Response]:
     responses = take(row, "responses")
     if not isinstance(responses, list):
         raise BadRecord("wrong type", f"`responses` must be a list of texts, but is {excerpt(responses)}")

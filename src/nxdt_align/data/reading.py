@@ -32,7 +32,9 @@ from nxdt_align.data.records import (
     OnBadRecord,
     Record,
     Row,
+    content_of,
     excerpt,
+    further_keys,
 )
 from nxdt_align.data.sources import RawRecord, read_raw
 
@@ -283,8 +285,10 @@ def _fault_of(record: Record) -> BadRecord | None:
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         return BadRecord("empty prompt", f"the prompt is {prompt!r}")
     names = ("chosen response", "rejected response") if len(record.responses) == 2 else ("response",)
-    for name, text in zip(names, record.responses, strict=True):
-        if not text.strip():
+    for name, response in zip(names, record.responses, strict=True):
+        text = content_of(response)
+        # Whether further keys say something is the chat template's to tell: see Tokenization.
+        if not text.strip() and not further_keys(response):
             return BadRecord("empty response", f"the {name} to {excerpt(prompt)} is {text!r}")
     if len(record.responses) == 2 and record.responses[0] == record.responses[1]:
         return BadRecord("chosen equal to rejected", excerpt(record.responses[0]))

@@ -12,9 +12,13 @@ from typing import Any, Literal
 
 from nxdt_align.errors import UserError
 
-Message = dict[str, str]
-"""``{"role": ..., "content": ...}``"""
+Message = dict[str, Any]
+"""``{"role": ..., "content": ...}``, both text, and every further key that the data have (``tool_calls``,
+``reasoning_content``, ...), for the chat template to read."""
 Prompt = str | list[Message]
+Response = str | Message
+"""The text of an assistant's turn; the message itself where it has further keys."""
+_TURN_KEYS = {"role", "content", "from", "value"}
 Row = Mapping[str, Any]
 SHAREGPT_ROLES = {
     "human": "user",
@@ -87,7 +91,7 @@ class Record:
     ``source``."""
 
     prompt: Prompt
-    responses: tuple[str, ...]
+    responses: tuple[Response, ...]
     """(chosen, rejected) of a pair, (response,), or (completion,) with a label, to which ``with_mismatched``
     adds another prompt's."""
     label: bool | None = None
@@ -103,16 +107,40 @@ class Record:
             return record_id(self.prompt, self.responses)
         completion, *mismatched = self.responses
         own = record_id(self.prompt, (completion,), self.label)
-        return _digest(own + mismatched[0]) if mismatched else own
+        if not mismatched:
+            return own
+        other = mismatched[0]
+        return _digest(own + (other if isinstance(other, str) else _canonical(other)))
+
+    @property
+    def further_keys(self) -> list[str]:
+        """The keys of its messages beside role and content, each once."""
+        turns = [*(() if isinstance(self.prompt, str) else self.prompt), *self.responses]
+        return list(dict.fromkeys(key for turn in turns for key in further_keys(turn)))
 
 
-def record_id(prompt: Prompt, responses: Sequence[str], label: bool | None = None) -> str:
+def further_keys(turn: Response) -> list[str]:
+    """The keys of a message beside role and content."""
+    return [] if isinstance(turn, str) else [key for key in turn if key not in _TURN_KEYS]
+
+
+def content_of(response: Response) -> str:
+    """The text of a response, whatever other keys its message has."""
+    return response if isinstance(response, str) else str(response["content"])
+
+
+def record_id(prompt: Prompt, responses: Sequence[Response], label: bool | None = None) -> str:
     """The hash of a record's content: 32 hex digits, blake2b over canonical JSON."""
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
     content: dict[str, object] = {"prompt": prompt, **dict(zip(names, responses, strict=True))}
     if label is not None:
         content["label"] = label
-    return _digest(json.dumps(content, sort_keys=True, separators=(",", ":")))
+    return _digest(_canonical(content))
+
+
+def _canonical(content: object) -> str:
+    # default: further keys may hold what JSON has no type for, such as Arrow's dates.
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def _digest(text: str) -> str:
@@ -177,19 +205,34 @@ def as_text(value: Any, name: str) -> str:
 
 
 def as_message(value: Any, name: str) -> Message:
-    """A chat message, ``{role, content}``, or ShareGPT's ``{from, value}``."""
+    """A chat message, ``{role, content}``, or ShareGPT's ``{from, value}``, with its further keys.
+
+    A further key that is null or empty counts as missing, and so does the content of a turn that has
+    further keys: one that calls tools says nothing.
+    """
     if not isinstance(value, Mapping):
         raise BadRecord("wrong type", f"`{name}` must be a message, but is {excerpt(value)}")
-    if value.get("tool_calls"):
-        raise BadRecord("wrong type", f"`{name}` calls tools, which are not supported: {excerpt(value)}")
+    further = {str(key): item for key, item in value.items() if key not in _TURN_KEYS and _says(item)}
+    if further:
+        as_text(json.dumps(further, ensure_ascii=False, default=str), name)
     if value.get("from") is not None:
         role = SHAREGPT_ROLES.get(as_text(value["from"], f"{name}.from"))
         if role is None:
             roles = ", ".join(SHAREGPT_ROLES)
             raise BadRecord("unknown role", f"`{name}.from` is {excerpt(value['from'])}, not one of {roles}")
-        return {"role": role, "content": as_text(take(value, "value"), f"{name}.value")}
+        return {"role": role, "content": _content(value, "value", name, further), **further}
     role = as_text(take(value, "role"), f"{name}.role")
-    return {"role": role, "content": as_text(take(value, "content"), f"{name}.content")}
+    return {"role": role, "content": _content(value, "content", name, further), **further}
+
+
+def _says(value: Any) -> bool:
+    return bool(value) if isinstance(value, str | list | tuple | Mapping) else value is not None
+
+
+def _content(message: Row, key: str, name: str, further: Row) -> str:
+    if message.get(key) is None and further:
+        return ""
+    return as_text(take(message, key), f"{name}.{key}")
 
 
 def as_messages(value: Any, name: str) -> list[Message]:
@@ -202,8 +245,8 @@ def as_prompt(value: Any, name: str) -> Prompt:
     return as_messages(value, name) if isinstance(value, list) else as_text(value, name)
 
 
-def as_answer(value: Any, name: str) -> str:
-    """The text of one assistant turn: text, a message, or a list of one message."""
+def as_answer(value: Any, name: str) -> Response:
+    """One assistant turn, from text, a message, or a list of one message."""
     if isinstance(value, str):
         return as_text(value, name)
     turns = as_messages(value, name) if isinstance(value, list) else [as_message(value, name)]
@@ -214,4 +257,4 @@ def as_answer(value: Any, name: str) -> str:
         raise BadRecord("no final assistant turn", f"`{name}` holds no turn")
     if turns[0]["role"] != "assistant":
         raise BadRecord("no final assistant turn", f"`{name}` is a turn of {excerpt(turns[0]['role'])}")
-    return turns[0]["content"]
+    return turns[0] if further_keys(turns[0]) else content_of(turns[0])

@@ -7,9 +7,10 @@ import io
 import logging
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +103,19 @@ def tokenize_records(
     ids = list(distinct)
     path = None if cache_dir is None else cache_path(cache_dir, tokenization.fingerprint(), ids)
     cached = None if path is None else load_columns(path, ids)
-    columns, refused = cached or _encode_all(list(distinct.values()), tokenization)
+    columns, refused, unread = cached or _encode_all(list(distinct.values()), tokenization)
     if refused:
         _report_refused(records, refused, report or BadRecords(read=len(records)), on_bad_record)
         records = [record for record in records if record.id not in refused]
     assert columns is not None
     if path is not None and cached is None:
-        save_columns(path, columns, refused)
+        save_columns(path, columns, refused, unread)
+    for key, count in unread.items():
+        log.warning(
+            "`%s`, which messages of %d records have, is not read: the chat template's output is the same "
+            "without it, and so is training",
+            *(key, count),
+        )
     labels = [record.label is not False for record in records]
     result = TokenizedSet(columns, [record.id for record in records], labels)
     if result.identical_after_truncation:
@@ -122,8 +129,9 @@ def tokenize_records(
 
 def _encode_all(
     records: list[Record], tokenization: Tokenization
-) -> tuple[TokenColumns | None, dict[str, BadRecord]]:
-    """The tokens of the good records, if there are any, and the faults of the others by their ids."""
+) -> tuple[TokenColumns | None, dict[str, BadRecord], Counter[str]]:
+    """The tokens of the good records, if there are any; the faults of the others by their ids; and keys that
+    nothing reads, with the number of good records whose messages have them."""
     good: dict[str, Encoded] = {}
     refused: dict[str, BadRecord] = {}
     for start in range(0, len(records), CHUNK):
@@ -134,9 +142,10 @@ def _encode_all(
             else:
                 good[record.id] = encoded
     if not good:
-        return None, refused
-    prompts, responses, truncated = zip(*good.values(), strict=True)
-    return TokenColumns.of(list(good), prompts, responses, truncated), refused
+        return None, refused, Counter()
+    prompts, responses, truncated, unread = zip(*good.values(), strict=True)
+    columns = TokenColumns.of(list(good), prompts, responses, truncated)
+    return columns, refused, Counter(chain.from_iterable(unread))
 
 
 def _report_refused(
@@ -248,8 +257,9 @@ def _fit(tokens: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> bool:
 
 # The cache
 
-_REFUSED = "refused"
-"""(R, 3) text: id, reason and detail of each record that has no tokens; absent where there is none."""
+_REFUSED, _UNREAD = "refused", "unread"
+"""(R, 3) text, id, reason and detail of each record that has no tokens; (K, 2) text, keys of messages that
+nothing reads and the number of records that have them."""
 
 
 def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> Path:
@@ -260,20 +270,22 @@ def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> 
     return cache_dir / f"tokens-{digest.hexdigest()}.npz"
 
 
-def load_columns(path: Path, record_ids: list[str]) -> tuple[TokenColumns, dict[str, BadRecord]] | None:
-    """The columns cached at ``path`` and the faults of records without tokens; None if there are none, or,
-    with a warning, if the file is broken."""
+def load_columns(
+    path: Path, record_ids: list[str]
+) -> tuple[TokenColumns, dict[str, BadRecord], Counter[str]] | None:
+    """What ``_encode_all`` found, cached at ``path``; None if there is no file, or, with a warning, if it is
+    broken."""
     if not path.exists():
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
             values = {f.name: arrays[f.name] for f in fields(TokenColumns)}
-            faults = arrays[_REFUSED].tolist() if _REFUSED in arrays else []
+            faults, keys = (arrays[n].tolist() if n in arrays else [] for n in (_REFUSED, _UNREAD))
         ids = values.pop("record_ids").tolist()
         columns = TokenColumns(ids, **values)
         refused = {record: BadRecord(reason, detail) for record, reason, detail in faults}
         if ids == [record for record in record_ids if record not in refused] and columns.is_whole():
-            return columns, refused
+            return columns, refused, Counter({key: int(count) for key, count in keys})
         reason = "its arrays are inconsistent"
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error)
@@ -281,12 +293,17 @@ def load_columns(path: Path, record_ids: list[str]) -> tuple[TokenColumns, dict[
     return None
 
 
-def save_columns(path: Path, columns: TokenColumns, refused: Mapping[str, BadRecord]) -> None:
+def save_columns(
+    path: Path, columns: TokenColumns, refused: Mapping[str, BadRecord], unread: Counter[str]
+) -> None:
     """Write atomically. Raises DataError if the folder is not writable."""
     buffer = io.BytesIO()
+    # Both are left out where there is nothing to keep: the file is then what earlier versions wrote and read.
     values = {f.name: getattr(columns, f.name) for f in fields(columns)}
     if refused:
         values[_REFUSED] = np.array([(record, f.reason, f.detail) for record, f in refused.items()])
+    if unread:
+        values[_UNREAD] = np.array([(key, str(count)) for key, count in unread.items()])
     np.savez(buffer, **values)
     try:
         atomic_write(path, buffer.getvalue())

@@ -13,12 +13,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from nxdt_align.data.records import BadRecord, DataError, Message, Record, excerpt
+from nxdt_align.data.records import (
+    BadRecord,
+    DataError,
+    Message,
+    Record,
+    Response,
+    content_of,
+    excerpt,
+    further_keys,
+)
 from nxdt_align.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,9 +40,26 @@ TEMPLATE_DATE = "26 Jul 2024"
 tokens, and with them every stored reference value, would change daily."""
 TruncationMode = Literal["keep_start", "keep_end"]
 Tokens = list[int]
-Encoded = tuple[Tokens, list[Tokens], bool]
-"""Prompt, responses, and whether truncation cut any of them."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+class Encoded(NamedTuple):
+    """The tokens of one record."""
+
+    prompt: Tokens
+    responses: list[Tokens]
+    truncated: bool
+    """Whether truncation cut any of them."""
+    unread: tuple[str, ...] = ()
+    """Keys of its messages with which its tokens do not change."""
+
+
+class Rendered(NamedTuple):
+    """The texts of one record."""
+
+    prompt: str
+    responses: list[str]
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +139,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
 
-    def split(self, prompt: list[Message], responses: Sequence[str], place: str) -> tuple[str, list[str]]:
+    def split(
+        self, prompt: list[Message], responses: Sequence[Response], place: str
+    ) -> tuple[str, list[str]]:
         """The texts of the prompt and of each response.
 
         Raises DataError where there is no template; BadRecord where it refuses the conversation, or where
@@ -127,7 +155,8 @@ class ChatTemplate:
         head = self._render(prompt, for_answer=True)
         answers = []
         for response in responses:
-            full = self._render([*prompt, {"role": "assistant", "content": response}], for_answer=False)
+            answer = {"role": "assistant", "content": response} if isinstance(response, str) else response
+            full = self._render([*prompt, answer], for_answer=False)
             if not full.startswith(head) or full == head:
                 raise BadRecord(
                     "no common beginning in the chat template",
@@ -137,6 +166,21 @@ class ChatTemplate:
                 )
             answers.append(full[len(head) :])
         return head, answers
+
+    def unread_keys(self, record: Record, texts: tuple[str, list[str]]) -> tuple[str, ...]:
+        """The further keys of the record's messages without which the template writes the same ``texts``."""
+        assert not isinstance(record.prompt, str)
+        unread = []
+        for key in record.further_keys:
+            prompt = [_without(turn, key) for turn in record.prompt]
+            responses = [r if isinstance(r, str) else _without(r, key) for r in record.responses]
+            try:
+                same = self.split(prompt, responses, record.source) == texts
+            except BadRecord:
+                same = False
+            if same:
+                unread.append(key)
+        return tuple(unread)
 
     def _render(self, messages: list[Message], *, for_answer: bool) -> str:
         from jinja2 import TemplateError
@@ -166,9 +210,16 @@ class ChatTemplate:
             raise DataError(f"of one question and its answer, {fault.detail}") from fault
         after = answer.rpartition("answer")[2]
         ids: list[int] = self._tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-        special = {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder}
-        last = max((i for i, token in enumerate(ids) if token in special), default=None)
+        last = max((i for i, token in enumerate(ids) if token in self.special), default=None)
         return (None, []) if last is None else (ids[last], ids[last + 1 :])
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        return frozenset((*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder))
+
+
+def _without(turn: Message, key: str) -> Message:
+    return {name: value for name, value in turn.items() if name != key}
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
@@ -241,40 +292,45 @@ class Tokenization:
         encoded = self.encode([record])[0]
         if isinstance(encoded, BadRecord):
             raise DataError(f"{record.source}: {encoded.detail}") from encoded
-        prompt, responses, _ = encoded
-        return Example(record.id, _array(prompt), tuple(map(_array, responses)))
+        return Example(record.id, _array(encoded.prompt), tuple(map(_array, encoded.responses)))
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
         """The tokens of each record, or why it has none. Raises DataError where a chat record meets no
         template."""
         rendered = [self._texts(record) for record in records]
-        tokens = iter(self._ids([text for texts in rendered if isinstance(texts, list) for text in texts]))
+        good = [texts for texts in rendered if isinstance(texts, Rendered)]
+        tokens = iter(self._ids([text for texts in good for text in (texts.prompt, *texts.responses)]))
         encoded: list[Encoded | BadRecord] = []
         for record, texts in zip(records, rendered, strict=True):
             if isinstance(texts, BadRecord):
                 encoded.append(texts)
                 continue
-            prompt, *answers = (next(tokens) for _ in texts)
-            encoded.append(self._finish(record, prompt, answers))
+            prompt, *answers = (next(tokens) for _ in range(1 + len(texts.responses)))
+            encoded.append(self._finish(record, prompt, answers, texts.unread))
         return encoded
 
-    def _finish(self, record: Record, prompt: Tokens, answers: list[Tokens]) -> Encoded | BadRecord:
+    def _finish(
+        self, record: Record, prompt: Tokens, answers: list[Tokens], unread: tuple[str, ...]
+    ) -> Encoded | BadRecord:
         if self._bos is not None and prompt[:1] != [self._bos]:
             prompt = [self._bos, *prompt]
         if not prompt:
             found = f"the tokenizer makes no token of the prompt {excerpt(record.prompt)}"
             return BadRecord("prompt without tokens", found)
-        return self.truncation(prompt, [self._close(answer, record) for answer in answers], self._bos)
+        closed = [self._close(*each, record) for each in zip(answers, record.responses, strict=True)]
+        return Encoded(*self.truncation(prompt, closed, self._bos), unread)
 
-    def _texts(self, record: Record) -> list[str] | BadRecord:
-        """The text of the prompt and of each response."""
+    def _texts(self, record: Record) -> Rendered | BadRecord:
+        keys = tuple(record.further_keys)
         if isinstance(record.prompt, str):
-            return [record.prompt, *record.responses]
-        try:
-            prompt, answers = self._chat.split(record.prompt, record.responses, record.source)
-        except BadRecord as fault:
-            return fault
-        return [prompt, *answers]
+            rendered = Rendered(record.prompt, [content_of(r) for r in record.responses], keys)
+        else:
+            try:
+                texts = self._chat.split(record.prompt, record.responses, record.source)
+            except BadRecord as fault:
+                return fault
+            rendered = Rendered(*texts, self._chat.unread_keys(record, texts) if keys else ())
+        return (_fault_of_unread(record, rendered) if rendered.unread else None) or rendered
 
     def _ids(self, texts: list[str]) -> list[Tokens]:
         if not texts:
@@ -287,11 +343,16 @@ class Tokenization:
         ids: list[Tokens] = encoded["input_ids"]
         return ids
 
-    def _close(self, ids: Tokens, record: Record) -> Tokens:
+    def _close(self, ids: Tokens, response: Response, record: Record) -> Tokens:
         if not isinstance(record.prompt, str):
             end, behind = self._chat.turn_end
             if end is not None and ids[-len(behind) - 1 :] == [end, *behind]:
                 return ids[: len(ids) - len(behind)]
+            # A turn that calls tools may end with another token than one that speaks.
+            if end is not None and further_keys(response):
+                last = max((i for i, token in enumerate(ids) if token in self._chat.special), default=-1)
+                if last >= 0 and not str(self.tokenizer.decode(ids[last + 1 :])).strip():
+                    return ids[: last + 1]
         return ids if ids[-1:] == [self._eos] else [*ids, self._eos]
 
     def fingerprint(self) -> str:
@@ -311,6 +372,26 @@ class Tokenization:
             "truncation": asdict(self.truncation),
         }
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _fault_of_unread(record: Record, rendered: Rendered) -> BadRecord | None:
+    """Why the record cannot be used without the keys that the template does not read."""
+    turns = [turn for turn in record.responses if not isinstance(turn, str)]
+    turns += [] if isinstance(record.prompt, str) else record.prompt
+    for turn in turns:
+        keys = further_keys(turn)
+        if keys and not turn["content"].strip() and set(keys) <= set(rendered.unread):
+            found = f"a turn of {turn['role']} has nothing but {_listed(keys)}"
+            return BadRecord("empty turn", f"{found}, which the chat template does not read")
+    if record.label is None and len(set(rendered.responses)) < len(rendered.responses):
+        both = excerpt(rendered.responses[0])
+        found = f"both are {both}: the chat template does not read {_listed(rendered.unread)}"
+        return BadRecord("chosen equal to rejected", found)
+    return None
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return ", ".join(f"`{key}`" for key in keys)
 
 
 def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
