@@ -85,6 +85,17 @@ CASES: list[tuple[str, dict[str, Any], list[Record]]] = [
     ),
     ("hh", {"chosen": HH + " a", "rejected": HH + " b"}, [Record(HH, (" a", " b"))]),
     (
+        "alpaca",
+        {"instruction": "Give the tide.", "input": "Port Ulm", "chosen": "2.1 m", "rejected": "no"},
+        [Record("Give the tide.\nPort Ulm", ("2.1 m", "no"))],
+    ),
+    (
+        "alpaca",
+        {"instruction": "Hi", "input": "", "chosen": say("a"), "rejected": "b"},
+        [Record("Hi", ("a", "b"))],
+    ),
+    ("alpaca", {"instruction": "Hi", "chosen": "a", "rejected": "b"}, [Record("Hi", ("a", "b"))]),
+    (
         "sharegpt",
         {
             "conversations": [
@@ -129,6 +140,15 @@ def test_the_preferred_response_of_pairs(name: str, row: dict[str, Any], records
         ("prompt_response", {"prompt": "p", "response": "a"}, Record("p", ("a",))),
         ("prompt_completion", {"prompt": [USER], "completion": [say("a")]}, Record([USER], ("a",))),
         ("input_output", {"input": "p", "output": "a"}, Record("p", ("a",))),
+        ("alpaca", {"instruction": "t", "input": "p", "output": "a"}, Record("t\np", ("a",))),
+        ("alpaca", {"instruction": "t", "input": "", "output": "a"}, Record("t", ("a",))),
+        ("input_output", {"instruction": "", "input": "p", "output": "a"}, Record("p", ("a",))),
+        (
+            "messages",
+            {"instruction": "t", "output": "b", "messages": [USER, say("a")]},
+            Record([USER], ("a",)),
+        ),
+        ("alpaca", {"instruction": "t", "output": "a"}, Record("t", ("a",))),
         ("messages", {"messages": [USER, say("a")]}, Record([USER], ("a",))),
         (
             "messages",
@@ -141,6 +161,11 @@ def test_single_responses(name: str, row: dict[str, Any], record: Record) -> Non
     found = detect_format(row, "response")
     assert found is not None and found.name == name
     assert list(found.convert(row)) == [record]
+
+
+def test_an_empty_instruction_of_alpaca() -> None:
+    row = {"instruction": "", "input": "p", "output": "a"}
+    assert named_format("alpaca", "response").convert(row) == [Record("p", ("a",))]
 
 
 def gpt(text: str, role: str = "gpt") -> dict[str, str]:
@@ -254,8 +279,8 @@ def test_a_bad_pair_leaves_the_others() -> None:
 
 @pytest.mark.parametrize("kind", ["pair", "response"])
 def test_unknown_format(kind: Kind) -> None:
-    with pytest.raises(DataError, match=r"data\.format: 'alpaca' is no format .* known are .*hh"):
-        named_format("alpaca", kind)
+    with pytest.raises(DataError, match=r"data\.format: 'dolly' is no format .* known are .*hh"):
+        named_format("dolly", kind)
 
 
 def test_explicit_prompt_wins_over_other_keys() -> None:
@@ -264,5 +289,36 @@ def test_explicit_prompt_wins_over_other_keys() -> None:
     assert found is not None and found.name == "pairs"
 
 
-def test_plain_chosen_and_rejected_fit_nothing() -> None:
-    assert detect_format({"chosen": "a", "rejected": "b"}, "pair") is None
+@pytest.mark.parametrize("kind", ["pair", "response"])
+def test_plain_chosen_and_rejected_fit_nothing(kind: Kind) -> None:
+    """Even where they begin alike: answers whose prompt is in a column of another name do, too."""
+    assert detect_format({"chosen": "a", "rejected": "b"}, kind) is None
+    assert detect_format({"chosen": "Q: why? A: a", "rejected": "Q: why? A: b"}, kind) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected"),
+    [
+        ("Question: Tide in Ulm? Answer:", " 2.1 m", " 2.1 m or so"),
+        ("Question: Tide? Answer:", " The tide is high.", " The tide is low."),
+        ("### Input:\nwhy\n\n### Response:\n", "Because so.", "Because of it."),
+        ("[INST] why [/INST]", "Because so.", "Because of it."),
+        ("<|user|> why <|assistant|>", "yes", "yes no"),
+        ("Say hi.", " Hello you", " Hello there"),
+        ("Is it 10:30?", " It is", " It's"),
+    ],
+)
+def test_a_common_beginning(prompt: str, chosen: str, rejected: str) -> None:
+    row = {"chosen": prompt + chosen, "rejected": prompt + rejected}
+    assert named_format("common_beginning", "pair").convert(row) == [Record(prompt, (chosen, rejected))]
+    assert named_format("common_beginning", "response").convert(row) == [Record(prompt, (chosen,))]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [("The tide", "The time"), ("Why? a", "How? b"), ("Why?", "Why? no"), ("", "a"), (" \n a", " \n b")],
+)
+def test_no_common_beginning(chosen: str, rejected: str) -> None:
+    with pytest.raises(BadRecord, match="chosen begins") as caught:
+        named_format("common_beginning", "pair").convert({"chosen": chosen, "rejected": rejected})
+    assert caught.value.reason == "no common prompt"

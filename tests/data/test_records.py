@@ -137,6 +137,18 @@ def test_unknown_keys_name_the_nearest_format(tmp_path: Path) -> None:
         load(source)
 
 
+def test_chosen_and_rejected_alone_name_the_prompt(tmp_path: Path) -> None:
+    """The message names what is missing, and the format to set where nothing is."""
+    rows = [{"chosen": f"Q: {i}? A: yes", "rejected": f"Q: {i}? A: yes no"} for i in range(3)]
+    source = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        DataError, match=r"a.jsonl:1: .* nearest is pairs, which needs prompt too. .*=common_beginning"
+    ):
+        load(source)
+    records = load(source, format="common_beginning").records
+    assert records[2].id == record_id("Q: 2? A:", (" yes", " yes no"))
+
+
 def test_a_bad_first_record_does_not_hide_the_format(tmp_path: Path) -> None:
     result = load(write(tmp_path / "a.jsonl", [{"prompt": "p"}, row(1)]), on_bad_record="drop")
     assert (len(result.records), result.format, dict(result.report.counts)) == (
@@ -221,10 +233,18 @@ def test_an_empty_response_is_named(tmp_path: Path) -> None:
 
 def test_an_instruction_is_not_lost(tmp_path: Path) -> None:
     """Alpaca's records have the task in ``instruction`` and its material, often empty, in ``input``."""
+    pair = {"instruction": "Translate.", "input": "house", "chosen": "casa", "rejected": "perro"}
+    both = load(
+        write(tmp_path / "c.jsonl", [{"t": pair.pop("instruction"), **pair}]), columns={"instruction": "t"}
+    )
+    assert both.records[0].prompt == "Translate.\nhouse" and both.unread == {}
     alpaca = {"instruction": "Translate.", "input": "house", "output": "casa"}
     source = write(tmp_path / "a.jsonl", [alpaca])
-    with pytest.raises(DataError, match=r"`instruction` is 'Translate\.' beside `input`; join the two"):
-        load_records([source], "response")
+    assert load_records([source], "response").records[0].prompt == "Translate.\nhouse"
+    with pytest.raises(
+        DataError, match=r"`instruction` is 'Translate\.' beside `input`; set data.format=alp"
+    ):
+        load_records([source], "response", format="input_output")
     no_input = write(tmp_path / "b.jsonl", [{**alpaca, "input": ""}])
     mapped = load_records([no_input], "response", columns={"input": "instruction"})
     assert mapped.records[0].prompt == "Translate."

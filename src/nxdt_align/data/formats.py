@@ -8,6 +8,7 @@ writes nulls for keys that other rows have.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from nxdt_align.data.records import (
     as_answer,
     as_messages,
     as_prompt,
+    as_text,
     excerpt,
     take,
     take_text,
@@ -33,6 +35,7 @@ from nxdt_align.own_parts import OwnPartError, describe, find, require_call
 
 Kind = Literal["pair", "response", "unpaired"]
 
+_STRONG_BORDER, _SENTENCE_END = re.compile(r"\n+|[>\]]|[:?](?=\s)"), re.compile(r"[.!](?=\s)")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 """The turn marks of Anthropic's HH-RLHF transcripts."""
 
@@ -137,6 +140,40 @@ def _split_transcript(text: str, name: str) -> tuple[str, str]:
     return before + mark, answer
 
 
+def from_alpaca(row: Row) -> list[Record]:
+    """Alpaca's ``instruction`` and ``input``, with ``chosen`` and ``rejected``."""
+    responses = (as_answer(take(row, "chosen"), "chosen"), as_answer(take(row, "rejected"), "rejected"))
+    return [Record(_alpaca_prompt(row), responses)]
+
+
+def _alpaca_prompt(row: Row) -> str:
+    """The task and, on the next line, its material, either of which may be empty."""
+    material = row.get("input")
+    if material is None:
+        return take_text(row, "instruction")
+    parts = (as_text(row.get("instruction") or "", "instruction"), as_text(material, "input"))
+    return "\n".join(part for part in parts if part.strip())
+
+
+def from_common_beginning(row: Row) -> list[Record]:
+    """``chosen`` and ``rejected`` text that both begin with the prompt, which stands nowhere else.
+
+    The prompt ends at the last border in what they have in common: behind a line end, ``>``, ``]``, ``:`` or
+    ``?``, or, where there is none of these, behind a sentence. Answers that begin alike keep their words, and
+    no word is cut.
+    """
+    chosen, rejected = take_text(row, "chosen"), take_text(row, "rejected")
+    common = _first_difference(chosen, rejected)
+    for border in (_STRONG_BORDER, _SENTENCE_END):
+        ends = [match.end() for match in border.finditer(chosen) if match.end() <= common]
+        ends = [
+            end for end in ends if chosen[:end].strip() and chosen[end:].strip() and rejected[end:].strip()
+        ]
+        if ends:
+            return [Record(chosen[: ends[-1]], (chosen[ends[-1] :], rejected[ends[-1] :]))]
+    raise BadRecord("no common prompt", f"chosen begins {excerpt(chosen)}, rejected {excerpt(rejected)}")
+
+
 def from_sharegpt(row: Row) -> list[Record]:
     """ShareGPT's ``conversations`` with ``chosen`` and ``rejected`` turns."""
     prompt = as_messages(take(row, "conversations"), "conversations")
@@ -185,12 +222,19 @@ def from_messages(row: Row) -> list[Record]:
 
 
 def from_input_output(row: Row) -> list[Record]:
-    """``input``, ``output``. Refuses Alpaca's ``instruction`` beside them: it is part of the prompt."""
+    """``input``, ``output``. Refuses Alpaca's ``instruction`` beside them: it is part of the prompt, and
+    ``alpaca`` is the format that reads it."""
     instruction = row.get("instruction")
     if isinstance(instruction, str) and instruction.strip():
-        found = f"`instruction` is {excerpt(instruction)} beside `input`; join the two in the file"
+        found = f"`instruction` is {excerpt(instruction)} beside `input`; set data.format=alpaca to join them"
         raise BadRecord("instruction beside input", found)
     return [Record(as_prompt(take(row, "input"), "input"), (as_answer(take(row, "output"), "output"),))]
+
+
+def from_alpaca_response(row: Row) -> list[Record]:
+    """Alpaca's ``instruction``, ``input`` and ``output``, or the chosen response of a pair."""
+    name = "chosen" if row.get("output") is None and row.get("chosen") is not None else "output"
+    return [Record(_alpaca_prompt(row), (as_answer(take(row, name), name),))]
 
 
 def _from_columns(prompt: str, response: str) -> Convert:
@@ -234,6 +278,8 @@ class Format:
     convert: Convert
     fits: Callable[[Row], bool] = lambda row: True
     """Distinguishes formats with the same keys."""
+    optional: tuple[str, ...] = ()
+    """Further keys that it reads where a row has them."""
 
     def matches(self, row: Row) -> bool:
         return all(row.get(key) is not None for key in self.keys) and self.fits(row)
@@ -247,6 +293,10 @@ def _has_conversations(row: Row) -> bool:
     return isinstance(row["chosen"], list)
 
 
+def _has_instruction(row: Row) -> bool:
+    return isinstance(row["instruction"], str) and bool(row["instruction"].strip())
+
+
 PAIR_FORMATS = (
     Format("pairs", ("prompt", "chosen", "rejected"), from_pairs),
     Format("fairseq2", ("src", "tgt_chosen", "tgt_rejected"), from_fairseq2),
@@ -255,15 +305,25 @@ PAIR_FORMATS = (
     Format("orca", ("system", "question", "chosen", "rejected"), from_orca),
     Format("hh", ("chosen", "rejected"), from_hh, _has_transcripts),
     Format("pairs", ("chosen", "rejected"), from_pairs, _has_conversations),
+    Format("alpaca", ("instruction", "chosen", "rejected"), from_alpaca, optional=("input",)),
+    # Named only: answers alone begin alike, too, and are not told apart from it.
+    Format("common_beginning", ("chosen", "rejected"), from_common_beginning, lambda row: False),
 )
 RESPONSE_FORMATS = (
     Format("prompt_response", ("prompt", "response"), _from_columns("prompt", "response")),
     Format("prompt_completion", ("prompt", "completion"), _from_columns("prompt", "completion")),
     Format("responses", ("prompt", "sft_target"), _from_columns("prompt", "sft_target")),
-    *(replace(f, convert=_preferred(f.convert)) for f in PAIR_FORMATS if f.name != "responses"),
+    *(
+        replace(f, convert=_preferred(f.convert))
+        for f in PAIR_FORMATS
+        if f.name not in ("responses", "alpaca")
+    ),
+    Format("alpaca", ("instruction", "input", "output"), from_alpaca_response, _has_instruction),
     Format("input_output", ("input", "output"), from_input_output),
     Format("messages", ("messages",), from_messages),
     Format("messages", ("conversations",), from_messages),
+    Format("alpaca", ("instruction", "output"), from_alpaca_response, optional=("input",)),
+    Format("alpaca", ("instruction", "chosen", "rejected"), from_alpaca_response, optional=("input",)),
 )
 UNPAIRED_FORMATS = (Format("unpaired", ("prompt", "completion", "label"), from_unpaired),)
 FORMATS: Mapping[Kind, tuple[Format, ...]] = {
@@ -337,28 +397,32 @@ def read_columns(format: Format, kind: Kind) -> frozenset[str] | None:
     """The columns that a format of this name reads; None if that is unknown."""
     if not format.keys:
         return None
-    return frozenset(key for each in FORMATS[kind] if each.name == format.name for key in each.keys)
+    same = [each for each in FORMATS[kind] if each.name == format.name]
+    return frozenset(key for each in same for key in (*each.keys, *each.optional))
 
 
 def nearest_format(row: Row, kind: Kind) -> tuple[str, list[str]]:
-    """The format of which ``row`` has the largest share of keys, and the keys that ``row`` lacks; if it lacks
-    none (its values do not fit), all keys of the format."""
+    """Of the formats that lack a key in ``row``, the one of which it has the largest share, and the keys that
+    it lacks."""
 
     def missing(format: Format) -> list[str]:
         return [key for key in format.keys if row.get(key) is None]
 
-    nearest = min(FORMATS[kind], key=lambda f: len(missing(f)) / len(f.keys))
-    return nearest.name, missing(nearest) or list(nearest.keys)
+    lacking = [f for f in FORMATS[kind] if missing(f)]
+    nearest = min(lacking, key=lambda f: len(missing(f)) / len(f.keys))
+    return nearest.name, missing(nearest)
 
 
 def describe_formats(kind: Kind) -> str:
     """The formats and their keys, for a message."""
-    return "; ".join(f"{f.name}: {', '.join(f.keys)}" for f in FORMATS[kind])
+    return "; ".join(
+        f"{f.name}: {', '.join((*f.keys, *(f'{key} if any' for key in f.optional)))}" for f in FORMATS[kind]
+    )
 
 
 def known_columns(kind: Kind) -> list[str]:
     """The names that ``data.columns`` may map a file's columns to."""
-    return list(dict.fromkeys(key for f in FORMATS[kind] for key in f.keys))
+    return list(dict.fromkeys(key for f in FORMATS[kind] for key in (*f.keys, *f.optional)))
 
 
 _WANTED: Mapping[Kind, str] = {

@@ -221,10 +221,13 @@ class Reader:
             return f"{path} holds no usable record\n{self.report.summary()}"
         row = self._renamed(head[0].value)
         nearest, missing = nearest_format(row, self._kind)
+        hint = ""
+        if self._kind != "unpaired" and all(isinstance(row.get(key), str) for key in ("chosen", "rejected")):
+            hint = "Where both texts begin with the prompt, set data.format=common_beginning. "
         return (
             f"{head[0].place}: the record's keys ({', '.join(map(str, row)) or 'none'}) fit no known format; "
-            f"nearest is {nearest}, which needs {', '.join(missing)} too. Rename columns with data.columns, "
-            f"or name the format in data.format. Known are: {describe_formats(self._kind)}"
+            f"nearest is {nearest}, which needs {', '.join(missing)} too. {hint}Rename columns with "
+            f"data.columns, or name the format in data.format. Known are: {describe_formats(self._kind)}"
         )
 
     def _renamed(self, row: Row) -> Row:
