@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from small_tokenizers import CHATML, LLAMA3, make_tokenizer
 
+from nxdt_align.data.chat import TEMPLATE_DATE, ChatTemplate
 from nxdt_align.data.records import BadRecord, DataError
-from nxdt_align.data.tokenize import TEMPLATE_DATE, ChatTemplate
 
 QUESTION = [{"role": "system", "content": "brief"}, {"role": "user", "content": "why?"}]
 
