@@ -45,6 +45,7 @@ class DryRun(RunMode):
 
     compute_reference = staticmethod(trace_shapes)
     preflight = _PreflightGraphs
+    checks_values = False
 
     def check_places(self, places: Places) -> None:
         """Nothing is written, so no folder has to be writable."""

@@ -34,6 +34,8 @@ class RunMode:
     compute_reference: Callable[..., tuple[FloatArray, PassSummary]] = staticmethod(precompute)
     """Computes a split's table of reference values, see ``reference.precompute``."""
     preflight: type[Preflight] = Preflight
+    checks_values: bool = True
+    """Whether values that are not finite stop the run."""
 
     def check_places(self, places: Places) -> None:
         """Raise UserError if the run could not write to one of its folders."""

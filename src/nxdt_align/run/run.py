@@ -35,6 +35,7 @@ from nxdt_align.run.reference import (
 )
 from nxdt_align.run.resume import RunFolder, RunIdentity, identify, newest_checkpoint
 from nxdt_align.training import optim
+from nxdt_align.training.finite import FiniteCheck
 from nxdt_align.training.hooks import FinishRun
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
@@ -97,6 +98,7 @@ class Run:
         mode.prepare(self.data, self._steps())
         self._times.done("data read")
         self.engine = self.parts.engine()
+        self._finite = FiniteCheck(self.engine) if mode.checks_values else None
         self._times.done("model made")
 
     def fit(self) -> Result:
@@ -119,7 +121,7 @@ class Run:
                 *self.mode.monitors(self.config, self.env),
                 *reference,
                 *self._recompile_guard(),
-                FinishRun(self.engine, self._export, export),
+                FinishRun(self.engine, self._export, export, self._finite, self.parts.precision.compute),
                 *self._callbacks,
             ]
             trainer = self._trainer(callbacks, {"identity": identity.digest, **record})
@@ -216,7 +218,9 @@ class Run:
             ),
             schedule=self._schedule,
         )
-        return AlignmentModule(self.engine, self.objective, plan, settings, self.data.consumed_samples)
+        return AlignmentModule(
+            self.engine, self.objective, plan, settings, self.data.consumed_samples, self._finite
+        )
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> Any | None:
         sched = self.config.model.optim.sched
@@ -240,6 +244,7 @@ class Run:
             assemble.cluster(self.env),
             {RUN_RECORD: record},
             background=self.config.exp_manager.async_checkpointing,
+            finite=self._finite,
         )
         return Trainer(
             accelerator=_accelerator(self.engine.device),

@@ -18,6 +18,7 @@ from nxdt_align.engines.base import Engine, WeightSource
 from nxdt_align.errors import UserError
 from nxdt_align.reference.cache import ReferenceStore
 from nxdt_align.reference.precompute import PassSummary, precompute
+from nxdt_align.training.finite import FiniteCheck
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
@@ -205,10 +206,20 @@ class FinishRun(Callback):
     Args:
         export: writes the policy to a folder; called on every rank.
         folder: where to; None exports nothing.
+        finite: stops an export of weights that are not finite in ``dtype``; None checks nothing.
+        dtype: of the exported weights.
     """
 
-    def __init__(self, engine: Engine, export: Callable[[Path], None], folder: Path | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        export: Callable[[Path], None],
+        folder: Path | None,
+        finite: FiniteCheck | None,
+        dtype: torch.dtype,
+    ) -> None:
         self._engine = engine
+        self._finite, self._dtype = finite, dtype
         self._export = export
         self._folder = folder
 
@@ -223,4 +234,7 @@ class FinishRun(Callback):
         """Also runs if a resumed run has no steps left, e.g. after an export that ran out of disk space."""
         self._engine.finish_saving()
         if self._folder is not None:
+            if self._finite is not None:
+                what, optimizer = f"export {self._folder}", trainer.optimizers[0]
+                self._finite.check_weights(what, trainer.global_step, optimizer, dtype=self._dtype)
             self._export(self._folder)

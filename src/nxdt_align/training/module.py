@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Engine, Objective, StepOutput
-from nxdt_align.errors import UserError
+from nxdt_align.training.finite import FiniteCheck
 
 OBJECTIVE_STATE = "objective_state"
 """Key of a checkpoint's values."""
@@ -61,6 +60,10 @@ class AlignmentModule(LightningModule):
 
     Metrics are logged under NxDT's and TRL's names, as means over the global batch, at the number
     of optimizer steps done.
+
+    Args:
+        consumed_samples: records used by a number of optimizer steps.
+        finite: stops at a loss or gradient norm that is not finite; None checks nothing.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class AlignmentModule(LightningModule):
         optimizer_plan: OptimizerPlan,
         settings: TrainingSettings,
         consumed_samples: Callable[[int], int],
+        finite: FiniteCheck | None = None,
     ) -> None:
         super().__init__()
         # Lightning's own loop would call backward() itself; the engine schedules micro-batches and their
@@ -80,6 +84,7 @@ class AlignmentModule(LightningModule):
         self._optimizer_plan = optimizer_plan
         self._settings = settings
         self._consumed_samples = consumed_samples
+        self._finite = finite
         self._throughput = Throughput()
         self._validation = WeightedMeans()
 
@@ -98,8 +103,7 @@ class AlignmentModule(LightningModule):
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         output = self.engine.step(self._on_device(batch), self._objective)
         gradient_norm = self.engine.clip_gradients(self._settings.gradient_clip_val)
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
+        optimizer = self._optimizer
         # Before the scheduler's step: the rate that this step used.
         learning_rate = optimizer.param_groups[0]["lr"]
         # A step that the engine skips (see EngineStrategy.optimizer_step) counts too: its data are consumed.
@@ -109,7 +113,28 @@ class AlignmentModule(LightningModule):
             scheduler.step()
         norms = self._norms(gradient_norm)
         self.engine.mark_step()
+        self._keep_for_check(output, gradient_norm)
         self._log_step(output, norms, learning_rate)
+
+    @property
+    def _optimizer(self) -> Any:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        return optimizer
+
+    def _keep_for_check(self, output: StepOutput, gradient_norm: Tensor) -> None:
+        """Overflowed gradients, which the engine skips, may well have no finite norm."""
+        if self._finite is not None:
+            norm = {} if self.engine.skips_step else {"gradient_norm": gradient_norm}
+            self._finite.add(self.global_step, {"reduced_train_loss": output.loss, **norm})
+
+    def on_train_end(self) -> None:
+        """The steps after the last logged one; a save checks them itself."""
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        if self._finite is not None:
+            self._finite.check_steps(self._optimizer)
 
     def _on_device(self, micro_batches: list[Batch]) -> list[Batch]:
         return [batch.to(self.engine.device) for batch in micro_batches]
@@ -136,7 +161,7 @@ class AlignmentModule(LightningModule):
             # The checkpoint callback builds file names from it; this host-side number needs no device sync.
             self._show({"consumed_samples": float(consumed)})
             return
-        fetched = self._fetch({"reduced_train_loss": output.loss, **output.metrics, **norms})
+        fetched = self._fetch_and_check({"reduced_train_loss": output.loss, **output.metrics, **norms})
         means = {name: fetched[name] for name in ("reduced_train_loss", *output.metrics)}
         numbers = {name: float(value) for name, value in self._objective.finish(means).items()}
         numbers["lr"] = float(learning_rate)
@@ -146,25 +171,20 @@ class AlignmentModule(LightningModule):
         numbers["consumed_samples"] = float(consumed)
         numbers["throughput"] = throughput
         numbers["throughput_peak"] = self._throughput.peak
-        if self.loggers:
-            self._require_finite(numbers["reduced_train_loss"])
         self._write(numbers)
         self._show(numbers)
 
-    def _fetch(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The values on the host, () float32 each, in one transfer."""
-        numbers = self.engine.fetch(list(values.values()))
-        return {name: torch.tensor(number) for name, number in zip(values, numbers, strict=True)}
-
-    def _require_finite(self, loss: float) -> None:
-        """Stop before non-finite weights replace the last good checkpoint. Checked where the loss is logged:
-        it is on the host then, and the same on every rank."""
-        if not math.isfinite(loss):
-            raise UserError(
-                f"reduced_train_loss is {loss} at step {self.global_step}: training cannot recover. "
-                "Earlier checkpoints are intact; check the start weights, lower "
-                "model.optim.lr, or set trainer.gradient_clip_val or precision.type=fp32"
-            )
+    def _fetch_and_check(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values on the host, () float32 each, in one transfer with what ``finite`` checks of the steps
+        since the last one."""
+        kept = [] if self._finite is None else self._finite.take()
+        numbers = self.engine.fetch([*values.values(), *(value for _, _, value in kept)])
+        for (step, name, _), number in zip(kept, numbers[len(values) :], strict=True):
+            assert self._finite is not None
+            self._finite.judge(step, name, number, self._optimizer)
+        return {
+            name: torch.tensor(number) for name, number in zip(values, numbers[: len(values)], strict=True)
+        }
 
     def _show(self, values: Mapping[str, float]) -> None:
         """Show NxDT's fields in the progress bar; pass the others to callbacks that monitor them."""
@@ -180,6 +200,7 @@ class AlignmentModule(LightningModule):
     # The objective's state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_steps()
         if self._objective.state is not None:
             checkpoint[OBJECTIVE_STATE] = self._objective.state.cpu()
 

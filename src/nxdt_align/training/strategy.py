@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nxdt_align.engines.base import Engine, EngineError
 from nxdt_align.files import explain
+from nxdt_align.training.finite import FiniteCheck
 
 log = logging.getLogger(__name__)
 OPTIMIZER_IN_FOLDER = "in the checkpoint folder"
@@ -39,6 +40,7 @@ class EngineStrategy(ParallelStrategy):
         extra: plain values stored in each checkpoint beside Lightning's.
         background: write checkpoints while training continues. An old checkpoint is removed only once the
             new one is complete.
+        finite: stops a save, or a resume, of values that are not finite; None checks nothing.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class EngineStrategy(ParallelStrategy):
         extra: Mapping[str, Any],
         *,
         background: bool = False,
+        finite: FiniteCheck | None = None,
     ) -> None:
         super().__init__(
             cluster_environment=cluster_environment,
@@ -57,6 +60,7 @@ class EngineStrategy(ParallelStrategy):
         self.engine = engine
         self._extra = dict(extra)
         self._background = background
+        self._finite = finite
         self._resumed: Path | None = None
 
     # Ranks and devices
@@ -100,7 +104,10 @@ class EngineStrategy(ParallelStrategy):
         """
         super().setup(trainer)
         if self._resumed is not None:
-            self.engine.load(self._resumed, self.optimizers[0] if self.optimizers else None)
+            optimizer = self.optimizers[0] if self.optimizers else None
+            self.engine.load(self._resumed, optimizer)
+            if self._finite is not None:
+                self._finite.check_loaded(self._resumed, optimizer)
 
     # Communication
 
@@ -138,7 +145,12 @@ class EngineStrategy(ParallelStrategy):
     ) -> None:
         extra = {**checkpoint, **self._extra}
         folder = checkpoint_folder(filepath)
+        finite, step = self._finite, int(checkpoint.get("global_step", 0))
+        if finite is not None:
+            finite.check_weights(f"checkpoint {folder}", step, self.optimizers[0])
         self.engine.save(folder, self.optimizers[0], extra, background=self._background)
+        if finite is not None:
+            self.engine.once_saved(lambda: finite.note_checkpoint(folder))
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """The trainer's state only; ``setup`` loads the rest."""
