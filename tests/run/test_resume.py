@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from nxdt_align.run.resume import find_run, newest_checkpoint, run_identity, write_identity
+import pytest
+from training_fixture import Project, write_pairs
+
+from nxdt_align.run.resume import (
+    RunIdentity,
+    _warn_of_other_runs,
+    find_run,
+    newest_checkpoint,
+    run_identity,
+    write_identity,
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    import nemo.utils.exp_manager  # noqa: F401 (its log handlers keep stderr, which no test may have replaced)
+
+    return Project.create(tmp_path_factory.mktemp("project"))
 
 
 def step_of(folder: Path) -> int | None:
@@ -59,3 +77,86 @@ def test_identity_depends_on_every_part_and_not_on_their_order() -> None:
     assert run_identity(base) == run_identity(dict(reversed(list(base.items()))))
     for key in base:
         assert run_identity({**base, key: "other"}) != run_identity(base)
+
+
+PARTS: dict[str, Any] = {
+    "objective": {"dpo": {"kl_beta": 0.1, "loss_weights": None}, "orpo": None},
+    "data": "hash of the records",
+    "order": [7, 4],
+    "model": {"hidden_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (
+            {"objective": {"dpo": {"kl_beta": 0.3, "loss_weights": None}, "orpo": None}},
+            "Different objective: model_alignment_strategy.dpo.kl_beta was 0.1 and is 0.3. A new",
+        ),
+        (
+            {"objective": {"dpo": None, "orpo": {"beta": 0.2}}},
+            "Different objective: model_alignment_strategy.dpo.kl_beta was 0.1 and is not there, "
+            "model_alignment_strategy.orpo.beta was not there and is 0.2. A new",
+        ),
+        (
+            {"data": "another"},
+            "Different data: the records of data.train_dir (their text, number or order). A new",
+        ),
+        ({"order": (7, 8)}, "Different order: data.global_batch_size was 4 and is 8. A new"),
+        ({"order": [8, 4]}, "Different order: seed was 7 and is 8. A new"),
+        (
+            {"model": {"hidden_size": 64}, "start": "x"},
+            "Different model: hidden_size was 32 and is 64; start: start weights",
+        ),
+    ],
+    ids=["beta", "objective", "data", "batch", "seed", "two parts"],
+)
+def test_a_run_that_is_not_resumed_is_named_with_what_differs(
+    tmp_path: Path, changed: dict[str, Any], named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    far = tmp_path / "2026-01-02_00-00-00"
+    write_identity(far, "far", {**PARTS, "objective": None, "data": "far", "order": [1, 1]})
+    near = tmp_path / "2026-01-01_00-00-00"
+    write_identity(near, run_identity(PARTS), PARTS)
+    for folder in (near, far):
+        (folder / "checkpoints" / "step=4").mkdir(parents=True)
+    _warn_of_other_runs(tmp_path, RunIdentity({**PARTS, **changed}), step_of)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"not resumed: {near}, whose newest checkpoint is step=4, is another run. ")
+    assert named in warning
+
+
+def test_runs_without_checkpoints_are_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_identity(tmp_path / "2026-01-01_00-00-00", run_identity(PARTS), PARTS)
+    _warn_of_other_runs(tmp_path, RunIdentity({**PARTS, "order": [1, 1]}), step_of)
+    _warn_of_other_runs(tmp_path / "missing", RunIdentity(PARTS), step_of)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.global_batch_size=2", "data.global_batch_size was 4 and is 2"),
+        ("model_alignment_strategy.dpo.kl_beta=0.2", "dpo.kl_beta was 0.3 and is 0.2"),
+        ("data.train_dir={root}/other.jsonl", "the records of data.train_dir"),
+    ],
+)
+def test_train_says_so(
+    project: Project, override: str, named: str, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    where = (f"exp_manager.exp_dir={project.root}/experiments", "trainer.max_steps=2")
+    if not project.runs():
+        assert project.train(*where) == 0
+    first = project.runs()[0]
+    write_pairs(project.root / "other.jsonl", 22, seed=5)
+    changed = override.format(root=project.root)
+    caplog.clear()
+    assert project.train(*where, changed) == 0
+    (warning,) = [m for m in caplog.messages if m.startswith("not resumed")]
+    assert str(first) in warning and named in warning
+    capsys.readouterr()
+    explicit = f"exp_manager.explicit_log_dir={first}"
+    assert project.train(*where, explicit, changed) == 1
+    said = capsys.readouterr().err
+    assert "holds checkpoints of another run. Different " in said and named in said

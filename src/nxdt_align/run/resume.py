@@ -22,6 +22,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
 from nxdt_align.reference.cache import fingerprint_of
 from nxdt_align.run.contracts import Checkpoints
+from nxdt_align.run.differences import differences
 from nxdt_align.run.places import Places
 
 log = logging.getLogger(__name__)
@@ -81,16 +82,18 @@ def find(
     engine: Engine,
 ) -> RunFolder:
     """The folder of the run with this identity, and its newest checkpoint. Rank 0 searches and
-    tells the others.
+    tells the others. If there is none, a warning says how the runs of this name differ.
 
     Raises UserError if the YAML requires a checkpoint and there is none.
     """
     settings = config.exp_manager
     run = None
     if engine.topology.rank == 0 and places.explicit is not None:
-        run = explicit_run(places.explicit, identity.digest, step_of, resume=settings.resume_if_exists)
+        run = explicit_run(places.explicit, identity, step_of, resume=settings.resume_if_exists)
     elif engine.topology.rank == 0:
         run = find_run(places.runs, identity.digest, step_of, resume=settings.resume_if_exists)
+        if run.checkpoint is None and settings.resume_if_exists:
+            _warn_of_other_runs(places.runs, identity, step_of)
     found: RunFolder = engine.broadcast_object(run)
     must_resume = settings.resume_if_exists and not settings.resume_ignore_no_checkpoint
     if found.checkpoint is None and must_resume:
@@ -157,17 +160,17 @@ def find_run(
 
 
 def explicit_run(
-    folder: Path, identity: str, step_of: Callable[[Path], int | None], *, resume: bool
+    folder: Path, identity: RunIdentity, step_of: Callable[[Path], int | None], *, resume: bool
 ) -> RunFolder:
     """The folder that the user chose, resumed if it is this run's. Raises UserError if it holds checkpoints
     of another run, which would mix with this run's."""
     newest = newest_checkpoint(folder / CHECKPOINTS, step_of)
     if newest is None:
         return RunFolder(folder, None)
-    if read_identity(folder) != identity:
+    if read_identity(folder) != identity.digest:
         raise UserError(
-            f"exp_manager.explicit_log_dir: {folder} holds checkpoints of another run (other objective, "
-            "data, start weights or model); choose another folder"
+            f"exp_manager.explicit_log_dir: {folder} holds checkpoints of another run"
+            f"{_list(_differences_from(folder, identity))}; choose another folder"
         )
     if not resume:
         raise UserError(
@@ -175,6 +178,39 @@ def explicit_run(
             "checkpoints of this run; set it to True to resume from them, or choose another folder"
         )
     return RunFolder(folder, newest)
+
+
+def _warn_of_other_runs(parent: Path, identity: RunIdentity, step_of: Callable[[Path], int | None]) -> None:
+    """Name the run with checkpoints under ``parent`` that is nearest to this one, newest first, and what
+    differs."""
+    nearest: tuple[int, Path, Path, dict[str, list[str]]] | None = None
+    for folder in sorted((f for f in parent.glob("*") if f.is_dir()), reverse=True):
+        found = _differences_from(folder, identity)
+        count = sum(map(len, found.values()))
+        newest = newest_checkpoint(folder / CHECKPOINTS, step_of) if found else None
+        if newest is not None and (nearest is None or count < nearest[0]):
+            nearest = (count, folder, newest, found)
+    if nearest is not None:
+        _, folder, newest, found = nearest
+        log.warning(
+            "not resumed: %s, whose newest checkpoint is %s, is another run%s. A new run starts",
+            *(folder, newest.name, _list(found)),
+        )
+
+
+def _differences_from(folder: Path, identity: RunIdentity) -> dict[str, list[str]]:
+    """By part of the identity; empty if they are the same, or if ``folder`` is no run's."""
+    file = folder / IDENTITY_FILE
+    if not file.is_file():
+        return {}
+    return differences(json.loads(file.read_text())["of"], identity.parts)
+
+
+def _list(found: Mapping[str, Sequence[str]]) -> str:
+    """In words; nothing if what differs is not known."""
+    if not found:
+        return ""
+    return ". Different " + "; ".join(f"{part}: {', '.join(words)}" for part, words in found.items())
 
 
 def _new_folder(parent: Path) -> Path:
