@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_fixture import Project, write_pairs
+from training_fixture import Project, scalars, write_pairs
 
 from nxdt_align.run.resume import (
     RunIdentity,
@@ -16,6 +16,7 @@ from nxdt_align.run.resume import (
     run_identity,
     write_identity,
 )
+from nxdt_align.training.resumed import ResumedSchedule
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +161,100 @@ def test_train_says_so(
     assert project.train(*where, explicit, changed) == 1
     said = capsys.readouterr().err
     assert "holds checkpoints of another run. Different " in said and named in said
+
+
+UNSET = "model.optim.sched.max_steps=null"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted", "named"),
+    [
+        (
+            ("trainer.max_steps=8", UNSET),
+            [3e-3 * (8 - step) / 6 for step in range(4, 8)],
+            [
+                "model.optim.sched.max_steps was 4 and is 8: this counts from step 5 on, whose learning rate "
+                "is 0.002"
+            ],
+        ),
+        (
+            ("trainer.max_steps=8", "model.optim.sched.max_steps=4", "model.optim.lr=5e-4"),
+            [0.0] * 4,
+            ["model.optim.lr was 0.003 and is 0.0005: this counts from step 5 on, whose learning rate is 0"],
+        ),
+        (
+            ("trainer.max_steps=6", "model.optim.sched.name=WarmupHoldPolicy", "model.optim.lr=5e-4"),
+            [5e-4] * 2,
+            [
+                "model.optim.lr was 0.003 and is 0.0005: this counts",
+                "model.optim.sched.name was LinearAnnealingWithWarmUp and is WarmupHoldPolicy: this counts",
+                "model.optim.sched.max_steps was 4 and is 20: this counts",
+            ],
+        ),
+        (
+            ("trainer.max_steps=6", "~model.optim.sched"),
+            [3e-3] * 2,
+            [
+                "model.optim.sched.name was LinearAnnealingWithWarmUp and is null: this counts",
+                "model.optim.sched.max_steps was 4 and is null: this counts",
+                "model.optim.sched.warmup_steps was 2 and is null: this counts",
+            ],
+        ),
+        (
+            ("trainer.max_steps=6", "model.optim.weight_decay=0.5", "model.optim.sched.max_steps=4"),
+            [0.0] * 2,
+            ["model.optim.weight_decay is 0.5 in the YAML, but the checkpoint's 0.01 stays"],
+        ),
+    ],
+    ids=["longer", "rate", "another schedule", "no schedule", "decay"],
+)
+def test_the_yamls_schedule_counts_from_the_first_resumed_step(
+    project: Project,
+    tmp_path: Path,
+    overrides: tuple[str, ...],
+    wanted: list[float],
+    named: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Four steps up to 3e-3 and down to 0 at the fourth; warm-up 2."""
+    where = f"exp_manager.exp_dir={tmp_path}/experiments"
+    assert project.train(where, "trainer.max_steps=4", UNSET) == 0
+    (run,) = (tmp_path / "experiments" / "run").glob("20*")
+    caplog.clear()
+    assert project.train(where, *overrides) == 0
+    found = [value for _, value in scalars(run)["lr"]]
+    assert found == pytest.approx([0.0, 1.5e-3, 3e-3, 1.5e-3, *wanted])
+    said = [m for m in caplog.messages if m.startswith("model.optim")]
+    assert len(said) == len(named)
+    assert all(message.startswith(start) for message, start in zip(said, named, strict=True))
+
+
+def test_a_schedule_where_there_was_none(
+    project: Project, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint has no schedule's state; step 5 of the new one stands at 4, and not at its start."""
+    where = f"exp_manager.exp_dir={tmp_path}/experiments"
+    assert project.train(where, "trainer.max_steps=4", "~model.optim.sched") == 0
+    (run,) = (tmp_path / "experiments" / "run").glob("20*")
+    assert project.train(where, "trainer.max_steps=6", UNSET) == 0
+    found = [value for _, value in scalars(run)["lr"]]
+    assert found == pytest.approx([3e-3] * 4 + [1.5e-3, 0.75e-3])
+    assert any(m.startswith("model.optim.sched.name was null and is Linear") for m in caplog.messages)
+
+
+def test_an_unchanged_yaml_says_nothing(
+    project: Project, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    where = f"exp_manager.exp_dir={tmp_path}/experiments"
+    for steps in (2, 4):
+        assert project.train(where, f"trainer.max_steps={steps}") == 0
+    assert not [m for m in caplog.messages if m.startswith("model.optim")]
+
+
+def test_a_checkpoint_that_does_not_tell_its_settings() -> None:
+    """As versions before this one wrote it: the rates tell whether something changed."""
+    resumed = ResumedSchedule(None, {"_last_lr": [0.002]})
+    assert resumed.changes({"lr": "0.003"}, 0.002) == []
+    assert resumed.changes({"lr": "0.003"}, 0.001) == [
+        "model.optim changed: the checkpoint's learning rate for the next step was 0.002"
+    ]

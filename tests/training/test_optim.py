@@ -191,17 +191,53 @@ def test_max_steps_comes_from_sched_before_the_run() -> None:
         assert found == [4.0, 3.0, 2.0]
 
 
+def rates_after(earlier: tuple[Any, ...], present: tuple[Any, ...], steps: int) -> list[float]:
+    """Of a run that resumes with ``present`` after ``steps`` of ``earlier``; lr, schedule and so on."""
+
+    def run(lr: float, *schedule: Any) -> Run:
+        return Run("adamw", {"lr": lr}, *schedule)
+
+    first, second, whole = run(*earlier), run(*present), run(*present)
+    first.train(0, steps)
+    second.load(first.save())
+    second.train(steps, STEPS)
+    whole.train(0, STEPS)
+    assert second.rates == whole.rates[steps:]
+    return second.rates
+
+
 @pytest.mark.parametrize("name", ["LinearAnnealingWithWarmUp", "CosineAnnealing"])
 def test_a_resumed_run_with_more_steps_stretches_the_schedule(name: str) -> None:
-    """NeMo's state would bring the old max_steps back, and the learning rate would stay at 0."""
-    short = Run("adamw", {"lr": 1.0}, name, {}, 6)
-    short.train(0, 6)
-    longer = Run("adamw", {"lr": 1.0}, name, {}, 12)
-    longer.load(short.save())
-    longer.train(6, 12)
-    fresh = Run("adamw", {"lr": 1.0}, name, {}, 12)
-    fresh.train(0, 12)
-    assert longer.rates[1:] == fresh.rates[7:]
+    """From its first step on: at the end of the shorter one the rate was 0."""
+    found = rates_after((1.0, name, {}, 6), (1.0, name, {}, 12), 6)
+    if name == "LinearAnnealingWithWarmUp":
+        assert found == [(12 - step) / 12 for step in range(6, 12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [*TUTORIAL_SCHEDULERS.items(), *OTHER_SCHEDULERS.items(), (None, {})]
+)
+def test_a_resumed_run_has_the_present_learning_rate_and_schedule(
+    name: str | None, settings: dict[str, Any]
+) -> None:
+    """Whatever the earlier ones were, each step has the rate that it would have had from the start."""
+    rates_after((1e-2, name, settings, STEPS), (5e-4, name, settings, STEPS), 4)
+    other = ("CosineAnnealing", {"warmup_steps": 2}, STEPS)
+    rates_after((1e-2, *other), (1e-2, name, settings, STEPS), 4)
+    rates_after((1e-2, name, settings, STEPS), (1e-2, *other), 4)
+
+
+def test_a_cycle_of_beta1_resumes() -> None:
+    settings = {"base_lr": 1e-4, "max_lr": 1e-2, "step_size_up": 3, "cycle_momentum": True}
+    whole, first, second = (Run("adamw", {"lr": 1e-2}, "CyclicLR", settings) for _ in range(3))
+    whole.train(0, STEPS)
+    first.train(0, 5)
+    second.load(first.save())
+    betas = second.optimizer.param_groups[0]["betas"]
+    assert betas == first.optimizer.param_groups[0]["betas"] and 0.8 < betas[0] < 0.9
+    second.train(5, STEPS)
+    assert first.rates + second.rates == whole.rates
+    assert second.optimizer.param_groups[0]["betas"] == whole.optimizer.param_groups[0]["betas"]
 
 
 def test_exponential_decay_is_per_step_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

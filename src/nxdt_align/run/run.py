@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import Accelerator
 
 from nxdt_align.config.engines import Engine as EngineName
+from nxdt_align.config.optim import SCHEDULERS
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import WeightSource
@@ -217,6 +219,7 @@ class Run:
                 )
             ),
             schedule=self._schedule,
+            settings=self._schedule_settings(),
         )
         return AlignmentModule(
             self.engine, self.objective, plan, settings, self.data.consumed_samples, self._finite
@@ -227,6 +230,21 @@ class Run:
         if sched is None:
             return None
         return optim.build_scheduler(optimizer, sched.name, sched.settings(), self._steps())
+
+    def _schedule_settings(self) -> dict[str, str]:
+        """What decides the learning rate, by key of ``model.optim``."""
+        optim, sched = self.config.model.optim, self.config.model.optim.sched
+        chosen: dict[str, Any] = {"name": optim.name, "lr": optim.settings()["lr"]}
+        if sched is not None:
+            settings = sched.settings()
+            if "max_steps" in SCHEDULERS.get(sched.name or "", ()) and settings.get("max_steps") in (
+                None,
+                -1,
+            ):
+                settings = {**settings, "max_steps": self._steps()}
+            chosen |= {"sched.name": sched.name, **{f"sched.{key}": v for key, v in settings.items()}}
+        given = {key: value for key, value in chosen.items() if value is not None}
+        return {key: v if isinstance(v, str) else json.dumps(v) for key, v in given.items()}
 
     def _steps(self) -> int:
         """Optimizer steps of the run, the smaller limit of max_steps and max_epochs; -1 if only max_time ends

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +16,13 @@ from torch import Tensor
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Engine, Objective, StepOutput
 from nxdt_align.training.finite import FiniteCheck
+from nxdt_align.training.resumed import ResumedSchedule, overridden
 
+log = logging.getLogger(__name__)
 OBJECTIVE_STATE = "objective_state"
 """Key of a checkpoint's values."""
+OPTIM_SETTINGS = "optim_settings"
+"""The same, of ``OptimizerPlan.settings``."""
 
 
 class AlignmentObjective(Objective, Protocol):
@@ -52,7 +57,11 @@ class OptimizerPlan:
 
     build: Callable[[Engine], torch.optim.Optimizer]
     schedule: Callable[[torch.optim.Optimizer], Any | None]
-    """Returns a learning-rate scheduler with ``step()``, or None for a constant rate."""
+    """Returns a learning-rate scheduler with ``step()``, or None for a constant rate. Its ``load_state_dict``
+    needs no more than ``last_epoch``, the steps done."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """What decides the learning rate: key of ``model.optim`` -> value, in words. Kept in checkpoints, so that
+    a resumed run can say what changed."""
 
 
 class AlignmentModule(LightningModule):
@@ -85,11 +94,14 @@ class AlignmentModule(LightningModule):
         self._settings = settings
         self._consumed_samples = consumed_samples
         self._finite = finite
+        self._resumed: ResumedSchedule | None = None
+        self._groups: list[dict[str, Any]] = []
         self._throughput = Throughput()
         self._validation = WeightedMeans()
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer_plan.build(self.engine)
+        self._groups = [dict(group) for group in optimizer.param_groups]
         scheduler = self._optimizer_plan.schedule(optimizer)
         if scheduler is None:
             return optimizer
@@ -98,6 +110,8 @@ class AlignmentModule(LightningModule):
     # Training
 
     def on_train_start(self) -> None:
+        if self._resumed is not None:
+            self._continue_schedule(self._resumed)
         self._throughput.restart()
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
@@ -203,9 +217,31 @@ class AlignmentModule(LightningModule):
         self._check_steps()
         if self._objective.state is not None:
             checkpoint[OBJECTIVE_STATE] = self._objective.state.cpu()
+        checkpoint[OPTIM_SETTINGS] = dict(self._optimizer_plan.settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._objective.state = checkpoint.get(OBJECTIVE_STATE, self._objective.state)
+        schedules = checkpoint.get("lr_schedulers") or [None]
+        self._resumed = ResumedSchedule(checkpoint.get(OPTIM_SETTINGS), schedules[0])
+
+    def _continue_schedule(self, resumed: ResumedSchedule) -> None:
+        """The learning rate is the YAML's from the next step on; says what the YAML changed, and what it
+        could not change."""
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None and resumed.schedule is None:
+            # Saved without a schedule, so nothing was loaded into this one.
+            skipped = int(self.engine.status().get("skipped_steps", 0))
+            scheduler.load_state_dict({"last_epoch": self.global_step - skipped})
+        groups = self._optimizer.param_groups
+        if scheduler is None:
+            for group, of_yaml in zip(groups, self._groups, strict=True):
+                group["lr"] = of_yaml["lr"]
+        step, rate = self.global_step + 1, groups[0]["lr"]
+        for change in resumed.changes(self._optimizer_plan.settings, rate):
+            log.warning("%s: this counts from step %d on, whose learning rate is %g", change, step, rate)
+        cycled = ("betas", "momentum") if getattr(scheduler, "cycle_momentum", False) else ()
+        for key, given, kept in overridden(self._groups, groups, besides=cycled):
+            log.warning("model.optim.%s is %s in the YAML, but the checkpoint's %s stays", key, given, kept)
 
     # Validation
 

@@ -11,7 +11,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ FUSED_OPTIMIZERS = ("adam", "adamw", "adamw_fp32OptState", "sgd")
 """Where torch's fused step is used: it is elementwise, so the same for any number of threads."""
 
 SCHEDULE_LENGTHS = ("max_steps", "warmup_steps", "hold_steps", "constant_steps", "decay_steps")
-"""Attributes of NeMo's schedules that come from the YAML, also in a resumed run."""
+"""Attributes of NeMo's schedules that are numbers of steps."""
 
 
 def linear_with_warmup(step: int, *, warmup_steps: int, max_steps: int) -> float:
@@ -139,15 +139,18 @@ def build_scheduler(
 
     ``settings`` holds what the schedule takes besides its name; None counts as left out.
     ``max_steps`` is the run's number of optimizer steps, for a schedule whose own ``max_steps`` is not
-    set (or -1). A resumed run takes its place in the schedule from the checkpoint and the schedule's
-    lengths from the YAML, so that raising ``max_steps`` stretches it. Every schedule moves on at each
-    optimizer step; NeMo moves ExponentialLR once per epoch, hence a notice in the log.
+    set (or -1). A resumed run takes only the number of steps from the checkpoint, so that each step
+    has the rate of this schedule from the first one on. Every schedule moves on at each optimizer
+    step; NeMo moves ExponentialLR once per epoch, hence a notice in the log.
 
     Raises UserError where the number of steps is not known, and for values that the schedule refuses or
     with which it would fail during training.
     """
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     if name is None:
-        return LambdaLR(optimizer, lambda step: 1.0)
+        constant = {"lr_lambda": lambda step: 1.0}
+        unchanged: LRScheduler = _resuming(LambdaLR, constant, groups)(optimizer, **constant)
+        return unchanged
     where = f"model.optim.sched ({name})"
     kwargs = {k: v for k, v in settings.items() if v is not None}
     if "max_steps" in SCHEDULERS[name]:
@@ -161,10 +164,11 @@ def build_scheduler(
     if name == "ExponentialLR":
         log.warning("%s: gamma is applied at each optimizer step; NeMo applies it once per epoch", where)
     cls: Any = available_schedulers()[name]
-    build = _with_lengths_of_the_yaml(cls)
+    build = _resuming(cls, kwargs, groups)
     scratch = SGD([nn.Parameter(torch.zeros(1))], lr=optimizer.param_groups[0]["lr"], momentum=0.9)
-    _construct(where, kwargs, lambda: _walk(build(scratch, **kwargs)))
-    return _construct(where, kwargs, lambda: build(optimizer, **kwargs))
+    _construct(where, kwargs, lambda: _walk(cls(scratch, **kwargs)))
+    scheduler: LRScheduler = _construct(where, kwargs, lambda: build(optimizer, **kwargs))
+    return scheduler
 
 
 def _custom_optimizer(path: str) -> Callable[..., Optimizer]:
@@ -232,14 +236,28 @@ def _walk(scheduler: LRScheduler) -> None:
                 raise ValueError(f"the learning rate at step {step} would be {lr}")
 
 
-@cache
-def _with_lengths_of_the_yaml(cls: Any) -> Callable[..., LRScheduler]:
-    """``cls``, whose ``load_state_dict`` leaves the lengths of the schedule as they were built."""
+def _resuming(cls: Any, settings: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> Any:
+    """``cls`` built with ``settings``, whose ``load_state_dict`` takes nothing but the number of steps done.
+
+    The saved state may be of another schedule, length or learning rate. It walks the same schedule to that
+    step instead, on copies of ``groups`` (the optimizer's settings before it was built), so that the rates
+    are those of a run that has had this YAML from its start, bit for bit: some schedules multiply the last
+    rate. The optimizer's groups get the result, as they hold what the checkpoint had.
+    """
 
     def load_state_dict(self: LRScheduler, state_dict: dict[str, Any]) -> None:
-        lengths = {name: value for name, value in vars(self).items() if name in SCHEDULE_LENGTHS}
-        cls.load_state_dict(self, state_dict)
-        vars(self).update(lengths)
+        copies = [{**group, "params": [nn.Parameter(torch.zeros(1))]} for group in groups]
+        scratch = Optimizer(copies, dict(self.optimizer.defaults))
+        walker: LRScheduler = cls(scratch, **settings)
+        scratch._opt_called = True  # type: ignore[attr-defined]  # else torch warns of the order of calls
+        for _ in range(int(state_dict["last_epoch"])):
+            walker.step()
+        vars(self).update({name: value for name, value in vars(walker).items() if name != "optimizer"})
+        for group, before, after in zip(
+            self.optimizer.param_groups, groups, scratch.param_groups, strict=True
+        ):
+            set_by_schedule = {k for k, v in after.items() if k not in before or before[k] != v}
+            group.update({key: after[key] for key in {"lr", *set_by_schedule} - {"params"}})
 
     return type(cls.__name__, (cls,), {"load_state_dict": load_state_dict, "__module__": cls.__module__})
 
