@@ -104,6 +104,10 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "= 4, but is 1",
         ),
     ),
+    "mode of the checkpoint callback": (
+        ("exp_manager.checkpoint_callback_params.mode=best",),
+        ("exp_manager.checkpoint_callback_params.mode: must be one of max, min, but is 'best'",),
+    ),
     "seed": (("seed=-1",), ("seed: must be at least 0, but is -1",)),
     "time": (("trainer.max_time=2h",), ("trainer.max_time: must be days:hours:minutes:seconds", "'2h'")),
     "empty tokenizer folder": (
@@ -232,10 +236,6 @@ LATER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "settings of the logger": (
         ("exp_manager.create_wandb_logger=True",),
         ("exp_manager: name and project are required for wandb_logger",),
-    ),
-    "settings of the checkpoint callback": (
-        ("exp_manager.checkpoint_callback_params.mode=best",),
-        ("`mode` can be min, max but got best",),
     ),
     "NaN in the weights, without a reference": (
         (RESUME + "={weights}/hf_nan", *ORPO),

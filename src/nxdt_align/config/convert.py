@@ -27,6 +27,9 @@ ALIASES = {
 }
 """Other spelling -> key. NxDT's tutorial and documentation write the first two."""
 
+_LARGEST = 2**63 - 1
+_LONGEST_PATH, _LONGEST_PART = 4095, 255
+"""Linux's."""
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -158,7 +161,21 @@ def _convert_one(hint: Any, value: Any, path: str, walk: Walk, is_path: bool) ->
     if origin is not None:
         return _mapping(get_args(hint)[1], value)
     scalar = _SCALARS[hint](value)
-    return os.path.expanduser(os.path.expandvars(scalar)) if is_path else scalar
+    return _path(scalar) if is_path else scalar
+
+
+def _path(text: str) -> str:
+    """``text`` with ``~`` and ``$HOME`` expanded. The system raises an error of its own for the refused ones,
+    even where one only asks whether they exist."""
+    path = os.path.expanduser(os.path.expandvars(text))
+    if "\0" in path:
+        raise _Unfit("must be a path, which has no zero byte")
+    parts = path.encode(errors="replace").split(b"/")
+    if max(map(len, parts)) > _LONGEST_PART or sum(map(len, parts)) + len(parts) > _LONGEST_PATH:
+        raise _Unfit(
+            f"must be a path of at most {_LONGEST_PATH} bytes, with at most {_LONGEST_PART} between two /"
+        )
+    return path
 
 
 def _choice(choices: tuple[Any, ...], value: Any) -> Any:
@@ -211,11 +228,15 @@ def _number(value: Any) -> float:
 
 def _integer(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    number = _number(value)
-    if not number.is_integer():
-        raise _Unfit
-    return int(number)
+        whole = value
+    else:
+        number = _number(value)
+        if not number.is_integer():
+            raise _Unfit
+        whole = int(number)
+    if abs(whole) > _LARGEST:
+        raise _Unfit("must be an integer below 2^63, the largest that a tensor can hold")
+    return whole
 
 
 def _text(value: Any) -> str:

@@ -11,6 +11,14 @@ from nxdt_align.config.fields import PATH, number, reads_as
 Packing = Literal["none", "packed", "shared_prompt"]
 Attention = Literal["auto", "dense", "blocks", "flex", "causal"]
 
+_PAIRS = ("pairs", "fairseq2", "responses", "sharegpt", "orca", "hh")
+FORMATS: dict[str, tuple[str, ...]] = {
+    "pair": _PAIRS,
+    "response": ("prompt_response", "prompt_completion", *_PAIRS, "input_output", "messages"),
+    "unpaired": ("unpaired",),
+}
+"""An objective's examples -> names of the formats that hold them; a test compares them with the formats."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:

@@ -6,11 +6,12 @@ NxDT's keys and ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from nxdt_align.config.fields import PATH, number
+from nxdt_align.config.faults import Fault
+from nxdt_align.config.fields import PATH, name_fault, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class CheckpointCallbackConfig:
     """Name of a checkpoint, with {step} and {consumed_samples} filled in; null: derived from the name."""
     monitor: str = "step"
     """Metric that ranks checkpoints. NeMo's default is val_loss; NxDT's YAMLs have step."""
-    mode: str = "max"
+    mode: Literal["max", "min"] = "max"
     """Whether the largest (max) or smallest (min) value of monitor is best."""
     save_top_k: int = number(1, at_least=-1)
     """Number of checkpoints to keep; -1 for all."""
@@ -66,6 +67,10 @@ class CheckpointCallbackConfig:
     distributed_strategy."""
     use_master_weights_in_ckpt: bool = False
     """Save the fp32 copy of the weights instead of the bf16 ones."""
+
+    def faults(self) -> Iterator[Fault]:
+        for key in ("filename", "prefix"):
+            yield from name_fault(key, getattr(self, key))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,3 +190,6 @@ class ExpManagerConfig:
     fail_on_recompile: bool = False
     """(ours) Stop if a step compiles a graph after the first two steps of its shapes; False only warns. For
     accelerators that compile steps (neuron, xla)."""
+
+    def faults(self) -> Iterator[Fault]:
+        yield from name_fault("name", self.name)

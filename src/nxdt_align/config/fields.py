@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -29,6 +30,32 @@ def reads_as(**replacements: Any) -> dict[str, Any]:
 def is_dotted(path: str) -> bool:
     """Whether ``path`` has the form module.name; it is imported only when training starts."""
     return "." in path and all(part.isidentifier() for part in path.split("."))
+
+
+LONGEST_NAME = 150
+"""Bytes of a run's name: a checkpoint's adds steps, samples and an ending, and 255 is the system's limit."""
+_PLACEHOLDER = re.compile(r"\{[^{}]*\}")
+
+
+def name_fault(path: str, name: str | None) -> Iterator[Fault]:
+    """The fault of a name of which a folder or a file is made, inside the folder that holds it.
+
+    Placeholders, ``{step}``, may hold anything.
+    """
+    if name is None:
+        return
+    plain = _PLACEHOLDER.sub("x", name)
+    size = len(name.encode(errors="replace"))
+    advice = "leave it out, or name the run"
+    if not name.strip():
+        yield Fault(path, "must not be empty", name, advice)
+    elif "/" in plain or plain in (".", ".."):
+        advice = "folders go into exp_manager.exp_dir or explicit_log_dir"
+        yield Fault(path, "must be the name of one folder or file, without / and not . or ..", name, advice)
+    elif not plain.isprintable():
+        yield Fault(path, "must have printable characters only", name)
+    elif size > LONGEST_NAME:
+        yield Fault(path, f"must have at most {LONGEST_NAME} bytes, but has {size}", advice="shorten it")
 
 
 # Bounds

@@ -151,6 +151,8 @@ def _register_resolvers() -> None:
 
 def _multiply(*factors: Any) -> int | float:
     """``${multiply:a, b}`` of NxDT's YAMLs: integers give an integer."""
+    if not factors or any(factor is None or isinstance(factor, bool) for factor in factors):
+        raise ValueError(f"multiply takes numbers, as ${{multiply:8, 4}}, but got {list(factors)}")
     product = math.prod([float(factor) for factor in factors], start=1.0)
     return int(product) if product.is_integer() else product
 

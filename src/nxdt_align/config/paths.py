@@ -105,6 +105,18 @@ def _weights(path: str, value: str | None) -> Iterator[Fault]:
 # config.json
 
 
+def positions_notice(config: Config) -> Iterator[str]:
+    """Sequences beyond the positions that the model was trained on; it computes them all the same."""
+    shape = _read_shape(config)
+    found = None if isinstance(shape, Fault) else _size(shape or {}, "max_position_embeddings")
+    limit = config.model.max_position_embeddings or found
+    if limit is not None and config.data.seq_length > limit:
+        yield (
+            f"data.seq_length is {config.data.seq_length}, above the model's max_position_embeddings "
+            f"({limit}): the model was not made for positions beyond it; set data.seq_length={limit}"
+        )
+
+
 def model_config_path(config: Config) -> Path | None:
     """The config.json of model.model_config, or else of the start checkpoint; None if neither is set."""
     chosen = config.model.model_config or config.exp_manager.resume_from_checkpoint
@@ -125,15 +137,25 @@ def _model(config: Config) -> Iterator[Fault]:
             advice = "model.model_config can name a config.json elsewhere"
             yield Fault(key, f"is required, since {file} does not exist", advice=advice, is_missing_path=True)
         return
+    shape = _read_shape(config)
+    if isinstance(shape, Fault):
+        yield shape
+    elif shape is not None:
+        yield from _shape(config, shape)
+
+
+def _read_shape(config: Config) -> dict[str, Any] | Fault | None:
+    """What config.json holds, or why it cannot be read; None if there is none."""
+    key, file = "model.model_config", model_config_path(config)
+    if file is None or not file.is_file():
+        return None
     try:
         shape = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        yield Fault(key, f"must be JSON, but {file} cannot be read as such: {error}")
-        return
+    except (ValueError, OSError, RecursionError) as error:
+        return Fault(key, f"must be JSON, but {file} cannot be read as such: {error}")
     if not isinstance(shape, dict):
-        yield Fault(key, f"must be a JSON object, but {file} holds something else")
-        return
-    yield from _shape(config, shape)
+        return Fault(key, f"must be a JSON object, but {file} holds something else")
+    return shape
 
 
 def _shape(config: Config, shape: dict[str, Any]) -> Iterator[Fault]:

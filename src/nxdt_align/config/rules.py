@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from nxdt_align.config.alignment import OBJECTIVES
+from nxdt_align.config.data import FORMATS
 from nxdt_align.config.faults import Fault, did_you_mean
 from nxdt_align.config.fields import is_dotted, section_faults
 from nxdt_align.config.objectives import NOTICES as OBJECTIVE_NOTICES
@@ -251,9 +252,19 @@ def own_parts(config: Config) -> Iterator[Fault]:
         if not is_dotted(part.path):
             yield Fault("trainer.callbacks", "must be dotted paths, module.name", part.path)
     data = config.data
+    if data.format is not None and not is_dotted(data.format):
+        yield from _named_format(config, data.format)
     if data.columns and data.format is not None and is_dotted(data.format):
         rule = f"must be null, since data.format is a function ({data.format}) that reads the file's own keys"
         yield Fault("data.columns", rule, dict(data.columns), involves=("data.format",))
+
+
+def _named_format(config: Config, name: str) -> Iterator[Fault]:
+    kinds = {row["examples"] for key, row in OBJECTIVES.items() if lookup(config, f"{_ALIGN}.{key}")}
+    known = dict.fromkeys(each for kind in FORMATS if kind in kinds or not kinds for each in FORMATS[kind])
+    if name not in known:
+        advice = f"{_choices(name, known)}, or a function of your own, module.function"
+        yield Fault("data.format", "must be a format of the objective's examples", name, advice, (_ALIGN,))
 
 
 RULES: tuple[Rule, ...] = (

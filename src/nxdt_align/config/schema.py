@@ -8,7 +8,7 @@ cannot be null, ``null`` in a YAML means the default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from nxdt_align.config.alignment import (
 )
 from nxdt_align.config.data import DataConfig, DataSource, Packing, TokenizerConfig
 from nxdt_align.config.experiment import CheckpointCallbackConfig, ExpManagerConfig
-from nxdt_align.config.fields import INTERNAL, PATH, number
+from nxdt_align.config.faults import Fault
+from nxdt_align.config.fields import INTERNAL, PATH, name_fault, number, reads_as
 from nxdt_align.config.model import FusionsConfig, ModelConfig, OptimConfig, SchedConfig
 
 __all__ = [
@@ -50,6 +51,9 @@ __all__ = [
 ]
 
 Accelerator = Literal["auto", "neuron", "cpu", "cuda", "xla"]
+Switch = Literal["0", "1"]
+_ZERO_OR_ONE = reads_as(**{"0": "0", "1": "1"})
+"""A YAML may write the number, as the environment variables of these names do."""
 PrecisionType = Literal[
     "fp32",
     "bf16SR",
@@ -155,7 +159,7 @@ class DistributedStrategyConfig:
     """Shard activations along the sequence over the tensor-parallel ranks."""
     timeout_minutes: float = number(30.0, above=0)
     """(ours) How long a process waits for the others before it gives up, e.g. if one of them hangs."""
-    kv_replicator: int = number(1, at_least=1)
+    kv_replicator: int = number(1, at_least=1, at_most=128)
     """Copies of each key-value head, for more tensor-parallel ranks than key-value heads."""
 
 
@@ -174,11 +178,11 @@ class PrecisionConfig:
     """Accumulate gradients in fp32 (read with type manual)."""
     fp32_grads_cc: bool = False
     """Reduce gradients over ranks in fp32 (read with type manual)."""
-    xla_use_bf16: str = "0"
+    xla_use_bf16: Switch = field(default="0", metadata=_ZERO_OR_ONE)
     """'1': XLA computes fp32 tensors in bf16 (read with type manual)."""
-    xla_downcast_bf16: str = "0"
+    xla_downcast_bf16: Switch = field(default="0", metadata=_ZERO_OR_ONE)
     """'1': XLA treats fp32 tensors as bf16 and fp64 tensors as fp32 (read with type manual)."""
-    neuron_rt_stochastic_rounding_en: str = "0"
+    neuron_rt_stochastic_rounding_en: Switch = field(default="0", metadata=_ZERO_OR_ONE)
     """'1': round stochastically on the device (read with type manual)."""
     parallel_layers_reduce_dtype: Literal["fp32", "bf16"] | None = None
     """Number format of the reductions inside parallel layers; null: fp32 with type fp32, else bf16."""
@@ -219,6 +223,9 @@ class Config:
     """Paths of the keys that the YAML or an override sets; all others have their defaults."""
     source: str = field(default="", compare=False, repr=False, metadata=INTERNAL)
     """The file that this was read from."""
+
+    def faults(self) -> Iterator[Fault]:
+        yield from name_fault("name", self.name)
 
     @property
     def world_size(self) -> int:
