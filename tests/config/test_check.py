@@ -47,7 +47,7 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         (
             f"{ALIGN}.orpo.beta=0.1",
             f"{ALIGN}: must have exactly one of dpo, orpo, cpo, simpo, kto and sft, but has dpo and orpo; "
-            f"drop one, e.g. with the override ~{ALIGN}.orpo",
+            f"for orpo, drop dpo with ~{ALIGN}.dpo",
         ),
         (
             f"{ALIGN}.dpo=null",
@@ -128,6 +128,23 @@ def test_pipeline_cuts_name_layers_in_order(reject: Reject, cuts: str, rule: str
 )
 def test_a_broken_rule_of_the_optimizer_is_named(reject: Reject, overrides: list[str], rule: str) -> None:
     assert rule in reject(*overrides)
+
+
+def test_of_two_objectives_the_one_asked_for_last_is_kept(reject: Reject, good: str) -> None:
+    assert f"for simpo, drop dpo with ~{ALIGN}.dpo" in reject(f"{ALIGN}.simpo.beta=2")
+    assert f"for dpo, drop simpo with ~{ALIGN}.simpo" in reject(
+        f"{ALIGN}.simpo.beta=2", f"+{ALIGN}.dpo.kl_beta=0.1"
+    )
+    assert f"for kto, drop dpo and orpo with ~{ALIGN}.dpo ~{ALIGN}.orpo" in reject(
+        f"{ALIGN}.orpo={{}}", f"{ALIGN}.kto={{}}"
+    )
+    both = good.replace("{dpo: {}}", "{dpo: {}, orpo: {}}")
+    assert f"drop one, e.g. with the override ~{ALIGN}.orpo" in reject("seed=1", text=both)
+
+
+def test_another_librarys_setting_of_the_optimizer(reject: Reject) -> None:
+    assert "model.optim.learning_rate: is not a setting" in reject("model.optim.learning_rate=1")
+    assert "here it is model.optim.lr" in reject("model.optim.learning_rate=1")
 
 
 def test_faults_of_reading_and_of_checking_come_together(reject: Reject) -> None:

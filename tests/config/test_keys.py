@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from nxdt_align.config import rules
+from nxdt_align.config.aliases import FOREIGN_KEYS
 from nxdt_align.config.dpo_forms import FORMS
 from nxdt_align.config.engines import LIMITS
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
+from nxdt_align.config.optim import OPTIMIZERS, SCHEDULERS
 
 
 def test_every_key_has_a_meaning_and_a_type() -> None:
@@ -49,3 +51,45 @@ def test_a_key_is_described_with_type_default_and_meaning() -> None:
 )
 def test_nearest_known_key(path: str, wanted: str | None) -> None:
     assert nearest_key(path) == wanted
+
+
+ALIGN = "model_alignment_strategy"
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        *(
+            (name, "model.optim.lr")
+            for name in ("learning_rate", "trainer.learning_rate", "optimizer.config.lr")
+        ),
+        ("per_device_train_batch_size", "data.micro_batch_size"),
+        ("num_train_epochs", "trainer.max_epochs"),
+        ("n_epochs", "trainer.max_epochs"),
+        ("regime.num_data_epochs", "trainer.max_epochs"),
+        ("warmup_ratio", "model.optim.sched.warmup_ratio"),
+        ("lr_scheduler.num_warmup_steps", "model.optim.sched.warmup_steps"),
+        ("max_length", "data.seq_length"),
+        (f"{ALIGN}.dpo.max_length", "data.seq_length"),
+        ("max_prompt_length", f"{ALIGN}.dpo.max_prompt_length"),
+        ("criterion.config.beta", f"{ALIGN}.dpo.kl_beta"),
+        ("loss.beta", f"{ALIGN}.dpo.kl_beta"),
+        ("beta", f"{ALIGN}.dpo.kl_beta"),
+        (f"{ALIGN}.simpo.kl_beta", f"{ALIGN}.simpo.beta"),
+        (f"{ALIGN}.simpo.simpo_gamma", f"{ALIGN}.simpo.gamma"),
+        ("max_grad_norm", "trainer.gradient_clip_val"),
+        ("output_dir", "exp_manager.exp_dir"),
+        ("save_steps", "exp_manager.checkpoint_callback_params.every_n_train_steps"),
+        ("model.optim.beta", "model.optim.betas"),
+    ],
+)
+def test_another_librarys_name_leads_to_ours(path: str, wanted: str) -> None:
+    assert nearest_key(path) == wanted
+
+
+def test_every_other_name_leads_to_a_key_that_exists() -> None:
+    """Settings of optimizers and schedules are keys of open sections."""
+    known = {*all_keys(), *(f"model.optim.{key}" for key in set().union(*OPTIMIZERS.values()))}
+    known |= {f"model.optim.sched.{key}" for key in set().union(*SCHEDULERS.values())}
+    assert set(FOREIGN_KEYS.values()) - known == set()
+    assert set(FOREIGN_KEYS) & set(all_keys()) == set()

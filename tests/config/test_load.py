@@ -193,7 +193,6 @@ def test_override_forms() -> None:
         ("trainer.max_steps=[1", "trainer.max_steps=[1"),
         ("~data.nothing", "does not exist"),
         ("trainer=5", "trainer=5"),
-        ("seed=1,2", "seed=1,2"),
     ],
 )
 def test_a_bad_override_is_named(load: Load, override: str, fault: str) -> None:
@@ -201,6 +200,18 @@ def test_a_bad_override_is_named(load: Load, override: str, fault: str) -> None:
         load(yamls.TUTORIAL_DPO, "name=fine", override)
     assert fault in str(error.value)
     assert "Overrides are key=value" in str(error.value)
+
+
+@pytest.mark.parametrize("override", ["seed=1,2", "seed=range(1,3)", "seed=choice(1,2)"])
+def test_a_sweep_is_refused_with_what_works(load: Load, override: str) -> None:
+    with pytest.raises(UserError) as error:
+        load("", "name=fine", override)
+    message = str(error.value)
+    assert message.startswith(
+        f"seed: must be one value, but is '{override.partition('=')[2]}'; start one run"
+    )
+    assert "A list is written seed=[a,b]" in message
+    assert "multirun" not in message
 
 
 # Files
@@ -252,6 +263,29 @@ def test_a_yaml_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 # Faults
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("learning_rate=1e-5", "learning_rate: is not a known key; here it is model.optim.lr"),
+        ("loss.beta=0.1", "loss.beta: is not a known key; here it is model_alignment_strategy.dpo.kl_beta"),
+        ("loss.name=dpo", "loss.name: is not a known key; the objective is a section, model_alignment_str"),
+        ("loss=dpo", "loss: is not a known key; the objective is a section, model_alignment_strategy.dpo"),
+        ("criterion.config.beta=1", "criterion.config.beta: is not a known key; here it is model_alignment_"),
+        ("loss.label_smoothing=0", "did you mean model_alignment_strategy.dpo.label_smoothing?"),
+        ("optimizer.config.lr=1", "optimizer.config.lr: is not a known key; here it is model.optim.lr"),
+        ("gradient_accumulation_steps=4", "data.global_batch_size is pairs per step over all ranks"),
+        ("trainer.max_length=4", "trainer.max_length: is not a known key; here it is data.seq_length"),
+        ("exp_manger.name=x", "exp_manger: is not a known key; did you mean exp_manager?"),
+        ("model_alignment_strategy.dpo.beta=1", "did you mean model_alignment_strategy.dpo.kl_beta?"),
+    ],
+)
+def test_another_librarys_name_gets_ours(load: Load, override: str, fault: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load("", override)
+    assert fault in str(error.value)
+    assert len(error.value.faults) == 1
 
 
 def test_all_faults_come_in_one_message(load: Load) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from nxdt_align.config.aliases import loss_type_advice
+from nxdt_align.config.aliases import FOREIGN_SECTIONS, foreign_advice, loss_type_advice
 from nxdt_align.config.faults import Fault, nearest, show
 from nxdt_align.config.keys import alternatives, hints_of, key_fields, nearest_key, section_type, type_name
 from nxdt_align.config.megatron import megatron_key
@@ -65,7 +65,7 @@ def build_section(section: type[T], values: Mapping[Any, Any], prefix: str, walk
             rest[name] = value
             walk.given.add(path)
         else:
-            walk.faults.append(_unknown(path))
+            walk.faults += _unknown(path, value)
     if open_field is not None:
         built[open_field] = rest
     return section(**built)
@@ -99,9 +99,18 @@ def _take(
             walk.faults.append(_unfit(error, hint, value, path))
 
 
-def _unknown(path: str) -> Fault:
+def _unknown(path: str, value: Any) -> list[Fault]:
+    """The fault of an unknown key, or those of the keys below a section of another library."""
+    if isinstance(value, Mapping) and value:
+        below = [fault for key, item in value.items() for fault in _unknown(f"{path}.{key}", item)]
+        name = path.rpartition(".")[2]
+        if name in FOREIGN_SECTIONS or any(foreign_advice(fault.path) for fault in below):
+            return below
     near = nearest_key(path)
-    return Fault(path, "is not a known key", advice=f"did you mean {near}?" if near else "")
+    # Another library's name may also be one of ours in this section: dpo.beta is dpo.kl_beta.
+    is_near = near is not None and near.rpartition(".")[0] == path.rpartition(".")[0]
+    advice = "" if is_near else foreign_advice(path)
+    return [Fault(path, "is not a known key", advice=advice or (f"did you mean {near}?" if near else ""))]
 
 
 def _unfit(error: _Unfit, hint: Any, value: Any, path: str) -> Fault:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from nxdt_align.config.aliases import OTHER_NAMES
+from nxdt_align.config.aliases import OTHER_NAMES, foreign_key
 from nxdt_align.config.faults import nearest, show
 from nxdt_align.config.megatron import MEGATRON_KEYS
 from nxdt_align.config.schema import Config
@@ -72,13 +72,16 @@ def all_keys() -> dict[str, Key]:
 
 
 def nearest_key(path: str) -> str | None:
-    """The known key that ``path`` probably means: another library's name in the same section, else the same
-    name elsewhere in the tree, else a similar name in the section, else a similar path."""
+    """The known key that ``path`` probably means: another library's name, else the same name elsewhere in the
+    tree, else a similar name in the section, else a similar path."""
     section, _, name = path.rpartition(".")
     known = list(all_keys())
     here = f"{section}.{OTHER_NAMES.get(name, '')}"
     if here in known:
         return here
+    foreign = foreign_key(path)
+    if foreign is not None:
+        return foreign
     same_name = [other for other in known if other.rpartition(".")[2] == name]
     if same_name:
         return same_name[0]

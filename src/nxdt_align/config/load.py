@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_align.config.alignment import MAX_PROMPT_LENGTH, OBJECTIVES
 from nxdt_align.config.convert import ALIASES, Walk, build_section
-from nxdt_align.config.faults import ConfigError, Fault, did_you_mean
+from nxdt_align.config.faults import ConfigError, Fault, did_you_mean, show
 from nxdt_align.config.keys import accepts_text, all_keys, key_fields
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
@@ -53,7 +53,9 @@ def read_config(
     walk = Walk()
     config = build_section(Config, _resolved(composed, "", walk), "", walk)
     given = frozenset(walk.given)
-    config = dataclasses.replace(_derive(config, given), given=given, source=str(path))
+    named = tuple(text.partition("=")[0].lstrip("+") for text in overrides if not text.startswith("~"))
+    derived = _derive(config, given)
+    config = dataclasses.replace(derived, given=given, overridden=named, source=str(path))
     return config, walk.faults
 
 
@@ -198,6 +200,12 @@ def _compose_message(error: Exception, path: Path, overrides: list[str]) -> str:
         culprit = overrides[0]
     if not overrides:
         return f"{path}: {reason}"
+    if "multirun" in reason and culprit:
+        key, _, value = culprit.lstrip("+").partition("=")
+        return (
+            f"{key}: must be one value, but is {show(value)}; start one run for each value. A list is "
+            f"written {key}=[a,b], and a text with a comma in quotes, {key}=\"'a,b'\""
+        )
     about = f"the override {culprit!r}" if culprit else f"one of the overrides {', '.join(overrides)}"
     return f"{about} cannot be read or applied: {reason}. Overrides are key=value, +key=value or ~key"
 

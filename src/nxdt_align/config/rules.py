@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+from nxdt_align.config.aliases import foreign_advice
 from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.data import FORMATS
 from nxdt_align.config.faults import Fault, did_you_mean
@@ -86,14 +87,21 @@ def objective(config: Config) -> Iterator[Fault]:
     chosen = [name for name in OBJECTIVES if lookup(config, f"{_ALIGN}.{name}")]
     if len(chosen) != 1:
         found = f"has {' and '.join(chosen)}" if chosen else "has none"
-        advice = (
-            f"drop one, e.g. with the override ~{_ALIGN}.{chosen[1]}"
-            if chosen
-            else f"e.g. {_ALIGN}.dpo: {{}} for DPO with its defaults"
-        )
+        advice = _drop_one(config, chosen) if chosen else f"e.g. {_ALIGN}.dpo: {{}} for DPO with its defaults"
         *others, last = OBJECTIVES
         names = f"{', '.join(others)} and {last}"
         yield Fault(_ALIGN, f"must have exactly one of {names}, but {found}", advice=advice)
+
+
+def _drop_one(config: Config, chosen: list[str]) -> str:
+    """Of several objectives, the one that an override asked for last is meant."""
+    asked = [path.split(".")[1] for path in config.overridden if path.startswith(f"{_ALIGN}.")]
+    wanted = next((name for name in reversed(asked) if name in chosen), None)
+    if wanted is None:
+        return f"drop one, e.g. with the override ~{_ALIGN}.{chosen[1]}"
+    others = [name for name in chosen if name != wanted]
+    overrides = " ".join(f"~{_ALIGN}.{name}" for name in others)
+    return f"for {wanted}, drop {' and '.join(others)} with {overrides}"
 
 
 def model_source(config: Config) -> Iterator[Fault]:
@@ -243,7 +251,8 @@ def _unknown_settings(section: str, params: Mapping[str, Any], known: Collection
     for key, value in params.items():
         if key not in known:
             rule = "is not a setting of any optimizer or schedule here"
-            yield Fault(f"{section}.{key}", rule, value, did_you_mean(key, known))
+            advice = foreign_advice(f"{section}.{key}") or did_you_mean(key, known)
+            yield Fault(f"{section}.{key}", rule, value, advice)
 
 
 def own_parts(config: Config) -> Iterator[Fault]:

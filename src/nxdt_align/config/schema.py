@@ -221,6 +221,8 @@ class Config:
     """Pass replica groups to the Neuron runtime in compressed form."""
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False, metadata=INTERNAL)
     """Paths of the keys that the YAML or an override sets; all others have their defaults."""
+    overridden: tuple[str, ...] = field(default=(), compare=False, repr=False, metadata=INTERNAL)
+    """Paths of the keys that overrides name, in their order."""
     source: str = field(default="", compare=False, repr=False, metadata=INTERNAL)
     """The file that this was read from."""
 
