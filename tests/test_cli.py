@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import types
@@ -433,3 +434,25 @@ def test_print_env_trains_nothing_and_needs_no_packages(
     said = capsys.readouterr()
     assert said.out == "export NEURON_RT_EXEC_TIMEOUT=7  # already set\n"
     assert "engine native sets none of them" in said.err
+
+
+@pytest.mark.parametrize("verb", [["presets"], ["--help-keys"], ["config"], ["config", "--no-check"]])
+def test_a_reader_that_stops_early_is_no_error(repo: Path, tmp_path: Path, verb: list[str]) -> None:
+    """As `nxdt-align presets | head -0`: the pipe has no reader when the command writes."""
+    name = ["--config-name", "hf_llama3_8B_DPO_config"] if verb[0] == "config" else []
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "nxdt_align", *verb, *name],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(repo / "src"), "PATH": "/usr/bin:/bin"},
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

@@ -246,8 +246,7 @@ _WEIGHTS = ("exp_manager.resume_from_checkpoint", "model_alignment_strategy.refe
 
 def _config(arguments: argparse.Namespace, environment: Environment) -> int:
     config, missing = _read(arguments, environment, checked=not arguments.no_check)
-    sys.stdout.write(to_yaml(config))
-    sys.stdout.flush()
+    _show(to_yaml(config).removesuffix("\n"))
     for fault in missing:
         _note(f"not found on this machine; train would stop: {fault}")
     return 0
@@ -299,14 +298,14 @@ def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
         _note(notice)
     from nxdt_align.run.plan import plan_report
 
-    print(plan_report(config, resolve_engine(config, neuron_available())))
+    _show(plan_report(config, resolve_engine(config, neuron_available())))
     return 0
 
 
 def _processes(arguments: argparse.Namespace, environment: Environment) -> int:
     checked = _checked(arguments, environment, None, notify=False)
     _missing_variables(checked.config, checked.engine)
-    print(checked.config.trainer.devices)
+    _show(str(checked.config.trainer.devices))
     return 0
 
 
@@ -332,7 +331,7 @@ def _print_env(arguments: argparse.Namespace, environment: Environment) -> int:
         _note(
             f"engine {engine} sets none of them; distributed_strategy.engine=nxd shows what is set on Neuron"
         )
-    print("\n".join(describe(os.environ, _wanted_variables(config, engine))))
+    _show("\n".join(describe(os.environ, _wanted_variables(config, engine))))
     return 0
 
 
@@ -358,8 +357,7 @@ def _precompile(arguments: argparse.Namespace, environment: Environment) -> int:
 def _presets(arguments: argparse.Namespace, environment: Environment) -> int:
     found = presets(arguments.config_path)
     width = max(len(name) for name, _ in found)
-    for name, purpose in found:
-        print(f"{name:<{width}}  {purpose}".rstrip())
+    _show("\n".join(f"{name:<{width}}  {purpose}".rstrip() for name, purpose in found))
     return 0
 
 

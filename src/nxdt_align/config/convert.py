@@ -44,6 +44,8 @@ class Walk:
     faults: list[Fault] = field(default_factory=list)
     given: set[str] = field(default_factory=set)
     """Paths of all keys that the YAML has."""
+    values: int = 0
+    """How many have been resolved."""
 
 
 def build_section(section: type[T], values: Mapping[Any, Any], prefix: str, walk: Walk) -> T:

@@ -12,6 +12,7 @@ from nxdt_align.errors import UserError
 # None is a value that a key can have.
 _NOTHING = object()
 _LONGEST_VALUE = 120
+_LONGEST_PATH = 500
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Fault:
 
     def __str__(self) -> str:
         received = "" if self.received is _NOTHING else f", but is {show(self.received)}"
-        return f"{self.path}: {self.rule}{received}{'; ' + self.advice if self.advice else ''}"
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{shorten(self.path, _LONGEST_PATH)}: {self.rule}{received}{advice}"
 
 
 class ConfigError(UserError):
@@ -56,8 +58,11 @@ def show(value: Any) -> str:
     """A value as a YAML would show it, truncated."""
     if value is None:
         return "null"
-    text = str(list(value)) if isinstance(value, tuple) else repr(value)
-    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+    return shorten(str(list(value)) if isinstance(value, tuple) else repr(value))
+
+
+def shorten(text: str, longest: int = _LONGEST_VALUE) -> str:
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

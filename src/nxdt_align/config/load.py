@@ -14,12 +14,21 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_align.config.alignment import MAX_PROMPT_LENGTH, OBJECTIVES
+from nxdt_align.config.bounds import (
+    MAX_DEPTH,
+    MAX_VALUES,
+    check_interpolations,
+    check_override,
+    check_quoted_override,
+    check_yaml_text,
+)
 from nxdt_align.config.convert import ALIASES, Walk, build_section
-from nxdt_align.config.faults import ConfigError, Fault, did_you_mean, show
+from nxdt_align.config.faults import ConfigError, Fault, did_you_mean, shorten, show
 from nxdt_align.config.keys import accepts_text, all_keys, key_fields
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 
+_LONGEST_REASON = 1000
 HYDRA_VERSION_BASE = "1.2"
 """The version whose rules NxDT uses to compose its YAMLs."""
 
@@ -49,9 +58,17 @@ def read_config(
     """As ``load_config``, but returns the faults; a faulty key has its default."""
     _register_resolvers()
     path = find_config(config_name_or_path, config_dir)
-    composed = _compose(path, [rewrite_override(text) for text in overrides])
+    for text in overrides:
+        check_override(text)
+    rewritten = [rewrite_override(text) for text in overrides]
+    for text in rewritten:
+        check_quoted_override(text)
     walk = Walk()
-    config = build_section(Config, _resolved(composed, "", walk), "", walk)
+    try:
+        values = _resolved(_compose(path, rewritten), "", walk, depth=1)
+        config = build_section(Config, values, "", walk)
+    except RecursionError as error:
+        raise UserError(f"{path}, or an override: is nested too deeply; no key here is") from error
     given = frozenset(walk.given)
     named = tuple(text.partition("=")[0].lstrip("+") for text in overrides if not text.startswith("~"))
     derived = _derive(config, given)
@@ -72,13 +89,21 @@ def find_config(name: str, config_dir: Path | None = None) -> Path:
     candidates = [folder / file for folder in folders]
     candidates += [Path(file).expanduser()] if config_dir is None or Path(file).name != file else []
     for candidate in candidates:
-        if candidate.is_file():
+        if _is_file(candidate):
             return candidate.resolve()
     known = sorted({found.stem for folder in folders if folder.is_dir() for found in folder.glob("*.yaml")})
-    looked = ", ".join(str(candidate) for candidate in candidates)
+    looked = ", ".join(shorten(str(candidate)) for candidate in candidates)
     there = f"there are: {', '.join(known)}" if known else "there are no configs in that folder"
     near = did_you_mean(Path(file).stem, known)
-    raise UserError(f"no config {name!r}: looked for {looked}; {near + ' ' if near else ''}{there}")
+    raise UserError(f"no config {show(name)}: looked for {looked}; {near + ' ' if near else ''}{there}")
+
+
+def _is_file(path: Path) -> bool:
+    """False too for what cannot be a file's name: too long, a zero byte, half a character."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def presets(config_dir: Path | None = None) -> list[tuple[str, str]]:
@@ -164,15 +189,19 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
     with initialize_config_dir(str(path.parent), version_base=HYDRA_VERSION_BASE):
         try:
             config = compose(path.stem, overrides=overrides)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            # Hydra raises a bare ValueError for a number in place of a config group, e.g. trainer=3.
+        except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+            # Hydra raises a bare ValueError for a number in place of a config group, e.g. trainer=3, and the
+            # system's OSError for a key that it looks up as a file's name.
             raise UserError(_compose_message(error, path, overrides)) from error
-    return _with_aliases(config)
+    config = _with_aliases(config)
+    check_interpolations(OmegaConf.to_container(config, resolve=False), path)  # type: ignore[arg-type]
+    return config
 
 
 def _check_yaml(path: Path) -> None:
-    """Raise UserError with file and line unless the file is a YAML mapping."""
+    """Raise UserError with file and line unless the file is a YAML mapping within bounds."""
     try:
+        check_yaml_text(path.read_text(encoding="utf-8"), path)
         content = OmegaConf.load(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
@@ -180,7 +209,14 @@ def _check_yaml(path: Path) -> None:
         raise UserError(f"{path} cannot be read as a YAML of sections and keys: {error}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
+    except UserError:
+        raise
     except Exception as error:
+        if isinstance(error, (ValueError, TypeError, AttributeError, RecursionError)):
+            # A value that does not have the type of its tag, as !!int x.
+            raise UserError(
+                f"{path}: not valid YAML: a value cannot be read: {_first_line(error)}"
+            ) from error
         # PyYAML's errors, told by module name as this package does not import it; most carry the position.
         if type(error).__module__.partition(".")[0] != "yaml":
             raise
@@ -206,7 +242,9 @@ def _compose_message(error: Exception, path: Path, overrides: list[str]) -> str:
             f"{key}: must be one value, but is {show(value)}; start one run for each value. A list is "
             f"written {key}=[a,b], and a text with a comma in quotes, {key}=\"'a,b'\""
         )
-    about = f"the override {culprit!r}" if culprit else f"one of the overrides {', '.join(overrides)}"
+    names = ", ".join(map(shorten, overrides))
+    about = f"the override {show(culprit)}" if culprit else f"one of the overrides {names}"
+    reason = shorten(reason, _LONGEST_REASON)
     return f"{about} cannot be read or applied: {reason}. Overrides are key=value, +key=value or ~key"
 
 
@@ -222,25 +260,34 @@ def _with_aliases(config: DictConfig) -> DictConfig:
     return config
 
 
-def _resolved(node: DictConfig | ListConfig, prefix: str, walk: Walk) -> Any:
+def _resolved(node: DictConfig | ListConfig, prefix: str, walk: Walk, depth: int) -> Any:
     """``node`` with every interpolation resolved; one that fails becomes a fault and is left out."""
-    if isinstance(node, ListConfig):
-        kept = [_resolved_item(node, i, f"{prefix}{i}", walk) for i in range(len(node))]
-        return [value for value in kept if value is not _FAULTY]
-    pairs = {key: _resolved_item(node, key, f"{prefix}{key!s}", walk) for key in node}
-    return {key: value for key, value in pairs.items() if value is not _FAULTY}
+    keys: Any = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    pairs = [(key, _resolved_item(node, key, f"{prefix}{key!s}", walk, depth)) for key in keys]
+    kept = {key: value for key, value in pairs if value is not _FAULTY}
+    return list(kept.values()) if isinstance(node, ListConfig) else kept
 
 
 _FAULTY = object()
 
 
-def _resolved_item(node: DictConfig | ListConfig, key: Any, path: str, walk: Walk) -> Any:
+def _resolved_item(node: DictConfig | ListConfig, key: Any, path: str, walk: Walk, depth: int) -> Any:
+    walk.values += 1
+    if walk.values > MAX_VALUES:
+        raise UserError(f"{path}: interpolations give more than {MAX_VALUES:,} values; write fewer")
     try:
         value = node[key]
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
         walk.faults.append(Fault(path, f"cannot be resolved: {_first_line(error)}"))
         return _FAULTY
-    return _resolved(value, f"{path}.", walk) if isinstance(value, (DictConfig, ListConfig)) else value
+    if not isinstance(value, (DictConfig, ListConfig)):
+        return value
+    if depth > MAX_DEPTH:
+        walk.faults.append(
+            Fault(path, "must not lie inside what it stands for", advice="write the values out")
+        )
+        return _FAULTY
+    return _resolved(value, f"{path}.", walk, depth + 1)
 
 
 def _first_line(error: Exception) -> str:
