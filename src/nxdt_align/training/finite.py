@@ -54,6 +54,8 @@ class FiniteCheck:
     def check_steps(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Fetch and judge the scalars that no logged step has brought to the host yet."""
         taken = self.take()
+        if not taken:
+            return
         numbers = self._engine.fetch([value for _, _, value in taken])
         for (step, name, _), number in zip(taken, numbers, strict=True):
             self.judge(step, name, number, optimizer)
