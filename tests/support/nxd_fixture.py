@@ -138,15 +138,19 @@ def weights(seed: int, config: LlamaConfig = CONFIG) -> ModuleWeights:
     return ModuleWeights(plain(seed, config))
 
 
-def examples() -> ExampleSet:
-    return random_examples(PAIRS, seed=4, prompt=(1, 20), response=(1, 14))
+def examples(seed: int = 4) -> ExampleSet:
+    return random_examples(PAIRS, seed=seed, prompt=(1, 20), response=(1, 14))
 
 
 def dataset(
-    topology: Any, layout: Layout = "packed", row: int | None = None, window: int | None = None
+    topology: Any,
+    layout: Layout = "packed",
+    row: int | None = None,
+    window: int | None = None,
+    seed: int = 4,
 ) -> StepDataset:
     """``row``: tokens of a row, where they are not to be chosen."""
-    found = examples()
+    found = examples(seed)
     planner = RowPlanner(
         found,
         layout,
@@ -210,10 +214,10 @@ def start(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
     return built
 
 
-def batches_of(built: Any, layout: Layout = "packed", row: int | None = None) -> list[Batch]:
+def batches_of(built: Any, layout: Layout = "packed", row: int | None = None, seed: int = 4) -> list[Batch]:
     """This rank's of one step over all pairs; ``row`` as for ``dataset``."""
     window = built.config.sliding_window
-    found: list[Batch] = dataset(built.topology, layout, row, window)[tuple(range(PAIRS))]
+    found: list[Batch] = dataset(built.topology, layout, row, window, seed)[tuple(range(PAIRS))]
     return found
 
 
