@@ -40,6 +40,10 @@ CALLBACK = "exp_manager.checkpoint_callback_params"
         (f"{CALLBACK}.prefix=/tmp/x", f"{CALLBACK}.prefix: must be the name of one folder or file"),
         ("name=", "name: must not be empty, but is ''; leave it out, or name the run"),
         ("exp_manager.name=' '", "exp_manager.name: must not be empty"),
+        (
+            "exp_manager.explicit_log_dir=",
+            "exp_manager.explicit_log_dir: must not be empty, but is ''; leave it",
+        ),
         ("name=" + "n" * 50_000, "name: must have at most 150 bytes, but has 50000; shorten it"),
         ("name=" + "é" * 100, "name: must have at most 150 bytes, but has 200"),
         ("exp_manager.exp_dir=/" + "x" * 300, "exp_manager.exp_dir: must be a path of at most 4095 bytes"),

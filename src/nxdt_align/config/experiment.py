@@ -193,3 +193,7 @@ class ExpManagerConfig:
 
     def faults(self) -> Iterator[Fault]:
         yield from name_fault("name", self.name)
+        if self.explicit_log_dir is not None and not self.explicit_log_dir.strip():
+            # It would be the current folder, whose files NeMo moves aside.
+            advice = "leave it out, or name a folder"
+            yield Fault("explicit_log_dir", "must not be empty", self.explicit_log_dir, advice)
