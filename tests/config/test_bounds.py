@@ -14,7 +14,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 
 Load = Callable[..., Config]
-SECONDS = 15.0
+SECONDS = 120.0
 """Far above what each takes, far below what it took or would take without its bound."""
 
 

@@ -32,7 +32,10 @@ CALLBACK = "exp_manager.checkpoint_callback_params"
         ("trainer.max_steps=${multiply:1e308,10}", "trainer.max_steps: must be a finite number"),
         ("data.format=3.7", "data.format: must be a format of the objective's examples, but is '3.7'"),
         ("data.format=pair", "but is 'pair'; did you mean pairs? There are: pairs, fairseq2, "),
-        ("data.format=messages", "There are: pairs, fairseq2, responses, sharegpt, orca, hh, or a function"),
+        (
+            "data.format=messages",
+            "There are: pairs, fairseq2, responses, sharegpt, orca, hh, alpaca, common_beginning, or",
+        ),
         ("name=..", "name: must be the name of one folder or file, without / and not . or .., but is '..'"),
         ("name=../..", "name: must be the name of one folder or file"),
         ("exp_manager.name=a/b", "exp_manager.name: must be the name of one folder or file"),

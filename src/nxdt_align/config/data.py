@@ -11,7 +11,7 @@ from nxdt_align.config.fields import PATH, number, reads_as
 Packing = Literal["none", "packed", "shared_prompt"]
 Attention = Literal["auto", "dense", "blocks", "flex", "causal"]
 
-_PAIRS = ("pairs", "fairseq2", "responses", "sharegpt", "orca", "hh")
+_PAIRS = ("pairs", "fairseq2", "responses", "sharegpt", "orca", "hh", "alpaca", "common_beginning")
 FORMATS: dict[str, tuple[str, ...]] = {
     "pair": _PAIRS,
     "response": ("prompt_response", "prompt_completion", *_PAIRS, "input_output", "messages"),
