@@ -93,6 +93,8 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     arguments, rest = _arguments()
     if arguments.serve:
+        # Python puts this script's own folder first: the checkout's benchmarks are to be found.
+        sys.path.remove(str(HERE))
         serve(arguments)
         return 0
     sys.path.insert(0, str(HERE))
