@@ -40,7 +40,7 @@ CALLBACK = "exp_manager.checkpoint_callback_params"
         ("name=../..", "name: must be the name of one folder or file"),
         ("exp_manager.name=a/b", "exp_manager.name: must be the name of one folder or file"),
         (f"{CALLBACK}.filename=../{{step}}", f"{CALLBACK}.filename: must be the name of one folder or file"),
-        (f"{CALLBACK}.prefix=/tmp/x", f"{CALLBACK}.prefix: must be the name of one folder or file"),
+        (f"{CALLBACK}.prefix=elsewhere/x", f"{CALLBACK}.prefix: must be the name of one folder or file"),
         ("name=", "name: must not be empty, but is ''; leave it out, or name the run"),
         ("exp_manager.name=' '", "exp_manager.name: must not be empty"),
         (

@@ -42,7 +42,7 @@ class Runner(Protocol):
     def forward(
         self, micro_batches: Sequence[Batch], *, wanted: Sequence[TokenStatistic]
     ) -> list[TokenLogps]:
-        """Without gradients, one result a micro-batch, the same on every rank that shares the rows
+        """Without gradients, one result per micro-batch, the same on every rank that shares the rows
         (on all pipeline stages, too)."""
         ...
 

@@ -33,7 +33,7 @@ class RankModel:
     """This rank's part of a model.
 
     Args:
-        scorers: one with all layers, or one a stage of the pipeline, in order.
+        scorers: one with all layers, or one per stage of the pipeline, in order.
         runner: goes through them.
     """
 

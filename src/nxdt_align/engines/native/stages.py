@@ -1,6 +1,6 @@
 """Cutting a Llama into the stages of a pipeline: which layers each holds, and what is left of the model.
 
-Stage ``s`` of a pipeline over ``p`` ranks is on rank ``s % p``: with several stages a rank (virtual
+Stage ``s`` of a pipeline over ``p`` ranks is on rank ``s % p``: with several stages per rank (virtual
 pipeline), each rank holds chunks that lie ``p`` stages apart.
 """
 
@@ -44,7 +44,7 @@ def stages_of_rank(
     Args:
         config: the whole model's.
         rank: its place among the ``ranks`` of the pipeline.
-        chunks: stages a rank.
+        chunks: stages per rank.
         cuts: layers after which the model is cut, ascending; None for even shares.
 
     Raises EngineError where the model cannot be cut so.
