@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from training_fixture import Project, scalars, write_pairs
 
+from nxdt_align.errors import UserError
 from nxdt_align.run.resume import (
+    IDENTITY_FILE,
     RunIdentity,
     _warn_of_other_runs,
     find_run,
     newest_checkpoint,
+    read_identity,
     run_identity,
     write_identity,
 )
@@ -258,3 +261,12 @@ def test_a_checkpoint_that_does_not_tell_its_settings() -> None:
     assert resumed.changes({"lr": "0.003"}, 0.001) == [
         "model.optim changed: the checkpoint's learning rate for the next step was 0.002"
     ]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"identity": 1, "of": {}}', '{"identity": "a"}', "\x00"]
+)
+def test_a_damaged_identity_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / IDENTITY_FILE).write_text(content)
+    with pytest.raises(UserError, match=r"run_identity.json is damaged .*; restore the file, or move"):
+        read_identity(tmp_path)

@@ -200,10 +200,8 @@ def _warn_of_other_runs(parent: Path, identity: RunIdentity, step_of: Callable[[
 
 def _differences_from(folder: Path, identity: RunIdentity) -> dict[str, list[str]]:
     """By part of the identity; empty if they are the same, or if ``folder`` is no run's."""
-    file = folder / IDENTITY_FILE
-    if not file.is_file():
-        return {}
-    return differences(json.loads(file.read_text())["of"], identity.parts)
+    record = _identity_record(folder)
+    return {} if record is None else differences(record["of"], identity.parts)
 
 
 def _list(found: Mapping[str, Sequence[str]]) -> str:
@@ -238,11 +236,26 @@ def newest_checkpoint(folder: Path, step_of: Callable[[Path], int | None]) -> Pa
 
 
 def read_identity(folder: Path) -> str | None:
+    """The digest of the run in ``folder``; None if there is none. Raises UserError for a damaged file."""
+    record = _identity_record(folder)
+    return None if record is None else str(record["identity"])
+
+
+def _identity_record(folder: Path) -> dict[str, Any] | None:
+    """What ``write_identity`` wrote."""
     file = folder / IDENTITY_FILE
     if not file.is_file():
         return None
-    content = json.loads(file.read_text())
-    return str(content["identity"])
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+        if not isinstance(record["identity"], str) or not isinstance(record["of"], dict):
+            raise ValueError("it does not hold a run's identity")
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error}), so which run {folder} holds is unknown; restore the file, or move "
+            "the folder elsewhere to start a new run"
+        ) from error
+    return record
 
 
 def write_identity(folder: Path, identity: str, parts: Mapping[str, Any]) -> None:
