@@ -9,7 +9,7 @@ PYTHON ?=
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 export TORCH PIP_ARGS PYTHON
 
-.PHONY: help demo demo-orpo check test test-full test-xla bench bench-objectives lint clean
+.PHONY: help demo demo-orpo check test test-full chaos test-xla bench bench-objectives lint clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -38,6 +38,9 @@ test: lint ## lint, types and every test but the long ones
 
 test-full: lint ## the long ones too: matrices, fuzzing, long runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "full or not full" $(PYTEST_ARGS)
+
+chaos: $(VENV)/.installed ## kills, signals, full disks, damage, races and fuzzed input: CHAOS_ARGS="--seed 1 --only race"
+	OMP_NUM_THREADS=1 PYTHONPATH=src:tests/support $(BIN)/python -W ignore -m chaos $(CHAOS_ARGS)
 
 test-xla: $(XLA_VENV)/.installed ## DPO and ORPO on torch_xla's CPU device, and what is compiled (7 GB of packages)
 	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla $(PYTEST_ARGS)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_fixture import SIZES, run
+from rank_processes import PRELOAD
 
 from nxdt_align.run.native_writer import NativeWriter
 from nxdt_align.weights.hf_writer import HFWriter
@@ -56,7 +57,7 @@ def convert_and_die(kind: str, moment: str, folder: Path) -> None:
 def kill_a_conversion(kind: str, moment: str, folder: Path) -> Path:
     """Returns what it leaves."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=convert_and_die, args=(kind, moment, folder))
     process.start()
     process.join(600)

@@ -19,6 +19,12 @@ import torch.distributed as dist
 
 TIMEOUT = 900
 """Seconds that the processes of one call may take, on a loaded machine too: few take more than 20."""
+PRELOAD = [
+    *("torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp"),
+    *("lightning.pytorch", "nemo.utils.exp_manager", "transformers", "nxdt_align.run.run"),
+]
+"""What the server that forks processes has imported. One server serves all tests of a pytest process, and
+the first that asks for it says what it imports: so all say the same."""
 CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 """Exit codes of a process whose memory is damaged."""
 
@@ -48,7 +54,7 @@ class RankCrash(AssertionError):
 def _run(world: int, function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
     # A server that has imported torch forks the processes: each starts in well under a second.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.tensor.parallel", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         processes = [
