@@ -15,7 +15,7 @@ import pytest
 from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 
 # Anyone may import these; they import nothing of ours but each other.
-FOUNDATION = ("errors", "files", "own_parts", "__version__", "PYTHON", "TORCH")
+FOUNDATION = ("errors", "files", "messages", "own_parts", "__version__", "PYTHON", "TORCH")
 
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.settings", "engines.steps", "engines.masters", "engines.spread"),
@@ -25,6 +25,7 @@ SHARED_BY_ENGINES = (
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
 ROOMS: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "messages": (),
     "files": (),
     "own_parts": (),
     "batch": (),
@@ -73,6 +74,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 # The only libraries beside the standard one that a room may import.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "errors": (),
+    "messages": ("tqdm",),
     "files": (),
     "own_parts": (),
     "batch": ("torch",),

@@ -30,6 +30,7 @@ from nxdt_align.config.load import presets, read_config, to_yaml
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.files import explain
+from nxdt_align.messages import show_on_terminal
 from nxdt_align.neuron.environment import (
     DOWNCASTS,
     describe,
@@ -269,7 +270,7 @@ def enter_run(checked: CheckedConfig, environment: Environment, *, dry_run: bool
 
     ``dry_run``: a few steps that write nothing, as with ``COMPILE=1``.
     """
-    _log_to_terminal(environment.rank)
+    show_on_terminal(environment.rank)
     variables = _missing_variables(checked.config, checked.engine)
     for name in replaced(os.environ, variables) if environment.rank == 0 else ():
         _note(
@@ -371,7 +372,7 @@ def _help_keys(arguments: argparse.Namespace, environment: Environment) -> int:
 
 
 def _convert(arguments: argparse.Namespace, environment: Environment) -> int:
-    _log_to_terminal(rank=0)
+    show_on_terminal(rank=0, level=logging.INFO)
     values = conversion_options(arguments)
     from nxdt_align.run import conversion
 
@@ -430,18 +431,6 @@ def _show(text: str) -> None:
 
 def _note(text: str) -> None:
     print(f"notice: {text}", file=sys.stderr)
-
-
-def _log_to_terminal(rank: int) -> None:
-    """Rank 0 logs at INFO, the others at WARNING."""
-    logger = logging.getLogger("nxdt_align")
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # Lightning or NeMo may configure the root logger: propagating as well would print each line twice.
-    logger.propagate = bool(logging.getLogger().handlers)
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        logger.addHandler(handler)
 
 
 _NEED_TORCH = ("plan", "train", "convert", "export", "inspect")

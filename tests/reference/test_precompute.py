@@ -303,7 +303,10 @@ def test_collate_that_disagrees_with_the_plan(tmp_path: Path) -> None:
         run(FakeEngine(), store_at(tmp_path), collate=lambda m: collate(plan(COUNT)[1]))
 
 
-def test_progress_bar_counts_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_counts_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     run(FakeEngine(), store_at(tmp_path), progress=True)
     shown = capsys.readouterr().err
     assert "Reference log-probs" in shown and "20/20" in shown and "records/s" in shown

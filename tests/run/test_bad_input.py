@@ -342,12 +342,12 @@ def test_unwritable_experiments_folder(terminal: Terminal, tmp_path: Path) -> No
 def test_bad_records_can_be_dropped(terminal: Terminal) -> None:
     bad = terminal.project.root / "bad" / "no_key.jsonl"
     shown = terminal.succeed(f"data.train_dir={bad}", "data.on_bad_record=drop")
-    expect(shown, ("1 bad of 22 records", "missing key: 1", "{bad}:3", "21 examples"), bad=bad)
+    expect(shown, ("1 bad of 22 records", "missing key: 1", "{bad}:3", "21 train examples"), bad=bad)
 
 
 def test_a_prompt_longer_than_the_sequence_is_cut(terminal: Terminal) -> None:
     shown = terminal.succeed(f"data.train_dir={terminal.project.root}/bad/long.jsonl")
-    assert "train data: 22 examples, 22 of them truncated" in shown
+    assert "data: 22 train examples (22 truncated)" in shown
     assert terminal.checkpoints
 
 

@@ -118,7 +118,7 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     """Must be 1: accumulation follows from data.global_batch_size and data.micro_batch_size."""
     enable_progress_bar: bool = True
-    """Show a progress bar."""
+    """Show how far the run is: one line on a terminal, elsewhere a line every so many steps."""
     callbacks: tuple[OwnPart, ...] | None = None
     """(ours) Custom Lightning callbacks: a list of dotted paths, or of {path, settings}. They are imported
     when training starts and called after this package's callbacks."""

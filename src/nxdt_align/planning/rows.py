@@ -105,13 +105,36 @@ class PlanReport:
         )
 
 
-def row_reports(splits: Mapping[Split, StepDataset], data: DataConfig) -> dict[Split, str]:
-    """Split -> a readable summary of its data and its row plan."""
+@dataclass(frozen=True)
+class SplitReport:
+    """A split's data and its row plan; in full as text."""
+
+    examples: int
+    truncated: int
+    plan: PlanReport
+
+    def __str__(self) -> str:
+        return f"{self.examples} examples, {self.truncated} of them truncated; {self.plan}"
+
+
+def row_reports(splits: Mapping[Split, StepDataset], data: DataConfig) -> dict[Split, SplitReport]:
     found = {}
     for split, dataset in splits.items():
         examples = dataset.examples
-        report = PlanReport.measure(dataset.planner, len(examples), data.global_batch_size, data.seq_length)
-        found[split] = (
-            f"{split} data: {len(examples)} examples, {examples.truncated} of them truncated; {report}"
-        )
+        plan = PlanReport.measure(dataset.planner, len(examples), data.global_batch_size, data.seq_length)
+        found[split] = SplitReport(len(examples), examples.truncated, plan)
     return found
+
+
+def summary(reports: Mapping[Split, SplitReport]) -> str:
+    """The first words on a run's data, in one line."""
+    counts = " and ".join(
+        f"{report.examples:,} {split} examples"
+        + (f" ({report.truncated:,} truncated)" * bool(report.truncated))
+        for split, report in reports.items()
+    )
+    plan = reports["train"].plan
+    return (
+        f"{counts}; layout {plan.layout}, {plan.padded / plan.positions:.1f} times fewer tokens "
+        f"than padded to seq_length, {len(plan.buckets)} bucket(s) of rows"
+    )

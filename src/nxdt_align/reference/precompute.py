@@ -7,6 +7,7 @@ that was killed and resumed ends bit-equal to an uninterrupted one.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -296,6 +297,8 @@ class _Writer:
 
 
 def _progress_bar(total: int, done: int, *, shown: bool) -> Any:
+    """Redrawn on a terminal; elsewhere a line every half minute, of a pass that takes longer."""
+    seldom = {} if sys.stderr.isatty() else {"delay": 30.0, "mininterval": 30.0, "leave": False}
     return tqdm(
         total=total,
         initial=done,
@@ -303,4 +306,5 @@ def _progress_bar(total: int, done: int, *, shown: bool) -> Any:
         unit=" records",
         dynamic_ncols=True,
         disable=not shown,
+        **seldom,
     )

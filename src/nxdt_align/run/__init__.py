@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nxdt_align.config.check import CheckedConfig
+from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.run.contracts import RunEnv
 
 if TYPE_CHECKING:
@@ -41,9 +42,11 @@ def train(
     config = checked.config
     if env.rank == 0:
         for notice in checked.engine_notices:
-            log.info("%s", notice)
+            log.log(NOTICE, "notice: %s", notice)
     mode = DryRun() if env.compile_only else RunMode()
-    with report_lost_ranks(env.world_size, config.distributed_strategy.timeout_minutes):
-        result = Run(config, checked.engine, env, mode, loss=loss, callbacks=callbacks).fit()
+    lost = report_lost_ranks(env.world_size, config.distributed_strategy.timeout_minutes)
+    with RunLog(keeps=env.rank == 0) as run_log, lost:
+        run = Run(config, checked.engine, env, mode, run_log, loss=loss, callbacks=callbacks)
+        result = run.fit()
         end_processes()
     return result

@@ -20,6 +20,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Compiler, Engine, Graph
+from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.neuron.compile import Totals, write_manifest
 from nxdt_align.reference.cache import ReferenceStore
 from nxdt_align.reference.precompute import trace_shapes
@@ -66,7 +67,7 @@ class DryRun(RunMode):
         return torch.device("cpu")
 
     def note_no_graphs(self, why: str) -> None:
-        log.info("COMPILE=1: %s, so the dry-run steps run but nothing is compiled ahead", why)
+        log.log(NOTICE, "COMPILE=1: %s, so the dry-run steps run but nothing is compiled ahead", why)
 
     def token_cache(self, places: Places) -> Path | None:
         return None
@@ -106,6 +107,9 @@ class DryRun(RunMode):
     def export_folder(self, config: Config, run: RunFolder) -> Path | None:
         return None
 
+    def keep_log(self, run_log: RunLog, run: RunFolder) -> None:
+        """Nothing is written."""
+
     def start_experiment(
         self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int | None
     ) -> None:
@@ -115,7 +119,7 @@ class DryRun(RunMode):
         return compiling(compiler, manifest)
 
     def conclude(self, compiler: Compiler | None, manifest: Path, result: Result, samples: int) -> None:
-        log.info("dry run done: %d steps, nothing was written", result.step)
+        log.log(NOTICE, "dry run done: %d steps, nothing was written", result.step)
 
 
 @contextmanager
@@ -143,7 +147,7 @@ def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
     print(totals, flush=True)
     totals.require_success("torch_xla")
     write_manifest(manifest, _graphs(compiler).values(), compiler.versions())
-    log.info("manifest of the graphs: %s", manifest)
+    log.log(NOTICE, "manifest of the graphs: %s", manifest)
 
 
 def _graphs(compiler: Compiler) -> Mapping[str, Graph]:

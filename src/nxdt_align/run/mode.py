@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import Compiler, Engine
+from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.neuron.compile import read_manifest
 from nxdt_align.neuron.monitor import NeuronMonitor
 from nxdt_align.reference.cache import FloatArray, ReferenceStore
@@ -95,6 +96,10 @@ class RunMode:
         """Destination of the final export; None for no export."""
         return run.path / EXPORT if config.exp_manager.export_hf else None
 
+    def keep_log(self, run_log: RunLog, run: RunFolder) -> None:
+        """Write what the run says to a file."""
+        run_log.write_to(run.path)
+
     def start_experiment(
         self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int | None
     ) -> None:
@@ -110,10 +115,10 @@ class RunMode:
     def conclude(self, compiler: Compiler | None, manifest: Path, result: Result, samples: int) -> None:
         """Log the number of compiled graphs, those that no dry run compiled, and the output folders."""
         report_graphs(compiler, manifest)
-        log.info("done: %d steps, %d samples", result.step, samples)
-        log.info("experiment folder: %s", result.folder)
+        log.log(NOTICE, "done: %d steps, %d samples", result.step, samples)
+        log.log(NOTICE, "experiment folder: %s", result.folder)
         if result.export is not None:
-            log.info("Hugging Face export: %s", result.export)
+            log.log(NOTICE, "Hugging Face export: %s", result.export)
 
 
 def report_graphs(compiler: Compiler | None, manifest: Path) -> None:
@@ -122,13 +127,14 @@ def report_graphs(compiler: Compiler | None, manifest: Path) -> None:
         return
     graphs = compiler.graphs()
     if graphs is None:
-        log.info("graphs: %d compiled or loaded from Neuron's cache", compiler.count())
+        log.log(NOTICE, "graphs: %d compiled or loaded from Neuron's cache", compiler.count())
         return
     known = read_manifest(manifest)
     if known is None:
-        log.info("graphs: %d compiled; COMPILE=1 would list them in %s", len(graphs), manifest)
+        log.log(NOTICE, "graphs: %d compiled; COMPILE=1 would list them in %s", len(graphs), manifest)
         return
     outside = [graph for key, graph in graphs.items() if key not in known]
-    log.info("graphs: %d compiled, %d outside the manifest %s", len(graphs), len(outside), manifest)
+    counts = len(graphs), len(outside)
+    log.log(NOTICE, "graphs: %d compiled, %d outside the manifest %s", *counts, manifest)
     for graph in outside:
         log.warning("not in the manifest: graph %s, %s of shapes %s", graph.key, graph.name, graph.shapes)

@@ -45,4 +45,5 @@ def plan_report(config: Config, engine: Engine) -> str:
         needs_reference=objective.needs_reference,
     )
     rows = row_reports(data.splits, config.data)
-    return "\n".join([*rows.values(), f"data-parallel ranks: {ranks}", memory])
+    data_of = [f"{split} data: {report}" for split, report in rows.items()]
+    return "\n".join([*data_of, f"data-parallel ranks: {ranks}", memory])

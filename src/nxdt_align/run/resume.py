@@ -20,6 +20,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import Engine
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
+from nxdt_align.messages import NOTICE
 from nxdt_align.reference.cache import fingerprint_of
 from nxdt_align.run.contracts import Checkpoints
 from nxdt_align.run.differences import differences
@@ -111,15 +112,15 @@ def resume_point(config: Config, run: RunFolder, checkpoints: Checkpoints, start
     """
     given = config.exp_manager.resume_from_checkpoint
     if run.checkpoint is not None:
-        log.info("resuming from this run's own checkpoint %s", run.checkpoint)
+        log.log(NOTICE, "resuming from this run's own checkpoint %s", run.checkpoint)
         if given is not None:
             log.info("resume_from_checkpoint=%s is not read again: this run started from it", given)
         return run.checkpoint
     takes_all = given is not None and not config.model.weight_init_only
     if given is not None and takes_all and checkpoints.is_checkpoint(Path(given)):
-        log.info("resuming from resume_from_checkpoint=%s, optimizer state included", given)
+        log.log(NOTICE, "resuming from resume_from_checkpoint=%s, optimizer state included", given)
         return Path(given)
-    log.info("a new run, from %s", start)
+    log.log(NOTICE, "a new run, from %s, in %s", start, run.path)
     return None
 
 

@@ -21,7 +21,8 @@ from nxdt_align.engines.base import WeightSource
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.types import Loss
-from nxdt_align.planning.rows import row_reports
+from nxdt_align.messages import NOTICE, RunLog
+from nxdt_align.planning.rows import row_reports, summary
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import Result, RunEnv
 from nxdt_align.run.mode import RunMode
@@ -41,6 +42,7 @@ from nxdt_align.training.finite import FiniteCheck
 from nxdt_align.training.hooks import FinishRun
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
+from nxdt_align.training.progress import RunProgress
 from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
 from nxdt_align.weights.hf_writer import write_hf_folder
 
@@ -54,6 +56,7 @@ class Run:
         config: checked.
         engine: the one that runs it.
         mode: what is done besides the steps; ``DryRun`` writes nothing.
+        run_log: open; gets the run's folder.
         loss: a loss to use instead of the one in ``config``.
         callbacks: further Lightning callbacks, called after this package's.
     """
@@ -64,11 +67,12 @@ class Run:
         engine: EngineName,
         env: RunEnv,
         mode: RunMode,
+        run_log: RunLog,
         *,
         loss: Loss | Callable[..., Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.config, self.env, self.mode = config, env, mode
+        self.config, self.env, self.mode, self._run_log = config, env, mode, run_log
         self.places = Places(config)
         self._callbacks = [*assemble.own_callbacks(config), *callbacks]
         self._fingerprints: dict[WeightSource, str] = {}
@@ -94,8 +98,10 @@ class Run:
             window=self.model_config.sliding_window,
             row_multiple=self.parts.row_multiple,
         )
-        for report in row_reports(self.data.splits, config.data).values():
-            log.info("%s", report)
+        reports = row_reports(self.data.splits, config.data)
+        log.log(NOTICE, "data: %s", summary(reports))
+        for split, report in reports.items():
+            log.info("%s data: %s", split, report)
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         mode.prepare(self.data, self._steps())
         self._times.done("data read")
@@ -123,12 +129,15 @@ class Run:
                 *self.mode.monitors(self.config, self.env),
                 *reference,
                 *self._recompile_guard(),
+                *self._progress(),
                 FinishRun(self.engine, self._export, export, self._finite, self.parts.precision.compute),
                 *self._callbacks,
             ]
             trainer = self._trainer(callbacks, {"identity": identity.digest, **record})
             step = None if run.checkpoint is None else checkpoints.checkpoint_step(run.checkpoint)
             self.mode.start_experiment(trainer, self.config, run, identity, step)
+            if self.env.rank == 0:
+                self.mode.keep_log(self._run_log, run)
             with self.mode.around_fit(self.engine.compiler, self.places.manifest):
                 resume_from = None if resumed is None else str(resumed)
                 trainer.fit(self._module(), datamodule=self.data, ckpt_path=resume_from)
@@ -200,6 +209,12 @@ class Run:
     def _recompile_guard(self) -> list[Callback]:
         compiler, stop = self.engine.compiler, self.config.exp_manager.fail_on_recompile
         return [] if compiler is None else [RecompileGuard(compiler.count, stop=stop)]
+
+    def _progress(self) -> list[Callback]:
+        if not self.config.trainer.enable_progress_bar:
+            return []
+        unit = "examples" if self.config.model_alignment_strategy.objective in ("kto", "sft") else "pairs"
+        return [RunProgress(self._steps(), unit, self.config.trainer.log_every_n_steps)]
 
     def _module(self) -> AlignmentModule:
         config, model = self.config, self.config.model

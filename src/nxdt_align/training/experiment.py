@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from nxdt_align.config.experiment import ExpManagerConfig
 from nxdt_align.errors import UserError
+from nxdt_align.messages import LOG_FILE
 
 EVENT_FILES = "events.out.tfevents.*"
 
@@ -89,8 +90,8 @@ def _remove_marks(trainer: Trainer) -> None:
 
 
 def _keep_events_in_place(folder: Path, before: set[Path]) -> None:
-    """Move TensorBoard files back from run_N, where NeMo puts a resumed run's earlier files, so that the run
-    stays one curve."""
+    """Move TensorBoard files and our log back from run_N, where NeMo puts a resumed run's earlier files, so
+    that the run stays one curve."""
     for moved in set(folder.glob("run_*")) - before:
-        for file in moved.glob(EVENT_FILES):
+        for file in (*moved.glob(EVENT_FILES), *moved.glob(LOG_FILE)):
             shutil.move(str(file), str(folder / file.name))

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Engine, WeightSource
 from nxdt_align.errors import UserError
+from nxdt_align.messages import NOTICE
 from nxdt_align.reference.cache import ReferenceStore
 from nxdt_align.reference.precompute import PassSummary, precompute
 from nxdt_align.training.finite import FiniteCheck
@@ -163,7 +164,8 @@ class Preflight(Callback):
                 "first step; check the start weights, and precision.type (fp32 rules out overflow)"
             )
         if self._by_intent:
-            log.info("preflight: reference_model differs from the policy by up to %.3g nats per token", worst)
+            differs = "preflight: reference_model differs from the policy by up to %.3g nats per token"
+            log.log(NOTICE, differs, worst)
         elif worst > self._tolerance:
             raise UserError(
                 f"preflight: policy and reference differ by {worst:.3g} nats per token before the first "
@@ -171,7 +173,7 @@ class Preflight(Callback):
                 "or set exp_manager.preflight=False if this is intended"
             )
         else:
-            log.info("preflight: policy and reference agree to %.3g nats per token", worst)
+            log.log(NOTICE, "preflight: policy and reference agree to %.3g nats per token", worst)
 
     def _advice(self) -> str:
         if self._store is None:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Shapes, shapes_of
 from nxdt_align.errors import UserError
+from nxdt_align.messages import NOTICE
 from nxdt_align.neuron.monitor import NeuronMonitor
 
 log = logging.getLogger(__name__)
@@ -132,7 +133,8 @@ class StartTimes(Callback):
         """Log the time of ``what``, which has just finished."""
         now = self._clock()
         if self._enabled:
-            log.info("start: %s: %.2f s (%.2f s so far)", what, now - self._last, now - self._began)
+            times = now - self._last, now - self._began
+            log.log(NOTICE, "start: %s: %.2f s (%.2f s so far)", what, *times)
         self._last = now
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

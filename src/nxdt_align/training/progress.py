@@ -1,0 +1,153 @@
+"""How far a run is: one line that is redrawn on a terminal; elsewhere a line every so many steps."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from nxdt_align.messages import NOTICE
+
+log = logging.getLogger(__name__)
+
+LINES = 50
+"""At most about so many lines of a run without a terminal."""
+LEAST_BAR = 1
+"""Columns."""
+_FIELDS = (
+    ("loss", "reduced_train_loss", ".3f"),
+    ("acc", "rewards/accuracies", ".2f"),
+    ("margin", "rewards/margins", ".2f"),
+    ("speed", "throughput", ".1f"),
+    ("val loss", "val_loss", ".3f"),
+    ("val acc", "val_rewards/accuracies", ".2f"),
+    ("lr", "lr", ".2g"),
+    ("grad", "gradient_norm", ".2f"),
+    ("chosen", "rewards/chosen", ".2f"),
+    ("rejected", "rewards/rejected", ".2f"),
+)
+"""Label, metric and format, most wanted first."""
+
+
+class RunProgress(ProgressBar):
+    """Steps of the whole run, the metrics that fit, and the time left.
+
+    Args:
+        steps: of the run; -1 where only time limits it.
+        unit: what ``throughput`` counts.
+        log_every_n_steps: at which metrics are new.
+        is_terminal: whether a line can be redrawn; standard error's answer where not given.
+    """
+
+    def __init__(
+        self, steps: int, unit: str, log_every_n_steps: int, *, is_terminal: bool | None = None
+    ) -> None:
+        super().__init__()
+        self._steps, self._unit = steps, unit
+        self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
+        wanted = max(1, steps // LINES)
+        self._every = -(-wanted // log_every_n_steps) * log_every_n_steps
+        self._enabled = True
+        self._bar: Any = None
+        self._began, self._from = 0.0, 0
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Lightning's word for every rank but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began, self._from = time.monotonic(), trainer.global_step
+        if self._enabled and self._is_terminal:
+            self._bar = tqdm(
+                total=self._steps if self._steps > 0 else None,
+                initial=trainer.global_step,
+                desc=self.text(trainer.global_step, {}),
+                bar_format="{desc} |{bar}| {remaining}" if self._steps > 0 else "{desc} {elapsed}",
+                ncols=columns(),
+                leave=True,
+                file=sys.stderr,
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self._bar is not None:
+            self._draw(trainer, "")
+            self._bar.update(step - self._bar.n)
+        if self._enabled and (step % self._every == 0 or step == self._steps):
+            # The file of a run that has a terminal gets the same lines.
+            level = logging.INFO if self._is_terminal else NOTICE
+            log.log(level, "%s%s", self.text(step, trainer.callback_metrics), self._left(step))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar is not None and not trainer.sanity_checking:
+            self._draw(trainer, "validation, ")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._enabled and not trainer.sanity_checking:
+            values = trainer.callback_metrics
+            found = [
+                f"{label.removeprefix('val ')} {float(values[name]):{form}}"
+                for label, name, form in (*_FIELDS, ("val margin", "val_rewards/margins", ".2f"))
+                if label.startswith("val ") and name in values
+            ]
+            if found:
+                log.log(NOTICE, "validation at step %d: %s", trainer.global_step, ", ".join(found))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Of Lightning's ``self.print``."""
+        tqdm.write(" ".join(map(str, args)), file=sys.stderr)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _draw(self, trainer: Trainer, doing: str) -> None:
+        self._bar.ncols = columns()
+        width = columns() - LEAST_BAR - len(" || 00:00:00")
+        text = doing + self.text(trainer.global_step, trainer.callback_metrics, width - len(doing))
+        self._bar.set_description_str(text, refresh=bool(doing))
+
+    def text(self, step: int, values: Mapping[str, Any], width: int | None = None) -> str:
+        """Of at most ``width`` columns: what does not fit is left out, the least wanted first."""
+        text = f"step {step}" + (f"/{self._steps}" if self._steps > 0 else "")
+        before = ": "
+        for label, name, form in _FIELDS:
+            if name not in values:
+                continue
+            value = f"{float(values[name]):{form}}"
+            shown = f"{value} {self._unit}/s" if name == "throughput" else f"{label} {value}"
+            if width is not None and len(text) + len(before) + len(shown) > width:
+                break
+            text, before = text + before + shown, ", "
+        return text
+
+    def _left(self, step: int) -> str:
+        done = step - self._from
+        if self._steps <= 0 or done <= 0 or step >= self._steps:
+            return ""
+        seconds = (time.monotonic() - self._began) / done * (self._steps - step)
+        return f", {tqdm.format_interval(seconds)} left"
+
+
+def columns() -> int:
+    """Of the terminal: all but the last, behind which some begin a new line."""
+    return shutil.get_terminal_size().columns - 1

@@ -1,0 +1,114 @@
+"""The progress line: what fits, most wanted first, on a terminal of any width and without one."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from training_fixture import Project
+
+from nxdt_align.messages import NOTICE, RunLog
+from nxdt_align.training import progress
+from nxdt_align.training.progress import RunProgress
+
+METRICS = {
+    "reduced_train_loss": 0.51234,
+    "rewards/accuracies": 0.75,
+    "rewards/margins": 1.25,
+    "throughput": 123.45,
+    "val_loss": 0.6,
+    "lr": 5e-7,
+    "gradient_norm": 2.5,
+    "rewards/chosen": -1.0,
+    "rewards/rejected": -2.25,
+}
+WANTED = ("step 1234/20000", "loss 0.512", "acc 0.75", "margin 1.25", "123.5 pairs/s")
+
+
+def trainer(step: int, **metrics: float) -> Any:
+    return SimpleNamespace(global_step=step, callback_metrics={**METRICS, **metrics}, sanity_checking=False)
+
+
+@pytest.mark.parametrize(
+    ("columns", "also"), [(80, ()), (100, ("val loss 0.600",)), (200, ("rejected -2.25",))]
+)
+def test_one_line_of_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    columns: int,
+    also: tuple[str, ...],
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "24")
+    shown = RunProgress(20_000, "pairs", 1, is_terminal=True)
+    shown.on_train_start(trainer(1200), None)  # type: ignore[arg-type]
+    for step in (1233, 1234):
+        shown.on_train_batch_end(trainer(step), None, None, None, 0)  # type: ignore[arg-type]
+    shown.on_train_end(trainer(1234), None)  # type: ignore[arg-type]
+    lines = re.split("[\r\n]", capsys.readouterr().err)
+    assert max(map(len, lines)) <= columns
+    last = [line for line in lines if line.strip()][-1]
+    assert all(word in last for word in (*WANTED, *also)), last
+    assert re.search(r"\|.*\| (\d+:)?\d\d:\d\d$", last), "time left"
+
+
+def test_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """Of every k-th step, k a step at which metrics are new, and of the last one."""
+    caplog.set_level(logging.INFO)
+    shown = RunProgress(1003, "pairs", 3, is_terminal=False)
+    shown.on_train_start(trainer(0), None)  # type: ignore[arg-type]
+    for step in range(1, 1004):
+        shown.on_train_batch_end(trainer(step), None, None, None, 0)  # type: ignore[arg-type]
+    steps = [int(re.match(r"step (\d+)/1003: loss 0.512", line)[1]) for line in caplog.messages]  # type: ignore[index]
+    assert steps == [*range(21, 1003, 21), 1003]
+    assert len(steps) <= progress.LINES
+    assert {record.levelno for record in caplog.records} == {NOTICE}
+    assert caplog.messages[0].endswith(" left") and not caplog.messages[-1].endswith(" left")
+
+
+def test_what_a_run_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Three lines before the first step, each thing once; the rest in the run's file."""
+    project = Project.create(tmp_path)
+    start = "exp_manager.resume_from_checkpoint"
+    assert project.train("trainer.max_steps=1") == 0
+    capfd.readouterr()
+    export, shown = project.only_run() / "hf_export", "trainer.enable_progress_bar=True"
+    assert project.train(f"{start}={export}", f"exp_manager.exp_dir={tmp_path}/second", shown) == 0
+    said = capfd.readouterr().err.splitlines()
+    first = next(number for number, line in enumerate(said) if line.startswith("step 1/8: loss"))
+    assert [line.split(":")[0].split(",")[0] for line in said[:first]] == ["data", "a new run", "preflight"]
+    assert sum(line.startswith("validation at step ") for line in said) == 2
+    assert not any("\r" in line or "TPU available" in line for line in said)
+    (run,) = project.runs("second")
+    kept = (run / "run.log").read_text()
+    assert all(line in kept for line in said if line.startswith(("step", "data", "a new run", "validation")))
+    for detail in ("TPU available", "busiest rank", "reference log-probs of train: 22 records"):
+        assert detail in kept
+
+
+def test_a_log_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    (tmp_path / "run.log").symlink_to(full)
+    with RunLog(keeps=True) as run_log:
+        run_log.write_to(tmp_path)
+        for _ in range(2):
+            logging.getLogger("nxdt_align").warning("a message")
+    assert capsys.readouterr().err.count("run.log cannot be written: [Errno 28] No space left") == 1
+
+
+def test_a_log_tells_why_a_run_stopped(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), RunLog(keeps=True) as run_log:
+        logging.getLogger("nxdt_align.anywhere").warning("said before the run has a folder")
+        run_log.write_to(tmp_path)
+        raise ValueError("data.train_dir: is empty")
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        "WARNING: said before the run has a folder",
+        "ERROR: stopped: data.train_dir: is empty",
+    ]
