@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from chaos import cases
+from chaos import cases, fuzz
 from chaos.cases import Case, Outcome, Truths
 
 
@@ -53,6 +53,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--signals", type=int, default=30)
     parser.add_argument("--disks", type=int, default=30)
     parser.add_argument("--damage", type=int, default=75)
+    parser.add_argument("--data", type=int, default=1000, help="fuzzed data files")
+    parser.add_argument("--configs", type=int, default=1000, help="fuzzed configurations")
     parser.add_argument("--only", default="", help="cases whose group or name holds this")
     parser.add_argument("--jobs", type=int, default=2, help="cases at once")
     parser.add_argument("--keep", help="folder to work in")
@@ -67,6 +69,8 @@ def _cases(arguments: argparse.Namespace, truths: Truths) -> Iterator[Case]:
     yield from cases.full_disks(truths, seed, arguments.disks)
     yield from cases.damages(truths, seed, arguments.damage)
     yield from cases.races(truths)
+    yield from fuzz.batches("fuzzed data", fuzz.data_files, seed, arguments.data)
+    yield from fuzz.batches("fuzzed configuration", fuzz.configurations, seed, arguments.configs)
 
 
 def table(outcomes: Sequence[Outcome], seconds: float) -> str:
@@ -75,8 +79,8 @@ def table(outcomes: Sequence[Outcome], seconds: float) -> str:
     for group in dict.fromkeys(outcome.group for outcome in outcomes):
         of_group = [outcome for outcome in outcomes if outcome.group == group]
         faults = Counter(outcome.fault for outcome in of_group if outcome.fault)
-        rows.append(f"| {group} | {len(of_group)} | {sum(faults.values())} |")
-    rows.append(f"\n{len(outcomes)} cases in {seconds / 60:.1f} minutes")
+        rows.append(f"| {group} | {sum(outcome.inputs for outcome in of_group)} | {sum(faults.values())} |")
+    rows.append(f"\n{sum(outcome.inputs for outcome in outcomes)} cases in {seconds / 60:.1f} minutes")
     return "\n".join(rows)
 
 

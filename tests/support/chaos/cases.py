@@ -31,6 +31,7 @@ class Outcome:
     group: str
     case: str
     fault: str
+    inputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Case:
     group: str
     name: str
     befall: Befall
+    inputs: int = 1
 
     def run(self, folder: Path) -> Outcome:
         folder.mkdir(parents=True)
@@ -47,7 +49,7 @@ class Case:
             fault = f"{type(error).__name__}: {error}"
         if not fault:
             shutil.rmtree(folder)
-        return Outcome(self.group, self.name, fault)
+        return Outcome(self.group, self.name, fault, self.inputs)
 
 
 class Truths:
