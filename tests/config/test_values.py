@@ -34,7 +34,7 @@ CALLBACK = "exp_manager.checkpoint_callback_params"
         ("data.format=pair", "but is 'pair'; did you mean pairs? There are: pairs, fairseq2, "),
         (
             "data.format=messages",
-            "There are: pairs, fairseq2, responses, sharegpt, orca, hh, alpaca, common_beginning, or",
+            "There are: pairs, fairseq2, responses, sharegpt, orca, hh, alpaca, openai, torchtune, swift, ",
         ),
         ("name=..", "name: must be the name of one folder or file, without / and not . or .., but is '..'"),
         ("name=../..", "name: must be the name of one folder or file"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nxdt_align.data.formats import Kind, detect_format, named_format
+from nxdt_align.data.formats import FORMATS, Kind, detect_format, named_format
 from nxdt_align.data.records import BadRecord, DataError, Record
 
 USER, ASK = {"role": "user", "content": "hi"}, {"role": "user", "content": "why?"}
@@ -109,6 +109,77 @@ CASES: list[tuple[str, dict[str, Any], list[Record]]] = [
         },
         [Record([SYSTEM, USER, say("yes?"), ASK], ({**say("a"), "weight": 1}, "b"))],
     ),
+    # LLaMA-Factory's system and history.
+    (
+        "alpaca",
+        {
+            "instruction": "why?",
+            "input": None,
+            "system": "be brief",
+            "history": [["hi", "yes?"]],
+            "chosen": "a",
+            "rejected": "b",
+        },
+        [Record([SYSTEM, USER, say("yes?"), ASK], ("a", "b"))],
+    ),
+    (
+        "alpaca",
+        {"instruction": "why?", "system": " ", "history": [], "chosen": "a", "rejected": "b"},
+        [Record("why?", ("a", "b"))],
+    ),
+    (
+        "sharegpt",
+        {"system": "be brief", "conversations": [USER], "chosen": say("a"), "rejected": say("b")},
+        [Record([SYSTEM, USER], ("a", "b"))],
+    ),
+    (
+        "sharegpt",
+        {
+            "system": "be brief",
+            "conversations": [SYSTEM, USER],
+            "chosen": [SYSTEM, USER, say("a")],
+            "rejected": [SYSTEM, USER, say("b")],
+        },
+        [Record([SYSTEM, USER], ("a", "b"))],
+    ),
+    (
+        "openai",
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [say("a")],
+            "non_preferred_output": [say("b")],
+        },
+        [Record([USER], ("a", "b"))],
+    ),
+    (
+        "torchtune",
+        {"chosen_conversations": [USER, say("a")], "rejected_conversations": [USER, say("b")]},
+        [Record([USER], ("a", "b"))],
+    ),
+    (
+        "shp",
+        {
+            "history": "why?",
+            "human_ref_A": "a",
+            "human_ref_B": "b",
+            "labels": 0,
+            "score_A": 2,
+            "score_B": 4,
+            "score_ratio": 2.0,
+            "seconds_difference": 3.0,
+        },
+        [Record("\n\nHuman: why?\n\nAssistant:", (" b", " a"))],
+    ),
+    (
+        "shp",
+        {"history": "why?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1},
+        [Record("\n\nHuman: why?\n\nAssistant:", (" a", " b"))],
+    ),
+    (
+        "stack_exchange",
+        {"qid": 7, "question": "why?", "response_j": "a", "response_k": "b"},
+        [Record("Question: why?\n\nAnswer: ", ("a", "b"))],
+    ),
     (
         "responses",
         {"prompt": "p", "responses": ["a", "b", "c"], "pairs": [[0, 1], [2, 1]], "sft_target": "c"},
@@ -132,6 +203,112 @@ def test_the_preferred_response_of_pairs(name: str, row: dict[str, Any], records
     assert found is not None and found.name == name
     wanted = ["c"] if name == "responses" else [record.responses[0] for record in records]
     assert list(found.convert(row)) == [Record(records[0].prompt, (text,)) for text in wanted]
+
+
+@pytest.mark.parametrize(("name", "row", "records"), CASES)
+def test_pairs_as_labelled_responses(name: str, row: dict[str, Any], records: list[Record]) -> None:
+    """KTO from pairs, as TRL's unpair_preference_dataset: chosen is desirable, rejected is not; each once."""
+    found = detect_format(row, "unpaired")
+    assert found is not None and found.name == name
+    made = list(found.convert(row))
+    if records[0].responses[0] == records[0].responses[1]:
+        assert [str(fault) for fault in made] == ["chosen equal to rejected: 'a'"]
+        return
+    both = {(repr(r), label) for record in records for r, label in zip(record.responses, "+-", strict=True)}
+    assert len(made) == len(both)
+    assert {(repr(r.responses[0]), "-+"[bool(r.label)]) for r in made if isinstance(r, Record)} == both
+
+
+RANKINGS = [
+    (
+        "stack_exchange",
+        {
+            "question": "why?",
+            "answers": [
+                {"answer_id": 1, "text": "a", "pm_score": 1, "selected": False},
+                {"answer_id": 2, "text": "b", "pm_score": 4, "selected": True},
+                {"answer_id": 3, "text": "c", "pm_score": 1, "selected": False},
+            ],
+        },
+        "\n\nHuman: why?\n\nAssistant:",
+        [(" b", " a"), (" b", " c")],
+        [(" b", True), (" a", False), (" c", False)],
+    ),
+    (
+        "nectar",
+        {
+            "prompt": HH,
+            "answers": [
+                {"answer": "a", "rank": 2.0, "model": "m"},
+                {"answer": "b", "rank": 1.0, "model": "n"},
+                {"answer": "c", "rank": 3.0, "model": "o"},
+            ],
+            "turns": 1,
+        },
+        HH,
+        [("b", "a"), ("a", "c"), ("b", "c")],
+        [("b", True), ("c", False)],
+    ),
+    (
+        "ultrafeedback",
+        {
+            "instruction": "why?",
+            "completions": [
+                {"response": "a", "overall_score": 5.5},
+                {"response": "b", "overall_score": 8, "model": "m"},
+            ],
+        },
+        "why?",
+        [("b", "a")],
+        [("b", True), ("a", False)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "prompt", "pairs", "labelled"), RANKINGS)
+def test_ranked_answers(
+    name: str, row: dict[str, Any], prompt: str, pairs: list[Any], labelled: list[Any]
+) -> None:
+    """Any two of different scores are a pair, the best is the single response; labels as pairs have them,
+    but for the answers that are better than one and worse than another."""
+    found = {kind: named_format(name, kind).convert(row) for kind in FORMATS}
+    assert found["pair"] == [Record(prompt, pair) for pair in pairs]
+    assert found["response"] == [Record(prompt, (pairs[0][0],))]
+    assert found["unpaired"] == [Record(prompt, (text,), label) for text, label in labelled]
+    assert all(detect_format(row, kind).name == name for kind in FORMATS)  # type: ignore[union-attr]
+
+
+def test_a_pair_of_messages_and_a_rejected_response() -> None:
+    """ms-swift's form; a single response is the last message of it."""
+    row = {"messages": [USER, say("a")], "rejected_response": "b", "system": "be brief"}
+    assert named_format("swift", "pair").convert(row) == [Record([SYSTEM, USER], ("a", "b"))]
+    assert [f.name for k in FORMATS if (f := detect_format(row, k))] == ["swift", "messages", "swift"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "completion": "a", "label": True},
+        {"prompt": "p", "completion": "a", "kto_tag": 1},
+        {"prompt": "p", "response": "a", "label": True},
+        {"instruction": "p", "input": "", "output": "a", "kto_tag": True},
+        {"instruction": "p", "output": "a", "label": True},
+        {"input": "p", "output": "a", "label": True},
+    ],
+)
+def test_labels_of_text(row: dict[str, Any]) -> None:
+    found = detect_format(row, "unpaired")
+    assert found is not None and found.convert(row) == [Record("p", ("a",), True)]
+
+
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+@pytest.mark.parametrize("label", ["label", "kto_tag"])
+def test_labels_of_chat(name: str, label: str) -> None:
+    """As LLaMA-Factory's KTO data."""
+    row = {name: [USER, say("yes?"), ASK, say("a")], label: False}
+    assert named_format("messages", "unpaired").convert(row) == [
+        Record([USER, say("yes?"), ASK], ("a",), False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -258,6 +435,53 @@ def gpt(text: str, role: str = "gpt") -> dict[str, str]:
             {"system": "", "question": "q", "chosen": "", "rejected": "b"},
             "empty response",
             "`chosen`",
+        ),
+        (
+            "alpaca",
+            {"instruction": "p", "history": [["q"]], "chosen": "a", "rejected": "b"},
+            "wrong type",
+            "`history` must list",
+        ),
+        (
+            "sharegpt",
+            {"system": "be long", "conversations": [SYSTEM, USER], "chosen": say("a"), "rejected": say("b")},
+            "two system prompts",
+            "`system` is 'be long', the first turn 'be brief'",
+        ),
+        (
+            "openai",
+            {
+                "input": {"messages": [USER], "tools": [1]},
+                "preferred_output": "a",
+                "non_preferred_output": "b",
+            },
+            "tools not read",
+            "`input.tools`",
+        ),
+        (
+            "openai",
+            {"input": [USER], "preferred_output": "a", "non_preferred_output": "b"},
+            "wrong type",
+            "`input` must be {messages}",
+        ),
+        (
+            "shp",
+            {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": "A"},
+            "wrong type",
+            "`labels` must be 1",
+        ),
+        ("stack_exchange", {"question": "p", "answers": ["a"]}, "wrong type", "{text, pm_score or score}"),
+        (
+            "nectar",
+            {"prompt": "p", "answers": [{"answer": "a", "rank": float("nan")}]},
+            "wrong type",
+            r"`answers\[0\].rank` must be a number, but is nan",
+        ),
+        (
+            "nectar",
+            {"prompt": "p", "answers": [{"answer": "a", "rank": 1}] * 1001},
+            "too many answers",
+            "`answers` has 1,001, above 1,000",
         ),
         ("responses", {"prompt": "p", "responses": "a", "pairs": [[0, 1]]}, "wrong type", "list of texts"),
         ("responses", {"prompt": "p", "responses": ["a"], "pairs": []}, "wrong type", "`pairs`"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nxdt_align.data.formats import Kind
 from nxdt_align.data.reading import RecordSet, Source, load_records
 from nxdt_align.data.records import DataError, Record, record_id
 from nxdt_align.errors import UserError
@@ -242,12 +243,66 @@ def test_an_instruction_is_not_lost(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [alpaca])
     assert load_records([source], "response").records[0].prompt == "Translate.\nhouse"
     with pytest.raises(
-        DataError, match=r"`instruction` is 'Translate\.' beside `input`; set data.format=alp"
+        DataError, match=r"`instruction` is 'Translate\.' beside `input` .*; set data.format=alp"
     ):
         load_records([source], "response", format="input_output")
     no_input = write(tmp_path / "b.jsonl", [{**alpaca, "input": ""}])
     mapped = load_records([no_input], "response", columns={"input": "instruction"})
     assert mapped.records[0].prompt == "Translate."
+
+
+ALPACA = {"instruction": "Translate.", "input": "house"}
+
+
+@pytest.mark.parametrize("column", ["instruction", "input"])
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("pair", {"chosen": "casa", "rejected": "perro"}),
+        ("response", {"chosen": "casa", "rejected": "perro"}),
+        ("response", {"output": "casa"}),
+        ("unpaired", {"completion": "casa", "label": True}),
+    ],
+)
+def test_half_of_an_alpaca_prompt_is_refused(
+    tmp_path: Path, column: str, kind: Kind, row: dict[str, Any]
+) -> None:
+    """However data.columns names it; where the other half is empty, it is the whole prompt."""
+    other = "input" if column == "instruction" else "instruction"
+    columns = {"prompt": column} | ({"response": "output"} if "output" in row else {})
+    both = write(tmp_path / "a.jsonl", [ALPACA | row])
+    with pytest.raises(
+        DataError, match=f"`{other}` is '.*' beside `{column}` and would not be read; set data"
+    ):
+        load_records([both], kind, columns=columns)
+    alone = write(tmp_path / "b.jsonl", [{**ALPACA, other: ""} | row])
+    assert load_records([alone], kind, columns=columns).records[0].prompt == ALPACA[column]
+
+
+def test_records_that_say_nothing_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Comments whose scores are close and answers of one score: told, and no bad records."""
+    shp = {"history": "why?", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
+    rows = [{**shp, "score_A": 39, "score_B": 20}, {**shp, "score_A": 40, "score_B": 20}]
+    ratio = [{**shp, "score_ratio": 1.9}]
+    source = write(tmp_path / "a.jsonl", rows + ratio)
+    with caplog.at_level(logging.INFO):
+        found = load(source)
+    assert (len(found.records), found.report.total, found.unread) == (1, 0, {})
+    assert f"{source.path}: 2 of 3 records are left out: the better score is below 2 times" in caplog.text
+    answers = [{"text": "a", "score": 1}, {"text": "b", "score": 1}]
+    with pytest.raises(
+        DataError, match=r"b.jsonl: 1 of 1 records are left out: all their answers have the s"
+    ):
+        load(write(tmp_path / "b.jsonl", [{"question": "why?", "answers": answers}]))
+    contrary = {"prompt": "p", "responses": ["a", "b"], "pairs": [[0, 1], [1, 0]]}
+    with pytest.raises(DataError, match="is chosen in one pair and rejected in another; name a function"):
+        load_records([write(tmp_path / "c.jsonl", [contrary])], "unpaired")
+
+
+def test_text_beside_chat_messages_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chat = [{"role": "user", "content": "q"}]
+    load(write(tmp_path / "a.jsonl", [row(0), row(1, prompt=chat), row(2)]))
+    assert "the prompts of 2 records are text, those of 1 are chat messages" in caplog.text
 
 
 def test_limit_takes_the_head(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_text_and_messages_are_read(tmp_path: Path) -> None:
         (row("a", "yes", "true"), "`label` must be true or false, but is 'true'"),
         (row("a", "", True), "empty response"),
         ({"prompt": "a", "completion": "b"}, "nearest is unpaired, which needs label too"),
+        ({"prompt": "a", "chosen": "b"}, "nearest is pairs, which needs rejected too"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path: Path, bad: dict[str, Any], message: str) -> None:

@@ -11,11 +11,15 @@ from nxdt_align.config.fields import PATH, number, reads_as
 Packing = Literal["none", "packed", "shared_prompt"]
 Attention = Literal["auto", "dense", "blocks", "flex", "causal"]
 
-_PAIRS = ("pairs", "fairseq2", "responses", "sharegpt", "orca", "hh", "alpaca", "common_beginning")
+_PAIRS = (
+    *("pairs", "fairseq2", "responses", "sharegpt", "orca", "hh", "alpaca", "openai", "torchtune", "swift"),
+    *("shp", "stack_exchange", "nectar", "ultrafeedback", "common_beginning"),
+)
+_SINGLE = ("input_output", "messages")
 FORMATS: dict[str, tuple[str, ...]] = {
     "pair": _PAIRS,
-    "response": ("prompt_response", "prompt_completion", *_PAIRS, "input_output", "messages"),
-    "unpaired": ("unpaired",),
+    "response": ("prompt_response", "prompt_completion", *_PAIRS, *_SINGLE),
+    "unpaired": ("unpaired", *_SINGLE, *_PAIRS),
 }
 """An objective's examples -> names of the formats that hold them; a test compares them with the formats."""
 

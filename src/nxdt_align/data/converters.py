@@ -7,7 +7,7 @@ not. A key whose value is null counts as missing: Arrow writes nulls for keys th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -137,13 +137,31 @@ def from_alpaca(row: Row) -> list[Record]:
     return [Record(_alpaca_prompt(row), responses)]
 
 
-def _alpaca_prompt(row: Row) -> str:
-    """The task and, on the next line, its material, either of which may be empty."""
+def _alpaca_prompt(row: Row) -> Prompt:
+    """The task and, on the next line, its material, either of which may be empty. LLaMA-Factory's ``system``
+    and ``history`` ([question, answer] each) are turns before it, and it is then the last turn."""
     material = row.get("input")
     if material is None:
-        return take_text(row, "instruction")
-    parts = (as_text(row.get("instruction") or "", "instruction"), as_text(material, "input"))
-    return "\n".join(part for part in parts if part.strip())
+        task = take_text(row, "instruction")
+    else:
+        parts = (as_text(row.get("instruction") or "", "instruction"), as_text(material, "input"))
+        task = "\n".join(part for part in parts if part.strip())
+    turns = [*_system_turn(row), *_history(row)]
+    return [*turns, {"role": "user", "content": task}] if turns and task.strip() else task
+
+
+def _system_turn(row: Row) -> list[Message]:
+    system = as_text(row.get("system") or "", "system")
+    return [{"role": "system", "content": system}] if system.strip() else []
+
+
+def _history(row: Row) -> Iterator[Message]:
+    rounds = row.get("history") or []
+    if not isinstance(rounds, list) or not all(isinstance(each, list) and len(each) == 2 for each in rounds):
+        raise BadRecord("wrong type", f"`history` must list [question, answer], but is {excerpt(rounds)}")
+    for i, each in enumerate(rounds):
+        for role, text in zip(("user", "assistant"), each, strict=True):
+            yield {"role": role, "content": as_text(text, f"history[{i}]")}
 
 
 def from_common_beginning(row: Row) -> list[Record]:
@@ -166,10 +184,50 @@ def from_common_beginning(row: Row) -> list[Record]:
 
 
 def from_sharegpt(row: Row) -> list[Record]:
-    """ShareGPT's ``conversations`` with ``chosen`` and ``rejected`` turns."""
-    prompt = as_messages(take(row, "conversations"), "conversations")
-    responses = (as_answer(take(row, "chosen"), "chosen"), as_answer(take(row, "rejected"), "rejected"))
-    return [Record(prompt, responses)]
+    """ShareGPT's ``conversations`` with ``chosen`` and ``rejected``: a turn each, or, as for ``pairs``, whole
+    conversations."""
+    prompt = _with_system(row, as_messages(take(row, "conversations"), "conversations"))
+    chosen, rejected = (_listed(take(row, key)) for key in ("chosen", "rejected"))
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        return [_from_conversations(prompt, as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))]
+    return [Record(prompt, (as_answer(chosen, "chosen"), as_answer(rejected, "rejected")))]
+
+
+def _with_system(row: Row, turns: list[Message]) -> list[Message]:
+    """LLaMA-Factory's column ``system`` is the first turn of a conversation that does not say it itself."""
+    system = _system_turn(row)
+    own = [turn for turn in turns[:1] if turn["role"] == "system"]
+    if system and own and own != system:
+        found = f"`system` is {excerpt(row['system'])}, the first turn {excerpt(own[0]['content'])}"
+        raise BadRecord("two system prompts", found)
+    return turns if own else [*system, *turns]
+
+
+def from_openai(row: Row) -> list[Record]:
+    """OpenAI's preference fine-tuning: ``input.messages``, ``preferred_output``, ``non_preferred_output``."""
+    given = take(row, "input")
+    if not isinstance(given, Mapping):
+        raise BadRecord("wrong type", f"`input` must be {{messages}}, but is {excerpt(given)}")
+    if given.get("tools"):
+        found = f"`input.tools` is {excerpt(given['tools'])}; describe the tools in a system message"
+        raise BadRecord("tools not read", found)
+    prompt = as_messages(take(given, "messages"), "input.messages")
+    names = ("preferred_output", "non_preferred_output")
+    chosen, rejected = (as_answer(take(row, name), name) for name in names)
+    return [Record(prompt, (chosen, rejected))]
+
+
+def from_torchtune(row: Row) -> list[Record]:
+    """torchtune's ``chosen_conversations`` and ``rejected_conversations``: whole conversations."""
+    names = ("chosen_conversations", "rejected_conversations")
+    return [_from_conversations(None, *(as_messages(take(row, name), name) for name in names))]
+
+
+def from_swift(row: Row) -> list[Record]:
+    """ms-swift's ``messages``, whose last turn is chosen, and ``rejected_response``."""
+    (chosen,) = from_messages(row)
+    rejected = as_answer(take(row, "rejected_response"), "rejected_response")
+    return [replace(chosen, responses=(*chosen.responses, rejected))]
 
 
 def from_responses(row: Row) -> list[Record | BadRecord]:
@@ -208,18 +266,8 @@ def _texts(row: Row) -> list[Response]:
 def from_messages(row: Row) -> list[Record]:
     """``messages``, or ShareGPT's ``conversations``: the last turn is the response."""
     name = "conversations" if row.get("conversations") is not None else "messages"
-    turns = as_messages(take(row, name), name)
+    turns = _with_system(row, as_messages(take(row, name), name))
     return [Record(turns[:-1], (as_answer(turns[-1:], name),))]
-
-
-def from_input_output(row: Row) -> list[Record]:
-    """``input``, ``output``. Refuses Alpaca's ``instruction`` beside them: it is part of the prompt, and
-    ``alpaca`` is the format that reads it."""
-    instruction = row.get("instruction")
-    if isinstance(instruction, str) and instruction.strip():
-        found = f"`instruction` is {excerpt(instruction)} beside `input`; set data.format=alpaca to join them"
-        raise BadRecord("instruction beside input", found)
-    return [Record(as_prompt(take(row, "input"), "input"), (as_answer(take(row, "output"), "output"),))]
 
 
 def from_alpaca_response(row: Row) -> list[Record]:
@@ -247,11 +295,43 @@ def preferred(convert: Convert) -> Convert:
 # A response with a label
 
 
-def from_unpaired(row: Row) -> list[Record]:
-    """``prompt``, ``completion``, ``label``: true (or 1) for a desirable completion, false (or 0) for
-    another. Prompt and completion are text or chat messages (TRL's form)."""
-    label = take(row, "label")
-    if label not in (True, False):
-        raise BadRecord("wrong type", f"`label` must be true or false, but is {excerpt(label)}")
-    completion = as_answer(take(row, "completion"), "completion")
-    return [Record(as_prompt(take(row, "prompt"), "prompt"), (completion,), bool(label))]
+def labelled(convert: Convert, key: str) -> Convert:
+    """Single responses with a label under ``key``: true (or 1) for a desirable one, else false (or 0)."""
+
+    def convert_labelled(row: Row) -> list[Record | BadRecord]:
+        label = take(row, key)
+        if label not in (True, False):
+            raise BadRecord("wrong type", f"`{key}` must be true or false, but is {excerpt(label)}")
+        return [replace(r, label=bool(label)) if isinstance(r, Record) else r for r in convert(row)]
+
+    return convert_labelled
+
+
+OF_BOTH_KINDS = "each of their responses is chosen in one pair and rejected in another"
+
+
+def both_labelled(convert: Convert) -> Convert:
+    """Two labelled responses from a pair: chosen is desirable, rejected is not.
+
+    Each response of a row counts once. One that is chosen in a pair and rejected in another, as the middle
+    ones of a ranking are, is neither and is left out.
+    """
+
+    def convert_both(row: Row) -> list[Record | BadRecord]:
+        found: list[Record | BadRecord] = []
+        labels: dict[str, set[bool]] = {}
+        halves: dict[str, Record] = {}
+        for pair in convert(row):
+            if isinstance(pair, BadRecord):
+                found.append(pair)
+            elif pair.responses[0] == pair.responses[1]:
+                found.append(BadRecord("chosen equal to rejected", excerpt(pair.responses[0])))
+            else:
+                for label, response in zip((True, False), pair.responses, strict=True):
+                    half = replace(pair, responses=(response,), label=label)
+                    content = repr(response)
+                    halves.setdefault(content, half)
+                    labels.setdefault(content, set()).add(label)
+        return found + [half for content, half in halves.items() if len(labels[content]) == 1]
+
+    return convert_both

@@ -15,21 +15,36 @@ from typing import Literal
 from nxdt_align.config.fields import is_dotted
 from nxdt_align.data.converters import (
     ASSISTANT,
+    OF_BOTH_KINDS,
     Convert,
+    both_labelled,
     from_alpaca,
     from_alpaca_response,
     from_columns,
     from_common_beginning,
     from_fairseq2,
     from_hh,
-    from_input_output,
     from_messages,
+    from_openai,
     from_orca,
     from_pairs,
     from_responses,
     from_sharegpt,
-    from_unpaired,
+    from_swift,
+    from_torchtune,
+    labelled,
     preferred,
+)
+from nxdt_align.data.ranked import (
+    CLOSE_SCORES,
+    SAME_SCORES,
+    every_pair,
+    from_shp,
+    from_stack_exchange_pair,
+    read_nectar,
+    read_stack_exchange,
+    read_ultrafeedback,
+    the_best,
 )
 from nxdt_align.data.records import BadRecord, DataError, Record, Row
 from nxdt_align.errors import UserError
@@ -52,9 +67,16 @@ class Format:
     """Distinguishes formats with the same keys."""
     optional: tuple[str, ...] = ()
     """Further keys that it reads where a row has them."""
+    leaves_out: str = ""
+    """Why a row may give no record without being bad."""
 
     def matches(self, row: Row) -> bool:
         return all(row.get(key) is not None for key in self.keys) and self.fits(row)
+
+
+_OF_ALPACA = ("input", "system", "history")
+_LABELS = ("label", "kto_tag")
+"""TRL's name and LLaMA-Factory's."""
 
 
 def _has_transcripts(row: Row) -> bool:
@@ -69,35 +91,71 @@ def _has_instruction(row: Row) -> bool:
     return isinstance(row["instruction"], str) and bool(row["instruction"].strip())
 
 
-PAIR_FORMATS = (
+_PAIRS = (
     Format("pairs", ("prompt", "chosen", "rejected"), from_pairs),
     Format("fairseq2", ("src", "tgt_chosen", "tgt_rejected"), from_fairseq2),
     Format("responses", ("prompt", "responses", "pairs"), from_responses),
-    Format("sharegpt", ("conversations", "chosen", "rejected"), from_sharegpt),
+    Format("sharegpt", ("conversations", "chosen", "rejected"), from_sharegpt, optional=("system",)),
     Format("orca", ("system", "question", "chosen", "rejected"), from_orca),
     Format("hh", ("chosen", "rejected"), from_hh, _has_transcripts),
     Format("pairs", ("chosen", "rejected"), from_pairs, _has_conversations),
-    Format("alpaca", ("instruction", "chosen", "rejected"), from_alpaca, optional=("input",)),
+    Format("alpaca", ("instruction", "chosen", "rejected"), from_alpaca, optional=_OF_ALPACA),
+)
+_OTHERS = (
+    Format("openai", ("input", "preferred_output", "non_preferred_output"), from_openai),
+    Format("torchtune", ("chosen_conversations", "rejected_conversations"), from_torchtune),
+    Format("swift", ("messages", "rejected_response"), from_swift, optional=("system",)),
+    Format(
+        *("shp", ("history", "human_ref_A", "human_ref_B", "labels"), from_shp),
+        optional=("score_A", "score_B", "score_ratio"),
+        leaves_out=CLOSE_SCORES,
+    ),
+    Format("stack_exchange", ("question", "response_j", "response_k"), from_stack_exchange_pair),
     # Named only: answers alone begin alike, too, and are not told apart from it.
     Format("common_beginning", ("chosen", "rejected"), from_common_beginning, lambda row: False),
+)
+_RANKINGS = (
+    ("stack_exchange", ("question", "answers"), read_stack_exchange),
+    ("nectar", ("prompt", "answers"), read_nectar),
+    ("ultrafeedback", ("instruction", "completions"), read_ultrafeedback),
+)
+PAIR_FORMATS = (
+    *(*_PAIRS, *_OTHERS),
+    *(Format(name, keys, every_pair(read), leaves_out=SAME_SCORES) for name, keys, read in _RANKINGS),
+)
+_SINGLE = (
+    Format("alpaca", ("instruction", "input", "output"), from_alpaca_response, _has_instruction, _OF_ALPACA),
+    Format("input_output", ("input", "output"), from_columns("input", "output")),
+    Format("messages", ("messages",), from_messages, optional=("system",)),
+    Format("messages", ("conversations",), from_messages, optional=("system",)),
+    Format("alpaca", ("instruction", "output"), from_alpaca_response, optional=_OF_ALPACA),
 )
 RESPONSE_FORMATS = (
     Format("prompt_response", ("prompt", "response"), from_columns("prompt", "response")),
     Format("prompt_completion", ("prompt", "completion"), from_columns("prompt", "completion")),
     Format("responses", ("prompt", "sft_target"), from_columns("prompt", "sft_target")),
-    *(
-        replace(f, convert=preferred(f.convert))
-        for f in PAIR_FORMATS
-        if f.name not in ("responses", "alpaca")
-    ),
-    Format("alpaca", ("instruction", "input", "output"), from_alpaca_response, _has_instruction),
-    Format("input_output", ("input", "output"), from_input_output),
-    Format("messages", ("messages",), from_messages),
-    Format("messages", ("conversations",), from_messages),
-    Format("alpaca", ("instruction", "output"), from_alpaca_response, optional=("input",)),
-    Format("alpaca", ("instruction", "chosen", "rejected"), from_alpaca_response, optional=("input",)),
+    *(replace(f, convert=preferred(f.convert)) for f in _PAIRS if f.name not in ("responses", "alpaca")),
+    *_SINGLE,
+    Format("alpaca", ("instruction", "chosen", "rejected"), from_alpaca_response, optional=_OF_ALPACA),
+    *(replace(f, convert=preferred(f.convert)) for f in _OTHERS),
+    *(Format(name, keys, the_best(read)) for name, keys, read in _RANKINGS),
 )
-UNPAIRED_FORMATS = (Format("unpaired", ("prompt", "completion", "label"), from_unpaired),)
+UNPAIRED_FORMATS = (
+    *(
+        Format("unpaired", ("prompt", name, label), labelled(from_columns("prompt", name), label))
+        for name in ("completion", "response")
+        for label in _LABELS
+    ),
+    *(
+        replace(f, keys=(*f.keys, label), convert=labelled(f.convert, label))
+        for f in _SINGLE
+        for label in _LABELS
+    ),
+    *(
+        replace(f, convert=both_labelled(f.convert), leaves_out=f.leaves_out or OF_BOTH_KINDS)
+        for f in PAIR_FORMATS
+    ),
+)
 FORMATS: Mapping[Kind, tuple[Format, ...]] = {
     "pair": PAIR_FORMATS,
     "response": RESPONSE_FORMATS,
@@ -112,14 +170,18 @@ def named_format(name: str, kind: Kind) -> Format:
     """
     if is_dotted(name):
         return own_format(name, kind)
-    found = next((f for f in FORMATS[kind] if f.name == name), None)
-    if found is None:
-        names = ", ".join(dict.fromkeys(f.name for f in FORMATS[kind]))
+    found = [f for f in FORMATS[kind] if f.name == name]
+    if not found:
         raise DataError(
-            f"data.format: {name!r} is no format of {_WANTED[kind]}; known are {names}; a custom function is "
+            f"data.format: {name!r} is no format of {_WANTED[kind]}; known are "
+            f"{', '.join(format_names(kind))}; a custom function is "
             "named as module.function"
         )
-    return found
+    return replace(found[0], convert=lambda row: _of_fitting(found, row).convert(row))
+
+
+def _of_fitting(formats: Sequence[Format], row: Row) -> Format:
+    return next((each for each in formats if each.matches(row)), formats[0])
 
 
 def own_format(path: str, kind: Kind) -> Format:
@@ -140,8 +202,8 @@ def own_format(path: str, kind: Kind) -> Format:
         require_call(function, path, "record")
     except OwnPartError as error:
         raise UserError(f"data.format: {error}") from error
-    ours = [each for each in FORMATS[kind] if each.name in ("pairs", "prompt_response", "unpaired")]
-    keys = " or ".join(dict.fromkeys(", ".join(each.keys) for each in ours if "prompt" in each.keys))
+    ours = [each for each in FORMATS[kind] if each.name in _OWN[kind]]
+    keys = " or ".join(", ".join(next(f.keys for f in ours if f.name == name)) for name in _OWN[kind])
 
     def convert(row: Row) -> Sequence[Record | BadRecord]:
         try:
@@ -153,7 +215,7 @@ def own_format(path: str, kind: Kind) -> Format:
             found = f"{path} must return a mapping with {keys}, but returned {describe(made)}"
             raise BadRecord("format failed", found)
         try:
-            return next((each for each in ours if each.matches(made)), ours[0]).convert(made)
+            return _of_fitting(ours, made).convert(made)
         except BadRecord as fault:
             raise BadRecord(fault.reason, f"{fault.detail}, as {path} returns it") from fault
 
@@ -173,23 +235,27 @@ def read_columns(format: Format, kind: Kind) -> frozenset[str] | None:
     return frozenset(key for each in same for key in (*each.keys, *each.optional))
 
 
-def nearest_format(row: Row, kind: Kind) -> tuple[str, list[str]]:
-    """Of the formats that lack a key in ``row``, the one of which it has the largest share, and the keys that
-    it lacks."""
+def nearest_format(row: Row, kind: Kind) -> tuple[Format, list[str]] | None:
+    """Of the formats that lack some of their keys in ``row``, the one of which it has the largest share, and
+    the keys that it lacks; None if ``row`` has no key of any."""
 
     def missing(format: Format) -> list[str]:
         return [key for key in format.keys if row.get(key) is None]
 
-    lacking = [f for f in FORMATS[kind] if missing(f)]
-    nearest = min(lacking, key=lambda f: len(missing(f)) / len(f.keys))
-    return nearest.name, missing(nearest)
+    lacking = [f for f in FORMATS[kind] if 0 < len(missing(f)) < len(f.keys)]
+    nearest = min(lacking, key=lambda f: len(missing(f)) / len(f.keys), default=None)
+    return None if nearest is None else (nearest, missing(nearest))
 
 
 def describe_formats(kind: Kind) -> str:
-    """The formats and their keys, for a message."""
-    return "; ".join(
-        f"{f.name}: {', '.join((*f.keys, *(f'{key} if any' for key in f.optional)))}" for f in FORMATS[kind]
-    )
+    """The formats and the keys that each needs, for a message."""
+    needs = {name: [f.keys for f in FORMATS[kind] if f.name == name] for name in format_names(kind)}
+    return "; ".join(f"{name}: {' or '.join(map(', '.join, keys))}" for name, keys in needs.items())
+
+
+def format_names(kind: Kind) -> list[str]:
+    """What ``data.format`` may be."""
+    return list(dict.fromkeys(f.name for f in FORMATS[kind]))
 
 
 def known_columns(kind: Kind) -> list[str]:
@@ -197,6 +263,12 @@ def known_columns(kind: Kind) -> list[str]:
     return list(dict.fromkeys(key for f in FORMATS[kind] for key in (*f.keys, *f.optional)))
 
 
+_OWN: Mapping[Kind, tuple[str, ...]] = {
+    "pair": ("pairs",),
+    "response": ("prompt_response", "pairs"),
+    "unpaired": ("unpaired", "pairs"),
+}
+"""Formats of what a custom function returns."""
 _WANTED: Mapping[Kind, str] = {
     "pair": "preference pairs",
     "response": "single responses",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -32,6 +32,7 @@ from nxdt_align.data.records import (
     OnBadRecord,
     Record,
     Row,
+    as_text,
     content_of,
     excerpt,
     further_keys,
@@ -173,13 +174,24 @@ class Reader:
         # A mixture may name a file twice.
         unread = self.unread[path] = Counter()
         known = read_columns(format, self._kind)
+        taken = left_out = 0
         for row in chain(head, rows):
+            taken += 1
             if known is not None:
                 renamed = self._renamed(row.value)
-                unread.update(str(key) for key in renamed if key not in known and _is_filled(renamed[key]))
-            records += self._convert(row, format)
+                unread.update(key for key in renamed if key not in known and _is_filled(renamed[key]))
+            converted = self._convert(row, format, known)
+            left_out += not converted
+            records += [record for each in converted for record in self._check(each, row.place)]
             if limit is not None and len(records) >= limit:
-                return records[:limit]
+                records = records[:limit]
+                break
+        if left_out:
+            told = f"{path}: {left_out} of {taken} records are left out: {format.leaves_out}"
+            if left_out == taken:
+                raise DataError(f"{told}; name a function in data.format to take them otherwise")
+            log.info("%s", told)
+        _tell_mixed(path, records)
         return records
 
     def _sound_rows(self, path: str) -> Iterator[RawRecord]:
@@ -193,6 +205,8 @@ class Reader:
                 fault = BadRecord(
                     "wrong type", f"a record must be an object, but is {kind} {excerpt(row.value)}"
                 )
+            elif fault is None:
+                fault = _fault_of_keys(row.value)
             if fault is None:
                 yield row
             else:
@@ -220,14 +234,16 @@ class Reader:
         if not head:
             return f"{path} holds no usable record\n{self.report.summary()}"
         row = self._renamed(head[0].value)
-        nearest, missing = nearest_format(row, self._kind)
+        nearest = nearest_format(row, self._kind)
         hint = ""
-        if self._kind != "unpaired" and all(isinstance(row.get(key), str) for key in ("chosen", "rejected")):
-            hint = "Where both texts begin with the prompt, set data.format=common_beginning. "
+        if nearest is not None:
+            format, missing = nearest
+            hint = f"; nearest is {format.name}, which needs {', '.join(missing)} too"
+        if all(isinstance(row.get(key), str) for key in ("chosen", "rejected")):
+            hint += ". Where both texts begin with the prompt, set data.format=common_beginning"
         return (
-            f"{head[0].place}: the record's keys ({', '.join(map(str, row)) or 'none'}) fit no known format; "
-            f"nearest is {nearest}, which needs {', '.join(missing)} too. {hint}Rename columns with "
-            f"data.columns, or name the format in data.format. Known are: {describe_formats(self._kind)}"
+            f"{head[0].place}: the record's keys ({_listed(row)}) fit no known format{hint}. Rename columns "
+            f"with data.columns, or name the format in data.format. Known are: {describe_formats(self._kind)}"
         )
 
     def _renamed(self, row: Row) -> Row:
@@ -238,14 +254,35 @@ class Reader:
         kept = {key: value for key, value in row.items() if key not in theirs and key not in self._columns}
         return kept | {ours: row.get(column) for ours, column in self._columns.items()}
 
-    def _convert(self, row: RawRecord, format: Format) -> list[Record]:
+    def _convert(
+        self, row: RawRecord, format: Format, known: frozenset[str] | None
+    ) -> Sequence[Record | BadRecord]:
+        """The row's records and faults; none if the format leaves it out. ``known`` are the columns that the
+        format reads."""
         try:
-            converted = format.convert(self._renamed(row.value))
+            if known is not None:
+                self._refuse_half_of_alpaca(row.value, known)
+            return format.convert(self._renamed(row.value))
         except BadRecord as fault:
-            self.report.read += 1
-            self.report.add(row.place, self._in_their_words(fault))
-            return []
-        return [record for each in converted for record in self._check(each, row.place)]
+            return [self._in_their_words(fault)]
+
+    def _refuse_half_of_alpaca(self, row: Row, known: frozenset[str]) -> None:
+        """Alpaca's ``instruction`` and ``input`` are one prompt: neither is trained on without the other, as
+        it would be where ``data.columns`` or ``data.format`` names but one."""
+        filled = [column for column in ("instruction", "input") if _is_filled(row.get(column))]
+        lost = [column for column in filled if not self._is_read(column, known)]
+        if len(filled) == 2 and len(lost) == 1:
+            (read,) = set(filled) - set(lost)
+            raise BadRecord(
+                "instruction beside input",
+                f"`{lost[0]}` is {excerpt(row[lost[0]])} beside `{read}` and would not be read; set "
+                "data.format=alpaca to join them, and leave both out of data.columns",
+            )
+
+    def _is_read(self, column: str, known: frozenset[str]) -> bool:
+        """Whether the file's column is read, under its own name or the one that data.columns gives it."""
+        names = [ours for ours, theirs in self._columns.items() if theirs == column]
+        return any(name in known for name in names or [column] if names or column not in self._columns)
 
     def _in_their_words(self, fault: BadRecord) -> BadRecord:
         """Name the file's column beside our key."""
@@ -263,8 +300,17 @@ class Reader:
             self.report.add(place, fault)
 
 
+def _fault_of_keys(row: Row) -> BadRecord | None:
+    for key in row:
+        try:
+            as_text(key, "a key")
+        except BadRecord as fault:
+            return fault
+    return None
+
+
 def _tell_unread(path: str, counts: Mapping[str, int]) -> None:
-    listed = ", ".join(f"{column} ({rows})" for column, rows in counts.items())
+    listed = _listed([f"{column} ({rows})" for column, rows in counts.items()])
     log.info("%s: columns that are not read, with the number of records that have them: %s", path, listed)
     for column in counts:
         if column.lower() in PARTS_OF_A_PROMPT:
@@ -273,6 +319,26 @@ def _tell_unread(path: str, counts: Mapping[str, int]) -> None:
                 "join it with the prompt in the file, or in a function named by data.format",
                 *(path, column, counts[column]),
             )
+
+
+def _tell_mixed(path: str, records: Sequence[Record]) -> None:
+    texts = sum(isinstance(record.prompt, str) for record in records)
+    if 0 < texts < len(records):
+        log.warning(
+            "%s: the prompts of %d records are text, those of %d are chat messages, and only the latter go "
+            "through the chat template: give all of them in one form",
+            *(path, texts, len(records) - texts),
+        )
+
+
+_LISTED, _NAME = 20, 60
+
+
+def _listed(names: Collection[str]) -> str:
+    """Names of columns for a message, whatever a file calls its columns and however many there are."""
+    shown = [name if name.isprintable() and len(name) <= _NAME else excerpt(name) for name in names]
+    more = f" and {len(shown) - _LISTED} more" if len(shown) > _LISTED else ""
+    return (", ".join(shown[:_LISTED]) or "none") + more
 
 
 def _is_filled(value: object) -> bool:
