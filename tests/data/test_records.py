@@ -106,6 +106,22 @@ def test_bad_lines_are_counted(tmp_path: Path) -> None:
     assert result.report.counts == {"bad JSON": 1, "not UTF-8": 1}
 
 
+def test_a_lone_surrogate_in_a_key_is_a_bad_record(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [row(1), row(2) | {"sys\ud800tem": "s"}])
+    result = load(source, on_bad_record="drop")
+    assert (len(result.records), result.report.counts, result.unread) == (1, {"not UTF-8": 1}, {})
+    assert r"a.jsonl:2: a key is 'sys\ud800tem'" in result.report.summary()
+
+
+def test_odd_columns_are_told_on_one_line(tmp_path: Path) -> None:
+    odd = {"a\x00b": 1, "k" * 5000: 2} | {f"c{i}": i for i in range(30)}
+    with pytest.raises(
+        DataError, match=r"'a\\x00b', 'kkk.*\.\.\., c0, .* and 12 more\) fit no known"
+    ) as caught:
+        load(write(tmp_path / "a.jsonl", [odd]))
+    assert "nearest" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_not_utf8_inside_an_array(tmp_path: Path) -> None:
     """Other than a syntax error, it costs its own record only."""
     path = tmp_path / "a.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def _saved_folder(path: Path) -> None:
     [
         ("a.jsonl", _lines),
         ("lines_by_mistake.json", _lines),
+        ("ENDING.JSON", _lines),
         ("array.json", _array),
         ("array_by_mistake.jsonl", _compact_array),
         ("WINDOWS.JSONL", _windows_lines),
@@ -132,6 +134,48 @@ def _text(text: str) -> Callable[[Path], Any]:
     return lambda path: path.write_text(text)
 
 
+def _bytes(data: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(data)
+
+
+def _bomb(unit: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(gzip.compress(unit * (20 * 2**20 // len(unit))))
+
+
+def _claims_rows(path: Path) -> None:
+    schema = pa.schema([("prompt", pa.null())])
+    batch = pa.RecordBatch.from_arrays([pa.nulls(10_000_001)], schema=schema)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(batch)
+
+
+def _wrong_offsets(path: Path) -> None:
+    """The text of the second row would begin at byte 0x7fffff00 of the column."""
+    _arrow_file(path)
+    data = path.read_bytes()
+    offsets = (0).to_bytes(4, "little") + (2).to_bytes(4, "little") + (4).to_bytes(4, "little")
+    assert offsets in data
+    path.write_bytes(data.replace(offsets, offsets[:4] + (0x7FFFFF00).to_bytes(4, "little") + offsets[8:], 1))
+
+
+def _state(text: str | None) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        _saved_folder(path)
+        (path / "state.json").unlink() if text is None else (path / "state.json").write_text(text)
+
+    return write
+
+
+def _splits(path: Path) -> None:
+    path.mkdir()
+    (path / "dataset_dict.json").write_text("{}")
+    _saved_folder(path / "train")
+
+
+def _link(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
+
+
 def _truncated_arrow(path: Path) -> None:
     _arrow_file(path)
     path.write_bytes(path.read_bytes()[:-40])
@@ -163,6 +207,37 @@ def _incomplete_saved_folder(path: Path) -> None:
         ("a.parquet", _text("PAR1 not parquet"), "is not a whole Parquet file"),
         ("folder", _folder, "is a folder; name one data file.*inside.jsonl"),
         ("saved", _incomplete_saved_folder, "is incomplete: data-00001"),
+        ("none.arrow", _wrong_offsets, "is not a whole Arrow file"),
+        ("rows.arrow", _claims_rows, "claims more than 10,000,000 rows"),
+        ("no_state", _state(None), "save_to_disk, but its state.json is missing"),
+        *(
+            ("state", _state(text), r"state.json does not list data files .* save the data set again")
+            for text in (
+                "",
+                "[",
+                "[" * 3000,
+                "[]",
+                '{"_data_files": 3}',
+                '{"_data_files": [{"filename": 3}]}',
+            )
+        ),
+        ("outside", _state('{"_data_files": [{"filename": "../x.arrow"}]}'), "does not list data files"),
+        ("surrogate", _state(r'{"_data_files": [{"filename": "\ud800"}]}'), "does not list data files"),
+        ("splits", _splits, "name the folder of one: train"),
+        ("bomb.jsonl.gz", _bomb(b"\n"), "unpacks to more than 200 times its size"),
+        ("bomb.json.gz", _bomb(b"["), "unpacks to more than 200 times its size"),
+        ("one_line.jsonl.gz", _bomb(b"x"), "unpacks to more than 200 times its size"),
+        ("utf16.jsonl", _bytes('{"a": 1}'.encode("utf-16")), "holds UTF-16 text; save it as UTF-8"),
+        ("utf16.json", _bytes('{"a": 1}'.encode("utf-16-le")), "holds UTF-16 text; save it as UTF-8"),
+        ("packed.jsonl", _bytes(gzip.compress(b'{"a": 1}')), "holds gzip data; name it with .gz"),
+        ("lfs.jsonl", _text("version https://git-lfs.github.com/spec/v1"), "Git LFS pointer"),
+        ("page.json", _text("\n<!DOCTYPE html>"), "holds a web page"),
+        ("deep.json", _text("[" * 3000), "bad JSON inside the array: nested more than 100 deep"),
+        ("number.json", _text("[" + "9" * 5000 + "]"), "a number has more than 4,300 digits"),
+        ("circle.jsonl", _link("circle.jsonl"), "cannot be read: Too many levels of symbolic links"),
+        ("dangling.jsonl", _link("gone.jsonl"), "is a link to gone.jsonl, which does not exist"),
+        ("device.jsonl", _link("/dev/zero"), "is a pipe, socket or device"),
+        ("pipe.jsonl", os.mkfifo, "is a pipe, socket or device"),
     ],
 )
 def test_unreadable(tmp_path: Path, name: str, write: Callable[[Path], Any], message: str) -> None:
@@ -170,6 +245,35 @@ def test_unreadable(tmp_path: Path, name: str, write: Callable[[Path], Any], mes
     with pytest.raises(DataError, match=message) as caught:
         list(read_raw(str(tmp_path / name)))
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": ' + b"9" * 5000 + b"}", "bad JSON: a number has more than 4,300 digits, in"),
+        (b"[" * 3000, "bad JSON: nested more than 100 deep, in"),
+        (b'{"a": ' + b"[" * 120 + b"]" * 120 + b"}", "bad JSON: nested more than 100 deep, in"),
+        (bytes(300), "bad JSON: Expecting value"),
+        (b'"' + b"x" * (33 * 2**20) + b'"', "too long: the line has more than 33,554,432 bytes"),
+    ],
+)
+def test_a_line_beyond_bounds_costs_itself_alone(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
+    first, bad, last = read_raw(str(path))
+    assert (first.value, last.value, last.place) == ({"a": 1}, {"a": 2}, f"{path}:3")
+    assert str(bad.fault).startswith(reason) and len(str(bad.fault)) < 200
+    array = tmp_path / "b.json"
+    array.write_bytes(b"[1, " + b"[" * 120 + b"]" * 120 + b", 2]")
+    assert [record.fault is None for record in read_raw(str(array))] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "path", ["nul\x00l.jsonl", "sur\ud800.jsonl", "n" * 300 + ".jsonl", "~no-such-user/a.jsonl"]
+)
+def test_what_can_be_no_path(path: str) -> None:
+    with pytest.raises(DataError, match=r"cannot be (the path of a file|read)"):
+        list(read_raw(path))
 
 
 def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:

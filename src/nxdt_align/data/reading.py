@@ -24,6 +24,7 @@ from nxdt_align.data.formats import (
     nearest_format,
     read_columns,
 )
+from nxdt_align.data.raw import RawRecord
 from nxdt_align.data.records import (
     BAD_RECORDS_ADVICE,
     BadRecord,
@@ -32,12 +33,11 @@ from nxdt_align.data.records import (
     OnBadRecord,
     Record,
     Row,
-    as_text,
     content_of,
     excerpt,
     further_keys,
 )
-from nxdt_align.data.sources import RawRecord, read_raw
+from nxdt_align.data.sources import read_raw
 
 log = logging.getLogger(__name__)
 PARTS_OF_A_PROMPT = frozenset(
@@ -301,11 +301,12 @@ class Reader:
 
 
 def _fault_of_keys(row: Row) -> BadRecord | None:
+    """JSON can hold lone surrogates, which no log or tokenizer takes; values are checked as text."""
     for key in row:
         try:
-            as_text(key, "a key")
-        except BadRecord as fault:
-            return fault
+            key.encode()
+        except UnicodeEncodeError:
+            return BadRecord("not UTF-8", f"a key is {excerpt(key)}")
     return None
 
 
