@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,8 +56,10 @@ def test_the_engine_against_the_oracle(layout: Layout, micro: int) -> None:
 
 
 def test_training_from_labelled_records(tmp_path: Path) -> None:
-    """A fresh run has every ratio 0: loss sigmoid(0) = 1/2. Rewards of good and bad part."""
+    """A fresh run has every ratio 0: loss sigmoid(0) = 1/2. Rewards of good and bad part. The pairs that the
+    records were made of, and another layout, give the same curves."""
     project = Project.create(tmp_path)
+    pairs = shutil.copy(tmp_path / "train.jsonl", tmp_path / "pairs.jsonl")
     write_labelled(tmp_path)
     assert project.train(*KTO) == 0
     curves = scalars(project.only_run())
@@ -66,7 +69,8 @@ def test_training_from_labelled_records(tmp_path: Path) -> None:
     assert curves.keys() >= wanted
     assert all(math.isfinite(value) for _, value in curves["kl"])
 
-    assert project.train(*KTO, f"exp_manager.exp_dir={tmp_path}/b", "data.packing=none") == 0
-    other = scalars(project.only_run("b"))
+    other = (f"exp_manager.exp_dir={tmp_path}/b", "data.packing=none", f"data.train_dir={pairs}")
+    assert project.train(*KTO, *other) == 0
+    again = scalars(project.only_run("b"))
     for tag in ("reduced_train_loss", "kl", "val_loss"):
-        assert [v for _, v in other[tag]] == pytest.approx([v for _, v in curves[tag]], abs=2e-5), tag
+        assert [v for _, v in again[tag]] == pytest.approx([v for _, v in curves[tag]], abs=2e-5), tag
