@@ -149,6 +149,11 @@ def _claims_rows(path: Path) -> None:
         writer.write_batch(batch)
 
 
+def _parquet_bomb(path: Path) -> None:
+    table = pa.table({"prompt": [bytes(2**20)] * 70})
+    pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+
+
 def _wrong_offsets(path: Path) -> None:
     """The text of the second row would begin at byte 0x7fffff00 of the column."""
     _arrow_file(path)
@@ -208,6 +213,7 @@ def _incomplete_saved_folder(path: Path) -> None:
         ("folder", _folder, "is a folder; name one data file.*inside.jsonl"),
         ("saved", _incomplete_saved_folder, "is incomplete: data-00001"),
         ("none.arrow", _wrong_offsets, "is not a whole Arrow file"),
+        ("bomb.parquet", _parquet_bomb, "unpacks to 73,4.* bytes, 1,000 times its size or more"),
         ("rows.arrow", _claims_rows, "claims more than 10,000,000 rows"),
         ("no_state", _state(None), "save_to_disk, but its state.json is missing"),
         *(
@@ -266,6 +272,16 @@ def test_a_line_beyond_bounds_costs_itself_alone(tmp_path: Path, line: bytes, re
     array = tmp_path / "b.json"
     array.write_bytes(b"[1, " + b"[" * 120 + b"]" * 120 + b", 2]")
     assert [record.fault is None for record in read_raw(str(array))] == [True, False, True]
+
+
+def test_a_row_beyond_bounds_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [{"a": str(i)} for i in range(40)]
+    rows[7] = {"a": "x" * 33 * 2**20}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    found = list(read_raw(str(path)))
+    assert str(found[7].fault) == "too long: it has more than 33,554,432 bytes" and found[7].value is None
+    assert [r.value for r in found if r.fault is None] == rows[:7] + rows[8:]
 
 
 @pytest.mark.parametrize(

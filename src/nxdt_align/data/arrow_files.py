@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nxdt_align.data.raw import EXTENSIONS, RawRecord
-from nxdt_align.data.records import DataError
+from nxdt_align.data.raw import EXTENSIONS, MAX_RECORD, RawRecord
+from nxdt_align.data.records import BadRecord, DataError
 
 _ARROW_FILE_MAGIC = b"ARROW1"
 _ROWS = 1024
 """Rows that are turned into Python objects at once."""
 _MAX_ROWS, _ROWS_PER_BYTE = 10_000_000, 100
 """A column of nulls or of one repeated value takes no bytes per row, however many a damaged file claims."""
+_MAX_RATIO, _ALWAYS_UNPACKED = 1000, 2**26
+"""Of a Parquet file's columns as it lists them; bytes that are unpacked whatever the ratio."""
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _MAX_STATE = 16 * 2**20
 """Bytes."""
@@ -50,11 +52,21 @@ def read_parquet(path: Path) -> Iterator[RawRecord]:
 
     try:
         with pq.ParquetFile(path) as file:
+            _refuse_bombs(path, file.metadata)
             yield from _rows(file.iter_batches(batch_size=_ROWS), path)
     except DataError:
         raise
     except (pa.ArrowException, *_DAMAGE) as error:
         raise DataError(f"{path} is not a whole Parquet file: {_reason(error)}") from error
+
+
+def _refuse_bombs(path: Path, metadata: Any) -> None:
+    unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if unpacked > max(_ALWAYS_UNPACKED, _MAX_RATIO * path.stat().st_size):
+        raise DataError(
+            f"{path}: unpacks to {unpacked:,} bytes, {_MAX_RATIO:,} times its size or more, as no text does; "
+            "if it is right, write it again without compression"
+        )
 
 
 def _reason(error: BaseException) -> str:
@@ -72,9 +84,25 @@ def _rows(batches: Any, path: Path) -> Iterator[RawRecord]:
         # Offsets are not checked on reading: damaged ones would be read from memory that is not the file's.
         batch.validate(full=True)
         for start in range(0, batch.num_rows, _ROWS):
-            for value in batch.slice(start, _ROWS).to_pylist():
+            for value in _values(batch.slice(start, _ROWS)):
                 number += 1
-                yield RawRecord(f"{path}:record {number}", value)
+                fault = value if isinstance(value, BadRecord) else None
+                yield RawRecord(f"{path}:record {number}", None if fault else value, fault)
+
+
+def _values(rows: Any) -> list[Any]:
+    """The rows as Python objects, a BadRecord for one that is too long."""
+    # A dictionary is counted whole for each row that refers to it.
+    import pyarrow as pa
+
+    size = sum(column.nbytes for column in rows.columns if not pa.types.is_dictionary(column.type))
+    if size <= MAX_RECORD:
+        values: list[Any] = rows.to_pylist()
+        return values
+    if rows.num_rows == 1:
+        return [BadRecord("too long", f"it has more than {MAX_RECORD:,} bytes")]
+    half = rows.num_rows // 2
+    return _values(rows.slice(0, half)) + _values(rows.slice(half))
 
 
 def read_saved_folder(folder: Path) -> Iterator[RawRecord]:

@@ -232,7 +232,7 @@ class Reader:
 
     def _no_format(self, path: str, head: list[RawRecord]) -> str:
         if not head:
-            return f"{path} holds no usable record\n{self.report.summary()}"
+            return f"{path} holds no usable record; name another file\n{self.report.summary()}"
         row = self._renamed(head[0].value)
         nearest = nearest_format(row, self._kind)
         hint = ""
