@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,5 +58,5 @@ def test_the_same_seed_damages_alike(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         paths = itertools.islice(damaged_files(3, tmp_path / name), 40)
-        contents.append([path.read_bytes() if path.is_file() else path.name for path in paths])
+        contents.append([path.read_bytes() if os.path.isfile(path) else path.name for path in paths])
     assert contents[0] == contents[1]

@@ -478,6 +478,18 @@ def gpt(text: str, role: str = "gpt") -> dict[str, str]:
             r"`answers\[0\].rank` must be a number, but is nan",
         ),
         (
+            "shp",
+            {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_ratio": 10**4000},
+            "wrong type",
+            r"`score_ratio` must be a number, but is 1000.*\.\.\.$",
+        ),
+        (
+            "openai",
+            {"input": {"\ud800": 1}, "preferred_output": "a", "non_preferred_output": "b"},
+            "missing key",
+            r"no `messages`; the record has '\\ud800'",
+        ),
+        (
             "nectar",
             {"prompt": "p", "answers": [{"answer": "a", "rank": 1}] * 1001},
             "too many answers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
@@ -106,9 +107,13 @@ def _nested(depth: int) -> Any:
     return value
 
 
+_PLAIN: tuple[Any, ...] = (
+    *(None, True, 0, -1, 1.5, "", " ", [], {}, [[]], [None]),
+    *(float("nan"), float("inf"), -(2**63), 2**64, 10**4000),
+)
 _VALUES: tuple[Callable[[random.Random], Any], ...] = (
-    *(lambda draw, value=value: value for value in (None, True, 0, -1, 1.5, "", " ", [], {}, [[]], [None])),  # type: ignore[misc]
-    *(lambda draw, value=value: value for value in (float("nan"), float("inf"), -(2**63), 2**64, 10**4000)),  # type: ignore[misc]
+    lambda draw: copy.deepcopy(draw.choice(_PLAIN)),
+    lambda draw: copy.deepcopy(draw.choice(_PLAIN)),
     lambda draw: "\ud800" + "x" * draw.randrange(3),
     lambda draw: "x\x00\x1b[2J\r\n\u2028",
     lambda draw: "y" * draw.choice((1000, 200_000)),
@@ -323,7 +328,14 @@ def _packed(unit: bytes) -> bytes:
 def _folder(draw: random.Random, place: Path) -> Path:
     place = place.with_name(place.name + draw.choice(("", ".jsonl", ".arrow")))
     place.mkdir()
-    states = (b"", b"{}", b"[" * 3000, b'{"_data_files": 3}', b'{"_data_files": [{"filename": 3}]}', b"\xff")
+    states: tuple[bytes, ...] = (
+        b"",
+        b"{}",
+        b"[" * 3000,
+        b'{"_data_files": 3}',
+        b'{"_data_files": [{"filename": 3}]}',
+        b"\xff",
+    )
     states += (
         b'{"_data_files": [{"filename": "../x.arrow"}]}',
         b'{"_data_files": [{"filename": "\\ud800"}]}',

@@ -7,7 +7,6 @@ the same score say nothing about which is better and give no pair: a record may 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,6 +19,8 @@ SHP_MIN_RATIO = 2
 """As in ``get_shp`` of the reference implementation: closer scores are noise."""
 SAME_SCORES = "all their answers have the same score"
 CLOSE_SCORES = f"the better score is below {SHP_MIN_RATIO} times the other, as in the DPO reference"
+_MOST = 1e300
+"""A score; beyond it are infinities, and integers that no float can hold."""
 _MOST_ANSWERS = 1000
 """Per record: their pairs grow with the square."""
 
@@ -94,7 +95,7 @@ def _answers(row: Row, key: str, text: str, scores: tuple[str, ...]) -> list[tup
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_MOST < value < _MOST:
         raise BadRecord("wrong type", f"`{name}` must be a number, but is {excerpt(value)}")
     return value
 

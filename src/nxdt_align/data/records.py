@@ -178,7 +178,8 @@ def take(row: Row, key: str) -> Any:
     """The value under ``key``. Raises BadRecord if it is missing or null."""
     value = row.get(key)
     if value is None:
-        found = ", ".join(k for k, v in row.items() if v is not None) or "none"
+        names = [str(k) for k, v in row.items() if v is not None]
+        found = ", ".join(name if name.isprintable() else repr(name) for name in names) or "none"
         raise BadRecord("missing key", f"no `{key}`; the record has {found[:80]}")
     return value
 
