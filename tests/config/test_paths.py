@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from config_checks import check
 
-from nxdt_align.config.paths import model_config_path
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import model_config_path
 
 Load = Callable[..., Config]
 Reject = Callable[..., str]

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from nxdt_align.data import token_sets
 from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.records import BadRecords, DataError, Prompt, Record
-from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
+from nxdt_align.data.token_sets import TokenizedSet, WholeSequences, tokenize_records
 from nxdt_align.data.tokenize import Example, Tokenization, Truncation, load_tokenizer
 from nxdt_align.errors import UserError
 
@@ -52,6 +52,47 @@ def test_bos_and_eos_once() -> None:
     written_out = Tokenization(tokenizer, ROOMY)(pair("<s>What is", " two</s>", " three</s>"))
     np.testing.assert_array_equal(written_out.prompt, example.prompt)
     assert [r.tolist() for r in written_out.responses] == [r.tolist() for r in example.responses]
+
+
+TOOLS = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}<|stop|>"
+    "{% if m.tool_calls %}<|im_start|>{{ m.tool_calls }}<|im_end|>"
+    "{% else %}{{ m['content'] }}<|eot|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|stop|>{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [(CHATML, ["<|im_end|>"]), (LLAMA3, ["<|eot|>"]), (PLAIN, ["</s>"]), (TOOLS, ["<|im_end|>", "<|eot|>"])],
+    ids=["newline behind it", "token alone", "no token", "another for tools"],
+)
+def test_ends_are_the_tokens_that_responses_were_closed_with(template: str, ends: list[str]) -> None:
+    """Of a response that was cut, the last token is none."""
+    tokenizer = make_tokenizer(template=template)
+    calls: Any = {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]}
+    records = [pair(CHAT, "two", "three"), pair(CHAT, "five", "two " * 40 + "<|start|>" + " two" * 40)]
+    if template is TOOLS:
+        records.append(Record(CHAT, ("two", calls), source="f:2"))
+    for length in (1000, 60):
+        found = tokenize_records(records, Tokenization(tokenizer, Truncation(length, 30)), None)
+        assert tokenizer.convert_ids_to_tokens(found.ends(length)) == ends
+        assert found.truncated == (1 if length == 60 else 0)
+
+
+def test_ends_of_text_are_eos_and_of_whole_sequences_too() -> None:
+    tokenizer = make_tokenizer()
+    single = Record("What is", (" two",), source="f:1")
+    for found in (
+        tokenize_records([pair()], Tokenization(tokenizer, ROOMY), None),
+        WholeSequences(tokenize_records([single], Tokenization(tokenizer, ROOMY), None)),
+    ):
+        assert found.ends(1000) == [tokenizer.eos_token_id]
+        assert found.ends(3) == [], "all of them may be cut"
 
 
 def test_without_bos() -> None:

@@ -181,9 +181,9 @@ FILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (RESUME + "={weights}/native_no_summary",),
         (RESUME + ": {weights}/native_no_summary is not a whole checkpoint", "checkpoint.json is missing"),
     ),
-    "run instead of checkpoint": (
-        (RESUME + "={whole}",),
-        (RESUME + ": {whole} holds checkpoints; name one of them, such as {whole}/checkpoints/run--step=6",),
+    "folder of runs": (
+        (RESUME + "={whole.parent}",),
+        (RESUME + ": {whole.parent} is a folder of one run ({whole.name}): name one, such as {whole}",),
     ),
     "Hugging Face weights of fewer layers": (
         (RESUME + "={weights}/hf", "model.num_layers=3"),

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from training_fixture import Project, scalars, write_pairs
 
+from nxdt_align.config.start import IDENTITY_FILE
 from nxdt_align.errors import UserError
 from nxdt_align.run.resume import (
-    IDENTITY_FILE,
     RunIdentity,
     _warn_of_other_runs,
     find_run,

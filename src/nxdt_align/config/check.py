@@ -15,7 +15,7 @@ from nxdt_align.config.engines import (
 )
 from nxdt_align.config.faults import ConfigError, Fault, independent
 from nxdt_align.config.load import read_config
-from nxdt_align.config.paths import path_faults, positions_notice
+from nxdt_align.config.paths import path_faults, positions_notice, tokenizer_notice
 from nxdt_align.config.rules import NOTICES, RULES
 from nxdt_align.config.schema import Config
 
@@ -62,7 +62,7 @@ def checked(config: Config, world_size: int | None = None, faults: Sequence[Faul
 
 def check_notices(config: Config) -> list[str]:
     """Notices about a configuration without faults."""
-    return [notice for rule in (*NOTICES, positions_notice) for notice in rule(config)]
+    return [notice for rule in (*NOTICES, positions_notice, tokenizer_notice) for notice in rule(config)]
 
 
 def load_checked(

@@ -29,7 +29,8 @@ class TokenizerConfig:
     """The tokenizer."""
 
     type: str = field(default="", metadata=PATH)
-    """Folder of a Hugging Face tokenizer, or its name on the Hub. Required."""
+    """Folder of a Hugging Face tokenizer, or its name on the Hub; empty: that of the model, in
+    exp_manager.resume_from_checkpoint or model.model_config."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,7 +94,8 @@ class ExpManagerConfig:
     resume_ignore_no_checkpoint: bool = False
     """Start a new run if resume_if_exists finds no checkpoint."""
     resume_from_checkpoint: str | None = field(default=None, metadata=PATH)
-    """Where training starts: a checkpoint, or a Hugging Face folder of weights; null: random weights.
+    """Where training starts: a Hugging Face folder of weights, a checkpoint, a run's folder or its
+    folder of checkpoints (the newest), or a link or file that names one; null: random weights.
     A checkpoint of this run in the experiment's folder takes precedence."""
     log_local_rank_0_only: bool = False
     """Write a log file only for the first process of a node."""

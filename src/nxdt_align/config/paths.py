@@ -12,13 +12,18 @@ from nxdt_align.config.data import DataSource
 from nxdt_align.config.faults import Fault, did_you_mean
 from nxdt_align.config.pipeline import layers_of_stages
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import (
+    VOCABULARIES,
+    follow,
+    holds_tokenizer,
+    model_config_path,
+    near,
+    shape_in,
+    tokenizer_of,
+)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DATA_FILE = re.compile(r"\.(jsonl?|arrow|parquet|gz)$")
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
-    *("spiece.model", "sentencepiece.bpe.model"),
-)
 _TP = "distributed_strategy.tensor_model_parallel_size"
 _LARGEST_TP = 128
 
@@ -28,7 +33,7 @@ def path_faults(config: Config) -> list[Fault]:
     found = [*_data("data.train_dir", config.data.train_dir)]
     if config.validates:
         found += _data("data.val_dir", config.data.val_dir)
-    found += _tokenizer(config.data.tokenizer.type)
+    found += _tokenizer(config)
     found += _weights("exp_manager.resume_from_checkpoint", config.exp_manager.resume_from_checkpoint)
     strategy = config.model_alignment_strategy
     # Only these ask for a reference; a custom loss may.
@@ -74,31 +79,44 @@ def _may_be_hub_name(value: str) -> bool:
     return "/" not in value or not Path(value).parent.is_dir()
 
 
-def _tokenizer(value: str) -> Iterator[Fault]:
-    key, folder = "data.tokenizer.type", Path(value)
+def _tokenizer(config: Config) -> Iterator[Fault]:
+    key, value = "data.tokenizer.type", tokenizer_of(config)
+    folder = Path(value)
     if not value:
-        return
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        start = config.exp_manager.resume_from_checkpoint
+        rule = "is required: the folder of a Hugging Face tokenizer"
+        if start is not None:
+            rule += f", as {start} has none"
+        yield Fault(key, rule, is_missing_path=start is not None and not follow(Path(start)).exists())
+    elif folder.is_dir():
+        if not holds_tokenizer(folder) and not (folder / "tokenizer_config.json").is_file():
             rule = "must be a tokenizer's folder, with a tokenizer.json or tokenizer.model"
             yield Fault(key, rule, value)
     elif folder.exists():
-        advice = f"did you mean {folder.parent}?" if folder.name in _TOKENIZER_FILES else ""
+        advice = f"did you mean {folder.parent}?" if folder.name in VOCABULARIES else ""
         yield Fault(key, "must be a folder, not a file", value, advice)
     elif not _may_be_hub_name(value):
         yield Fault(key, "must be a folder that exists", value, is_missing_path=True)
 
 
+def tokenizer_notice(config: Config) -> Iterator[str]:
+    """Which tokenizer is used where none is named."""
+    found = tokenizer_of(config)
+    if found and not config.data.tokenizer.type:
+        yield f"data.tokenizer.type is not given: the tokenizer is that of {found}"
+
+
 def _weights(path: str, value: str | None) -> Iterator[Fault]:
     if value is None:
         return
-    folder = Path(value)
+    folder = follow(Path(value))
     if not folder.exists():
-        yield Fault(path, "must be a folder that exists", value, is_missing_path=True)
+        rule = "must be a folder that exists"
+        yield Fault(path, rule, value, near(Path(value)), is_missing_path=True)
     elif not folder.is_dir():
         yield Fault(path, "must be a folder, not a file", value)
     elif not any(folder.iterdir()):
-        advice = "this one is empty; name a Hugging Face folder or a checkpoint of a run"
+        advice = "this one is empty; name a Hugging Face folder or a run, or a checkpoint of one"
         yield Fault(path, "must be a folder that holds weights", value, advice)
 
 
@@ -115,14 +133,6 @@ def positions_notice(config: Config) -> Iterator[str]:
             f"data.seq_length is {config.data.seq_length}, above the model's max_position_embeddings "
             f"({limit}): the model was not made for positions beyond it; set data.seq_length={limit}"
         )
-
-
-def model_config_path(config: Config) -> Path | None:
-    """The config.json of model.model_config, or else of the start checkpoint; None if neither is set."""
-    chosen = config.model.model_config or config.exp_manager.resume_from_checkpoint
-    if chosen is None:
-        return None
-    return Path(chosen) / "config.json" if Path(chosen).is_dir() else Path(chosen)
 
 
 def _model(config: Config) -> Iterator[Fault]:
@@ -153,6 +163,7 @@ def _read_shape(config: Config) -> dict[str, Any] | Fault | None:
         shape = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         return Fault(key, f"must be JSON, but {file} cannot be read as such: {error}")
+    shape = shape_in(file, shape)
     if not isinstance(shape, dict):
         return Fault(key, f"must be a JSON object, but {file} holds something else")
     return shape

@@ -76,8 +76,6 @@ def fixed(config: Config) -> Iterator[Fault]:
 def required(config: Config) -> Iterator[Fault]:
     if not config.data.train_dir:
         yield Fault("data.train_dir", "is required: training data as .jsonl, .json, .arrow or .parquet")
-    if not config.data.tokenizer.type:
-        yield Fault("data.tokenizer.type", "is required: the folder of a Hugging Face tokenizer")
     if config.model.model_config is None and config.exp_manager.resume_from_checkpoint is None:
         advice = "or set exp_manager.resume_from_checkpoint to a folder that has one"
         yield Fault("model.model_config", "is required: a Hugging Face config.json", advice=advice)

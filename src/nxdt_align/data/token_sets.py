@@ -49,6 +49,13 @@ class TokenizedSet:
         """Number of pairs whose chosen and rejected tokens are equal although their texts differ. They are
         kept: their margin is always 0."""
 
+    def ends(self, seq_length: int) -> list[int]:
+        """The tokens that responses end with, EOS or a template's end of turn, those cut short at
+        ``seq_length`` left out."""
+        whole = self.prompt_lengths[:, None] + self.response_lengths < seq_length
+        stops = self._columns.response_offsets[1:].reshape(len(self._columns.record_ids), -1)[self._rows]
+        return [int(token) for token in np.unique(self._columns.response_tokens[stops - 1][whole])]
+
     def __len__(self) -> int:
         return len(self._rows)
 

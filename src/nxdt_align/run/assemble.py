@@ -20,6 +20,7 @@ from nxdt_align.batch import Topology
 from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import model_config_path, tokenizer_of
 from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
@@ -29,12 +30,13 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss
-from nxdt_align.models.presets import LlamaConfig, read_config_json
+from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.own_parts import OwnPartError, find_class, make
 from nxdt_align.run.contracts import EngineParts, RunEnv
+from nxdt_align.run.locate import locate, read_shape
 from nxdt_align.run.mode import RunMode
 from nxdt_align.weights.detect import check_weights, layout_of
 from nxdt_align.weights.hf import FreshWeights, HFFolder
@@ -231,10 +233,10 @@ def cluster(env: RunEnv) -> ClusterEnvironment:
 def model_config(config: Config) -> LlamaConfig:
     """config.json with the YAML's overrides applied, as in NxDT."""
     model = config.model
-    source = model.model_config or config.exp_manager.resume_from_checkpoint
+    source = model_config_path(config)
     if source is None:
         raise UserError("model.model_config: must name a Hugging Face config.json or a folder that holds one")
-    return read_config_json(Path(source)).with_overrides(
+    return read_shape(source).with_overrides(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         rope_theta=model.rope_theta,
@@ -252,15 +254,14 @@ def start_weights(config: Config, model: LlamaConfig) -> WeightSource:
 
 
 def weights_at(folder: Path, model: LlamaConfig, key: str) -> WeightSource:
-    """A reader for any kind of weights in ``folder``, the value of ``key``."""
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "missing"
-        raise UserError(f"{key}: must be a folder of weights, but {folder} is {found}")
+    """A reader for any kind of weights that ``folder``, the value of ``key``, leads to."""
     weights: WeightSource
     try:
+        folder = locate(folder)
+        if not folder.is_dir():
+            raise UserError(f"must be a folder of weights, but {folder} is a file")
         if is_checkpoint(folder):
             return NativeCheckpoint(folder)
-        _refuse_run_folder(folder)
         weights = _foreign_weights(folder, model)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
@@ -282,16 +283,9 @@ def _foreign_weights(folder: Path, model: LlamaConfig) -> WeightSource:
     return weights
 
 
-def _refuse_run_folder(folder: Path) -> None:
-    """Raise UserError for a run's folder or its folder of checkpoints instead of one checkpoint."""
-    found = sorted(f for each in (folder, folder / "checkpoints") for f in each.glob("*") if is_checkpoint(f))
-    if found:
-        raise UserError(f"{folder} holds checkpoints; name one of them, such as {found[-1]}")
-
-
 def tokenization(config: Config, model: LlamaConfig) -> Tokenization:
     """Tokenizer and truncation. Raises UserError if the tokenizer exceeds the model's vocabulary."""
-    tokenizer = load_tokenizer(config.data.tokenizer.type)
+    tokenizer = load_tokenizer(tokenizer_of(config))
     if len(tokenizer) > model.vocab_size:
         raise UserError(
             f"data.tokenizer.type: the tokenizer has {len(tokenizer)} tokens, but the model's vocab_size is "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,18 +10,20 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from nxdt_align.config.start import IDENTITY_FILE
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import Partition
-from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
+from nxdt_align.models.presets import LlamaConfig, read_config_json
 from nxdt_align.named_tensors import WeightSource
+from nxdt_align.run.locate import companions, locate, shape_of_run
 from nxdt_align.run.native_writer import NativeWriter
-from nxdt_align.run.resume import IDENTITY_FILE
 from nxdt_align.run.shard_sizes import ShardSizes, SourceFlags, listed
 from nxdt_align.weights import inspect
 from nxdt_align.weights.convert import Conversion, Report, Writer
 from nxdt_align.weights.detect import check_weights, find_config_file, layout_of, open_source
+from nxdt_align.weights.generation import generation_json
 from nxdt_align.weights.hf_writer import MAX_SHARD_BYTES, HFWriter, tokenizer_files
 from nxdt_align.weights.inspect import to_text
 from nxdt_align.weights.nxdt import NxDTFolder
@@ -83,7 +84,8 @@ def convert(
         vocab: rows to pad the vocabulary to. None: the next multiple of ``tp``.
         xser: one file per tensor, as ``save_xser`` writes.
         dtype: cast the weights to it. None keeps each weight's dtype.
-        tokenizer: a folder whose tokenizer is copied into a Hugging Face folder.
+        tokenizer: a folder whose tokenizer is copied into a Hugging Face folder. None: that of the run that
+            wrote the checkpoint, or of the source's folder, if there is one.
         max_shard_bytes: of a safetensors file.
         first_replica: take the first rank's copy of heads and norms where copies of ranks differ.
         resume: continue an interrupted conversion to ``destination``.
@@ -106,7 +108,9 @@ def convert(
             raise UserError(f"{name}: must be a whole number from 1, but is {count}")
     cuts = None if pipeline_cuts is None else tuple(pipeline_cuts)
     sizes = ShardSizes(tp, pp, cuts, kv_multiplier, qkv_linear, fuse_qkv, coalesce_qkv, vocab, xser)
-    weights, model = open_weights(Path(source), _path(config), first_replica=first_replica)
+    source = locate(Path(source))
+    weights, model = open_weights(source, _path(config), first_replica=first_replica)
+    beside = companions(source, _path(config))
     is_run_checkpoint = isinstance(weights, NativeCheckpoint)
     SourceFlags(load_xser, direction, n_layers).require_true_of(weights, model, is_run_checkpoint)
     target = to or _usual_target(weights, sizes)
@@ -120,19 +124,22 @@ def convert(
 
     make: Callable[[Path], Writer]
     if target == "native":
-        make = partial(NativeWriter, config=model, dtype=dtype_of)
+        make = partial(NativeWriter, config=model, dtype=dtype_of, generation=beside.generation)
     elif target == "hf":
         make = partial(
             HFWriter,
             config=model,
             dtype=dtype_of,
-            tokenizer=() if tokenizer is None else tokenizer_files(Path(tokenizer)),
+            tokenizer=beside.tokenizer if tokenizer is None else tokenizer_files(Path(tokenizer)),
+            generation=generation_json(model, beside.generation),
             max_shard_bytes=max_shard_bytes,
         )
     else:
         partition = sizes.partition(model, weights.partition if isinstance(weights, NxDTFolder) else None)
         _log_partition(partition, xser)
-        make = partial(NxDTWriter, partition=partition, dtype=dtype_of, xser=xser)
+        make = partial(
+            NxDTWriter, partition=partition, dtype=dtype_of, generation=beside.generation, xser=xser
+        )
     report = Conversion(
         weights,
         make,
@@ -242,10 +249,11 @@ def open_weights(
     path: Path, config_file: Path | None = None, *, first_replica: bool = False
 ) -> tuple[WeightSource, LlamaConfig]:
     """A reader for weights of any kind, and their model's shape. Raises UserError."""
+    path = locate(path)
     is_of_nxd = is_nxd_checkpoint(path)
     if not is_of_nxd and not is_checkpoint(path):
         return open_source(path, config_file, unequal_replicas=first_replica)
-    config = _run_model(path) if config_file is None else read_config_json(config_file)
+    config = shape_of_run(path) if config_file is None else read_config_json(config_file)
     if config is None:
         raise UserError(
             f"no {IDENTITY_FILE} above {path} says what model it is of: give its config.json with --config"
@@ -258,21 +266,9 @@ def open_weights(
     return native, config
 
 
-def _run_model(checkpoint: Path) -> LlamaConfig | None:
-    """The shape from the record in the run's folder, above its checkpoints; a converted checkpoint contains
-    its own."""
-    if (checkpoint / "config.json").is_file():
-        return read_config_json(checkpoint)
-    for folder in list(checkpoint.absolute().parents)[:2]:
-        file = folder / IDENTITY_FILE
-        if file.is_file():
-            values = json.loads(file.read_text())["of"]["model"]
-            return from_hf_dict(values, where=str(file))
-    return None
-
-
 def describe(path: Path, config_file: Path | None = None) -> dict[str, Any]:
     """A description of a checkpoint in plain values. Raises UserError if it is none, or is damaged."""
+    path = locate(path)
     layout = "native" if is_checkpoint(path) else layout_of(path)
     if layout == "nxdt" and config_file is None and not _says_its_model(path):
         return inspect.describe_bare(path)
@@ -281,5 +277,5 @@ def describe(path: Path, config_file: Path | None = None) -> dict[str, Any]:
 
 
 def _says_its_model(path: Path) -> bool:
-    found = _run_model(path) if is_nxd_checkpoint(path) else find_config_file(path)
+    found = shape_of_run(path) if is_nxd_checkpoint(path) else find_config_file(path)
     return found is not None

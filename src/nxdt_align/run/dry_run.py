@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, Trainer
 
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Compiler, Engine, Graph
 from nxdt_align.messages import NOTICE, RunLog
@@ -114,6 +115,11 @@ class DryRun(RunMode):
         self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int | None
     ) -> None:
         """No folder, logger or checkpoint callback."""
+
+    def keep_companions(
+        self, run: RunFolder, tokenization: Tokenization, generation: Mapping[str, Any]
+    ) -> None:
+        """Nothing is written."""
 
     def around_fit(self, compiler: Compiler | None, manifest: Path) -> AbstractContextManager[None]:
         return compiling(compiler, manifest)

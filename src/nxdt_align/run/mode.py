@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import EXPORT
 from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.engines.base import Compiler, Engine
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.neuron.compile import read_manifest
@@ -20,7 +22,8 @@ from nxdt_align.neuron.monitor import NeuronMonitor
 from nxdt_align.reference.cache import FloatArray, ReferenceStore
 from nxdt_align.reference.precompute import PassSummary, precompute
 from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
-from nxdt_align.run.places import EXPORT, Places
+from nxdt_align.run.locate import keep_companions
+from nxdt_align.run.places import Places
 from nxdt_align.run.resume import RunFolder, RunIdentity, find, resume_point, write_identity
 from nxdt_align.training.experiment import start_experiment
 from nxdt_align.training.hooks import Preflight
@@ -107,6 +110,12 @@ class RunMode:
         start_experiment(trainer, config.exp_manager, run.path, resumed_step=step)
         if trainer.is_global_zero:
             write_identity(run.path, identity.digest, identity.parts)
+
+    def keep_companions(
+        self, run: RunFolder, tokenization: Tokenization, generation: Mapping[str, Any]
+    ) -> None:
+        """Write what an export of one of the run's checkpoints needs beside it; called on rank 0."""
+        keep_companions(run.path, tokenization.tokenizer, generation)
 
     def around_fit(self, compiler: Compiler | None, manifest: Path) -> AbstractContextManager[None]:
         """A context around all steps."""

@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from nxdt_align.engines.native.checkpoint import MODEL, SUMMARY, TENSORS, TRAINER, NativeCheckpoint
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.named_tensors import WeightSource
+from nxdt_align.weights.generation import GENERATION
+from nxdt_align.weights.hf_writer import write_json
 
 _UNFINISHED = f"{TENSORS}.partial"
 _ARCHIVE = 4096
@@ -41,10 +43,18 @@ class NativeWriter:
     Args:
         folder: the checkpoint's.
         dtype: the dtype of each weight, by name.
+        generation: of generation_config.json, which an export brings along; None writes none.
     """
 
-    def __init__(self, folder: Path, config: LlamaConfig, dtype: Callable[[str], torch.dtype]) -> None:
-        self.folder, self._config = folder, config
+    def __init__(
+        self,
+        folder: Path,
+        config: LlamaConfig,
+        dtype: Callable[[str], torch.dtype],
+        *,
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder, self._config, self._generation = folder, config, generation
         self._tensors = folder / _UNFINISHED
         self._dtypes = {name: dtype(name) for name in weight_shapes(config)}
 
@@ -76,6 +86,8 @@ class NativeWriter:
         os.rename(self._tensors, self.folder / TENSORS)
         torch.save({"extra": {}, "optimizer": None}, self.folder / TRAINER)
         (self.folder / "config.json").write_text(json.dumps(self._config.to_hf_dict(), indent=2) + "\n")
+        if self._generation is not None:
+            write_json(self.folder / GENERATION, self._generation)
         files = [*sorted((self.folder / TENSORS).iterdir()), self.folder / TRAINER]
         said = {
             "step": 0,

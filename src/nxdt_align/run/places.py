@@ -8,9 +8,6 @@ from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.files import CHOOSE_ANOTHER, unwritable
 
-EXPORT = "hf_export"
-"""Folder of an experiment with the policy for transformers."""
-
 
 class Places:
     """Absolute folders of one configuration. Creates none, so that a run that stops early leaves nothing."""

@@ -15,18 +15,15 @@ from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
 from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
-from nxdt_align.engines.native.checkpoint import checkpoint_step
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Precision
-from nxdt_align.engines.nxd.checkpoint import checkpoint_step as nxd_checkpoint_step
 from nxdt_align.errors import UserError
 from nxdt_align.losses.types import ResponseLogps
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.run.conversion import open_weights
-from nxdt_align.run.places import EXPORT
-from nxdt_align.run.resume import CHECKPOINTS, IDENTITY_FILE, newest_checkpoint
+from nxdt_align.run.locate import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,7 +93,7 @@ def load_policy(
 
     Raises UserError if there are no weights, or they do not fit their config.json.
     """
-    place = _weights_of(Path(folder).expanduser())
+    place = locate(Path(folder))
     source, config = open_weights(place)
     where = torch.device(device)
     attention = FlexAttention() if where.type == "cuda" else BlockAttention()
@@ -131,22 +128,3 @@ def load_pairs(
     limit = min(max_prompt_length, seq_length // 2)
     tokenization = Tokenization(made, Truncation(seq_length, limit, "keep_start"))
     return tokenize_records(found.records, tokenization, None, report=found.report)
-
-
-def _weights_of(folder: Path) -> Path:
-    """``folder``, or for a run's folder the newest weights in it."""
-    if not folder.exists():
-        raise UserError(f"there is no folder {folder}; name a run, a checkpoint or a Hugging Face folder")
-    if not (folder / IDENTITY_FILE).is_file():
-        return folder
-    newest = newest_checkpoint(folder / CHECKPOINTS, _step)
-    if newest is not None:
-        return newest
-    if not (folder / EXPORT / "config.json").is_file():
-        raise UserError(f"the run {folder} has no whole checkpoint and no export yet")
-    return folder / EXPORT
-
-
-def _step(checkpoint: Path) -> int | None:
-    native = checkpoint_step(checkpoint)
-    return nxd_checkpoint_step(checkpoint) if native is None else native

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import CHECKPOINTS, IDENTITY_FILE
 from nxdt_align.engines.base import Engine
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
@@ -28,8 +29,6 @@ from nxdt_align.run.places import Places
 
 log = logging.getLogger(__name__)
 
-IDENTITY_FILE = "run_identity.json"
-CHECKPOINTS = "checkpoints"
 DATE_FORMAT = "%Y-%m-%d_%H-%M-%S"
 
 

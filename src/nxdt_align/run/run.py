@@ -16,6 +16,7 @@ from lightning.pytorch.accelerators import Accelerator
 from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.optim import SCHEDULERS
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import TOKENIZER
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.errors import UserError
@@ -25,6 +26,7 @@ from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.planning.rows import row_reports, summary
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import Result, RunEnv
+from nxdt_align.run.locate import companions, with_located_start
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
 from nxdt_align.run.preconditions import as_user_error, require_validation_in_epoch
@@ -44,6 +46,7 @@ from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingS
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
 from nxdt_align.training.progress import RunProgress
 from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
+from nxdt_align.weights.generation import generation_json, note_unused_sampling
 from nxdt_align.weights.hf_writer import write_hf_folder
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,7 @@ class Run:
         loss: Loss | Callable[..., Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        config = with_located_start(config)
         self.config, self.env, self.mode, self._run_log = config, env, mode, run_log
         self.places = Places(config)
         self._callbacks = [*assemble.own_callbacks(config), *callbacks]
@@ -104,6 +108,7 @@ class Run:
             log.info("%s data: %s", split, report)
         require_validation_in_epoch(config, self.data.steps_per_epoch)
         mode.prepare(self.data, self._steps())
+        self._generation = self._generation_config()
         self._times.done("data read")
         self.engine = self.parts.engine()
         self._finite = FiniteCheck(self.engine) if mode.checks_values else None
@@ -113,6 +118,7 @@ class Run:
         """Find a checkpoint of this run, train to the end, and export."""
         # The data order has its own generator; this seeds dropout and what user code draws.
         seed_everything(self.config.seed, verbose=False)
+        self._require_same_start()
         identity = self._identity()
         checkpoints = self.parts.checkpoints
         run = self.mode.find_run(self.config, self.places, identity, checkpoints, self.engine)
@@ -136,7 +142,8 @@ class Run:
             trainer = self._trainer(callbacks, {"identity": identity.digest, **record})
             step = None if run.checkpoint is None else checkpoints.checkpoint_step(run.checkpoint)
             self.mode.start_experiment(trainer, self.config, run, identity, step)
-            if self.env.rank == 0:
+            if trainer.is_global_zero:
+                self.mode.keep_companions(run, self.tokenization, self._generation)
                 self.mode.keep_log(self._run_log, run)
             with self.mode.around_fit(self.engine.compiler, self.places.manifest):
                 resume_from = None if resumed is None else str(resumed)
@@ -155,6 +162,26 @@ class Run:
         return Result(trainer.global_step, metrics, run.path, newest, export)
 
     # Which run this is
+
+    def _require_same_start(self) -> None:
+        """Collective. Raises UserError where ranks found different newest checkpoints of a run that is still
+        writing them."""
+        own = self.config.exp_manager.resume_from_checkpoint
+        first = self.engine.broadcast_object(own)
+        if own != first:
+            raise UserError(
+                f"exp_manager.resume_from_checkpoint: processes found different newest checkpoints, {first} "
+                f"and {own}: name one of them, or wait until the run that writes them ends"
+            )
+
+    def _generation_config(self) -> dict[str, Any]:
+        """What the start's folder says, and the tokens that the training data's responses end with."""
+        start, model = self.config.exp_manager.resume_from_checkpoint, self.config.model.model_config
+        found = companions(None if start is None else Path(start), None if model is None else Path(model))
+        if found.generation is not None and found.generation_folder is not None and self.env.rank == 0:
+            note_unused_sampling(found.generation, found.generation_folder)
+        ends = self.data.splits["train"].examples.ends(self.config.data.seq_length)
+        return generation_json(self.model_config, found.generation, ends)
 
     def _identity(self) -> RunIdentity:
         return identify(
@@ -312,12 +339,12 @@ class Run:
             raise fault or UserError(told)
 
     def _write_export(self, folder: Path, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        tokenizer = Path(self.config.data.tokenizer.type)
         write_hf_folder(
             folder,
             self.model_config,
             weights,
-            tokenizer_dir=tokenizer if tokenizer.is_dir() else None,
+            tokenizer_dir=folder.parent / TOKENIZER,  # which keep_companions wrote
+            generation=self._generation,
             dtype=self.parts.precision.compute,
             overwrite=True,
         )

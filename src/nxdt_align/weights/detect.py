@@ -61,9 +61,9 @@ def find_config_file(path: Path) -> Path | None:
 
 def _require_weights(path: Path) -> None:
     """Raise WeightsError for a folder without weights; the usual mistake is a parent folder."""
-    if path.is_file() or not any(path.iterdir()) or _holds_weights(path):
+    if path.is_file() or not any(path.iterdir()) or holds_weights(path):
         return
-    below = [f for folder in (path, path / "checkpoints") for f in folder.glob("*") if _holds_weights(f)]
+    below = [f for folder in (path, path / "checkpoints") for f in folder.glob("*") if holds_weights(f)]
     hint = f". Did you mean {max(below)}?" if below else ""
     raise WeightsError(
         f"{path} holds no weights: give a Hugging Face folder ({', '.join(WEIGHT_FILES)}), NxD's shards, "
@@ -71,7 +71,8 @@ def _require_weights(path: Path) -> None:
     )
 
 
-def _holds_weights(folder: Path) -> bool:
+def holds_weights(folder: Path) -> bool:
+    """Whether there is a file of weights in ``folder``, of any kind but Meta's."""
     return folder.is_dir() and (
         any((folder / name).is_file() for name in (*WEIGHT_FILES, "checkpoint.json"))
         or model_folder(folder) is not None

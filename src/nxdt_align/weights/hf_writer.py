@@ -23,6 +23,7 @@ from nxdt_align.files import atomic_folder, explain
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.named_tensors import Spec, WeightSource, require_fit
 from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, write_bytes
+from nxdt_align.weights.generation import GENERATION, generation_json
 from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.names import to_hf
 from nxdt_align.weights.tensor_files import SAFETENSORS_DTYPES
@@ -32,17 +33,17 @@ MAX_SHARD_BYTES = 5_000_000_000
 """Maximum size of a file, transformers' default; larger models are split into several, with an index."""
 _UNFINISHED_CONFIG = "config.json.partial"
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model"),
 )
+"""Files that a tokenizer has one of."""
+_TOKENIZER_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+_TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer's other templates, beside chat_template.jinja."""
 
 
 def write_hf_folder(
@@ -51,6 +52,7 @@ def write_hf_folder(
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     *,
     tokenizer_dir: str | Path | None = None,
+    generation: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
@@ -62,6 +64,7 @@ def write_hf_folder(
             replaced when the new one is complete.
         tensors: every weight of the plain Llama once, whole, on any device; read one at a time.
         tokenizer_dir: whose tokenizer files to copy.
+        generation: of generation_config.json; None takes the special tokens of ``config``.
         dtype: cast the weights to it. None keeps their dtypes, which must all be equal if ``tensors`` is an
             iterable of pairs.
         max_shard_bytes: larger models are split into several files with an index.
@@ -71,7 +74,7 @@ def write_hf_folder(
     """
     path = Path(path)
     _check_target(path, overwrite)
-    tokenizer = () if tokenizer_dir is None else tokenizer_files(Path(tokenizer_dir))
+    tokenizer = None if tokenizer_dir is None else tokenizer_files(Path(tokenizer_dir))
     shapes = weight_shapes(config)
     if isinstance(tensors, Mapping):
         _require_fit(path, _specs(tensors), {name: (shape, None) for name, shape in shapes.items()})
@@ -90,7 +93,12 @@ def write_hf_folder(
     try:
         with atomic_folder(path) as folder:
             writer = HFWriter(
-                folder, config, dtypes.__getitem__, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes
+                folder,
+                config,
+                dtypes.__getitem__,
+                tokenizer=tokenizer,
+                generation=generation,
+                max_shard_bytes=max_shard_bytes,
             )
             writer.create()
             writer.open()
@@ -119,12 +127,25 @@ def _check_target(path: Path, overwrite: bool) -> None:
         )
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files in ``folder``. Raises WeightsError where there is no tokenizer."""
-    files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer's files in ``folder``, by their names in it. Raises WeightsError where there is no
+    tokenizer."""
+    if not holds_tokenizer(folder):
         raise WeightsError(f"{folder} has no tokenizer: it must hold tokenizer.json or tokenizer.model")
-    return files
+    templates = (f"{_TEMPLATES}/{file.name}" for file in sorted((folder / _TEMPLATES).glob("*.jinja")))
+    names = (*_VOCABULARIES, *_TOKENIZER_FILES, *templates)
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def copy_files(files: Mapping[str, Path], folder: Path) -> None:
+    """Copy them to these names in ``folder``. Raises OSError."""
+    for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
@@ -146,7 +167,8 @@ class HFWriter:
 
     Args:
         dtype: the dtype of each weight, by the plain Llama's name.
-        tokenizer: files to copy.
+        tokenizer: files to copy, as of ``tokenizer_files``.
+        generation: of generation_config.json; None takes the special tokens of ``config``.
         max_shard_bytes: a larger model is spread over several files with an index.
     """
 
@@ -156,11 +178,13 @@ class HFWriter:
         config: LlamaConfig,
         dtype: Callable[[str], torch.dtype],
         *,
-        tokenizer: Iterable[Path] = (),
+        tokenizer: Mapping[str, Path] | None = None,
+        generation: Mapping[str, Any] | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         self.folder = folder
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer = config, tokenizer or {}
+        self._generation = generation_json(config) if generation is None else dict(generation)
         self._dtypes = {name: dtype(name) for name in weight_shapes(config)}
         unknown = sorted({str(d) for d in self._dtypes.values() if d not in _DTYPE_NAMES})
         if unknown:
@@ -188,7 +212,7 @@ class HFWriter:
         for dtype in self._dtypes.values():
             stored = torch.promote_types(stored, dtype)
         write_json(self.folder / _UNFINISHED_CONFIG, config_json(self._config, stored))
-        write_json(self.folder / "generation_config.json", generation_json(self._config))
+        write_json(self.folder / GENERATION, self._generation)
 
     def open(self) -> None:
         """Locate the tensors in the files of ``create``, also in those of an earlier attempt."""
@@ -210,8 +234,7 @@ class HFWriter:
 
     def finish(self, record: Mapping[str, Any] | None = None) -> None:
         """Complete the folder; this layout stores no record."""
-        for file in self._tokenizer:
-            shutil.copyfile(file, self.folder / file.name)
+        copy_files(self._tokenizer, self.folder)
         os.rename(self.folder / _UNFINISHED_CONFIG, self.folder / CONFIG)
 
     def unfinish(self) -> None:
@@ -266,11 +289,9 @@ def config_json(config: LlamaConfig, dtype: torch.dtype | None) -> dict[str, Any
     return config.to_hf_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
-def generation_json(config: LlamaConfig) -> dict[str, Any]:
-    """generation_config.json: the special tokens."""
-    ids = {key: config.to_hf_dict()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {"_from_model_config": True} | {key: value for key, value in ids.items() if value is not None}
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json_text(content), encoding="utf-8")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def json_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"

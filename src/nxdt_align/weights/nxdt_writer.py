@@ -23,6 +23,7 @@ from torch.utils import serialization
 from nxdt_align.models.partition import EMBEDDING, HEAD, Partition, local_tensors
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, empty, write_bytes
+from nxdt_align.weights.generation import GENERATION
 from nxdt_align.weights.hf_writer import CONFIG, config_json, write_json
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import DONE, INFO, MODEL, TAG, TENSORS, shard_name
@@ -51,15 +52,24 @@ class NxDTWriter:
     Args:
         folder: the checkpoint's; must not hold files of another layout.
         dtype: the dtype of each weight, by the plain Llama's name.
+        generation: of generation_config.json, which NxD Training ignores and an export brings along; None
+            writes none.
     """
 
     def __init__(
-        self, folder: Path, partition: Partition, dtype: Callable[[str], torch.dtype], *, xser: bool = False
+        self,
+        folder: Path,
+        partition: Partition,
+        dtype: Callable[[str], torch.dtype],
+        *,
+        generation: Mapping[str, Any] | None = None,
+        xser: bool = False,
     ) -> None:
         self.folder = folder
         self._shards = folder / _UNFINISHED_MODEL
         self.partition = partition
         self._dtype = dtype
+        self._generation = generation
         self._xser = xser
         self._places: dict[str, list[_Place]] = {}
 
@@ -166,6 +176,8 @@ class NxDTWriter:
         """Complete the folder; ``done``, which marks it as complete, is written last."""
         os.rename(self._shards, self.folder / MODEL)
         write_json(self.folder / CONFIG, config_json(self.partition.config, self._dtype("model.norm.weight")))
+        if self._generation is not None:
+            write_json(self.folder / GENERATION, self._generation)
         (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         # As neuronx_distributed.trainer.save_checkpoint: the tag file, then done.
         (self.folder / TAG).write_text("1")
