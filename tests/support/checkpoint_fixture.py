@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.run.conversion import Report, convert
+from nxdt_align.weights.digests import RECORD
 from nxdt_align.weights.hf import FreshWeights, HFFolder
 
 MakeHF = Callable[..., Path]
@@ -67,5 +68,7 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 def edit(shard: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Change a shard of a checkpoint, which then counts as one without checksums."""
+    (shard.parent.parent / RECORD).unlink(missing_ok=True)
     tensors = load(shard)
     torch.save(change(tensors) or tensors, shard)

@@ -33,6 +33,7 @@ from torch import Tensor
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import PartitionError
 from nxdt_align.run.conversion import open_weights
+from nxdt_align.weights.digests import RECORD
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.hf_writer import write_hf_folder
@@ -163,6 +164,8 @@ def change_config(folder: Path, **values: Any) -> None:
 def test_a_damaged_checkpoint_is_refused(
     damage: Callable[[Path], Any], fault: str, nxdt: Path, tmp_path: Path
 ) -> None:
+    """By what is wrong with it, as shards that NxD has saved have no checksums."""
+    (nxdt / RECORD).unlink()
     damage(nxdt)
     with pytest.raises(UserError, match=f"(?s){fault}"):
         run(nxdt, tmp_path / "back")
@@ -214,6 +217,7 @@ def test_a_lost_xser_file_is_named(lost: str, make_hf: MakeHF, tmp_path: Path) -
     run(make_hf(CONFIG), tmp_path / "out", **SIZES, xser=True)
     file = tmp_path / "out" / "model" / (shard_name(0, 0) + ".tensors") / lost
     shutil.rmtree(file) if file.is_dir() else file.unlink()
+    (tmp_path / "out" / RECORD).unlink()
     with pytest.raises(WeightsError, match=r"refers to .*tensor_\d+.pt for model.*, which is missing"):
         run(tmp_path / "out", tmp_path / "back")
 
@@ -299,6 +303,7 @@ def test_config_of_another_model_is_refused(make_hf: MakeHF, tmp_path: Path) -> 
 
 def test_a_vocabulary_smaller_than_that_of_the_shards_is_refused(nxdt: Path, tmp_path: Path) -> None:
     """Rows that hold tokens are no padding; 99 tokens are padded to 100 rows, the 100th is 0."""
+    (nxdt / RECORD).unlink()
     change_config(nxdt, vocab_size=98)
     fault = r"hold 100 rows .* after the model's vocab_size \(98\) are not 0.* set its vocab_size to 100"
     with pytest.raises(WeightsError, match=fault):

@@ -19,6 +19,7 @@ from checkpoint_fixture import (
     DOWN,
     SIZES,
     MakeHF,
+    edit,
     fresh,
     load,
     random_config,
@@ -345,10 +346,10 @@ def test_tied_embedding_is_the_head_of_the_last_stage(make_hf: MakeHF, tmp_path:
 
 def test_a_head_that_training_has_untied_is_kept(make_hf: MakeHF, tmp_path: Path) -> None:
     run(make_hf(replace(CONFIG, tie_word_embeddings=True)), tmp_path / "out", tp=2)
-    file = tmp_path / "out" / "model" / shard_name(0, 0)
-    shard = load(file)
-    shard["lm_head.weight"] = shard["lm_head.weight"] + 1
-    torch.save(shard, file)
+    edit(
+        tmp_path / "out" / "model" / shard_name(0, 0),
+        lambda shard: shard | {"lm_head.weight": shard["lm_head.weight"] + 1},
+    )
     run(tmp_path / "out", tmp_path / "back")
     assert "lm_head.weight" in HFFolder(tmp_path / "back").names()
     assert json.loads((tmp_path / "back" / "config.json").read_text())["tie_word_embeddings"] is False
@@ -369,8 +370,7 @@ def test_shards_stored_column_major_are_read(make_hf: MakeHF, tmp_path: Path) ->
     """NxD's converter clones a transposed o_proj, which keeps its strides."""
     run(make_hf(CONFIG), tmp_path / "out", **SIZES)
     for file in (tmp_path / "out" / "model").iterdir():
-        shard = load(file)
-        torch.save({n: t.t().contiguous().t() if "o_proj" in n else t for n, t in shard.items()}, file)
+        edit(file, lambda x: {n: t.t().contiguous().t() if "o_proj" in n else t for n, t in x.items()})
     file = tmp_path / "out" / "model" / shard_name(0, 1)
     assert not load(file)["model.layers.2.self_attn.o_proj.weight"].is_contiguous()
     run(tmp_path / "out", tmp_path / "back")

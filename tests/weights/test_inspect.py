@@ -57,6 +57,7 @@ SHARDS = {
     "layers of the stages": [1, 2],
     "kv multiplier": 2,
     "padded vocabulary": 100,
+    "checksums": "compared when read",
 }
 KINDS: list[tuple[str, Make, str, str, dict[str, Any] | None]] = [
     ("hf", as_hf, HF, "transformers", None),

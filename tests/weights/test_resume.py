@@ -12,6 +12,7 @@ from nxdt_align import files
 from nxdt_align.errors import UserError
 from nxdt_align.weights import convert, staging
 from nxdt_align.weights.detect import open_source
+from nxdt_align.weights.digests import RECORD
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.staging import JOURNAL
 
@@ -31,6 +32,9 @@ def test_a_killed_conversion_goes_on(kind: str, moment: str, make_hf: MakeHF, tm
     run(tmp_path / "out", tmp_path / "back", to="hf")
     same_folders(tmp_path / "hf", tmp_path / "back")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["back", "hf", "out"]
+    if kind != "hf":  # which has no checksums
+        run(tmp_path / "hf", tmp_path / "at once", **KINDS[kind])
+        assert (tmp_path / "out" / RECORD).read_bytes() == (tmp_path / "at once" / RECORD).read_bytes()
 
 
 def test_a_killed_conversion_is_cleared_away_without_resume(make_hf: MakeHF, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
 from nxdt_align.run.resume import newest_checkpoint
 from nxdt_align.weights.detect import holds_weights
+from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.generation import GENERATION, read_generation
 from nxdt_align.weights.hf_writer import copy_files, holds_tokenizer, json_text, tokenizer_files
 
@@ -135,6 +136,7 @@ def with_located_start(config: Config) -> Config:
 def read_shape(file: Path) -> LlamaConfig:
     """The model's shape in a config.json, or in the record of a run. Raises UserError."""
     if file.name != IDENTITY_FILE:
+        require_unchanged(file)
         return read_config_json(file)
     try:
         values = shape_in(file, json.loads(file.read_text(encoding="utf-8")))

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from nxdt_align.engines.native.checkpoint import MODEL, SUMMARY, TENSORS, TRAINER, NativeCheckpoint
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 from nxdt_align.named_tensors import WeightSource
+from nxdt_align.weights.digests import FileDigest, write_record
 from nxdt_align.weights.generation import GENERATION
 from nxdt_align.weights.hf_writer import write_json
 
@@ -86,8 +87,12 @@ class NativeWriter:
         os.rename(self._tensors, self.folder / TENSORS)
         torch.save({"extra": {}, "optimizer": None}, self.folder / TRAINER)
         (self.folder / "config.json").write_text(json.dumps(self._config.to_hf_dict(), indent=2) + "\n")
+        beside = [self.folder / "config.json"]
         if self._generation is not None:
-            write_json(self.folder / GENERATION, self._generation)
+            beside.append(self.folder / GENERATION)
+            write_json(beside[-1], self._generation)
+        # The checkpoint's own files have checksums in them.
+        write_record(self.folder, record, {file.name: FileDigest.of(file) for file in beside})
         files = [*sorted((self.folder / TENSORS).iterdir()), self.folder / TRAINER]
         said = {
             "step": 0,

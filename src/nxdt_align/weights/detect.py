@@ -8,6 +8,7 @@ from typing import Literal
 
 from nxdt_align.models.presets import LlamaConfig, read_config_json, weight_shapes
 from nxdt_align.named_tensors import WeightSource, require_fit
+from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.hf import WEIGHT_FILES, HFFolder
 from nxdt_align.weights.meta import PARAMS, MetaFolder, is_meta_folder
@@ -99,6 +100,8 @@ def open_source(
                 f"{path} has no config.json, and the sizes of heads do not follow from shards: give the "
                 "model's config.json with --config"
             )
+        if config_file is None:
+            require_unchanged(file)
         config = read_config_json(file)
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=unequal_replicas)
         return sharded, sharded.config

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.extents import WeightsError
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
     file = folder / GENERATION
     if not file.is_file():
         return None
+    require_unchanged(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

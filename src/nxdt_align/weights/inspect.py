@@ -121,6 +121,7 @@ def _shards(source: NxDTFolder) -> dict[str, Any]:
         "qkv": held.qkv,
         "files": "xser" if source.is_xser else "plain",
         "padded vocabulary": held.padded_vocab,
+        "checksums": "compared when read" if source.has_checksums else "none",
     }
 
 

@@ -5,7 +5,8 @@ Sizes, layout and kv multiplier follow from the files and the model's shape.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -25,9 +26,11 @@ from nxdt_align.models.partition import (
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.models.sharding import KV_HEADS, split_of
 from nxdt_align.named_tensors import Spec, WeightSource, require_fit
+from nxdt_align.weights.digests import Digests
 from nxdt_align.weights.extents import Extent, WeightsError, empty, read_into, read_region, same_bytes
 from nxdt_align.weights.names import is_recomputed
 from nxdt_align.weights.nxdt_files import (
+    MODEL,
     Files,
     find_shards,
     is_xser,
@@ -39,6 +42,7 @@ from nxdt_align.weights.nxdt_files import (
     shard_name,
 )
 
+log = logging.getLogger(__name__)
 _OR_MISSING = "or shards of the highest ranks are missing"
 
 
@@ -50,7 +54,10 @@ class NxDTFolder(WeightSource):
             holds a head that differs from the embedding.
         unequal_replicas: use the first rank's copy if replicas differ between ranks.
 
-    Raises WeightsError naming every shard or tensor that is missing, surplus or misshapen.
+    Where ``conversion.json`` has checksums, all that is read is compared with them.
+
+    Raises WeightsError naming every shard or tensor that is missing, surplus or misshapen, or the file that
+    has changed.
     """
 
     path: Path
@@ -68,20 +75,32 @@ class NxDTFolder(WeightSource):
         folder = shards or model_folder(self.path)
         if folder is None:
             raise WeightsError(f"{self.path} holds no shards of NxD (dp_rank_00_tp_rank_00_pp_rank_00.pt)")
+        self._digests = None
         if shards is None:
             refuse_unfinished(folder)
+            self._digests = Digests.read(folder.parent if folder.name == MODEL else folder)
+            if self._digests is None:
+                log.info("%s has no checksums: whether its bytes have changed cannot be verified", self)
+            else:
+                self._digests.check_beside_parts()
         grid = find_shards(folder)
         self._files = {place: open_shard(file) for place, file in grid.items()}
         self.is_xser = is_xser(grid.values())
         self._unequal = unequal_replicas
         self.partition = self._partition(config)
         self._tensors = self._check()
+        if self._digests is not None:
+            self._digests.check_parts_but(chain.from_iterable(map(self._pieces, self._tensors)))
         self._require_padding_of_zeros()
         if config.tie_word_embeddings and HEAD in self._tensors:
             self._resolve_tie(untie)
 
     def __str__(self) -> str:
         return f"the NxD checkpoint {self.path}"
+
+    @property
+    def has_checksums(self) -> bool:
+        return self._digests is not None
 
     @property
     def config(self) -> LlamaConfig:
@@ -112,6 +131,7 @@ class NxDTFolder(WeightSource):
             dim, ranges = self.partition.ranges(name, rank)
             if dim == 1:
                 read_into(extent, spare)
+                self._compare(extent, 0, spare)
                 _fill_columns(whole, spare, ranges)
                 continue
             row = first_row
@@ -121,8 +141,10 @@ class NxDTFolder(WeightSource):
                 target = whole[start : start + kept]
                 if (start, stop) not in seen:
                     read_into(extent, target, row)
+                    self._compare(extent, row, target)
                 elif not self._unequal:
                     read_into(extent, spare[:kept], row)
+                    self._compare(extent, row, spare[:kept])
                     self._require_same(name, rank, spare[:kept], target)
                 seen.add((start, stop))
                 row += stop - start
@@ -130,9 +152,11 @@ class NxDTFolder(WeightSource):
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
         """Uses the first of several replicas, so that only bytes of the part are read; ``read`` and
-        ``fingerprint`` compare replicas."""
+        ``fingerprint`` compare replicas and checksums, as this does where the part is all."""
         extents, first_row = self._place(name)
         cut = [slice(*part.indices(size)) for part, size in zip(region, self.shape(name), strict=True)]
+        if all(part == slice(0, size, 1) for part, size in zip(cut, self.shape(name), strict=True)):
+            return self.read(name)
         part = empty([max(0, each.stop - each.start) for each in cut], extents[0].dtype)
         seen: set[tuple[int, int]] = set()
         for rank, extent in enumerate(extents):
@@ -148,6 +172,24 @@ class NxDTFolder(WeightSource):
                 seen.add((start, stop))
                 held += stop - start
         return part
+
+    def _pieces(self, name: str) -> Iterator[tuple[Path, int, int]]:
+        """File, offset and bytes of each stretch that ``read`` reads."""
+        extents, first_row = self._place(name)
+        for rank, extent in enumerate(extents):
+            dim, ranges = self.partition.ranges(name, rank)
+            if dim == 1:
+                yield extent.path, extent.offset, extent.nbytes
+                continue
+            row = first_row
+            for start, stop in ranges:
+                kept = max(0, min(stop, self.shape(name)[0]) - start)
+                yield extent.path, extent.offset + row * extent.row_bytes, kept * extent.row_bytes
+                row += stop - start
+
+    def _compare(self, extent: Extent, row: int, held: Tensor) -> None:
+        if self._digests is not None:
+            self._digests.check(extent.path, extent.offset + row * extent.row_bytes, held)
 
     def _require_same(self, name: str, rank: int, again: Tensor, first: Tensor) -> None:
         if not same_bytes(again, first):

@@ -6,11 +6,12 @@ and written into it. Names and order are those of NxD's own converter.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import threading
 import zipfile
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import serialization
 
 from nxdt_align.models.partition import EMBEDDING, HEAD, Partition, local_tensors
+from nxdt_align.models.presets import weight_shapes
 from nxdt_align.named_tensors import WeightSource
-from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, empty, write_bytes
+from nxdt_align.weights.digests import FileDigest, checksum, write_record
+from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, byte_view, empty, write_bytes
 from nxdt_align.weights.generation import GENERATION
 from nxdt_align.weights.hf_writer import CONFIG, config_json, write_json
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import DONE, INFO, MODEL, TAG, TENSORS, shard_name
 from nxdt_align.weights.tensor_files import REFERENCE_MODULE, REFERENCE_NAME, read_index, tensors_of
 
-RECORD = "conversion.json"
-"""The source of a converted checkpoint, and the checksums of its weights."""
 _UNFINISHED_MODEL = "model.partial"
+_MARK = "1"
 _Local = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a local tensor."""
 
@@ -72,6 +74,11 @@ class NxDTWriter:
         self._generation = generation
         self._xser = xser
         self._places: dict[str, list[_Place]] = {}
+        self._parts: dict[Path, dict[int, tuple[int, int]]] = {}
+        """File -> offset of a share -> its bytes and CRC-32."""
+        self._noted: set[str] = set()
+        """Weights whose shares are among them."""
+        self._lock = threading.Lock()
 
     def total_bytes(self) -> int:
         """Of the tensors in all files."""
@@ -115,25 +122,49 @@ class NxDTWriter:
         for target in [name, *([HEAD] if name == EMBEDDING and self._is_tied else [])]:
             spare = empty(self.partition.local_shape(target), whole.dtype)
             for place in self._places[target]:
-                self._write_share(target, whole, place, spare)
+                for path, offset, share in self._shares(target, whole, place, spare):
+                    write_bytes(path, offset, share)
+                    # Of the memory, not of the file, so that the checksum detects what the disk has changed.
+                    self._note_part(path, offset, share.nbytes, zlib.crc32(byte_view(share)))
+        self._noted.add(name)
 
     @property
     def _is_tied(self) -> bool:
         return self.partition.config.tie_word_embeddings
 
-    def _write_share(self, name: str, whole: Tensor, place: _Place, spare: Tensor) -> None:
+    def _shares(
+        self, name: str, whole: Tensor, place: _Place, spare: Tensor
+    ) -> Iterator[tuple[Path, int, Tensor]]:
+        """File, offset and content of what a rank holds of a weight."""
         dim, ranges = self.partition.ranges(name, place.rank)
         extent = place.extent
         if dim == 1:
             torch.cat([whole[:, start:stop] for start, stop in ranges], dim=1, out=spare)
-            write_bytes(extent.path, extent.offset, spare)
+            yield extent.path, extent.offset, spare
             return
         row = place.first_row
         for start, stop in ranges:
             rows = whole[start : min(stop, len(whole))]
             if len(rows):
-                write_bytes(extent.path, extent.offset + row * extent.row_bytes, rows)
+                yield extent.path, extent.offset + row * extent.row_bytes, rows
             row += stop - start
+
+    def _note_part(self, path: Path, offset: int, size: int, crc: int) -> None:
+        with self._lock:
+            self._parts.setdefault(path, {})[offset] = size, crc
+
+    def _note_earlier_parts(self) -> None:
+        """Of weights that an earlier attempt wrote, from the files: those are verified by then."""
+        shapes = weight_shapes(self.partition.config)
+        for target, places in self._places.items():
+            name = EMBEDDING if self._is_tied and target == HEAD else target
+            if name in self._noted:
+                continue
+            whole = torch.empty(shapes[name], dtype=self._dtype(name), device="meta")
+            spare = torch.empty(self.partition.local_shape(target), dtype=whole.dtype, device="meta")
+            for place in places:
+                for path, offset, share in self._shares(target, whole, place, spare):
+                    self._note_part(path, offset, share.nbytes, checksum(path, [(offset, share.nbytes)]))
 
     def _specs(self, stage: int) -> dict[str, _Local]:
         """The stage's local tensors, the same on every rank."""
@@ -174,14 +205,20 @@ class NxDTWriter:
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Complete the folder; ``done``, which marks it as complete, is written last."""
+        self._note_earlier_parts()
+        files = {f: FileDigest.of(f, self._parts.get(f)) for f in self._shards.rglob("*") if f.is_file()}
+        named = {f"{MODEL}/{f.relative_to(self._shards).as_posix()}": x for f, x in files.items()}
         os.rename(self._shards, self.folder / MODEL)
         write_json(self.folder / CONFIG, config_json(self.partition.config, self._dtype("model.norm.weight")))
         if self._generation is not None:
             write_json(self.folder / GENERATION, self._generation)
-        (self.folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        beside = [self.folder / name for name in (CONFIG, GENERATION)]
+        named |= {file.name: FileDigest.of(file) for file in beside if file.is_file()}
+        named |= {name: FileDigest(len(_MARK), zlib.crc32(_MARK.encode())) for name in (TAG, DONE)}
+        write_record(self.folder, record, named)
         # As neuronx_distributed.trainer.save_checkpoint: the tag file, then done.
-        (self.folder / TAG).write_text("1")
-        (self.folder / DONE).write_text("1")
+        (self.folder / TAG).write_text(_MARK)
+        (self.folder / DONE).write_text(_MARK)
 
     def unfinish(self) -> None:
         """Undo an interrupted ``finish``."""

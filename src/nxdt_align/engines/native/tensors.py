@@ -223,7 +223,10 @@ class _Reader(FileSystemReader):
         return index
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
-        check_archive(Stretch(file, sinfo.offset, sinfo.length))
+        try:
+            check_archive(Stretch(file, sinfo.offset, sinfo.length))
+        except ValueError as error:
+            raise ValueError(f"{sinfo.relative_path}: {error}") from error
         return super()._slice_file(file, sinfo)
 
 
