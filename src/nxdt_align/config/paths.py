@@ -34,13 +34,15 @@ def path_faults(config: Config) -> list[Fault]:
     if config.validates:
         found += _data("data.val_dir", config.data.val_dir)
     found += _tokenizer(config)
-    found += _weights("exp_manager.resume_from_checkpoint", config.exp_manager.resume_from_checkpoint)
+    start = [*_weights("exp_manager.resume_from_checkpoint", config.exp_manager.resume_from_checkpoint)]
+    found += start
     strategy = config.model_alignment_strategy
     # Only these ask for a reference; a custom loss may.
     if any(setting is not None for setting in (strategy.dpo, strategy.kto, strategy.loss)):
         path = "model_alignment_strategy.reference_model"
         found += _weights(path, config.model_alignment_strategy.reference_model)
-    return [*found, *_model(config)]
+    # Without a start, what its folder lacks is no news.
+    return found if start and config.model.model_config is None else [*found, *_model(config)]
 
 
 def _data(path: str, value: str | tuple[DataSource, ...] | None) -> Iterator[Fault]:
@@ -118,6 +120,11 @@ def _weights(path: str, value: str | None) -> Iterator[Fault]:
     elif not any(folder.iterdir()):
         advice = "this one is empty; name a Hugging Face folder or a run, or a checkpoint of one"
         yield Fault(path, "must be a folder that holds weights", value, advice)
+    elif (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors")):
+        advice = (
+            f"it is a PEFT adapter: merge it into its base model first; nxdt-align inspect {value} says how"
+        )
+        yield Fault(path, "must be a folder of whole weights", value, advice)
 
 
 # config.json

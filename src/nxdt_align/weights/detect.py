@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +20,11 @@ from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import MODEL, model_folder
 from nxdt_align.weights.staging import JOURNAL
 
+log = logging.getLogger(__name__)
+
+ADAPTER = "adapter_config.json"
+ARCHIVE = "policy.pt"
+"""The weights in a folder that the reference DPO implementation saves, beside those of the optimizer."""
 _FIRST_FORMAT = re.compile(r"^tp_rank_\d+_pp_rank_\d+")
 _SIZES = (
     "num_hidden_layers, hidden_size, tie_word_embeddings and the other sizes must be those of the weights"
@@ -33,6 +41,7 @@ def layout_of(path: Path) -> Layout:
     if path.is_dir() and model_folder(path) is not None:
         return "nxdt"
     _refuse_first_format(path)
+    _refuse_adapter(path)
     return "meta" if is_meta_folder(path) else "hf"
 
 
@@ -49,6 +58,30 @@ def _refuse_first_format(path: Path) -> None:
                 "tp_rank_TT_pp_rank_PP/checkpoint.pt (with xser: tp_rank_TT_pp_rank_PP and its .tensors) to "
                 "model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt (and .pt.tensors)"
             )
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Raise WeightsError for what PEFT saves of an adapter alone: what it adds to a model, without that."""
+    folder = path.parent if path.is_file() else path
+    file = folder / ADAPTER
+    if not file.is_file() or (path.is_file() and not path.name.startswith("adapter_model")):
+        return
+    if path.is_dir() and holds_weights(path):
+        log.warning("%s holds a PEFT adapter beside the weights; it is not read", path)
+        return
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        kind, base = (str(said.get(key) or "unknown") for key in ("peft_type", "base_model_name_or_path"))
+    except (ValueError, OSError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{file} of a PEFT adapter cannot be read: {error}; copy it again") from error
+    code = (
+        "from peft import AutoPeftModelForCausalLM as Model; "
+        f"Model.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('MERGED')"
+    )
+    raise WeightsError(
+        f"{folder} is a PEFT adapter ({kind}, base model {base}) and no model by itself: merge it into its "
+        f"base model and give the folder MERGED, after: pip install peft; python -c {shlex.quote(code)}"
+    )
 
 
 def find_config_file(path: Path) -> Path | None:
@@ -105,6 +138,8 @@ def open_source(
         config = read_config_json(file)
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=unequal_replicas)
         return sharded, sharded.config
+    if path.is_dir() and not holds_weights(path) and (path / ARCHIVE).is_file():
+        path = path / ARCHIVE
     _require_weights(path)
     file = config_file or find_config_file(path)
     if file is None:

@@ -132,6 +132,11 @@ def _find_tensors(folder: Path) -> dict[str, NamedTensors]:
         single = open_tensor_file(folder)
         return dict.fromkeys(single.names(), single)
     found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None and (folder / "policy.pt").is_file():
+        raise WeightsError(
+            f"{folder} is of the reference DPO implementation: nxdt-align convert {folder}/policy.pt "
+            "DESTINATION --to hf --config CONFIG_JSON --tokenizer DIR makes a folder to start training from"
+        )
     if found is None:
         raise WeightsError(f"{folder} has no weights: it must hold one of {', '.join(WEIGHT_FILES)}")
     if not found.endswith(".index.json"):

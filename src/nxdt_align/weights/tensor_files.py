@@ -38,7 +38,12 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+STATE_KEYS = ("model", "state", "state_dict", "model_state_dict")
+"""Keys of a state dict that is saved beside other values: NxD's, the reference DPO implementation's (its
+``policy.pt``), and what others commonly use."""
 REFERENCE_MODULE, REFERENCE_NAME = "torch_xla.utils.serialization", "TensorReference"
+_BUILTINS = ("builtins", "__builtin__")
+"""Python's module of them, and its name in pickles of protocol 2."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _DTYPES: dict[str, torch.dtype] = {
     str(x).removeprefix("torch."): x for x in vars(torch).values() if isinstance(x, torch.dtype)
@@ -100,11 +105,7 @@ class _OldTorchFile(NamedTensors):
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
             raise damaged(path, "PyTorch", error) from error
-        if not isinstance(content, dict) or not all(
-            isinstance(key, str) and isinstance(x, Tensor) for key, x in content.items()
-        ):
-            raise WeightsError(f"{path} must hold a dictionary of tensors, as save_pretrained writes it")
-        self._tensors: dict[str, Tensor] = content
+        self._tensors: dict[str, Tensor] = _state_dict(path, content, Tensor)
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -183,11 +184,20 @@ def damaged(path: Path, kind: str, error: Exception) -> WeightsError:
 
 
 def tensors_of(path: Path, saved: Any) -> dict[str, Extent | TensorReference]:
-    """The flat dictionary of tensors in a state-dict file, or under its key ``model``."""
-    if isinstance(saved, Mapping) and isinstance(saved.get("model"), Mapping):
-        saved = saved["model"]
+    """The flat dictionary of tensors in a state-dict file, or under one of the keys ``STATE_KEYS``."""
+    return _state_dict(path, saved, (Extent, TensorReference))
+
+
+def _state_dict(path: Path, saved: Any, kind: type | tuple[type, ...]) -> dict[str, Any]:
+    if isinstance(saved, Mapping):
+        saved = next((saved[key] for key in STATE_KEYS if isinstance(saved.get(key), Mapping)), saved)
+    if isinstance(saved, Mapping) and ("param_groups" in saved or "last_epoch" in saved):
+        raise WeightsError(
+            f"{path} holds the state of an optimizer or a schedule: give the file of the model's weights, "
+            "such as policy.pt"
+        )
     if not isinstance(saved, Mapping) or not all(
-        isinstance(key, str) and isinstance(x, (Extent, TensorReference)) for key, x in saved.items()
+        isinstance(key, str) and isinstance(x, kind) for key, x in saved.items()
     ):
         raise WeightsError(f"{path} must hold a dictionary of tensors, as torch.save writes a state dict")
     return dict(saved)
@@ -226,6 +236,12 @@ class _Unpickler(pickle.Unpickler):
             ("collections", "OrderedDict"): OrderedDict,
             ("torch", "Size"): _size,
             (REFERENCE_MODULE, REFERENCE_NAME): TensorReference,
+            # Metrics that are saved beside weights; nothing reads them.
+            ("collections", "defaultdict"): _plain_dict,
+            **{(module, name): _Unread for module in _BUILTINS for name in ("list", "float", "int")},
+            **{(f"numpy.{core}.multiarray", "scalar"): _Unread for core in ("core", "_core")},
+            ("numpy", "dtype"): _Unread,
+            ("_codecs", "encode"): _Unread,
         }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -252,6 +268,18 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"the bytes of its tensor {storage.key} are cut short")
         kept = None if is_row_major(shape, stride) else tuple(stride)
         return Extent(self._path, start + offset * storage.dtype.itemsize, storage.dtype, tuple(shape), kept)
+
+
+class _Unread:
+    """In place of a value beside the tensors, or of a function that would make it; does nothing."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    return {}
 
 
 def _parameter(data: Extent, *_: Any) -> Extent:
