@@ -436,7 +436,14 @@ def test_print_env_trains_nothing_and_needs_no_packages(
     assert "engine native sets none of them" in said.err
 
 
-@pytest.mark.parametrize("verb", [["presets"], ["--help-keys"], ["config"], ["config", "--no-check"]])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *(["presets"], ["--help-keys"], ["config"], ["config", "--no-check"]),
+        *(["--help"], ["convert", "--help"], ["--version"], ["launch", "--path"]),
+    ],
+    ids=" ".join,
+)
 def test_a_reader_that_stops_early_is_no_error(repo: Path, tmp_path: Path, verb: list[str]) -> None:
     """As `nxdt-align presets | head -0`: the pipe has no reader when the command writes."""
     name = ["--config-name", "hf_llama3_8B_DPO_config"] if verb[0] == "config" else []

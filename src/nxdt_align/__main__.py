@@ -22,7 +22,11 @@ def main() -> int:
         return 1
     from nxdt_align import cli
 
-    return cli.main()
+    try:
+        return cli.main()
+    finally:  # also after --help, whose text argparse has printed
+        with cli.reader_may_stop():
+            pass
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -340,7 +341,7 @@ def _launch(arguments: argparse.Namespace, environment: Environment) -> int:
     """Replace this process by train.sh, with this interpreter unless NXDT_ALIGN_PYTHON names another."""
     script = str(Path(__file__).resolve().with_name("train.sh"))
     if arguments.path:
-        print(script)
+        _show(script)
         return 0
     os.environ.setdefault("NXDT_ALIGN_PYTHON", sys.executable)
     options = ["--print-env"] if arguments.print_env else []
@@ -422,8 +423,16 @@ def _checked(
 
 def _show(text: str) -> None:
     """Print a long text to a reader that may close the pipe early, as ``head`` does."""
+    with reader_may_stop():
+        print(text)
+
+
+@contextmanager
+def reader_may_stop() -> Iterator[None]:
+    """Write and flush output; where the reader of the pipe is gone, the rest is dropped."""
     try:
-        print(text, flush=True)
+        yield
+        sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes stdout again at exit, which would raise a second BrokenPipeError.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
