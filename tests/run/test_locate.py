@@ -171,6 +171,20 @@ def test_other_kinds_of_weights_are_left_to_their_readers(tmp_path: Path) -> Non
     assert [locate(path) for path in kinds] == kinds
 
 
+def test_the_newest_of_nxd_trainings_checkpoints(tmp_path: Path) -> None:
+    """Without a record of ours: the step is in the name, and the file ``done`` tells a whole one."""
+    write_hf_folder(tmp_path / "hf", CONFIG, fresh(CONFIG))
+    folder = tmp_path / "date" / "checkpoints"
+    for step in (9, 10, 11):
+        run(tmp_path / "hf", folder / f"hf--step={step}-consumed_samples=8.ckpt", tp=2)
+    (folder / "hf--step=11-consumed_samples=8.ckpt" / "done").unlink()
+    newest = folder / "hf--step=10-consumed_samples=8.ckpt"
+    assert [locate(place) for place in (folder, folder.parent, folder / "latest")] == [newest] * 3
+    newest.rename(folder / "best")
+    with pytest.raises(UserError, match=r"checkpoints of NxD \(best, hf--step=9-.*: name one of them"):
+        locate(folder)
+
+
 # A run through the command line
 
 

@@ -126,6 +126,8 @@ def convert(
     if target == "native":
         make = partial(NativeWriter, config=model, dtype=dtype_of, generation=beside.generation)
     elif target == "hf":
+        if tokenizer is None and not beside.tokenizer:
+            log.info("no tokenizer is beside %s: --tokenizer DIR copies one", source)
         make = partial(
             HFWriter,
             config=model,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from nxdt_align.weights.detect import holds_weights
 from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.generation import GENERATION, read_generation
 from nxdt_align.weights.hf_writer import copy_files, holds_tokenizer, json_text, tokenizer_files
+from nxdt_align.weights.nxdt_files import DONE, model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 _START = "exp_manager.resume_from_checkpoint"
 _LISTED = 10
+_STEP = re.compile(r"step=(\d+)")
 
 
 def locate(path: Path) -> Path:
@@ -57,10 +60,13 @@ def locate(path: Path) -> Path:
         return found
     is_run = (found / IDENTITY_FILE).is_file()
     holder = found / CHECKPOINTS if (found / CHECKPOINTS).is_dir() else found
-    if not is_run and found.name != CHECKPOINTS and not any(map(_is_checkpoint, _folders(holder))):
-        _refuse_runs(found)
-        return found
-    newest = newest_checkpoint(holder, checkpoint_step)
+    if is_run or any(map(_is_checkpoint, _folders(holder))):
+        newest = newest_checkpoint(holder, checkpoint_step)
+    else:
+        newest = _newest_of_nxdt(holder) if holder.name == CHECKPOINTS else None
+        if newest is None and found.name != CHECKPOINTS:
+            _refuse_runs(found)
+            return found
     if newest is not None:
         log.info("%s: its newest checkpoint is %s", path, newest)
         return newest
@@ -72,6 +78,17 @@ def locate(path: Path) -> Path:
         if is_run or found.name == CHECKPOINTS
         else f"{found} holds no whole checkpoint{_what_is_there(holder)}: take another"
     )
+
+
+def _newest_of_nxdt(holder: Path) -> Path | None:
+    """Of NxD Training's checkpoints in ``holder``, which have their steps in their names; None where there is
+    none. Raises UserError where a name has no step."""
+    whole = [f for f in _folders(holder) if (f / DONE).is_file() and model_folder(f) is not None]
+    steps = {f: int(match[1]) for f in whole if (match := _STEP.search(f.name))}
+    if len(steps) < len(whole) > 1:
+        names = ", ".join(f.name for f in whole[:_LISTED])
+        raise UserError(f"{holder} holds several checkpoints of NxD ({names}): name one of them")
+    return max(whole, key=lambda f: (steps.get(f, 0), f.name), default=None)
 
 
 def checkpoint_step(path: Path) -> int | None:

@@ -100,7 +100,7 @@ def note_unused_sampling(values: Mapping[str, Any], place: Path) -> None:
 def _ids(value: object) -> list[int]:
     """Raises TypeError for what are no token ids."""
     items = value if isinstance(value, list) else [] if value is None else [value]
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, int):
-            raise TypeError(f"{item!r} is no token id")
-    return [int(item) for item in items]
+    ids = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+    if len(ids) < len(items):
+        raise TypeError(f"{value!r} is no token id")
+    return ids
