@@ -80,7 +80,7 @@ def test_an_export_stops_after_the_answer(tmp_path: Path, caplog: pytest.LogCapt
     for command in (
         ["export", str(run), f"{tmp_path}/exported"],
         ["convert", str(run / "checkpoints"), f"{tmp_path}/shards", "--tp", "2"],
-        ["convert", f"{tmp_path}/shards/model", f"{tmp_path}/back", "--tokenizer", f"{run}/tokenizer"],
+        ["convert", f"{tmp_path}/shards/model", f"{tmp_path}/back", "--tokenizer", f"{run}/for_export"],
     ):
         assert main([*command, "--quiet"]) == 0
     for name in ("exported", "back"):
@@ -89,6 +89,6 @@ def test_an_export_stops_after_the_answer(tmp_path: Path, caplog: pytest.LogCapt
         assert names[0] == names[1]
     # Trained on from there: nothing is there twice.
     onward = ("trainer.max_steps=1", f"exp_manager.resume_from_checkpoint={tmp_path}/shards")
-    tokenizer = f"data.tokenizer.type={run}/tokenizer"
+    tokenizer = f"data.tokenizer.type={run}/for_export"
     assert project.train(*SFT, *own[1:], tokenizer, *onward) == 0
     assert said(project.runs()[-1] / "hf_export") == wanted

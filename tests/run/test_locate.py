@@ -78,10 +78,10 @@ def test_a_file_names_the_checkpoint(finished: Path, place: str, text: str) -> N
 
 def test_links_lead_there_and_to_what_belongs_to_the_run(finished: Path, tmp_path: Path) -> None:
     names = ("tokenizer.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja")
-    (finished / "tokenizer" / "additional_chat_templates").mkdir(parents=True)
+    (finished / "for_export" / "additional_chat_templates").mkdir(parents=True)
     for name in names:
-        (finished / "tokenizer" / name).write_text(name)
-    (finished / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+        (finished / "for_export" / name).write_text(name)
+    (finished / "for_export" / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
     for link, target in (("last_checkpoint", "checkpoints/run--step=4"), ("newest_run", "")):
         (tmp_path / link).symlink_to(finished / target)
         found = companions(locate(tmp_path / link))
@@ -222,7 +222,7 @@ def test_a_run_starts_from_a_run(
     (second,) = (tmp_path / "experiments" / "run").iterdir()
     (saved,) = checkpoints_of(second)
     assert NativeCheckpoint(saved).names() == NativeCheckpoint(checkpoint).names()
-    names = {str(f.relative_to(first / "tokenizer")) for f in (first / "tokenizer").rglob("*")}
+    names = {str(f.relative_to(first / "for_export")) for f in (first / "for_export").rglob("*")}
     assert "additional_chat_templates/tool_use.jinja" in names
     assert names <= {str(f.relative_to(second / "hf_export")) for f in (second / "hf_export").rglob("*")}
 

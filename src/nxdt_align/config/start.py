@@ -14,8 +14,9 @@ from nxdt_align.config.faults import nearest
 from nxdt_align.config.schema import Config
 
 IDENTITY_FILE = "run_identity.json"
-CHECKPOINTS, EXPORT, TOKENIZER = "checkpoints", "hf_export", "tokenizer"
-"""Folders in that of a run: its checkpoints, the policy for transformers, the tokenizer that it uses."""
+CHECKPOINTS, EXPORT, FOR_EXPORT = "checkpoints", "hf_export", "for_export"
+"""Folders in that of a run: its checkpoints, the policy for transformers, and what a checkpoint's export has
+beside the weights: the tokenizer and the generation config."""
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model"),
@@ -136,4 +137,4 @@ def folders_of(start: Path) -> Iterator[Path]:
         yield folder.parent
     run = run_folder(folder)
     if run is not None:
-        yield from (run, run / TOKENIZER, run / EXPORT)
+        yield from (run / FOR_EXPORT, run / EXPORT)

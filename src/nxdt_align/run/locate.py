@@ -16,8 +16,8 @@ from nxdt_align.config.schema import Config
 from nxdt_align.config.start import (
     CHECKPOINTS,
     EXPORT,
+    FOR_EXPORT,
     IDENTITY_FILE,
-    TOKENIZER,
     folders_of,
     follow,
     near,
@@ -27,13 +27,13 @@ from nxdt_align.config.start import (
 from nxdt_align.engines.native import checkpoint as native
 from nxdt_align.engines.nxd import checkpoint as nxd
 from nxdt_align.errors import UserError
-from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write
+from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
 from nxdt_align.run.resume import newest_checkpoint
 from nxdt_align.weights.detect import holds_weights
 from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.generation import GENERATION, read_generation
-from nxdt_align.weights.hf_writer import copy_files, holds_tokenizer, json_text, tokenizer_files
+from nxdt_align.weights.hf_writer import copy_files, holds_tokenizer, tokenizer_files, write_json
 from nxdt_align.weights.nxdt_files import DONE, model_folder
 
 if TYPE_CHECKING:
@@ -201,11 +201,10 @@ def companions(weights: Path | None, config_file: Path | None = None) -> Compani
 
 def keep_companions(run: Path, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any]) -> None:
     """Write them into a run's folder, where ``companions`` finds them for its checkpoints. Raises OSError."""
-    run.mkdir(parents=True, exist_ok=True)
-    atomic_write(run / GENERATION, json_text(generation).encode())
-    with atomic_folder(run / TOKENIZER) as folder:
+    with atomic_folder(run / FOR_EXPORT) as folder:
         own = Path(tokenizer.name_or_path)
         if own.is_dir() and holds_tokenizer(own):
             copy_files(tokenizer_files(own), folder)  # as they are: transformers may write others
         else:
             tokenizer.save_pretrained(folder)
+        write_json(folder / GENERATION, generation)

@@ -16,7 +16,7 @@ from lightning.pytorch.accelerators import Accelerator
 from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.optim import SCHEDULERS
 from nxdt_align.config.schema import Config
-from nxdt_align.config.start import TOKENIZER
+from nxdt_align.config.start import FOR_EXPORT
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.errors import UserError
@@ -343,7 +343,7 @@ class Run:
             folder,
             self.model_config,
             weights,
-            tokenizer_dir=folder.parent / TOKENIZER,  # which keep_companions wrote
+            tokenizer_dir=folder.parent / FOR_EXPORT,  # which keep_companions wrote
             generation=self._generation,
             dtype=self.parts.precision.compute,
             overwrite=True,

@@ -101,14 +101,13 @@ class Digests:
             )
         for path, digest in self._files.items():
             if path.name not in _CHECKED_AT_USE and path.is_file():
-                self._require(path, path.stat().st_size == digest.size)
-                self._require(path, checksum(path, _gaps(digest.size, digest.parts)) == digest.rest)
+                self._check_rest(path, digest)
 
     def check_file(self, path: Path) -> None:
         """Compare one whole file, if it is a listed one. Raises WeightsError."""
         digest = self._files.get(path)
         if digest is not None:
-            self._require(path, path.is_file() and FileDigest.of(path, digest.parts) == digest)
+            self._check_rest(path, digest)
             self._check_parts(path, digest.parts)
 
     def check_parts_but(self, read: Iterable[tuple[Path, int, int]]) -> None:
@@ -117,10 +116,14 @@ class Digests:
         for path, digest in self._files.items():
             self._check_parts(path, [o for o, (n, _) in digest.parts.items() if (path, o, n) not in met])
 
+    def _check_rest(self, path: Path, digest: FileDigest) -> None:
+        self._require(path, path.stat().st_size == digest.size)
+        self._require(path, _read_checksum(path, _gaps(digest.size, digest.parts)) == digest.rest)
+
     def _check_parts(self, path: Path, offsets: Iterable[int]) -> None:
         for offset in offsets:
             size, crc = self._files[path].parts[offset]
-            self._require(path, checksum(path, [(offset, size)]) == crc)
+            self._require(path, _read_checksum(path, [(offset, size)]) == crc)
 
     def check(self, path: Path, offset: int, held: Tensor) -> None:
         """Compare a contiguous tensor that was read from ``offset`` on, if it is a part. Raises
@@ -170,6 +173,13 @@ def _gaps(size: int, parts: Mapping[int, tuple[int, int]]) -> Iterator[tuple[int
         start = max(start, offset + count)
     if size > start:
         yield start, size - start
+
+
+def _read_checksum(path: Path, pieces: Iterable[tuple[int, int]]) -> int:
+    try:
+        return checksum(path, pieces)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def checksum(path: Path, pieces: Iterable[tuple[int, int]]) -> int:

@@ -290,8 +290,4 @@ def config_json(config: LlamaConfig, dtype: torch.dtype | None) -> dict[str, Any
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json_text(content), encoding="utf-8")
-
-
-def json_text(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
