@@ -284,6 +284,17 @@ def test_a_row_beyond_bounds_costs_itself_alone(tmp_path: Path) -> None:
     assert [r.value for r in found if r.fault is None] == rows[:7] + rows[8:]
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".arrow", ".parquet"])
+def test_no_permission(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(b"{}")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(DataError, match=f"a{ending} cannot be read: Permission denied"):
+        list(read_raw(str(path)))
+
+
 @pytest.mark.parametrize(
     "path", ["nul\x00l.jsonl", "sur\ud800.jsonl", "n" * 300 + ".jsonl", "~no-such-user/a.jsonl"]
 )

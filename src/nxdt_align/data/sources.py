@@ -62,7 +62,12 @@ def _read_file(path: Path) -> Iterator[RawRecord]:
     name = path.name.lower()
     if not name.endswith(EXTENSIONS):
         raise DataError(f"{path}: unknown file type; a data file ends in one of {', '.join(EXTENSIONS)}")
-    if path.stat().st_size == 0:
+    try:
+        with open(path, "rb") as file:
+            is_empty = not file.read(1)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if is_empty:
         raise DataError(f"{path} is empty; name a file with at least one record")
     if name.endswith(".arrow"):
         yield from read_arrow(path)
