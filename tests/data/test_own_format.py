@@ -37,6 +37,16 @@ def labelled(record):
 def nothing(record):
     return None
 
+def keyed_by_numbers(record):
+    return {"prompt": [{"role": "user", "content": "q", "meta": {(1, 2): 3}}], "chosen": "a", "rejected": "b"}
+
+def circular(record):
+    turn = {"role": "user", "content": "q"}
+    return {"prompt": [turn | {"before": turn}], "chosen": "a", "rejected": record.setdefault("self", record)}
+
+def pair_for_labels(record):
+    return {"prompt": "q?", "chosen": "yes", "rejected": "no"}
+
 def incomplete(record):
     return {"prompt": record["question"], "chosen": "a"}
 
@@ -83,6 +93,8 @@ def test_single_responses_labelled_completions_and_the_preferred_of_pairs() -> N
     assert load("debate", [ROW], "response").records[0].responses == ("yes",)
     labelled = load("labelled", [ROW], "unpaired").records[0]
     assert (labelled.responses, labelled.label) == (("no",), True)
+    both = load("pair_for_labels", [ROW], "unpaired").records
+    assert [(each.responses, each.label) for each in both] == [(("yes",), True), (("no",), False)]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +129,13 @@ def test_what_cannot_be_used_is_told(path: str, message: str) -> None:
             "format failed",
             "my_formats.nothing must return a mapping with prompt, chosen, rejected, but returned NoneType",
         ),
+        (
+            "keyed_by_numbers",
+            ROW,
+            "format failed",
+            "must return what JSON can hold, but TypeError: keys must",
+        ),
+        ("circular", dict(ROW), "format failed", "must return what JSON can hold, but ValueError: Circular"),
         (
             "incomplete",
             ROW,

@@ -8,6 +8,7 @@ writes nulls for keys that other rows have.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -189,8 +190,8 @@ def own_format(path: str, kind: Kind) -> Format:
 
     It takes one record as its file has it, a mapping, and returns a mapping with ``prompt``, ``chosen``,
     ``rejected`` (pairs), ``prompt``, ``response`` (single responses; of a pair, chosen is taken) or
-    ``prompt``, ``completion``, ``label`` (labelled completions), text or chat messages. If it raises,
-    or returns anything else, the record is reported as bad, with its position.
+    ``prompt``, ``completion``, ``label`` (labelled completions; of a pair, both are taken), text or chat
+    messages. If it raises, or returns anything else, the record is reported as bad, with its position.
 
     Tokens and reference values are stored under the content that it returns, never under its name: if a
     changed function returns another text, that is another record, so nothing stale is read.
@@ -214,6 +215,12 @@ def own_format(path: str, kind: Kind) -> Format:
         if not isinstance(made, Mapping):
             found = f"{path} must return a mapping with {keys}, but returned {describe(made)}"
             raise BadRecord("format failed", found)
+        try:
+            # What an id is made of; it may have keys, depths or circles that no file could have.
+            json.dumps(made, sort_keys=True, default=str)
+        except (ValueError, TypeError, RecursionError) as error:
+            found = f"{path} must return what JSON can hold, but {type(error).__name__}: {error}"
+            raise BadRecord("format failed", found) from error
         try:
             return _of_fitting(ours, made).convert(made)
         except BadRecord as fault:
