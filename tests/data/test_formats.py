@@ -491,9 +491,9 @@ def gpt(text: str, role: str = "gpt") -> dict[str, str]:
         ),
         (
             "nectar",
-            {"prompt": "p", "answers": [{"answer": "a", "rank": 1}] * 1001},
+            {"prompt": "p", "answers": [{"answer": "a", "rank": 1}] * 201},
             "too many answers",
-            "`answers` has 1,001, above 1,000",
+            "`answers` has 201, above 200",
         ),
         ("responses", {"prompt": "p", "responses": "a", "pairs": [[0, 1]]}, "wrong type", "list of texts"),
         ("responses", {"prompt": "p", "responses": ["a"], "pairs": []}, "wrong type", "`pairs`"),
@@ -558,3 +558,10 @@ def test_no_common_beginning(chosen: str, rejected: str) -> None:
     with pytest.raises(BadRecord, match="chosen begins") as caught:
         named_format("common_beginning", "pair").convert({"chosen": chosen, "rejected": rejected})
     assert caught.value.reason == "no common prompt"
+
+
+def test_a_long_common_beginning() -> None:
+    """A border per line costs no copy of the text each."""
+    prompt = "word\n" * 50_000
+    row = {"chosen": prompt + "a", "rejected": prompt + "b"}
+    assert named_format("common_beginning", "pair").convert(row) == [Record(prompt, ("a", "b"))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from nxdt_align.data.records import (
@@ -173,13 +174,14 @@ def from_common_beginning(row: Row) -> list[Record]:
     """
     chosen, rejected = take_text(row, "chosen"), take_text(row, "rejected")
     common = _first_difference(chosen, rejected)
+    # Neither the prompt nor a response may be white space alone.
+    least = len(chosen) - len(chosen.lstrip()) + 1
+    most = min(common, len(chosen.rstrip()) - 1, len(rejected.rstrip()) - 1)
     for border in (_STRONG_BORDER, _SENTENCE_END):
-        ends = [match.end() for match in border.finditer(chosen) if match.end() <= common]
-        ends = [
-            end for end in ends if chosen[:end].strip() and chosen[end:].strip() and rejected[end:].strip()
-        ]
-        if ends:
-            return [Record(chosen[: ends[-1]], (chosen[ends[-1] :], rejected[ends[-1] :]))]
+        ends = takewhile(lambda end: end <= most, (match.end() for match in border.finditer(chosen)))
+        end = max(ends, default=0)
+        if end >= least:
+            return [Record(chosen[:end], (chosen[end:], rejected[end:]))]
     raise BadRecord("no common prompt", f"chosen begins {excerpt(chosen)}, rejected {excerpt(rejected)}")
 
 
@@ -319,8 +321,8 @@ def both_labelled(convert: Convert) -> Convert:
 
     def convert_both(row: Row) -> list[Record | BadRecord]:
         found: list[Record | BadRecord] = []
-        labels: dict[str, set[bool]] = {}
-        halves: dict[str, Record] = {}
+        labels: dict[object, set[bool]] = {}
+        halves: dict[object, Record] = {}
         for pair in convert(row):
             if isinstance(pair, BadRecord):
                 found.append(pair)
@@ -329,7 +331,7 @@ def both_labelled(convert: Convert) -> Convert:
             else:
                 for label, response in zip((True, False), pair.responses, strict=True):
                     half = replace(pair, responses=(response,), label=label)
-                    content = repr(response)
+                    content = response if isinstance(response, str) else (repr(response),)
                     halves.setdefault(content, half)
                     labels.setdefault(content, set()).add(label)
         return found + [half for content, half in halves.items() if len(labels[content]) == 1]

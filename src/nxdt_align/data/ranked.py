@@ -21,7 +21,7 @@ SAME_SCORES = "all their answers have the same score"
 CLOSE_SCORES = f"the better score is below {SHP_MIN_RATIO} times the other, as in the DPO reference"
 _MOST = 1e300
 """A score; beyond it are infinities, and integers that no float can hold."""
-_MOST_ANSWERS = 1000
+_MOST_ANSWERS = 200
 """Per record: their pairs grow with the square."""
 
 
@@ -85,7 +85,7 @@ def _answers(row: Row, key: str, text: str, scores: tuple[str, ...]) -> list[tup
         form = f"{{{text}, {' or '.join(scores)}}}"
         raise BadRecord("wrong type", f"`{key}` must be a list of {form}, but is {excerpt(values)}")
     if len(values) > _MOST_ANSWERS:
-        raise BadRecord("too many answers", f"`{key}` has {len(values):,}, above {_MOST_ANSWERS:,}")
+        raise BadRecord("too many answers", f"`{key}` has {len(values):,}, above {_MOST_ANSWERS}")
     found = []
     for i, each in enumerate(values):
         score_key = next((name for name in scores if each.get(name) is not None), scores[0])
