@@ -19,7 +19,8 @@ FOUNDATION = ("errors", "files", "messages", "own_parts", "__version__", "PYTHON
 
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.settings", "engines.steps", "engines.masters", "engines.spread"),
-    *("engines.ranks", "engines.scoring", "engines.checkpoint_folder", "engines.async_save", "engines.xla"),
+    *("engines.ranks", "engines.scoring", "engines.checkpoint_folder", "engines.digests"),
+    *("engines.async_save", "engines.xla"),
 )
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
@@ -48,7 +49,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("engines.base", "engines.masters", "engines.ranks", "engines.steps", "engines.xla"),
         "batch",
     ),
-    "engines.checkpoint_folder": ("engines.base", "engines.ranks", "named_tensors"),
+    "engines.digests": (),
+    "engines.checkpoint_folder": ("engines.base", "engines.digests", "engines.ranks", "named_tensors"),
     "engines.async_save": ("engines.ranks", "engines.checkpoint_folder"),
     "engines.xla": ("engines.base", "batch"),
     "engines.native": (*SHARED_BY_ENGINES, "models", "ops", "batch", "config"),

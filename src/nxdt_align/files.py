@@ -5,7 +5,8 @@ such as a conversion, calls only their last step, ``publish_folder``.
 
 Data goes to a temporary sibling (same file system), is flushed to the device, and gets its final name in one
 rename. The next write into the same folder removes the temporary of a killed process; a lock, which the
-kernel releases with the process, tells it from one that is still being written.
+kernel releases with the process, tells it from one that is still being written. Who knows that nobody else
+writes there calls ``clear_unfinished``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ except ImportError:  # pragma: no cover - not a POSIX system: leftovers then sta
 
 TEMPORARY_SUFFIX = ".nxdt-tmp"
 """Suffix of every unfinished file or folder; such names start with a dot."""
+DOOMED_PREFIX = ".removing-"
+"""Of a folder's name while it is being removed."""
+_OLD_SUFFIX = ".nxdt-old"
+"""Of what a new file or folder replaces, on a file system that cannot swap two names in one step."""
 _LEFTOVER_AGE = 60.0
 """Seconds; a younger temporary may belong to a writer that has not locked it yet."""
 
@@ -98,13 +103,13 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     _remove_leftovers(path.parent)
     temporary = _temporary_name(path)
     temporary.mkdir()
-    descriptor = os.open(temporary, os.O_RDONLY)
+    descriptor = open_unforked(temporary, os.O_RDONLY)
     try:
         lock(descriptor)
         yield temporary
         publish_folder(temporary, path, replace=True)
     finally:
-        os.close(descriptor)
+        close_unforked(descriptor)
         _remove(temporary)
 
 
@@ -132,7 +137,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
     elif not _exchange(temporary, path):
         # Not a temporary's name: after a crash right here, this is the only copy.
-        old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.nxdt-old")
+        old = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_OLD_SUFFIX}")
         os.rename(path, old)
         try:
             os.rename(temporary, path)
@@ -194,6 +199,32 @@ def lock(descriptor: int) -> bool | None:
     return True
 
 
+_unforked: set[int] = set()
+
+
+def open_unforked(path: Path, flags: int) -> int:
+    """A descriptor that children do not get, neither those that are forked, such as a data loader's workers:
+    one that outlives this process would keep its lock."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    _unforked.add(descriptor)
+    return descriptor
+
+
+def close_unforked(descriptor: int) -> None:
+    _unforked.discard(descriptor)
+    os.close(descriptor)
+
+
+def _close_in_child() -> None:
+    while _unforked:
+        with suppress(OSError):
+            os.close(_unforked.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
 def _remove_leftovers(folder: Path) -> None:
     for entry in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         with suppress(OSError):  # gone meanwhile, or another user's: not ours to fail on
@@ -202,6 +233,29 @@ def _remove_leftovers(folder: Path) -> None:
             try:
                 old = time.time() - os.fstat(descriptor).st_mtime > _LEFTOVER_AGE
                 if old and lock(descriptor):
+                    _remove(entry)
+            finally:
+                os.close(descriptor)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What killed processes have left in ``folder``: half-written, half-removed or displaced."""
+    names = (f".*{TEMPORARY_SUFFIX}", f"{DOOMED_PREFIX}*", f".*{_OLD_SUFFIX}")
+    return sorted(entry for name in names for entry in folder.glob(name))
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what ``unfinished`` lists, however young, but for what another process is writing; what was
+    displaced when its replacement was not there yet gets its name back."""
+    for entry in unfinished(folder):
+        name = entry.name.removeprefix(".").rpartition(".")[0].rpartition(".")[0]
+        if entry.name.endswith(_OLD_SUFFIX) and not os.path.lexists(folder / name):
+            os.rename(entry, folder / name)
+            continue
+        with suppress(OSError):  # gone meanwhile, or another user's
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if lock(descriptor) is not False:
                     _remove(entry)
             finally:
                 os.close(descriptor)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import checkpoint_fixture
 import pytest
 import torch
+from native_checkpoint_fixture import as_earlier_version
 from nxd_fixture import (
     CONFIG,
     Case,
@@ -75,9 +75,7 @@ def refusals(case: Case, other: Case, folder: str) -> list[str]:
     first.barrier()
     found = [refusal(first, Path(folder))]
     if first.topology.rank == 0:
-        summary = json.loads((Path(folder) / SUMMARY.name).read_text())
-        summary["files"][str(shard.relative_to(folder))] = shard.stat().st_size
-        (Path(folder) / SUMMARY.name).write_text(json.dumps(summary))
+        as_earlier_version(Path(folder), SUMMARY)
     first.barrier()
     found += [refusal(first, Path(folder)), refusal(first, Path(folder) / "no")]
     return [*found, refusal(engine(other), Path(folder))]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bad_input_fixture import Terminal, break_inputs, break_weights, cut, expect, message
+from bad_input_fixture import Terminal, break_inputs, break_weights, expect, message
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from training_fixture import ORPO, Project, assert_same_run
@@ -30,6 +30,7 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint, checkpoint_st
 from nxdt_align.engines.native.tensors import write_tensors
 from nxdt_align.named_tensors import summary
 from nxdt_align.reference.cache import _digest
+from nxdt_align.run.folder_lock import LOCK, FolderLock
 from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.names import to_hf
 
@@ -361,18 +362,62 @@ def test_validation_switched_off(terminal: Terminal) -> None:
     assert "val data" not in shown
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(terminal: Terminal, whole: Path) -> None:
+def test_damaged_checkpoints(terminal: Terminal, whole: Path) -> None:
+    """The older one goes on, bit for bit, also where nothing says any more whose it is; where there is none,
+    nothing starts. test_search.py has every kind of damage."""
     keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
     val = f"data.val_dir={terminal.project.root}/val.jsonl"
     terminal.succeed(keep, val, "trainer.max_steps=4")
     older, newest = terminal.checkpoints
-    cut(newest / "trainer.pt", 100)
-    shown = terminal.succeed(val, "trainer.max_steps=6")
-    expect(shown, ("{newest} is not a complete checkpoint: skipped", "{older}"), newest=newest, older=older)
-    assert (newest / "trainer.pt").stat().st_size == 100  # left as it is, for whoever wants to know
-    shutil.rmtree(newest)
     (run,) = (terminal.experiments / "run").iterdir()
+    shard = newest / "tensors" / "__0_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+
+    older.rename(terminal.experiments / "kept")
+    shown = terminal.fail(val, "trainer.max_steps=6")
+    expect(
+        shown,
+        (
+            "resume_if_exists: is True, but no checkpoint of this run in {run}/checkpoints is whole:\n",
+            "{newest} is damaged: tensors/__0_0.distcp: its bytes have changed since it was written",
+            "Restore one from a copy, or start anew, at step 0, with exp_manager.resume_if_exists=False",
+        ),
+        run=run,
+        newest=newest,
+    )
+    (terminal.experiments / "kept").rename(older)
+    (run / "run_identity.json").write_text("{")
+    shown = terminal.succeed(val, "trainer.max_steps=6")
+    expect(
+        shown,
+        (
+            "{run}/run_identity.json is damaged (",
+            "not resumed from: checkpoint {newest} is damaged",
+            "resuming from step 2 instead, {older}",
+        ),
+        run=run,
+        newest=newest,
+        older=older,
+    )
+    assert shard.read_bytes() == data  # left as it is, for whoever wants to know
+    shutil.rmtree(newest)
+    assert [run] == list((terminal.experiments / "run").iterdir())
     assert_same_run(run, whole)
+
+
+def test_a_run_that_is_resumed_twice_at_once(terminal: Terminal) -> None:
+    terminal.succeed()
+    (run,) = (terminal.experiments / "run").iterdir()
+    before = {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.is_file()}
+    with FolderLock(run):
+        before[run / LOCK] = (run / LOCK).stat().st_mtime_ns
+        shown = terminal.fail("trainer.max_steps=4")
+        expect(shown, ("{run} is in use: process", "Wait for it or end it"), run=run)
+        assert before == {f: f.stat().st_mtime_ns for f in run.rglob("*") if f.is_file()}
+    terminal.succeed("trainer.max_steps=4")
+    assert [run] == list((terminal.experiments / "run").iterdir())
 
 
 # Values that do not belong

@@ -1,12 +1,14 @@
-"""A checkpoint's folder, the same for every engine: what describes it, what goes wrong with it, how ranks
-write one together, and the plain values that may lie in it."""
+"""A checkpoint's folder, the same for every engine: what describes it and its files, what goes wrong with it,
+how ranks write one together, and the plain values that may lie in it."""
 
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.engines.base import EngineError, WeightSource
+from nxdt_align.engines.digests import crc32_of, share
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.files import atomic_folder, explain
 from nxdt_align.named_tensors import Spec, require_fit
@@ -32,10 +35,14 @@ def damaged(directory: Path, what: str) -> CheckpointError:
     )
 
 
+_DIGESTS, _OWN_DIGEST = "crc32", "crc32_of_this"
+"""Checksums of the other files, and of the summary itself; not in checkpoints of earlier versions."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """A file ``name``: format and version, what the engine says of the checkpoint, and every other file's
-    size."""
+    size and checksum."""
 
     name: str
     format: str
@@ -44,6 +51,10 @@ class Summary:
     """Of the checkpoint, in messages."""
     subfolder: str = ""
     """Tells of a checkpoint where the file itself is gone; empty where none does."""
+    says: Mapping[str, type] = field(default_factory=dict)
+    """What the engine says besides ``step``, and its types."""
+    check_content: Callable[[Path, str], None] = lambda directory, name: None
+    """Raises ValueError for a file that has no checksum here and whose own content is wrong."""
 
     def is_checkpoint(self, path: Path) -> bool:
         """Whether ``path`` is a checkpoint of this kind, whole or damaged."""
@@ -51,22 +62,41 @@ class Summary:
         return has_subfolder or (Path(path) / self.name).is_file()
 
     def checkpoint_step(self, path: Path) -> int | None:
-        """The optimizer steps of a whole checkpoint; None where ``path`` is not one."""
+        """The optimizer steps of a checkpoint whose files are all there in full; None where ``path`` is not
+        one."""
         try:
             return int(self.require_whole(Path(path))["step"])
         except CheckpointError:
             return None
 
-    def write(self, directory: Path, said: Mapping[str, Any], files: Iterable[Path] | None = None) -> None:
-        """Describe the folder, whose other files (or ``files``) are all there. Raises OSError."""
+    def write(
+        self,
+        directory: Path,
+        said: Mapping[str, Any],
+        files: Iterable[Path] | None = None,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
+        """Describe the folder, whose other files (or ``files``) are all there. Raises OSError.
+
+        Args:
+            digests: checksums that are known already, by name; the other files are read.
+        """
         if files is None:
             files = sorted(f for f in directory.rglob("*") if f.is_file())
-        sizes = {str(f.relative_to(directory)): f.stat().st_size for f in files}
-        summary = {"format": self.format, "version": self.version, **said, "files": sizes}
-        (directory / self.name).write_text(json.dumps(summary, indent=2) + "\n")
+        found = {str(f.relative_to(directory)): f for f in files}
+        summary = {
+            "format": self.format,
+            "version": self.version,
+            **said,
+            "files": {name: f.stat().st_size for name, f in found.items()},
+            _DIGESTS: {name: (digests or {}).get(name) or crc32_of(f) for name, f in found.items()},
+        }
+        text = json.dumps(summary | {_OWN_DIGEST: _own_digest(summary)}, indent=2)
+        (directory / self.name).write_text(text + "\n")
 
     def require_whole(self, directory: Path) -> dict[str, Any]:
-        """What the file says. Raises CheckpointError unless every file that it names is there in full."""
+        """What the file says. Raises CheckpointError unless every file that it names is there in full; what
+        is in them is not read."""
         if not directory.is_dir():
             what = "not a folder" if directory.exists() else "missing"
             raise CheckpointError(f"checkpoint {directory}: {what}")
@@ -82,15 +112,56 @@ class Summary:
                 )
         return summary
 
+    def require_intact(self, directory: Path, rank: int = 0, ranks: int = 1) -> None:
+        """Compare the checksums of this rank's share of the files.
+
+        Raises CheckpointError naming a file that has changed since it was written, and as ``require_whole``
+        does.
+        """
+        summary = self.require_whole(directory)
+        digests = summary.get(_DIGESTS, {})
+        for name in share(summary["files"], rank, ranks):
+            try:
+                if name not in digests:
+                    self.check_content(directory, name)
+                elif (found := crc32_of(directory / name)) != digests[name]:
+                    raise ValueError(
+                        f"its bytes have changed since it was written (CRC-32 {found} instead of "
+                        f"{digests[name]})"
+                    )
+            except (OSError, ValueError) as error:
+                raise damaged(directory, f"{name}: {error}") from error
+
+    def plain(self, directory: Path, extra: Any) -> dict[str, Any]:
+        """``extra`` as it was read. Raises CheckpointError where it is not that of this checkpoint."""
+        step = self.require_whole(directory)["step"]
+        if not isinstance(extra, dict) or extra.get("global_step", 0) != step:
+            raise damaged(
+                directory, f"{self.name} says that this is step {step}, the trainer's state does not"
+            )
+        return extra
+
     def _read(self, directory: Path) -> dict[str, Any]:
         try:
             summary: dict[str, Any] = json.loads((directory / self.name).read_text())
             if (summary["format"], summary["version"]) != (self.format, self.version):
                 raise ValueError(f"format {summary['format']!r}, version {summary['version']}")
-            return summary | {"files": dict(summary["files"])}
+            own = summary.pop(_OWN_DIGEST, None)
+            if own is not None and own != _own_digest(summary):
+                raise ValueError("its bytes have changed since it was written")
+            for key, kind in ({"step": int, "files": dict} | dict(self.says)).items():
+                if not isinstance(summary[key], kind):
+                    raise ValueError(f"{key}: {summary[key]!r}")
+            if not isinstance(summary.get(_DIGESTS, {}), dict):
+                raise ValueError(f"{_DIGESTS}: {summary[_DIGESTS]!r}")
+            for name, size in summary["files"].items():
+                if not isinstance(size, int) or os.path.isabs(name) or ".." in Path(name).parts:
+                    raise ValueError(f"files: {name!r}: {size!r}")
+            return summary
         except FileNotFoundError as error:
             raise self._missing(directory) from error
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        # RecursionError: brackets in brackets. AttributeError: a list of the right length.
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
             raise CheckpointError(
                 f"checkpoint {directory}: {self.name} is not one that this version reads: {error!r}"
             ) from error
@@ -105,6 +176,12 @@ class Summary:
             f"{directory} is not a whole checkpoint of {self.writer}: {self.name} is missing; it holds "
             + ", ".join(found[:5])
         )
+
+
+def _own_digest(summary: Mapping[str, Any]) -> str:
+    """Of what JSON keeps, whatever the order of the keys and the white space."""
+    text = json.dumps(json.loads(json.dumps(summary)), sort_keys=True)
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 # What goes wrong, in the same words on every engine
@@ -195,16 +272,24 @@ class StagedFolder:
         with writing(self._directory), self._ranks.together(CheckpointError), writing(self._directory):
             yield
 
-    def place(self, summary: Summary, finish: Callable[[Path], Mapping[str, Any]]) -> None:
+    def place(
+        self, summary: Summary, finish: Callable[[Path], Mapping[str, Any]], written: Iterable[Path]
+    ) -> None:
         """Put the folder in its place.
 
         Args:
             finish: called on rank 0 with the folder, when the files of all ranks are there; returns what
                 ``summary`` is to say of it.
+            written: this rank's files in the folder, whose checksums it takes: they are in its node's memory
+                still. Rank 0 reads those that nobody names.
         """
         with self.step():
+            own = {str(file.relative_to(self.path)): crc32_of(file) for file in written}
+        with writing(self._directory):
+            digests = {name: digest for of in self._ranks.gather(own) for name, digest in of.items()}
+        with self.step():
             if self._ranks.rank == 0:
-                summary.write(self.path, finish(self.path))
+                summary.write(self.path, finish(self.path), digests=digests)
                 self._placing.close()
 
 

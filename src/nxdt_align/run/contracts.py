@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -47,6 +47,14 @@ class Checkpoints(Protocol):
     def is_checkpoint(self, path: Path) -> bool: ...
 
     def checkpoint_step(self, path: Path) -> int | None: ...
+
+    def require_intact(self, path: Path, rank: int, ranks: int) -> None:
+        """Raises CheckpointError if this rank's share of the files is not as it was written."""
+        ...
+
+    def read_extra(self, path: Path) -> dict[str, Any]:
+        """The trainer's state. Raises CheckpointError."""
+        ...
 
 
 class EngineParts(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,11 @@ class DryRun(RunMode):
 
     def find_run(
         self, config: Config, places: Places, identity: RunIdentity, checkpoints: Checkpoints, engine: Engine
-    ) -> RunFolder:
-        return RunFolder(places.experiments, None)
+    ) -> AbstractContextManager[RunFolder]:
+        return nullcontext(RunFolder(places.experiments, None))
 
     def resume_point(
-        self, config: Config, run: RunFolder, checkpoints: Checkpoints, start: object
+        self, config: Config, run: RunFolder, checkpoints: Checkpoints, start: object, engine: Engine
     ) -> Path | None:
         """None: a resumed run uses the same graphs, so a dry run need not resume."""
         return None

@@ -24,7 +24,8 @@ from nxdt_align.reference.precompute import PassSummary, precompute
 from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
 from nxdt_align.run.locate import keep_companions
 from nxdt_align.run.places import Places
-from nxdt_align.run.resume import RunFolder, RunIdentity, find, resume_point, write_identity
+from nxdt_align.run.resume import RunFolder, RunIdentity, resume_point, write_identity
+from nxdt_align.run.search import find
 from nxdt_align.training.experiment import start_experiment
 from nxdt_align.training.hooks import Preflight
 from nxdt_align.training.monitors import DeviceMonitor
@@ -74,13 +75,13 @@ class RunMode:
 
     def find_run(
         self, config: Config, places: Places, identity: RunIdentity, checkpoints: Checkpoints, engine: Engine
-    ) -> RunFolder:
-        return find(config, places, identity, checkpoints.checkpoint_step, engine)
+    ) -> AbstractContextManager[RunFolder]:
+        return find(config, places, identity, checkpoints, engine)
 
     def resume_point(
-        self, config: Config, run: RunFolder, checkpoints: Checkpoints, start: object
+        self, config: Config, run: RunFolder, checkpoints: Checkpoints, start: object, engine: Engine
     ) -> Path | None:
-        return resume_point(config, run, checkpoints, start)
+        return resume_point(config, run, checkpoints, start, engine)
 
     # Output
 

@@ -22,6 +22,7 @@ from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.run import assemble
 from nxdt_align.run.mode import RunMode
+from nxdt_align.run.resume import RUN_RECORD
 from nxdt_align.training.hooks import (
     PREFLIGHT_TOLERANCE,
     ReferenceDuringTraining,
@@ -30,8 +31,6 @@ from nxdt_align.training.hooks import (
 )
 from nxdt_align.weights.hf import FreshWeights
 
-RUN_RECORD = "nxdt_align"
-"""Key of this package's values among a checkpoint's extra values."""
 ORIGIN = "reference_origin"
 
 

@@ -1,4 +1,4 @@
-"""The identity of a run, and the checkpoint that it resumes from.
+"""The identity of a run, and the checkpoint that it resumes from; search.py finds the run's folder.
 
 A run is identified by objective, data, start weights and model, not by its name, which NxDT's DPO and ORPO
 configurations share.
@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,17 +18,17 @@ from typing import Any
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import CHECKPOINTS, IDENTITY_FILE
 from nxdt_align.engines.base import Engine
+from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
 from nxdt_align.messages import NOTICE
 from nxdt_align.reference.cache import fingerprint_of
 from nxdt_align.run.contracts import Checkpoints
-from nxdt_align.run.differences import differences
-from nxdt_align.run.places import Places
 
 log = logging.getLogger(__name__)
 
-DATE_FORMAT = "%Y-%m-%d_%H-%M-%S"
+RUN_RECORD = "nxdt_align"
+"""Key of this package's values among a checkpoint's extra values."""
 
 
 @dataclass(frozen=True)
@@ -74,40 +73,13 @@ def identify(
     return RunIdentity(parts if loss is None else parts | {"loss": loss})
 
 
-def find(
-    config: Config,
-    places: Places,
-    identity: RunIdentity,
-    step_of: Callable[[Path], int | None],
-    engine: Engine,
-) -> RunFolder:
-    """The folder of the run with this identity, and its newest checkpoint. Rank 0 searches and
-    tells the others. If there is none, a warning says how the runs of this name differ.
-
-    Raises UserError if the YAML requires a checkpoint and there is none.
-    """
-    settings = config.exp_manager
-    run = None
-    if engine.topology.rank == 0 and places.explicit is not None:
-        run = explicit_run(places.explicit, identity, step_of, resume=settings.resume_if_exists)
-    elif engine.topology.rank == 0:
-        run = find_run(places.runs, identity.digest, step_of, resume=settings.resume_if_exists)
-        if run.checkpoint is None and settings.resume_if_exists:
-            _warn_of_other_runs(places.runs, identity, step_of)
-    found: RunFolder = engine.broadcast_object(run)
-    must_resume = settings.resume_if_exists and not settings.resume_ignore_no_checkpoint
-    if found.checkpoint is None and must_resume:
-        raise UserError(
-            "exp_manager.resume_ignore_no_checkpoint: is False, so a run with resume_if_exists must find "
-            f"a checkpoint of its own, but {found.path.parent} has none; True starts a new run"
-        )
-    return found
-
-
-def resume_point(config: Config, run: RunFolder, checkpoints: Checkpoints, start: object) -> Path | None:
+def resume_point(
+    config: Config, run: RunFolder, checkpoints: Checkpoints, start: object, engine: Engine
+) -> Path | None:
     """The checkpoint to resume from, optimizer state and position included, and a log line that names it.
 
     The run's own newest one takes precedence over ``exp_manager.resume_from_checkpoint``, where it started.
+    Raises UserError, on every rank, if that is damaged.
     """
     given = config.exp_manager.resume_from_checkpoint
     if run.checkpoint is not None:
@@ -117,10 +89,26 @@ def resume_point(config: Config, run: RunFolder, checkpoints: Checkpoints, start
         return run.checkpoint
     takes_all = given is not None and not config.model.weight_init_only
     if given is not None and takes_all and checkpoints.is_checkpoint(Path(given)):
+        fault = fault_of(Path(given), checkpoints, engine)
+        if fault is not None:
+            raise UserError(f"exp_manager.resume_from_checkpoint: {fault}")
         log.log(NOTICE, "resuming from resume_from_checkpoint=%s, optimizer state included", given)
         return Path(given)
     log.log(NOTICE, "a new run, from %s, in %s", start, run.path)
     return None
+
+
+def fault_of(checkpoint: Path, checkpoints: Checkpoints, engine: Engine) -> str | None:
+    """What is wrong with it, the same on every rank; None if every byte is as it was written. Each rank reads
+    its share of the files."""
+    topology, own = engine.topology, None
+    try:
+        checkpoints.require_intact(checkpoint, topology.rank, topology.world_size)
+        if topology.rank == 0:
+            checkpoints.read_extra(checkpoint)
+    except CheckpointError as error:
+        own = str(error)
+    return next((fault for fault in engine.gather_objects(own) if fault is not None), None)
 
 
 # Folders of runs
@@ -140,85 +128,12 @@ class RunFolder:
     checkpoint: Path | None
 
 
-def find_run(
-    parent: Path, identity: str, step_of: Callable[[Path], int | None], *, resume: bool
-) -> RunFolder:
-    """The newest dated folder of this identity under ``parent``, else a new one.
-
-    Args:
-        parent: ``<exp_dir>/<name>``.
-        step_of: optimizer steps of a checkpoint folder; None if it is not a complete checkpoint.
-        resume: whether an earlier run may be resumed.
-    """
-    if resume and parent.is_dir():
-        for folder in sorted((f for f in parent.iterdir() if f.is_dir()), reverse=True):
-            if read_identity(folder) == identity:
-                newest = newest_checkpoint(folder / CHECKPOINTS, step_of)
-                if newest is not None:
-                    return RunFolder(folder, newest)
-    return RunFolder(_new_folder(parent), None)
-
-
-def explicit_run(
-    folder: Path, identity: RunIdentity, step_of: Callable[[Path], int | None], *, resume: bool
-) -> RunFolder:
-    """The folder that the user chose, resumed if it is this run's. Raises UserError if it holds checkpoints
-    of another run, which would mix with this run's."""
-    newest = newest_checkpoint(folder / CHECKPOINTS, step_of)
-    if newest is None:
-        return RunFolder(folder, None)
-    if read_identity(folder) != identity.digest:
-        raise UserError(
-            f"exp_manager.explicit_log_dir: {folder} holds checkpoints of another run"
-            f"{_list(_differences_from(folder, identity))}; choose another folder"
-        )
-    if not resume:
-        raise UserError(
-            f"exp_manager.resume_if_exists: is False, but exp_manager.explicit_log_dir, {folder}, holds "
-            "checkpoints of this run; set it to True to resume from them, or choose another folder"
-        )
-    return RunFolder(folder, newest)
-
-
-def _warn_of_other_runs(parent: Path, identity: RunIdentity, step_of: Callable[[Path], int | None]) -> None:
-    """Name the run with checkpoints under ``parent`` that is nearest to this one, newest first, and what
-    differs."""
-    nearest: tuple[int, Path, Path, dict[str, list[str]]] | None = None
-    for folder in sorted((f for f in parent.glob("*") if f.is_dir()), reverse=True):
-        found = _differences_from(folder, identity)
-        count = sum(map(len, found.values()))
-        newest = newest_checkpoint(folder / CHECKPOINTS, step_of) if found else None
-        if newest is not None and (nearest is None or count < nearest[0]):
-            nearest = (count, folder, newest, found)
-    if nearest is not None:
-        _, folder, newest, found = nearest
-        log.warning(
-            "not resumed: %s, whose newest checkpoint is %s, is another run%s. A new run starts",
-            *(folder, newest.name, _list(found)),
-        )
-
-
-def _differences_from(folder: Path, identity: RunIdentity) -> dict[str, list[str]]:
-    """By part of the identity; empty if they are the same, or if ``folder`` is no run's."""
-    record = _identity_record(folder)
-    return {} if record is None else differences(record["of"], identity.parts)
-
-
-def _list(found: Mapping[str, Sequence[str]]) -> str:
-    """In words; nothing if what differs is not known."""
-    if not found:
-        return ""
-    return ". Different " + "; ".join(f"{part}: {', '.join(words)}" for part, words in found.items())
-
-
-def _new_folder(parent: Path) -> Path:
-    """An unused dated name; two runs can start within one second."""
-    stamp = time.strftime(DATE_FORMAT)
-    folder, count = parent / stamp, 1
-    while folder.exists():
-        count += 1
-        folder = parent / f"{stamp}-{count}"
-    return folder
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Whatever a run's folder holds as checkpoints, whole or not; not what is being written or removed."""
+    found = folder / CHECKPOINTS
+    if not found.is_dir():
+        return []
+    return sorted(f for f in found.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
 def newest_checkpoint(folder: Path, step_of: Callable[[Path], int | None]) -> Path | None:
@@ -235,14 +150,11 @@ def newest_checkpoint(folder: Path, step_of: Callable[[Path], int | None]) -> Pa
     return max(whole, key=lambda pair: (pair[0], pair[1].name))[1] if whole else None
 
 
-def read_identity(folder: Path) -> str | None:
-    """The digest of the run in ``folder``; None if there is none. Raises UserError for a damaged file."""
-    record = _identity_record(folder)
-    return None if record is None else str(record["identity"])
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """What ``write_identity`` wrote: the digest, ``identity``, and what it is ``of``; None if nothing.
 
-
-def _identity_record(folder: Path) -> dict[str, Any] | None:
-    """What ``write_identity`` wrote."""
+    Raises UserError for a damaged file.
+    """
     file = folder / IDENTITY_FILE
     if not file.is_file():
         return None
@@ -250,11 +162,10 @@ def _identity_record(folder: Path) -> dict[str, Any] | None:
         record: dict[str, Any] = json.loads(file.read_text())
         if not isinstance(record["identity"], str) or not isinstance(record["of"], dict):
             raise ValueError("it does not hold a run's identity")
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{file} is damaged ({error}), so which run {folder} holds is unknown; restore the file, or move "
-            "the folder elsewhere to start a new run"
-        ) from error
+        if run_identity(record["of"]) != record["identity"]:
+            raise ValueError("the digest in it is not that of its content")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error})") from error
     return record
 
 

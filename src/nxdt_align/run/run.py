@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,12 @@ from nxdt_align.run.places import Places
 from nxdt_align.run.preconditions import as_user_error, require_validation_in_epoch
 from nxdt_align.run.reference import (
     ORIGIN,
-    RUN_RECORD,
     find_origin,
     open_store,
     origin_record,
     reference_callbacks,
 )
-from nxdt_align.run.resume import RunFolder, RunIdentity, identify, newest_checkpoint
+from nxdt_align.run.resume import RUN_RECORD, RunFolder, RunIdentity, identify, newest_checkpoint
 from nxdt_align.training import optim
 from nxdt_align.training.finite import FiniteCheck
 from nxdt_align.training.hooks import FinishRun
@@ -116,13 +116,19 @@ class Run:
 
     def fit(self) -> Result:
         """Find a checkpoint of this run, train to the end, and export."""
+        with ExitStack() as held:
+            return self._fit(held)
+
+    def _fit(self, held: ExitStack) -> Result:
+        """``held``: keeps other runs from this one's folder."""
         # The data order has its own generator; this seeds dropout and what user code draws.
         seed_everything(self.config.seed, verbose=False)
         self._require_same_start()
         identity = self._identity()
         checkpoints = self.parts.checkpoints
-        run = self.mode.find_run(self.config, self.places, identity, checkpoints, self.engine)
-        resumed = self.mode.resume_point(self.config, run, checkpoints, self.start)
+        found = self.mode.find_run(self.config, self.places, identity, checkpoints, self.engine)
+        run = held.enter_context(found)
+        resumed = self.mode.resume_point(self.config, run, checkpoints, self.start, self.engine)
         if resumed is None:
             self.engine.load_weights(self.start)  # else the trainer loads them, with the optimizer's state
         self._times.done("start weights loaded" if resumed is None else "this run looked for")

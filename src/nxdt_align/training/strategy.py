@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from nxdt_align.engines.base import Engine, EngineError
-from nxdt_align.files import explain
+from nxdt_align.files import DOOMED_PREFIX, explain
 from nxdt_align.training.finite import FiniteCheck
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class _FolderIO(CheckpointIO):
         folder = checkpoint_folder(path)
         if folder.is_dir():
             # Rename first, so that a crash half-way leaves nothing that looks like a checkpoint.
-            doomed = folder.with_name(f".removing-{folder.name}")
+            doomed = folder.with_name(f"{DOOMED_PREFIX}{folder.name}")
             try:
                 folder.replace(doomed)
                 shutil.rmtree(doomed)

@@ -15,10 +15,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from chaos.cases import Case
-from chaos.processes import CONTEXT, TIMEOUT
 from rank_processes import PRELOAD
 from training_fixture import Project
+
+from chaos.cases import Case
+from chaos.processes import CONTEXT, TIMEOUT
 
 BATCH = 50
 SECONDS = 30

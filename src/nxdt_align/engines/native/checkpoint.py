@@ -2,7 +2,7 @@
 
 ::
 
-    <folder>/checkpoint.json   format, step, and the size of every other file
+    <folder>/checkpoint.json   format, step, and the size and checksum of every other file
     <folder>/tensors/          weights and optimizer state by name (torch.distributed.checkpoint), one file
                                a rank
     <folder>/trainer.pt        the trainer's state and the optimizer's settings, plain values only
@@ -24,15 +24,38 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nxdt_align.engines.checkpoint_folder import CheckpointError, Summary, damaged, require_same_tensors
+from nxdt_align.engines.digests import check_archive
 from nxdt_align.engines.native.optimizer_state import NamedOptimizerState, parameter_names, restore
 from nxdt_align.engines.native.shards import LocalShard, filling
-from nxdt_align.engines.native.tensors import DamagedError, TensorFolder, check_archive, reason
+from nxdt_align.engines.native.tensors import DamagedError, TensorFolder, reason
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.named_tensors import Spec, WeightSource
 
 TENSORS, TRAINER = "tensors", "trainer.pt"
-SUMMARY = Summary("checkpoint.json", "nxdt-align native checkpoint", 1, "nxdt-align", TENSORS)
+
+
+def _check_content(directory: Path, name: str) -> None:
+    """By the checksums that torch wrote into ``name``, and what the index says of it."""
+    if name == TRAINER:
+        check_archive(directory / name)
+    elif Path(name).parts[0] == TENSORS:
+        try:
+            TensorFolder(directory / TENSORS).check(Path(name).name)
+        except DamagedError as error:
+            raise ValueError(str(error)) from error
+
+
+SUMMARY = Summary(
+    name="checkpoint.json",
+    format="nxdt-align native checkpoint",
+    version=1,
+    writer="nxdt-align",
+    subfolder=TENSORS,
+    says={"has_optimizer": bool, "parameters": int, "dtypes": list},
+    check_content=_check_content,
+)
 is_checkpoint, checkpoint_step = SUMMARY.is_checkpoint, SUMMARY.checkpoint_step
+require_intact = SUMMARY.require_intact
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 T = TypeVar("T")
@@ -83,8 +106,7 @@ def describe(path: Path) -> dict[str, Any]:
 def read_extra(path: Path) -> dict[str, Any]:
     """What ``save`` was given as ``extra``. Raises CheckpointError as ``load`` does."""
     SUMMARY.require_whole(Path(path))
-    extra: dict[str, Any] = _read(Path(path))[1]["extra"]
-    return extra
+    return SUMMARY.plain(Path(path), _read(Path(path))[1]["extra"])
 
 
 class NativeCheckpoint(WeightSource):
@@ -133,6 +155,8 @@ def _read(directory: Path) -> tuple[TensorFolder, dict[str, Any]]:
     try:
         check_archive(directory / TRAINER)
         trainer = torch.load(directory / TRAINER, map_location="cpu", weights_only=True)
+        if not isinstance(trainer, dict) or not {"extra", "optimizer"} <= trainer.keys():
+            raise ValueError("it is not a trainer's state")
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise damaged(directory, f"{TRAINER}: {reason(error)}") from error
     return tensors, trainer

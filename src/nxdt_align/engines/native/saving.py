@@ -132,7 +132,8 @@ def _write(content: _Content) -> None:
 
     with writing(content.directory), StagedFolder(content.directory, ranks, [TENSORS]) as folder:
         write_tensors(folder.path / TENSORS, content.parts, ranks)
-        folder.place(SUMMARY, finish)
+        # As DCP names a rank's files.
+        folder.place(SUMMARY, finish, (folder.path / TENSORS).glob(f"__{ranks.rank}_*"))
 
 
 def _to_bytes(value: Any) -> bytes:

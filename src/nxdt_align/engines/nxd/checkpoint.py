@@ -6,7 +6,7 @@
     <folder>/model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt
     <folder>/optim/dp_rank_DD_tp_rank_TT_pp_rank_PP.pt    DD is 00, but for ZeRO-1
     <folder>/user_content.pt           the trainer's state, plain values only
-    <folder>/nxdt_align.json           ours: step, sizes of ranks, and the size of every other file
+    <folder>/nxdt_align.json           ours: step, sizes of ranks, and size and checksum of every other file
 
 Reading one never executes anything in it. Nothing here needs NxD.
 """
@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from nxdt_align.engines.checkpoint_folder import CheckpointError, Summary, damaged
+from nxdt_align.engines.digests import check_archive
 
-SUMMARY = Summary("nxdt_align.json", "nxdt-align NxD checkpoint", 1, "nxdt-align's engine nxd")
-is_checkpoint, checkpoint_step = SUMMARY.is_checkpoint, SUMMARY.checkpoint_step
 EXTRA, DONE = "user_content.pt", "done"
 MODEL, OPTIMIZER = "model", "optim"
 CUTS = "pipeline_cuts"
@@ -33,14 +32,32 @@ SIZES = ("tensor", "pipeline", "data", "kv_multiplier", "qkv", "zero1", CUTS)
 """What must be as it was for a rank to find its shards again."""
 
 
+def _check_content(directory: Path, name: str) -> None:
+    """By the checksums that torch wrote into ``name``."""
+    if name.endswith(".pt"):
+        check_archive(directory / name)
+
+
+SUMMARY = Summary(
+    name="nxdt_align.json",
+    format="nxdt-align NxD checkpoint",
+    version=1,
+    writer="nxdt-align's engine nxd",
+    says={"has_optimizer": bool, "parallel": dict},
+    check_content=_check_content,
+)
+is_checkpoint, checkpoint_step = SUMMARY.is_checkpoint, SUMMARY.checkpoint_step
+require_intact = SUMMARY.require_intact
+
+
 def read_extra(path: Path) -> dict[str, Any]:
     """What ``save`` was given as ``extra``. Raises CheckpointError where it cannot be read."""
     SUMMARY.require_whole(Path(path))
     try:
-        extra: dict[str, Any] = torch.load(Path(path) / EXTRA, map_location="cpu", weights_only=True)
+        extra = torch.load(Path(path) / EXTRA, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise damaged(path, f"{EXTRA} cannot be read as plain values") from error
-    return extra
+    return SUMMARY.plain(Path(path), extra)
 
 
 def description(extra: Mapping[str, Any], sizes: Mapping[str, Any], has_optimizer: bool) -> dict[str, Any]:
@@ -52,8 +69,10 @@ def require_sizes(directory: Path, summary: dict[str, Any], present: dict[str, A
     """Raise CheckpointError where the ranks were otherwise when the checkpoint was written."""
     saved = {CUTS: present.get(CUTS), **summary["parallel"]}
     # Data-parallel ranks hold the same, unless the optimizer's state is split over them.
-    matter = [key for key in SIZES if key != "data" or saved["zero1"] or present["zero1"]]
-    differ = [f"{key} {saved[key]} (now {present[key]})" for key in matter if saved[key] != present[key]]
+    matter = [key for key in SIZES if key != "data" or saved.get("zero1") or present["zero1"]]
+    differ = [
+        f"{key} {saved.get(key)} (now {present[key]})" for key in matter if saved.get(key) != present[key]
+    ]
     if differ:
         raise CheckpointError(
             f"checkpoint {directory} was written by ranks of other sizes: {', '.join(differ)}. Set "

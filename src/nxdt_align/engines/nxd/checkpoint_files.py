@@ -18,6 +18,7 @@ of training.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ class Files(nxd_checkpoint.CheckpointIOState):  # type: ignore[misc]
         self.deferred = deferred
         self._storage: Any = None
         self._pending: list[tuple[Any, str]] = []
+        self._names: list[str] = []
 
     @contextmanager
     def taken_from_nxd(self) -> Iterator[None]:
@@ -57,7 +59,13 @@ class Files(nxd_checkpoint.CheckpointIOState):  # type: ignore[misc]
         while self._pending:
             self._save(*self._pending.pop(0))
 
+    def written(self, folder: Path) -> list[Path]:
+        """This rank's files in ``folder``, where NxD was told to save."""
+        paths = (Path(os.path.normpath(folder / name)) for name in self._names)
+        return [path for path in paths if path.is_relative_to(folder) and path.is_file()]
+
     def _save(self, content: Any, filename: str) -> None:
+        self._names.append(filename)
         try:
             self._storage.save_object(content, filename)
         except RuntimeError as error:

@@ -92,7 +92,7 @@ class Checkpoints(AsyncSaver):
             with placing:
                 with folder.step():
                     files.write()
-                folder.place(SUMMARY, finish)
+                folder.place(SUMMARY, finish, files.written(folder.path))
 
         self._write(write, background=background)
 
