@@ -211,7 +211,11 @@ def open_unforked(path: Path, flags: int) -> int:
 
 
 def close_unforked(descriptor: int) -> None:
+    """Lets go of its lock, too, at once: a child that was forked this moment may not have closed it yet."""
     _unforked.discard(descriptor)
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
