@@ -19,7 +19,7 @@ from nxdt_align import __version__
 from nxdt_align.cli import main
 from nxdt_align.config.check import CheckedConfig
 from nxdt_align.config.schema import Config
-from nxdt_align.errors import UserError
+from nxdt_align.errors import SharedError, UserError
 
 HEAVY = ("torch", "lightning", "pytorch_lightning", "nemo", "transformers", "datasets", "numpy", "pandas")
 
@@ -267,11 +267,16 @@ def test_train_stops_before_it_builds_anything(
 
 
 def test_one_process_of_a_node_reports_the_faults_that_all_find(
-    good: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    build: FakeBuild, good: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["train", "--config-name", good, "seed=x"]) == 1
-    assert capsys.readouterr().err == ""
+    build.error = SharedError("one checkpoint is damaged")
+    assert main(["train", "--config-name", good]) == 1
+    assert "error" not in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["train", "--config-name", good]) == 1
+    assert capsys.readouterr().err.endswith("error: one checkpoint is damaged\n")
 
 
 @pytest.mark.parametrize("variable", ["RANK", "WORLD_SIZE", "TRAIN_ITERS"])

@@ -29,7 +29,7 @@ from nxdt_align.config.engines import Engine, neuron_available, resolve_engine
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import presets, read_config, to_yaml
 from nxdt_align.config.schema import Config
-from nxdt_align.errors import UserError
+from nxdt_align.errors import SharedError, UserError
 from nxdt_align.files import explain
 from nxdt_align.messages import show_on_terminal
 from nxdt_align.neuron.environment import (
@@ -134,10 +134,10 @@ def _require_torch() -> None:
 
 
 def _complain(error: Exception, message: str) -> None:
-    """Print the error. Every process finds the same fault in a configuration, so only the first of each
-    node reports it; a later error may occur on one rank only."""
+    """Print the error. Every process finds the same fault in a configuration, or is told of a shared one, so
+    only the first of each node reports it; another error may occur on one rank only."""
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if isinstance(error, ConfigError) and local_rank != "0":
+    if isinstance(error, ConfigError | SharedError) and local_rank != "0":
         return
     place = f" (rank {rank})" if rank != "0" else ""
     print(f"error{place}: {message}", file=sys.stderr)

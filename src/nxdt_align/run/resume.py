@@ -19,7 +19,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.config.start import CHECKPOINTS, IDENTITY_FILE
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.checkpoint_folder import CheckpointError
-from nxdt_align.errors import UserError
+from nxdt_align.errors import SharedError, UserError
 from nxdt_align.files import atomic_write
 from nxdt_align.messages import NOTICE
 from nxdt_align.reference.cache import fingerprint_of
@@ -91,7 +91,7 @@ def resume_point(
     if given is not None and takes_all and checkpoints.is_checkpoint(Path(given)):
         fault = fault_of(Path(given), checkpoints, engine)
         if fault is not None:
-            raise UserError(f"exp_manager.resume_from_checkpoint: {fault}")
+            raise SharedError(f"exp_manager.resume_from_checkpoint: {fault}")
         log.log(NOTICE, "resuming from resume_from_checkpoint=%s, optimizer state included", given)
         return Path(given)
     log.log(NOTICE, "a new run, from %s, in %s", start, run.path)

@@ -16,7 +16,7 @@ from nxdt_align.engines.base import Engine
 from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.native import checkpoint as native
 from nxdt_align.engines.nxd import checkpoint as nxd
-from nxdt_align.errors import UserError
+from nxdt_align.errors import SharedError, UserError
 from nxdt_align.files import explain
 from nxdt_align.run.contracts import Checkpoints
 from nxdt_align.run.differences import differences
@@ -61,7 +61,7 @@ def find(
 
 
 def _from_first(engine: Engine, act: Callable[[], T]) -> T:
-    """What ``act`` returns on rank 0, on every rank. What it raises there is raised on all, as UserError."""
+    """What ``act`` returns on rank 0, on every rank. What it raises there, all raise, as SharedError."""
     value: Any = None
     fault: UserError | None = None
     if engine.topology.rank == 0:
@@ -73,7 +73,7 @@ def _from_first(engine: Engine, act: Callable[[], T]) -> T:
             fault = UserError(f"{error.filename}: {explain(error)}" if error.filename else explain(error))
     value, told = engine.broadcast_object((value, None if fault is None else str(fault)))
     if told is not None:
-        raise fault or UserError(told)
+        raise SharedError(told) from fault
     result: T = value
     return result
 

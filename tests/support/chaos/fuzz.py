@@ -103,7 +103,8 @@ def fault_of(arguments: Sequence[str]) -> str:
         return str(error)
     except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        return f"traceback: {type(error).__name__}: {str(error)[:200]} ({Path(frame.filename).name}:{frame.lineno})"
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        return f"traceback: {type(error).__name__}: {str(error)[:200]} ({where})"
     finally:
         signal.alarm(0)
     text = said.getvalue()
