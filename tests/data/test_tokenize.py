@@ -495,6 +495,13 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def _encrypted(path: Path) -> None:
+    """By a flag in the archive's directory: 8 bytes behind its signature."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] ^= 1 << 6
+    path.write_bytes(bytes(data))
+
+
 def _empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -512,7 +519,7 @@ def _swapped_arrays(path: Path) -> None:
         np.savez(file, **values)
 
 
-@pytest.mark.parametrize("damage", [_cut, _flip, _empty, _other_arrays, _swapped_arrays])
+@pytest.mark.parametrize("damage", [_cut, _flip, _encrypted, _empty, _other_arrays, _swapped_arrays])
 def test_a_broken_cache_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any) -> None:
     records = random_pairs(20)
     _, first = run_with_cache(records, tmp_path)

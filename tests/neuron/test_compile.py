@@ -91,7 +91,7 @@ def test_manifest_says_hash_name_and_shapes(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["run_dpo.json"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other", "graphs": []}', "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "other", "graphs": []}', "{}", "[" * 100_000])
 def test_a_file_that_is_no_manifest_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.json"
     path.write_text(text)

@@ -294,7 +294,8 @@ def load_columns(
         if ids == [record for record in record_ids if record not in refused] and columns.is_whole():
             return columns, refused, Counter({key: int(count) for key, count in keys})
         reason = "its arrays are inconsistent"
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # RuntimeError: a header that now asks for a password, or for a method that there is none for.
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         reason = str(error)
     log.warning("the token cache %s is broken (%s): tokenizing again", path, reason)
     return None

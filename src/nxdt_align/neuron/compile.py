@@ -143,7 +143,7 @@ def read_manifest(path: Path) -> set[str] | None:
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
         return {str(entry["hash"]) for entry in content["graphs"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CompileError(
             f"{path} is not a manifest of compiled graphs ({error}); remove it, or rewrite it with COMPILE=1"
         ) from error
