@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import flip
 from native_checkpoint_fixture import (
     SHARD,
     Net,
@@ -114,6 +115,16 @@ def test_one_flipped_bit(written: Path, name: str) -> None:
         with pytest.raises(CheckpointError, match="is damaged"):
             NativeCheckpoint(written).read("weight")
         assert NativeCheckpoint(written).read("norm").equal(trained()[0].norm)
+
+
+@pytest.mark.parametrize("at", [0.2, 0.5, 0.8])
+def test_one_flipped_bit_of_the_index(written: Path, at: float) -> None:
+    """A pickle, which may read as one of another tensor."""
+    flip(written / "tensors" / ".metadata", at)
+    changed = "is damaged: tensors/.metadata: its bytes have changed since it was written"
+    expect_refusal(written, changed)
+    with pytest.raises(CheckpointError, match=changed):
+        NativeCheckpoint(written)
 
 
 class Evil:

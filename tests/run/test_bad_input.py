@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from bad_input_fixture import Terminal, break_inputs, break_weights, expect, message
+from damage import DAMAGE
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from training_fixture import ORPO, Project, assert_same_run
@@ -405,6 +406,56 @@ def test_damaged_checkpoints(terminal: Terminal, whole: Path) -> None:
     shutil.rmtree(newest)
     assert [run] == list((terminal.experiments / "run").iterdir())
     assert_same_run(run, whole)
+
+
+RUN_FILES = (
+    *("checkpoints/*4-*/checkpoint.json", "checkpoints/*4-*/trainer.pt"),
+    *("checkpoints/*4-*/tensors/.metadata", "checkpoints/*4-*/tensors/__0_0.distcp"),
+    *("run_identity.json", ".running/lock", "events.out.tfevents.*"),
+)
+
+
+@pytest.fixture(scope="module")
+def interrupted(project: Project, whole: Path) -> Path:
+    """The experiments of a run that was ended after 4 steps, and has kept steps 2 and 4."""
+    keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
+    where = project.root / "interrupted"
+    assert project.train(f"exp_manager.exp_dir={where}", keep, "trainer.max_steps=4") == 0
+    return where
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("file", RUN_FILES)
+def test_any_damaged_file_of_a_run(
+    terminal: Terminal, interrupted: Path, whole: Path, file: str, how: str
+) -> None:
+    """The weights of a run that nothing disturbed, in the same folder; and where the older checkpoint is
+    gone, those or one message."""
+    val = f"data.val_dir={terminal.project.root}/val.jsonl"
+    shutil.copytree(interrupted, terminal.experiments)
+    (run,) = (terminal.experiments / "run").iterdir()
+    (damaged,) = run.glob(file)
+    DAMAGE[how](damaged)
+    shutil.copytree(terminal.experiments, terminal.experiments.with_name("alone"))
+    shown = terminal.succeed(val, "trainer.max_steps=6")
+    assert "resuming from this run's own checkpoint" in shown and "Traceback" not in shown
+    assert [run] == list((terminal.experiments / "run").iterdir())
+    (written,) = (run / "checkpoints").glob("*6-*")
+    (wanted,) = (whole / "checkpoints").glob("*6-*")
+    for name in NativeCheckpoint(wanted).names():
+        assert torch.equal(NativeCheckpoint(written).read(name), NativeCheckpoint(wanted).read(name))
+
+    shutil.rmtree(terminal.experiments)
+    terminal.experiments.with_name("alone").rename(terminal.experiments)
+    (older,) = (run / "checkpoints").glob("*2-*")
+    shutil.rmtree(older)
+    status, shown = terminal.train(val, "trainer.max_steps=6")
+    assert [run] == list((terminal.experiments / "run").iterdir())
+    if status == 0:
+        assert "resuming from this run's own checkpoint" in shown and "Traceback" not in shown
+    else:
+        assert damaged.name in message(status, shown)
 
 
 def test_a_run_that_is_resumed_twice_at_once(terminal: Terminal) -> None:

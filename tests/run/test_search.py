@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from damage import DAMAGE, junk
 from native_checkpoint_fixture import SHARD, as_earlier_version, content, parameters, trained
 
 from nxdt_align.engines.native import checkpoint as native
@@ -194,31 +195,6 @@ def test_runs_without_checkpoints_are_not_named(tmp_path: Path, caplog: pytest.L
 # Damage
 
 
-def halve(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path: Path, at: float = 0.5) -> None:
-    data = bytearray(path.read_bytes())
-    data[int(at * (len(data) - 1))] ^= 1
-    path.write_bytes(data)
-
-
-def junk(path: Path) -> None:
-    path.write_bytes(bytes(range(256)) * (path.stat().st_size // 256 + 1))
-
-
-DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "halved": halve,
-    "empty": lambda path: path.write_bytes(b""),
-    "first byte": lambda path: flip(path, 0),
-    "middle byte": flip,
-    "last byte": lambda path: flip(path, 1),
-    "gone": Path.unlink,
-    "junk": junk,
-    "nested": lambda path: path.write_text("[" * 100_000),
-    "null": lambda path: path.write_text("null"),
-}
 FILES = [
     *((native, name) for name in ("checkpoint.json", "trainer.pt", "tensors/.metadata", SHARD)),
     *((nxd, name) for name in (nxd.SUMMARY.name, nxd.EXTRA, nxd.DONE, NXD_SHARD)),

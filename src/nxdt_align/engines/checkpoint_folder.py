@@ -119,18 +119,22 @@ class Summary:
         does.
         """
         summary = self.require_whole(directory)
-        digests = summary.get(_DIGESTS, {})
         for name in share(summary["files"], rank, ranks):
-            try:
-                if name not in digests:
-                    self.check_content(directory, name)
-                elif (found := crc32_of(directory / name)) != digests[name]:
-                    raise ValueError(
-                        f"its bytes have changed since it was written (CRC-32 {found} instead of "
-                        f"{digests[name]})"
-                    )
-            except (OSError, ValueError) as error:
-                raise damaged(directory, f"{name}: {error}") from error
+            self.require_file(directory, summary, name)
+
+    def require_file(self, directory: Path, summary: Mapping[str, Any], name: str) -> None:
+        """Compare one file's checksum with ``summary``, which ``require_whole`` has read. Raises
+        CheckpointError."""
+        wanted = summary.get(_DIGESTS, {}).get(name)
+        try:
+            if wanted is None:
+                self.check_content(directory, name)
+            elif (found := crc32_of(directory / name)) != wanted:
+                raise ValueError(
+                    f"its bytes have changed since it was written (CRC-32 {found} instead of {wanted})"
+                )
+        except (OSError, ValueError) as error:
+            raise damaged(directory, f"{name}: {error}") from error
 
     def plain(self, directory: Path, extra: Any) -> dict[str, Any]:
         """``extra`` as it was read. Raises CheckpointError where it is not that of this checkpoint."""

@@ -27,7 +27,7 @@ from nxdt_align.engines.checkpoint_folder import CheckpointError, Summary, damag
 from nxdt_align.engines.digests import check_archive
 from nxdt_align.engines.native.optimizer_state import NamedOptimizerState, parameter_names, restore
 from nxdt_align.engines.native.shards import LocalShard, filling
-from nxdt_align.engines.native.tensors import DamagedError, TensorFolder, reason
+from nxdt_align.engines.native.tensors import INDEX, DamagedError, TensorFolder, reason
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.named_tensors import Spec, WeightSource
 
@@ -80,7 +80,6 @@ def load(
     moved = None if optimizer is None else parameter_names(optimizer, named_parameters)
     everywhere = set().union(*(names or () for names in ranks.gather(moved)))
     with ranks.together(CheckpointError):
-        SUMMARY.require_whole(directory)
         tensors, trainer = _read(directory)
         require_same_tensors(directory, _weights(tensors), wanted)
         saved = None if optimizer is None else _optimizer_state(directory, tensors, trainer, parameters)
@@ -105,7 +104,6 @@ def describe(path: Path) -> dict[str, Any]:
 
 def read_extra(path: Path) -> dict[str, Any]:
     """What ``save`` was given as ``extra``. Raises CheckpointError as ``load`` does."""
-    SUMMARY.require_whole(Path(path))
     return SUMMARY.plain(Path(path), _read(Path(path))[1]["extra"])
 
 
@@ -123,9 +121,9 @@ class NativeCheckpoint(WeightSource):
     def __init__(self, path: Path, *, unfinished: str | None = None) -> None:
         self.path = Path(path)
         if unfinished is None:
-            SUMMARY.require_whole(self.path)
-        folder = self.path / (unfinished or TENSORS)
-        self._tensors = _guarded(self.path, lambda: TensorFolder(folder))
+            self._tensors = _open(self.path)
+        else:
+            self._tensors = _guarded(self.path, lambda: TensorFolder(self.path / unfinished))
         self._names = [n.removeprefix(MODEL) for n in self._tensors.names() if n.startswith(MODEL)]
 
     def __str__(self) -> str:
@@ -150,8 +148,15 @@ class NativeCheckpoint(WeightSource):
 # Reading
 
 
+def _open(directory: Path) -> TensorFolder:
+    """A whole checkpoint's. The index has no checksum but the summary's; tensors have torch's, which are
+    compared as they are read."""
+    SUMMARY.require_file(directory, SUMMARY.require_whole(directory), f"{TENSORS}/{INDEX}")
+    return _guarded(directory, lambda: TensorFolder(directory / TENSORS))
+
+
 def _read(directory: Path) -> tuple[TensorFolder, dict[str, Any]]:
-    tensors = _guarded(directory, lambda: TensorFolder(directory / TENSORS))
+    tensors = _open(directory)
     try:
         check_archive(directory / TRAINER)
         trainer = torch.load(directory / TRAINER, map_location="cpu", weights_only=True)
