@@ -421,6 +421,8 @@ def interrupted(project: Project, whole: Path) -> Path:
     keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
     where = project.root / "interrupted"
     assert project.train(f"exp_manager.exp_dir={where}", keep, "trainer.max_steps=4") == 0
+    (run,) = (where / "run").iterdir()
+    (run / LOCK).write_text('{"host": "a", "pid": 1, "started": "1"}')  # as a kill leaves it
     return where
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from damage import flip
 from training_fixture import Project, final_weights, scalars, train_sh
 
 from nxdt_align.weights.hf import HFFolder
@@ -60,3 +63,32 @@ def test_a_run_goes_on_in_other_layouts(repo: Path, tmp_path: Path) -> None:
     for name, tensor in moved.items():
         assert float((tensor - weights[name]).abs().max()) <= 5e-5, name
         assert exported.read(name).equal(tensor), name
+
+
+@pytest.mark.full
+def test_all_ranks_pass_over_a_damaged_checkpoint(repo: Path, tmp_path: Path) -> None:
+    """A flipped bit in the second rank's file: both go on from the step before, bit for bit; where there is
+    none, one of them says so."""
+    project = Project.create(tmp_path)
+    two = ("trainer.devices=2", "exp_manager.seconds_to_sleep=0.1", "distributed_strategy.zero1=True")
+    keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
+    moved, straight = (f"exp_manager.exp_dir={tmp_path}/{name}" for name in ("moved", "straight"))
+    train_sh(repo, project, *two, straight, "trainer.max_steps=6")
+    train_sh(repo, project, *two, moved, keep, "trainer.max_steps=4")
+    checkpoints = project.only_run("moved") / "checkpoints"
+    (newest,) = checkpoints.glob("*4-*0")
+    flip(newest / "tensors" / "__1_0.distcp")
+    said = train_sh(repo, project, *two, moved, "trainer.max_steps=6")
+    assert said.count(f"not resumed from: checkpoint {newest} is damaged: tensors/__1_0.distcp") == 1
+    assert said.count("resuming from step 2 instead") == 1
+    shutil.rmtree(newest)
+    weights = final_weights(project.only_run("straight"))
+    for name, tensor in final_weights(project.only_run("moved")).items():
+        assert torch.equal(tensor, weights[name]), name
+
+    (last,) = (f for f in checkpoints.iterdir() if f.is_dir())
+    flip(last / "tensors" / "__1_0.distcp")
+    with pytest.raises(AssertionError) as failed:
+        train_sh(repo, project, *two, moved)
+    assert str(failed.value).count("no checkpoint of this run in") == 1
+    assert project.only_run("moved") == checkpoints.parent
