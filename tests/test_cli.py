@@ -99,7 +99,7 @@ def run(repo: Path, tmp_path: Path) -> Run:
         ["--help"],
         ["--help-keys"],
         ["config", "--help"],
-        ["config", "--config-name", "hf_llama3_8B_DPO_config", "trainer.max_steps=3"],
+        ["config", "--no-check", "--config-name", "hf_llama3_8B_DPO_config", "trainer.max_steps=3"],
     ],
 )
 def test_it_answers(run: Run, arguments: list[str]) -> None:
@@ -124,7 +124,7 @@ def test_config_imports_nothing_heavy(repo: Path) -> None:
 
 
 def test_config_prints_every_key_resolved(capsys: pytest.CaptureFixture[str], good: str) -> None:
-    assert main(["config", "--config-name", good, "trainer.max_steps=7"]) == 0
+    assert main(["config", "--no-check", "--config-name", good, "trainer.max_steps=7"]) == 0
     printed = OmegaConf.create(capsys.readouterr().out)
     assert printed.model.optim.sched.max_steps == 7
     assert printed.model_alignment_strategy.dpo.kl_beta == 0.01
@@ -132,11 +132,11 @@ def test_config_prints_every_key_resolved(capsys: pytest.CaptureFixture[str], go
 
 
 def test_config_prints_a_yaml_of_another_machine(run: Run) -> None:
-    """The shipped YAML names files of a trn1 node: worth a notice, no reason to print nothing."""
+    """The shipped YAML names files of a trn1 node: train would stop here, no reason to print nothing."""
     done = run("config", "--config-name", "hf_llama3_8B_ORPO_config.yaml")
-    assert done.returncode == 0
+    assert done.returncode == 1
     assert "beta: 0.1" in done.stdout
-    assert done.stderr.count("notice: not found on this machine") == 4
+    assert done.stderr.startswith("error: 4 faults in ") and done.stderr.count(" that exists") == 4
     assert run("config", "--no-check", "--config-name", "hf_llama3_8B_ORPO_config").stderr == ""
 
 

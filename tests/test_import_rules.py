@@ -15,7 +15,10 @@ import pytest
 from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 
 # Anyone may import these; they import nothing of ours but each other.
-FOUNDATION = ("errors", "files", "messages", "own_parts", "__version__", "PYTHON", "TORCH")
+FOUNDATION = (
+    *("errors", "files", "messages", "own_parts", "redaction"),
+    *("__version__", "PYTHON", "TORCH"),
+)
 
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.settings", "engines.steps", "engines.masters", "engines.spread"),
@@ -29,6 +32,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "messages": (),
     "files": (),
     "own_parts": (),
+    "redaction": (),
     "batch": (),
     "named_tensors": (),
     "losses": ("batch", "config.alignment", "config.dpo_forms", "config.fields"),
@@ -79,6 +83,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "messages": ("tqdm",),
     "files": (),
     "own_parts": (),
+    "redaction": (),
     "batch": ("torch",),
     "named_tensors": ("torch",),
     "losses": ("torch",),

@@ -28,6 +28,7 @@ from nxdt_align.config.check import (
 from nxdt_align.config.engines import Engine, neuron_available, resolve_engine
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import presets, read_config, to_yaml
+from nxdt_align.config.loggers import PACKAGES
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import SharedError, UserError
 from nxdt_align.files import explain
@@ -40,6 +41,7 @@ from nxdt_align.neuron.environment import (
     neuron_environment,
     replaced,
 )
+from nxdt_align.redaction import redact
 
 if TYPE_CHECKING:
     from nxdt_align.run import RunEnv
@@ -140,7 +142,7 @@ def _complain(error: Exception, message: str) -> None:
     if isinstance(error, ConfigError | SharedError) and local_rank != "0":
         return
     place = f" (rank {rank})" if rank != "0" else ""
-    print(f"error{place}: {message}", file=sys.stderr)
+    print(redact(f"error{place}: {message}"), file=sys.stderr)
 
 
 # Arguments
@@ -179,7 +181,14 @@ def _parser() -> argparse.ArgumentParser:
     config = _add_verb(verbs, "config", "check a configuration and print it as YAML, defaults included")
     config.add_argument("--no-check", action="store_true", help="print it without checking its values")
     _add_help_keys(config, default=argparse.SUPPRESS)
-    _add_verb(verbs, "plan", "tokenize the data and print rows, graphs and device memory, without a model")
+    plan = _add_verb(
+        verbs, "plan", "tokenize the data and print rows, graphs and device memory, without a model"
+    )
+    plan.add_argument(
+        "--import-own-parts",
+        action="store_true",
+        help="import the loss and the data format that the YAML names by dotted path, as train does",
+    )
     train = _add_verb(verbs, "train", "train in this process; train.sh starts all processes of the run")
     train.add_argument(
         "--dry-run-steps", action="store_true", help="a few steps that write nothing, as with COMPILE=1"
@@ -247,10 +256,28 @@ _WEIGHTS = ("exp_manager.resume_from_checkpoint", "model_alignment_strategy.refe
 
 
 def _config(arguments: argparse.Namespace, environment: Environment) -> int:
-    config, missing = _read(arguments, environment, checked=not arguments.no_check)
-    _show(to_yaml(config).removesuffix("\n"))
-    for fault in missing:
-        _note(f"not found on this machine; train would stop: {fault}")
+    """Prints what is right but for this machine, as it may be meant for another, and then stops as train
+    would."""
+    overrides = _overrides(arguments, environment)
+    config, faults = read_config(arguments.config_name, overrides, arguments.config_path)
+    engine = resolve_engine(config, neuron_available())
+    if not arguments.no_check:
+        faults = with_check(config, faults, engine=engine)
+    if all(fault.is_missing_path for fault in faults):
+        _show(to_yaml(config).removesuffix("\n"))
+    if faults:
+        raise ConfigError(faults, config.source)
+    if arguments.no_check:
+        return 0
+    _require_torch()
+    _log_to_terminal(rank=0)
+    _missing_variables(config, engine)
+    from nxdt_align.run import RunEnv
+    from nxdt_align.run.mode import RunMode
+    from nxdt_align.run.ready import not_checked, require_ready
+
+    require_ready(config, engine, RunEnv(world_size=config.world_size), RunMode())
+    _note(not_checked(config))
     return 0
 
 
@@ -293,6 +320,7 @@ def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
     """Plans for all ranks in one process; needs neither the weights nor the Neuron packages."""
     config, missing = _read(arguments, environment, checked=True)
     unread = set(_WEIGHTS) if config.model.model_config is not None else set(_WEIGHTS[1:])
+    unread |= {*PACKAGES, "exp_manager.files_to_copy"}
     needed = [fault for fault in missing if fault.path not in unread]
     if needed:
         raise ConfigError(needed, config.source)
@@ -300,7 +328,8 @@ def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
         _note(notice)
     from nxdt_align.run.plan import plan_report
 
-    _show(plan_report(config, resolve_engine(config, neuron_available())))
+    engine = resolve_engine(config, neuron_available())
+    _show(plan_report(config, engine, import_own_parts=arguments.import_own_parts))
     return 0
 
 
@@ -439,7 +468,7 @@ def reader_may_stop() -> Iterator[None]:
 
 
 def _note(text: str) -> None:
-    print(f"notice: {text}", file=sys.stderr)
+    print(redact(f"notice: {text}"), file=sys.stderr)
 
 
 _NEED_TORCH = ("plan", "train", "convert", "export", "inspect")

@@ -9,6 +9,8 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
 
+from nxdt_align.redaction import redact
+
 NOTICE = 25
 """Level of a message that the terminal shows. Info goes to the run's file alone."""
 logging.addLevelName(NOTICE, "NOTICE")
@@ -29,7 +31,7 @@ class Terminal(logging.StreamHandler):  # type: ignore[type-arg]
 
     def format(self, record: logging.LogRecord) -> str:
         said = super().format(record)
-        return said if record.levelno == NOTICE else f"{record.levelname}: {said}"
+        return redact(said if record.levelno == NOTICE else f"{record.levelname}: {said}")
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm  # type: ignore[import-untyped]
@@ -101,6 +103,9 @@ class _File(logging.FileHandler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         return False if self._failed else super().handle(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
     def close(self) -> None:
         with suppress(OSError):  # what could not be written is still to be flushed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -316,3 +317,67 @@ precision: {type: bf16}
     assert len(faults) == 14
     assert str(error.value).startswith(f"14 faults in {error.value.source}:\n  - ")
     assert all(text in str(error.value) for text in faults.values())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "hydra: {searchpath: ['pkg://search_path_package']}",
+        "hydra: {searchpath: 'pkg://search_path_package'}",
+        "hydra: {searchpath: ['${name}']}\nname: pkg://search_path_package",
+        "hydra: ${x}\nx: {searchpath: ['pkg://search_path_package']}",
+        "x: &x {searchpath: ['file:///tmp', 'pkg://search_path_package']}\nhydra: {<<: *x}",
+    ],
+)
+def test_no_package_is_imported_because_a_yaml_searches_it(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "search_path_package").mkdir()
+    (tmp_path / "search_path_package" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"hydra.searchpath: must be folders, as file:///folder, but is"):
+        load(text)
+    assert "search_path_package" not in sys.modules
+    assert load(f"hydra: {{searchpath: ['file://{tmp_path}'], run: {{dir: .}}}}\nseed: 3").seed == 3
+
+
+SECRETS = """
+name: x
+data:
+    train_dir: $MY_SECRET/train.jsonl
+    val_dir: [{path: "$MY_SECRET/a", weight: 1}]
+    tokenizer: {type: "${oc.env:TOKENIZER_DIR}"}
+    columns: {prompt: "${exp_manager.wandb_logger_kwargs.key}"}
+exp_manager:
+    wandb_logger_kwargs:
+        {key: "${oc.env:WANDB_API_KEY}", name: "of ${.key}", more: ["${oc.env:my_password,none}"]}
+    mlflow_logger_kwargs: {a.b: "${oc.env:DB_PASS}", pwd: "${oc.env:PWD}"}
+model: {optim: {lr: "${oc.decode:${oc.env:PASSWORD_OF_LR}}"}}
+trainer: {callbacks: [{path: my.Watch, settings: {login: "${oc.env:WANDB_API_KEY}"}}]}
+"""
+
+
+def test_secrets_are_used_and_not_shown(
+    load: Load, write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"MY_SECRET": "hush-one", "WANDB_API_KEY": "hush-two", "DB_PASS": "hush-three"}
+    values |= {"PASSWORD_OF_LR": "0.125", "TOKENIZER_DIR": "/a/tokenizer", "PWD": "/a/folder"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    config = load(SECRETS)
+    assert config.data.train_dir == "hush-one/train.jsonl"
+    assert config.exp_manager.wandb_logger_kwargs == {
+        "key": "hush-two",
+        "name": "of hush-two",
+        "more": ["none"],
+    }
+    shown = to_yaml(config)
+    assert "hush" not in shown and "0.125" not in shown
+    assert "$MY_SECRET/train.jsonl" in shown and "${oc.env:WANDB_API_KEY}" in shown
+    assert "/a/tokenizer" in shown and "/a/folder" in shown
+    assert load(shown) == config
+    with pytest.raises(ConfigError) as error:
+        load(SECRETS, "seed=${oc.env:WANDB_API_KEY}", "trainer.devices=[${oc.env:DB_PASS}]")
+    assert "hush" not in str(error.value) and "seed: must be an integer, but is '${oc.env:WANDB" in str(
+        error.value
+    )

@@ -86,11 +86,22 @@ class DeclaresInVain:
         return LossOutput(-policy.chosen_logits)
 
 class NotCallable:
-    pass
+    def __init__(self, file):
+        open(file, "w").close()
+
+class Loose:
+    def __init__(self, file):
+        open(file, "w").close()
+
+    def __call__(self, *arguments, **settings):
+        return LossOutput(-arguments[0].chosen_logps)
 
 class FailsToStart:
     def __init__(self):
         raise RuntimeError("no weights here")
+
+    def __call__(self, policy, reference):
+        return LossOutput(-policy.chosen_logps)
 
 def of_nothing(policy, reference):
     return LossOutput(torch.zeros(2, requires_grad=True))

@@ -37,6 +37,7 @@ from nxdt_align.weights.names import to_hf
 
 RESUME = "exp_manager.resume_from_checkpoint"
 DPO = "model_alignment_strategy.dpo"
+STOPPING = "exp_manager.early_stopping_callback_params"
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,15 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mode of the checkpoint callback": (
         ("exp_manager.checkpoint_callback_params.mode=best",),
         ("exp_manager.checkpoint_callback_params.mode: must be one of max, min, but is 'best'",),
+    ),
+    "packages of loggers": (
+        ("exp_manager.create_wandb_logger=True", "exp_manager.create_mlflow_logger=True"),
+        (
+            "exp_manager.create_wandb_logger: needs the package wandb, which is not installed; pip install "
+            "'nxdt-align[wandb]', or set exp_manager.create_wandb_logger=False",
+            "exp_manager.create_mlflow_logger: needs the package mlflow",
+            "exp_manager.wandb_logger_kwargs: must have a name or a project",
+        ),
     ),
     "seed": (("seed=-1",), ("seed: must be at least 0, but is -1",)),
     "time": (("trainer.max_time=2h",), ("trainer.max_time: must be days:hours:minutes:seconds", "'2h'")),
@@ -235,9 +245,29 @@ LATER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("model.optim.betas=[0.9, 2]",),
         ("model.optim (adamw_fp32OptState)", "Invalid beta", "betas=(0.9, 2)"),
     ),
-    "settings of the logger": (
-        ("exp_manager.create_wandb_logger=True",),
-        ("exp_manager: name and project are required for wandb_logger",),
+    "settings of the early stopping": (
+        ("exp_manager.create_early_stopping_callback=True", f"{STOPPING}={{{{mode: down}}}}"),
+        (f"{STOPPING}: `mode` can be min, max, got down",),
+    ),
+    "a setting that NeMo does not know": (
+        (f"{STOPPING}={{{{patient: 3}}}}",),
+        (f"{STOPPING}.patient: Key 'patient' not in 'EarlyStoppingParams'",),
+    ),
+    "settings of the checkpoint callback": (
+        ("exp_manager.checkpoint_callback_params.train_time_interval=1h",),
+        ("exp_manager.checkpoint_callback_params: ", "should be mutually exclusive"),
+    ),
+    "settings of TensorBoard": (
+        ("exp_manager.summary_writer_kwargs={{max_queue: many}}",),
+        ("exp_manager.summary_writer_kwargs.max_queue: must be an integer", "'many'"),
+    ),
+    "another name of a TensorBoard setting": (
+        ("exp_manager.summary_writer_kwargs={{queue: 3}}",),
+        ("exp_manager.summary_writer_kwargs.queue: is not a setting of the TensorBoard logger", "max_queue"),
+    ),
+    "a checkpoint's name that cannot be filled in": (
+        ("exp_manager.checkpoint_callback_params.filename=x{{step:zz}}",),
+        ("exp_manager.checkpoint_callback_params.filename: cannot be filled in", "Unknown format code 'z'"),
     ),
     "NaN in the weights, without a reference": (
         (RESUME + "={weights}/hf_nan", *ORPO),
@@ -255,6 +285,15 @@ LATER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Found behind the reading of the data."""
 
 
+OF_A_RUN = (
+    *("empty data", "blank data", "record without its key", "a custom loss that is not there"),
+    *("checkpoint of the right size with other bytes", "validation behind the epoch's end"),
+    *("NaN in the weights, without a reference", "NaN in the weights, fp16"),
+    "NaN in the weights, reference during training",
+)
+"""What `nxdt-align config` says that it does not look into; it refuses all others, as train does."""
+
+
 def test_no_such_config(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     status = main(["train", "--config-path", str(project.root / "conf"), "--config-name", "runn"])
     shown = message(status, capsys.readouterr().err)
@@ -268,8 +307,10 @@ def test_faults_of_the_configuration(
     terminal: Terminal, overrides: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     places = {"root": terminal.project.root, "bad": terminal.project.root / "bad"}
-    shown = terminal.fail(*(text.format(**places) for text in overrides))
+    given = [text.format(**places) for text in overrides]
+    shown = terminal.fail(*given)
     expect(shown, words, **places)
+    assert message(*terminal.run("config", *given)) == shown
     assert not terminal.experiments.exists()
 
 
@@ -286,9 +327,12 @@ def test_faults_of_files_and_settings(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     root = terminal.project.root
     places = {"root": root, "bad": root / "bad", "weights": weights, "whole": whole}
-    shown = terminal.fail(*(text.format(**places) for text in overrides))
+    given = [text.format(**places) for text in overrides]
+    shown = terminal.fail(*given)
     expect(shown, words, **places)
     assert not terminal.checkpoints
+    if request.node.callspec.id not in OF_A_RUN:
+        assert message(*terminal.run("config", *given)) == shown
     if request.node.callspec.id in FILES:
         # Data are read in turn, so what was tokenized before the fault may be kept.
         assert not list(terminal.experiments.glob("[!c]*"))

@@ -13,6 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from training_fixture import Project
 
+from nxdt_align.cli import main
+
 
 def break_inputs(project: Project) -> None:
     """Fill bad/ with data, a tokenizer and a model's shape that do not do."""
@@ -69,11 +71,14 @@ class Terminal:
 
     def train(self, *overrides: str) -> tuple[int, str]:
         """Exit status, and all that was written to stderr."""
-        self.capture.readouterr()
         self.project.await_next_second(self.experiments)  # which is no folder of the project's
-        status = self.project.train(
-            f"exp_manager.exp_dir={self.experiments}", "data.val_dir=null", "trainer.max_steps=2", *overrides
-        )
+        return self.run("train", *overrides)
+
+    def run(self, verb: str, *overrides: str) -> tuple[int, str]:
+        """As ``train``, for a verb that takes a configuration."""
+        self.capture.readouterr()
+        settings = (f"exp_manager.exp_dir={self.experiments}", "data.val_dir=null", "trainer.max_steps=2")
+        status = main([verb, *self.project.arguments(*settings, *overrides)[1:]])
         return status, self.capture.readouterr().err
 
     def succeed(self, *overrides: str) -> str:

@@ -15,6 +15,7 @@ from nxdt_align.config.engines import (
 )
 from nxdt_align.config.faults import ConfigError, Fault, independent
 from nxdt_align.config.load import read_config
+from nxdt_align.config.loggers import logger_faults
 from nxdt_align.config.paths import path_faults, positions_notice, tokenizer_notice
 from nxdt_align.config.rules import NOTICES, RULES
 from nxdt_align.config.schema import Config
@@ -91,7 +92,7 @@ def find_faults(config: Config, world_size: int | None = None, engine: Engine | 
         found.append(_wrong_world(config, world_size))
     if engine is not None:
         found += find_engine_faults(config, engine)
-    return [*found, *path_faults(config)]
+    return [*found, *logger_faults(config), *path_faults(config)]
 
 
 def _wrong_world(config: Config, world_size: int) -> Fault:

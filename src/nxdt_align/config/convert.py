@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -17,6 +18,7 @@ from nxdt_align.config.aliases import FOREIGN_SECTIONS, foreign_advice, loss_typ
 from nxdt_align.config.faults import Fault, nearest, show
 from nxdt_align.config.keys import alternatives, hints_of, key_fields, nearest_key, section_type, type_name
 from nxdt_align.config.megatron import megatron_key
+from nxdt_align.redaction import hide, looks_secret
 
 T = TypeVar("T")
 
@@ -27,6 +29,7 @@ ALIASES = {
 }
 """Other spelling -> key. NxDT's tutorial and documentation write the first two."""
 
+_VARIABLE = re.compile(r"\$\{?(\w+)")
 _LARGEST = 2**63 - 1
 _LONGEST_PATH, _LONGEST_PART = 4095, 255
 """Linux's."""
@@ -46,6 +49,10 @@ class Walk:
     """Paths of all keys that the YAML has."""
     values: int = 0
     """How many have been resolved."""
+    secrets: dict[str, str] = field(default_factory=dict)
+    """Path -> text as the YAML has it, where that reads environment variables whose names look secret."""
+    secrets_read: int = 0
+    """How often one was read."""
 
 
 def build_section(section: type[T], values: Mapping[Any, Any], prefix: str, walk: Walk) -> T:
@@ -172,7 +179,20 @@ def _convert_one(hint: Any, value: Any, path: str, walk: Walk, is_path: bool) ->
     if origin is not None:
         return _mapping(get_args(hint)[1], value)
     scalar = _SCALARS[hint](value)
-    return _path(scalar) if is_path else scalar
+    if is_path:
+        _note_secrets(scalar, path, walk)
+        return _path(scalar)
+    return scalar
+
+
+def _note_secrets(text: str, path: str, walk: Walk) -> None:
+    """Variables that a path holds are expanded, as ``${oc.env:NAME}`` is."""
+    for name in _VARIABLE.findall(text):
+        variable = f"${{{name}}}"
+        value = os.path.expandvars(variable)
+        if value != variable and looks_secret(name):
+            walk.secrets.setdefault(path, text)
+            hide(value, f"${name}")
 
 
 def _path(text: str) -> str:
@@ -203,7 +223,8 @@ def _sequence(item: Any, value: Any, path: str, walk: Walk, is_path: bool) -> tu
         first = key_fields(item)[0].name
         sections = [v if isinstance(v, Mapping) else {first: v} for v in value]
         return tuple(
-            build_section(item, s, f"{path}.{i}.", Walk(faults=walk.faults)) for i, s in enumerate(sections)
+            build_section(item, s, f"{path}.{i}.", Walk(faults=walk.faults, secrets=walk.secrets))
+            for i, s in enumerate(sections)
         )
     return tuple(_convert_one(item, v, path, walk, is_path) for v in value)
 

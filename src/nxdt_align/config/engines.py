@@ -29,7 +29,7 @@ _NEURON_PACKAGES = {
 
 def neuron_available() -> bool:
     """Whether the real Neuron packages are installed. PyPI's placeholders of these names hold no module."""
-    return all(_has_module(name) for name in ("torch_neuronx", "neuronx_distributed"))
+    return all(has_module(name) for name in ("torch_neuronx", "neuronx_distributed"))
 
 
 def find_missing_neuron_packages(cpu_mode: bool = False) -> str | None:
@@ -39,7 +39,7 @@ def find_missing_neuron_packages(cpu_mode: bool = False) -> str | None:
         cpu_mode: NXD_CPU_MODE=1, which needs neither compiler nor runtime.
     """
     wanted = _CPU_MODE_PACKAGES if cpu_mode else _NEURON_PACKAGES
-    absent = [package for package, module in wanted.items() if not _has_module(module)]
+    absent = [package for package, module in wanted.items() if not has_module(module)]
     if not absent:
         return None
     hollow = [package for package in absent if _is_installed(package)]
@@ -57,7 +57,7 @@ def find_missing_neuron_packages(cpu_mode: bool = False) -> str | None:
     )
 
 
-def _has_module(name: str) -> bool:
+def has_module(name: str) -> bool:
     """Whether ``name`` can be imported; a folder of that name without code does not count."""
     spec = importlib.util.find_spec(name)
     # A namespace package has a spec without an origin: any folder of that name on the path is one.

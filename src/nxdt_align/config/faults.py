@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nxdt_align.errors import UserError
+from nxdt_align.redaction import redact
 
 # None is a value that a key can have.
 _NOTHING = object()
@@ -44,7 +45,7 @@ class ConfigError(UserError):
     def __init__(self, faults: Sequence[Fault], source: str = "") -> None:
         self.faults = tuple(faults)
         self.source = source
-        super().__init__(_message(self.faults, source))
+        super().__init__(redact(_message(self.faults, source)))
 
 
 def _message(faults: tuple[Fault, ...], source: str) -> str:
@@ -58,7 +59,9 @@ def show(value: Any) -> str:
     """A value as a YAML would show it, truncated."""
     if value is None:
         return "null"
-    return shorten(str(list(value)) if isinstance(value, tuple) else repr(value))
+    if isinstance(value, str):
+        return shorten(repr(redact(value)))
+    return shorten(redact(str(list(value)) if isinstance(value, tuple) else repr(value)))
 
 
 def shorten(text: str, longest: int = _LONGEST_VALUE) -> str:

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from nxdt_align.config.alignment import MAX_PROMPT_LENGTH, OBJECTIVES
 from nxdt_align.config.bounds import (
@@ -27,6 +28,7 @@ from nxdt_align.config.faults import ConfigError, Fault, did_you_mean, shorten, 
 from nxdt_align.config.keys import accepts_text, all_keys, key_fields
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
+from nxdt_align.redaction import hide, looks_secret
 
 _LONGEST_REASON = 1000
 HYDRA_VERSION_BASE = "1.2"
@@ -56,14 +58,14 @@ def read_config(
     config_name_or_path: str, overrides: Sequence[str] = (), config_dir: Path | None = None
 ) -> tuple[Config, list[Fault]]:
     """As ``load_config``, but returns the faults; a faulty key has its default."""
-    _register_resolvers()
+    walk = Walk()
+    _register_resolvers(walk)
     path = find_config(config_name_or_path, config_dir)
     for text in overrides:
         check_override(text)
     rewritten = [rewrite_override(text) for text in overrides]
     for text in rewritten:
         check_quoted_override(text)
-    walk = Walk()
     try:
         values = _resolved(_compose(path, rewritten), "", walk, depth=1)
         config = build_section(Config, values, "", walk)
@@ -72,7 +74,9 @@ def read_config(
     given = frozenset(walk.given)
     named = tuple(text.partition("=")[0].lstrip("+") for text in overrides if not text.startswith("~"))
     derived = _derive(config, given)
-    config = dataclasses.replace(derived, given=given, overridden=named, source=str(path))
+    config = dataclasses.replace(
+        derived, given=given, overridden=named, source=str(path), secrets=walk.secrets
+    )
     return config, walk.faults
 
 
@@ -127,8 +131,24 @@ def _purpose(path: Path) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as a YAML of every key, which loads as the same configuration."""
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+    """The configuration as a YAML of every key, which loads as the same configuration.
+
+    Values from environment variables whose names look secret are written as the YAML had them,
+    ``${oc.env:NAME}``.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(_as_written(_plain(config), "", config.secrets)))
+
+
+def _as_written(value: Any, path: str, secrets: Mapping[str, str]) -> Any:
+    """``value`` with the texts of ``secrets`` at their paths."""
+    if path in secrets:
+        return secrets[path]
+    prefix = f"{path}." if path else ""
+    if isinstance(value, Mapping):
+        return {key: _as_written(item, f"{prefix}{key}", secrets) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_written(item, f"{prefix}{number}", secrets) for number, item in enumerate(value)]
+    return value
 
 
 # Overrides
@@ -172,8 +192,22 @@ def _quoted(value: str) -> str:
 # Reading
 
 
-def _register_resolvers() -> None:
+def _register_resolvers(walk: Walk) -> None:
+    def env(name: str, default: Any = _REQUIRED) -> Any:
+        """OmegaConf's ``oc.env``, which tells ``walk`` of secrets."""
+        value = oc.env(name, None)
+        if value is None:
+            return oc.env(name) if default is _REQUIRED else oc.env(name, default)
+        if looks_secret(name):
+            walk.secrets_read += 1
+            hide(value, f"${{oc.env:{name}}}")
+        return value
+
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
     OmegaConf.register_new_resolver("multiply", _multiply, replace=True)
+
+
+_REQUIRED = object()
 
 
 def _multiply(*factors: Any) -> int | float:
@@ -226,6 +260,20 @@ def _check_yaml(path: Path) -> None:
         raise UserError(f"{where}: not valid YAML: {reason}") from error
     if not isinstance(content, DictConfig):
         raise UserError(f"{path} must hold sections and keys, but holds a list")
+    _check_search_path(OmegaConf.to_container(content, resolve=False).get("hydra"), path)  # type: ignore[union-attr]
+
+
+def _check_search_path(hydra: Any, path: Path) -> None:
+    """Hydra imports the packages that ``pkg://`` names, and a YAML must not have anything imported."""
+    places = hydra.get("searchpath") if isinstance(hydra, Mapping) else hydra
+    for place in places if isinstance(places, list) else [places]:
+        if place is not None and not (
+            isinstance(place, str) and place.startswith("file://") and "${" not in place
+        ):
+            raise UserError(
+                f"{path}: hydra.searchpath: must be folders, as file:///folder, but is {show(place)}; Hydra "
+                "would import a package that is named here, which a YAML must not ask for"
+            )
 
 
 def _compose_message(error: Exception, path: Path, overrides: list[str]) -> str:
@@ -275,11 +323,15 @@ def _resolved_item(node: DictConfig | ListConfig, key: Any, path: str, walk: Wal
     walk.values += 1
     if walk.values > MAX_VALUES:
         raise UserError(f"{path}: interpolations give more than {MAX_VALUES:,} values; write fewer")
+    before = walk.secrets_read
     try:
         value = node[key]
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
         walk.faults.append(Fault(path, f"cannot be resolved: {_first_line(error)}"))
         return _FAULTY
+    if walk.secrets_read > before:
+        raw: Any = node._get_node(key)
+        walk.secrets[path] = str(raw._value())
     if not isinstance(value, (DictConfig, ListConfig)):
         return value
     if depth > MAX_DEPTH:

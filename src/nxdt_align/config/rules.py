@@ -11,6 +11,7 @@ from typing import Any
 
 from nxdt_align.config.aliases import foreign_advice
 from nxdt_align.config.alignment import OBJECTIVES
+from nxdt_align.config.custom import named_parts
 from nxdt_align.config.data import FORMATS
 from nxdt_align.config.faults import Fault, did_you_mean
 from nxdt_align.config.fields import is_dotted, section_faults
@@ -27,6 +28,7 @@ from nxdt_align.config.optim import (
 )
 from nxdt_align.config.pipeline import pipeline
 from nxdt_align.config.schema import Config
+from nxdt_align.own_parts import OwnPartError, require_no_standard_module
 
 Rule = Callable[[Config], Iterator[Fault]]
 
@@ -177,10 +179,14 @@ def trainer(config: Config) -> Iterator[Fault]:
             "training would never end: trainer.max_steps, max_epochs or max_time must be set",
             involves=("trainer.max_epochs", "trainer.max_time"),
         )
-    if settings.max_time is not None and not _DURATION.fullmatch(settings.max_time):
-        yield Fault(
-            "trainer.max_time", "must be days:hours:minutes:seconds, as 00:11:30:00", settings.max_time
-        )
+    for path in ("trainer.max_time", "exp_manager.max_time_per_run"):
+        duration = lookup(config, path)
+        if duration is not None and not _DURATION.fullmatch(duration):
+            yield Fault(path, "must be days:hours:minutes:seconds, as 00:11:30:00", duration)
+    logs = config.exp_manager
+    if logs.log_local_rank_0_only and logs.log_global_rank_0_only:
+        rule = "must not both be True"
+        yield Fault("exp_manager.log_local_rank_0_only", f"and log_global_rank_0_only {rule}")
     if settings.check_val_every_n_epoch is None and isinstance(settings.val_check_interval, float):
         rule = "must be a number of steps (an integer) where check_val_every_n_epoch is null"
         yield Fault("trainer.val_check_interval", rule, settings.val_check_interval)
@@ -254,10 +260,15 @@ def _unknown_settings(section: str, params: Mapping[str, Any], known: Collection
 
 
 def own_parts(config: Config) -> Iterator[Fault]:
-    """Whether they can be imported is seen at training."""
+    """Whether they can be imported, and are what they must be, is seen at training."""
     for part in config.trainer.callbacks or ():
         if not is_dotted(part.path):
             yield Fault("trainer.callbacks", "must be dotted paths, module.name", part.path)
+    for named in named_parts(config):
+        try:
+            require_no_standard_module(named.path)
+        except OwnPartError as error:
+            yield Fault(named.key, f"must be a part of your own, but {error}")
     data = config.data
     if data.format is not None and not is_dotted(data.format):
         yield from _named_format(config, data.format)

@@ -225,6 +225,8 @@ class Config:
     """Paths of the keys that overrides name, in their order."""
     source: str = field(default="", compare=False, repr=False, metadata=INTERNAL)
     """The file that this was read from."""
+    secrets: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False, metadata=INTERNAL)
+    """Path -> text of the YAML, ``${oc.env:NAME}``, for values that must not be shown."""
 
     def faults(self) -> Iterator[Fault]:
         yield from name_fault("name", self.name)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from nxdt_align.config.alignment import Examples
 from nxdt_align.losses.types import Loss, LossOutput, Normaliser, ResponseLogps
-from nxdt_align.own_parts import OwnPartError, describe, find, make
+from nxdt_align.own_parts import OwnPartError, describe, find, make, require_call
 
 _PROBE_PAIRS = 2
 _PROBE_VOCABULARY = 8
+_ARGUMENTS = ("policy", "reference")
 _WANTED = "it must be called as (policy, reference)"
 
 
@@ -87,7 +88,8 @@ def load_loss(path: str, settings: Mapping[str, Any] | None = None, examples: Ex
     with a mismatched one beside each (unpaired), or single responses.
 
     Raises OwnPartError if the path does not import, the settings do not fit, or the callable does not take
-    (policy, reference), reads logits that it does not declare, or does not return one value per example.
+    (policy, reference), reads logits that it does not declare, or does not return one value per example. What
+    does not name these two arguments is not called, and no object of its class is made.
     """
     return _tried(_make(find(path), path, dict(settings or {})), path, examples)
 
@@ -105,13 +107,13 @@ def given_loss(loss: Loss | Callable[..., Any], examples: Examples = "pair") -> 
         if isinstance(value, bool | int | float | str) and not name.startswith("_") and name != "training"
     }
     settings = ", ".join(f"{name}={value!r}" for name, value in plain.items())
-    return _tried(
-        loss, f"{kind.__module__}.{kind.__qualname__}{f'({settings})' if settings else ''}", examples
-    )
+    path = f"{kind.__module__}.{kind.__qualname__}{f'({settings})' if settings else ''}"
+    called = loss.forward if isinstance(loss, nn.Module) else loss
+    require_call(called, path, *_ARGUMENTS, is_users_own=True)
+    return _tried(loss, path, examples)
 
 
 def _tried(function: Callable[..., Any], path: str, examples: Examples) -> Loss:
-    _check_parameters(function, path)
     _check_parameters_of_its_own(function, path)
     loss = CustomLoss(function, path, examples)
     _try_out(loss, path)
@@ -120,35 +122,27 @@ def _tried(function: Callable[..., Any], path: str, examples: Examples) -> Loss:
 
 def _make(found: Callable[..., Any], path: str, settings: dict[str, Any]) -> Callable[..., Any]:
     if not inspect.isclass(found):
+        require_call(found, path, *_ARGUMENTS, settings=settings)
         return functools.partial(found, **settings) if settings else found
-    made = make(found, path, settings, "loss_settings")
-    if not callable(made):
+    called = _method_called(found)
+    if called is None:
         raise CustomLossError(
             f"{path}: {_WANTED}, but objects of this class cannot be called; "
             "give it __call__, or forward in an nn.Module"
         )
-    return cast(Callable[..., Any], made)
+    require_call(called, path, *_ARGUMENTS)
+    return cast(Callable[..., Any], make(found, path, settings, "loss_settings"))
 
 
-def _check_parameters(function: Callable[..., Any], path: str) -> None:
-    called: Callable[..., Any] = function.forward if isinstance(function, nn.Module) else function
-    settings: dict[str, Any] = {}
-    if isinstance(called, functools.partial):
-        settings, called = called.keywords, called.func
-    try:
-        signature = inspect.signature(called)
-    except ValueError as error:
-        raise CustomLossError(
-            f"{path}: {_WANTED}, but it is {describe(called)}, whose signature cannot be inspected; "
-            "wrap it in a function"
-        ) from error
-    try:
-        signature.bind(None, None, **settings)
-    except TypeError as error:
-        also = f" with loss_settings {settings}" if settings else ""
-        raise CustomLossError(
-            f"{path}: {_WANTED}{also}, but its signature is {signature} ({error})"
-        ) from error
+def _method_called(found: type) -> Callable[..., Any] | None:
+    """What a call of an object of this class runs, without ``self``; None if it cannot be called."""
+    name = "forward" if issubclass(found, nn.Module) else "__call__"
+    method = next((vars(base)[name] for base in found.__mro__ if name in vars(base)), None)
+    if method is None or not hasattr(method, "__get__"):
+        return cast("Callable[..., Any] | None", method)
+    # Any object will do as self: it is asked for its arguments and not called.
+    bound: Callable[..., Any] = method.__get__(object(), found)
+    return bound
 
 
 def _try_out(loss: CustomLoss, path: str) -> None:

@@ -27,9 +27,9 @@ from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.errors import UserError
-from nxdt_align.losses.custom import given_loss, load_loss
+from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
-from nxdt_align.losses.types import Loss
+from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
@@ -109,6 +109,18 @@ def join(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mo
     from nxdt_align.run.native import NativeParts
 
     return NativeParts(config, env, model, mode)
+
+
+def check_engine(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
+    """Raise UserError for what ``join`` would refuse before it joins any process."""
+    if engine == "nxd":
+        from nxdt_align.run.nxd import check as check_nxd
+
+        check_nxd(config, env, model, mode)
+    else:
+        from nxdt_align.run.native import check
+
+        check(config, env, model, mode)
 
 
 class MicroBatchNeeds(TypedDict):
@@ -342,6 +354,16 @@ def loss(config: Config, engine: EngineName, given: Loss | Callable[..., Any] | 
     return own
 
 
+def unread_loss(config: Config) -> Loss:
+    """Stands for a custom loss that must not be imported: with the needs of one that declares none."""
+    strategy = config.model_alignment_strategy
+
+    def unread(policy: ResponseLogps, reference: ResponseLogps | None) -> LossOutput:
+        raise NotImplementedError
+
+    return CustomLoss(unread, str(strategy.loss), strategy.examples)
+
+
 def _require_whole_logits(config: Config, engine: EngineName, own: Loss) -> None:
     strategy = config.distributed_strategy
     faults = {
@@ -369,5 +391,4 @@ def own_callbacks(config: Config) -> list[Callback]:
             made.append(make(found, part.path, part.settings or {}, "settings"))
         except OwnPartError as error:
             raise UserError(f"trainer.callbacks: {error}") from error
-        log.info("custom callback: %s", part.path)
     return made

@@ -52,6 +52,9 @@ class DryRun(RunMode):
     def check_places(self, places: Places) -> None:
         """Nothing is written, so no folder has to be writable."""
 
+    def check_experiment(self, config: Config) -> None:
+        """Nothing is logged."""
+
     def fallback_device(self, config: Config, env: RunEnv) -> torch.device:
         """torch_xla's CPU device if it can compile this run's graphs, else the CPU."""
         if not xla.is_available():

@@ -27,6 +27,7 @@ from nxdt_align.run.places import Places
 from nxdt_align.run.resume import RunFolder, RunIdentity, resume_point, write_identity
 from nxdt_align.run.search import find
 from nxdt_align.training.experiment import start_experiment
+from nxdt_align.training.experiment_check import check_experiment
 from nxdt_align.training.hooks import Preflight
 from nxdt_align.training.monitors import DeviceMonitor
 
@@ -45,6 +46,10 @@ class RunMode:
     def check_places(self, places: Places) -> None:
         """Raise UserError if the run could not write to one of its folders."""
         places.require_writable()
+
+    def check_experiment(self, config: Config) -> None:
+        """Raise UserError if loggers and checkpoint callback could not be made."""
+        check_experiment(config.exp_manager)
 
     def fallback_device(self, config: Config, env: RunEnv) -> torch.device:
         """The device if ``trainer.accelerator: auto`` finds no accelerator."""

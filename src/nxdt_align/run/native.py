@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from nxdt_align.config.schema import Config
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine
@@ -18,6 +20,15 @@ from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
 
+def check(config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> torch.device:
+    """This process's device. Raises UserError if it is not there, or if sizes or the attention do not fit."""
+    device = assemble.device(config, env, mode)
+    check_sizes(model, config.distributed_strategy.tensor_model_parallel_size)
+    check_pipeline(model, assemble.parallel(config))
+    assemble.attention(config, device, model)
+    return device
+
+
 class NativeParts:
     """Joins the run's processes and builds its engine. Raises UserError for sizes that do not fit the
     model."""
@@ -26,10 +37,8 @@ class NativeParts:
 
     def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
         self._config, self._model = config, model
-        self.device = assemble.device(config, env, mode)
+        self.device = check(config, env, model, mode)
         self.topology = assemble.start_processes(config, env, self.device)
-        check_sizes(model, config.distributed_strategy.tensor_model_parallel_size)
-        check_pipeline(model, assemble.parallel(config))
         self.precision = assemble.precision(config)
         self._attention = assemble.attention(config, self.device, model)
         self.reference_precision = assemble.reference_precision(config)

@@ -28,6 +28,20 @@ log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+def check(config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
+    """Raise UserError if NxD is not there, or if sizes, precision or attention are not its."""
+    backend = compat.backend_of(config.trainer.accelerator)
+    missing = find_missing_neuron_packages(cpu_mode=backend != "neuron")
+    if missing is not None:
+        raise UserError(missing)
+    _check_sizes(parallel_of(config, model, backend), model)
+    precision_of(config, backend)
+    if config.data.attention not in ("auto", "dense"):
+        raise UserError(
+            f"data.attention: must be auto or dense with engine nxd, but is {config.data.attention}"
+        )
+
+
 class NxDParts:
     """Joins the run's processes and builds its engine.
 
@@ -38,12 +52,9 @@ class NxDParts:
 
     def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
         self._config, self._env, self._model = config, env, model
+        check(config, env, model, mode)
         backend = compat.backend_of(config.trainer.accelerator)
-        missing = find_missing_neuron_packages(cpu_mode=backend != "neuron")
-        if missing is not None:
-            raise UserError(missing)
         parallel = parallel_of(config, model, backend)
-        _check_sizes(parallel, model)
         self.precision = precision_of(config, backend)
         self.reference_precision = reference_precision_of(config, self.precision)
         self.platform = compat.start(backend, env.rank, env.world_size)
@@ -89,10 +100,6 @@ class NxDParts:
 
     def _attention(self) -> Attention:
         config = self._config
-        if config.data.attention not in ("auto", "dense"):
-            raise UserError(
-                f"data.attention: must be auto or dense with engine nxd, but is {config.data.attention}"
-            )
         if not config.model.fusions.flash_attention or self.platform.backend != "neuron":
             return DenseAttention()
         fault = assemble.why_not_causal(config, self._model)

@@ -5,25 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.custom import parts_not_imported
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.rows import row_reports
 from nxdt_align.run import assemble
 
+_FLAG = "--import-own-parts imports it here"
 
-def plan_report(config: Config, engine: Engine) -> str:
+
+def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = False) -> str:
     """The row plan of the data, as training logs it before its first step, and the device memory of the
     largest bucket.
 
-    Uses and fills the token cache in ``data.cache_dir``. Raises UserError for data, tokenizer, buckets or a
-    custom loss that training would refuse.
+    Uses and fills the token cache in ``data.cache_dir``. What is not trained imports none of the user's own
+    parts that the YAML names, unless ``import_own_parts``: a custom loss then counts as one that declares
+    nothing. Raises UserError for a custom data format that must not be imported, and for data, tokenizer,
+    buckets or a custom loss that training would refuse.
     """
+    closed = {} if import_own_parts else {part.key: part for part in parts_not_imported(config)}
+    if "data.format" in closed:
+        path = closed["data.format"].path
+        raise UserError(
+            f"data.format: {path} is a function of your own, which a YAML has only training import; "
+            f"{_FLAG}, as does the override data.format={path}"
+        )
     ranks, model = config.data_parallel_size, assemble.model_config(config)
     assemble.check_attention(config, model)
-    objective = GlobalMeanObjective(assemble.loss(config, engine))
+    unread = closed.get("model_alignment_strategy.loss")
+    loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
+    objective = GlobalMeanObjective(loss)
     cache = config.data.cache_dir
     data = ModelAlignmentDataModule(
         config,
@@ -46,4 +61,7 @@ def plan_report(config: Config, engine: Engine) -> str:
     )
     rows = row_reports(data.splits, config.data)
     data_of = [f"{split} data: {report}" for split, report in rows.items()]
-    return "\n".join([*data_of, f"data-parallel ranks: {ranks}", memory])
+    notes = (
+        [] if unread is None else [f"{unread}: not imported, counted as one that declares nothing; {_FLAG}"]
+    )
+    return "\n".join([*data_of, f"data-parallel ranks: {ranks}", memory, *notes])

@@ -31,6 +31,7 @@ from nxdt_align.run.locate import companions, with_located_start
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
 from nxdt_align.run.preconditions import as_user_error, require_validation_in_epoch
+from nxdt_align.run.ready import require_ready
 from nxdt_align.run.reference import (
     ORIGIN,
     find_origin,
@@ -78,19 +79,17 @@ class Run:
         config = with_located_start(config)
         self.config, self.env, self.mode, self._run_log = config, env, mode, run_log
         self.places = Places(config)
-        self._callbacks = [*assemble.own_callbacks(config), *callbacks]
         self._fingerprints: dict[WeightSource, str] = {}
         self._times = StartTimes(enabled=config.exp_manager.enable_recovery_time_instrumentation)
-        mode.check_places(self.places)
+        ready = require_ready(config, engine, env, mode)
+        self.model_config, self.start, self.tokenization = ready.model, ready.start, ready.tokenization
+        self._callbacks = [*assemble.own_callbacks(config), *callbacks]
         chosen = assemble.loss(config, engine, loss)
         self._loss = None if loss is None else repr(chosen)
         self.objective = GlobalMeanObjective(chosen, token_statistics=config.exp_manager.log_token_statistics)
-        self.model_config = assemble.model_config(config)
         self.parts = assemble.join(config, engine, env, self.model_config, mode)
         self._times.done("processes joined")
         self.topology = self.parts.topology
-        self.start = assemble.start_weights(config, self.model_config)
-        self.tokenization = assemble.tokenization(config, self.model_config)
         self.data = ModelAlignmentDataModule(
             config,
             self.tokenization,

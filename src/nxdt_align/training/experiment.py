@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_align.config.experiment import ExpManagerConfig
 from nxdt_align.errors import UserError
@@ -34,13 +35,7 @@ def start_experiment(
     from nemo.utils import logging as nemo_logging
     from nemo.utils.exceptions import NeMoBaseException
 
-    settings = dataclasses.asdict(config)
-    known = {field.name for field in dataclasses.fields(nemo.ExpManagerConfig)}
-    chosen = {name: value for name, value in settings.items() if name in known}
-    chosen["checkpoint_callback_params"] = _callback_params(settings["checkpoint_callback_params"], nemo)
-    # find_run has already decided; NeMo must neither search nor move checkpoints.
-    chosen["resume_if_exists"] = False
-    chosen["resume_from_checkpoint"] = None  # trainer.fit is given it
+    chosen = nemo_settings(config, nemo)
     if config.explicit_log_dir is not None:
         chosen |= {"explicit_log_dir": str(folder), "exp_dir": None, "version": None}
     else:
@@ -52,21 +47,33 @@ def start_experiment(
     if resumed_step is not None:
         # Steps after the checkpoint are logged again: purge_step makes TensorBoard drop the first copy.
         chosen["summary_writer_kwargs"] = {
-            **(settings.get("summary_writer_kwargs") or {}),
+            **(config.summary_writer_kwargs or {}),
             "purge_step": resumed_step + 1,
         }
     before = set(folder.glob("run_*"))
     nemo_logging.setLevel(nemo_logging.WARNING)
     try:
         nemo.exp_manager(trainer, chosen)
-    except (ValueError, ImportError, NeMoBaseException) as error:
-        # NeMo's checks of its own settings, and loggers whose package is not installed.
+    except (ValueError, TypeError, ImportError, NeMoBaseException, OmegaConfBaseException) as error:
+        # NeMo's checks of its own settings, loggers that refuse theirs or whose package does not import.
         raise UserError(f"exp_manager: {' '.join(str(error).split())}") from error
     nemo_logging.setLevel(nemo_logging.INFO)
     _keep_events_in_place(folder, before)
     if trainer.is_global_zero:
         _remove_marks(trainer)
     return folder
+
+
+def nemo_settings(config: ExpManagerConfig, nemo: Any) -> dict[str, Any]:
+    """``config`` as the module ``nemo`` takes it, without the run's folder."""
+    settings = dataclasses.asdict(config)
+    known = {field.name for field in dataclasses.fields(nemo.ExpManagerConfig)}
+    chosen = {name: value for name, value in settings.items() if name in known}
+    chosen["checkpoint_callback_params"] = _callback_params(settings["checkpoint_callback_params"], nemo)
+    # find_run decides; NeMo must neither search nor move checkpoints.
+    chosen["resume_if_exists"] = False
+    chosen["resume_from_checkpoint"] = None  # trainer.fit is given it
+    return chosen
 
 
 def _callback_params(settings: Mapping[str, Any], nemo: Any) -> dict[str, Any]:

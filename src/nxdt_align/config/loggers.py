@@ -1,0 +1,88 @@
+"""Rules on what ``exp_manager`` makes: the packages must be installed, and loggers get what they require."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from nxdt_align.config.engines import has_module
+from nxdt_align.config.faults import Fault, did_you_mean
+from nxdt_align.config.fields import name_fault
+from nxdt_align.config.rules import lookup
+from nxdt_align.config.schema import Config
+
+PACKAGES: dict[str, tuple[str, str]] = {
+    "exp_manager.create_tensorboard_logger": ("tensorboard", "pip install tensorboard"),
+    "exp_manager.create_wandb_logger": ("wandb", "pip install 'nxdt-align[wandb]'"),
+    "exp_manager.create_mlflow_logger": ("mlflow", "pip install mlflow"),
+    "exp_manager.create_dllogger_logger": (
+        "dllogger",
+        "pip install git+https://github.com/NVIDIA/dllogger",
+    ),
+    "exp_manager.create_clearml_logger": ("clearml", "pip install clearml"),
+    "exp_manager.create_neptune_logger": ("neptune", "pip install neptune"),
+    "exp_manager.create_straggler_detection_callback": (
+        "ptl_resiliency",
+        "install NVIDIA's resiliency extension",
+    ),
+    "exp_manager.create_fault_tolerance_callback": (
+        "ptl_resiliency",
+        "install NVIDIA's resiliency extension",
+    ),
+}
+"""Switch -> the module that it needs, and how one gets it."""
+
+_NAMED = ("wandb", "neptune")
+"""Loggers that need a name or a project."""
+
+
+SUMMARY_WRITER: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("log_graph", "default_hp_metric"), ((bool,), "True or False")),
+    **dict.fromkeys(("prefix", "sub_dir", "comment", "filename_suffix"), ((str,), "text")),
+    **dict.fromkeys(("max_queue", "purge_step"), ((int,), "an integer")),
+    "flush_secs": ((int, float), "a number"),
+}
+"""Setting of the TensorBoard logger -> its types, and what they are called."""
+_IN_A_NAME = ("prefix", "sub_dir", "comment", "filename_suffix")
+
+
+def logger_faults(config: Config) -> Iterator[Fault]:
+    """What loggers and callbacks of ``exp_manager`` lack on this machine, or would not take."""
+    for key, (module, install) in PACKAGES.items():
+        if lookup(config, key) and not has_module(module):
+            yield Fault(
+                key,
+                f"needs the package {module}, which is not installed",
+                advice=f"{install}, or set {key}=False",
+                is_missing_path=True,
+            )
+    for name in _NAMED:
+        given: Mapping[str, object] | None = lookup(config, f"exp_manager.{name}_logger_kwargs")
+        if lookup(config, f"exp_manager.create_{name}_logger") and not {"name", "project"} & set(given or {}):
+            key = f"exp_manager.{name}_logger_kwargs"
+            yield Fault(
+                key,
+                f"must have a name or a project with exp_manager.create_{name}_logger",
+                advice=f"e.g. {key}={{project: alignment}}",
+            )
+    yield from _summary_writer(config.exp_manager.summary_writer_kwargs or {})
+    for file in config.exp_manager.files_to_copy or ():
+        if not Path(file).is_file():
+            rule = "must be files that exist"
+            yield Fault("exp_manager.files_to_copy", rule, file, is_missing_path=True)
+
+
+def _summary_writer(given: Mapping[str, object]) -> Iterator[Fault]:
+    for name, value in given.items():
+        key = f"exp_manager.summary_writer_kwargs.{name}"
+        types, called = SUMMARY_WRITER.get(name, ((), ""))
+        if name == "log_dir":
+            yield Fault(key, "must not be set: the logger writes into the run's folder")
+        elif not types:
+            near = did_you_mean(name, SUMMARY_WRITER)
+            advice = f"{near} There are: {', '.join(SUMMARY_WRITER)}".strip()
+            yield Fault(key, "is not a setting of the TensorBoard logger", value, advice)
+        elif not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            yield Fault(key, f"must be {called}", value)
+        elif name in _IN_A_NAME and value:
+            yield from name_fault(key, str(value))
