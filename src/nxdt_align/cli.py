@@ -270,7 +270,7 @@ def _config(arguments: argparse.Namespace, environment: Environment) -> int:
     if arguments.no_check:
         return 0
     _require_torch()
-    _log_to_terminal(rank=0)
+    show_on_terminal(rank=0)
     _missing_variables(config, engine)
     from nxdt_align.run import RunEnv
     from nxdt_align.run.mode import RunMode

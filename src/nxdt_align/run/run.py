@@ -41,6 +41,7 @@ from nxdt_align.run.reference import (
 )
 from nxdt_align.run.resume import RUN_RECORD, RunFolder, RunIdentity, identify, newest_checkpoint
 from nxdt_align.training import optim
+from nxdt_align.training.curves import quiet_event_writers
 from nxdt_align.training.finite import FiniteCheck
 from nxdt_align.training.hooks import FinishRun
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
@@ -134,7 +135,7 @@ class Run:
         self._note_what_is_read(run)
         reference, record = self._reference(None if resumed == run.checkpoint else resumed)
         export = self.mode.export_folder(self.config, run)
-        with as_user_error():
+        with as_user_error(), quiet_event_writers():
             callbacks = [
                 self._times,
                 *self.mode.monitors(self.config, self.env),

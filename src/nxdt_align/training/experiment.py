@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_align.config.experiment import ExpManagerConfig
 from nxdt_align.errors import UserError
 from nxdt_align.messages import LOG_FILE
+from nxdt_align.training.curves import Curves, keep_logging
 
 EVENT_FILES = "events.out.tfevents.*"
 
@@ -58,10 +61,19 @@ def start_experiment(
         # NeMo's checks of its own settings, loggers that refuse theirs or whose package does not import.
         raise UserError(f"exp_manager: {' '.join(str(error).split())}") from error
     nemo_logging.setLevel(nemo_logging.INFO)
+    trainer.loggers = [_that_may_stop(each, chosen["summary_writer_kwargs"]) for each in trainer.loggers]
+    for name in ("nemo_logger", "lightning.pytorch"):
+        keep_logging(logging.getLogger(name).handlers)
     _keep_events_in_place(folder, before)
     if trainer.is_global_zero:
         _remove_marks(trainer)
     return folder
+
+
+def _that_may_stop(logger: Logger, settings: Mapping[str, Any] | None) -> Logger:
+    if not isinstance(logger, TensorBoardLogger):
+        return logger
+    return Curves(logger.save_dir, name=logger.name, version=logger.version, **(settings or {}))
 
 
 def nemo_settings(config: ExpManagerConfig, nemo: Any) -> dict[str, Any]:
