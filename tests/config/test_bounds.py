@@ -76,6 +76,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "a zero byte": ('data: {train_dir: "a\\0b"}', "holds a zero byte"),
     "a tag that does not fit": ("seed: !!int x", "not valid YAML: a value cannot be read"),
+    "a truth that is none": ("seed: !!bool 4", "not valid YAML: a value cannot be read"),
     "a date that is none": ("name: !!timestamp x", "not valid YAML: a value cannot be read"),
     "a key of 5,000 characters": ("? " + "x" * 5000 + "\n: 1", "is not a known key"),
 }
@@ -89,6 +90,23 @@ def test_a_yaml_beyond_the_bounds(load: Load, text: str, message: str) -> None:
     assert message in str(error.value)
     assert len(str(error.value)) < 2000
     assert time.monotonic() - start < SECONDS
+
+
+@pytest.mark.parametrize(
+    "defaults", ["[part: bad]", "[part/bad]", "[{/part@x: [bad]}]", "[one]", "['part/${seed}']"]
+)
+def test_the_files_that_a_list_of_defaults_adds_are_held_to_the_bounds(
+    load: Load, tmp_path: Path, defaults: str
+) -> None:
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "bad.yaml").write_text(bomb("&a0 [x, x]", "a{level}: &a{level} [{body}]"))
+    (tmp_path / "one.yaml").write_text("defaults: [one, part: bad]")
+    with pytest.raises(
+        UserError, match=r"part/bad.yaml, line 5, column \d+: stands for more than 20,000 values"
+    ):
+        load(f"defaults: {defaults}")
+    with pytest.raises(UserError, match=r"part/bad.yaml, line 5"):
+        load("seed: 1", "+part=bad")
 
 
 OVERRIDES = {

@@ -21,12 +21,12 @@ from nxdt_align.config.bounds import (
     check_interpolations,
     check_override,
     check_quoted_override,
-    check_yaml_text,
 )
 from nxdt_align.config.convert import ALIASES, Walk, build_section
 from nxdt_align.config.faults import ConfigError, Fault, did_you_mean, shorten, show
 from nxdt_align.config.keys import accepts_text, all_keys, key_fields
 from nxdt_align.config.schema import Config
+from nxdt_align.config.yaml_files import check_yaml_files, first_line
 from nxdt_align.errors import UserError
 from nxdt_align.redaction import hide, looks_secret
 
@@ -219,7 +219,7 @@ def _multiply(*factors: Any) -> int | float:
 
 
 def _compose(path: Path, overrides: list[str]) -> DictConfig:
-    _check_yaml(path)
+    check_yaml_files(path, overrides)
     with initialize_config_dir(str(path.parent), version_base=HYDRA_VERSION_BASE):
         try:
             config = compose(path.stem, overrides=overrides)
@@ -230,50 +230,6 @@ def _compose(path: Path, overrides: list[str]) -> DictConfig:
     config = _with_aliases(config)
     check_interpolations(OmegaConf.to_container(config, resolve=False), path)  # type: ignore[arg-type]
     return config
-
-
-def _check_yaml(path: Path) -> None:
-    """Raise UserError with file and line unless the file is a YAML mapping within bounds."""
-    try:
-        check_yaml_text(path.read_text(encoding="utf-8"), path)
-        content = OmegaConf.load(path)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as a YAML of sections and keys: {error}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}") from error
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(error, (ValueError, TypeError, AttributeError, RecursionError)):
-            # A value that does not have the type of its tag, as !!int x.
-            raise UserError(
-                f"{path}: not valid YAML: a value cannot be read: {_first_line(error)}"
-            ) from error
-        # PyYAML's errors, told by module name as this package does not import it; most carry the position.
-        if type(error).__module__.partition(".")[0] != "yaml":
-            raise
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        reason = getattr(error, "problem", None) or _first_line(error)
-        raise UserError(f"{where}: not valid YAML: {reason}") from error
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path} must hold sections and keys, but holds a list")
-    _check_search_path(OmegaConf.to_container(content, resolve=False).get("hydra"), path)  # type: ignore[union-attr]
-
-
-def _check_search_path(hydra: Any, path: Path) -> None:
-    """Hydra imports the packages that ``pkg://`` names, and a YAML must not have anything imported."""
-    places = hydra.get("searchpath") if isinstance(hydra, Mapping) else hydra
-    for place in places if isinstance(places, list) else [places]:
-        if place is not None and not (
-            isinstance(place, str) and place.startswith("file://") and "${" not in place
-        ):
-            raise UserError(
-                f"{path}: hydra.searchpath: must be folders, as file:///folder, but is {show(place)}; Hydra "
-                "would import a package that is named here, which a YAML must not ask for"
-            )
 
 
 def _compose_message(error: Exception, path: Path, overrides: list[str]) -> str:
@@ -327,7 +283,7 @@ def _resolved_item(node: DictConfig | ListConfig, key: Any, path: str, walk: Wal
     try:
         value = node[key]
     except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
-        walk.faults.append(Fault(path, f"cannot be resolved: {_first_line(error)}"))
+        walk.faults.append(Fault(path, f"cannot be resolved: {first_line(error)}"))
         return _FAULTY
     if walk.secrets_read > before:
         raw: Any = node._get_node(key)
@@ -340,10 +296,6 @@ def _resolved_item(node: DictConfig | ListConfig, key: Any, path: str, walk: Wal
         )
         return _FAULTY
     return _resolved(value, f"{path}.", walk, depth + 1)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 # Defaults that follow from other keys

@@ -64,8 +64,8 @@ class Curves(TensorBoardLogger):
         self._has_stopped = True
         since = "" if step is None else f", and end before step {step}"
         log.warning(
-            "exp_manager.create_tensorboard_logger: the curves in %s cannot be written%s: %s; training goes on "
-            "without them",
+            "exp_manager.create_tensorboard_logger: the curves in %s cannot be written%s: %s; training "
+            "goes on without them",
             self.log_dir,
             since,
             explain(error),
