@@ -38,6 +38,16 @@ def data_files(seed: int, project: Project) -> Iterator[Sequence[str]]:
         yield [*plan, f"data.train_dir={path}"]
 
 
+def configurations(seed: int, project: Project) -> Iterator[Sequence[str]]:
+    from fuzz_config import broken_configs
+
+    good = (project.root / "conf" / "run.yaml").read_text()
+    path = project.root / "conf" / "fuzzed.yaml"
+    for case in broken_configs(seed, good):
+        path.write_text(case.text, encoding="utf-8", errors="surrogatepass")
+        yield ["config", "--config-name", str(path), *case.overrides]
+
+
 def batches(group: str, inputs: Inputs, seed: int, count: int) -> Iterator[Case]:
     for number in range(-(-count // BATCH)):
         size = min(BATCH, count - number * BATCH)
