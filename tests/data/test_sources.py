@@ -55,6 +55,13 @@ def _arrow_file(path: Path) -> None:
         writer.write_table(table, max_chunksize=2)
 
 
+def _packed_arrow(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
 def _parquet(path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
 
@@ -78,6 +85,7 @@ def _saved_folder(path: Path) -> None:
         ("a.json.gz", _gzipped(_array)),
         ("stream.arrow", _arrow_stream),
         ("file.arrow", _arrow_file),
+        ("packed.arrow", _packed_arrow),
         ("a.parquet", _parquet),
         ("saved", _saved_folder),
     ],
@@ -154,6 +162,17 @@ def _parquet_bomb(path: Path) -> None:
     pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
 
 
+def _arrow_bomb(kind: str, compression: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        table = pa.table({"prompt": [bytes(2**20)] * 70})
+        options = pa.ipc.IpcWriteOptions(compression=compression)
+        new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+        with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema, options=options) as writer:
+            writer.write_table(table)
+
+    return write
+
+
 def _wrong_offsets(path: Path) -> None:
     """The text of the second row would begin at byte 0x7fffff00 of the column."""
     _arrow_file(path)
@@ -214,6 +233,8 @@ def _incomplete_saved_folder(path: Path) -> None:
         ("saved", _incomplete_saved_folder, "is incomplete: data-00001"),
         ("none.arrow", _wrong_offsets, "is not a whole Arrow file"),
         ("bomb.parquet", _parquet_bomb, "unpacks to 73,4.* bytes, 1,000 times its size or more"),
+        ("bomb.arrow", _arrow_bomb("file", "zstd"), "unpacks to 73,4.* bytes, 1,000 times its size or more"),
+        ("bomb_stream.arrow", _arrow_bomb("stream", "zstd"), "unpacks to 73,4.* bytes"),
         ("rows.arrow", _claims_rows, "claims more than 10,000,000 rows"),
         ("no_state", _state(None), "save_to_disk, but its state.json is missing"),
         *(

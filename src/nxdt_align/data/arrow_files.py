@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ from nxdt_align.data.raw import EXTENSIONS, MAX_RECORD, RawRecord
 from nxdt_align.data.records import BadRecord, DataError
 
 _ARROW_FILE_MAGIC = b"ARROW1"
+_STREAM_IN_FILE = 8
+"""Where the stream begins that an IPC file holds."""
+_FRAMES = (b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
+"""How a frame of Zstandard and one of LZ4 begin."""
 _ROWS = 1024
 """Rows that are turned into Python objects at once."""
 _MAX_ROWS, _ROWS_PER_BYTE = 10_000_000, 100
 """A column of nulls or of one repeated value takes no bytes per row, however many a damaged file claims."""
 _MAX_RATIO, _ALWAYS_UNPACKED = 1000, 2**26
-"""Of a Parquet file's columns as it lists them; bytes that are unpacked whatever the ratio."""
+"""Of what a file says to unpack to; bytes that are unpacked whatever the ratio."""
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 _MAX_STATE = 16 * 2**20
 """Bytes."""
@@ -35,6 +40,8 @@ def read_arrow(path: Path) -> Iterator[RawRecord]:
     try:
         with pa.memory_map(str(path)) as source:
             is_file = source.read(len(_ARROW_FILE_MAGIC)) == _ARROW_FILE_MAGIC
+            source.seek(_STREAM_IN_FILE if is_file else 0)
+            _refuse_bombs(path, _unpacked_bytes(source))
             source.seek(0)
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
@@ -52,7 +59,8 @@ def read_parquet(path: Path) -> Iterator[RawRecord]:
 
     try:
         with pq.ParquetFile(path) as file:
-            _refuse_bombs(path, file.metadata)
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            _refuse_bombs(path, sum(group.total_byte_size for group in groups))
             yield from _rows(file.iter_batches(batch_size=_ROWS), path)
     except DataError:
         raise
@@ -60,8 +68,41 @@ def read_parquet(path: Path) -> Iterator[RawRecord]:
         raise DataError(f"{path} is not a whole Parquet file: {_reason(error)}") from error
 
 
-def _refuse_bombs(path: Path, metadata: Any) -> None:
-    unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+def _unpacked_bytes(stream: Any) -> int:
+    """Bytes that the compressed buffers of an Arrow stream say to have.
+
+    Each is an int64, its size once unpacked (-1: it is not packed), before a frame of Zstandard or LZ4; the
+    first of a message stands at its body's start, the others at multiples of 8 bytes.
+    """
+    import pyarrow as pa
+
+    total = 0
+    for body in _bodies(pa.ipc.MessageReader.open_stream(stream)):
+        if body is None or len(body) < 16:
+            continue
+        view = memoryview(body)
+        if bytes(view[:8]) != b"\xff" * 8 and bytes(view[8:12]) not in _FRAMES:
+            continue
+        for frame in re.finditer(b"|".join(map(re.escape, _FRAMES)), view):
+            if frame.start() % 8 == 0:
+                total += max(
+                    0, int.from_bytes(view[frame.start() - 8 : frame.start()], "little", signed=True)
+                )
+    return total
+
+
+def _bodies(messages: Any) -> Iterator[Any]:
+    """The bodies of messages up to the first that cannot be read; the reader of rows judges that one."""
+    import pyarrow as pa
+
+    try:
+        for message in messages:
+            yield message.body
+    except (pa.ArrowException, *_DAMAGE):
+        return
+
+
+def _refuse_bombs(path: Path, unpacked: int) -> None:
     if unpacked > max(_ALWAYS_UNPACKED, _MAX_RATIO * path.stat().st_size):
         raise DataError(
             f"{path}: unpacks to {unpacked:,} bytes, {_MAX_RATIO:,} times its size or more, as no text does; "
