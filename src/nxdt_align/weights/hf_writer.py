@@ -212,7 +212,6 @@ class HFWriter:
         for dtype in self._dtypes.values():
             stored = torch.promote_types(stored, dtype)
         write_json(self.folder / _UNFINISHED_CONFIG, config_json(self._config, stored))
-        write_json(self.folder / GENERATION, self._generation)
 
     def open(self) -> None:
         """Locate the tensors in the files of ``create``, also in those of an earlier attempt."""
@@ -234,6 +233,7 @@ class HFWriter:
 
     def finish(self, record: Mapping[str, Any] | None = None) -> None:
         """Complete the folder; this layout stores no record."""
+        write_json(self.folder / GENERATION, self._generation)
         copy_files(self._tokenizer, self.folder)
         os.rename(self.folder / _UNFINISHED_CONFIG, self.folder / CONFIG)
 
