@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [
         case
         for case in _cases(arguments, Truths(folder / "truth"))
-        if arguments.only in case.name + case.group
+        if arguments.only in f"{case.group}: {case.name}"
     ]
     outcomes = []
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -111,9 +111,12 @@ class Trial:
         passed_over = [r for r in earlier if any(map(checkpoint_step, (r / "checkpoints").glob("[!.]*")))]
         if passed_over:
             return "a new run, though there was a checkpoint"
-        left = [f.name for pattern in LEFTOVERS for f in self.project.root.rglob(pattern)]
+        # A folder is as large as a checkpoint. A run that was killed before its first one is not gone on
+        # with, and what its caches left is removed by a later write into them.
+        left = [f for pattern in LEFTOVERS for f in run.parent.rglob(pattern)]
+        left = [f for f in left if f.is_dir() or f.is_relative_to(run)]
         if left:
-            return f"left {left[0]}"
+            return f"left {left[0].name}"
         return Result.of(run).difference(truth)
 
     def moments(self) -> list[Moment]:
