@@ -164,7 +164,9 @@ def test_a_template_without_end_of_turn_gets_eos() -> None:
     )
     tokenizer = make_tokenizer(template=template)
     example = Tokenization(tokenizer, ROOMY)(pair(CHAT, "two", "three"))
-    assert example.responses[0].tolist() == [*ids(tokenizer, "two\n"), tokenizer.eos_token_id]
+    # ' two' is one token, of the template's space and the response's word.
+    assert example.responses[0].tolist() == [*ids(tokenizer, " two\n"), tokenizer.eos_token_id]
+    assert example.prompt.tolist()[1:] == ids(tokenizer, "user: why?\nassistant:")
 
 
 def test_chat_without_a_template() -> None:

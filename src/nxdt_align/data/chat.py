@@ -7,6 +7,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from nxdt_align.data.records import BadRecord, DataError, Message, Record, Response, excerpt
+from nxdt_align.data.rendering import LONGEST_TEXT
+from nxdt_align.data.special_tokens import SpecialTexts, ends_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,6 +24,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._special = SpecialTexts.of(tokenizer)
 
     def split(
         self, prompt: list[Message], responses: Sequence[Response], place: str
@@ -39,8 +42,7 @@ class ChatTemplate:
         head = self._render(prompt, for_answer=True)
         answers = []
         for response in responses:
-            answer = {"role": "assistant", "content": response} if isinstance(response, str) else response
-            full = self._render([*prompt, answer], for_answer=False)
+            full = self._render([*prompt, _as_turn(response)], for_answer=False)
             if not full.startswith(head) or full == head:
                 raise BadRecord(
                     "no common beginning in the chat template",
@@ -66,21 +68,80 @@ class ChatTemplate:
                 unread.append(key)
         return tuple(unread)
 
-    def _render(self, messages: list[Message], *, for_answer: bool) -> str:
-        from jinja2 import TemplateError
+    def once(
+        self, prompt: list[Message], responses: Sequence[Response]
+    ) -> tuple[list[Message], list[Response]]:
+        """The turns without what the template writes around them: a BOS at the start of a content; at its end
+        the token that ends its turn, or EOS, and white space behind it. The turns themselves where there is
+        nothing to remove.
 
+        A token at the end is kept in a turn that the template does not close with one.
+        """
+        written = [text for text in (self._special.bos, *self._closers) if text]
+        contents = [turn if isinstance(turn, str) else turn["content"] for turn in (*prompt, *responses)]
+        if not any(text in content for content in contents for text in written):
+            return prompt, list(responses)  # As in most records: the quick answer.
+        turns = [*prompt, *map(_as_turn, responses)]
+        shorter = [self._shortened(turn) for turn in turns]
+        if shorter == contents:
+            return prompt, list(responses)
+        split = len(prompt)
+        for answer in range(split, len(turns)):
+            places = [*range(split if answer == split else 0), answer]
+            closed = self._closed(turns, shorter, [*range(split), answer])
+            for at in places:
+                if at not in closed:
+                    shorter[at] = self._special.without_bos(turns[at]["content"])
+        cleaned = [{**turn, "content": text} for turn, text in zip(turns, shorter, strict=True)]
+        answers: list[Response] = [
+            turn["content"] if isinstance(response, str) else turn
+            for turn, response in zip(cleaned[split:], responses, strict=True)
+        ]
+        return cleaned[:split], answers
+
+    def _shortened(self, turn: Message) -> str:
+        text = self._special.without_bos(turn["content"])
+        pad = self._special.pad
+        end = ends_at(text, [*self._closers, pad] if pad else self._closers, must_have=self._closers)
+        return text if end is None else text[:end]
+
+    def _closed(self, turns: list[Message], shorter: list[str], conversation: list[int]) -> set[int]:
+        """Which turns of a conversation the template ends with a token, however it writes their content."""
+        marks = {at: f"\ue000{at}\ue001" for at in conversation if shorter[at] != turns[at]["content"]}
+        marked = [
+            {**turns[at], "content": shorter[at] + marks[at]} if at in marks else turns[at]
+            for at in conversation
+        ]
+        try:
+            text = self._render(marked, for_answer=False)
+        except BadRecord:
+            return set()
+        closers = tuple(self._closers)
+        return {at for at, mark in marks.items() if text.rpartition(mark)[2].lstrip().startswith(closers)}
+
+    @cached_property
+    def _closers(self) -> list[str]:
+        end, _ = self.turn_end
+        texts = [None if end is None else str(self._tokenizer.convert_ids_to_tokens(end)), self._special.eos]
+        return [text for text in dict.fromkeys(texts) if text]
+
+    def _render(self, messages: list[Message], *, for_answer: bool) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=for_answer, date_string=TEMPLATE_DATE
             )
-        # A template refuses with TemplateError; one that meets a value of another type than it expects
-        # raises what that operation of Python raises.
-        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-            raise BadRecord(
-                "refused by the chat template",
-                f"the tokenizer's chat template refuses the conversation: {error}",
-            ) from error
+        except MemoryError:
+            raise  # The template's limit, see Limits.
+        # A template is a program: it refuses with TemplateError, and may run into any fault of Python's.
+        except Exception as error:
+            raise BadRecord("refused by the chat template", _refusal(error)) from error
         assert isinstance(text, str)
+        if len(text) > LONGEST_TEXT:
+            raise BadRecord(
+                "too long",
+                f"the tokenizer's chat template writes {len(text):,} characters for the conversation, more "
+                f"than {LONGEST_TEXT:,}; shorten the record, or mend the template",
+            )
         return text
 
     @cached_property
@@ -104,3 +165,19 @@ class ChatTemplate:
 
 def _without(turn: Message, key: str) -> Message:
     return {name: value for name, value in turn.items() if name != key}
+
+
+def _as_turn(response: Response) -> Message:
+    return {"role": "assistant", "content": response} if isinstance(response, str) else response
+
+
+def _refusal(error: Exception) -> str:
+    if isinstance(error, TypeError) and "no loader" in str(error):
+        return (
+            "the tokenizer's chat template includes, imports or extends another template, which a tokenizer "
+            "cannot hold: write it out in its chat_template"
+        )
+    if isinstance(error, RecursionError):
+        return "the tokenizer's chat template calls itself without end (a macro or a recursive loop)"
+    named = str(error) or type(error).__name__
+    return f"the tokenizer's chat template refuses the conversation: {named}"

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecord, BadRecords, DataError, OnBadRecord, Record
-from nxdt_align.data.tokenize import Encoded, Example, Tokenization
+from nxdt_align.data.tokenize import RULES_VERSION, Encoded, Example, Tokenization, changed_id
 from nxdt_align.files import atomic_write, explain
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,9 @@ class TokenizedSet:
         self._columns = columns
         self._rows = np.array([row_of[record] for record in record_ids], dtype=np.int64)
         self._desirable = None if desirable is None else list(desirable)
-        self.record_ids = list(record_ids)
-        """The content hash of each record, (N)."""
+        changed = {r for r, is_changed in zip(columns.record_ids, columns.changed, strict=True) if is_changed}
+        self.record_ids = [changed_id(r) if r in changed else r for r in record_ids]
+        """The content hash of each record, (N); another for those whose tokens later rules changed."""
         self.prompt_lengths: npt.NDArray[Any] = np.diff(columns.prompt_offsets)[self._rows]
         """(N,) int64, tokens."""
         lengths = np.diff(columns.response_offsets).reshape(len(columns.record_ids), -1)
@@ -108,7 +109,7 @@ def tokenize_records(
     if not distinct:
         raise DataError("there are no records to tokenize")
     ids = list(distinct)
-    path = None if cache_dir is None else cache_path(cache_dir, tokenization.fingerprint(), ids)
+    path = None if cache_dir is None else _cache_of(cache_dir, tokenization, distinct)
     cached = None if path is None else load_columns(path, ids)
     columns, refused, unread = cached or _encode_all(list(distinct.values()), tokenization)
     if refused:
@@ -150,9 +151,8 @@ def _encode_all(
                 good[record.id] = encoded
     if not good:
         return None, refused, Counter()
-    prompts, responses, truncated, unread = zip(*good.values(), strict=True)
-    columns = TokenColumns.of(list(good), prompts, responses, truncated)
-    return columns, refused, Counter(chain.from_iterable(unread))
+    columns = TokenColumns.of(list(good), list(good.values()))
+    return columns, refused, Counter(chain.from_iterable(each.unread for each in good.values()))
 
 
 def _report_refused(
@@ -202,18 +202,27 @@ class TokenColumns:
     """(U * k + 1,) int64; a record's responses are neighbours."""
     truncated: npt.NDArray[Any]
     """(U,) bool"""
+    changed: npt.NDArray[Any]
+    """(U,) bool: an earlier version of the rules gave it other tokens."""
+    whole_lengths: npt.NDArray[Any]
+    """(U, 1 + k) int32: tokens of the prompt and of the responses before truncation. (0, 1 + k) where nothing
+    was truncated, or an earlier version did not note them."""
 
     @classmethod
-    def of(
-        cls,
-        record_ids: list[str],
-        prompts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[Sequence[int]]],
-        truncated: Sequence[bool],
-    ) -> TokenColumns:
-        """The columns of U prompts and of U times k responses."""
-        flat = [tokens for several in responses for tokens in several]
-        return cls(record_ids, *_flatten(prompts), *_flatten(flat), np.array(truncated, dtype=bool))
+    def of(cls, record_ids: list[str], encoded: Sequence[Encoded]) -> TokenColumns:
+        """The columns of U records of k responses each."""
+        flat = [tokens for each in encoded for tokens in each.responses]
+        cut = any(each.truncated for each in encoded)
+        return cls(
+            record_ids,
+            *_flatten([each.prompt for each in encoded]),
+            *_flatten(flat),
+            truncated=np.array([each.truncated for each in encoded], dtype=bool),
+            changed=np.array([each.changed for each in encoded], dtype=bool),
+            whole_lengths=np.array([each.whole for each in encoded if cut], dtype=np.int32).reshape(
+                -1, 1 + len(encoded[0].responses)
+            ),
+        )
 
     @property
     def responses_per_record(self) -> int:
@@ -242,7 +251,8 @@ class TokenColumns:
         count = len(self.record_ids)
         return (
             count > 0
-            and self.truncated.shape == (count,)
+            and self.truncated.shape == self.changed.shape == (count,)
+            and len(self.whole_lengths) in (0, count)
             and self.prompt_offsets.shape == (count + 1,)
             and self.response_offsets.shape in ((count + 1,), (2 * count + 1,))
             and _fit(self.prompt_tokens, self.prompt_offsets)
@@ -264,9 +274,20 @@ def _fit(tokens: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> bool:
 
 # The cache
 
+_LATER = ("changed", "whole_lengths")
+"""Arrays that a file has only where they say anything, and that earlier versions did not write."""
 _REFUSED, _UNREAD = "refused", "unread"
 """(R, 3) text, id, reason and detail of each record that has no tokens; (K, 2) text, keys of messages that
 nothing reads and the number of records that have them."""
+
+
+def _cache_of(cache_dir: Path, tokenization: Tokenization, records: Mapping[str, Record]) -> Path:
+    """The cache file of these records. Its name has the rules' version, except where all of them have the
+    same tokens under the first one: what an earlier version cached of those is used, and of no others."""
+    fingerprint = tokenization.fingerprint()
+    if not all(map(tokenization.as_before, records.values())):
+        fingerprint += f" rules {RULES_VERSION}"
+    return cache_path(cache_dir, fingerprint, list(records))
 
 
 def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> Path:
@@ -286,9 +307,14 @@ def load_columns(
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            values = {f.name: arrays[f.name] for f in fields(TokenColumns)}
+            values = {f.name: arrays[f.name] for f in fields(TokenColumns) if f.name not in _LATER}
+            values |= {name: arrays.get(name) for name in _LATER}
             faults, keys = (arrays[n].tolist() if n in arrays else [] for n in (_REFUSED, _UNREAD))
         ids = values.pop("record_ids").tolist()
+        if values["changed"] is None:
+            values["changed"] = np.zeros(len(ids), dtype=bool)
+        if values["whole_lengths"] is None:
+            values["whole_lengths"] = np.zeros((0, 2), dtype=np.int32)
         columns = TokenColumns(ids, **values)
         refused = {record: BadRecord(reason, detail) for record, reason, detail in faults}
         if ids == [record for record in record_ids if record not in refused] and columns.is_whole():
@@ -308,6 +334,7 @@ def save_columns(
     buffer = io.BytesIO()
     # Both are left out where there is nothing to keep: the file is then what earlier versions wrote and read.
     values = {f.name: getattr(columns, f.name) for f in fields(columns)}
+    values = {name: value for name, value in values.items() if name not in _LATER or value.any()}
     if refused:
         values[_REFUSED] = np.array([(record, f.reason, f.detail) for record, f in refused.items()])
     if unread:

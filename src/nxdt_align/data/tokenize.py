@@ -1,15 +1,17 @@
 """Records to tokens: one BOS and EOS, identical prompt tokens for every response, then truncation.
 
-Prompt and response are tokenized separately, so no token spans their border. Chat messages go through the
-tokenizer's chat template; text is used as it is.
+Chat messages go through the tokenizer's chat template, and a conversation has the tokens that its whole text
+has. Of text, prompt and response are tokenized separately, so no token spans their border, except where the
+tokenizer would begin the response with a space of its own (SentencePiece): then as a conversation.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,22 +21,33 @@ import numpy as np
 import numpy.typing as npt
 
 from nxdt_align.data.chat import TEMPLATE_DATE, ChatTemplate
+from nxdt_align.data.long_texts import LongTexts
 from nxdt_align.data.records import (
     BadRecord,
     DataError,
+    Message,
     Record,
     Response,
     content_of,
     excerpt,
     further_keys,
 )
+from nxdt_align.data.rendering import MEMORY, SECONDS, Limits, OutOfTime
+from nxdt_align.data.special_tokens import SpecialTexts
 from nxdt_align.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-RULES_VERSION = 1
-"""Part of the fingerprint. Increment it when a change gives the same record different tokens."""
+RULES_VERSION = 2
+"""Increment it when a change gives some records different tokens. 2: a special token that the data write
+counts once; conversations are tokenized whole. A record whose tokens this changed is known under another id,
+and token caches that may hold such records under another name, so that nothing older is used for them."""
+_FIRST_RULES = 1
+"""The version in the fingerprint, under which records with unchanged tokens keep what is stored."""
+_KNOWN_TAILS, _KNOWN_ENDINGS = 4096, 7
+_TAIL = 200
+"""Characters at a prompt's end that are searched for a place from which on to tokenize the conversation."""
 TruncationMode = Literal["keep_start", "keep_end"]
 Tokens = list[int]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -49,14 +62,37 @@ class Encoded(NamedTuple):
     """Whether truncation cut any of them."""
     unread: tuple[str, ...] = ()
     """Keys of its messages with which its tokens do not change."""
+    changed: bool = False
+    """Whether an earlier version of the rules gave it other tokens."""
+    whole: tuple[int, ...] = ()
+    """Tokens of the prompt and of each response before truncation; of a very long text at least
+    ``seq_length`` of them."""
+
+
+class Texts(NamedTuple):
+    prompt: str
+    responses: list[str]
 
 
 class Rendered(NamedTuple):
     """The texts of one record."""
 
-    prompt: str
-    responses: list[str]
+    texts: Texts
     unread: tuple[str, ...] = ()
+    before: Texts | None = None
+    """What the first version of the rules tokenized, if it was another text."""
+
+
+class Parts(NamedTuple):
+    """Tokens before BOS and EOS are seen to."""
+
+    prompt: Tokens
+    responses: list[Tokens]
+
+
+Asking = Generator[list[str], list[Tokens], tuple[Parts, Parts]]
+"""Asks for the tokens of texts, so that many records' are made in one call; ends with a record's tokens by
+today's rules and by the first ones."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +100,7 @@ class Example:
     """A tokenized record. The arrays are views of the whole set's arrays; do not write to them."""
 
     record_id: str
-    """The content hash of its record, hex."""
+    """The content hash of its record, hex; another for one whose tokens later rules changed."""
     prompt: npt.NDArray[Any]
     """(P,) int32, P >= 1, BOS included."""
     responses: tuple[npt.NDArray[Any], ...]
@@ -173,10 +209,13 @@ def _from_pretrained(path_or_id: str, folder: Path) -> PreTrainedTokenizerBase:
 class Tokenization:
     """``record -> Example``: a tokenizer, its chat template and a truncation.
 
-    The prompt starts with one BOS if the tokenizer has one, even if the text or the chat template writes it
-    too. A response ends with one EOS. A chat response ends with its template's end-of-turn token, without the
-    white space that the template writes after it (generation stops there), and gets EOS only if the template
-    writes no such token.
+    The prompt starts with one BOS if the tokenizer has one, a response ends with one EOS and nothing behind
+    it, and begins with no BOS, whatever the text or the chat template writes. A chat response ends with its
+    template's end-of-turn token, without the white space that the template writes after it (generation stops
+    there), and gets EOS only if the template writes no such token.
+
+    A conversation has the tokens of its whole text. Its prompt are those that lie wholly before the response
+    and that all responses have in common; one that straddles the border is the response's.
 
     Raises UserError if the tokenizer has no EOS.
     """
@@ -190,6 +229,12 @@ class Tokenization:
         self.tokenizer = tokenizer
         self.truncation = truncation
         self._chat = ChatTemplate(tokenizer)
+        self._special = SpecialTexts.of(tokenizer)
+        self._long = LongTexts(tokenizer, lambda text: self._ids([text])[0], truncation.seq_length)
+        self._limits = Limits()
+        self._tails: dict[str, Tokens] = {}
+        self._endings: list[tuple[str, str]] = []
+        """The last prompts' ends, each with its tail: most prompts of a template end alike."""
         self._bos: int | None = tokenizer.bos_token_id
         self._eos: int = tokenizer.eos_token_id
 
@@ -199,51 +244,234 @@ class Tokenization:
         encoded = self.encode([record])[0]
         if isinstance(encoded, BadRecord):
             raise DataError(f"{record.source}: {encoded.detail}") from encoded
-        return Example(record.id, _array(encoded.prompt), tuple(map(_array, encoded.responses)))
+        record_id = changed_id(record.id) if encoded.changed else record.id
+        return Example(record_id, _array(encoded.prompt), tuple(map(_array, encoded.responses)))
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | BadRecord]:
         """The tokens of each record, or why it has none. Raises DataError where a chat record meets no
-        template."""
-        rendered = [self._texts(record) for record in records]
-        good = [texts for texts in rendered if isinstance(texts, Rendered)]
-        tokens = iter(self._ids([text for texts in good for text in (texts.prompt, *texts.responses)]))
-        encoded: list[Encoded | BadRecord] = []
-        for record, texts in zip(records, rendered, strict=True):
-            if isinstance(texts, BadRecord):
-                encoded.append(texts)
-                continue
-            prompt, *answers = (next(tokens) for _ in range(1 + len(texts.responses)))
-            encoded.append(self._finish(record, prompt, answers, texts.unread))
-        return encoded
+        template, or one that does not come to an end."""
+        rendered = self._render(records)
+        found = self._answered([self._tokens(record, r) for record, r in zip(records, rendered, strict=True)])
+        return [
+            each if isinstance(each, BadRecord) else self._finish(record, *each, texts)
+            for record, each, texts in zip(records, found, rendered, strict=True)
+        ]
 
-    def _finish(
-        self, record: Record, prompt: Tokens, answers: list[Tokens], unread: tuple[str, ...]
-    ) -> Encoded | BadRecord:
-        if self._bos is not None and prompt[:1] != [self._bos]:
-            prompt = [self._bos, *prompt]
-        if not prompt:
-            found = f"the tokenizer makes no token of the prompt {excerpt(record.prompt)}"
-            return BadRecord("prompt without tokens", found)
-        closed = [self._close(*each, record) for each in zip(answers, record.responses, strict=True)]
-        return Encoded(*self.truncation(prompt, closed, self._bos), unread)
+    def as_before(self, record: Record) -> bool:
+        """Whether all versions of the rules surely give the record the same tokens, without tokenizing it."""
+        if not isinstance(record.prompt, str) or self._long.adds_prefix:
+            return False
+        texts = Texts(record.prompt, [content_of(response) for response in record.responses])
+        return self._once(texts) == texts
+
+    # Texts
+
+    def _render(self, records: Sequence[Record]) -> list[Rendered | BadRecord]:
+        found: list[Rendered | BadRecord] = []
+        while len(found) < len(records):
+            begin = len(found)
+            try:
+                with self._limits.applied():
+                    for record in records[begin:]:
+                        found.append(self._texts(record))
+            except OutOfTime:
+                raise self._endless(records[len(found)], f"takes more than {SECONDS:.0f} s") from None
+            except MemoryError:
+                # Those before it have taken their share of the memory: the next round begins with this one.
+                if len(found) == begin:
+                    size = f"takes more than {MEMORY / 2**30:.0f} GiB of memory"
+                    raise self._endless(records[begin], size) from None
+        return found
+
+    def _endless(self, record: Record, what: str) -> DataError:
+        return DataError(
+            f"{record.source}: the chat template of {self.tokenizer.name_or_path or 'the tokenizer'} {what} "
+            "for this one conversation: mend its chat_template, use the tokenizer of another model "
+            "(data.tokenizer.type), or give prompt and responses as text"
+        )
 
     def _texts(self, record: Record) -> Rendered | BadRecord:
         keys = tuple(record.further_keys)
         if isinstance(record.prompt, str):
-            rendered = Rendered(record.prompt, [content_of(r) for r in record.responses], keys)
+            before = Texts(record.prompt, [content_of(r) for r in record.responses])
+            rendered = Rendered(self._once(before), keys, before)
         else:
+            self._limits.start()
             try:
-                texts = self._chat.split(record.prompt, record.responses, record.source)
+                rendered = self._of_chat(record, record.prompt, keys)
             except BadRecord as fault:
                 return fault
-            rendered = Rendered(*texts, self._chat.unread_keys(record, texts) if keys else ())
+            finally:
+                self._limits.stop()
+        if rendered.before == rendered.texts:
+            rendered = rendered._replace(before=None)
         return (_fault_of_unread(record, rendered) if rendered.unread else None) or rendered
+
+    def _of_chat(self, record: Record, prompt: list[Message], keys: tuple[str, ...]) -> Rendered:
+        before = Texts(*self._chat.split(prompt, record.responses, record.source))
+        turns, answers = self._chat.once(prompt, record.responses)
+        texts = before
+        if turns is not prompt:
+            texts = Texts(*self._chat.split(turns, answers, record.source))
+        once = self._once(texts, ends=self._chat.turn_end[0] is None)
+        return Rendered(once, self._chat.unread_keys(record, before) if keys else (), before)
+
+    def _once(self, texts: Texts, ends: bool = True) -> Texts:
+        """The texts with each special token once; ``ends``: EOS, too."""
+        of_response = self._special.response if ends else self._special.without_bos
+        return Texts(self._special.prompt(texts.prompt), [of_response(text) for text in texts.responses])
+
+    # Tokens
+
+    def _answered(self, asking: Sequence[Asking | BadRecord]) -> list[tuple[Parts, Parts] | BadRecord]:
+        """What each ends with, with one call of the tokenizer for what all of them ask for at a time: the
+        Rust tokenizer then works in parallel."""
+        found: list[Any] = list(asking)
+        waiting: list[tuple[int, list[Tokens] | None]] = [
+            (at, None) for at, each in enumerate(asking) if not isinstance(each, BadRecord)
+        ]
+        while waiting:
+            asked: list[tuple[int, list[str]]] = []
+            for at, answer in waiting:
+                try:
+                    asked.append((at, asking[at].send(answer)))  # type: ignore[union-attr, arg-type]
+                except StopIteration as end:
+                    found[at] = end.value
+                except BadRecord as fault:
+                    found[at] = fault
+            ids, begin = self._ids([text for _, texts in asked for text in texts]), 0
+            waiting = []
+            for at, texts in asked:
+                waiting.append((at, ids[begin : begin + len(texts)]))
+                begin += len(texts)
+        return found
+
+    def _tokens(self, record: Record, rendered: Rendered | BadRecord) -> Asking | BadRecord:
+        if isinstance(rendered, BadRecord):
+            return rendered
+        if isinstance(record.prompt, str) and not self._long.adds_prefix:
+            return self._apart(rendered)
+        return self._together(rendered)
+
+    def _apart(self, rendered: Rendered) -> Asking:
+        now = yield from self._parts(rendered.texts)
+        if rendered.before is None:
+            return now, now
+        return now, (yield from self._parts(rendered.before))
+
+    def _together(self, rendered: Rendered) -> Asking:
+        head, answers = rendered.texts
+        tail = self._tail(head)
+        known = self._tails.get(tail)
+        # The prompt's tokens up to its tail are the same with any response behind it.
+        alone, *wholes = yield from self._several(
+            head, [*(() if known is not None else (tail,)), *(tail + a for a in answers)], len(tail)
+        )
+        if known is None:
+            known, *wholes = wholes
+            if len(self._tails) < _KNOWN_TAILS and len(tail) <= _TAIL:
+                self._tails[tail] = known
+        if alone[len(alone) - len(known) :] != known:
+            tail, known = head, alone
+            _, *wholes = yield from self._several(head, [tail + a for a in answers], len(tail))
+        ends = [
+            len(known) if whole[: len(known)] == known else self._before_border(tail, answer, whole, known)
+            for whole, answer in zip(wholes, answers, strict=True)
+        ]
+        shared = min(ends)
+        while any(whole[:shared] != wholes[0][:shared] for whole in wholes):
+            shared -= 1
+        prompt = [*alone[: len(alone) - len(known)], *wholes[0][:shared]]
+        now = Parts(prompt, [whole[shared:] for whole in wholes])
+        if rendered.before is not None:
+            return now, (yield from self._parts(rendered.before))
+        if shared == len(known) and self._long.splits:
+            return now, now  # A border between words: each part has its own tokens.
+        apart = yield from self._parts(Texts("", answers))
+        return now, Parts(alone, apart.responses)
+
+    def _parts(self, texts: Texts) -> Generator[list[str], list[Tokens], Parts]:
+        prompt, *responses = yield from self._several(texts.prompt, texts.responses, 0)
+        return Parts(prompt, responses)
+
+    def _several(
+        self, prompt: str, others: list[str], more: int
+    ) -> Generator[list[str], list[Tokens], list[Tokens]]:
+        """The tokens of a prompt, of which the last count, and of other texts, of which the first count,
+        after ``more`` characters. Long ones are not tokenized any further than that."""
+        long = self._long
+        texts = [prompt, *others]
+        if max(map(len, texts)) <= long.piece:
+            return (yield texts)
+        short = iter((yield [text for text in texts if len(text) <= long.piece]))
+        return [
+            next(short) if len(text) <= long.piece else (long.first(text, more) if at else long.last(text))
+            for at, text in enumerate(texts)
+        ]
+
+    def _tail(self, head: str) -> str:
+        """The end of a prompt from which on its tokens depend on what follows: an added token, which is a
+        token whatever stands around it, or the border of a word."""
+        known = next((tail for ending, tail in self._endings if head.endswith(ending)), None)
+        if known is not None:
+            return known
+        for within in (_TAIL, len(head)):
+            begin = max(len(head) - within, 0)
+            found = [] if self._added is None else self._added.findall(head, begin)
+            token = head.rindex(found[-1]) if found else -1
+            border = self._long.last_border(head, within) or -1
+            if max(token, border) >= 0:
+                # Of a border, the letter before it belongs to what tells it.
+                ending = head[token:] if token > border else head[border - 1 :]
+                tail = head[max(token, border) :]
+                if len(ending) <= _TAIL:
+                    self._endings = [(ending, tail), *self._endings[:_KNOWN_ENDINGS]]
+                return tail
+        return head
+
+    @cached_property
+    def _added(self) -> re.Pattern[str] | None:
+        if not self.tokenizer.is_fast:
+            return None
+        added = sorted({str(token) for token in self.tokenizer.added_tokens_decoder.values()}, key=len)
+        return re.compile("|".join(map(re.escape, reversed(added)))) if added else None
+
+    def _before_border(self, tail: str, answer: str, whole: Tokens, known: Tokens) -> int:
+        """How many of the tokens of ``tail + answer`` lie wholly before the answer."""
+        if not self.tokenizer.is_fast:
+            return next((i for i, (a, b) in enumerate(zip(whole, known, strict=False)) if a != b), 0)
+        count = 0
+        for token, (begin, end) in zip(whole, self._long.offsets(tail + answer), strict=False):
+            # An added token may take white space behind it, of the answer, too.
+            if end > len(tail) and not (begin < len(tail) and token in self._chat.special):
+                break
+            count += 1
+        return count
+
+    def _finish(self, record: Record, now: Parts, before: Parts, rendered: Any) -> Encoded | BadRecord:
+        prompt, responses, cut, whole = self._closed(record, now)
+        if not prompt:
+            found = f"the tokenizer makes no token of the prompt {excerpt(record.prompt)}"
+            return BadRecord("prompt without tokens", found)
+        changed = before is not now and self._closed(record, before)[:2] != (prompt, responses)
+        return Encoded(prompt, responses, cut, rendered.unread, changed, whole)
+
+    def _closed(self, record: Record, parts: Parts) -> tuple[Tokens, list[Tokens], bool, tuple[int, ...]]:
+        """Prompt and responses with BOS and EOS, truncated; whether anything was cut; the lengths before. The
+        prompt may be empty."""
+        prompt = parts.prompt
+        if self._bos is not None and prompt[:1] != [self._bos]:
+            prompt = [self._bos, *prompt]
+        closed = [self._close(*each, record) for each in zip(parts.responses, record.responses, strict=True)]
+        lengths = (len(prompt), *map(len, closed))
+        if not prompt:
+            return prompt, closed, False, lengths
+        return *self.truncation(prompt, closed, self._bos), lengths
 
     def _ids(self, texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
         # verbose=False: no warning about texts over model_max_length, which are truncated later.
-        # One call for all texts: the Rust tokenizer then works in parallel.
         encoded = self.tokenizer(
             texts, add_special_tokens=False, padding=False, truncation=False, verbose=False
         )
@@ -270,7 +498,7 @@ class Tokenization:
     def _fingerprint(self) -> str:
         tokenizer = self.tokenizer
         content = {
-            "version": RULES_VERSION,
+            "version": _FIRST_RULES,
             "tokenizer": _tokenizer_content(tokenizer),
             "bos": tokenizer.bos_token_id,
             "eos": tokenizer.eos_token_id,
@@ -279,6 +507,12 @@ class Tokenization:
             "truncation": asdict(self.truncation),
         }
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def changed_id(record_id: str) -> str:
+    """The id under which reference values of a record are stored whose tokens this version of the rules
+    changed: 32 hex digits."""
+    return hashlib.blake2b(f"{record_id} rules {RULES_VERSION}".encode(), digest_size=16).hexdigest()
 
 
 def _fault_of_unread(record: Record, rendered: Rendered) -> BadRecord | None:
@@ -290,8 +524,9 @@ def _fault_of_unread(record: Record, rendered: Rendered) -> BadRecord | None:
         if keys and not turn["content"].strip() and set(keys) <= set(rendered.unread):
             found = f"a turn of {turn['role']} has nothing but {_listed(keys)}"
             return BadRecord("empty turn", f"{found}, which the chat template does not read")
-    if record.label is None and len(set(rendered.responses)) < len(rendered.responses):
-        both = excerpt(rendered.responses[0])
+    responses = rendered.texts.responses
+    if record.label is None and len(set(responses)) < len(responses):
+        both = excerpt(responses[0])
         found = f"both are {both}: the chat template does not read {_listed(rendered.unread)}"
         return BadRecord("chosen equal to rejected", found)
     return None
