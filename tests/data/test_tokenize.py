@@ -272,6 +272,32 @@ def test_pairs_that_truncation_makes_equal_are_counted(caplog: pytest.LogCapture
     assert "2 of 3 pairs have the same tokens" in caplog.text
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_truncation_takes_is_told_with_the_length_that_would_do(tmp_path: Path, cached: bool) -> None:
+    """Of 100 examples, prompts of 1 to 100 words and BOS; responses of 3 tokens and EOS, or of 30."""
+    tokenizer = make_tokenizer()
+    word, key = " plus", "model_alignment_strategy.dpo.max_prompt_length"
+    assert len(ids(tokenizer, word)) == 1
+
+    def told(seq_length: int, limit: int, mode: Any = "keep_start", long: int = 0) -> list[str]:
+        records = [pair(word * (i + 1), word * (30 if i < long else 3), word * 2 + "!") for i in range(100)]
+        truncation = Truncation(seq_length, limit, mode)
+        for _ in range(1 + cached):
+            tokenization = Tokenization(tokenizer, truncation)
+            examples = tokenize_records(records, tokenization, tmp_path if cached else None)
+        return examples.warnings_of_truncation(truncation, key)
+
+    assert told(200, 101) == told(200, 98) == []
+    assert told(200, 21) == [
+        f"{key} (21) cuts the prompts of 80 of 100 examples (80%): 100 would do for 99% of them"
+    ]
+    (prompts,) = told(64, 21)
+    assert prompts.endswith("100 would do for 99% of them, and data.seq_length above it (it is 64)")
+    seq = "data.seq_length (44) cuts the {} of 10 of 100 examples (10%): 53 would do for 99% of them"
+    assert told(44, 40, long=22)[1] == seq.format("responses")
+    assert told(44, 40, "keep_end", long=22)[1] == seq.format("prompts, or the responses,")
+
+
 def test_no_records() -> None:
     with pytest.raises(DataError, match="no records to tokenize"):
         tokenize_records([], Tokenization(make_tokenizer(), ROOMY), None)

@@ -144,7 +144,11 @@ class ModelAlignmentDataModule(LightningDataModule):
         )
         if records.report.total:
             log.warning("%s", records.report.summary())
-        sft = self._config.model_alignment_strategy.sft
+        strategy = self._config.model_alignment_strategy
+        key = f"model_alignment_strategy.{strategy.objective}.max_prompt_length"
+        for told in examples.warnings_of_truncation(self._tokenization.truncation, key):
+            log.warning("data.%s_dir: %s", split, told)
+        sft = strategy.sft
         if sft is not None and sft.train_on_prompt:
             examples = WholeSequences(examples)
         planner = RowPlanner(

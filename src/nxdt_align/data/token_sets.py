@@ -18,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecord, BadRecords, DataError, OnBadRecord, Record
-from nxdt_align.data.tokenize import RULES_VERSION, Encoded, Example, Tokenization, changed_id
+from nxdt_align.data.tokenize import RULES_VERSION, Encoded, Example, Tokenization, Truncation, changed_id
 from nxdt_align.files import atomic_write, explain
 
 log = logging.getLogger(__name__)
+CUT_SHARE, ENOUGH = 0.03, 0.99
+"""From which share of examples on truncation is worth a warning, and the share that its advice serves."""
 CHUNK = 1000
 """Records per call of the tokenizer."""
 
@@ -57,6 +59,38 @@ class TokenizedSet:
         stops = self._columns.response_offsets[1:].reshape(len(self._columns.record_ids), -1)[self._rows]
         return [int(token) for token in np.unique(self._columns.response_tokens[stops - 1][whole])]
 
+    def warnings_of_truncation(self, truncation: Truncation, prompt_key: str) -> list[str]:
+        """What truncation takes from more than a few examples, and the lengths that would do.
+
+        Args:
+            truncation: the one that made these tokens.
+            prompt_key: the key of its ``max_prompt_length``.
+        """
+        if self.truncated <= CUT_SHARE * len(self):
+            return []
+        whole = self._columns.whole_lengths
+        if not len(whole):
+            cut = f"{prompt_key} and data.seq_length cut {_share(self.truncated, len(self))}"
+            return [f"{cut}; by how much, the token cache of an earlier version does not say"]
+        whole = whole[self._rows]
+        limit, seq_length = truncation.prompt_limit, truncation.seq_length
+        prompts = np.minimum(whole[:, 0], limit)
+        lengths = prompts + whole[:, 1:].max(1)
+        found = []
+        for key, value, cut, needed in (
+            (prompt_key, limit, whole[:, 0] > limit, whole[:, 0]),
+            ("data.seq_length", seq_length, lengths > seq_length, lengths),
+        ):
+            if cut.mean() > CUT_SHARE:
+                part = "the prompts" if key == prompt_key else truncation.cuts_of_sequences
+                enough = int(np.quantile(needed, ENOUGH, method="inverted_cdf"))
+                more = f", and data.seq_length above it (it is {seq_length:,})" if key == prompt_key else ""
+                found.append(
+                    f"{key} ({value:,}) cuts {part} of {_share(int(cut.sum()), len(self))}: {enough:,} would "
+                    f"do for {ENOUGH:.0%} of them{more if enough >= seq_length else ''}"
+                )
+        return found
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -66,6 +100,10 @@ class TokenizedSet:
         return Example(
             self.record_ids[index], self._columns.prompt(row), self._columns.responses(row), desirable
         )
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} of {total:,} examples ({count / total:.0%})"
 
 
 class WholeSequences(TokenizedSet):

@@ -142,12 +142,21 @@ class Truncation:
                 f"so that a response token fits after the prompt, but is {self.max_prompt_length}"
             )
 
+    @property
+    def prompt_limit(self) -> int:
+        return self.max_prompt_length or self.seq_length - 1
+
+    @property
+    def cuts_of_sequences(self) -> str:
+        """What ``seq_length`` cuts, in words."""
+        return "the responses" if self.mode == "keep_start" else "the prompts, or the responses,"
+
     def __call__(
         self, prompt: Tokens, responses: Sequence[Tokens], bos: int | None
     ) -> tuple[Tokens, list[Tokens], bool]:
         """The prompt and its responses after truncation, and whether anything was cut."""
         longest = max(map(len, responses))
-        prompt_room = self.max_prompt_length or self.seq_length - 1
+        prompt_room = self.prompt_limit
         if self.mode == "keep_end":
             prompt_room = min(prompt_room, max(self.seq_length - longest, 1))
         kept = keep_last(prompt, prompt_room, bos)
