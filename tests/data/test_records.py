@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from nxdt_align.data.formats import Kind
 from nxdt_align.data.reading import RecordSet, Source, load_records
-from nxdt_align.data.records import DataError, Record, record_id
+from nxdt_align.data.records import DataError, Record, as_answer, as_messages, record_id
 from nxdt_align.errors import UserError
 
 
@@ -386,3 +387,62 @@ def test_sharegpt_records(shared_data: Path) -> None:
     result = load(Source(str(shared_data / "dpo_mix_en_sharegpt.json.gz")))
     assert result.format == "sharegpt" and len(result.records) == 240
     assert all(r.prompt[-1]["role"] == "user" for r in result.records)  # type: ignore[index]
+
+
+# Roles, parts and tools
+
+
+def chat_row(prompt: Any, chosen: Any, **columns: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": chosen}]
+    return {"prompt": turns[0], "chosen": turns[1], "rejected": "no", **columns}
+
+
+def read_rows(folder: Path, *rows: dict[str, Any], **options: Any) -> RecordSet:
+    return load(write(folder / "rows.jsonl", list(rows)), **options)
+
+
+def test_sharegpt_names_as_role() -> None:
+    turns = [{"role": role, "content": "so"} for role in ("human", "gpt", "tool")]
+    assert [turn["role"] for turn in as_messages(turns, "prompt")] == ["user", "assistant", "tool"]
+    assert as_answer({"role": "gpt", "content": "so"}, "chosen") == "so"
+
+
+def test_parts_of_type_text_are_one_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "why", "image": None}, {"type": "text", "text": " so?"}]
+    rows = chat_row("why so?", "a"), chat_row(parts, [{"type": "text", "text": "a"}])
+    plain, of_parts = read_rows(tmp_path, *rows).records
+    assert of_parts == replace(plain, source=of_parts.source) and of_parts.id == plain.id
+    for other, told in (
+        (
+            {"type": "image", "image": "x"},
+            "is a part of type 'image'; only parts of type text can be trained",
+        ),
+        ({"text": "why"}, "is a part of type None"),
+        (5, "must be text, but is int"),
+        ({"type": "text"}, "no `text`"),
+    ):
+        found = read_rows(tmp_path, chat_row("a", "b"), chat_row([*parts, other], "b"), on_bad_record="drop")
+        assert found.report.counts.total() == 1 and told in found.report.summary()
+
+
+def test_tools_go_with_chat_messages(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a list or as JSON text; a record without any keeps its id, and text has no use for them."""
+    tools = [{"type": "function", "function": {"name": "red"}}]
+    rows = [chat_row("a", "b"), chat_row("a", "b", tools=tools), chat_row("a", "b", tools=json.dumps(tools))]
+    rows += [chat_row("a", "b", tools=[]), chat_row("a", "b", tools=None)]
+    records = read_rows(tmp_path, *rows).records
+    assert [record.tools for record in records] == [None, tools, tools, None, None]
+    assert records[0].id == records[3].id == records[4].id == record_id(records[0].prompt, ("b", "no"))
+    assert records[1].id == records[2].id != records[0].id
+    assert records[1].further_keys == ["tools"] and not caplog.records
+    text = {"prompt": "a", "chosen": "b", "rejected": "c", "tools": tools}
+    assert read_rows(tmp_path, text).records[0].tools is None
+    assert "`tools`, which 1 records have, is not read" in caplog.text
+    kinds: tuple[tuple[Any, str], ...] = (
+        ("[{", "`tools` is no JSON"),
+        ({"a": 1}, "must be a list of JSON schemas"),
+        (["a"], "must be a list of JSON schemas"),
+    )
+    for bad, told in kinds:
+        with pytest.raises(DataError, match=rf"wrong type: 1[^§]*{told}"):
+            read_rows(tmp_path, chat_row("a", "b", tools=bad))

@@ -436,6 +436,18 @@ def test_keys_that_the_template_does_not_read_are_told(
     assert examples[1].responses[0].tolist() == plain.responses[0].tolist()
 
 
+def test_tools_are_the_templates_to_read(caplog: pytest.LogCaptureFixture) -> None:
+    tools = [{"type": "function", "function": {"name": "red"}}]
+    plain, record = (Record(CHAT, ("two", "three"), tools=each) for each in (None, tools))
+    reads = "{% if tools %}call {{ tools[0].function.name }} {% endif %}" + CHATML
+    first, second = (Tokenization(make_tokenizer(template=t), ROOMY) for t in (CHATML, reads))
+    assert tokenize_records([record], second, None) and not caplog.records
+    prompts = [str(second.tokenizer.decode(second(each).prompt)) for each in (plain, record)]
+    assert prompts[1] == prompts[0].replace("<s>", "<s>call red ")
+    assert_same(tokenize_records([record], first, None)[0], first(record))
+    assert "`tools`, which 1 records have, is not read: the chat template's output is the same" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("prompt", "responses", "reason"),
     [

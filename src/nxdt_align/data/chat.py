@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nxdt_align.data.records import BadRecord, DataError, Message, Record, Response, excerpt
 from nxdt_align.data.rendering import LONGEST_TEXT
@@ -13,6 +13,7 @@ from nxdt_align.data.special_tokens import SpecialTexts, ends_at
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Tools = list[dict[str, Any]] | None
 TEMPLATE_DATE = "26 Jul 2024"
 """Llama 3's templates print a date, today's by default; this is their own fallback. Without a fixed date the
 tokens, and with them every stored reference value, would change daily."""
@@ -27,9 +28,9 @@ class ChatTemplate:
         self._special = SpecialTexts.of(tokenizer)
 
     def split(
-        self, prompt: list[Message], responses: Sequence[Response], place: str
+        self, prompt: list[Message], responses: Sequence[Response], place: str, tools: Tools = None
     ) -> tuple[str, list[str]]:
-        """The texts of the prompt and of each response.
+        """The texts of the prompt and of each response. ``tools``: see Record.
 
         Raises DataError where there is no template; BadRecord where it refuses the conversation, or where
         the prompt's text is not the beginning of the conversation's.
@@ -39,10 +40,10 @@ class ChatTemplate:
                 f"{place}: the record holds chat messages, but the tokenizer has no chat template. Use the "
                 "tokenizer of a chat model, add a chat_template to it, or give prompt and responses as text"
             )
-        head = self._render(prompt, for_answer=True)
+        head = self._render(prompt, tools, for_answer=True)
         answers = []
         for response in responses:
-            full = self._render([*prompt, _as_turn(response)], for_answer=False)
+            full = self._render([*prompt, _as_turn(response)], tools, for_answer=False)
             if not full.startswith(head) or full == head:
                 raise BadRecord(
                     "no common beginning in the chat template",
@@ -54,14 +55,15 @@ class ChatTemplate:
         return head, answers
 
     def unread_keys(self, record: Record, texts: tuple[str, list[str]]) -> tuple[str, ...]:
-        """The further keys of the record's messages without which the template writes the same ``texts``."""
+        """The further keys of the record without which the template writes the same ``texts``."""
         assert not isinstance(record.prompt, str)
         unread = []
         for key in record.further_keys:
             prompt = [_without(turn, key) for turn in record.prompt]
             responses = [r if isinstance(r, str) else _without(r, key) for r in record.responses]
             try:
-                same = self.split(prompt, responses, record.source) == texts
+                tools = None if key == "tools" else record.tools
+                same = self.split(prompt, responses, record.source, tools) == texts
             except BadRecord:
                 same = False
             if same:
@@ -113,7 +115,7 @@ class ChatTemplate:
             for at in conversation
         ]
         try:
-            text = self._render(marked, for_answer=False)
+            text = self._render(marked, None, for_answer=False)
         except BadRecord:
             return set()
         closers = tuple(self._closers)
@@ -125,10 +127,14 @@ class ChatTemplate:
         texts = [None if end is None else str(self._tokenizer.convert_ids_to_tokens(end)), self._special.eos]
         return [text for text in dict.fromkeys(texts) if text]
 
-    def _render(self, messages: list[Message], *, for_answer: bool) -> str:
+    def _render(self, messages: list[Message], tools: Tools, *, for_answer: bool) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=for_answer, date_string=TEMPLATE_DATE
+                messages,
+                tools=list(tools) if tools else None,
+                tokenize=False,
+                add_generation_prompt=for_answer,
+                date_string=TEMPLATE_DATE,
             )
         except MemoryError:
             raise  # The template's limit, see Limits.

@@ -33,6 +33,7 @@ from nxdt_align.data.records import (
     OnBadRecord,
     Record,
     Row,
+    as_tools,
     content_of,
     excerpt,
     further_keys,
@@ -177,12 +178,14 @@ class Reader:
         taken = left_out = 0
         for row in chain(head, rows):
             taken += 1
-            if known is not None:
-                renamed = self._renamed(row.value)
-                unread.update(key for key in renamed if key not in known and _is_filled(renamed[key]))
             converted = self._convert(row, format, known)
             left_out += not converted
-            records += [record for each in converted for record in self._check(each, row.place)]
+            good = [record for each in converted for record in self._check(each, row.place)]
+            records += good
+            if known is not None:
+                renamed = self._renamed(row.value)
+                read = {*known, "tools"} if any(record.tools for record in good) else known
+                unread.update(key for key in renamed if key not in read and _is_filled(renamed[key]))
             if limit is not None and len(records) >= limit:
                 records = records[:limit]
                 break
@@ -258,11 +261,21 @@ class Reader:
         self, row: RawRecord, format: Format, known: frozenset[str] | None
     ) -> Sequence[Record | BadRecord]:
         """The row's records and faults; none if the format leaves it out. ``known`` are the columns that the
-        format reads."""
+        format reads; where they are known, the column ``tools`` goes with chat messages, too."""
         try:
+            renamed = self._renamed(row.value)
             if known is not None:
                 self._refuse_half_of_alpaca(row.value, known)
-            return format.convert(self._renamed(row.value))
+            converted = format.convert(renamed)
+            if known is None or not _is_filled(renamed.get("tools")):
+                return converted
+            tools = as_tools(renamed["tools"])
+            return [
+                each
+                if isinstance(each, BadRecord) or isinstance(each.prompt, str)
+                else replace(each, tools=tools)
+                for each in converted
+            ]
         except BadRecord as fault:
             return [self._in_their_words(fault)]
 

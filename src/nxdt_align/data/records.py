@@ -27,6 +27,8 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+_ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names, which some data have as ``role``: no template knows them."""
 _EXCERPT = 80
 EXAMPLES_PER_REASON = 3
 OnBadRecord = Literal["error", "drop"]
@@ -98,15 +100,17 @@ class Record:
     """Whether a labelled completion is desirable; None for pairs and single responses."""
     source: str = ""
     """``file:line``, for messages."""
+    tools: list[dict[str, Any]] | None = None
+    """JSON schemas of the tools that the assistant may call, for the chat template."""
 
     @cached_property
     def id(self) -> str:
         """The content's hash, 32 hex digits, independent of file and position. Tokens and reference values
         are stored under it."""
         if self.label is None:
-            return record_id(self.prompt, self.responses)
+            return record_id(self.prompt, self.responses, tools=self.tools)
         completion, *mismatched = self.responses
-        own = record_id(self.prompt, (completion,), self.label)
+        own = record_id(self.prompt, (completion,), self.label, self.tools)
         if not mismatched:
             return own
         other = mismatched[0]
@@ -114,9 +118,10 @@ class Record:
 
     @property
     def further_keys(self) -> list[str]:
-        """The keys of its messages beside role and content, each once."""
+        """The keys of its messages beside role and content, each once, and ``tools`` if it has any."""
         turns = [*(() if isinstance(self.prompt, str) else self.prompt), *self.responses]
-        return list(dict.fromkeys(key for turn in turns for key in further_keys(turn)))
+        own = () if self.tools is None else ("tools",)
+        return list(dict.fromkeys((*own, *(key for turn in turns for key in further_keys(turn)))))
 
 
 def further_keys(turn: Response) -> list[str]:
@@ -129,12 +134,19 @@ def content_of(response: Response) -> str:
     return response if isinstance(response, str) else str(response["content"])
 
 
-def record_id(prompt: Prompt, responses: Sequence[Response], label: bool | None = None) -> str:
+def record_id(
+    prompt: Prompt,
+    responses: Sequence[Response],
+    label: bool | None = None,
+    tools: list[dict[str, Any]] | None = None,
+) -> str:
     """The hash of a record's content: 32 hex digits, blake2b over canonical JSON."""
     names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
     content: dict[str, object] = {"prompt": prompt, **dict(zip(names, responses, strict=True))}
     if label is not None:
         content["label"] = label
+    if tools is not None:
+        content["tools"] = tools
     return _digest(_canonical(content))
 
 
@@ -206,7 +218,8 @@ def as_text(value: Any, name: str) -> str:
 
 
 def as_message(value: Any, name: str) -> Message:
-    """A chat message, ``{role, content}``, or ShareGPT's ``{from, value}``, with its further keys.
+    """A chat message, ``{role, content}``, or ShareGPT's ``{from, value}``, with its further keys. A content
+    may be a list of parts, all of them text.
 
     A further key that is null or empty counts as missing, and so does the content of a turn that has
     further keys: one that calls tools says nothing.
@@ -223,7 +236,7 @@ def as_message(value: Any, name: str) -> Message:
             raise BadRecord("unknown role", f"`{name}.from` is {excerpt(value['from'])}, not one of {roles}")
         return {"role": role, "content": _content(value, "value", name, further), **further}
     role = as_text(take(value, "role"), f"{name}.role")
-    return {"role": role, "content": _content(value, "content", name, further), **further}
+    return {"role": _ROLES.get(role, role), "content": _content(value, "content", name, further), **further}
 
 
 def _says(value: Any) -> bool:
@@ -233,7 +246,36 @@ def _says(value: Any) -> bool:
 def _content(message: Row, key: str, name: str, further: Row) -> str:
     if message.get(key) is None and further:
         return ""
-    return as_text(take(message, key), f"{name}.{key}")
+    content = take(message, key)
+    if not isinstance(content, list):
+        return as_text(content, f"{name}.{key}")
+    return "".join(_text_of_part(part, f"{name}.{key}[{i}]") for i, part in enumerate(content))
+
+
+def _text_of_part(part: Any, name: str) -> str:
+    """The text of one part of a content: text, or ``{"type": "text", "text": ...}``."""
+    if not isinstance(part, Mapping):
+        return as_text(part, name)
+    if part.get("type") != "text":
+        found = (
+            f"`{name}` is a part of type {excerpt(part.get('type'))}; only parts of type text can be trained"
+        )
+        raise BadRecord("wrong type", found)
+    return as_text(take(part, "text"), f"{name}.text")
+
+
+def as_tools(value: Any) -> list[dict[str, Any]]:
+    """The column ``tools``: a list of JSON schemas, or the JSON text of one."""
+    tools = value
+    if isinstance(value, str):
+        try:
+            tools = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRecord("wrong type", f"`tools` is no JSON ({error}): {excerpt(value)}") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRecord("wrong type", f"`tools` must be a list of JSON schemas, but is {excerpt(value)}")
+    as_text(json.dumps(tools, ensure_ascii=False, default=str), "tools")
+    return [dict(tool) for tool in tools]
 
 
 def as_messages(value: Any, name: str) -> list[Message]:

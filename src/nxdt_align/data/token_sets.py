@@ -158,9 +158,9 @@ def tokenize_records(
         save_columns(path, columns, refused, unread)
     for key, count in unread.items():
         log.warning(
-            "`%s`, which messages of %d records have, is not read: the chat template's output is the same "
+            "`%s`, which %s%d records have, is not read: the chat template's output is the same "
             "without it, and so is training",
-            *(key, count),
+            *(key, "" if key == "tools" else "messages of ", count),
         )
     labels = [record.label is not False for record in records]
     result = TokenizedSet(columns, [record.id for record in records], labels)

@@ -317,11 +317,11 @@ class Tokenization:
         return (_fault_of_unread(record, rendered) if rendered.unread else None) or rendered
 
     def _of_chat(self, record: Record, prompt: list[Message], keys: tuple[str, ...]) -> Rendered:
-        before = Texts(*self._chat.split(prompt, record.responses, record.source))
+        before = Texts(*self._chat.split(prompt, record.responses, record.source, record.tools))
         turns, answers = self._chat.once(prompt, record.responses)
         texts = before
         if turns is not prompt:
-            texts = Texts(*self._chat.split(turns, answers, record.source))
+            texts = Texts(*self._chat.split(turns, answers, record.source, record.tools))
         once = self._once(texts, ends=self._chat.turn_end[0] is None)
         return Rendered(once, self._chat.unread_keys(record, before) if keys else (), before)
 
