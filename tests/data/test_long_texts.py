@@ -127,7 +127,12 @@ def test_ten_million_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenization = Tokenization(make_tokenizer(template=CHATML), Truncation(256, 128))
     asked: list[str] = []
     ids = tokenization._ids
-    monkeypatch.setattr(tokenization, "_ids", lambda texts: asked.extend(texts) or ids(texts))
+
+    def remember(texts: list[str]) -> list[list[int]]:
+        asked.extend(texts)
+        return ids(texts)
+
+    monkeypatch.setattr(tokenization, "_ids", remember)
     long = "What is two plus three? " * 420_000
     for prompt in (long, [{"role": "user", "content": long}]):
         encoded = encode(tokenization, Record(prompt, (long, "two")))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from small_tokenizers import CHATML, LLAMA2, LLAMA3, make_sentencepiece, make_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from nxdt_align.data.records import Record
 from nxdt_align.data.special_tokens import SpecialTexts, ends_at
@@ -23,7 +23,7 @@ PLAIN = (
 )
 
 
-def texts(tokenizer: PreTrainedTokenizerFast, record: Record) -> list[str]:
+def texts(tokenizer: PreTrainedTokenizerBase, record: Record) -> list[str]:
     example = Tokenization(tokenizer, ROOMY)(record)
     return [str(tokenizer.decode(ids.tolist())) for ids in (example.prompt, *example.responses)]
 
@@ -161,7 +161,7 @@ def test_a_token_cache_is_of_its_rules(tmp_path: Path) -> None:
     alike = [Record("What", ("two</s>", "no\n")), Record("<s>is", ("a", "b"))]
     chats = [Record([{"role": "user", "content": "why?"}], ("two", "no"))]
     other = [Record("What", ("two</s>\n", "no"))]
-    names = set()
+    names: set[str] = set()
     for records, first in ((alike, True), (chats, False), ([*alike, *other], False)):
         folder = tmp_path / str(len(names))
         made = tokenize_records(records, Tokenization(tokenizer, ROOMY), folder)

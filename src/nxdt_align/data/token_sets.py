@@ -77,16 +77,16 @@ class TokenizedSet:
         prompts = np.minimum(whole[:, 0], limit)
         lengths = prompts + whole[:, 1:].max(1)
         found = []
-        for key, value, cut, needed in (
+        for key, value, over, needed in (
             (prompt_key, limit, whole[:, 0] > limit, whole[:, 0]),
             ("data.seq_length", seq_length, lengths > seq_length, lengths),
         ):
-            if cut.mean() > CUT_SHARE:
+            if over.mean() > CUT_SHARE:
                 part = "the prompts" if key == prompt_key else truncation.cuts_of_sequences
                 enough = int(np.quantile(needed, ENOUGH, method="inverted_cdf"))
                 more = f", and data.seq_length above it (it is {seq_length:,})" if key == prompt_key else ""
                 found.append(
-                    f"{key} ({value:,}) cuts {part} of {_share(int(cut.sum()), len(self))}: {enough:,} would "
+                    f"{key} ({value:,}) cuts {part} of {_share(int(over.sum()), len(self))}: {enough:,} would "
                     f"do for {ENOUGH:.0%} of them{more if enough >= seq_length else ''}"
                 )
         return found
