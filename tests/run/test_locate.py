@@ -12,7 +12,7 @@ from training_fixture import Project
 
 from nxdt_align.cli import main
 from nxdt_align.config.load import load_config
-from nxdt_align.config.start import tokenizer_of
+from nxdt_align.config.start import VOCABULARIES, tokenizer_of
 from nxdt_align.engines.checkpoint_folder import Summary
 from nxdt_align.engines.native.checkpoint import SUMMARY, NativeCheckpoint
 from nxdt_align.engines.nxd.checkpoint import SUMMARY as NXD_SUMMARY
@@ -20,6 +20,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.run.conversion import describe
 from nxdt_align.run.locate import companions, locate
 from nxdt_align.run.resume import write_identity
+from nxdt_align.weights import hf_writer
 from nxdt_align.weights.hf_writer import write_hf_folder
 
 
@@ -265,3 +266,5 @@ def test_the_tokenizer_is_the_nearest_to_the_weights(tmp_path: Path) -> None:
     (tmp_path / "start" / "tokenizer.json").write_text("")
     assert found() == f"{tmp_path}/start"
     assert found("data.tokenizer.type=org/name") == "org/name"
+    # Checking a configuration imports no torch, writing weights no configuration.
+    assert hf_writer._VOCABULARIES == VOCABULARIES
