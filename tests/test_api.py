@@ -112,10 +112,10 @@ def test_what_is_wrong_is_raised_as_a_value_error(project: Project, tmp_path: Pa
         na.train(
             config(project, "data.micro_batch_size=3", "data.train_dir=/no/such.jsonl", "data.packing=none")
         )
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="nothing does not exist"):
         na.load_policy(tmp_path / "nothing")
     (tmp_path / "run_identity.json").write_text("{}")
-    with pytest.raises(ValueError, match="has no whole checkpoint and no export yet"):
+    with pytest.raises(ValueError, match="has no whole checkpoint: name another run"):
         na.load_policy(tmp_path)
     with pytest.raises(ValueError, match=r"nothing\.jsonl"):
         na.load_pairs(tmp_path / "nothing.jsonl", project.root / "tokenizer")
