@@ -59,6 +59,16 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         ("trainer.accumulate_grad_batches=4", "must be 1 (data.global_batch_size sets"),
         ("trainer.check_val_every_n_epoch=null", "trainer.val_check_interval: must be a number of steps"),
         ("trainer.limit_val_batches=1.5", "must be a share from 0.0 to 1.0, or a whole number, but is 1.5"),
+        ("trainer.max_time=999999999999:00:00:00", "trainer.max_time: must be days:hours:minutes:seconds"),
+        (
+            "exp_manager.max_time_per_run=2h",
+            "exp_manager.max_time_per_run: must be days:hours:minutes:seconds",
+        ),
+        (f"{SPREAD}.timeout_minutes=1e30", "timeout_minutes: must be at most 525600, but is 1e+30"),
+        (
+            "exp_manager.checkpoint_callback_params.train_time_interval=5",
+            "train_time_interval: must be null (NeMo takes no time from a YAML; set every_n_train_steps)",
+        ),
         ("trainer.lnc=3", "trainer.lnc: must be 1 or 2, but is 3"),
         ("data.buckets=[128,64]", "in ascending order, but is [128, 64]; [64, 128] would be"),
         ("exp_manager.ema.enable=True", "exp_manager.ema.enable: must be False"),

@@ -37,6 +37,7 @@ from nxdt_align.weights.names import to_hf
 
 RESUME = "exp_manager.resume_from_checkpoint"
 DPO = "model_alignment_strategy.dpo"
+SAVING = "exp_manager.checkpoint_callback_params"
 STOPPING = "exp_manager.early_stopping_callback_params"
 
 
@@ -254,8 +255,8 @@ LATER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (f"{STOPPING}.patient: Key 'patient' not in 'EarlyStoppingParams'",),
     ),
     "settings of the checkpoint callback": (
-        ("exp_manager.checkpoint_callback_params.train_time_interval=1h",),
-        ("exp_manager.checkpoint_callback_params: ", "should be mutually exclusive"),
+        (f"{SAVING}.every_n_epochs=-4", f"{SAVING}.every_n_train_steps=null"),
+        (f"{SAVING}: Invalid value for every_n_epochs=-4",),
     ),
     "settings of TensorBoard": (
         ("exp_manager.summary_writer_kwargs={{max_queue: many}}",),

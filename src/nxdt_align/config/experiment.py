@@ -150,7 +150,7 @@ class ExpManagerConfig:
     """NeMo's moving average of weights; enable must be False."""
     max_time_per_run: str | None = None
     """Wall-clock time after which the run ends with a checkpoint, as DD:HH:MM:SS."""
-    seconds_to_sleep: float = 5
+    seconds_to_sleep: float = number(5, at_least=0, at_most=86_400)
     """Seconds that the other ranks wait while rank 0 creates the folder."""
     create_straggler_detection_callback: bool = False
     """NeMo's detection of slow ranks (CUDA)."""

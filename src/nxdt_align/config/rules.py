@@ -32,7 +32,7 @@ from nxdt_align.own_parts import OwnPartError, require_no_standard_module
 
 Rule = Callable[[Config], Iterator[Fault]]
 
-_DURATION = re.compile(r"\d+:\d\d:\d\d:\d\d")
+_DURATION = re.compile(r"\d{1,8}:\d\d:\d\d:\d\d", re.ASCII)
 _STRATEGY = "distributed_strategy"
 _ALIGN = "model_alignment_strategy"
 
@@ -47,6 +47,7 @@ FIXED: dict[str, tuple[Any, str]] = {
     f"{_CALLBACK}.save_best_model": (False, _NO_ARCHIVE),
     f"{_CALLBACK}.always_save_nemo": (False, _NO_ARCHIVE),
     f"{_CALLBACK}.save_nemo_on_train_end": (False, _NO_ARCHIVE),
+    f"{_CALLBACK}.train_time_interval": (None, "NeMo takes no time from a YAML; set every_n_train_steps"),
     f"{_CALLBACK}.async_save": (False, "NeMo's own; exp_manager.async_checkpointing=True does the same"),
 }
 """Path -> (the only value, why), of keys that other programs' YAMLs have."""
@@ -72,7 +73,7 @@ def fixed(config: Config) -> Iterator[Fault]:
     for path, (wanted, why) in FIXED.items():
         value = lookup(config, path)
         if value != wanted:
-            yield Fault(path, f"must be {wanted} ({why})", value)
+            yield Fault(path, f"must be {'null' if wanted is None else wanted} ({why})", value)
 
 
 def required(config: Config) -> Iterator[Fault]:

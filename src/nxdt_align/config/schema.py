@@ -157,7 +157,7 @@ class DistributedStrategyConfig:
     (FSDP2)."""
     sequence_parallel: bool = False
     """Shard activations along the sequence over the tensor-parallel ranks."""
-    timeout_minutes: float = number(30.0, above=0)
+    timeout_minutes: float = number(30.0, above=0, at_most=525_600)
     """(ours) How long a process waits for the others before it gives up, e.g. if one of them hangs."""
     kv_replicator: int = number(1, at_least=1, at_most=128)
     """Copies of each key-value head, for more tensor-parallel ranks than key-value heads."""
