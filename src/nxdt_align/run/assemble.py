@@ -116,7 +116,7 @@ def check_engine(config: Config, engine: EngineName, env: RunEnv, model: LlamaCo
     if engine == "nxd":
         from nxdt_align.run.nxd import check as check_nxd
 
-        check_nxd(config, env, model, mode)
+        check_nxd(config, model)
     else:
         from nxdt_align.run.native import check
 

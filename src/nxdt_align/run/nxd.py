@@ -28,18 +28,19 @@ log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check(config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
-    """Raise UserError if NxD is not there, or if sizes, precision or attention are not its."""
+def check(config: Config, model: LlamaConfig) -> tuple[Parallel, Precision]:
+    """Layout and precision. Raises UserError if NxD is not there, or if they or the attention are not its."""
     backend = compat.backend_of(config.trainer.accelerator)
     missing = find_missing_neuron_packages(cpu_mode=backend != "neuron")
     if missing is not None:
         raise UserError(missing)
-    _check_sizes(parallel_of(config, model, backend), model)
-    precision_of(config, backend)
+    parallel, precision = parallel_of(config, model, backend), precision_of(config, backend)
+    _check_sizes(parallel, model)
     if config.data.attention not in ("auto", "dense"):
         raise UserError(
             f"data.attention: must be auto or dense with engine nxd, but is {config.data.attention}"
         )
+    return parallel, precision
 
 
 class NxDParts:
@@ -52,10 +53,8 @@ class NxDParts:
 
     def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
         self._config, self._env, self._model = config, env, model
-        check(config, env, model, mode)
+        parallel, self.precision = check(config, model)
         backend = compat.backend_of(config.trainer.accelerator)
-        parallel = parallel_of(config, model, backend)
-        self.precision = precision_of(config, backend)
         self.reference_precision = reference_precision_of(config, self.precision)
         self.platform = compat.start(backend, env.rank, env.world_size)
         self.device = self.platform.device
