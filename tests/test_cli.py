@@ -228,7 +228,9 @@ def test_train_hands_configuration_and_environment_on(
     arguments = ["train", "--config-name", good, "trainer.devices=4", "trainer.num_nodes=2", "seed=9"]
     assert main(arguments) == 0
     ((config, env),) = build.calls
-    assert vars(env) == {"rank": 5, "world_size": 8, "local_rank": 1, "compile_only": False}
+    place = {"rank": 5, "world_size": 8, "local_rank": 1, "compile_only": False}
+    assert {name: value for name, value in vars(env).items() if name in place} == place
+    assert env.command.startswith("nxdt-align train --config-name ") and env.command.endswith(" seed=9")
     assert (config.seed, config.trainer.max_steps) == (9, 4)
     assert config.model.optim.sched is not None and config.model.optim.sched.max_steps == 4
     assert capsys.readouterr().err == "", "notices are the first rank's to give"

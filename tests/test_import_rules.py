@@ -16,7 +16,7 @@ from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 
 # Anyone may import these; they import nothing of ours but each other.
 FOUNDATION = (
-    *("errors", "files", "messages", "own_parts", "redaction"),
+    *("errors", "files", "messages", "own_parts", "redaction", "stop_signals"),
     *("__version__", "PYTHON", "TORCH"),
 )
 
@@ -33,6 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "files": (),
     "own_parts": (),
     "redaction": (),
+    "stop_signals": (),
     "batch": (),
     "named_tensors": (),
     "losses": ("batch", "config.alignment", "config.dpo_forms", "config.fields"),
@@ -84,6 +85,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "files": (),
     "own_parts": (),
     "redaction": (),
+    "stop_signals": (),
     "batch": ("torch",),
     "named_tensors": ("torch",),
     "losses": ("torch",),

@@ -45,13 +45,21 @@ def train(
 
     Returns the run's outputs. A run of the same objective, data, start weights and model resumes if
     ``exp_manager.resume_if_exists`` is set. Raises ConfigError with every fault of ``config``, and UserError
-    (a ValueError, too) for faulty data or weights, or an unsuitable machine.
+    (a ValueError, too) for faulty data or weights, or an unsuitable machine. SIGTERM, SIGINT and SIGUSR1 end
+    the run with a checkpoint and a SystemExit of 128 + the signal's number, unless
+    ``exp_manager.create_preemption_callback`` is False or this is not the main thread.
     """
     from nxdt_align.cli import Environment, enter_run
 
     environment = Environment.of_this_process()
     found = checked(config, environment.world_size)
-    env = enter_run(found, environment)
-    from nxdt_align import run
+    signals = environment.stop_signals()
+    if config.exp_manager.create_preemption_callback:
+        signals.install()
+    try:
+        env = enter_run(found, environment, signals, command=environment.command)
+        from nxdt_align import run
 
-    return run.train(found, env, loss=loss, callbacks=callbacks)
+        return run.train(found, env, loss=loss, callbacks=callbacks)
+    finally:
+        signals.uninstall()

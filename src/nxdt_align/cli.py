@@ -7,6 +7,8 @@ import errno
 import json
 import logging
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +44,7 @@ from nxdt_align.neuron.environment import (
     replaced,
 )
 from nxdt_align.redaction import redact
+from nxdt_align.stop_signals import SIGNALS, Stopped, StopSignals
 
 if TYPE_CHECKING:
     from nxdt_align.run import RunEnv
@@ -61,6 +64,8 @@ Preference alignment of Llama-family models from NxD Training's YAML.
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 _INTERRUPTED = 130
+LAUNCHED = "NXDT_ALIGN_LAUNCHED"
+_HANDS_SIGNALS_ON = ("NXDT_ALIGN_COMMAND", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "OMPI_COMM_WORLD_RANK")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,12 @@ class Environment:
     compile_only: bool
     train_iters: int | None
     debug: bool
+    command: str | None = None
+    """The user's, where another program has started this one for it."""
+    is_launched: bool = False
+    """Whether ``launch_workers`` has started this process, and ends it."""
+    shares_signals: bool = False
+    """Whether a signal may come more than once: from the system, and from what has started this process."""
 
     @classmethod
     def of_this_process(cls) -> Environment:
@@ -88,7 +99,14 @@ class Environment:
             compile_only=variables.get("COMPILE") == "1",
             train_iters=_number(variables, "TRAIN_ITERS", 1, least=1) if iters else None,
             debug=variables.get("NXDT_ALIGN_DEBUG") == "1",
+            command=variables.get("NXDT_ALIGN_COMMAND"),
+            is_launched=LAUNCHED in variables,
+            shares_signals=any(name in variables for name in _HANDS_SIGNALS_ON),
         )
+
+    def stop_signals(self) -> StopSignals:
+        repeats = float("inf") if self.is_launched else 1.0 if self.shares_signals else 0.2
+        return StopSignals(speaks=self.rank == 0, repeats=repeats)
 
 
 def _number(variables: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
@@ -101,13 +119,16 @@ def _number(variables: Mapping[str, str], name: str, default: int, least: int = 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 1 for a user error, 130 when interrupted."""
+    """Run one verb; returns the exit status: 0, 1 for a user error, 130 when interrupted, 128 + the number of
+    a signal that ended training."""
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("NXDT_ALIGN_DEBUG") == "1"
     try:
         if arguments.verb in _NEED_TORCH:
             _require_torch()
         return _VERBS[arguments.verb](arguments, Environment.of_this_process())
+    except Stopped as stopped:
+        return int(stopped.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -151,6 +172,7 @@ def _complain(error: Exception, message: str) -> None:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
+    arguments.command = shlex.join(["nxdt-align", *argv])
     flags = [text for text in rest if text.startswith("-")]
     if flags or (rest and not hasattr(arguments, "overrides")):
         # parse_known_args also returns unknown flags, which must not pass as overrides.
@@ -215,7 +237,11 @@ def _parser() -> argparse.ArgumentParser:
     ahead = verbs.add_parser(
         "precompile", help="run neuron_parallel_compile and fail where it did not compile every graph"
     )
-    ahead.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
+    ahead.add_argument("of_compiler", nargs=argparse.REMAINDER, metavar="COMMAND")
+    workers = verbs.add_parser(
+        "workers", help="torchrun, whose processes end by a signal as one process does"
+    )
+    workers.add_argument("of_torchrun", nargs=argparse.REMAINDER, metavar="TORCHRUN'S ARGUMENTS")
     return parser
 
 
@@ -284,19 +310,35 @@ def _config(arguments: argparse.Namespace, environment: Environment) -> int:
 def _train(arguments: argparse.Namespace, environment: Environment) -> int:
     if arguments.print_env:
         return _print_env(arguments, environment)
-    checked = _checked(arguments, environment, environment.world_size, notify=environment.rank == 0)
-    env = enter_run(checked, environment, dry_run=arguments.dry_run_steps)
-    from nxdt_align import run
+    with environment.stop_signals() as signals:
+        checked = _checked(arguments, environment, environment.world_size, notify=environment.rank == 0)
+        if not checked.config.exp_manager.create_preemption_callback:
+            signals.uninstall()
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+        command = environment.command or arguments.command
+        env = enter_run(checked, environment, signals, command=command, dry_run=arguments.dry_run_steps)
+        from nxdt_align import run
 
-    run.train(checked, env)
+        run.train(checked, env)
     return 0
 
 
-def enter_run(checked: CheckedConfig, environment: Environment, *, dry_run: bool = False) -> RunEnv:
+def enter_run(
+    checked: CheckedConfig,
+    environment: Environment,
+    signals: StopSignals,
+    *,
+    command: str | None = None,
+    dry_run: bool = False,
+) -> RunEnv:
     """Prepare this process for training: set up its log, and the Neuron stack's variables, which torch_xla
     and the Neuron runtime read when they are imported.
 
-    ``dry_run``: a few steps that write nothing, as with ``COMPILE=1``.
+    Args:
+        signals: handles signals, where it is installed.
+        command: the user's, to start the run again.
+        dry_run: a few steps that write nothing, as with ``COMPILE=1``.
     """
     show_on_terminal(environment.rank)
     variables = _missing_variables(checked.config, checked.engine)
@@ -313,6 +355,8 @@ def enter_run(checked: CheckedConfig, environment: Environment, *, dry_run: bool
         world_size=environment.world_size,
         local_rank=environment.local_rank,
         compile_only=environment.compile_only or dry_run,
+        signals=signals if signals.is_installed else None,
+        command=command,
     )
 
 
@@ -381,8 +425,15 @@ def _launch(arguments: argparse.Namespace, environment: Environment) -> int:
 def _precompile(arguments: argparse.Namespace, environment: Environment) -> int:
     from nxdt_align.neuron.compile import precompile
 
-    precompile(arguments.command)
+    precompile(arguments.of_compiler)
     return 0
+
+
+def _workers(arguments: argparse.Namespace, environment: Environment) -> int:
+    os.environ[LAUNCHED] = "1"
+    from nxdt_align.run.workers import launch_workers
+
+    return launch_workers(arguments.of_torchrun[1:], debug=environment.debug)
 
 
 def _presets(arguments: argparse.Namespace, environment: Environment) -> int:
@@ -471,7 +522,7 @@ def _note(text: str) -> None:
     print(redact(f"notice: {text}"), file=sys.stderr)
 
 
-_NEED_TORCH = ("plan", "train", "convert", "export", "inspect")
+_NEED_TORCH = ("plan", "train", "workers", "convert", "export", "inspect")
 _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "config": _config,
     "plan": _plan,
@@ -479,6 +530,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "launch": _launch,
     "processes": _processes,
     "precompile": _precompile,
+    "workers": _workers,
     "presets": _presets,
     "help-keys": _help_keys,
     "convert": _convert,

@@ -16,9 +16,12 @@
 # key=value     overrides of the config, e.g. trainer.max_steps=100
 # --print-env   print the environment variables of the Neuron stack that the run would set, and stop
 #
-# Slurm:  sbatch --nodes 4 --ntasks-per-node 1 --wrap "srun examples/train.sh"
+# Slurm:  sbatch --nodes 4 examples/slurm.sbatch, or srun with one task per node
 # MPI:    mpirun --map-by ppr:1:node -x MASTER_ADDR=<first node> -x CONF_FILE examples/train.sh
 # torchrun: each worker of "torchrun --no-python ... examples/train.sh" trains as the rank that it is.
+#
+# SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's --signal) end the run after its step, with a checkpoint from which the
+# same command goes on; a second one ends it at once. examples/slurm.sbatch shows how a job is requeued.
 #
 # Experiments go to nemo_experiments/<name>/<date>/ under the current folder. Exits with the trainer's status.
 set -euo pipefail
@@ -147,11 +150,11 @@ build_launch() {
     processes=$("$python" -m nxdt_align processes "${arguments[@]}") || exit $?
     [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "expected a number of processes, got: $processes"
     if ((nnodes > 1)); then
-      launch+=(-m torch.distributed.run --nproc_per_node "$processes" --nnodes "$nnodes" --node_rank "$node_rank"
+      launch+=(-m nxdt_align workers torchrun --nproc_per_node "$processes" --nnodes "$nnodes" --node_rank "$node_rank"
         --master_addr "$master_addr" --master_port "${MASTER_PORT:-41000}")
     elif ((processes > 1)); then
       # A port of its own, so that two runs on one machine do not meet.
-      launch+=(-m torch.distributed.run --standalone --local_addr localhost --nproc_per_node "$processes")
+      launch+=(-m nxdt_align workers torchrun --standalone --local_addr localhost --nproc_per_node "$processes")
     fi
     ((nnodes * processes == 1)) || share_cores "$processes"
   fi
@@ -170,19 +173,32 @@ share_cores() {
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((each > 0 ? each : 1))}
 }
 
+# Prints this script's command, as the user could give it again.
+own_command() {
+  local name
+  for name in CONF_FILE TRAIN_ITERS; do
+    [[ -z ${!name:-} ]] || printf '%s=%q ' "$name" "${!name}"
+  done
+  printf '%q' "$0"
+  (($# == 0)) || printf ' %q' "$@"
+}
+
 # Runs the arguments as a command, its output to the terminal and to the file $1; returns its status.
 run_logged() {
-  local log_file=$1 log tee_pid child interrupted status
+  local log_file=$1 log tee_pid child target interrupted status
   shift
   exec {log}> >(exec tee -ia -- "$log_file")
   tee_pid=$!
-  set -m # a process group of its own, so that a signal reaches every process of the trainer once
+  set -m # a process group of its own, which a Ctrl-C does not reach by itself
   "$@" </dev/null >&"$log" 2>&1 {log}>&- &
   child=$!
   set +m
+  # The trainer hands signals on to what it has started; the compiler does not.
+  target=$child
+  [[ $COMPILE == 0 ]] || target=-$child
   for signal in INT TERM HUP USR1; do
     # shellcheck disable=SC2064 # the child and the signal are those of now
-    trap "interrupted=1; kill -s $signal -- -$child 2>/dev/null || true" "$signal"
+    trap "interrupted=1; kill -s $signal -- $target 2>/dev/null || true" "$signal"
   done
   while :; do
     interrupted=0 status=0
@@ -212,6 +228,8 @@ for argument in "$@"; do
     exec "$python" -m nxdt_align train --config-path "${config%/*}" \
       --config-name "$(basename -- "$config" .yaml)" "trainer.num_nodes=$nnodes" "$@"
 done
+NXDT_ALIGN_COMMAND=$(own_command "$@")
+export NXDT_ALIGN_COMMAND
 raise_file_limit
 build_launch "trainer.num_nodes=$nnodes" "$@"
 mkdir -p -- "$log_path"

@@ -7,13 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from launched_run import ENDLESS, PATIENCE, environment, launch, wait_for, worker
 from parallel_fixture import Case, run_parallel
 from training_fixture import Project
 
@@ -21,31 +21,6 @@ from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.errors import UserError
 from nxdt_align.run.preconditions import report_lost_ranks
-
-ENDLESS = (
-    *(
-        "trainer.devices=2",
-        "trainer.max_steps=1000000",
-        "trainer.max_epochs=-1",
-        "trainer.limit_val_batches=0",
-    ),
-    *("exp_manager.checkpoint_callback_params.every_n_train_steps=1000000", "exp_manager.export_hf=False"),
-)
-PATIENCE = 600
-"""Seconds: what a loaded machine may take. Nothing here takes as long as it may."""
-
-
-def wait_for(text: str, file: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while text not in file.read_text():
-        assert time.monotonic() < deadline, f"no {text!r} in time:\n{file.read_text()[-3000:]}"
-        assert all(p.poll() is None for p in processes), file.read_text()[-3000:]
-        time.sleep(0.1)
-
-
-def environment(**more: str) -> dict[str, str]:
-    source = str(Path(__file__).parents[2] / "src")
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, "PYTHONUNBUFFERED": "1", **more}
 
 
 def start(project: Project, rank: int, port: int, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
@@ -129,39 +104,14 @@ def test_errors_of_other_kinds_stay_what_they_are() -> None:
 def test_train_sh_ends_when_a_process_is_killed(repo: Path, tmp_path: Path) -> None:
     project = Project.create(tmp_path)
     log = tmp_path / "log"
-    config = str(tmp_path / "conf" / "run.yaml")
-    variables = environment(
-        NXDT_ALIGN_PYTHON=sys.executable,
-        CONF_FILE=config,
-        LOG_PATH=str(tmp_path),
-    )
-    with log.open("ab") as output:
-        launcher = subprocess.Popen(
-            [str(repo / "examples" / "train.sh"), *ENDLESS],
-            cwd=project.root,
-            env=variables,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+    launcher = launch(repo, project, log, *ENDLESS)
     try:
         wait_for("preflight: policy and reference agree", log, [launcher])
         os.kill(worker(tmp_path, rank=1), signal.SIGKILL)
-        assert launcher.wait(PATIENCE) != 0
+        assert launcher.wait(PATIENCE) == 137
     finally:
         launcher.terminate()
         launcher.wait(PATIENCE)
-    assert "Signal 9 (SIGKILL)" in log.read_text()
-
-
-def worker(folder: Path, rank: int) -> int:
-    """The process of this run that has ``rank``; found among all by the run's own folder."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes().decode(errors="replace")
-            variables = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        is_trainer = f"--config-path\0{folder}/conf" in command and "torch.distributed.run" not in command
-        if is_trainer and f"RANK={rank}" in variables:
-            return int(process.name)
-    raise AssertionError(f"no process of rank {rank}")
+    said = log.read_text()
+    assert re.search(r"error: the process of rank 1 \(pid \d+\) has ended by Signal 9 \(SIGKILL\)", said)
+    assert "Traceback" not in said

@@ -200,7 +200,7 @@ def test_compile_runs_under_the_compiler(train: Trainer) -> None:
     write_script(train.bin / "neuron_parallel_compile", "#!/bin/sh\n")
     arguments = train(COMPILE="1", FAKE_PROCESSES="32").trained
     assert arguments[:4] == ["-m", "nxdt_align", "precompile", "neuron_parallel_compile"]
-    assert arguments[4:7] == [str(train.python), "-m", "torch.distributed.run"]
+    assert arguments[4:8] == [str(train.python), "-m", "nxdt_align", "workers"]
     assert arguments[arguments.index("train") - 2 : arguments.index("train") + 1] == [
         "-m",
         "nxdt_align",

@@ -15,10 +15,10 @@ def train(repo: Path, tmp_path: Path) -> Trainer:
 
 def test_several_processes_run_under_torchrun(train: Trainer) -> None:
     arguments = train("trainer.devices=4", FAKE_PROCESSES="4").trained
-    assert arguments[:2] == ["-m", "torch.distributed.run"]
+    assert arguments[:4] == ["-m", "nxdt_align", "workers", "torchrun"]
     assert after(arguments, "--nproc_per_node") == "4"
     assert "--standalone" in arguments
-    at = arguments.index("nxdt_align")
+    at = arguments.index("train") - 1
     assert arguments[at - 1 : at + 2] == ["-m", "nxdt_align", "train"]
     assert arguments[-1] == "trainer.devices=4"
 
@@ -36,7 +36,7 @@ def scontrol(train: Trainer) -> None:
 def test_slurm_node(train: Trainer) -> None:
     result = train(FAKE_PROCESSES="32", SLURM_JOB_NODELIST="trn[1-4]", SLURM_RESTART_COUNT="1", **SLURM)
     assert result.status == 0
-    expected = "-m torch.distributed.run --nproc_per_node 32 --nnodes 4 --node_rank 2"
+    expected = "-m nxdt_align workers torchrun --nproc_per_node 32 --nnodes 4 --node_rank 2"
     expected += " --master_addr trn1 --master_port 41000 -m nxdt_align train"
     assert " ".join(result.trained).startswith(expected)
     assert "trainer.num_nodes=4" in result.trained
@@ -86,7 +86,7 @@ MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
 
 def test_mpi_node(train: Trainer) -> None:
     result = train(MASTER_ADDR="10.0.0.1", FAKE_PROCESSES="32", **MPI)
-    expected = "-m torch.distributed.run --nproc_per_node 32 --nnodes 2 --node_rank 1"
+    expected = "-m nxdt_align workers torchrun --nproc_per_node 32 --nnodes 2 --node_rank 1"
     expected += " --master_addr 10.0.0.1 --master_port 41000 -m nxdt_align train"
     assert " ".join(result.trained).startswith(expected)
     assert result.calls[-1]["env"]["CCOM_SOCKET_IFNAME"] == "eth0"

@@ -25,7 +25,8 @@ class CheckpointCallbackConfig:
     filename: str | None = None
     """Name of a checkpoint, with {step} and {consumed_samples} filled in; null: derived from the name."""
     monitor: str = "step"
-    """Metric that ranks checkpoints. NeMo's default is val_loss; NxDT's YAMLs have step."""
+    """Metric that ranks checkpoints, of the step that is saved: validation runs before it where it needs one
+    of validation. NeMo's default is val_loss; NxDT's YAMLs have step."""
     mode: Literal["max", "min"] = "max"
     """Whether the largest (max) or smallest (min) value of monitor is best."""
     save_top_k: int = number(1, at_least=-1)
@@ -37,7 +38,8 @@ class CheckpointCallbackConfig:
     every_n_epochs: int | None = 1
     """Epochs between two checkpoints; no effect if every_n_train_steps is set."""
     train_time_interval: Any = None
-    """Wall-clock time between two checkpoints."""
+    """Wall-clock time between two checkpoints, as a section of days, hours, minutes or seconds:
+    {minutes: 30}."""
     save_on_train_epoch_end: bool = False
     """Write at the end of a training epoch instead of after validation."""
     save_weights_only: bool = False
@@ -71,6 +73,20 @@ class CheckpointCallbackConfig:
     def faults(self) -> Iterator[Fault]:
         for key in ("filename", "prefix"):
             yield from name_fault(key, getattr(self, key))
+        interval = self.train_time_interval
+        if interval is not None and not _is_duration(interval):
+            advice = "give days, hours, minutes or seconds, e.g. {minutes: 30}"
+            yield Fault("train_time_interval", "must be a time", interval, advice)
+
+
+def _is_duration(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        key in ("days", "hours", "minutes", "seconds")
+        and isinstance(part, int | float)
+        and not isinstance(part, bool)
+        and 0 <= part < 1e6
+        for key, part in value.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +149,8 @@ class ExpManagerConfig:
     early_stopping_callback_params: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of early stopping: monitor, mode, patience, ..."""
     create_preemption_callback: bool = True
-    """Write a checkpoint and stop on SIGTERM."""
+    """On SIGTERM, SIGINT or SIGUSR1, finish the step, write a checkpoint and end with status 128 + signal;
+    False: the signal ends the run at once, and nothing is saved."""
     files_to_copy: tuple[str, ...] | None = None
     """Files to copy into the experiment's folder."""
     log_step_timing: bool = False

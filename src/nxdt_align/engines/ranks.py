@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -113,6 +114,15 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' values, on every rank. The group must be one over the CPU, as that of
+        ``apart``: no device is waited for."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group)
+        return int(box)
 
     def barrier(self) -> None:
         if self.size > 1:

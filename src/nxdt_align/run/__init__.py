@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nxdt_align.config.check import CheckedConfig
+from nxdt_align.config.schema import Config
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.run.contracts import RunEnv
+from nxdt_align.stop_signals import Stopped
 
 if TYPE_CHECKING:
     # Lightning and NeMo take seconds to import, which conversions do not need.
@@ -31,7 +34,7 @@ def train(
 ) -> Result:
     """Train as configured, or do a dry run if ``env.compile_only``.
 
-    Raises UserError for user errors.
+    Raises UserError for user errors, and Stopped where ``env.signals`` has received a signal.
     """
     from nxdt_align.run.assemble import end_processes
     from nxdt_align.run.dry_run import DryRun
@@ -45,8 +48,22 @@ def train(
             log.log(NOTICE, "notice: %s", notice)
     mode = DryRun() if env.compile_only else RunMode()
     lost = report_lost_ranks(env.world_size, config.distributed_strategy.timeout_minutes)
-    with RunLog(keeps=env.rank == 0) as run_log, lost:
-        run = Run(config, checked.engine, env, mode, run_log, loss=loss, callbacks=callbacks)
-        result = run.fit()
-        end_processes()
+    try:
+        with RunLog(keeps=env.rank == 0) as run_log, lost:
+            run = Run(config, checked.engine, env, mode, run_log, loss=loss, callbacks=callbacks)
+            result = run.fit()
+            end_processes()
+    except Stopped as stopped:
+        if env.rank == 0:
+            print(f"{stopped.name}: {stopped.situation}", file=sys.stderr)
+            print(f"to go on: {_command(config, env)}", file=sys.stderr, flush=True)
+        if stopped.together:
+            end_processes()
+        raise
     return result
+
+
+def _command(config: Config, env: RunEnv) -> str:
+    """The user's command, by which the run resumes."""
+    missing = [] if config.exp_manager.resume_if_exists else ["exp_manager.resume_if_exists=True"]
+    return " ".join([env.command or "the same call again", *missing])

@@ -12,6 +12,7 @@ import torch
 from nxdt_align.batch import Topology
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.settings import Precision
+from nxdt_align.stop_signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class RunEnv:
     local_rank: int = 0
     compile_only: bool = False
     """Run only the steps of a dry run, which write nothing (``COMPILE=1``)."""
+    signals: StopSignals | None = None
+    """What handles signals; None where they have their usual effect."""
+    command: str | None = None
+    """The user's, to start the run again."""
 
 
 @dataclass(frozen=True)

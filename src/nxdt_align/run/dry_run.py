@@ -29,6 +29,7 @@ from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
 from nxdt_align.run.resume import RunFolder, RunIdentity
+from nxdt_align.stop_signals import StopSignals
 from nxdt_align.training.hooks import Preflight
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class DryRun(RunMode):
     compute_reference = staticmethod(trace_shapes)
     preflight = _PreflightGraphs
     checks_values = False
+    finishes_steps = False
 
     def check_places(self, places: Places) -> None:
         """Nothing is written, so no folder has to be writable."""
@@ -97,6 +99,12 @@ class DryRun(RunMode):
     ) -> Path | None:
         """None: a resumed run uses the same graphs, so a dry run need not resume."""
         return None
+
+    def say_what_is_kept(
+        self, signals: StopSignals | None, checkpoint: Path | None, keeps_reference: bool
+    ) -> None:
+        if signals is not None:
+            signals.situation = "the dry run stopped; it writes nothing"
 
     def reference_store(
         self, folder: Path, fingerprint: str, width: int, made_from: Mapping[str, str]

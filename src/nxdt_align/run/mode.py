@@ -26,6 +26,7 @@ from nxdt_align.run.locate import keep_companions
 from nxdt_align.run.places import Places
 from nxdt_align.run.resume import RunFolder, RunIdentity, resume_point, write_identity
 from nxdt_align.run.search import find
+from nxdt_align.stop_signals import StopSignals
 from nxdt_align.training.experiment import start_experiment
 from nxdt_align.training.experiment_check import check_experiment
 from nxdt_align.training.hooks import Preflight
@@ -42,6 +43,8 @@ class RunMode:
     preflight: type[Preflight] = Preflight
     checks_values: bool = True
     """Whether values that are not finite stop the run."""
+    finishes_steps: bool = True
+    """Whether a signal waits for the end of the step, which is then saved."""
 
     def check_places(self, places: Places) -> None:
         """Raise UserError if the run could not write to one of its folders."""
@@ -87,6 +90,17 @@ class RunMode:
         self, config: Config, run: RunFolder, checkpoints: Checkpoints, start: object, engine: Engine
     ) -> Path | None:
         return resume_point(config, run, checkpoints, start, engine)
+
+    def say_what_is_kept(
+        self, signals: StopSignals | None, checkpoint: Path | None, keeps_reference: bool
+    ) -> None:
+        """What a signal before the first step would find: ``checkpoint`` is the run's own."""
+        if signals is None:
+            return
+        said = "stopped before the first step: there is nothing to save yet"
+        if checkpoint is not None:
+            said = f"stopped before the first step after that of {checkpoint}, from which the run resumes"
+        signals.situation = said + (", and finished reference values are kept" if keeps_reference else "")
 
     # Output
 

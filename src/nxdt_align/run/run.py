@@ -20,6 +20,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.config.start import FOR_EXPORT
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.base import WeightSource
+from nxdt_align.engines.ranks import Ranks
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.types import Loss
@@ -47,6 +48,7 @@ from nxdt_align.training.hooks import FinishRun
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
 from nxdt_align.training.progress import RunProgress
+from nxdt_align.training.stopping import StopOnSignal
 from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
 from nxdt_align.weights.generation import generation_json, note_unused_sampling
 from nxdt_align.weights.hf_writer import write_hf_folder
@@ -133,6 +135,8 @@ class Run:
             self.engine.load_weights(self.start)  # else the trainer loads them, with the optimizer's state
         self._times.done("start weights loaded" if resumed is None else "this run looked for")
         self._note_what_is_read(run)
+        self.mode.say_what_is_kept(self.env.signals, run.checkpoint, self._keeps_reference)
+        stop = self._stop_on_signal()
         reference, record = self._reference(None if resumed == run.checkpoint else resumed)
         export = self.mode.export_folder(self.config, run)
         with as_user_error(), quiet_event_writers():
@@ -142,8 +146,11 @@ class Run:
                 *reference,
                 *self._recompile_guard(),
                 *self._progress(),
-                FinishRun(self.engine, self._export, export, self._finite, self.parts.precision.compute),
+                FinishRun(
+                    self.engine, self._export, export, self._finite, self.parts.precision.compute, stop
+                ),
                 *self._callbacks,
+                *([] if stop is None else [stop]),
             ]
             trainer = self._trainer(callbacks, {"identity": identity.digest, **record})
             step = None if run.checkpoint is None else checkpoints.checkpoint_step(run.checkpoint)
@@ -223,7 +230,7 @@ class Run:
         origin = find_origin(self.config, self.model_config, self.start, continued)
         weights = self._fingerprint(origin.source)
         store = None
-        if self.config.model_alignment_strategy.precompute_ref_log_probs:
+        if self._keeps_reference:
             store = open_store(
                 self.config,
                 self.mode,
@@ -238,6 +245,21 @@ class Run:
             self.config, self.mode, self.engine, self.data, origin, precisions, store
         )
         return callbacks, {ORIGIN: origin_record(origin.source, weights)}
+
+    @property
+    def _keeps_reference(self) -> bool:
+        return (
+            self.objective.needs_reference and self.config.model_alignment_strategy.precompute_ref_log_probs
+        )
+
+    def _stop_on_signal(self) -> StopOnSignal | None:
+        """Collective."""
+        signals = self.env.signals
+        if signals is None or not self.mode.finishes_steps:
+            return None
+        # Over the host, and apart from what the device's collectives and a save in the background use.
+        ranks = Ranks.apart(assemble.timeout(self.config))
+        return StopOnSignal(self.engine, signals, ranks.largest)
 
     def _recompile_guard(self) -> list[Callback]:
         compiler, stop = self.engine.compiler, self.config.exp_manager.fail_on_recompile
@@ -312,7 +334,7 @@ class Run:
             background=self.config.exp_manager.async_checkpointing,
             finite=self._finite,
         )
-        return Trainer(
+        trainer = Trainer(
             accelerator=_accelerator(self.engine.device),
             strategy=strategy,
             devices=self.env.world_size // settings.num_nodes,
@@ -326,6 +348,10 @@ class Run:
             use_distributed_sampler=False,  # the data module's sampler divides the data, and resumes
             callbacks=callbacks,
         )
+        # Lightning's own handler of SIGTERM talks to the other ranks from within, in the middle of whatever
+        # they do, and ends with status 0.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
 
     # The export
 

@@ -17,6 +17,7 @@ from nxdt_align.config.experiment import ExpManagerConfig
 from nxdt_align.errors import UserError
 from nxdt_align.messages import LOG_FILE
 from nxdt_align.training.curves import Curves, keep_logging
+from nxdt_align.training.stopping import StopOnSignal
 
 EVENT_FILES = "events.out.tfevents.*"
 
@@ -64,6 +65,7 @@ def start_experiment(
     trainer.loggers = [_that_may_stop(each, chosen["summary_writer_kwargs"]) for each in trainer.loggers]
     for name in ("nemo_logger", "lightning.pytorch"):
         keep_logging(logging.getLogger(name).handlers)
+    _write_checkpoints(trainer)
     _keep_events_in_place(folder, before)
     if trainer.is_global_zero:
         _remove_marks(trainer)
@@ -85,7 +87,19 @@ def nemo_settings(config: ExpManagerConfig, nemo: Any) -> dict[str, Any]:
     # find_run decides; NeMo must neither search nor move checkpoints.
     chosen["resume_if_exists"] = False
     chosen["resume_from_checkpoint"] = None  # trainer.fit is given it
+    chosen["create_preemption_callback"] = False  # StopOnSignal does more, without CUDA
     return chosen
+
+
+def _write_checkpoints(trainer: Trainer) -> None:
+    from nxdt_align.training.checkpoints import RunCheckpoint  # imports NeMo
+
+    checkpoint = RunCheckpoint.adopt(trainer)
+    if checkpoint is None:
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StopOnSignal):
+            callback.save_with(checkpoint)
 
 
 def _callback_params(settings: Mapping[str, Any], nemo: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from nxdt_align.messages import NOTICE
 from nxdt_align.reference.cache import ReferenceStore
 from nxdt_align.reference.precompute import PassSummary, precompute
 from nxdt_align.training.finite import FiniteCheck
+from nxdt_align.training.stopping import StopOnSignal
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
@@ -210,6 +211,7 @@ class FinishRun(Callback):
         folder: where to; None exports nothing.
         finite: stops an export of weights that are not finite in ``dtype``; None checks nothing.
         dtype: of the exported weights.
+        stop: stops before the export where a signal has come; None where signals are not handled.
     """
 
     def __init__(
@@ -219,9 +221,11 @@ class FinishRun(Callback):
         folder: Path | None,
         finite: FiniteCheck | None,
         dtype: torch.dtype,
+        stop: StopOnSignal | None = None,
     ) -> None:
         self._engine = engine
         self._finite, self._dtype = finite, dtype
+        self._stop = stop
         self._export = export
         self._folder = folder
 
@@ -235,6 +239,8 @@ class FinishRun(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also runs if a resumed run has no steps left, e.g. after an export that ran out of disk space."""
         self._engine.finish_saving()
+        if self._stop is not None:
+            self._stop.before_export(trainer)
         if self._folder is not None:
             if self._finite is not None:
                 what, optimizer = f"export {self._folder}", trainer.optimizers[0]

@@ -52,6 +52,16 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class _Step:
+    """What the newest step has computed, on its device."""
+
+    output: StepOutput
+    norms: dict[str, Tensor]
+    learning_rate: float
+    throughput: float
+
+
+@dataclass(frozen=True)
 class OptimizerPlan:
     """Factories of the optimizer and its schedule, called once the parameters exist."""
 
@@ -98,6 +108,10 @@ class AlignmentModule(LightningModule):
         self._groups: list[dict[str, Any]] = []
         self._throughput = Throughput()
         self._validation = WeightedMeans()
+        self._step: _Step | None = None
+        self._numbers: dict[str, float] | None = None
+        self.validated_step = -1
+        """The optimizer steps done at the newest whole validation of this process."""
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer_plan.build(self.engine)
@@ -171,22 +185,46 @@ class AlignmentModule(LightningModule):
         step = self.global_step
         consumed = self._consumed_samples(step)
         throughput = self._throughput.step(consumed - self._consumed_samples(step - 1))
+        self._step, self._numbers = _Step(output, norms, learning_rate, throughput), None
         if not self._logs_now:
             # The checkpoint callback builds file names from it; this host-side number needs no device sync.
             self._show({"consumed_samples": float(consumed)})
             return
+        numbers = self.step_metrics()
+        self._write(numbers)
+        self._show(numbers)
+
+    @property
+    def step_metric_names(self) -> set[str]:
+        """Metrics that ``step_metrics`` brings from the device."""
+        if self._step is None:
+            return set()
+        names = {"reduced_train_loss", *self._step.output.metrics, *self._step.norms}
+        return names | ({"parameter_norm"} if self._settings.log_parameter_norm else set())
+
+    def step_metrics(self) -> dict[str, float]:
+        """The newest step's metrics, as they are logged. A collective call, which waits for the device where
+        the step is not one that is logged."""
+        if self._numbers is None:
+            assert self._step is not None
+            self._numbers = self._fetch_metrics(self._step)
+        return self._numbers
+
+    def _fetch_metrics(self, of: _Step) -> dict[str, float]:
+        output, norms, step = of.output, dict(of.norms), self.global_step
+        if self._settings.log_parameter_norm and "parameter_norm" not in norms:
+            norms["parameter_norm"] = self.engine.parameter_norm()
         fetched = self._fetch_and_check({"reduced_train_loss": output.loss, **output.metrics, **norms})
         means = {name: fetched[name] for name in ("reduced_train_loss", *output.metrics)}
         numbers = {name: float(value) for name, value in self._objective.finish(means).items()}
-        numbers["lr"] = float(learning_rate)
+        numbers["lr"] = float(of.learning_rate)
         numbers |= {name: float(fetched[name]) for name in norms}
         numbers |= self.engine.status()
         numbers["global_step"] = float(step)
-        numbers["consumed_samples"] = float(consumed)
-        numbers["throughput"] = throughput
+        numbers["consumed_samples"] = float(self._consumed_samples(step))
+        numbers["throughput"] = of.throughput
         numbers["throughput_peak"] = self._throughput.peak
-        self._write(numbers)
-        self._show(numbers)
+        return numbers
 
     def _fetch_and_check(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values on the host, () float32 each, in one transfer with what ``finite`` checks of the steps
@@ -262,6 +300,7 @@ class AlignmentModule(LightningModule):
         if not means:
             return
         values = {f"val_{name}": float(value) for name, value in means.items()}
+        self.validated_step = self.global_step
         self._write(values)
         for name, value in values.items():
             self.log(name, value, prog_bar=name == "val_loss", logger=False, batch_size=1)
