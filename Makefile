@@ -55,7 +55,7 @@ lint: $(VENV)/.installed ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict src examples/demo
-	$(BIN)/shellcheck scripts/*.sh examples/*.sh .ci/run
+	$(BIN)/shellcheck scripts/*.sh examples/*.sh examples/*.sbatch .ci/run
 
 clean: ## remove .venv, .venv-xla, demo_run and every cache
 	rm -rf $(VENV) $(XLA_VENV) demo_run build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
