@@ -226,6 +226,22 @@ def test_validation_data_that_is_not_read_is_noticed(load: Load, good: str, file
     assert "no reference log-probabilities" in notice
 
 
+RANK = "exp_manager.checkpoint_callback_params.monitor=val_loss"
+
+
+def test_checkpoints_ranked_by_a_validation_that_is_off(load: Load, good: str) -> None:
+    with pytest.raises(ConfigError, match=r"monitor: needs validation, but data.val_dir is None"):
+        check(load(good, RANK, "data.val_dir=null"))
+
+
+def test_validation_before_checkpoints_is_noticed(load: Load, good: str, files: Path) -> None:
+    every = "exp_manager.checkpoint_callback_params.every_n_train_steps={}"
+    common = (RANK, f"data.val_dir={files}/train.jsonl", "trainer.val_check_interval=3")
+    (notice,) = check(load(good, *common, every.format(2)))
+    assert "runs before each, every 2 steps, besides trainer.val_check_interval, every 3" in notice
+    assert check(load(good, *common, every.format(6))) == []
+
+
 def test_settings_of_another_optimizer_are_noticed_and_left_out(load: Load, good: str) -> None:
     """As when a YAML for AdamW is run with model.optim.name=rprop."""
     config = load(

@@ -21,6 +21,11 @@ CALLBACK = "exp_manager.checkpoint_callback_params"
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (
+            f"{CALLBACK}.train_time_interval=30",
+            "train_time_interval: must be a time, but is 30; give days, hours",
+        ),
+        (f"{CALLBACK}.train_time_interval={{min: 30}}", "train_time_interval: must be a time"),
         (f"{CALLBACK}.mode=adamw", f"{CALLBACK}.mode: must be one of max, min, but is 'adamw'"),
         ("precision.xla_use_bf16=yes", "precision.xla_use_bf16: must be one of 0, 1, but is 'yes'"),
         ("distributed_strategy.kv_replicator=1e308", "kv_replicator: must be an integer below 2^63"),

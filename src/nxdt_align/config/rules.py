@@ -199,6 +199,23 @@ def trainer(config: Config) -> Iterator[Fault]:
         yield Fault("exp_manager.ema.enable", "must be False: averaged weights are not supported", True)
 
 
+def checkpoint_choice(config: Config) -> Iterator[Fault]:
+    monitor = config.exp_manager.checkpoint_callback_params.monitor
+    if (
+        str(monitor).startswith("val_")
+        and config.exp_manager.create_checkpoint_callback
+        and not config.validates
+    ):
+        off = "data.val_dir" if config.data.val_dir is None else "trainer.limit_val_batches"
+        yield Fault(
+            f"{_CALLBACK}.monitor",
+            f"needs validation, but {off} is {lookup(config, off)}",
+            monitor,
+            "set it, or rank by step, or by a metric of training as reduced_train_loss",
+            (off,),
+        )
+
+
 def optimizer(config: Config) -> Iterator[Fault]:
     optim, path = config.model.optim, "model.optim.name"
     if is_dotted(optim.name):
@@ -288,7 +305,7 @@ def _named_format(config: Config, name: str) -> Iterator[Fault]:
 
 RULES: tuple[Rule, ...] = (
     *(values, fixed, required, objective, model_source, parallel_sizes, pipeline),
-    *(lengths, trainer, optimizer, scheduler, own_parts),
+    *(lengths, trainer, checkpoint_choice, optimizer, scheduler, own_parts),
 )
 
 
@@ -300,6 +317,16 @@ def validation_is_off(config: Config) -> Iterator[str]:
         yield (
             f"trainer.limit_val_batches is {config.trainer.limit_val_batches}: validation is off, "
             "data.val_dir is not read, and no reference log-probabilities are computed for it"
+        )
+
+
+def validation_before_checkpoints(config: Config) -> Iterator[str]:
+    params, every = config.exp_manager.checkpoint_callback_params, config.trainer.val_check_interval
+    steps = params.every_n_train_steps
+    if str(params.monitor).startswith("val_") and steps and isinstance(every, int) and steps % every:
+        yield (
+            f"{_CALLBACK}.monitor: {params.monitor} ranks a checkpoint by its own step, so that validation "
+            f"runs before each, every {steps} steps, besides trainer.val_check_interval, every {every}"
         )
 
 
@@ -316,5 +343,5 @@ def settings_without_effect(config: Config) -> Iterator[str]:
 
 
 NOTICES: tuple[Callable[[Config], Iterator[str]], ...] = (
-    *(validation_is_off, *OBJECTIVE_NOTICES, settings_without_effect),
+    *(validation_is_off, validation_before_checkpoints, *OBJECTIVE_NOTICES, settings_without_effect),
 )
