@@ -128,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _require_torch()
         return _VERBS[arguments.verb](arguments, Environment.of_this_process())
     except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            stopped.tell()  # where the run itself has not, as it had not begun
         return int(stopped.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -27,16 +27,22 @@ class Stopped(SystemExit):
     Args:
         number: the signal's.
         situation: where the run stands, for the user.
+        is_saved: whether there is a checkpoint of its last step.
         together: whether all ranks end by it, at the same place.
     """
 
-    def __init__(self, number: int, situation: str, *, together: bool = False) -> None:
+    def __init__(
+        self, number: int, situation: str, *, is_saved: bool = False, together: bool = False
+    ) -> None:
         super().__init__(status(number))
-        self.number, self.situation, self.together = number, situation, together
+        self.situation, self.is_saved, self.together = situation, is_saved, together
+        self._name: str | None = signal.Signals(number).name
 
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.number).name
+    def tell(self, *more: str) -> None:
+        """Print what has come and what has become of the run, and ``more``; once."""
+        name, self._name = self._name, None
+        if name is not None:
+            print(f"{name}: {self.situation}", *more, sep="\n", file=sys.stderr, flush=True)
 
 
 def status(number: int) -> int:
@@ -60,7 +66,8 @@ class StopSignals:
         self.received: int | None = None
         """The first signal's number."""
         self.situation = "stopped before the first step: there is nothing to save yet"
-        """Where the run stands, in ``Stopped`` where a signal raises that."""
+        self.is_saved = False
+        """Both are ``Stopped``'s, where a signal raises that."""
         self._speaks, self._repeats = speaks, repeats
         self._holds = self._is_ending = False
         self._heard = threading.Event()
@@ -130,7 +137,7 @@ class StopSignals:
     def _raise(self) -> NoReturn:
         assert self.received is not None
         self._heard.set()
-        raise Stopped(self.received, self.situation)
+        raise Stopped(self.received, self.situation, is_saved=self.is_saved)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

@@ -102,6 +102,14 @@ def test_a_name_alone_needs_its_own_value(project: Project, tmp_path: Path) -> N
     assert sorted(folder.name for folder in kept(run).values()) == wanted
 
 
+def test_a_name_whose_value_nothing_computes_keeps_no_checkpoint_back(
+    project: Project, tmp_path: Path
+) -> None:
+    no_data = ("data.val_dir=null", f"{CALLBACK}.save_top_k=-1", "trainer.max_steps=3")
+    run = train(project, tmp_path, NAMED, *no_data)
+    assert sorted(f.name for f in kept(run).values()) == [f"run--step={n}-val_loss=nan" for n in (2, 3)]
+
+
 def test_a_training_metric_is_of_the_step_though_it_is_not_logged(project: Project, tmp_path: Path) -> None:
     every = train(project, tmp_path / "every", "trainer.max_steps=7")
     key = f"{CALLBACK}.monitor=reduced_train_loss"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from training_fixture import Project, assert_same_run, scalars
 
+from nxdt_align.cli import main
 from nxdt_align.engines.native.checkpoint import checkpoint_step
 from nxdt_align.stop_signals import Stopped, StopSignals
 from nxdt_align.training.hooks import ReferencePass
@@ -225,6 +227,29 @@ def test_at_the_last_step_what_is_due_is_done_first(
     (run,) = (tmp_path / "run").glob("20*")
     assert steps_saved(run) == [3] and not (run / "hf_export").exists()
     assert [step for step, _ in scalars(run)["val_loss"]] == [3]
+
+
+def test_the_command_resumes_where_the_yaml_would_not(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    where = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.resume_if_exists=False")
+    with monkeypatch.context() as patched:
+        in_step(2)(patched, signal.SIGTERM)
+        assert project.train(*where) == 143
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("to go on: ")]
+    assert line.endswith(" exp_manager.resume_if_exists=False exp_manager.resume_if_exists=True")
+    assert main(shlex.split(line.removeprefix("to go on: nxdt-align "))) == 0
+    (run,) = (tmp_path / "run").glob("20*")
+    assert [step for step, _ in scalars(run)["lr"]] == list(range(1, 9))
+
+
+def test_before_anything_is_imported(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nxdt_align.cli._missing_variables", lambda *_: send(signal.SIGTERM))
+    assert project.train(f"exp_manager.exp_dir={tmp_path}") == 143
+    said = capfd.readouterr().err
+    assert said.endswith("SIGTERM: stopped before the first step: there is nothing to save yet\n")
 
 
 def test_without_the_preemption_callback_signals_have_their_usual_effect(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,15 +54,15 @@ def train(
             end_processes()
     except Stopped as stopped:
         if env.rank == 0:
-            print(f"{stopped.name}: {stopped.situation}", file=sys.stderr)
-            print(f"to go on: {_command(config, env)}", file=sys.stderr, flush=True)
+            stopped.tell(f"to go on: {_command(config, env, stopped)}")
         if stopped.together:
             end_processes()
         raise
     return result
 
 
-def _command(config: Config, env: RunEnv) -> str:
-    """The user's command, by which the run resumes."""
-    missing = [] if config.exp_manager.resume_if_exists else ["exp_manager.resume_if_exists=True"]
-    return " ".join([env.command or "the same call again", *missing])
+def _command(config: Config, env: RunEnv, stopped: Stopped) -> str:
+    """The user's command, by which the run resumes from what is saved."""
+    resumes = config.exp_manager.resume_if_exists or not stopped.is_saved
+    key = "" if resumes else " exp_manager.resume_if_exists=True"
+    return (env.command or "the same call again") + key

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import string
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -164,7 +164,8 @@ class RunCheckpoint(NeMoModelCheckpoint):  # type: ignore[misc]
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         candidates: dict[str, Tensor] = super()._monitor_candidates(trainer)
         wanted, module = self._wanted(), _module(trainer)
-        if not wanted.isdisjoint(module.step_metric_names):
+        # The module has shown consumed_samples, which is in the usual name, and need not ask the device.
+        if not (wanted - {"consumed_samples"}).isdisjoint(module.step_metric_names):
             candidates |= {name: torch.tensor(value) for name, value in module.step_metrics().items()}
         if not _validated(trainer):
             # Of an earlier step, or of none: Lightning would write 0 into a name.
@@ -173,22 +174,23 @@ class RunCheckpoint(NeMoModelCheckpoint):  # type: ignore[misc]
         return candidates
 
     def _wanted(self) -> set[str]:
-        """The metrics in the rank and in the name."""
-        fields = {field for _, field, _, _ in string.Formatter().parse(self.filename or "") if field}
-        return fields | {self.monitor}
+        """The metrics in the rank and in the name, whose fields are found as Lightning does."""
+        return {self.monitor, *re.findall(r"\{(.*?)[:\}]", self.filename or "")}
 
     def _uses_validation(self, trainer: Trainer) -> bool:
-        return bool(trainer.enable_validation) and any(
+        data: Any = trainer.datamodule
+        if not trainer.enable_validation or "val" not in data.splits:
+            return False
+        known = trainer.callback_metrics.keys() | _module(trainer).step_metric_names | {"step", "epoch"}
+        # What nothing has logged so far, validation may.
+        return self.monitor not in known or any(
             self._is_of_validation(trainer, name) for name in self._wanted()
         )
 
     def _is_of_validation(self, trainer: Trainer, name: str) -> bool:
-        """By its name, or by where it was logged. So is a ``monitor`` that nothing has logged so far."""
+        """By its name, or by where it was logged."""
         results = trainer.fit_loop.epoch_loop.val_loop._results
-        if name.startswith("val_") or any(item.meta.name == name for item in results.values()):
-            return True
-        known = trainer.callback_metrics.keys() | _module(trainer).step_metric_names | {"step", "epoch"}
-        return name == self.monitor and name not in known
+        return name.startswith("val_") or any(item.meta.name == name for item in results.values())
 
     # Lightning's loop and the checkpoint's own state
 

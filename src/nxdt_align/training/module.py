@@ -23,6 +23,8 @@ OBJECTIVE_STATE = "objective_state"
 """Key of a checkpoint's values."""
 OPTIM_SETTINGS = "optim_settings"
 """The same, of ``OptimizerPlan.settings``."""
+HOST_METRICS = ("lr", "global_step", "consumed_samples", "throughput", "throughput_peak")
+"""Metrics of a step that are known without the device."""
 
 
 class AlignmentObjective(Objective, Protocol):
@@ -196,10 +198,10 @@ class AlignmentModule(LightningModule):
 
     @property
     def step_metric_names(self) -> set[str]:
-        """Metrics that ``step_metrics`` brings from the device."""
+        """Of what ``step_metrics`` returns."""
         if self._step is None:
             return set()
-        names = {"reduced_train_loss", *self._step.output.metrics, *self._step.norms}
+        names = {*HOST_METRICS, "reduced_train_loss", *self._step.output.metrics, *self._step.norms}
         return names | ({"parameter_norm"} if self._settings.log_parameter_norm else set())
 
     def step_metrics(self) -> dict[str, float]:

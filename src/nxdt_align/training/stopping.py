@@ -72,12 +72,13 @@ class StopOnSignal(Callback):
 
     def before_export(self, trainer: Trainer) -> None:
         """When the last step is saved: from here on, a signal ends the run at once."""
-        saved = "is done" if self._checkpoint is None else "is saved"
-        self._signals.situation = f"the last step, {trainer.global_step}, {saved}, but the export is not"
+        done = "is done" if self._checkpoint is None else "is saved"
+        self._signals.situation = f"the last step, {trainer.global_step}, {done}, but the export is not"
+        self._signals.is_saved = saved = self._checkpoint is not None
         number = self._agree(self._signals.received or 0)
         if number:
             self._signals.ending()
-            raise Stopped(number, self._signals.situation, together=True)
+            raise Stopped(number, self._signals.situation, is_saved=saved, together=True)
         self._signals.release()
 
     # What is done then
@@ -92,7 +93,7 @@ class StopOnSignal(Callback):
             path = self._save(trainer, self._checkpoint)
             situation = f"stopped after step {step}, which is saved: {path}"
         self._signals.ending()
-        raise Stopped(number, situation, together=True)
+        raise Stopped(number, situation, is_saved=self._checkpoint is not None, together=True)
 
     def _save(self, trainer: Trainer, checkpoint: RunCheckpoint) -> Path:
         try:
