@@ -86,8 +86,8 @@ class TokenizedSet:
                 enough = int(np.quantile(needed, ENOUGH, method="inverted_cdf"))
                 more = f", and data.seq_length above it (it is {seq_length:,})" if key == prompt_key else ""
                 found.append(
-                    f"{key} ({value:,}) cuts {part} of {_share(int(over.sum()), len(self))}: {enough:,} would "
-                    f"do for {ENOUGH:.0%} of them{more if enough >= seq_length else ''}"
+                    f"{key} ({value:,}) cuts {part} of {_share(int(over.sum()), len(self))}: {enough:,} "
+                    f"would do for {ENOUGH:.0%} of them{more if enough >= seq_length else ''}"
                 )
         return found
 
