@@ -64,7 +64,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "reference": ("engines.base", "batch"),
     "training": ("engines.base", "losses", "batch", "config", "neuron.monitor"),
     "training.hooks": ("training", "engines.base", "losses", "batch", "config", "reference"),
-    "weights": ("models.sharding", "models.presets", "models.partition", "named_tensors"),
+    "weights": ("models.sharding", "models.presets", "models.partition", "models.families", "named_tensors"),
     "neuron": ("config",),
     "planning": ("models", "ops", "data", "config"),
     "run": (

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nxdt_align.errors import UserError
+from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import (
     LLAMA3_1_8B,
     LLAMA3_2_1B,
@@ -124,23 +125,106 @@ def test_llama3_context_defaults_to_the_files_own_and_survives_an_override() -> 
             {"eos_token_id": "</s>"},
             "`eos_token_id` must be an integer, a list of integers or null, but is </s>",
         ),
-        ({"model_type": "qwen2"}, "`model_type` must be one of llama, mistral, but is qwen2"),
-        ({"hidden_act": "gelu"}, '`hidden_act` must be "silu" (no other is supported), but is gelu'),
-        ({"attention_bias": True}, "`attention_bias` must be false (no other is supported), but is true"),
-        ({"mlp_bias": True}, "`mlp_bias` must be false (no other is supported), but is true"),
+        ({"model_type": "gpt2"}, f"`model_type` must be one of {', '.join(FAMILIES)}, but is gpt2"),
+        ({"model_type": ["llama"]}, 'but is ["llama"]'),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "but is t5, a model with an encoder; only"),
+        (
+            {"model_type": "gemma3", "vision_config": {}, "text_config": {"model_type": "gemma3_text"}},
+            "but is gemma3, a model of images or sounds; of those nothing is trained here. Its text model is "
+            "gemma3_text: save that by itself",
+        ),
+        ({"hidden_act": "gelu"}, "`hidden_act` must be one of silu, gelu_pytorch_tanh, but is gelu"),
+        (
+            {"model_type": "gemma2", "hidden_activation": "relu"},
+            "`hidden_activation` must be one of silu, gelu_pytorch_tanh, but is relu",
+        ),
+        ({"attention_bias": 1}, "`attention_bias` must be true or false, but is 1"),
+        ({"mlp_bias": "no"}, "`mlp_bias` must be true or false, but is no"),
+        (
+            {"model_type": "mistral", "num_key_value_heads": 4, "attention_bias": True},
+            "`attention_bias` must be false (no other is supported), but is true",
+        ),
+        (
+            {"model_type": "phi3", "resid_pdrop": 0.1},
+            "`resid_pdrop` must be 0 (no other is supported), but is 0.1",
+        ),
+        (
+            {"model_type": "phi3", "partial_rotary_factor": 0.4},
+            "`partial_rotary_factor` must be above 0, at most 1, and rotate an even part of head_dim (8), "
+            "but is 0.4",
+        ),
+        (
+            {"model_type": "gemma3_text", "num_key_value_heads": 4, "layer_types": ["full_attention"]},
+            "`layer_types` must be a list of num_hidden_layers (2) of full_attention or sliding_attention",
+        ),
+        (
+            {"model_type": "gemma2", "num_key_value_heads": 4, "layer_types": ["full_attention", "other"]},
+            "`layer_types` must be a list of num_hidden_layers (2)",
+        ),
+        (
+            {"model_type": "gemma2", "num_key_value_heads": 4, "sliding_window": None},
+            "`sliding_window` must be an integer for layers of sliding_attention, but is null",
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "num_key_value_heads": 4,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            "`use_sliding_window` must be true where layer_types has sliding_attention, but is false",
+        ),
+        (
+            {"model_type": "gemma2", "num_key_value_heads": 4, "query_pre_attn_scalar": 0},
+            "`attention_scale` must be positive, but is 0.0",
+        ),
+        (
+            {"model_type": "gemma2", "num_key_value_heads": 4, "final_logit_softcapping": -1},
+            "`logits_softcap` must be positive, but is -1.0",
+        ),
+        (
+            {"model_type": "gemma3_text", "num_key_value_heads": 4, "use_bidirectional_attention": True},
+            "`use_bidirectional_attention` must be false (no other is supported), but is true",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "num_key_value_heads": 4,
+                "rope_parameters": {"sliding_attention": {"rope_type": "yarn"}},
+            },
+            "`rope_parameters.sliding_attention.rope_type` must be one of default, but is yarn",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "num_key_value_heads": 4,
+                "rope_local_base_freq": 5e3,
+                "rope_parameters": {"sliding_attention": {"rope_theta": 1e4}},
+            },
+            "`rope_local_base_freq and rope_parameters.sliding_attention.rope_theta` must be equal",
+        ),
         ({"attention_dropout": 0.1}, "`attention_dropout` must be 0 (no other is supported), but is 0.1"),
         ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` must be 1"),
         (
-            {"quantization_config": {"bits": 4}},
-            "`quantization_config` must be absent (give unquantised weights)",
+            {"quantization_config": {"bits": 4, "quant_method": "gptq"}},
+            "`quantization_config` must be absent (give unquantised weights), which gptq has quantised, but",
         ),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2}},
-            "`rope_scaling.rope_type` must be one of default, linear, llama3, but is yarn",
+            {"rope_scaling": {"rope_type": "ntk", "factor": 2}},
+            "`rope_scaling.rope_type` must be one of default, linear, llama3, yarn, but is ntk",
         ),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2}},
-            "`rope_scaling.type` must be one of default, linear, llama3, but is dynamic",
+            "`rope_scaling.type` must be one of default, linear, llama3, yarn (that choose their frequencies "
+            "once, where dynamic does by the longest position of a batch, so that packing would change "
+            "results), but is dynamic",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": "quick"}},
+            "`rope_scaling.beta_fast` must be a finite number, but is quick",
+        ),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "longrope", "factor": 2}},
+            "`rope_scaling.type` must be one of default (that choose",
         ),
         ({"rope_scaling": "linear"}, "`rope_scaling` must be an object or null, but is linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "`rope_scaling.factor` is missing"),

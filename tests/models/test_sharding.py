@@ -7,25 +7,31 @@ from dataclasses import replace
 import pytest
 
 from nxdt_align.models.presets import TINY, weight_shapes
-from nxdt_align.models.sharding import HEAD_INPUTS, SPLITS, split_of
+from nxdt_align.models.sharding import EACH_HEAD, HEAD_INPUTS, SPLITS, split_of
+
+BIASED = replace(TINY, qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm="head")
+EVERYTHING = (BIASED, replace(BIASED, qk_norm="projection", norms="both"))
+"""Two models that have all weights between them."""
 
 
 def test_every_weight_is_cut_along_its_unit() -> None:
     """All sizes differ, so that a wrong one shows: heads 4 * 10, kv heads 2 * 10, MLP 64, vocab 128."""
-    config = replace(TINY, head_dim=10)
     sizes = {"query_head": 40, "kv_head": 20, "row": 64, "vocab": 128}
-    for name, shape in weight_shapes(config).items():
-        split = split_of(name)
-        if split.dim is None:
-            assert split.replicated and len(shape) == 1
-        else:
-            assert split.unit is not None and shape[split.dim] == sizes[split.unit], name
+    for config in EVERYTHING:
+        for name, shape in weight_shapes(replace(config, head_dim=10)).items():
+            split = split_of(name)
+            if split.dim is None:
+                assert split.replicated and len(shape) == 1
+                assert (shape == (10,)) == (split == EACH_HEAD), name
+            else:
+                assert split.unit is not None and shape[split.dim] == sizes[split.unit], name
 
 
 def test_the_table_has_no_weight_too_many() -> None:
     found = {
         name.replace("layers.0.", "layers.*.").replace("layers.1.", "layers.*.")
-        for name in weight_shapes(TINY)
+        for config in EVERYTHING
+        for name in weight_shapes(config)
     }
     assert set(SPLITS) == found
 
@@ -37,4 +43,4 @@ def test_layers_share_a_row() -> None:
 
 def test_unknown_weights_have_no_split() -> None:
     with pytest.raises(KeyError, match="bias"):
-        split_of("model.layers.0.self_attn.o_proj.bias")
+        split_of("model.layers.0.input_layernorm.bias")

@@ -227,3 +227,26 @@ def test_advice_names_sizes_that_the_model_can_be_split_by() -> None:
 )
 def test_what_the_plan_is_for(overrides: list[str], kind: str) -> None:
     assert planned.device_kind(load_config(DPO, overrides)) == kind
+
+
+def test_norms_biases_and_caps_of_other_families_are_counted() -> None:
+    """By hand, of 32 layers on 32 ranks: four norms more than Llama's; q, k and v biases of this rank's 4
+    query heads' share and one kv head each; and the norms of q and k, one head's size each."""
+    base = replace(LLAMA3_8B, num_hidden_layers=32)
+    plain = estimate(replace(sizes(), model=base))
+    both = estimate(replace(sizes(), model=replace(base, norms="both")))
+    assert both.weights - plain.weights == 2 * 32 * 2 * 4096
+    heads = estimate(replace(sizes(), model=replace(base, qk_norm="head")))
+    assert heads.weights - plain.weights == 2 * 32 * 2 * 128
+    kept = [
+        estimate(replace(sizes(EVERYTHING_KEPT), model=model)).activations
+        for model in (base, replace(base, norms="both"), replace(base, norms="both", qk_norm="head"))
+    ]
+    assert kept[0] < kept[1] < kept[2]
+    biased = estimate(replace(sizes(), model=replace(base, qkv_bias=True)))
+    # 4,096 rows of q over 32 ranks, one kv head of 128 rows each for k and v.
+    assert biased.weights - plain.weights == 2 * 32 * (128 + 2 * 128)
+    capped = load_config(DPO)
+    needs = needs_reference(capped)
+    work = workload(capped, replace(base, attention_softcap=50.0), "none", 2, BUCKET, needs_reference=needs)
+    assert work.attention == "scores"

@@ -18,6 +18,7 @@ from nxdt_align.data.tokenize import Example
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.presets import LlamaConfig, fresh_weight
 from nxdt_align.named_tensors import WeightSource
+from nxdt_align.ops.attention import visibility
 
 TINY = LlamaConfig(
     vocab_size=61,
@@ -75,10 +76,21 @@ def random_examples(
     )
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, context: object) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, context: Tensor | None, softcap: float | None = None
+) -> Tensor:
+    """``context``: (B, S, S) bool, true where a token is seen; None for all before it."""
     groups = q.shape[2] // k.shape[2]
+    q = q.transpose(1, 2)
     k, v = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
+    if context is None and softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    seen = (
+        torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril() if context is None else context[:, None]
+    )
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 
 def plain_model(seed: int = 0) -> Llama:
@@ -101,7 +113,11 @@ def response_logp(model: Llama, prompt: np.ndarray, response: np.ndarray) -> Ten
     """log p(response | prompt), a scalar, from whole logits."""
     ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
     positions = torch.arange(ids.shape[1])[None]
-    logits = model.logits(model(ids, positions, None))[0]
+    context = None
+    if model.config.sliding_window is not None:
+        index = positions.to(torch.int32)
+        context = model.model.prepare(torch.zeros_like(index), index + 1, visibility)
+    logits = model.logits(model(ids, positions, context))[0]
     logps = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None]).squeeze(1)
     return logps[len(prompt) - 1 :].sum()
 

@@ -65,9 +65,9 @@ def make_model(seed: int, shape: LlamaConfig = SHAPE, std: float = 0.02) -> Llam
     model = Llama(shape, causal_attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * std
-            parameter.copy_(noise + (parameter.ndim == 1))
+            parameter.copy_(noise + (1.0 - shape.norm_offset if name.endswith("norm.weight") else 0.0))
     return model
 
 
@@ -103,6 +103,8 @@ class Case:
     pairs: int = 8
     seed: int = 4
     shape: LlamaConfig = SHAPE
+    std: float = 0.02
+    """Of the weights."""
     copies_reference: bool = False
     """The reference is a copy of the policy at its start, not another model."""
     steps: int = STEPS
@@ -134,6 +136,9 @@ class Case:
             pipeline_parallel_size=self.pipeline,
         )
 
+    def model(self, seed: int) -> Llama:
+        return make_model(seed, self.shape, self.std)
+
     def examples(self) -> ExampleSet:
         return self.given or examples_of(self.pairs, self.seed)
 
@@ -154,6 +159,7 @@ class Case:
             ranks=self.data,
             micro_batch_size=1,
             min_micro_batches=self.min_micro_batches,
+            window=self.shape.sliding_window,
         )
         dataset = StepDataset(examples, planner, self.layout, self.topology(rank))  # type: ignore[arg-type]
         return dataset[tuple(range(len(examples)))]
@@ -173,9 +179,9 @@ class Case:
             parallel=self.parallel,
             configure_model=configure,
         )
-        engine.load_weights(ModuleWeights(make_model(0, self.shape)))
+        engine.load_weights(ModuleWeights(self.model(0)))
         if LOSSES[self.loss].needs_reference:
-            given = None if self.copies_reference else ModuleWeights(make_model(1, self.shape))
+            given = None if self.copies_reference else ModuleWeights(self.model(1))
             engine.load_reference(given)
         return engine
 
@@ -264,7 +270,7 @@ def run_cases(rank: int, world: int, cases: Sequence[Case]) -> list[Outcome]:
 
 def run_case(rank: int, case: Case) -> Outcome:
     batches = case.micro_batches(rank, case.examples())
-    return train(case.engine(rank), batches, LOSSES[case.loss], case.steps, make_model(0, case.shape))
+    return train(case.engine(rank), batches, LOSSES[case.loss], case.steps, case.model(0))
 
 
 def outcomes(cases: dict[str, Case]) -> dict[str, list[Outcome]]:
@@ -284,7 +290,7 @@ def oracle_loss(loss: str, model: Llama, reference: Llama, examples: Sequence[Ex
 def oracle(case: Case) -> Outcome:
     """The same training by the plain model, one response at a time, with torch's own clipping."""
     chosen = case.examples().examples
-    model, reference = make_model(0, case.shape), make_model(1, case.shape)
+    model, reference = case.model(0), case.model(1)
     parameters = list(model.parameters())
     optimizer = adamw(parameters)
     outcome: Outcome | None = None
@@ -306,7 +312,7 @@ def oracle(case: Case) -> Outcome:
 
 def exact_gradients(case: Case) -> dict[str, Tensor]:
     """The plain model's gradients in float64, also where a Llama computes in float32 whatever its dtype."""
-    model, reference = (make_model(seed, case.shape).double() for seed in (0, 1))
+    model, reference = (case.model(seed).double() for seed in (0, 1))
     with mock.patch.object(Tensor, "float", Tensor.double):
         loss = oracle_loss(case.loss, model, reference, case.examples().examples)
         found = gradients(loss, model)

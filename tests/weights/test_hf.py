@@ -208,11 +208,11 @@ BROKEN: list[tuple[str, Callable[[Path], object], str]] = [
     ("code in a bin", bin_of({"a": os.system}), "pytorch_model.bin is damaged or not a PyTorch file"),
     ("a bin of something else", bin_of({"step": 3}), "pytorch_model.bin must hold a dictionary of tensors"),
     (
-        "biases and layers of others",
+        "norms and layers of others",
         lambda f: edit_tensors(
-            f, lambda t: t | {f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(1) for i in range(2)}
+            f, lambda t: t | {f"model.layers.{i}.mlp_norm.weight": torch.ones(1) for i in range(2)}
         ),
-        r"holds tensors that no plain Llama has: model.layers.\{0-1\}.self_attn.q_proj.bias. Give",
+        r"holds tensors that no LlamaForCausalLM has: model.layers.\{0-1\}.mlp_norm.weight. Give",
     ),
 ]
 

@@ -7,7 +7,7 @@ import pytest
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LLAMA3_8B, weight_shapes
 from nxdt_align.named_tensors import summary
-from nxdt_align.weights.names import UnknownNameError, from_hf, is_recomputed, to_hf
+from nxdt_align.weights.names import UnknownNameError, from_hf, is_recomputed, parts_of, to_hf
 
 
 def test_every_name_goes_there_and_back() -> None:
@@ -30,10 +30,30 @@ def test_hugging_faces_names_are_those_of_transformers() -> None:
     )
 
 
+def test_names_of_fused_weights_stand_for_their_parts() -> None:
+    layer = "model.layers.12"
+    assert parts_of(f"{layer}.self_attn.qkv_proj.weight", "phi3") == [
+        f"{layer}.self_attn.qkv_proj.{part}_proj.weight" for part in "qkv"
+    ]
+    assert to_hf(f"{layer}.mlp.gate_up_proj.up_proj.weight", "phi3") == f"{layer}.mlp.gate_up_proj.weight"
+    assert parts_of(f"{layer}.mlp.down_proj.weight", "phi3") == [f"{layer}.mlp.down_proj.weight"]
+    with pytest.raises(UnknownNameError, match=r"is model.* and model.* and model.* in one tensor"):
+        from_hf(f"{layer}.self_attn.qkv_proj.weight", "phi3")
+    for name in (
+        f"{layer}.self_attn.q_proj.weight",
+        "self_attn.qkv_proj.weight",
+        f"{layer}.mlp.up_proj.weight",
+    ):
+        with pytest.raises(UnknownNameError, match="a Hugging Face Phi3 has no weight named"):
+            parts_of(name, "phi3")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.input_layernorm.bias",
+        "model.layers.0.self_attn.qkv_proj.weight",
+        "model.layers.0.pre_feedforward_layernorm.weight",
         "model.layers.x.self_attn.q_proj.weight",
         "model.layers.*.self_attn.q_proj.weight",
         "layers.0.self_attn.q_proj.weight",

@@ -19,7 +19,7 @@ from nxdt_align.engines.ranks import Group
 from nxdt_align.engines.settings import Parallel
 from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.llama import Llama
-from nxdt_align.ops.attention import Attention, pad_bounds
+from nxdt_align.ops.attention import Attention, pad_bounds, softcapped
 from nxdt_align.ops.logprobs import VocabShard, token_logps
 from nxdt_align.ops.ragged import ModelInputs, PaddedRows, RaggedRow, Rows
 
@@ -95,11 +95,13 @@ class Scorer(nn.Module):
         Raises EngineError for logits where this rank has a part of the vocabulary's alone.
         """
         at_responses, head, tensor = rows.at_responses(hidden), self.head, self._tensor
+        cap = self.llama.config.logits_softcap
         logits = None
         if "logits" in wanted:
             if tensor.size > 1:
                 raise EngineError("each tensor-parallel rank has a part of the vocabulary's logits alone")
-            logits = rows.spread((at_responses @ head.T.to(at_responses.dtype)).float())
+            whole = (at_responses @ head.T.to(at_responses.dtype)).float()
+            logits = rows.spread(whole if cap is None else softcapped(whole, cap))
         logps, statistics = token_logps(
             at_responses,
             head,
@@ -107,6 +109,7 @@ class Scorer(nn.Module):
             shard=VocabShard(tensor.rank * head.shape[0], tensor.largest, tensor.summed),
             compact=self._compact,
             wanted=[name for name in wanted if name != "logits"],
+            softcap=cap,
         )
         return TokenLogps(rows.spread(logps), tuple(rows.spread(each) for each in statistics), logits)
 

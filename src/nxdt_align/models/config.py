@@ -1,16 +1,33 @@
-"""What shape a Llama has: its sizes, the rules that they keep, and the weights that follow from them."""
+"""What shape a model has: its sizes, the rules that they keep, and the weights that follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, Literal
 
 from nxdt_align.errors import UserError
+from nxdt_align.models.families import FAMILIES, Family
+from nxdt_align.models.families.base import FULL
+from nxdt_align.models.fields import TokenIds
 
-ModelType = Literal["llama", "mistral"]
-TokenIds = int | tuple[int, ...] | None
+Activation = Literal["silu", "gelu_pytorch_tanh"]
+NormPlaces = Literal["before", "after", "both"]
+"""Of attention and MLP, in the residual stream: of what goes in, of what comes out."""
+QKNorm = Literal["head", "projection"]
+"""Over each head of q and k by itself, or over all heads of q, and of k, together."""
+
+
+def _told(config: Any, since: str) -> str:
+    """A dataclass's own text, but for the fields from ``since`` on that have their defaults."""
+    told, is_late = [], False
+    for field in fields(config):
+        is_late = is_late or field.name == since
+        value = getattr(config, field.name)
+        if not is_late or value != field.default:
+            told.append(f"{field.name}={value!r}")
+    return f"{type(config).__name__}({', '.join(told)})"
 
 
 class ModelConfigError(UserError):
@@ -21,17 +38,29 @@ class ModelConfigError(UserError):
 class RopeScaling:
     """How the rotary frequencies are stretched for contexts longer than those of the pre-training."""
 
-    rope_type: Literal["linear", "llama3"]
+    rope_type: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float | None = None
-    """llama3 alone, as the two below it."""
+    """llama3 alone, as the one below it."""
     high_freq_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    """llama3 and yarn."""
+    beta_fast: float | None = None
+    """yarn alone, as all below it (https://arxiv.org/abs/2309.00071)."""
+    beta_slow: float | None = None
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+
+    def __repr__(self) -> str:
+        return _told(self, since="beta_fast")
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama. Raises ModelConfigError naming every rule that the values break."""
+    """The shape of a Llama, or of a model of another family: the fields from ``model_type`` on say how it
+    differs. Raises ModelConfigError naming every rule that the values break."""
 
     vocab_size: int
     hidden_size: int
@@ -50,19 +79,55 @@ class LlamaConfig:
     bos_token_id: TokenIds = 1
     eos_token_id: TokenIds = 2
     pad_token_id: TokenIds = None
-    model_type: ModelType = "llama"
-    """A Mistral may have a window, and differs in its ``config.json``."""
+    model_type: str = "llama"
+    """The family, of models.families: names and keys of its files. What is computed the other fields say."""
     sliding_window: int | None = None
-    """Mistral's attention window: tokens that a token sees, itself included (https://arxiv.org/abs/2310.06825)."""
+    """Attention window: tokens that a token sees, itself included (https://arxiv.org/abs/2310.06825)."""
+    layer_types: tuple[str, ...] | None = None
+    """``full_attention`` or ``sliding_attention`` for each layer; None: all have the window."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Of attention's last projection."""
+    mlp_bias: bool = False
+    qk_norm: QKNorm | None = None
+    norms: NormPlaces = "before"
+    norm_offset: float = 0.0
+    """Added to the norms' weights: 1 where a weight of 0 changes nothing."""
+    activation: Activation = "silu"
+    scales_embedding: bool = False
+    """Embeddings are multiplied by sqrt(hidden_size)."""
+    attention_scale: float | None = None
+    """Of the scores; None: 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Scores x become cap * tanh(x / cap)."""
+    logits_softcap: float | None = None
+    local_rope_theta: float | None = None
+    """Rotary base of the layers with a window, unscaled; None: that of the others."""
+    partial_rotary_factor: float = 1.0
+    """Part of each head, from its start, that is rotated."""
 
     def __post_init__(self) -> None:
         faults = broken_rules(vars(self))
         if faults:
             raise config_error("model configuration", faults)
 
+    def __repr__(self) -> str:
+        """Part of a reference store's fingerprint: a Llama's must stay what it is."""
+        return _told(self, since="layer_types")
+
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer's attention sees, the token itself included; None for all before it."""
-        return self.sliding_window
+        is_full = self.layer_types is not None and self.layer_types[layer] == FULL
+        return None if is_full else self.sliding_window
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Entries of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
     def with_overrides(
         self,
@@ -93,50 +158,93 @@ class LlamaConfig:
                 rule = f"must be a multiple of `num_attention_heads` ({heads})"
                 faults.append(f"`hidden_size` {rule}, but is {hidden_size}")
             changes["head_dim"] = hidden_size // heads
+        if num_layers is not None and self.layer_types is not None:
+            if num_layers > len(self.layer_types):
+                rule = (
+                    f"must be at most the model's own ({len(self.layer_types)}), as windows differ by layer"
+                )
+                faults.append(f"`num_layers` {rule}, but is {num_layers}")
+            changes["layer_types"] = self.layer_types[:num_layers]
         if faults:
             raise config_error("model configuration", faults)
         return replace(self, **changes)
 
     def to_hf_dict(self) -> dict[str, Any]:
         """A ``config.json`` that transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters) read."""
+        result = {key: getattr(self, key) for key in _WRITTEN_AS_THEY_ARE}
+        result |= self.rotary_json()
+        result |= {
+            "architectures": [self.family.architecture],
+            "hidden_act": self.activation,
+            "attention_bias": self.output_bias,
+            "attention_dropout": 0.0,
+            "mlp_bias": self.mlp_bias,
+            "use_cache": True,
+        }
+        result |= self.family.write(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in result.items()}
+
+    def rotary_json(self) -> dict[str, Any]:
+        """The rotary settings in both spellings."""
         scaling = None
         if self.rope_scaling is not None:
             scaling = {key: value for key, value in vars(self.rope_scaling).items() if value is not None}
-        result = dict(vars(self))
-        result |= {
-            "architectures": ["LlamaForCausalLM" if self.model_type == "llama" else "MistralForCausalLM"],
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "mlp_bias": False,
+        parameters = {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})}
+        partial = {}
+        if self.partial_rotary_factor != 1:
+            partial["partial_rotary_factor"] = self.partial_rotary_factor
+        return {
+            "rope_theta": self.rope_theta,
             "rope_scaling": scaling,
-            "rope_parameters": {"rope_theta": self.rope_theta, **(scaling or {"rope_type": "default"})},
-            "use_cache": True,
+            "rope_parameters": parameters | partial,
+            **partial,
         }
-        if self.model_type != "mistral":
-            del result["sliding_window"]
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in result.items()}
 
 
 def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight of the plain Llama with its whole shape, in the model's order."""
-    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
-    N, K = config.num_attention_heads, config.num_key_value_heads
+    """Every weight of the plain model with its whole shape, in the model's order."""
+    D = config.hidden_size
+    in_layer = _layer_shapes(config)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}
     for i in range(config.num_hidden_layers):
-        layer = f"model.layers.{i}"
-        shapes[f"{layer}.input_layernorm.weight"] = (D,)
-        shapes[f"{layer}.self_attn.qkv_proj.q_proj.weight"] = (N * H, D)
-        shapes[f"{layer}.self_attn.qkv_proj.k_proj.weight"] = (K * H, D)
-        shapes[f"{layer}.self_attn.qkv_proj.v_proj.weight"] = (K * H, D)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (D, N * H)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
-        shapes[f"{layer}.mlp.gate_up_proj.gate_proj.weight"] = (F, D)
-        shapes[f"{layer}.mlp.gate_up_proj.up_proj.weight"] = (F, D)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (D, F)
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in in_layer.items()}
     shapes["model.norm.weight"] = (D,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, D)
+    return shapes
+
+
+def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+    N, K = config.num_attention_heads, config.num_key_value_heads
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, outputs: int, inputs: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    if config.norms != "after":
+        shapes["input_layernorm.weight"] = (D,)
+    for part, heads in (("q", N), ("k", K), ("v", K)):
+        linear(f"self_attn.qkv_proj.{part}_proj", heads * H, D, config.qkv_bias)
+    linear("self_attn.o_proj", D, N * H, config.output_bias)
+    if config.qk_norm == "head":
+        shapes |= {"self_attn.q_norm.weight": (H,), "self_attn.k_norm.weight": (H,)}
+    elif config.qk_norm == "projection":
+        shapes |= {
+            "self_attn.q_projection_norm.weight": (N * H,),
+            "self_attn.k_projection_norm.weight": (K * H,),
+        }
+    if config.norms != "before":
+        shapes["attention_output_norm.weight"] = (D,)
+    if config.norms != "after":
+        shapes["post_attention_layernorm.weight"] = (D,)
+    linear("mlp.gate_up_proj.gate_proj", F, D, config.mlp_bias)
+    linear("mlp.gate_up_proj.up_proj", F, D, config.mlp_bias)
+    linear("mlp.down_proj", D, F, config.mlp_bias)
+    if config.norms != "before":
+        shapes["mlp_output_norm.weight"] = (D,)
     return shapes
 
 
@@ -144,6 +252,25 @@ def parameter_count(config: LlamaConfig) -> int:
     """Trainable numbers; a tied head counts once."""
     return sum(prod(shape) for shape in weight_shapes(config).values())
 
+
+_WRITTEN_AS_THEY_ARE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "model_type",
+)
+"""Fields that have the names of config.json's keys."""
 
 _POSITIVE = (
     "vocab_size",
@@ -157,6 +284,10 @@ _POSITIVE = (
     "rms_norm_eps",
     "rope_theta",
     "sliding_window",
+    "attention_scale",
+    "attention_softcap",
+    "logits_softcap",
+    "local_rope_theta",
 )
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
@@ -169,15 +300,44 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...] = (
     ),
     (("head_dim",), lambda size: size % 2 == 0, "`head_dim` must be even (rotary embedding), but is {0}"),
     (
+        ("head_dim", "partial_rotary_factor"),
+        lambda size, part: part == 1 or (0 < part < 1 and int(size * part) % 2 == 0 < int(size * part)),
+        "`partial_rotary_factor` must be above 0, at most 1, and rotate an even part of head_dim ({0}), but "
+        "is {1}",
+    ),
+    (
+        ("model_type",),
+        lambda name: name in FAMILIES,
+        f"`model_type` must be one of {', '.join(FAMILIES)}, but is {{0}}",
+    ),
+    (
+        ("num_hidden_layers", "layer_types"),
+        lambda layers, types: layers == len(types),
+        "`layer_types` must have num_hidden_layers ({0}) entries, but is {1}",
+    ),
+    (
         ("rope_scaling",),
         lambda scaling: scaling.factor >= 1,
         "`rope_scaling.factor` must be at least 1, but is {0.factor}",
     ),
     (
         ("rope_scaling",),
-        lambda scaling: scaling.rope_type == "linear" or None not in vars(scaling).values(),
+        lambda scaling: (
+            scaling.rope_type != "llama3"
+            or None
+            not in (
+                scaling.low_freq_factor,
+                scaling.high_freq_factor,
+                scaling.original_max_position_embeddings,
+            )
+        ),
         "`rope_scaling` of type llama3 needs factor, low_freq_factor, high_freq_factor and "
         "original_max_position_embeddings, but is {0}",
+    ),
+    (
+        ("rope_scaling",),
+        lambda scaling: scaling.rope_type != "yarn" or scaling.original_max_position_embeddings is not None,
+        "`rope_scaling` of type yarn needs original_max_position_embeddings, but is {0}",
     ),
 )
 

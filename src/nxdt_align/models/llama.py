@@ -1,8 +1,10 @@
-"""A plain PyTorch Llama: no process group, no engine; parallelism is applied to it from outside.
+"""A plain PyTorch decoder: no process group, no engine; parallelism is applied to it from outside.
+
+A Llama, and with the fields of its configuration that say so, a model of another of ``models.families``.
 
 Legend: ``B`` rows, ``S`` tokens, ``D`` hidden, ``N`` query heads, ``K`` key-value heads (K divides N),
-``H`` head size, ``F`` MLP width, ``V`` vocabulary. Follows transformers' modeling_llama.py, whose
-logits it gives on the same weights.
+``H`` head size, ``F`` MLP width, ``V`` vocabulary. Follows transformers' modeling files, whose logits it
+gives on the same weights.
 """
 
 from __future__ import annotations
@@ -18,18 +20,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import LlamaConfig, RopeScaling
 
 Granularity = Literal["full", "selective"]
 Rotary = tuple[Tensor, Tensor]
 """cos and sin, (B, S, 1, H) float32 each."""
 
 
-class Attend(Protocol):
-    """q (B, S, N, H), k and v (B, S, K, H), already rotated -> (B, S, N, H), scaled by 1/sqrt(H)."""
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor: ...
-
+Attend = Callable[..., Tensor]
+"""(q, k, v, context), q (B, S, N, H), k and v (B, S, K, H), already rotated -> (B, S, N, H), scaled by
+1/sqrt(H). It is asked for a cap of the scores by the keyword ``softcap``, where there is one."""
 
 Prepare = Callable[[Tensor, Tensor], Any]
 """The first and one past the last key that each token sees, (B, S) int32 each -> an attention's context."""
@@ -61,31 +61,52 @@ class Recomputable(nn.Module):
 class LlamaRMSNorm(Recomputable):
     """Root-mean-square norm, computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, config: LlamaConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps = config.rms_norm_eps
+        self.offset = config.norm_offset
 
     def compute(self, x: Tensor) -> Tensor:
+        return self.scaled(x, self.weight)
+
+    def scaled(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` normed, times ``weight``: the module's, or an engine's view of it."""
         x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        normed = x32 * torch.rsqrt(self.mean_square(x32) + self.eps)
+        if self.offset:
+            # As in transformers' Gemma: rounded once, after the product.
+            return (normed * (self.offset + weight.float())).to(x.dtype)
+        return weight * normed.to(x.dtype)
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        """(..., size) float32 -> (..., 1). One unit for an engine to replace."""
+        return x.pow(2).mean(-1, keepdim=True)
 
 
-def inverse_frequencies(config: LlamaConfig) -> Tensor:
-    """Rotary frequencies, radians per token: (H / 2,) float32 on the CPU.
+def inverse_frequencies(config: LlamaConfig, *, local: bool = False) -> Tensor:
+    """Rotary frequencies, radians per token: half as many as rotated entries, float32 on the CPU.
+
+    Args:
+        local: those of layers with a window, where these have a base of their own.
 
     Llama 3.1's scaling leaves wavelengths shorter than a context's ``high_freq_factor``-th part,
     divides those longer than its ``low_freq_factor``-th part, and blends between (transformers'
     ``_compute_llama3_parameters``).
     """
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    inv_freq = 1.0 / (config.rope_theta ** (steps / config.head_dim))
+    size = config.rotary_dim
+    steps = torch.arange(0, size, 2, dtype=torch.float32, device="cpu")
+    if local:
+        assert config.local_rope_theta is not None
+        return 1.0 / (config.local_rope_theta ** (steps / size))
+    inv_freq = 1.0 / (config.rope_theta ** (steps / size))
     scaling = config.rope_scaling
     if scaling is None:
         return inv_freq
     if scaling.rope_type == "linear":
         return inv_freq / scaling.factor
+    if scaling.rope_type == "yarn":
+        return _yarn_frequencies(inv_freq, scaling, config.rope_theta)
     low, high, context = (
         scaling.low_freq_factor,
         scaling.high_freq_factor,
@@ -97,20 +118,60 @@ def inverse_frequencies(config: LlamaConfig) -> Tensor:
     return (1 - blend) * inv_freq / scaling.factor + blend * inv_freq
 
 
+def _yarn_frequencies(inv_freq: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
+    """Frequencies that turn often within the pre-training's context stay, slow ones are divided, and those
+    between blended (transformers' ``_compute_yarn_parameters``)."""
+    context, count = scaling.original_max_position_embeddings, len(inv_freq)
+    assert context is not None
+
+    def entry(rotations: float) -> float:
+        """The entry of a head that turns so often within the context."""
+        return 2 * count * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = entry(scaling.beta_fast or 32.0), entry(scaling.beta_slow or 1.0)
+    if scaling.truncate is not False:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * count - 1)
+    steps = torch.arange(count, dtype=torch.float32, device="cpu")
+    divided = ((steps - low) / (high - low if high != low else 0.001)).clamp(0.0, 1.0)
+    return inv_freq / scaling.factor * divided + inv_freq * (1 - divided)
+
+
+def rotary_scale(scaling: RopeScaling | None) -> float:
+    """What cos and sin are multiplied by: 1 but for yarn."""
+    if scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+    if scaling.mscale and scaling.mscale_all_dim:
+        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
+    return scale(1.0)
+
+
 class LlamaRotaryEmbedding(nn.Module):
     """Rotary position embedding (https://arxiv.org/abs/2104.09864), for all layers at once."""
 
     inv_freq: Tensor
+    local_inv_freq: Tensor | None
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self._config = config
+        self._scale = rotary_scale(config.rope_scaling)
         # A meta-device context must not reach the values: they are never loaded.
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+        local = None if config.local_rope_theta is None else inverse_frequencies(config, local=True)
+        self.register_buffer("local_inv_freq", local, persistent=False)
 
     def reset_non_persistent(self, device: torch.device | str) -> None:
         """Compute the frequencies anew, on ``device``."""
         self.inv_freq = inverse_frequencies(self._config).to(device)
+        if self.local_inv_freq is not None:
+            self.local_inv_freq = inverse_frequencies(self._config, local=True).to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LlamaRotaryEmbedding:
         # After .to(dtype) the frequencies are float32 still; after .to_empty() they have their values.
@@ -118,22 +179,51 @@ class LlamaRotaryEmbedding(nn.Module):
         self.reset_non_persistent(self.inv_freq.device)
         return self
 
-    def forward(self, position_ids: Tensor) -> Rotary:
-        """(B, S) -> cos and sin, (B, S, 1, H) float32 each."""
-        angles = position_ids[:, :, None, None].float() * self.inv_freq
+    def forward(self, position_ids: Tensor) -> Rotary | tuple[Rotary, Rotary]:
+        """(B, S) -> cos and sin, (B, S, 1, H) float32 each; where layers with a window have a base of their
+        own, a second time for those."""
+        of_all = self._turned(position_ids, self.inv_freq, self._scale)
+        if self.local_inv_freq is None:
+            return of_all
+        return of_all, self._turned(position_ids, self.local_inv_freq, 1.0)
+
+    def _turned(self, position_ids: Tensor, inv_freq: Tensor, scale: float) -> Rotary:
+        angles = position_ids[:, :, None, None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        if scale == 1:
+            return angles.cos(), angles.sin()
+        return angles.cos() * scale, angles.sin() * scale
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each head's halves, (B, S, any, H), by their position's angle: in float32, ``x``'s dtype out."""
+def rotate(x: Tensor, rotary: Rotary, scale: float = 1.0) -> Tensor:
+    """Turn each head's halves, (B, S, any, H), by their position's angle: in float32, ``x``'s dtype out.
+
+    Entries beyond the angles' are not turned; ``scale`` is of all, before the rounding.
+    """
     cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    size = cos.shape[-1]
+    turning, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
+    first, second = turning.chunk(2, dim=-1)
+    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
+    if rest is not None:
+        turned = torch.cat((turned, rest.to(turned.dtype)), dim=-1)
+    return (turned if scale == 1 else turned * scale).to(x.dtype)
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs, bias=False)
+class ScaledEmbedding(nn.Module):
+    """What comes out of the embedding times sqrt(D), (B, S, D); no weights."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self._scale = config.hidden_size**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In the embedding's dtype, as transformers rounds it.
+        return x * float(torch.tensor(self._scale, dtype=x.dtype, device="cpu"))
+
+
+def _linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias)
 
 
 class QKVProjection(nn.Module):
@@ -141,9 +231,10 @@ class QKVProjection(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.q_proj = _linear(config.hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = _linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = _linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        D, H, has_bias = config.hidden_size, config.head_dim, config.qkv_bias
+        self.q_proj = _linear(D, config.num_attention_heads * H, has_bias)
+        self.k_proj = _linear(D, config.num_key_value_heads * H, has_bias)
+        self.v_proj = _linear(D, config.num_key_value_heads * H, has_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, D) -> (B, S, N*H), (B, S, K*H), (B, S, K*H)."""
@@ -155,8 +246,8 @@ class GateUpProjection(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.gate_proj = _linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = _linear(config.hidden_size, config.intermediate_size)
+        self.gate_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, D) -> (B, S, F), (B, S, F)."""
@@ -166,59 +257,98 @@ class GateUpProjection(nn.Module):
 class CoreAttention(Recomputable):
     """The attention handed in; no weights."""
 
-    def __init__(self, attend: Attend) -> None:
+    def __init__(self, attend: Attend, softcap: float | None) -> None:
         super().__init__()
         self._attend = attend
+        # Not passed where there is none: an attention that knows no cap must not ignore one.
+        self._softcap = {} if softcap is None else {"softcap": softcap}
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
-        return self._attend(q, k, v, context)
+        return self._attend(q, k, v, context, **self._softcap)
 
 
 class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, attend: Attend) -> None:
         super().__init__()
+        queries = config.num_attention_heads * config.head_dim
         self.head_dim = config.head_dim
         self.qkv_proj = QKVProjection(config)
-        self.o_proj = _linear(config.num_attention_heads * config.head_dim, config.hidden_size)
-        self.core_attn = CoreAttention(attend)
+        self.o_proj = _linear(queries, config.hidden_size, config.output_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm == "head":
+            self.q_norm = LlamaRMSNorm(config.head_dim, config)
+            self.k_norm = LlamaRMSNorm(config.head_dim, config)
+        elif config.qk_norm == "projection":
+            self.q_projection_norm = LlamaRMSNorm(queries, config)
+            self.k_projection_norm = LlamaRMSNorm(config.num_key_value_heads * config.head_dim, config)
+        # Backends scale by 1 / sqrt(H); another scale is the queries'.
+        scale = config.attention_scale
+        self._query_scale = 1.0 if scale is None else scale * config.head_dim**0.5
+        self.core_attn = CoreAttention(attend, config.attention_softcap)
 
     def forward(self, x: Tensor, rotary: Rotary, context: Any) -> Tensor:
+        q, k, v = self.qkv_proj(x)
+        if self.qk_norm == "projection":
+            q, k = self.q_projection_norm(q), self.k_projection_norm(k)
         # Head counts are those of the tensors: a tensor-parallel projection returns its own heads.
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x))
-        out = self.core_attn(rotate(q, rotary), rotate(k, rotary), v, context)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = self.core_attn(rotate(q, rotary, self._query_scale), rotate(k, rotary), v, context)
         return self.o_proj(out.flatten(-2).contiguous())  # type: ignore[no-any-return]
 
 
 class ActivationMultiplyMLP(Recomputable):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self._activate = ACTIVATIONS[config.activation]
+
     def compute(self, gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate) * up
+        return self._activate(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class LlamaMLP(Recomputable):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.gate_up_proj = GateUpProjection(config)
-        self.activation_multiply = ActivationMultiplyMLP()
-        self.down_proj = _linear(config.intermediate_size, config.hidden_size)
+        self.activation_multiply = ActivationMultiplyMLP(config)
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def compute(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation_multiply(*self.gate_up_proj(x)))  # type: ignore[no-any-return]
 
 
 class LlamaDecoderLayer(Recomputable):
-    """``window``: the last tokens that its attention sees; None for all."""
+    """``window``: the last tokens that its attention sees; None for all.
+
+    Norms stand before attention and MLP (``input_layernorm``, ``post_attention_layernorm``, Llama's names),
+    after them, or both.
+    """
 
     def __init__(self, config: LlamaConfig, attend: Attend, window: int | None) -> None:
         super().__init__()
         self.window = window
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        before, after = config.norms != "after", config.norms != "before"
+
+        def norm(is_there: bool) -> nn.Module:
+            return LlamaRMSNorm(config.hidden_size, config) if is_there else nn.Identity()
+
+        self.input_layernorm = norm(before)
         self.self_attn = LlamaAttention(config, attend)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_output_norm = norm(after)
+        self.post_attention_layernorm = norm(before)
         self.mlp = LlamaMLP(config)
+        self.mlp_output_norm = norm(after)
 
     def compute(self, x: Tensor, rotary: Rotary, context: Any) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, context)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        x = x + self.attention_output_norm(self.self_attn(self.input_layernorm(x), rotary, context))
+        return x + self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x)))  # type: ignore[no-any-return]
 
 
 class LlamaModel(nn.Module):
@@ -238,12 +368,14 @@ class LlamaModel(nn.Module):
     def __init__(self, config: LlamaConfig, attend: Attend) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.scaled_embedding = ScaledEmbedding(config) if config.scales_embedding else nn.Identity()
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.layers = nn.ModuleList(
             LlamaDecoderLayer(config, attend, config.window_of(i)) for i in range(config.num_hidden_layers)
         )
         self._windows = {config.window_of(i) for i in range(config.num_hidden_layers)}
-        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._has_local_rotary = config.local_rope_theta is not None
+        self.norm = LlamaRMSNorm(config.hidden_size, config)
 
     def prepare(self, key_start: Tensor, key_stop: Tensor, prepare: Prepare) -> Any:
         """What ``forward`` takes as context, of rows whose tokens see these keys, (B, S) int32 each.
@@ -266,14 +398,20 @@ class LlamaModel(nn.Module):
         """``layer``'s own, out of what ``prepare`` gave."""
         return context[layer.window] if len(self._windows) > 1 else context
 
+    def rotary_of(self, layer: nn.Module, rotary: Any) -> Rotary:
+        """``layer``'s own, out of what ``rotary_emb`` gave."""
+        if not self._has_local_rotary:
+            return rotary  # type: ignore[no-any-return]
+        return rotary[0 if layer.window is None else 1]  # type: ignore[no-any-return]
+
     def forward(self, x: Tensor, position_ids: Tensor, context: Any) -> Tensor:
         """(B, S) token ids, or (B, S, D) hidden states, and (B, S) positions -> (B, S, D)."""
         if not self.takes_hidden_states:
             assert self.embed_tokens is not None
-            x = self.embed_tokens(x)
+            x = self.scaled_embedding(self.embed_tokens(x))
         rotary = self.rotary_emb(position_ids)
         for layer in self.layers.children():
-            x = layer(x, rotary, self.context_of(layer, context))
+            x = layer(x, self.rotary_of(layer, rotary), self.context_of(layer, context))
         return x if self.norm is None else self.norm(x)
 
 
@@ -322,9 +460,9 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""
-        if self.lm_head is None:
-            return F.linear(hidden, self.head_weight)
-        return self.lm_head(hidden)  # type: ignore[no-any-return]
+        logits = F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
+        cap = self.config.logits_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def set_checkpointing(
         self,

@@ -155,15 +155,16 @@ def fitting_tp(config: LlamaConfig) -> list[int]:
 
 def local_names(qkv: QKV, name: str) -> str:
     """NxD's name of the local tensor that holds (its part of) the plain Llama's ``name``."""
+    what = name.rpartition(".")[2]  # weight or bias
     if ".gate_up_proj." in name:
-        return name.rpartition(".gate_up_proj.")[0] + ".gate_up_proj.weight"
+        return f"{name.rpartition('.gate_up_proj.')[0]}.gate_up_proj.{what}"
     layer, found, projection = name.partition(".qkv_proj.")
     if not found:
         return name
     kind = projection[0]
     if qkv == "separate":
         return f"{layer}.{projection}"
-    suffix = {"split": f"weight_{kind}", "fused": "weight_qkv", "coalesced": "weight"}[qkv]
+    suffix = {"split": f"{what}_{kind}", "fused": f"{what}_qkv", "coalesced": what}[qkv]
     return f"{layer}.qkv_proj.{suffix}"
 
 

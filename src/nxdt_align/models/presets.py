@@ -15,7 +15,12 @@ from nxdt_align.models.config import (
     parameter_count,
     weight_shapes,
 )
-from nxdt_align.models.config_json import from_hf_dict, load_config_json, read_config_json
+from nxdt_align.models.config_json import (
+    from_hf_dict,
+    load_config_json,
+    model_type_of,
+    read_config_json,
+)
 
 __all__ = [
     "LLAMA3_1_8B",
@@ -29,6 +34,7 @@ __all__ = [
     "fresh_weight",
     "from_hf_dict",
     "load_config_json",
+    "model_type_of",
     "parameter_count",
     "read_config_json",
     "weight_shapes",
@@ -94,13 +100,16 @@ PRESETS = {
 
 
 def fresh_weight(config: LlamaConfig, name: str, seed: int) -> Tensor:
-    """The untrained weight ``name``, float32 on the CPU: ones for a norm, else normal(0, initializer_range).
+    """The untrained weight ``name``, float32 on the CPU: what changes nothing for a norm or a bias, else
+    normal(0, initializer_range).
 
     Drawn from ``seed`` and ``name`` alone, so that neither device, order nor sharding changes it.
     """
     shape = weight_shapes(config)[name]
     if name.endswith("norm.weight"):
-        return torch.ones(shape, device="cpu", dtype=torch.float32)
+        return torch.full(shape, 1.0 - config.norm_offset, device="cpu", dtype=torch.float32)
+    if name.endswith(".bias"):
+        return torch.zeros(shape, device="cpu", dtype=torch.float32)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
     weight = torch.empty(shape, device="cpu", dtype=torch.float32)

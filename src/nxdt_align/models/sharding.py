@@ -1,4 +1,4 @@
-"""How each weight of the plain Llama is split over tensor-parallel ranks: one table, pure data."""
+"""How each weight of the plain model is split over tensor-parallel ranks: one table, pure data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["query_head", "kv_head", "row", "vocab"]
+Unit = Literal["query_head", "kv_head", "head_dim", "row", "vocab"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ ROW = Split(1, "row")
 """The columns that take COLUMN's outputs: same order and ranks."""
 VOCAB = Split(0, "vocab")
 REPLICATED = Split(None, None)
+EACH_HEAD = Split(None, "head_dim")
+"""Whole on every rank, and applied to each of that rank's heads: every rank has a part of its gradient."""
 
 SPLITS: dict[str, Split] = {
     "model.embed_tokens.weight":                         VOCAB,
@@ -40,11 +42,24 @@ SPLITS: dict[str, Split] = {
     "model.layers.*.self_attn.qkv_proj.q_proj.weight":   QUERY_HEADS,
     "model.layers.*.self_attn.qkv_proj.k_proj.weight":   KV_HEADS,
     "model.layers.*.self_attn.qkv_proj.v_proj.weight":   KV_HEADS,
+    "model.layers.*.self_attn.qkv_proj.q_proj.bias":     QUERY_HEADS,
+    "model.layers.*.self_attn.qkv_proj.k_proj.bias":     KV_HEADS,
+    "model.layers.*.self_attn.qkv_proj.v_proj.bias":     KV_HEADS,
     "model.layers.*.self_attn.o_proj.weight":            HEAD_INPUTS,
+    "model.layers.*.self_attn.o_proj.bias":              REPLICATED,
+    "model.layers.*.self_attn.q_norm.weight":            EACH_HEAD,
+    "model.layers.*.self_attn.k_norm.weight":            EACH_HEAD,
+    "model.layers.*.self_attn.q_projection_norm.weight": QUERY_HEADS,
+    "model.layers.*.self_attn.k_projection_norm.weight": KV_HEADS,
+    "model.layers.*.attention_output_norm.weight":       REPLICATED,
     "model.layers.*.post_attention_layernorm.weight":    REPLICATED,
     "model.layers.*.mlp.gate_up_proj.gate_proj.weight":  COLUMN,
     "model.layers.*.mlp.gate_up_proj.up_proj.weight":    COLUMN,
+    "model.layers.*.mlp.gate_up_proj.gate_proj.bias":    COLUMN,
+    "model.layers.*.mlp.gate_up_proj.up_proj.bias":      COLUMN,
     "model.layers.*.mlp.down_proj.weight":               ROW,
+    "model.layers.*.mlp.down_proj.bias":                 REPLICATED,
+    "model.layers.*.mlp_output_norm.weight":             REPLICATED,
     "model.norm.weight":                                 REPLICATED,
     "lm_head.weight":                                    VOCAB,
 }  # fmt: skip

@@ -2,8 +2,9 @@
 
 Token s sees the keys [key_start[s], key_stop[s]) of its row and no others: every layout of ``data.collate``
 is written so that this one pair of vectors says all. The model calls ``attend(q, k, v, context)``; what
-``context`` is belongs to the backend, prepared once per batch. Legend: ``B`` rows, ``S`` tokens, ``N`` query
-heads, ``K`` key-value heads, ``H`` head size, ``G`` query heads per key-value head.
+``context`` is belongs to the backend, prepared once per batch. Scores are scaled by 1 / sqrt(H); a model with
+another scale has it in its queries. Some models cap them: cap * tanh(score / cap). Legend: ``B`` rows, ``S``
+tokens, ``N`` query heads, ``K`` key-value heads, ``H`` head size, ``G`` query heads per key-value head.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class Attention(Protocol):
         """The context of rows with these bounds, (B, S) int32 each."""
         ...
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
-        """q (B, S, N, H), k and v (B, S, K, H) -> (B, S, N, H)."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any, softcap: float | None = None) -> Tensor:
+        """q (B, S, N, H), k and v (B, S, K, H) -> (B, S, N, H). Raises UserError for a cap that it cannot
+        compute."""
         ...
 
 
@@ -64,9 +66,11 @@ class DenseAttention:
     def prepare(self, key_start: Tensor, key_stop: Tensor) -> Tensor:
         return visibility(key_start, key_stop)[:, None]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> Tensor:
-        if q.device.type not in FUSED_DEVICES:
-            return masked_attention(q, k, v, context)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Tensor, softcap: float | None = None
+    ) -> Tensor:
+        if softcap is not None or q.device.type not in FUSED_DEVICES:
+            return masked_attention(q, k, v, context, softcap)
         groups = q.shape[2] // k.shape[2]
         if groups > 1:
             k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
@@ -74,7 +78,7 @@ class DenseAttention:
         return scaled_dot_product_attention(q, k, v, attn_mask=context).transpose(1, 2)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None = None) -> Tensor:
     """Attention in plain products of the inputs' dtype, with the softmax in float32 between them.
 
     q (B, S, N, H), k and v (B, S, K, H), mask (B, 1, S, S) bool -> (B, S, N, H) in q's dtype. Heads that
@@ -86,11 +90,18 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     q = q.view(rows, size, kv_heads, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     scores = (q @ k.transpose(2, 3)).view(by_key).float() * width**-0.5
+    if softcap is not None:
+        scores = softcapped(scores, softcap)
     # Not -inf: NaN times 0 in the backward pass of a compiler that multiplies instead of choosing.
     scores = torch.where(mask[:, :, None], scores, torch.finfo(torch.float32).min)
     weights = scores.softmax(-1).to(v.dtype)
     out: Tensor = (weights.flatten(2, 3) @ v).view(by_key)
     return out.permute(0, 3, 1, 2, 4).reshape(rows, size, heads, width)
+
+
+def softcapped(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): between -cap and cap."""
+    return torch.tanh(x / cap) * cap
 
 
 class CausalAttention:
@@ -118,7 +129,18 @@ class CausalAttention:
                 f"{tokens}; set data.seq_length to such a multiple, or {self._instead}"
             )
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: None) -> Tensor:
+    def refuse_softcap(self, softcap: float | None) -> None:
+        """Raises UserError for a model that caps its scores, which the kernel does not."""
+        if softcap is not None:
+            raise UserError(
+                f"the flash kernel does not cap scores, as this model does (at {softcap:g}); set "
+                f"{self._instead}"
+            )
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, context: None, softcap: float | None = None
+    ) -> Tensor:
+        self.refuse_softcap(softcap)
         grouped = q.shape[2] != k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)

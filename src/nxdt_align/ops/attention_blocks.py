@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from nxdt_align.ops.attention import softcapped
+
 MERGED_TOKENS = 64
 """Neighbouring sequences share one masked block up to this size: below it, calls cost more than sums."""
 LONGEST_SLIDING = 512
@@ -26,7 +28,7 @@ class _Alone:
 
     length: int
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Tensor:
         return v
 
 
@@ -40,6 +42,16 @@ class _Part:
     mask: Tensor | None
     """(queries, keys) bool; None where each sees all, or is causal."""
 
+    def capped(self, q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
+        """(1, N, L, H) each, of these queries and keys: in plain products, as no kernel here caps scores."""
+        scores = softcapped((q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5, softcap)
+        mask = self.mask
+        if self.causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask.to(q.device), torch.finfo(torch.float32).min)
+        return scores.softmax(-1).to(v.dtype) @ v
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -48,17 +60,14 @@ class _Block:
     length: int
     parts: tuple[_Part, ...]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = [
-            scaled_dot_product_attention(
-                q[:, :, part.queries],
-                k[:, :, part.keys],
-                v[:, :, part.keys],
-                attn_mask=part.mask,
-                is_causal=part.causal,
-            )
-            for part in self.parts
-        ]
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Tensor:
+        out = []
+        for part in self.parts:
+            given = q[:, :, part.queries], k[:, :, part.keys], v[:, :, part.keys]
+            if softcap is None:
+                out.append(scaled_dot_product_attention(*given, attn_mask=part.mask, is_causal=part.causal))
+            else:
+                out.append(part.capped(*given, softcap))
         return torch.cat(out, 2) if len(out) > 1 else out[0]
 
 
@@ -76,7 +85,7 @@ class BlockAttention:
             block for row, (start, stop) in enumerate(rows) for block in _blocks(start, stop, f"row {row}")
         ]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any, softcap: float | None = None) -> Tensor:
         blocks: Sequence[_Alone | _Block] = context
         shape, groups = q.shape, q.shape[2] // k.shape[2]
         if groups > 1:
@@ -88,7 +97,7 @@ class BlockAttention:
         # One split and one cat: the gradient of each slice by itself would be a whole row of zeros.
         rows = [x.reshape(1, -1, *x.shape[2:]).transpose(1, 2) for x in (q, k, v)]
         pieces = [torch.split(row, lengths, 2) for row in rows]
-        out = [block(*parts) for block, *parts in zip(blocks, *pieces, strict=True)]
+        out = [block(*parts, softcap) for block, *parts in zip(blocks, *pieces, strict=True)]
         return torch.cat([part.transpose(1, 2) for part in out], 1).view(shape)
 
 

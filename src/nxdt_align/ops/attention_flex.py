@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad
 
+from nxdt_align.ops.attention import softcapped
+
 BLOCK = 128
 """Tokens of a block, of queries and of keys alike: the kernel's default."""
 
@@ -42,11 +44,22 @@ class FlexAttention:
     def prepare(self, key_start: Tensor, key_stop: Tensor) -> BlockMask:
         return block_mask(key_start, key_stop)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any, softcap: float | None = None) -> Tensor:
         grouped = q.shape[2] != k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = self._attend(q, k, v, block_mask=context, enable_gqa=grouped)
+        cap = None if softcap is None else _cap(softcap)
+        out: Tensor = self._attend(q, k, v, score_mod=cap, block_mask=context, enable_gqa=grouped)
         return out.transpose(1, 2)
+
+
+@cache
+def _cap(softcap: float) -> Callable[..., Tensor]:
+    """One function per cap: torch.compile makes a graph of each that it meets."""
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return softcapped(score, softcap)
+
+    return capped
 
 
 def block_mask(key_start: Tensor, key_stop: Tensor) -> BlockMask:

@@ -57,6 +57,7 @@ def token_logps(
     shard: VocabShard = WHOLE_VOCABULARY,
     compact: bool = False,
     wanted: Sequence[TokenStatistic] = (),
+    softcap: float | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """log p(label | hidden) at each position, and what is ``wanted`` beside it.
 
@@ -70,6 +71,7 @@ def token_logps(
         wanted: further values, without gradient, see ``batch.TokenStatistic``; not the logits, which are a
             product of ``hidden`` and ``head`` that is never whole here. Raises ValueError where they are
             asked for.
+        softcap: logits x are cap * tanh(x / cap) instead.
 
     Returns:
         (B, T) float32 nats, and a (B, T) float32 for each of ``wanted``; 0 at ignored positions.
@@ -79,12 +81,12 @@ def token_logps(
     shape = labels.shape
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not compact:
-        logps, *statistics = _tiled_logps(flat_hidden, head, flat_labels, shard, wanted)
+        logps, *statistics = _tiled_logps(flat_hidden, head, flat_labels, shard, wanted, softcap)
         return logps.view(shape), tuple(statistic.view(shape) for statistic in statistics)
 
     kept = torch.nonzero(flat_labels != IGNORE_LABEL).squeeze(1)
     logps, *statistics = _tiled_logps(
-        flat_hidden.index_select(0, kept), head, flat_labels.index_select(0, kept), shard, wanted
+        flat_hidden.index_select(0, kept), head, flat_labels.index_select(0, kept), shard, wanted, softcap
     )
     zeros = torch.zeros(flat_labels.shape, dtype=torch.float32, device=labels.device)
     spread = zeros.index_copy(0, kept, logps).view(shape)
@@ -109,7 +111,13 @@ def _parts(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+def _logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    """(C, W) float32."""
+    logits = _products(hidden, head)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _products(hidden: Tensor, head: Tensor) -> Tensor:
     """(C, W) float32. Low-precision operands are multiplied with float32 accumulation and result."""
     if hidden.dtype == torch.float32 and head.dtype == torch.float32:
         return hidden @ head.T
@@ -128,10 +136,17 @@ def _labels_in(labels: Tensor, part: slice, shard: VocabShard) -> tuple[Tensor, 
 
 
 def _tiled_logps(
-    hidden: Tensor, head: Tensor, labels: Tensor, shard: VocabShard, wanted: Sequence[TokenStatistic]
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    shard: VocabShard,
+    wanted: Sequence[TokenStatistic],
+    softcap: float | None,
 ) -> tuple[Tensor, ...]:
     """(M, D), (V, D), (M,) -> (M,) float32, and as much for each of ``wanted``."""
-    result: tuple[Tensor, ...] = _TiledLogps.apply(hidden, head, labels, shard, tuple(wanted))  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, ...] = _TiledLogps.apply(  # type: ignore[no-untyped-call]
+        hidden, head, labels, shard, tuple(wanted), softcap
+    )
     return result
 
 
@@ -142,6 +157,9 @@ class _Scan:
         self.wanted = wanted
         self.top = torch.full((positions,), float("-inf"), device=device)
         self.norm, self.target, self.squares, self.weighted = torch.zeros(4, positions, device=device)
+        self.total = torch.zeros(positions, device=device)
+        """Sum of the logits, where ``sums`` is set."""
+        self.sums = False
 
     def add(self, logits: Tensor, column: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
         """Take a tile, (C, W), whose storage may be written to. Returns exp(logits - its own top), and that
@@ -149,6 +167,8 @@ class _Scan:
         tile_top = logits.amax(-1)
         picked = logits.gather(1, column[:, None]).squeeze(1)
         self.target = torch.where(held, picked, self.target)
+        if self.sums:
+            self.total = self.total + logits.sum(-1)
         if "entropy" in self.wanted:
             exps = torch.sub(logits, tile_top[:, None]).exp_()
             weighted = logits.mul_(exps).sum(-1)
@@ -181,6 +201,12 @@ class _Scan:
             statistics["is_top1"] = (target >= top).float()
         return log_norm, target, statistics
 
+    def mean(self, rows: int, shard: VocabShard) -> Tensor:
+        """(C,) float32: of the logits whose sum was taken, of ``rows`` of the head here."""
+        count = torch.full((1,), float(rows), device=self.total.device)
+        summed = shard.reduce_sum(torch.cat([self.total, count]))
+        return summed[:-1] / summed[-1]
+
 
 def _mean_logits(hidden: Tensor, head: Tensor, shard: VocabShard) -> Tensor:
     """(M,) float32: the mean of the logits is the logit of the mean row."""
@@ -201,33 +227,38 @@ class _TiledLogps(torch.autograd.Function):
         labels: Tensor,
         shard: VocabShard,
         wanted: tuple[TokenStatistic, ...],
+        softcap: float | None,
     ) -> tuple[Tensor, ...]:
         positions, vocabulary = hidden.shape[0], head.shape[0]
         rows, columns = _tile_sizes(positions, vocabulary, hidden.device)
         logps = torch.empty(positions, dtype=torch.float32, device=hidden.device)
         log_norms = torch.empty_like(logps)
         statistics = {name: torch.empty_like(logps) for name in wanted}
-        if "mean_logit" in wanted:
+        if "mean_logit" in wanted and softcap is None:
             statistics["mean_logit"] = torch.where(
                 labels == IGNORE_LABEL, 0.0, _mean_logits(hidden, head, shard)
             )
-        room = KEPT_BYTES if any(ctx.needs_input_grad) else 0
+        # The derivative of a cap follows from the logits, not from what is kept.
+        room = KEPT_BYTES if any(ctx.needs_input_grad) and softcap is None else 0
         kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for part in _parts(positions, rows):
             scan = _Scan(part.stop - part.start, hidden.device, wanted)
+            scan.sums = "mean_logit" in wanted and softcap is not None
             for tile in _parts(vocabulary, columns):
                 placed = _labels_in(labels[part], tile, shard)
-                exps, top = scan.add(_logits(hidden[part], head[tile]), *placed)
+                exps, top = scan.add(_logits(hidden[part], head[tile], softcap), *placed)
                 if exps.nbytes <= room:
                     kept[part.start, tile.start] = exps, top
                     room -= exps.nbytes
             ignored = labels[part] == IGNORE_LABEL
             log_norms[part], target, found = scan.reduced(shard)
+            if scan.sums:
+                found["mean_logit"] = scan.mean(vocabulary, shard)
             logps[part] = torch.where(ignored, 0.0, target - log_norms[part])
             for name, statistic in found.items():
                 statistics[name][part] = torch.where(ignored, 0.0, statistic)
         ctx.save_for_backward(hidden, head, labels, log_norms, *(x for pair in kept.values() for x in pair))
-        ctx.shard, ctx.kept, ctx.sizes = shard, list(kept), (rows, columns)
+        ctx.shard, ctx.kept, ctx.sizes, ctx.softcap = shard, list(kept), (rows, columns), softcap
         ctx.mark_non_differentiable(*statistics.values())
         return logps, *statistics.values()
 
@@ -249,11 +280,16 @@ class _TiledLogps(torch.autograd.Function):
                     scale = -grad[part] * (top - log_norms[part]).exp()
                     grad_logits = torch.mul(exps, scale[:, None], out=_like(exps, buffer))
                     buffer = grad_logits
+                    slope = None
                 else:
-                    grad_logits = _logits(hidden[part], head[tile]).sub_(log_norms[part][:, None]).exp_()
+                    grad_logits = _logits(hidden[part], head[tile], ctx.softcap)
+                    slope = None if ctx.softcap is None else 1 - (grad_logits / ctx.softcap).square_()
+                    grad_logits = grad_logits.sub_(log_norms[part][:, None]).exp_()
                     grad_logits.mul_(-grad[part][:, None])
                 column, held = _labels_in(labels[part], tile, ctx.shard)
                 grad_logits.scatter_add_(1, column[:, None], torch.where(held, grad[part], 0.0)[:, None])
+                if slope is not None:
+                    grad_logits.mul_(slope)
                 if grad_hidden is not None:
                     _add_product(grad_hidden[part], grad_logits, head[tile])
                 if grad_head is not None:
@@ -261,7 +297,7 @@ class _TiledLogps(torch.autograd.Function):
         # A sharded head gives each rank a part of d hidden: their sum is the gradient.
         if grad_hidden is not None:
             grad_hidden = ctx.shard.reduce_sum(grad_hidden.to(hidden.dtype))
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None
+        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None, None
 
 
 def _like(tile: Tensor, buffer: Tensor | None) -> Tensor:

@@ -12,13 +12,34 @@ def kept_of_layer(work: Workload) -> int:
     """What a layer keeps for its backward pass."""
     if "full" in work.recompute:
         return work.residual_positions * work.model.hidden_size * work.formats.residual
-    return 2 * _norm(work) + _inputs(work) + _attention(work) + _mlp(work)
+    return _norms(work) + _inputs(work) + _attention(work) + _mlp(work)
 
 
 def _whole_layer(work: Workload) -> int:
     """A layer that recomputes nothing."""
-    parts = (_norm(work, whole=True), _norm(work, whole=True), _inputs(work, whole=True))
+    parts = (_norms(work, whole=True), _inputs(work, whole=True))
     return sum(parts) + _attention(work, whole=True) + _mlp(work, whole=True)
+
+
+def _norms(work: Workload, whole: bool = False) -> int:
+    """Those of the residual stream, before or after attention and MLP or both, and those of q and k."""
+    count = 4 if work.model.norms == "both" else 2
+    return count * _norm(work, whole) + _head_norms(work, whole)
+
+
+def _head_norms(work: Workload, whole: bool) -> int:
+    if work.model.qk_norm is None:
+        return 0
+    heads = work.heads + work.own_kv_heads
+    size = work.positions * heads * work.model.head_dim
+    if "LlamaRMSNorm" in work.recompute and not whole:
+        return size * work.formats.activation
+    return size * (FLOAT + _normed(work, work.formats.activation)) + work.positions * heads * FLOAT
+
+
+def _normed(work: Workload, size: int) -> int:
+    """Bytes of a normed value: float32 where the weight is 1 + w, as the product is."""
+    return FLOAT if work.model.norm_offset else size
 
 
 def _norm(work: Workload, whole: bool = False) -> int:
@@ -27,7 +48,7 @@ def _norm(work: Workload, whole: bool = False) -> int:
     if "LlamaRMSNorm" in work.recompute and not whole:
         return positions * hidden * work.formats.residual
     # RMSNorm computes in float32 and saves that input, the normed values and one rsqrt per token.
-    return positions * (hidden * (FLOAT + work.formats.residual) + FLOAT)
+    return positions * (hidden * (FLOAT + _normed(work, work.formats.residual)) + FLOAT)
 
 
 def _inputs(work: Workload, whole: bool = False) -> int:
@@ -68,6 +89,8 @@ def _kernel(work: Workload) -> int:
     if work.attention == "scores":
         size = work.formats.activation
         copies = FLOAT + (size if size < FLOAT else 0)
+        if work.model.attention_softcap is not None:
+            copies += FLOAT  # the tanh of the scores
         return n * (work.heads + 2 * work.own_kv_heads) * head * size + pairs * work.heads * copies
     inputs = n * work.heads * (3 * head * work.formats.activation + FLOAT)
     # The fused kernel saves one logsumexp per query and head (the FLOAT above), not the scores.

@@ -174,7 +174,7 @@ def workload(
         rows=config.data.micro_batch_size * (responses if layout == "none" else 1),
         tokens=bucket.tokens,
         responses=bucket.responses,
-        attention=_attention(config, where, layout),
+        attention=_attention(config, model, where, layout),
         recompute=_recompute(config),
         tensor_parallel=tensor,
         kv_heads=_kv_heads(config, model, where),
@@ -239,7 +239,9 @@ def _sharded_by_nxd(formats: Formats, precision: PrecisionConfig) -> Formats:
     return replace(formats, master=rows, shard_gradient=rows, float32_copy=copy)
 
 
-def _attention(config: Config, where: str, layout: Layout) -> AttentionKind:
+def _attention(config: Config, model: LlamaConfig, where: str, layout: Layout) -> AttentionKind:
+    if model.attention_softcap is not None and (where != "cuda" or config.data.attention == "dense"):
+        return "scores"  # FlexAttention alone has a kernel that caps
     if where == "neuron":
         is_causal = layout == "none"
         return "flash" if is_causal and config.model.fusions.flash_attention else "scores"

@@ -220,6 +220,11 @@ def why_not_causal(config: Config, model: LlamaConfig) -> str | None:
             f"which rows of several sequences need, but the layout is {config.layout}: set "
             "data.packing=none, the one layout that it computes, or data.attention=dense for any layout"
         )
+    if model.attention_softcap is not None:
+        return (
+            "and this model's capped scores need a backend that caps them: set data.attention=dense, or "
+            "leave it to auto"
+        )
     window, longest = model.sliding_window, config.data.seq_length
     if window is not None and window < longest:
         return (

@@ -93,7 +93,8 @@ def parameter_groups(
     for name, parameter in named_parameters:
         segments = name.lower().split(".")
         is_norm = any(segment.endswith("norm") for segment in segments)
-        spared = segments[-1] == "bias" or (is_norm and not layer_norm_weight_decay)
+        # Engine nxd has bias_q, bias_k, bias_v and bias_qkv.
+        spared = segments[-1].startswith("bias") or (is_norm and not layer_norm_weight_decay)
         (exempt if spared else decaying).append(parameter)
     groups: list[dict[str, Any]] = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

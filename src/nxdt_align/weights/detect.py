@@ -15,7 +15,7 @@ from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.hf import WEIGHT_FILES, HFFolder
 from nxdt_align.weights.meta import PARAMS, MetaFolder, is_meta_folder
-from nxdt_align.weights.names import UnknownNameError, to_hf
+from nxdt_align.weights.names import UnknownNameError, parts_of, to_hf
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import MODEL, model_folder
 from nxdt_align.weights.staging import JOURNAL
@@ -27,7 +27,8 @@ ARCHIVE = "policy.pt"
 """The weights in a folder that the reference DPO implementation saves, beside those of the optimizer."""
 _FIRST_FORMAT = re.compile(r"^tp_rank_\d+_pp_rank_\d+")
 _SIZES = (
-    "num_hidden_layers, hidden_size, tie_word_embeddings and the other sizes must be those of the weights"
+    "num_hidden_layers, hidden_size, tie_word_embeddings, biases and the other sizes must be those of the "
+    "weights"
 )
 Layout = Literal["hf", "nxdt", "meta"]
 
@@ -155,15 +156,18 @@ def check_weights(source: WeightSource, config: LlamaConfig, *, hint: str = _SIZ
     shape than the configuration's. Any dtype fits."""
     require_fit(
         source,
-        {_hf_name(name): (source.shape(name), None) for name in source.names()},
-        {to_hf(name): (shape, None) for name, shape in weight_shapes(config).items()},
+        {_hf_name(name, config): (source.shape(name), None) for name in source.names()},
+        {_hf_name(name, config): (shape, None) for name, shape in weight_shapes(config).items()},
         error=WeightsError,
         hint=hint,
     )
 
 
-def _hf_name(name: str) -> str:
+def _hf_name(name: str, config: LlamaConfig) -> str:
+    """With the part that it is of a fused tensor."""
     try:
-        return to_hf(name)
+        theirs = to_hf(name, config.model_type)
     except UnknownNameError:  # in a checkpoint of another kind of model
         return name
+    is_part = len(parts_of(theirs, config.model_type)) > 1
+    return f"{theirs} ({name.split('.')[-2]})" if is_part else theirs

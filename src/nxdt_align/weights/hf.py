@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxdt_align.models.presets import LlamaConfig, fresh_weight, load_config_json, weight_shapes
+from nxdt_align.models.families import FAMILIES
+from nxdt_align.models.presets import (
+    LlamaConfig,
+    fresh_weight,
+    from_hf_dict,
+    load_config_json,
+    model_type_of,
+    weight_shapes,
+)
 from nxdt_align.named_tensors import NamedTensors, WeightSource, summary
 from nxdt_align.weights.extents import WeightsError
-from nxdt_align.weights.names import UnknownNameError, from_hf, is_recomputed, to_hf
+from nxdt_align.weights.names import UnknownNameError, is_recomputed, parts_of, to_hf
 from nxdt_align.weights.tensor_files import open_tensor_file
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -32,14 +40,15 @@ WEIGHT_FILES = (
 class HFFolder(WeightSource):
     """The weights of a folder that transformers' ``save_pretrained`` wrote; tensors are read on demand.
 
-    If its ``config.json`` ties the head to the embedding, a stored head is left out.
+    If its ``config.json`` ties the head to the embedding, a stored head is left out. Tensors that the family
+    has fused are several weights here.
 
     Args:
         path: the folder, or one file of all weights (``pytorch_model.bin``, NxD's ``checkpoint.pt``).
         config_file: read instead of the ``config.json`` beside the weights.
 
     Raises WeightsError (or ModelConfigError for ``config.json``) for a folder that is not one, that
-    is not whole, or that holds what a plain Llama does not have.
+    is not whole, or that holds what no model of the family has.
     """
 
     path: Path
@@ -54,9 +63,13 @@ class HFFolder(WeightSource):
         if not any(folder.iterdir()):
             raise WeightsError(f"the folder {self.path} is empty: it must hold config.json and weights")
         # Raw values: a tied head is left out whether or not the rest of the config is supported.
-        _, self._config = load_config_json(config_file or folder)
-        self._files = _by_our_name(self.path, _find_tensors(self.path))
-        if self._config.get("tie_word_embeddings", False):
+        file, self._config = load_config_json(config_file or folder)
+        self._model_type = model_type_of(self._config, where=str(file))
+        family = FAMILIES[self._model_type]
+        self._files = _by_our_name(self.path, _find_tensors(self.path), self._model_type)
+        self._rows = self._rows_of_parts(file) if family.fused else {}
+        tied = self._config.get("tie_word_embeddings")
+        if family.defaults.get("tie_word_embeddings", False) if tied is None else tied:
             self._drop_tied_head()
 
     def __str__(self) -> str:
@@ -66,21 +79,53 @@ class HFFolder(WeightSource):
         return sorted(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file(name).shape(to_hf(name))
+        shape, rows = self._file(name).shape(self._theirs(name)), self._rows.get(name)
+        return shape if rows is None else (rows.stop - rows.start, *shape[1:])
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._file(name).dtype(to_hf(name))
+        return self._file(name).dtype(self._theirs(name))
 
     def read(self, name: str) -> Tensor:
-        return self._file(name).read(to_hf(name))
+        if name in self._rows:
+            return self.read_slice(name, [slice(0, size) for size in self.shape(name)])
+        return self._file(name).read(self._theirs(name))
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
-        return self._file(name).read_slice(to_hf(name), region)
+        rows = self._rows.get(name)
+        if rows is not None:
+            start, stop, _ = region[0].indices(rows.stop - rows.start)
+            region = [slice(rows.start + start, rows.start + stop), *region[1:]]
+        return self._file(name).read_slice(self._theirs(name), region)
 
     def _file(self, name: str) -> NamedTensors:
         if name not in self._files:
-            raise WeightsError(f"{self} has no weight {to_hf(name)}")
+            raise WeightsError(f"{self} has no weight {self._theirs(name)}")
         return self._files[name]
+
+    def _theirs(self, name: str) -> str:
+        return to_hf(name, self._model_type)
+
+    def _rows_of_parts(self, config_file: Path) -> dict[str, slice]:
+        """The rows of each weight that is a part of a fused tensor; sizes of heads follow from no file."""
+        shapes = weight_shapes(from_hf_dict(self._config, where=str(config_file)))
+        rows: dict[str, slice] = {}
+        for theirs in {self._theirs(name) for name in self._files}:
+            parts, row = parts_of(theirs, self._model_type), 0
+            if len(parts) == 1:
+                continue
+            for part in parts:
+                size = shapes[part][0] if part in shapes else 0
+                rows[part] = slice(row, row + size)
+                row += size
+            held = self._files[parts[0]].shape(theirs)
+            if parts[0] in shapes and held[:1] != (row,):
+                raise WeightsError(
+                    f"{self} does not fit {config_file}: {theirs} has the shape {list(held)}, but its parts "
+                    f"({', '.join(part.rpartition('.')[0].rpartition('.')[2] for part in parts)}) have {row} "
+                    "rows; num_attention_heads, num_key_value_heads and intermediate_size must be those of "
+                    "the weights"
+                )
+        return rows
 
     def _drop_tied_head(self) -> None:
         if _HEAD not in self._files:
@@ -203,18 +248,20 @@ def _is_plain_name(shard: object) -> bool:
     return isinstance(shard, str) and Path(shard).name == shard
 
 
-def _by_our_name(folder: Path, tensors: dict[str, NamedTensors]) -> dict[str, NamedTensors]:
-    files, unknown = {}, []
+def _by_our_name(folder: Path, tensors: dict[str, NamedTensors], model_type: str) -> dict[str, NamedTensors]:
+    files: dict[str, NamedTensors] = {}
+    unknown = []
     for name, file in tensors.items():
         if is_recomputed(name):
             continue
         try:
-            files[from_hf(name)] = file
+            files |= dict.fromkeys(parts_of(name, model_type), file)
         except UnknownNameError:
             unknown.append(name)
     if unknown:
         raise WeightsError(
-            f"{folder} holds tensors that no plain Llama has: {', '.join(summary(unknown))}. Give the "
-            "folder of a LlamaForCausalLM or MistralForCausalLM without biases, adapters or quantisation"
+            f"{folder} holds tensors that no {FAMILIES[model_type].architecture} has: "
+            f"{', '.join(summary(unknown))}. Give the folder of a model without adapters or quantisation, "
+            "with its own config.json"
         )
     return files

@@ -25,7 +25,7 @@ from nxdt_align.named_tensors import Spec, WeightSource, require_fit
 from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, write_bytes
 from nxdt_align.weights.generation import GENERATION, generation_json
 from nxdt_align.weights.hf import HFFolder
-from nxdt_align.weights.names import to_hf
+from nxdt_align.weights.names import hf_tensors
 from nxdt_align.weights.tensor_files import SAFETENSORS_DTYPES
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -189,6 +189,14 @@ class HFWriter:
         unknown = sorted({str(d) for d in self._dtypes.values() if d not in _DTYPE_NAMES})
         if unknown:
             raise WeightsError(f"safetensors holds no {', '.join(unknown)}: choose another with --dtype")
+        self._tensors = hf_tensors(config)
+        for theirs, parts in self._tensors.items():
+            kinds = sorted({str(self._dtypes[part]) for part in parts})
+            if len(kinds) > 1:
+                raise WeightsError(
+                    f"{' and '.join(parts)} become one tensor, {theirs}, but are {' and '.join(kinds)}; "
+                    "choose one: --dtype"
+                )
         self._shards = self._spread(max_shard_bytes)
         self._places: dict[str, Extent] = {}
 
@@ -198,13 +206,13 @@ class HFWriter:
     def create(self) -> None:
         """Create every file at full size, as sparse files."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for file, names in self._shards.items():
-            header, size = self._header(names)
+        for file, tensors in self._shards.items():
+            header, size = self._header(tensors)
             path = self.folder / file
             path.write_bytes(header)
             os.truncate(path, len(header) + size)
         if len(self._shards) > 1:
-            weight_map = {to_hf(name): file for file, names in self._shards.items() for name in names}
+            weight_map = {theirs: file for file, tensors in self._shards.items() for theirs in tensors}
             sizes = {"total_size": self.total_bytes()}
             index = {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))}
             write_json(self.folder / INDEX, index)
@@ -215,9 +223,10 @@ class HFWriter:
 
     def open(self) -> None:
         """Locate the tensors in the files of ``create``, also in those of an earlier attempt."""
-        for file, names in self._shards.items():
-            offset = len(self._header(names)[0])
-            for name in names:
+        for file, tensors in self._shards.items():
+            offset = len(self._header(tensors)[0])
+            # Parts of a fused tensor lie one behind the other, as they are stacked on dimension 0.
+            for name in (part for theirs in tensors for part in self._tensors[theirs]):
                 shape = weight_shapes(self._config)[name]
                 self._places[name] = Extent(self.folder / file, offset, self._dtypes[name], shape)
                 offset += self._nbytes(name)
@@ -245,37 +254,44 @@ class HFWriter:
     def description(self) -> dict[str, Any]:
         """Identifies the output, to compare two conversions."""
         dtypes = sorted({str(dtype) for dtype in self._dtypes.values()})
-        files = {file: len(names) for file, names in self._shards.items()}
+        files = {file: len(tensors) for file, tensors in self._shards.items()}
         return {"layout": "hf", "config": self._config.to_hf_dict(), "dtypes": dtypes, "files": files}
 
     def _nbytes(self, name: str) -> int:
         return prod(weight_shapes(self._config)[name]) * self._dtypes[name].itemsize
 
     def _spread(self, most: int) -> dict[str, list[str]]:
+        """File -> the names of its tensors, as Hugging Face has them."""
         groups: list[list[str]] = []
         held = 0
-        for name in self._dtypes:
-            if not groups or held + self._nbytes(name) > most:
+        for theirs, parts in self._tensors.items():
+            size = sum(map(self._nbytes, parts))
+            if not groups or held + size > most:
                 groups.append([])
                 held = 0
-            groups[-1].append(name)
-            held += self._nbytes(name)
+            groups[-1].append(theirs)
+            held += size
         # Wide dtypes first, as safetensors does: every tensor then starts at a multiple of its itemsize.
-        groups = [sorted(group, key=lambda name: -self._dtypes[name].itemsize) for group in groups]
+        groups = [sorted(group, key=lambda theirs: -self._dtype_of(theirs).itemsize) for group in groups]
         if len(groups) == 1:
             return {"model.safetensors": groups[0]}
         total = len(groups)
-        return {f"model-{i + 1:05d}-of-{total:05d}.safetensors": names for i, names in enumerate(groups)}
+        return {f"model-{i + 1:05d}-of-{total:05d}.safetensors": group for i, group in enumerate(groups)}
 
-    def _header(self, names: list[str]) -> tuple[bytes, int]:
+    def _dtype_of(self, theirs: str) -> torch.dtype:
+        return self._dtypes[self._tensors[theirs][0]]
+
+    def _header(self, tensors: list[str]) -> tuple[bytes, int]:
         """The start of a safetensors file, up to its tensors, and the size of these."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for name in names:
-            stop = offset + self._nbytes(name)
-            shape = list(weight_shapes(self._config)[name])
-            dtype = _DTYPE_NAMES[self._dtypes[name]]
-            entries[to_hf(name)] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, stop]}
+        shapes = weight_shapes(self._config)
+        for theirs in tensors:
+            parts = self._tensors[theirs]
+            stop = offset + sum(map(self._nbytes, parts))
+            shape = [sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:]]
+            dtype = _DTYPE_NAMES[self._dtype_of(theirs)]
+            entries[theirs] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, stop]}
             offset = stop
         text = json.dumps(entries, separators=(",", ":")).encode()
         # The format allows trailing spaces in the header: they align the first tensor to a block.

@@ -53,6 +53,8 @@ _KEYS: dict[QKV, str] = {
     "separate": _ATTENTION + "k_proj.weight",
     "coalesced": _ATTENTION + "qkv_proj.weight",
 }
+_WHOLE = ("norm.weight", "o_proj.bias", "down_proj.bias")
+"""Ends of the names of what every tensor-parallel rank holds whole."""
 _BLOCK = 1 << 22
 """Entries of the embedding to compare at a time."""
 
@@ -191,12 +193,14 @@ class _BareShards:
         start, stop = self._key_rows()
         hidden, layers = self._extent(EMBEDDING).shape[1], len(layers_of(self._local))
         held = sum(
-            prod(extent.shape) * (1 if name.endswith("norm.weight") else self._tp)
+            prod(extent.shape) * (1 if name.endswith(_WHOLE) and "_projection_norm" not in name else self._tp)
             for name, extent in self._local.items()
             if not (is_tied and name == HEAD)
         )
         # Keys and values, which have copies; every other share is there once.
-        every_copy = 2 * layers * (stop - start) * self._tp * hidden
+        per_row = 2 * hidden + 2 * any("bias_k" in name or "bias_qkv" in name for name in self._local)
+        per_row += any("k_projection_norm" in name for name in self._local)
+        every_copy = layers * (stop - start) * self._tp * per_row
         return held - every_copy + every_copy // self._copies
 
     def _extent(self, name: str) -> Extent:

@@ -36,10 +36,10 @@ from torch.nn import functional as F
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.settings import Parallel, Precision
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.llama import Llama, LlamaRMSNorm
 from nxdt_align.models.partition import EMBEDDING
 from nxdt_align.models.presets import LlamaConfig
-from nxdt_align.models.sharding import KV_HEADS, REPLICATED, VOCAB, split_of
+from nxdt_align.models.sharding import EACH_HEAD, KV_HEADS, REPLICATED, VOCAB, split_of
 
 SEQUENCE_DIM = 1
 
@@ -89,7 +89,9 @@ def split_over_tensor_ranks(llama: Llama, groups: Groups) -> None:
     residual = residual_placement(groups.parallel)
     styles: dict[str, ParallelStyle] = {}
     for name, _ in llama.named_parameters():
-        path = name.removesuffix(".weight")
+        path, _, what = name.rpartition(".")
+        if what == "bias":
+            continue  # it goes with its module's weight
         styles[path] = style = _style(llama.config, name, groups, residual)
         if isinstance(style, (ColwiseParallel, OwnKvHeads)) and split_of(name) != VOCAB:
             # Several projections read one input, so it is gathered once for all of them.
@@ -102,6 +104,10 @@ def _style(config: LlamaConfig, name: str, groups: Groups, residual: Placement) 
     split = split_of(name)
     if split == REPLICATED:
         return ReplicatedWeight(residual)
+    if split == EACH_HEAD:
+        return HeadNorm()
+    if name.endswith("_projection_norm.weight"):
+        return ProjectionNorm(config, groups, of_keys=split == KV_HEADS)
     if split == KV_HEADS and groups.tensor.size > config.num_key_value_heads:
         return OwnKvHeads(config, groups)
     if name == EMBEDDING:
@@ -134,14 +140,67 @@ class OwnKvHeads(ParallelStyle):
     the one head that its query heads attend to. Gradients are summed over the ranks."""
 
     def __init__(self, config: LlamaConfig, groups: Groups) -> None:
-        head = groups.tensor.rank * config.num_key_value_heads // groups.tensor.size
-        self._rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
+        self._rows = _rows_of_own_head(config, groups)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Linear)
         distribute_module(module, device_mesh, _replicate)
         module.forward = partial(_linear_rows, module, self._rows)  # type: ignore[method-assign]
         return module
+
+
+def _rows_of_own_head(config: LlamaConfig, groups: Groups) -> slice:
+    """Of a key or value projection with fewer heads than ranks."""
+    head = groups.tensor.rank * config.num_key_value_heads // groups.tensor.size
+    return slice(head * config.head_dim, (head + 1) * config.head_dim)
+
+
+class HeadNorm(ParallelStyle):
+    """A norm of each head of q or k: all ranks hold its weight, and each norms its own heads, plain tensors.
+    Gradients are summed over the ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, LlamaRMSNorm)
+        distribute_module(module, device_mesh, _replicate)
+        module.compute = partial(_norm_of_own, module, slice(None), Partial())  # type: ignore[method-assign]
+        return module
+
+
+class ProjectionNorm(ParallelStyle):
+    """A norm over all heads of q or k, of which each rank has its own: the mean square is that of all
+    ranks. The weight lies as the projection's rows do."""
+
+    def __init__(self, config: LlamaConfig, groups: Groups, *, of_keys: bool) -> None:
+        self._copies, self._rows, kv_heads = 1, slice(None), config.num_key_value_heads
+        if of_keys and groups.tensor.size > kv_heads:
+            self._copies = groups.tensor.size // kv_heads
+            self._rows = _rows_of_own_head(config, groups)
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, LlamaRMSNorm)
+        entries = len(module.weight) * self._copies
+        is_whole = self._copies > 1
+        distribute_module(module, device_mesh, _replicate if is_whole else _divide_rows)
+        placement = Partial() if is_whole else Shard(0)
+        module.compute = partial(_norm_of_own, module, self._rows, placement)  # type: ignore[method-assign]
+        module.mean_square = partial(_mean_over_ranks, device_mesh, entries)  # type: ignore[method-assign]
+        return module
+
+
+def _norm_of_own(module: LlamaRMSNorm, rows: slice, gradient: Placement, x: Tensor) -> Tensor:
+    """A norm of this rank's heads, by its ``rows`` of what it holds of the weight."""
+    weight = module.weight
+    assert isinstance(weight, DTensor)
+    return module.scaled(x, weight.to_local(grad_placements=[gradient])[rows])
+
+
+def _mean_over_ranks(mesh: DeviceMesh, entries: int, x: Tensor) -> Tensor:
+    """The mean square of ``entries`` that the ranks hold together. Each rank's heads depend on it, so that
+    its gradient is the sum of the ranks', too."""
+    own = x.pow(2).sum(-1, keepdim=True)
+    summand: Any = DTensor.from_local(own, mesh, [Partial()], run_check=False)
+    total: Tensor = summand.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return total / entries
 
 
 class OwnVocabulary(ParallelStyle):
@@ -176,7 +235,9 @@ def _linear_rows(module: nn.Linear, rows: slice, x: DTensor) -> Tensor:
     weight = module.weight
     assert isinstance(weight, DTensor)
     own = weight.to_local(grad_placements=[Partial()])[rows]
-    return F.linear(x.to_local(grad_placements=[Partial()]), own)
+    bias = module.bias
+    own_bias = bias.to_local(grad_placements=[Partial()])[rows] if isinstance(bias, DTensor) else None
+    return F.linear(x.to_local(grad_placements=[Partial()]), own, own_bias)
 
 
 def _divide_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:

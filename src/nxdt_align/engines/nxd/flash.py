@@ -43,8 +43,11 @@ class CausalFlashAttention(CausalAttention):
         self._kernel = kernel
         self._transpose = transpose_inputs
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, context: None, softcap: float | None = None
+    ) -> Tensor:
         """q (B, S, N, H), k and v (B, S, K, H) -> (B, S, N, H)."""
+        self.refuse_softcap(softcap)
         groups = q.shape[2] // k.shape[2]
         if groups > 1:
             k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))

@@ -109,7 +109,7 @@ class _Swap:
                     config.intermediate_size, config.hidden_size, **self._row
                 )
         if self._parallel.sequence_parallel:
-            body.norm = GatheringNorm(config.hidden_size, config.rms_norm_eps).to(dtype=self._dtype)
+            body.norm = GatheringNorm(config.hidden_size, config).to(dtype=self._dtype)
         if llama.lm_head is not None:
             # Asked for its rows of the head alone, which is why it gathers nothing.
             llama.lm_head = ColumnParallelLinear(
