@@ -29,7 +29,7 @@ from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.orpo import ORPOLoss
 from nxdt_align.models.llama import Llama
-from nxdt_align.models.partition import Partition, local_tensors
+from nxdt_align.models.partition import HEAD, Partition, local_tensors
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
 
 CONFIG = replace(TINY, vocab_size=64, num_attention_heads=8, head_dim=4)
@@ -129,8 +129,9 @@ def plain(seed: int, config: LlamaConfig = CONFIG) -> Llama:
     model = Llama(config, causal_attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + (parameter.ndim == 1))
+        for name, parameter in model.named_parameters():
+            around = 1.0 - config.norm_offset if name.endswith("norm.weight") else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + around)
     return model
 
 
@@ -283,6 +284,8 @@ def whole(
     found = {name: torch.full(shape, torch.nan) for name, shape in weight_shapes(config).items()}
     for stage in range(case.pp):
         for local, names in local_tensors(partition, stage).items():
+            if config.tie_word_embeddings and names == [HEAD]:
+                continue  # a parameter of its own in files alone
             for rank in range(case.tp):
                 held, row = shards[stage * case.tp + rank][local], 0
                 for name in names:

@@ -167,6 +167,7 @@ class NxDEngine(SpreadEngine):
             if parameter.grad is None and not hasattr(parameter, "main_grad"):
                 parameter.grad = torch.zeros_like(parameter)
         self._groups.tensor.sum(self._shards.partial_gradients(parameters))
+        self._shards.sum_copies(parameters)
         if self._sharded is not None:
             self._sharded.reduce()
         else:

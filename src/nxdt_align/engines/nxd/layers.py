@@ -38,7 +38,8 @@ class GateUp(ColumnParallelLinear):  # type: ignore[misc]
     """Gate and up in one matrix: each rank's rows are its gate's, then its up's (a stride of 2)."""
 
     def __init__(self, config: LlamaConfig, **settings: Any) -> None:
-        super().__init__(config.hidden_size, 2 * config.intermediate_size, stride=2, **settings)
+        size = 2 * config.intermediate_size
+        super().__init__(config.hidden_size, size, stride=2, bias=config.mlp_bias, **settings)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = super().forward(x).chunk(2, dim=-1)
@@ -64,6 +65,25 @@ class GatheringNorm(LlamaRMSNorm):
         return swap_first_two(whole)
 
 
+class ProjectionNorm(LlamaRMSNorm):
+    """A norm over all heads of q or k, of which each rank has some.
+
+    Args:
+        size: entries of this rank's heads.
+        entries: those of all ranks, copies counted.
+    """
+
+    def __init__(self, size: int, config: LlamaConfig, entries: int) -> None:
+        super().__init__(size, config)
+        self._entries = entries
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        total = mappings.reduce_from_tensor_model_parallel_region(x.pow(2).sum(-1, keepdim=True))
+        # Each rank's heads depend on it, so that its gradient is the sum of the ranks', too.
+        whole: Tensor = mappings.copy_to_tensor_model_parallel_region(total)
+        return whole / self._entries
+
+
 def parallelize(llama: Llama, parallel: Parallel, dtype: torch.dtype, *, cpu_mode: bool) -> None:
     """Replace the modules of a Llama that is on the meta device, in place.
 
@@ -78,7 +98,6 @@ class _Swap:
     def __init__(self, config: LlamaConfig, parallel: Parallel, dtype: torch.dtype, cpu_mode: bool) -> None:
         self._config, self._parallel, self._dtype, self._cpu_mode = config, parallel, dtype, cpu_mode
         self._common = {
-            "bias": False,
             "dtype": dtype,
             # With its default, float32, NxD loses the input's gradient of a bf16 layer: it reduces a
             # copy and returns the original.
@@ -100,13 +119,19 @@ class _Swap:
         for module in body.layers.modules():
             if isinstance(module, LlamaAttention):
                 module.qkv_proj = self._qkv()
+                queries = config.num_attention_heads * config.head_dim
                 module.o_proj = AttentionOutput(
-                    config.num_attention_heads * config.head_dim, config.hidden_size, **self._row
+                    queries, config.hidden_size, bias=config.output_bias, **self._row
                 )
+                if config.qk_norm == "projection":
+                    copies = self._parallel.kv_multiplier
+                    keys = config.num_key_value_heads * config.head_dim * copies
+                    module.q_projection_norm = self._projection_norm(queries)
+                    module.k_projection_norm = self._projection_norm(keys)
             elif isinstance(module, LlamaMLP):
                 module.gate_up_proj = GateUp(config, **self._column)
                 module.down_proj = RowParallelLinear(
-                    config.intermediate_size, config.hidden_size, **self._row
+                    config.intermediate_size, config.hidden_size, bias=config.mlp_bias, **self._row
                 )
         if self._parallel.sequence_parallel:
             body.norm = GatheringNorm(config.hidden_size, config).to(dtype=self._dtype)
@@ -115,6 +140,10 @@ class _Swap:
             llama.lm_head = ColumnParallelLinear(
                 config.hidden_size, config.vocab_size, bias=False, gather_output=False, dtype=self._dtype
             )
+
+    def _projection_norm(self, entries: int) -> ProjectionNorm:
+        norm = ProjectionNorm(entries // self._parallel.tensor, self._config, entries)
+        return norm.to(dtype=self._dtype)
 
     def _qkv(self) -> Any:
         kind = self._parallel.qkv
@@ -146,7 +175,10 @@ def mark(name: str, parameter: nn.Parameter, split: Split, parallel: Parallel) -
     for attribute in ("tensor_model_parallel", "partition_dim", "partition_stride", "num_partitions"):
         if hasattr(parameter, attribute):
             delattr(parameter, attribute)
-    stride = {"gate_up_proj.weight": 2, "qkv_proj.weight": 3}
+    stride = {
+        **dict.fromkeys(("gate_up_proj.weight", "gate_up_proj.bias"), 2),
+        **dict.fromkeys(("qkv_proj.weight", "qkv_proj.bias"), 3),
+    }
     set_tensor_model_parallel_attributes(
         parameter,
         is_parallel=True,

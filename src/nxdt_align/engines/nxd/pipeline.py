@@ -93,10 +93,10 @@ class StagedScorer(nn.Module):
     def forward(self, input_ids: Tensor, position_ids: Tensor, key_start: Tensor, key_stop: Tensor) -> Tensor:
         body = self.llama.model
         assert body.embed_tokens is not None and body.norm is not None
-        x = body.embed_tokens(input_ids)
+        x = body.scaled_embedding(body.embed_tokens(input_ids))
         where = self.places(position_ids, key_start, key_stop)
         for number, layer in enumerate(body.layers.children()):
-            x = layer(x, where[0], body.context_of(layer, where[1]))
+            x = layer(x, body.rotary_of(layer, where[0]), body.context_of(layer, where[1]))
             if number in self._ends:
                 # In the trace this comes after the cut: it is the next stage's own.
                 where = self.places(position_ids, key_start, key_stop)
@@ -171,7 +171,8 @@ class PipelineRunner:
 
     def _cut(self, count: int) -> NxDPPModel:
         body = self._scorer.llama.model
-        leaves = {type(module).__name__ for module in (body.norm, self._staged.places, self._staged.reader)}
+        opaque = (body.norm, body.scaled_embedding, self._staged.places, self._staged.reader)
+        leaves = {type(module).__name__ for module in opaque}
         model = NxDPPModel(
             self._staged,
             transformer_layer_cls=LlamaDecoderLayer,

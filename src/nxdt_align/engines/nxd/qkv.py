@@ -71,9 +71,18 @@ class SharedKVProjection(GQAQKVColumnParallelLinear):  # type: ignore[misc]
             kv_size_multiplier=kv_multiplier,
             fuse_qkv=fused,
         )
+        if config.qkv_bias:
+            # NxD's forward pass adds biases that are there, but its own making of them fails.
+            self._make_biases(dtype, fused)
         if cpu_mode:
             # NxD's own reduces through XLA here, which is wrong without XLA devices.
             self._forward_impl = project_in_cpu_mode
+
+    def _make_biases(self, dtype: torch.dtype, fused: bool) -> None:
+        queries, keys = self.q_output_size_per_partition, self.kv_output_size_per_partition
+        sizes = {"q": queries, "k": keys, "v": keys}
+        for part, size in ({"qkv": sum(sizes.values())} if fused else sizes).items():
+            setattr(self, f"bias_{part}", nn.Parameter(torch.empty(size, dtype=dtype)))
 
     def forward(self, x: Tensor) -> QKVs:
         return batch_first(super().forward(x), self.sequence_parallel_enabled)
@@ -116,6 +125,7 @@ class SeparateProjection(nn.Module):
     def __init__(self, config: LlamaConfig, **settings: Any) -> None:
         super().__init__()
         head = config.head_dim
+        settings = {"bias": config.qkv_bias, **settings}
         self.sequence_parallel = bool(settings["sequence_parallel_enabled"])
         queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
         self.q_proj = ColumnParallelLinear(config.hidden_size, queries, **settings)
@@ -131,7 +141,7 @@ class CoalescedProjection(ColumnParallelLinear):  # type: ignore[misc]
 
     def __init__(self, config: LlamaConfig, **settings: Any) -> None:
         width = config.num_attention_heads * config.head_dim
-        super().__init__(config.hidden_size, 3 * width, stride=3, **settings)
+        super().__init__(config.hidden_size, 3 * width, stride=3, bias=config.qkv_bias, **settings)
 
     def forward(self, x: Tensor) -> QKVs:
         q, k, v = super().forward(x).chunk(3, dim=-1)

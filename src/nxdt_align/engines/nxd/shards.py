@@ -17,7 +17,7 @@ from nxdt_align.engines.ranks import Group, Groups
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import Partition, local_tensors
 from nxdt_align.models.presets import LlamaConfig, weight_shapes
-from nxdt_align.models.sharding import KV_HEADS, split_of
+from nxdt_align.models.sharding import EACH_HEAD, KV_HEADS, split_of
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,50 @@ class Shards:
         return total.sqrt()
 
     def partial_gradients(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Tensor]:
-        """Gradients of which each tensor-parallel rank has a part: those of the norms under sequence
-        parallel, which see other tokens on each rank."""
-        if not self._parallel.sequence_parallel:
-            return []
-        return [
-            gradient
-            for local, parameter in parameters
-            if split_of(self._parts[local][0].name).replicated
-            and (gradient := getattr(parameter, "main_grad", parameter.grad)) is not None
-        ]
+        """Gradients of which each tensor-parallel rank has a part: those of the norms of heads, and under
+        sequence parallel of all that sees other tokens on each rank."""
+        found = []
+        for local, parameter in parameters:
+            split, gradient = split_of(self._parts[local][0].name), _gradient(parameter)
+            is_partial = split.replicated and (split == EACH_HEAD or self._parallel.sequence_parallel)
+            if is_partial and gradient is not None:
+                found.append(gradient)
+        return found
+
+    @torch.no_grad()
+    def sum_copies(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Give copies of kv heads the gradients of all of them together, of biases and norms: NxD's layers
+        see to those of matrices alone."""
+        if self._parallel.kv_multiplier == 1:
+            return
+        shares = []
+        for local, parameter in parameters:
+            gradient = _gradient(parameter)
+            for part in self._parts[local]:
+                is_vector = len(self.partition.whole_shape(part.name)) == 1
+                if is_vector and split_of(part.name) == KV_HEADS and gradient is not None:
+                    shares.append((part.name, part.of(gradient)))
+        # One tensor of all heads each, in which every rank adds its own.
+        wholes = [share.new_zeros(self.partition.whole_shape(name)) for name, share in shares]
+        for (name, share), whole in zip(shares, wholes, strict=True):
+            for own, there in self._places(name, share, whole):
+                there.copy_(own)
+        self._groups.tensor.sum(wholes)
+        for (name, share), whole in zip(shares, wholes, strict=True):
+            for own, there in self._places(name, share, whole):
+                own.copy_(there)
+
+    def _places(self, name: str, share: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of this rank's heads, in its share of a vector and in the whole."""
+        row = 0
+        for start, stop in self.partition.ranges(name, self._groups.tensor.rank)[1]:
+            yield share[row : row + stop - start], whole[start:stop]
+            row += stop - start
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    gradient: Tensor | None = getattr(parameter, "main_grad", parameter.grad)
+    return gradient
 
 
 def _check_vocabulary(partition: Partition) -> None:

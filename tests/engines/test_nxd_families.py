@@ -1,0 +1,110 @@
+"""Models of every family on engine nxd, over tensor-parallel ranks and stages, against the plain model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from families_fixture import CONFIGS, window
+from nxd_fixture import (
+    Case,
+    batches_of,
+    examples,
+    gradients_of,
+    objective,
+    one_copy,
+    plain,
+    require_nxd,
+    run_ranks,
+    start,
+    weights,
+    whole,
+)
+from oracle import dpo_loss, gradients, orpo_loss
+
+from nxdt_align.models.presets import LlamaConfig
+
+pytestmark = pytest.mark.nxd
+
+WIDE = {name: replace(window(config, 24), num_attention_heads=8) for name, config in CONFIGS.items()}
+"""Eight query heads to two kv heads; windows that some pairs exceed."""
+SPREADS = {
+    "tp2": Case(tp=2),
+    "tp2 sp": Case(tp=2, sp=True),
+    "tp2 sp, fused": Case(tp=2, sp=True, qkv="fused"),
+    "tp2, separate": Case(tp=2, qkv="separate", sp=True),
+    "tp4, kv copies": Case(tp=4, kv=2),
+    "tp4 sp, kv copies": Case(tp=4, kv=2, sp=True),
+    "tp4 sp, kv copies, fused": Case(tp=4, kv=2, sp=True, qkv="fused"),
+    "tp2, coalesced": Case(tp=2, qkv="coalesced", sp=True),
+    "tp2 pp2 sp": Case(tp=2, pp=2, sp=True),
+    "pp2": Case(pp=2),
+    "tp2 dp2": Case(tp=2, dp=2, sp=True),
+}
+USUAL = ("tp2 sp", "tp4 sp, kv copies", "tp2 pp2 sp")
+ROW = 75
+"""Tokens that two ranks do not divide."""
+TOLERANCE = 2e-5
+"""Of a gradient's largest entry."""
+
+
+def config_of(name: str, spread: str) -> LlamaConfig:
+    """As many kv heads as query heads where one layer has all; a head of its own in a pipeline."""
+    case, config = SPREADS[spread], WIDE[name]
+    heads = config.num_attention_heads if case.qkv == "coalesced" else config.num_key_value_heads
+    tied = config.tie_word_embeddings and case.pp == 1
+    return replace(config, num_key_value_heads=heads, tie_word_embeddings=tied)
+
+
+def step(spread: str, name: str, loss: str) -> dict[str, Any]:
+    case, config = SPREADS[spread], config_of(name, spread)
+    built = start(case, config)
+    if loss == "dpo":
+        built.load_reference(weights(1, config))
+    output = built.step(batches_of(built, "shared_prompt", ROW), objective(loss))
+    found = gradients_of(built)
+    return {"loss": output.loss, "gradients": found, "norm": built.clip_gradients(0.1)}
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """(spread, family) -> what the ranks found, of the cases that this session is asked for."""
+    require_nxd()
+    asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    pairs = [(p["spread"], p["name"]) for p in asked if "spread" in p]
+    results = {}
+    for world in sorted({SPREADS[spread].world for spread, _ in pairs}):
+        here = [pair for pair in pairs if SPREADS[pair[0]].world == world]
+        jobs = [(step, (*pair, _loss(*pair))) for pair in here]
+        ranks = run_ranks(world, jobs, tmp_path_factory.mktemp("ranks") / str(world))
+        results |= dict(zip(here, ranks, strict=True))
+    return results
+
+
+def _loss(spread: str, name: str) -> str:
+    return "dpo" if spread == "tp2 sp" else "orpo"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "spread", [pytest.param(s, marks=() if s in USUAL else pytest.mark.full) for s in SPREADS]
+)
+def test_as_the_plain_model(found: dict[str, Any], spread: str, name: str) -> None:
+    case, config, loss = SPREADS[spread], config_of(name, spread), _loss(spread, name)
+    model = plain(0, config)
+    pairs = examples().examples
+    wanted = dpo_loss(model, plain(1, config), pairs, 0.1) if loss == "dpo" else orpo_loss(model, pairs, 0.1)
+    expected = gradients(wanted, model)
+    ranks = found[spread, name]
+    for rank in ranks:
+        torch.testing.assert_close(rank["loss"], wanted.detach(), rtol=2e-6, atol=2e-6)
+    for copy in range(case.dp):
+        got = whole(case, config, [rank["gradients"] for rank in one_copy(case, ranks, copy)])
+        for key, gradient in expected.items():
+            error = float((got[key] - gradient).abs().max() / gradient.abs().max())
+            assert error <= TOLERANCE, f"{key}: {error:.1e}"
+    norm = torch.stack([g.square().sum() for g in expected.values()]).sum().sqrt()
+    for rank in ranks:
+        torch.testing.assert_close(rank["norm"], norm, rtol=1e-5, atol=0)
