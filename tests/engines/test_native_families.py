@@ -23,8 +23,8 @@ LONG = random_examples(6, 3, prompt=(1, 30), response=(1, 14))
 @pytest.mark.parametrize("layout", ["none", "packed", "shared_prompt"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layouts(name: str, layout: str, attention: str) -> None:
-    """Windows that some pairs, and no response, exceed."""
-    shape = window(CONFIGS[name], 16)
+    """Windows that some pairs exceed; some responses too, where a layer sees them whole."""
+    shape = window(CONFIGS[name], 9 if CONFIGS[name].layer_types else 16)
     case = Case(shape=shape, std=STD, layout=layout, attention=attention, steps=1, given=LONG, data=1)  # type: ignore[arg-type]
     assert_as([run_case(0, case)], oracle(case))
 

@@ -160,6 +160,7 @@ class Case:
             micro_batch_size=1,
             min_micro_batches=self.min_micro_batches,
             window=self.shape.sliding_window,
+            only_local=self.shape.layer_types is None,
         )
         dataset = StepDataset(examples, planner, self.layout, self.topology(rank))  # type: ignore[arg-type]
         return dataset[tuple(range(len(examples)))]

@@ -77,6 +77,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         with_prompts: the loss needs the prompts' log-probabilities too.
         fixed_micro_batches: the same number at every step of a bucket, see RowPlanner.
         window: tokens that the model's local layers see; None for a model without such layers.
+        only_local: no layer sees more than the window.
         row_multiple: see RowPlanner.
     """
 
@@ -92,6 +93,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         with_prompts: bool = False,
         fixed_micro_batches: bool = False,
         window: int | None = None,
+        only_local: bool = True,
         row_multiple: int = 1,
     ) -> None:
         super().__init__()
@@ -103,7 +105,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._round_size = round_size
         self._with_prompts = with_prompts
         self._fixed_micro_batches = fixed_micro_batches
-        self._window, self._row_multiple = window, row_multiple
+        self._window, self._only_local, self._row_multiple = window, only_local, row_multiple
         self._references: dict[Split, npt.NDArray[Any]] = {}
         self.splits: dict[Split, StepDataset] = {
             "train": self._load(_sources(config.data.train_dir), "train")
@@ -164,6 +166,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             with_prompts=self._with_prompts,
             fixed_micro_batches=self._fixed_micro_batches,
             window=self._window,
+            only_local=self._only_local,
             row_multiple=self._row_multiple,
             name=f"data.{split}_dir",
         )

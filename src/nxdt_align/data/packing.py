@@ -114,10 +114,12 @@ class RowPlanner:
         seq_length: the longest sequence after truncation; the row length of layout none.
         with_prompts: leave room for predicted prompt tokens.
         window: tokens that the model's local layers see; None for a model without such layers.
+        only_local: no layer sees more than the window.
         row_multiple: row lengths are multiples of this, as a device's kernel may require.
         name: name of the data set, for messages.
 
-    Raises UserError for buckets that do not hold the data, and for a window shorter than a response.
+    Raises UserError for buckets that do not hold the data, and for a response that is longer than all that a
+    token sees.
     """
 
     def __init__(
@@ -135,10 +137,12 @@ class RowPlanner:
         with_prompts: bool = False,
         fixed_micro_batches: bool = False,
         window: int | None = None,
+        only_local: bool = True,
         row_multiple: int = 1,
         name: str = "the data",
     ) -> None:
-        _check_window(window, lengths, name)
+        if only_local:
+            _check_window(window, lengths, name)
         self.window = window
         self.layout: Layout = layout
         self.ranks = ranks

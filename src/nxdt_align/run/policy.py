@@ -68,6 +68,7 @@ class Policy:
             examples_per_step=batch_size,
             seq_length=longest,
             window=self.config.sliding_window,
+            only_local=self.config.layer_types is None,
         )
         rows = StepDataset(pairs, planner, "shared_prompt", Topology())
         sums = torch.zeros(len(pairs), 2)
