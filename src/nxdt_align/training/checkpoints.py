@@ -178,7 +178,7 @@ class RunCheckpoint(NeMoModelCheckpoint):  # type: ignore[misc]
         return {self.monitor, *re.findall(r"\{(.*?)[:\}]", self.filename or "")}
 
     def _uses_validation(self, trainer: Trainer) -> bool:
-        data: Any = trainer.datamodule
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.enable_validation or "val" not in data.splits:
             return False
         known = trainer.callback_metrics.keys() | _module(trainer).step_metric_names | {"step", "epoch"}
