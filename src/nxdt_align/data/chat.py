@@ -40,10 +40,10 @@ class ChatTemplate:
                 f"{place}: the record holds chat messages, but the tokenizer has no chat template. Use the "
                 "tokenizer of a chat model, add a chat_template to it, or give prompt and responses as text"
             )
-        head = self._render(prompt, tools, for_answer=True)
+        (head,) = self._render([prompt], tools, for_answer=True)
         answers = []
-        for response in responses:
-            full = self._render([*prompt, _as_turn(response)], tools, for_answer=False)
+        wholes = [[*prompt, _as_turn(response)] for response in responses]
+        for full in self._render(wholes, tools, for_answer=False) if wholes else []:
             if not full.startswith(head) or full == head:
                 raise BadRecord(
                     "no common beginning in the chat template",
@@ -115,7 +115,7 @@ class ChatTemplate:
             for at in conversation
         ]
         try:
-            text = self._render(marked, None, for_answer=False)
+            (text,) = self._render([marked], None, for_answer=False)
         except BadRecord:
             return set()
         closers = tuple(self._closers)
@@ -127,10 +127,13 @@ class ChatTemplate:
         texts = [None if end is None else str(self._tokenizer.convert_ids_to_tokens(end)), self._special.eos]
         return [text for text in dict.fromkeys(texts) if text]
 
-    def _render(self, messages: list[Message], tools: Tools, *, for_answer: bool) -> str:
+    def _render(self, conversations: list[list[Message]], tools: Tools, *, for_answer: bool) -> list[str]:
+        """The text of each conversation: in one call, as each has its price."""
+        if not all(conversations):
+            raise BadRecord("refused by the chat template", _refusal(ValueError("it has no message")))
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
+            texts = self._tokenizer.apply_chat_template(
+                conversations,
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=for_answer,
@@ -141,14 +144,15 @@ class ChatTemplate:
         # A template is a program: it refuses with TemplateError, and may run into any fault of Python's.
         except Exception as error:
             raise BadRecord("refused by the chat template", _refusal(error)) from error
-        assert isinstance(text, str)
-        if len(text) > LONGEST_TEXT:
+        found = [str(text) for text in texts]
+        longest = max(map(len, found))
+        if longest > LONGEST_TEXT:
             raise BadRecord(
                 "too long",
-                f"the tokenizer's chat template writes {len(text):,} characters for the conversation, more "
+                f"the tokenizer's chat template writes {longest:,} characters for the conversation, more "
                 f"than {LONGEST_TEXT:,}; shorten the record, or mend the template",
             )
-        return text
+        return found
 
     @cached_property
     def turn_end(self) -> tuple[int | None, list[int]]:
