@@ -34,6 +34,10 @@ class SpecialTexts:
             pad=written(tokenizer.pad_token_id),
         )
 
+    def occur_in(self, text: str) -> bool:
+        """Whether the text has BOS or EOS anywhere: others are as they should be."""
+        return (self.bos is not None and self.bos in text) or (self.eos is not None and self.eos in text)
+
     def prompt(self, text: str) -> str:
         """``text`` with one BOS where it begins with several, or with white space before one."""
         begins = self._after_bos(text)
@@ -42,8 +46,6 @@ class SpecialTexts:
     def response(self, text: str) -> str:
         """``text`` without a BOS at its start, and where it ends with EOS, with one and nothing behind it."""
         text = self.without_bos(text)
-        if self.eos is None or self.eos not in text:  # As in most texts: the quick answer.
-            return text
         end = ends_at(text, [t for t in (self.eos, self.pad, self.bos) if t], must_have=[self.eos])
         return text if end is None or text[end:] == self.eos else f"{text[:end]}{self.eos}"
 
@@ -54,7 +56,7 @@ class SpecialTexts:
     def _after_bos(self, text: str) -> int:
         """Where the text goes on behind the BOS tokens that it begins with; 0 if it begins with none."""
         after = place = 0
-        while self.bos is not None and (place or self.bos in text):
+        while self.bos is not None:
             while place < len(text) and text[place].isspace():
                 place += 1
             if not text.startswith(self.bos, place):

@@ -327,6 +327,8 @@ class Tokenization:
 
     def _once(self, texts: Texts, ends: bool = True) -> Texts:
         """The texts with each special token once; ``ends``: EOS, too."""
+        if not any(map(self._special.occur_in, (texts.prompt, *texts.responses))):
+            return texts  # As in most texts: the quick answer.
         of_response = self._special.response if ends else self._special.without_bos
         return Texts(self._special.prompt(texts.prompt), [of_response(text) for text in texts.responses])
 
