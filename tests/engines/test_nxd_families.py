@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from nxd_fixture import (
 from oracle import dpo_loss, gradients, orpo_loss
 
 from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.weights.nxdt import NxDTFolder
 
 pytestmark = pytest.mark.nxd
 
@@ -108,3 +110,19 @@ def test_as_the_plain_model(found: dict[str, Any], spread: str, name: str) -> No
     norm = torch.stack([g.square().sum() for g in expected.values()]).sum().sqrt()
     for rank in ranks:
         torch.testing.assert_close(rank["norm"], norm, rtol=1e-5, atol=0)
+
+
+def saved(name: str, folder: str) -> None:
+    config = config_of(name, "tp4 sp, kv copies")
+    start(SPREADS["tp4 sp, kv copies"], config).save(Path(folder), None, {})
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+def test_the_converter_reads_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """Biases and norms of heads that have copies, too."""
+    require_nxd()
+    config = config_of(name, "tp4 sp, kv copies")
+    run_ranks(4, [(saved, (name, str(tmp_path / "saved")))], tmp_path / "ranks")
+    source = NxDTFolder(tmp_path / "saved", config)
+    for key, parameter in plain(0, config).named_parameters():
+        assert source.read(key).equal(parameter), key

@@ -175,3 +175,25 @@ def test_memory_of_a_long_row_is_far_below_its_logits() -> None:
     """8,192 positions x 128,256 tokens: full fp32 logits are 3.9 GiB; here the peak grows by < 1 GiB."""
     done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)
     assert 0.1 < float(done.stdout) < 0.93
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("tile_bytes", [2**23, 64 * 64 * 4])
+def test_capped_logits(compact: bool, tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs, gradients and statistics of 3 * tanh(logits / 3), most of them capped, over one tile
+    or many."""
+    monkeypatch.setattr(logprobs, "CACHED_BYTES", tile_bytes)
+    hidden, head, labels, weights = sample(vocabulary=300, positions=200)
+    capped = 3 * torch.tanh(hidden @ head.T / 3)
+    kept = labels != IGNORE_LABEL
+    wanted = capped.log_softmax(-1).gather(-1, torch.where(kept, labels, 0)[..., None]).squeeze(-1) * kept
+    wanted_grads = torch.autograd.grad((wanted * weights).sum(), [hidden, head])
+    names: tuple[TokenStatistic, ...] = ("mean_logit", "entropy")
+    logps, (mean, entropy) = token_logps(hidden, head, labels, compact=compact, wanted=names, softcap=3.0)
+    grads = torch.autograd.grad((logps * weights).sum(), [hidden, head])
+    torch.testing.assert_close(logps, wanted.detach(), atol=2e-6, rtol=1e-6)
+    for got, want in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mean, capped.detach().mean(-1) * kept, atol=1e-5, rtol=1e-5)
+    logs = capped.detach().log_softmax(-1)
+    torch.testing.assert_close(entropy, -(logs.exp() * logs).sum(-1) * kept, atol=1e-5, rtol=1e-5)
