@@ -58,7 +58,7 @@ def conversion_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if values.pop("hw_backend", "trn1") != "trn1":
         raise UserError("--hw_backend: must be trn1; the order of heads for trn2 is not supported")
     # Accepted for NxD Training's command lines; their only valid values mean nothing here.
-    for name in ("verb", "help_keys", "model_style", "input_dir", "output_dir"):
+    for name in ("verb", "command", "help_keys", "model_style", "input_dir", "output_dir"):
         values.pop(name, None)
     size = values.pop("max_shard_size")
     return values | {"source": source, "destination": destination, "max_shard_bytes": int(size * 1e9)}

@@ -38,7 +38,7 @@ class Terminal(logging.StreamHandler):  # type: ignore[type-arg]
 
         try:
             tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:
+        except (OSError, ValueError):  # a terminal that is gone, or closed
             self.handleError(record)
 
 
