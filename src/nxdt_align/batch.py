@@ -191,7 +191,9 @@ class Batch:
         return self._sum_from(self.slot_valid.shape[1], values)
 
     def _sum_from(self, first: int, values: Tensor) -> Tensor:
-        slots = torch.arange(first, first + self.slot_valid.shape[1], device=values.device)
+        slots = torch.arange(
+            first, first + self.slot_valid.shape[1], dtype=self.slot_index.dtype, device=values.device
+        )
         counts_for = (self.slot_index[:, :, None] == slots) & (self.labels != IGNORE_LABEL)[:, :, None]
         return torch.where(counts_for, values[:, :, None], 0.0).sum(1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -121,7 +122,8 @@ def test_bf16_operands_accumulate_in_fp32() -> None:
     torch.testing.assert_close(logps, whole(hidden, head, labels), atol=1e-5, rtol=1e-5)
 
 
-def test_two_shards_of_the_vocabulary_equal_the_whole() -> None:
+@pytest.mark.parametrize("start", [int, lambda first: torch.tensor([first])], ids=["number", "tensor"])
+def test_two_shards_of_the_vocabulary_equal_the_whole(start: Callable[[int], int | Tensor]) -> None:
     """Each rank by itself, its reductions completed with what the other rank would have given."""
     hidden, head, labels, weights = sample()
     with torch.no_grad():
@@ -140,7 +142,7 @@ def test_two_shards_of_the_vocabulary_equal_the_whole() -> None:
         # The order of reductions of one chunk: the norm, then the target.
         queue = iter([(other - whole_max[:, None]).exp().sum(-1), target])
         shard = VocabShard(
-            25 * rank, lambda m: whole_max, lambda v, q=queue: v + next(q) if v.ndim == 1 else v
+            start(25 * rank), lambda m: whole_max, lambda v, q=queue: v + next(q) if v.ndim == 1 else v
         )
         leaf = part.detach().requires_grad_()
         logps, _ = token_logps(hidden, leaf, labels, shard=shard)

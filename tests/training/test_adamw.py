@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nxdt_align.training.adamw import AdamWFP32OptState, keep_saved_dtypes
+from nxdt_align.training.adamw import AdamWFP32OptState, AdamWInGraph, keep_saved_dtypes
 
 SETTINGS: dict[str, Any] = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 
@@ -39,6 +39,25 @@ def test_fp32_is_torch_adamw_bit_for_bit(variant: dict[str, Any]) -> None:
         assert torch.equal(a, b)
         for name, value in reference.state[b].items():
             assert torch.equal(mine.state[a][name], value)
+
+
+@pytest.mark.parametrize("variant", [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}])
+def test_the_update_of_a_compiled_graph_is_torchs(variant: dict[str, Any]) -> None:
+    """But for the last digits of a power, which count most in the first steps. No gradient, no update."""
+    ours, theirs = parameters(), parameters()
+    settings = SETTINGS | {"betas": (0.9, 0.999)} | variant
+    mine, reference = AdamWInGraph(ours, **settings), torch.optim.AdamW(theirs, **settings)
+    for step in range(7):
+        for optimizer, params in ((mine, ours), (reference, theirs)):
+            params[2].grad = None
+            take_step(optimizer, params[:2], step)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert ours[2] not in mine.state
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        assert mine.state[a].keys() == reference.state[b].keys()
+        for name, value in reference.state[b].items():
+            torch.testing.assert_close(mine.state[a][name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_a_parameter_without_gradient_stays() -> None:

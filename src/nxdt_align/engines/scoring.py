@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nxdt_align.batch import Batch, TokenStatistic
+from nxdt_align.batch import INT32_DEVICES, Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.ranks import Group
 from nxdt_align.engines.settings import Parallel
@@ -89,6 +89,10 @@ class Scorer(nn.Module):
         """This rank's rows of it."""
         return self.llama.head_weight
 
+    def _first_token(self, labels: Tensor) -> int | Tensor:
+        """Of this rank's rows of the head."""
+        return on_device(self._tensor.rank * self.head.shape[0], labels)
+
     def read(self, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         """The head, over what ``run`` gives where the last layer and the norm are: (B, S, D).
 
@@ -106,12 +110,20 @@ class Scorer(nn.Module):
             at_responses,
             head,
             rows.labels,
-            shard=VocabShard(tensor.rank * head.shape[0], tensor.largest, tensor.summed),
+            shard=VocabShard(self._first_token(rows.labels), tensor.largest, tensor.summed),
             compact=self._compact,
             wanted=[name for name in wanted if name != "logits"],
             softcap=cap,
         )
         return TokenLogps(rows.spread(logps), tuple(rows.spread(each) for each in statistics), logits)
+
+
+def on_device(number: int, like: Tensor) -> int | Tensor:
+    """A rank's own number, which its graph must not be made of: (1,) in ``like``'s dtype where that is on a
+    device of compiled graphs."""
+    if like.device.type not in INT32_DEVICES:
+        return number
+    return torch.tensor([number], dtype=like.dtype).to(like.device)
 
 
 class WholeRunner:

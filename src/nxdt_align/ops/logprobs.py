@@ -40,8 +40,9 @@ class VocabShard:
     The default is the whole vocabulary on one rank.
     """
 
-    start: int = 0
-    """First token id of this rank's rows of the head."""
+    start: int | Tensor = 0
+    """First token id of this rank's rows of the head. Where a step is a compiled graph: (1,) integer, on the
+    device, as a number would make each rank's graph another one."""
     reduce_max: Callable[[Tensor], Tensor] = _identity
     reduce_sum: Callable[[Tensor], Tensor] = _identity
 

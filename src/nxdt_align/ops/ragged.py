@@ -63,7 +63,11 @@ class PaddedRows:
 
     def at_responses(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, T, D)."""
-        return hidden.gather(1, self._positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        # Not gather, which XLA does element by element, in both passes: D times as many descriptors.
+        rows, size, width = hidden.shape
+        firsts = torch.arange(0, rows * size, size, dtype=self._positions.dtype, device=hidden.device)
+        index = (self._positions + firsts[:, None]).flatten()
+        return hidden.flatten(0, 1).index_select(0, index).view(*self._positions.shape, width)
 
     def spread(self, values: Tensor) -> Tensor:
         return values

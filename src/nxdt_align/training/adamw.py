@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -74,6 +75,10 @@ class AdamWFP32OptState(AdamW):
         gradients = [
             p.grad.to(v.dtype) for p, v in zip(parameters, values, strict=True) if p.grad is not None
         ]
+        if _is_recorded(parameters):
+            for value, gradient, state in zip(values, gradients, states, strict=True):
+                update_in_graph(value, gradient, state, group)
+            return
         beta1, beta2 = group["betas"]
         adamw(
             values,
@@ -105,6 +110,54 @@ class AdamWFP32OptState(AdamW):
             for name in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
         return state
+
+
+class AdamWInGraph(AdamW):
+    """torch's AdamW for a device whose step is a compiled graph, see ``update_in_graph``."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                # A parameter at a time: it makes the state, and tells whether there is one.
+                lists: list[list[Tensor]] = [[] for _ in range(6)]
+                self._init_group({**group, "params": [parameter]}, *lists)  # type: ignore[no-untyped-call]
+                update_in_graph(parameter, parameter.grad, self.state[parameter], group)
+        return loss
+
+
+def update_in_graph(value: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    """One AdamW step on ``value``, in place, of operations that Trainium has.
+
+    torch's capturable step raises the betas to the power of a tensor, and computes with a number of 64 bits:
+    1 - beta2. Powers are exponentials here, beta ** t = exp(t ln beta); the largest difference is in their
+    last digit.
+    """
+    beta1, beta2 = group["betas"]
+    rate, first, second = group["lr"], state["exp_avg"], state["exp_avg_sq"]
+    if group["maximize"]:
+        gradient = -gradient
+    state["step"] += 1
+    share1, share2 = (1 - torch.exp(state["step"] * math.log(beta)) for beta in (beta1, beta2))
+    value.mul_(1 - rate * group["weight_decay"])
+    first.mul_(beta1).add_(gradient * (1 - beta1))
+    second.mul_(beta2).add_(gradient * gradient * (1 - beta2))
+    largest = second
+    if group["amsgrad"]:
+        largest = torch.maximum(state["max_exp_avg_sq"], second)
+        state["max_exp_avg_sq"].copy_(largest)
+    value.sub_(first / (largest.sqrt() / share2.sqrt() + group["eps"]) * (rate / share1))
+
+
+def _is_recorded(parameters: list[Tensor]) -> bool:
+    return all(parameter.device.type == "xla" for parameter in parameters)
 
 
 def keep_saved_dtypes(optimizer: Optimizer) -> None:

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from nxdt_align.config.fields import is_dotted
 from nxdt_align.config.optim import FIXED_SETTINGS, SCHEDULERS
 from nxdt_align.errors import UserError
 from nxdt_align.own_parts import OwnPartError, find_class
-from nxdt_align.training.adamw import AdamWFP32OptState, keep_saved_dtypes
+from nxdt_align.training.adamw import AdamWFP32OptState, AdamWInGraph, keep_saved_dtypes
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -121,6 +121,8 @@ def build_optimizer(
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if v is not None}
     kwargs: dict[str, Any] = FIXED_SETTINGS.get(name, {}) | given
     parameters = [parameter for _, parameter in named_parameters]
+    if cls is AdamW and all(parameter.device.type == "xla" for parameter in parameters):
+        cls = AdamWInGraph
     kwargs |= _step_implementation(name, kwargs, parameters, can_be_captured="capturable" in taken)
     groups = parameter_groups(named_parameters, layer_norm_weight_decay=layer_norm_weight_decay)
     if "weight_decay" not in taken:

@@ -29,9 +29,25 @@ from nxdt_align.engines.nxd.qkv import (
     swap_first_two,
 )
 from nxdt_align.engines.nxd.settings import Parallel
+from nxdt_align.engines.scoring import on_device
 from nxdt_align.models.llama import Llama, LlamaAttention, LlamaMLP, LlamaRMSNorm
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.models.sharding import Split
+
+
+class RankFreeParallelEmbedding(ParallelEmbedding):  # type: ignore[misc]
+    """NxD's, whose graph is the same on all ranks: which token ids are here is a tensor of it. NxD's
+    pipeline knows its own layers by a part of their names."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        numbers: tuple[int, int] = (self.start_index, self.end_index)  # type: ignore[has-type]
+        self.start_index, self.end_index = (on_device(number, input_) for number in numbers)
+        try:
+            hidden: Tensor = super().forward(input_)
+        finally:
+            # What outlives the call would be a result of the graph.
+            self.start_index, self.end_index = numbers
+        return hidden
 
 
 class GateUp(ColumnParallelLinear):  # type: ignore[misc]
@@ -110,7 +126,7 @@ class _Swap:
 
     def apply(self, llama: Llama) -> None:
         config, body = self._config, llama.model
-        body.embed_tokens = ParallelEmbedding(
+        body.embed_tokens = RankFreeParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
             dtype=self._dtype,
