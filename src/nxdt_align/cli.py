@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -54,6 +54,7 @@ Preference alignment of Llama-family models from NxD Training's YAML.
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
   nxdt-align plan --config-name NAME [key=value ...]     print rows, graphs and device memory
+  nxdt-align graphs --config-name NAME [key=value ...]   what Trainium would compile, without a Trainium
   nxdt-align train --config-name NAME [key=value ...]    train, in this process
   nxdt-align launch [key=value ...]                      train.sh: as many processes as CONF_FILE asks for
   nxdt-align presets                                     list the configs
@@ -208,11 +209,32 @@ def _parser() -> argparse.ArgumentParser:
     plan = _add_verb(
         verbs, "plan", "tokenize the data and print rows, graphs and device memory, without a model"
     )
-    plan.add_argument(
-        "--import-own-parts",
-        action="store_true",
-        help="import the loss and the data format that the YAML names by dotted path, as train does",
+    graphs = _add_verb(
+        verbs,
+        "graphs",
+        "record every graph of engine nxd on a rank of the run, without running it, and say what is in it; "
+        "needs torch_xla and neuronx_distributed, but no Neuron device, weights or other rank",
     )
+    graphs.add_argument(
+        "--ranks",
+        type=_numbers,
+        default=[0],
+        metavar="R,...",
+        help="ranks to record, each in a process of its own, and to compare (default: 0)",
+    )
+    graphs.add_argument(
+        "--lengths",
+        type=_numbers,
+        metavar="P,N,...",
+        help="tokens of a prompt and of each of its responses, which stand for the data (default: the data)",
+    )
+    graphs.add_argument("--json", action="store_true", help="print JSON")
+    for verb in (plan, graphs):
+        verb.add_argument(
+            "--import-own-parts",
+            action="store_true",
+            help="import the loss, optimizer and data format that the YAML names by dotted path, as train does",
+        )
     train = _add_verb(verbs, "train", "train in this process; train.sh starts all processes of the run")
     train.add_argument(
         "--dry-run-steps", action="store_true", help="a few steps that write nothing, as with COMPILE=1"
@@ -245,6 +267,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     workers.add_argument("of_torchrun", nargs=argparse.REMAINDER, metavar="TORCHRUN'S ARGUMENTS")
     return parser
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be whole numbers between commas, but is {text!r}")
+    return [int(number) for number in numbers]
 
 
 def _add_help_keys(parser: argparse.ArgumentParser, default: str | None) -> None:
@@ -376,6 +405,46 @@ def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
 
     engine = resolve_engine(config, neuron_available())
     _show(plan_report(config, engine, import_own_parts=arguments.import_own_parts))
+    return 0
+
+
+_READ_FOR_DATA = ("data.train_dir", "data.val_dir", "data.tokenizer.type")
+
+
+def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
+    config, missing = _read(arguments, environment, checked=True)
+    unread = set(_WEIGHTS) if config.model.model_config is not None else set(_WEIGHTS[1:])
+    unread |= {*PACKAGES, "exp_manager.files_to_copy"}
+    if arguments.lengths is not None:
+        unread |= set(_READ_FOR_DATA)
+    needed = [fault for fault in missing if fault.path not in unread]
+    if any(fault.path in _READ_FOR_DATA for fault in needed):
+        _note("--lengths P,N,N takes examples of so many tokens for the data, which is then not read")
+    if needed:
+        raise ConfigError(needed, config.source)
+    show_on_terminal(rank=0)
+    from nxdt_align.run import graphs
+
+    ranks, lengths = arguments.ranks, arguments.lengths
+    if not arguments.import_own_parts:
+        graphs.refuse_own_parts(config, with_data=lengths is None)
+    if len(ranks) == 1:
+        # NxD logs to the standard output, which is the report's.
+        with redirect_stdout(sys.stderr):
+            found = graphs.reports(config, ranks[0], lengths)
+        _show(
+            json.dumps([graphs.to_dict(ranks[0], found)])
+            if arguments.json
+            else graphs.to_text(ranks[0], found)
+        )
+        return 0
+    overrides = _overrides(arguments, environment)
+    options = ["--config-name", arguments.config_name, "--json"]
+    options += [] if arguments.config_path is None else ["--config-path", str(arguments.config_path)]
+    options += [] if lengths is None else ["--lengths", ",".join(map(str, lengths))]
+    options += ["--import-own-parts"] if arguments.import_own_parts else []
+    tables = graphs.of_ranks([*options, *overrides], ranks)
+    _show(json.dumps(tables) if arguments.json else graphs.compare(tables))
     return 0
 
 
@@ -524,10 +593,11 @@ def _note(text: str) -> None:
     print(redact(f"notice: {text}"), file=sys.stderr)
 
 
-_NEED_TORCH = ("plan", "train", "workers", "convert", "export", "inspect")
+_NEED_TORCH = ("plan", "graphs", "train", "workers", "convert", "export", "inspect")
 _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "config": _config,
     "plan": _plan,
+    "graphs": _graphs,
     "train": _train,
     "launch": _launch,
     "processes": _processes,

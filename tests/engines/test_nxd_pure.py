@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -286,3 +287,18 @@ def test_values_that_would_run_code_are_refused(tmp_path: Path) -> None:
     checkpoint.SUMMARY.write(tmp_path, checkpoint.description({}, {}, False))
     with pytest.raises(CheckpointError, match=r"user_content\.pt cannot be read as plain values"):
         checkpoint.read_extra(tmp_path)
+
+
+@pytest.mark.parametrize("given", [None, "0", "1"])
+def test_the_flash_kernel_never_sees_a_downcast_of_0(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: str | None
+) -> None:
+    """NxD's kernel keeps its log-sum-exp in bf16 at exactly that value. Without the variable torch_xla
+    downcasts as little."""
+    monkeypatch.setenv("XLA_DOWNCAST_BF16", given or "")
+    if given is None:
+        monkeypatch.delenv("XLA_DOWNCAST_BF16")
+    monkeypatch.setenv("NXD_CPU_MODE", "1")
+    compat._set_environment("neuron")
+    assert "XLA_DOWNCAST_BF16" not in os.environ
+    assert ("XLA_DOWNCAST_BF16" in caplog.text) is (given == "1")

@@ -3,16 +3,19 @@ there and back without a graph of their own."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Graph, Shapes, shapes_of
@@ -103,11 +106,152 @@ def compiler(*, tells_keys: bool = True) -> XlaCompiler:
     return XlaCompiler(tells_keys=tells_keys)
 
 
+# Graphs that are recorded and never run
+
+
+@dataclass(frozen=True)
+class TracedGraph(Graph):
+    """A graph that was recorded instead of run; its ``key`` holds in this version of torch_xla alone."""
+
+    hlo: str
+    """Its text, as XLA prints an HloModule."""
+
+
+class Tracer:
+    """A Compiler that compiles nothing: it keeps each graph's text where it would be run, and puts
+    placeholders without memory in the place of its results.
+
+    So a process can record what one rank of many computes, of a model whose weights it could not hold.
+    """
+
+    def __init__(self) -> None:
+        self.traced: list[TracedGraph] = []
+        """In the order in which they would be run; a graph that is run again stands there again."""
+        self._present: tuple[str, Shapes] = ("groups and weights", ())
+
+    def begin(self, name: str, micro_batches: Sequence[Batch]) -> None:
+        self._present = (name, shapes_of(micro_batches))
+
+    def count(self) -> int:
+        return 0
+
+    def graphs(self) -> dict[str, Graph] | None:
+        return {graph.key: graph for graph in reversed(self.traced)}
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__, "torch_xla": str(_torch_xla().__version__)}
+
+    def sync(self, *_: object, **__: object) -> None:
+        """What ``torch_xla.sync`` would run, as a graph of ``traced``."""
+        library = _torch_xla()._XLAC
+        by_number: dict[int, list[Tensor]] = {}
+        for tensor in _on_device():
+            by_number.setdefault(library._xla_get_tensor_id(tensor), []).append(tensor)
+        # In the order in which they were made, as a graph has its results; else its hash would be another
+        # one each time.
+        names = [by_number[number] for number in sorted(by_number)]
+        needed = library._check_tensor_need_materialization([tensors[0] for tensors in names])
+        results = [tensors for tensors, is_needed in zip(names, needed, strict=True) if is_needed]
+        if results:
+            self._record(results)
+        # As torch_xla.sync does; else the next graph would hold this one's collectives.
+        library._set_all_reduce_token(library._xla_get_default_device(), None)
+
+    def read(self, tensor: Tensor) -> None:
+        """What reading a tensor's values would run, as a graph of ``traced``."""
+        if _torch_xla()._XLAC._check_tensor_need_materialization([tensor])[0]:
+            self._record([[tensor]])
+
+    def _record(self, results: Sequence[Sequence[Tensor]]) -> None:
+        """The graph of these results, each by every tensor that stands for it. They have no values
+        afterwards, but can be computed with."""
+        library = _torch_xla()._XLAC
+        tensors = [names[0] for names in results]
+        key = str(int.from_bytes(library._get_graph_hash(tensors), "little"))
+        self.traced.append(TracedGraph(key, *self._present, library._get_xla_tensors_hlo(tensors)))
+        for names in results:
+            _replace(names)
+
+
+def _replace(names: Sequence[Tensor]) -> None:
+    """Have tensors that stand for one value be a placeholder."""
+    value = placeholder(names[0].shape, names[0].dtype)
+    for tensor in names:
+        # With its storage, which would still hold the operations of all that was written to it.
+        tensor.data = value
+
+
+def _on_device() -> list[Tensor]:
+    """Every tensor on the device that Python can reach."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    # Gradients are autograd's own, without a Python object before they are asked for.
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    return [tensor for tensor in tensors if tensor.device.type == "xla"]
+
+
+def placeholder(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An input of the graphs to come, on the device, without memory."""
+    from torch_xla.core.xla_builder import create_placeholder_tensor
+
+    made: Tensor = create_placeholder_tensor(tuple(shape), dtype)
+    return made
+
+
+_PLACEHOLDER_BYTES = 2**20
+"""What is brought to the device while graphs are recorded is no data from here on."""
+
+
+class _Transfers(TorchFunctionMode):
+    """While graphs are recorded: what is read from the device ends a graph, as ever, and is zeros."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (Tensor.to, Tensor.cpu) or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        given, settings = args[0], {name: value for name, value in kwargs.items() if name != "copy"}
+        device, dtype = torch.device("cpu"), given.dtype
+        if func is Tensor.to:
+            wanted = torch._C._nn._parse_to(*args[1:], **settings)
+            device, dtype = wanted[0] or given.device, wanted[1] or dtype
+        if given.device.type == device.type:
+            return func(*args, **kwargs)
+        if given.device.type == "xla" and device.type == "cpu":
+            self._tracer.read(given)
+            return torch.zeros((), dtype=dtype).expand(given.shape)
+        if device.type == "xla" and given.nbytes >= _PLACEHOLDER_BYTES:
+            return placeholder(given.shape, dtype)
+        return func(*args, **kwargs)
+
+
+_tracer: Tracer | None = None
+
+
+def start_tracing() -> Tracer:
+    """From now on this process records graphs and runs none. There is no way back: values are gone."""
+    global _tracer
+    import torch_xla
+    from torch_xla.core import xla_model
+
+    if _tracer is None:
+        _tracer = Tracer()
+        _Transfers(_tracer).__enter__()  # type: ignore[no-untyped-call]
+        # NxD and torch_xla's ZeRO-1 end graphs by either name.
+        torch_xla.sync = xla_model.mark_step = _tracer.sync
+    return _tracer
+
+
 # Values
 
 
 def fetch(values: Sequence[Tensor]) -> list[float]:
     """Scalars as numbers, in one transfer; without a graph, where they were computed before."""
+    if _tracer is not None:
+        return [0.0] * len(values)
     found = _torch_xla()._XLAC._xla_get_cpu_tensors([value.detach() for value in values])
     return [float(value) for value in found]
 
@@ -120,6 +264,12 @@ def filling(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     There a copy into a tensor is an operation, so a graph to compile; a whole tensor from the CPU is none.
     """
     lazy = [name for name, tensor in tensors.items() if tensor.device.type == "xla"]
+    if _tracer is not None:
+        # Nothing to hand over, and no memory for it.
+        yield {**tensors, **{name: torch.empty_like(tensors[name], device="meta") for name in lazy}}
+        for name in lazy:
+            _replace([tensors[name]])
+        return
     on_cpu = {name: torch.empty_like(tensors[name], device="cpu") for name in lazy}
     yield {**tensors, **on_cpu}
     for name in lazy:

@@ -13,7 +13,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Compiler, Engine
 from nxdt_align.engines.nxd import checkpoint, compat
-from nxdt_align.engines.nxd.flash import CausalFlashAttention, nki_kernel
+from nxdt_align.engines.nxd.flash import CausalFlashAttention, Kernel, nki_kernel
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions, StaggeredLoad
 from nxdt_align.errors import UserError
 from nxdt_align.models.llama import Llama
@@ -28,12 +28,20 @@ log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check(config: Config, model: LlamaConfig) -> tuple[Parallel, Precision]:
-    """Layout and precision. Raises UserError if NxD is not there, or if they or the attention are not its."""
+def check(config: Config, model: LlamaConfig) -> None:
+    """Raise UserError if NxD is not there, or if layout, precision or attention are not its."""
+    _layout(config, model, _backend_of(config))
+
+
+def _backend_of(config: Config) -> compat.Backend:
     backend = compat.backend_of(config.trainer.accelerator)
     missing = find_missing_neuron_packages(cpu_mode=backend != "neuron")
     if missing is not None:
         raise UserError(missing)
+    return backend
+
+
+def _layout(config: Config, model: LlamaConfig, backend: compat.Backend) -> tuple[Parallel, Precision]:
     parallel, precision = parallel_of(config, model, backend), precision_of(config, backend)
     _check_sizes(parallel, model)
     if config.data.attention not in ("auto", "dense"):
@@ -53,16 +61,22 @@ class NxDParts:
 
     def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
         self._config, self._env, self._model = config, env, model
-        parallel, self.precision = check(config, model)
-        backend = compat.backend_of(config.trainer.accelerator)
+        backend = self._backend()
+        parallel, self.precision = _layout(config, model, backend)
         self.reference_precision = reference_precision_of(config, self.precision)
-        self.platform = compat.start(backend, env.rank, env.world_size)
+        self.platform = self._start(backend)
         self.device = self.platform.device
         self._compiler = _compiler_of(backend, mode)
         from nxdt_align.engines.nxd.mesh import make_mesh
 
         self.mesh = make_mesh(parallel, self.platform)
         self.topology = self.mesh.topology
+
+    def _backend(self) -> compat.Backend:
+        return _backend_of(self._config)
+
+    def _start(self, backend: compat.Backend) -> compat.Platform:
+        return compat.start(backend, self._env.rank, self._env.world_size)
 
     row_multiple = 1
     """Its own kernel says on the first batch what rows it takes."""
@@ -105,7 +119,10 @@ class NxDParts:
         if fault is not None:
             log.info("model.fusions.flash_attention: a mask is used, %s", fault)
             return DenseAttention()
-        return CausalFlashAttention(nki_kernel(), transpose_inputs=config.model.transpose_nki_inputs)
+        return CausalFlashAttention(self._kernel(), transpose_inputs=config.model.transpose_nki_inputs)
+
+    def _kernel(self) -> Kernel:
+        return nki_kernel()
 
 
 def _compiler_of(backend: compat.Backend, mode: RunMode) -> Compiler | None:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from nxdt_align.engines import xla
 from nxdt_align.engines.base import EngineError
 
 log = logging.getLogger(__name__)
@@ -45,13 +46,13 @@ class Platform:
 
     backend: Backend
     device: torch.device
+    alone: bool = False
+    """Whether the other ranks' processes are not there, as only graphs are recorded."""
 
     def mark_step(self) -> None:
         """End the graph that is being recorded, and run it. Nothing where nothing is recorded."""
         if self.backend != "cpu":
-            import torch_xla
-
-            torch_xla.sync()
+            xla.sync()
 
     def recompute(self) -> Callable[..., Any]:
         """How activations are computed again in the backward pass.
@@ -106,13 +107,46 @@ def start(backend: Backend, rank: int = 0, world_size: int = 1) -> Platform:
     return Platform(backend, torch_xla.device())
 
 
+def start_tracing(rank: int, world_size: int) -> Platform:
+    """One rank of ``world_size`` NeuronCores in a process of its own, whose graphs are recorded and never run
+    (``xla.start_tracing``). Needs torch_xla and NxD; no Neuron device.
+
+    Raises EngineError where NxD cannot be imported.
+    """
+    _set_environment("neuron")
+    for name, value in _TRACED.items():
+        os.environ.setdefault(name, value)
+    xla.start_tracing()
+    runtime: Any = importlib.import_module("torch_xla.runtime")
+    model: Any = importlib.import_module("torch_xla.core.xla_model")
+    # torch_xla knows of this process alone, which ZeRO-1 asks for its rank.
+    runtime.global_ordinal, runtime.global_device_count = lambda: rank, lambda: world_size
+    model.rendezvous = lambda *_, **__: []
+    import_nxd()
+    _supply_world_size()
+    importlib.import_module("torch_xla.distributed.xla_backend")
+    dist.init_process_group("xla", store=HashStore(), rank=rank, world_size=world_size)
+    return Platform("neuron", xla.device(), alone=True)
+
+
+_TRACED = {
+    "PJRT_DEVICE": "CPU",
+    _HOST_WORLD_SIZE: "1",
+    # Else torch_xla leaves out the all-reduces of what it takes for a run of one process.
+    "XLA_ALWAYS_ALLREDUCE": "1",
+}
+
+
 def _set_environment(backend: Backend) -> None:
     os.environ["NXD_CPU_MODE"] = "1" if backend == "cpu" else "0"
     for name in ("XLA_USE_BF16", "XLA_DOWNCAST_BF16"):
         if os.environ.get(name, "0") not in ("", "0"):
             # XLA would store float32 tensors as bf16: log-probabilities, master weights, sums of gradients.
-            log.warning("%s: set to 0, as engine nxd computes in bf16 where precision.type says so", name)
+            log.warning("%s: taken for 0, as engine nxd computes in bf16 where precision.type says so", name)
             os.environ[name] = "0"
+    # Means the same as 0; but at exactly 0 NxD's flash kernel keeps its log-sum-exp in bf16, which the
+    # backward pass computes every probability from: up to 3% off.
+    os.environ.pop("XLA_DOWNCAST_BF16", None)
     if backend == "neuron":
         return
     os.environ.setdefault("PJRT_DEVICE", "CPU")

@@ -6,7 +6,9 @@ Legend: ``B`` rows, ``S`` tokens, ``N`` query heads, ``K`` key-value heads, ``H`
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from nxdt_align.engines.base import EngineError
@@ -30,6 +32,41 @@ def nki_kernel() -> Kernel:
         ) from error
     kernel: Kernel = nki_flash_attn_func
     return kernel
+
+
+def traced_kernel(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, transpose_nki_inputs: bool) -> Tensor:
+    """A Kernel that computes nothing: it stands in recorded graphs, as the custom calls nki_flash_fwd and
+    nki_flash_bwd."""
+    result: Tensor = _TracedFlash.apply(q, k, v, transpose_nki_inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _TracedFlash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, transposed: bool) -> Tensor:
+        rows, heads, *rest = q.shape
+        shape = (rows, heads, *(reversed(rest) if transposed else rest))
+        out, norms = _custom_call("nki_flash_fwd", [q, k, v], [shape, shape[:3]], [q.dtype, torch.float32])
+        ctx.save_for_backward(q, k, v, out, norms)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        like = given[:3]
+        found = _custom_call(
+            "nki_flash_bwd", [*given, grad], [x.shape for x in like], [x.dtype for x in like]
+        )
+        return *found, None
+
+
+def _custom_call(
+    name: str, given: list[Tensor], shapes: list[Any], dtypes: list[torch.dtype]
+) -> list[Tensor]:
+    from torch_xla.experimental.stablehlo_custom_call import stablehlo_custom_call
+
+    result: list[Tensor] = stablehlo_custom_call(given, name, [list(shape) for shape in shapes], dtypes)
+    return result
 
 
 class CausalFlashAttention(CausalAttention):

@@ -89,7 +89,10 @@ def make_mesh(parallel: Parallel, platform: Platform) -> Mesh:
         data=Group(parallel_state.get_data_parallel_group()),
         pipeline=Group(parallel_state.get_pipeline_model_parallel_group()),
     )
-    everyone = Ranks() if dist.get_backend() == "gloo" else Ranks.apart()
+    if platform.alone:
+        everyone = Ranks.of_one(dist.get_rank())
+    else:
+        everyone = Ranks() if dist.get_backend() == "gloo" else Ranks.apart()
     return Mesh(platform, parallel, groups, everyone, _topology(groups), config)
 
 

@@ -1,0 +1,297 @@
+"""The graphs of a run for one of its ranks, recorded without running them: no device, no weights, no other
+rank. What a step does here is what ``training.module`` does, in the same order."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nxdt_align.batch import Batch, Topology
+from nxdt_align.config.custom import parts_not_imported
+from nxdt_align.config.schema import Config
+from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.data.packing import RowPlanner
+from nxdt_align.data.steps import UNPAIRED_ROLES, DryRunStep, StepDataset, dry_run_steps
+from nxdt_align.data.token_sets import TokenColumns, TokenizedSet
+from nxdt_align.engines import xla
+from nxdt_align.engines.base import Engine
+from nxdt_align.engines.nxd import compat
+from nxdt_align.engines.nxd.flash import Kernel, traced_kernel
+from nxdt_align.errors import UserError
+from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
+from nxdt_align.run import assemble
+from nxdt_align.run.contracts import RunEnv
+from nxdt_align.run.dry_run import DryRun
+from nxdt_align.run.nxd import NxDParts
+from nxdt_align.training import optim
+
+__all__ = ["compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
+
+MICRO_BATCHES = 2
+"""Of a step that are recorded: the second adds to gradients that are there, and so do all after it."""
+
+
+def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> list[xla.TracedGraph]:
+    """Every graph of the run on ``rank``, in the order in which they are first met.
+
+    Args:
+        lengths: tokens of a prompt and of its responses, for examples that stand for the data; None for the
+            data of the configuration.
+
+    Raises UserError where torch_xla or neuronx-distributed is missing, for a rank that the run does not have,
+    and for what training would refuse.
+    """
+    _require(config, rank, lengths)
+    model = assemble.model_config(config)
+    env = RunEnv(rank=rank, world_size=config.world_size, compile_only=True)
+    parts = _TracedParts(config, env, model, DryRun())
+    tracer = xla.start_tracing()
+    objective = GlobalMeanObjective(
+        assemble.loss(config, "nxd"), token_statistics=config.exp_manager.log_token_statistics
+    )
+    data = _steps(config, model, parts.topology, objective, lengths)
+    engine = parts.engine()
+    engine.compiler = tracer
+    _Steps(config, engine, objective, tracer).take(data)
+    distinct: dict[str, xla.TracedGraph] = {}
+    for graph in tracer.traced:
+        distinct.setdefault(graph.key, graph)
+    return list(distinct.values())
+
+
+def refuse_own_parts(config: Config, *, with_data: bool) -> None:
+    """Raise UserError where the graphs depend on a part of the user's own that only training may import."""
+    for part in parts_not_imported(config):
+        if part.key == "trainer.callbacks" or (part.key == "data.format" and not with_data):
+            continue
+        raise UserError(
+            f"{part.key}: {part.path} is a part of your own, which a YAML has only training import; "
+            f"--import-own-parts imports it here, as does the override {part.key}={part.path}"
+        )
+
+
+def reports(config: Config, rank: int, lengths: Sequence[int] | None) -> list[GraphReport]:
+    """What is in each of ``trace``'s graphs."""
+    found = trace(config, rank, lengths)
+    low = assemble.precision(config).compute == torch.bfloat16
+    return [report(graph, low_precision=low) for graph in found]
+
+
+def of_ranks(arguments: Sequence[str], ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """``to_dict`` of several ranks, each recorded by this command in a process of its own, as NxD keeps one
+    rank's groups per process. Raises UserError where one fails, with its words."""
+    tables: list[dict[str, Any]] = []
+    for rank in ranks:
+        command = [sys.executable, "-m", "nxdt_align", "graphs", "--ranks", str(rank), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            words = done.stderr.strip().rpartition("error: ")[2] or f"status {done.returncode}"
+            raise UserError(
+                words.splitlines()[0] if words.startswith("graphs") else f"graphs: rank {rank}: {words}"
+            )
+        tables += json.loads(done.stdout)
+    return tables
+
+
+def compare(tables: Sequence[Mapping[str, Any]]) -> str:
+    """Which ranks have which graphs, in lines."""
+    ranks_of: dict[tuple[str, str], list[int]] = {}
+    for table in tables:
+        for graph in table["graphs"]:
+            ranks_of.setdefault((graph["key"], graph["name"]), []).append(table["rank"])
+    everyone = [table["rank"] for table in tables]
+    lines = [
+        f"ranks {', '.join(map(str, everyone))}: {len(ranks_of)} distinct graphs; a rank has "
+        f"{max(len(table['graphs']) for table in tables)}"
+    ]
+    for (key, name), ranks in ranks_of.items():
+        whose = "all" if ranks == everyone else "rank " + ", ".join(map(str, ranks))
+        lines.append(f"  {name}: {whose} (hash {key})")
+    rules = {f["rule"] + ": " + f["what"] for t in tables for g in t["graphs"] for f in g["findings"]}
+    return "\n".join([*lines, *(f"finding: {rule}" for rule in sorted(rules))])
+
+
+def _require(config: Config, rank: int, lengths: Sequence[int] | None) -> None:
+    if config.distributed_strategy.engine == "native":
+        raise UserError("graphs: distributed_strategy.engine must be auto or nxd, but is native")
+    if not 0 <= rank < config.world_size:
+        raise UserError(
+            f"graphs: --ranks must be from 0 to {config.world_size - 1}, as the run has {config.world_size} "
+            f"processes (trainer.devices x trainer.num_nodes), but is {rank}"
+        )
+    if config.distributed_strategy.pipeline_model_parallel_size > 1:
+        raise UserError(
+            "graphs: distributed_strategy.pipeline_model_parallel_size must be 1, as a stage of a pipeline "
+            "asks the others for shapes, and they are not there; but is "
+            f"{config.distributed_strategy.pipeline_model_parallel_size}"
+        )
+    if lengths is not None:
+        _require_lengths(config, lengths)
+    for package, advice in _NEEDED.items():
+        if not is_importable(package):
+            raise UserError(f"graphs: {package} is missing, {advice}")
+
+
+_NEEDED = {
+    "torch_xla": "which records the graphs; make test-xla makes an environment that has it (.venv-xla)",
+    "neuronx_distributed": (
+        "whose layers the graphs are made of; put the src folder of its source on PYTHONPATH, and beside it "
+        "tests/support/nxd_stubs of this package's source where there is no Neuron compiler"
+    ),
+}
+
+
+def is_importable(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _require_lengths(config: Config, lengths: Sequence[int]) -> None:
+    responses = 1 if config.model_alignment_strategy.sft is not None else 2
+    longest = config.data.seq_length
+    if len(lengths) != responses + 1 or min(lengths) < 1 or lengths[0] + max(lengths[1:]) > longest:
+        raise UserError(
+            f"graphs: --lengths must be tokens of a prompt and of {responses} response(s), 1 or more each, "
+            f"a prompt and a response at most data.seq_length ({longest}), but is "
+            f"{','.join(map(str, lengths))}"
+        )
+
+
+class _TracedParts(NxDParts):
+    """One rank's, in a process that has no other."""
+
+    def _backend(self) -> compat.Backend:
+        return "neuron"
+
+    def _start(self, backend: compat.Backend) -> compat.Platform:
+        return compat.start_tracing(self._env.rank, self._env.world_size)
+
+    def _kernel(self) -> Kernel:
+        return traced_kernel
+
+
+def _steps(
+    config: Config,
+    model: LlamaConfig,
+    topology: Topology,
+    objective: GlobalMeanObjective,
+    lengths: Sequence[int] | None,
+) -> list[list[Batch]]:
+    """A step's micro-batches on this rank, of each bucket of the run."""
+    if lengths is None:
+        module = ModelAlignmentDataModule(
+            config,
+            assemble.tokenization(config, model),
+            topology,
+            cache_dir=None,
+            with_prompts=objective.needs_prompts,
+            fixed_micro_batches=True,
+            window=model.sliding_window,
+            only_local=model.layer_types is None,
+        )
+        dataset = module.splits["train"]
+    else:
+        dataset = _standing_for_data(config, model, topology, objective, lengths)
+    first = tuple(range(min(config.data.global_batch_size, len(dataset.examples))))
+    visited: dict[Any, DryRunStep] = {}
+    for step in dry_run_steps(dataset.planner, [first]):
+        bucket = dataset.planner.plan(step.examples, step.bucket).bucket
+        visited.setdefault(bucket, step)
+    return [dataset.lay_out(s.examples, bucket)[:MICRO_BATCHES] for bucket, s in visited.items()]
+
+
+def _standing_for_data(
+    config: Config,
+    model: LlamaConfig,
+    topology: Topology,
+    objective: GlobalMeanObjective,
+    lengths: Sequence[int],
+) -> StepDataset:
+    count, data = config.data.global_batch_size, config.data
+    ids = [f"{number:032x}" for number in range(count)]
+    columns = TokenColumns.of(
+        ids, [[0] * lengths[0]] * count, [[[0] * n for n in lengths[1:]]] * count, [False] * count
+    )
+    planner = RowPlanner(
+        examples := TokenizedSet(columns, ids),
+        config.layout,
+        examples_per_step=count,
+        seq_length=data.seq_length,
+        buckets=data.buckets,
+        ranks=topology.data_parallel_size,
+        micro_batch_size=data.micro_batch_size,
+        fixed_micro_batches=True,
+        with_prompts=objective.needs_prompts,
+        window=model.sliding_window,
+        only_local=model.layer_types is None,
+        name="--lengths",
+    )
+    strategy = config.model_alignment_strategy
+    return StepDataset(
+        *(examples, planner, config.layout, topology),
+        tail_weight=None if strategy.dpo is None else strategy.dpo.ld_alpha,
+        roles=None if strategy.kto is None else UNPAIRED_ROLES,
+        with_prompts=objective.needs_prompts,
+    )
+
+
+class _Steps:
+    """The reference pass, two training steps and a validation step in each bucket."""
+
+    def __init__(
+        self, config: Config, engine: Engine, objective: GlobalMeanObjective, tracer: xla.Tracer
+    ) -> None:
+        self._config, self._engine, self._objective, self._tracer = config, engine, objective, tracer
+
+    def take(self, data: Sequence[list[Batch]]) -> None:
+        engine, config = self._engine, self._config
+        stored = config.model_alignment_strategy.precompute_ref_log_probs
+        reference = self._objective.needs_reference
+        if reference:
+            # A reference of its own precision, or one that is asked at each step.
+            engine.load_reference(None)
+        optimizer = self._optimizer()
+        for micro_batches in data:
+            if reference and stored:
+                logps = engine.response_logps(micro_batches[0].to(engine.device), reference=True)
+                self._tracer.read(logps)
+        if stored:
+            engine.drop_reference()
+        for micro_batches in data:
+            if reference and stored:
+                slots = [torch.zeros(batch.slot_valid.shape) for batch in micro_batches]
+                micro_batches = [b.with_reference(s) for b, s in zip(micro_batches, slots, strict=True)]
+            for _ in range(2):
+                self._train([batch.to(engine.device) for batch in micro_batches], optimizer)
+            if config.validates and config.data.val_dir is not None:
+                engine.evaluate([batch.to(engine.device) for batch in micro_batches], self._objective)
+                engine.mark_step()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        model = self._config.model
+        built = optim.build_optimizer(
+            self._engine.named_parameters(),
+            model.optim.name,
+            model.optim.settings(),
+            layer_norm_weight_decay=model.do_layer_norm_weight_decay,
+        )
+        return self._engine.adopt_optimizer(built)
+
+    def _train(self, micro_batches: list[Batch], optimizer: torch.optim.Optimizer) -> None:
+        engine, config = self._engine, self._config
+        output = engine.step(micro_batches, self._objective)
+        engine.compiler.begin("optimizer", micro_batches)  # type: ignore[union-attr]
+        norm = engine.clip_gradients(config.trainer.gradient_clip_val)
+        optimizer.step()
+        norms = [norm]
+        if config.exp_manager.log_parameter_norm:
+            norms.append(engine.parameter_norm())
+        engine.mark_step()
+        engine.fetch([output.loss, *output.metrics.values(), *norms])

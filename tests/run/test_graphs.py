@@ -1,0 +1,162 @@
+"""``nxdt-align graphs``: what it refuses, and the gate: graphs of every objective and layout have no finding,
+and are the same on all ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nxd_fixture import require_nxd
+
+from nxdt_align.cli import main
+from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
+
+SMALL = replace(
+    LLAMA3_8B, vocab_size=2048, hidden_size=512, head_dim=16, intermediate_size=1024, num_hidden_layers=2
+)
+"""Heads that 32 ranks divide, as those of Llama-3-8B."""
+TRUE = replace(LLAMA3_8B, num_hidden_layers=2)
+SHORT, LONG = "100,200,180", "1024,992,992"
+RUNS: dict[str, tuple[str, ...]] = {
+    "DPO": ("hf_llama3_8B_DPO_config",),
+    "DPO packed, validated": (
+        "hf_llama3_8B_DPO_config",
+        "data.packing=packed",
+        "trainer.limit_val_batches=1.0",
+    ),
+    "DPO none, flash": (
+        *("hf_llama3_8B_DPO_config", "data.packing=none", "data.seq_length=2048"),
+        "model.fusions.flash_attention=True",
+    ),
+    "DPO aot": (
+        *("hf_llama3_8B_DPO_config", "model_alignment_strategy.dpo.loss_type=aot"),
+        "model_alignment_strategy.dpo.precompute_ref_log_probs=False",
+    ),
+    "ORPO": ("hf_llama3_8B_ORPO_config", "distributed_strategy.sequence_parallel=False"),
+    "KTO": ("hf_llama3_8B_KTO_config", "precision.type=bf16SR", "distributed_strategy.zero1=False"),
+    "data parallel": (
+        *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=8"),
+        *("distributed_strategy.kv_replicator=1", "model.fuse_qkv=True"),
+    ),
+}
+
+
+def arguments(folder: Path, model: LlamaConfig, run: tuple[str, ...], lengths: str) -> list[str]:
+    (folder / "config.json").write_text(json.dumps(model.to_hf_dict()))
+    sizes = (f"model.hidden_size={model.hidden_size}", f"model.num_layers={model.num_hidden_layers}")
+    shape = (f"model.model_config={folder}/config.json", *sizes, "data.val_dir=/nowhere.jsonl")
+    return ["graphs", "--config-name", run[0], "--lengths", lengths, *shape, *run[1:]]
+
+
+def recorded(given: list[str], *options: str) -> list[dict[str, Any]]:
+    """In a process of its own, as there is no way back from recording."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "nxdt_align", *given, "--json", *options],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    tables: list[dict[str, Any]] = json.loads(done.stdout)
+    return tables
+
+
+# The gate
+
+
+def assert_none_found(table: dict[str, Any]) -> None:
+    names = {graph["name"] for graph in table["graphs"]}
+    assert {"training step", "optimizer"} <= names
+    assert [graph["findings"] for graph in table["graphs"]] == [[]] * len(table["graphs"])
+
+
+@pytest.mark.nxd
+@pytest.mark.xla
+@pytest.mark.parametrize("name", RUNS)
+def test_no_graph_has_a_finding(tmp_path: Path, name: str) -> None:
+    require_nxd()
+    (table,) = recorded(arguments(tmp_path, SMALL, RUNS[name], SHORT))
+    assert_none_found(table)
+    names = [graph["name"] for graph in table["graphs"]]
+    assert ("validation step" in names) is ("validated" in name)
+
+
+@pytest.mark.nxd
+@pytest.mark.xla
+@pytest.mark.full
+@pytest.mark.parametrize("name", RUNS)
+def test_no_graph_of_true_widths_has_a_finding(tmp_path: Path, name: str) -> None:
+    require_nxd()
+    (table,) = recorded(arguments(tmp_path, TRUE, RUNS[name], LONG))
+    assert_none_found(table)
+
+
+@pytest.mark.nxd
+@pytest.mark.xla
+def test_all_ranks_have_the_same_graphs(tmp_path: Path) -> None:
+    """The first two had others once: their shares start at token 0, and at a number that is a size, too."""
+    require_nxd()
+    tables = recorded(arguments(tmp_path, SMALL, RUNS["DPO"], SHORT), "--ranks", "0,1,31")
+    assert [table["rank"] for table in tables] == [0, 1, 31]
+    keys = [[graph["key"] for graph in table["graphs"]] for table in tables]
+    assert keys[0] == keys[1] == keys[2] and len(keys[0]) > 3
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--ranks", "32"), "--ranks must be from 0 to 31, as the run has 32 processes"),
+        (("--lengths", "100,200"), "a prompt and of 2 response(s)"),
+        (("--lengths", "3000,2000,1"), "at most data.seq_length (4096), but is 3000,2000,1"),
+        (("--lengths", "0,1,1"), "1 or more each"),
+        (
+            ("distributed_strategy.engine=native",),
+            "distributed_strategy.engine must be auto or nxd, but is native",
+        ),
+        (
+            (
+                *(
+                    "distributed_strategy.tensor_model_parallel_size=16",
+                    "distributed_strategy.kv_replicator=2",
+                ),
+                "distributed_strategy.pipeline_model_parallel_size=2",
+            ),
+            "pipeline_model_parallel_size must be 1",
+        ),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], words: str
+) -> None:
+    given = arguments(tmp_path, TRUE, RUNS["DPO"], LONG)
+    assert main([*given, *options]) == 1
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["torch_xla", "neuronx_distributed"])
+def test_what_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+) -> None:
+    monkeypatch.setattr("nxdt_align.run.graphs.is_importable", lambda name: name != missing)
+    assert main(arguments(tmp_path, TRUE, RUNS["DPO"], LONG)) == 1
+    said = capsys.readouterr().err
+    assert f"error: graphs: {missing} is missing" in said and "\n" not in said.strip().rpartition("error")[2]
+
+
+def test_data_that_is_missing_is_named_with_what_does_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [each for each in arguments(tmp_path, TRUE, RUNS["DPO"], LONG) if each not in ("--lengths", LONG)]
+    assert main(given) == 1
+    said = capsys.readouterr().err
+    assert "data.train_dir" in said and "--lengths P,N,N" in said
