@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--import-own-parts",
             action="store_true",
-            help="import the loss, optimizer and data format that the YAML names by dotted path, as train does",
+            help="import the user's own parts that the YAML names by dotted path, as train does",
         )
     train = _add_verb(verbs, "train", "train in this process; train.sh starts all processes of the run")
     train.add_argument(

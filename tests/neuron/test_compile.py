@@ -14,6 +14,7 @@ from nxdt_align.neuron.compile import (
     Totals,
     precompile,
     read_manifest,
+    read_steps,
     read_totals,
     write_manifest,
 )
@@ -87,7 +88,13 @@ def test_manifest_says_hash_name_and_shapes(tmp_path: Path) -> None:
         {"hash": "17", "name": "training step", "shapes": [[1, 128, 64, 6]]},
         {"hash": "4", "name": "weights", "shapes": []},
     ]
-    assert read_manifest(path) == {"17", "4"}
+    assert read_manifest(path) == {"17", "4"} and read_steps(path) == set()
+    steps = [("training step", ((1, 128, 64, 6),) * 2), ("weights", ())]
+    write_manifest(path, [SomeGraph("17")], {}, steps)
+    assert read_steps(path) == set(steps)
+    earlier = {key: value for key, value in json.loads(path.read_text()).items() if key != "steps"}
+    path.write_text(json.dumps(earlier))
+    assert read_steps(path) is None and read_manifest(path) == {"17"}
     assert [file.name for file in path.parent.iterdir()] == ["run_dpo.json"]
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nxdt_align.engines.base import Graph
+from nxdt_align.errors import UserError
 from nxdt_align.neuron.compile import CompileError
-from nxdt_align.run.dry_run import compiling
-from nxdt_align.run.mode import report_graphs
+from nxdt_align.run.dry_run import DryRun, compiling
+from nxdt_align.run.mode import RunMode, report_graphs
 
 
 class Compiler:
@@ -24,6 +26,11 @@ class Compiler:
 
     def begin(self, name: str, micro_batches: Any) -> None:
         raise AssertionError("nothing is computed here")
+
+    def begun(self) -> list[tuple[str, Any]]:
+        """More than were compiled: this is asked of validation, too, which needs no graph of its own here."""
+        shapes = ((1, 128, 64, 6),)
+        return [("training step", shapes), ("validation step", shapes)]
 
     def count(self) -> int:
         return len(self._graphs) + self._failed
@@ -88,6 +95,30 @@ def test_a_run_names_graphs_outside_the_manifest(tmp_path: Path, caplog: pytest.
     assert f"graphs: 2 compiled, 1 outside the manifest {manifest}" in caplog.text
     assert "not in the manifest: graph 7, training step of shapes ((1, 128, 64, 6),)" in caplog.text
     assert "graph 1," not in caplog.text
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_rows_that_were_not_compiled_are_named_before_step_1(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stop: bool
+) -> None:
+    manifest, known, other = tmp_path / "m.json", ((1, 128, 64, 6),), ((1, 256, 64, 6),) * 2
+    mode, compiler = RunMode(), Compiler("1")
+
+    def check(*planned: tuple[str, Any]) -> None:
+        mode.require_compiled(compiler, manifest, lambda: planned, stop=stop)
+
+    check(("training step", other))  # no manifest yet
+    with compiling(compiler, manifest):
+        pass
+    check(("training step", known))
+    assert "manifest" not in caplog.text.replace("manifest of the graphs", "")
+    with pytest.raises(UserError) if stop else nullcontext() as error:
+        check(("training step", known), ("training step", other), ("validation step", known))
+    said = str(error.value) if error is not None else caplog.text
+    assert f"the manifest {manifest} lacks graphs" in said and "COMPILE=1" in said
+    assert "training step of 2 x (1 rows of 256 tokens, 64 response tokens, 6 responses)" in said
+    assert "(1 rows of 128" not in said
+    DryRun().require_compiled(compiler, manifest, lambda: [("training step", other)], stop=True)
 
 
 @pytest.mark.parametrize("compiler", [None, Compiler("1", tells_keys=False)], ids=["no graphs", "Neuron"])

@@ -198,6 +198,11 @@ class ModelAlignmentDataModule(LightningDataModule):
 
     def start_dry_run(self, steps: int) -> None:
         """Make the loaders yield the ``dry_run_steps`` of a run of ``steps`` steps; -1: of one epoch."""
+        self._dry_runs = self.shapes_of_run(steps)
+
+    def shapes_of_run(self, steps: int) -> dict[Split, DryRunDataset]:
+        """This rank's micro-batches of a step of each shape that a run of ``steps`` steps meets, and of the
+        first; -1: of one epoch."""
         train = self._train_sampler
         epochs = 1 if steps < 0 else -(-steps // len(train))
         every = itertools.chain.from_iterable(train.steps(epoch) for epoch in range(epochs))
@@ -206,9 +211,8 @@ class ModelAlignmentDataModule(LightningDataModule):
         }
         if "val" in self.splits:
             met["val"] = self._sampler("val")
-        for split, of_split in met.items():
-            dataset = self.splits[split]
-            self._dry_runs[split] = DryRunDataset(dataset, dry_run_steps(dataset.planner, of_split))
+        datasets = {split: self.splits[split] for split in met}
+        return {s: DryRunDataset(d, dry_run_steps(d.planner, met[s])) for s, d in datasets.items()}
 
     # The reference
 

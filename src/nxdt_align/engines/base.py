@@ -116,6 +116,10 @@ class Compiler(Protocol):
         """Those compiled so far by their keys; None where the device does not tell their keys."""
         ...
 
+    def begun(self) -> Sequence[tuple[str, Shapes]]:
+        """What ``begin`` was called with, each once, also where nothing new had to be compiled for it."""
+        ...
+
     def versions(self) -> dict[str, str]:
         """Of what a graph's key depends on."""
         ...

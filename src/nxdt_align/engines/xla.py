@@ -69,6 +69,7 @@ class XlaCompiler:
     def __init__(self, *, tells_keys: bool) -> None:
         self._graphs: dict[str, Graph] = {}
         self._present: tuple[str, Shapes] = ("weights", ())
+        self._begun: dict[tuple[str, Shapes], None] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if tells_keys:
             from torch_xla import runtime
@@ -79,6 +80,10 @@ class XlaCompiler:
     def begin(self, name: str, micro_batches: Sequence[Batch]) -> None:
         self._note()
         self._present = (name, shapes_of(micro_batches))
+        self._begun[self._present] = None
+
+    def begun(self) -> Sequence[tuple[str, Shapes]]:
+        return list(self._begun)
 
     def count(self) -> int:
         from torch_xla.debug import metrics
@@ -131,6 +136,9 @@ class Tracer:
 
     def begin(self, name: str, micro_batches: Sequence[Batch]) -> None:
         self._present = (name, shapes_of(micro_batches))
+
+    def begun(self) -> Sequence[tuple[str, Shapes]]:
+        return list(dict.fromkeys((graph.name, graph.shapes) for graph in self.traced))
 
     def count(self) -> int:
         return 0

@@ -9,10 +9,10 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
@@ -122,13 +122,25 @@ class Graph(Protocol):
         ...
 
 
-def write_manifest(path: Path, graphs: Iterable[Graph], about: Mapping[str, str]) -> None:
-    """Write hash, name and shapes of each graph as JSON, atomically; ``about``: what they belong to."""
+Step = tuple[str, tuple[tuple[int, ...], ...]]
+"""What was computed, and the shapes of its micro-batches."""
+
+
+def write_manifest(
+    path: Path, graphs: Iterable[Graph], about: Mapping[str, str], steps: Iterable[Step] = ()
+) -> None:
+    """Write hash, name and shapes of each graph as JSON, atomically.
+
+    Args:
+        about: what they belong to.
+        steps: those that were taken, also where a step needed no graph beyond those of others.
+    """
     entries = [
         {"hash": graph.key, "name": graph.name, "shapes": [list(shape) for shape in graph.shapes]}
         for graph in graphs
     ]
-    content = {"format": FORMAT, **about, "shape": SHAPE, "graphs": entries}
+    taken = [{"name": name, "shapes": shapes} for name, shapes in steps]
+    content = {"format": FORMAT, **about, "shape": SHAPE, "graphs": entries, "steps": taken}
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(content, indent=1).encode() + b"\n")
 
@@ -136,13 +148,32 @@ def write_manifest(path: Path, graphs: Iterable[Graph], about: Mapping[str, str]
 def read_manifest(path: Path) -> set[str] | None:
     """The hashes of a manifest's graphs; None where there is no file. Raises CompileError for any other
     file."""
+    return _read(path, lambda content: {str(entry["hash"]) for entry in content["graphs"]})
+
+
+def read_steps(path: Path) -> set[Step] | None:
+    """The steps that a manifest's graphs are enough for; None where there is no file, or one of an earlier
+    version. Raises CompileError for any other file."""
+
+    def steps_of(content: Any) -> set[Step] | None:
+        if "steps" not in content:
+            return None
+        return {(str(step["name"]), tuple(map(tuple, step["shapes"]))) for step in content["steps"]}
+
+    return _read(path, steps_of)
+
+
+T = TypeVar("T")
+
+
+def _read(path: Path, part: Callable[[Any], T]) -> T | None:
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
-        return {str(entry["hash"]) for entry in content["graphs"]}
+        return part(content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CompileError(
             f"{path} is not a manifest of compiled graphs ({error}); remove it, or rewrite it with COMPILE=1"

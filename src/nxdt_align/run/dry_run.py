@@ -8,7 +8,7 @@ manifest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.engines import xla
-from nxdt_align.engines.base import Compiler, Engine, Graph
+from nxdt_align.engines.base import Compiler, Engine, Graph, Shapes
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.neuron.compile import Totals, write_manifest
 from nxdt_align.reference.cache import ReferenceStore
@@ -113,6 +113,16 @@ class DryRun(RunMode):
             folder, fingerprint, width=width, description=made_from, read_only=True, ignore_adds=True
         )
 
+    def require_compiled(
+        self,
+        compiler: Compiler | None,
+        manifest: Path,
+        planned: Callable[[], Iterable[tuple[str, Shapes]]],
+        *,
+        stop: bool,
+    ) -> None:
+        """Nothing: this compiles them."""
+
     def monitors(self, config: Config, env: RunEnv) -> list[Callback]:
         return []
 
@@ -163,7 +173,7 @@ def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
     totals = _totals(compiler)
     print(totals, flush=True)
     totals.require_success("torch_xla")
-    write_manifest(manifest, _graphs(compiler).values(), compiler.versions())
+    write_manifest(manifest, _graphs(compiler).values(), compiler.versions(), compiler.begun())
     log.log(NOTICE, "manifest of the graphs: %s", manifest)
 
 

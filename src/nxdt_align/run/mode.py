@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from nxdt_align.config.schema import Config
 from nxdt_align.config.start import EXPORT
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.tokenize import Tokenization
-from nxdt_align.engines.base import Compiler, Engine
+from nxdt_align.engines.base import Compiler, Engine, Shapes
+from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE, RunLog
-from nxdt_align.neuron.compile import read_manifest
+from nxdt_align.neuron.compile import read_manifest, read_steps
 from nxdt_align.neuron.monitor import NeuronMonitor
 from nxdt_align.reference.cache import FloatArray, ReferenceStore
 from nxdt_align.reference.precompute import PassSummary, precompute
@@ -102,6 +103,38 @@ class RunMode:
             said = f"stopped before the first step after that of {checkpoint}, from which the run resumes"
         signals.situation = said + (", and finished reference values are kept" if keeps_reference else "")
 
+    # Graphs
+
+    def require_compiled(
+        self,
+        compiler: Compiler | None,
+        manifest: Path,
+        planned: Callable[[], Iterable[tuple[str, Shapes]]],
+        *,
+        stop: bool,
+    ) -> None:
+        """Say before the first step which of its shapes the run would compile in its midst.
+
+        Args:
+            planned: names of graphs and the shapes of their steps' micro-batches; called where it is needed.
+            stop: raise UserError instead.
+        """
+        taken = None if compiler is None or compiler.graphs() is None else read_steps(manifest)
+        if taken is None:
+            return
+        missing = [
+            f"{name} of {_in_words(shapes)}" for name, shapes in planned() if (name, shapes) not in taken
+        ]
+        if not missing:
+            return
+        message = (
+            f"the manifest {manifest} lacks graphs of this run's rows, which would be compiled in its midst: "
+            f"{', '.join(missing)}. COMPILE=1 with the same overrides compiles them ahead"
+        )
+        if stop:
+            raise UserError(f"exp_manager.fail_on_recompile: {message}")
+        log.warning("%s", message)
+
     # Output
 
     def reference_store(
@@ -148,6 +181,12 @@ class RunMode:
         log.log(NOTICE, "experiment folder: %s", result.folder)
         if result.export is not None:
             log.log(NOTICE, "Hugging Face export: %s", result.export)
+
+
+def _in_words(shapes: Shapes) -> str:
+    """Of a step's micro-batches, which are alike."""
+    rows, tokens, responses, slots = shapes[0]
+    return f"{len(shapes)} x ({rows} rows of {tokens} tokens, {responses} response tokens, {slots} responses)"
 
 
 def report_graphs(compiler: Compiler | None, manifest: Path) -> None:

@@ -19,7 +19,8 @@ from nxdt_align.config.optim import SCHEDULERS
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import FOR_EXPORT
 from nxdt_align.data.module import ModelAlignmentDataModule
-from nxdt_align.engines.base import WeightSource
+from nxdt_align.data.steps import Split
+from nxdt_align.engines.base import Shapes, WeightSource, shapes_of
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
@@ -159,6 +160,12 @@ class Run:
             if trainer.is_global_zero:
                 self.mode.keep_companions(run, self.tokenization, self._generation)
                 self.mode.keep_log(self._run_log, run)
+            self.mode.require_compiled(
+                self.engine.compiler,
+                self.places.manifest,
+                self._planned_shapes,
+                stop=self.config.exp_manager.fail_on_recompile,
+            )
             with self.mode.around_fit(self.engine.compiler, self.places.manifest):
                 resume_from = None if resumed is None else str(resumed)
                 trainer.fit(self._module(), datamodule=self.data, ckpt_path=resume_from)
@@ -271,6 +278,13 @@ class Run:
             return []
         unit = "examples" if self.config.model_alignment_strategy.objective in ("kto", "sft") else "pairs"
         return [RunProgress(self._steps(), unit, self.config.trainer.log_every_n_steps)]
+
+    def _planned_shapes(self) -> Iterator[tuple[str, Shapes]]:
+        """Names of the steps' graphs, and the shapes of their micro-batches, each once."""
+        names: dict[Split, str] = {"train": "training step", "val": "validation step"}
+        for split, steps in self.data.shapes_of_run(self._steps()).items():
+            found = (shapes_of(steps[index]) for index in range(len(steps)))
+            yield from ((names[split], shapes) for shapes in dict.fromkeys(found))
 
     def _module(self) -> AlignmentModule:
         config, model = self.config, self.config.model

@@ -18,6 +18,7 @@ from neuronx_distributed.parallel_layers import (
     ParallelEmbedding,
     RowParallelLinear,
     mappings,
+    parallel_state,
 )
 from neuronx_distributed.parallel_layers.utils import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
@@ -77,8 +78,24 @@ class GatheringNorm(LlamaRMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = mappings.gather_from_sequence_parallel_region(super().forward(x), to_model_parallel=False)
-        return swap_first_two(whole)
+        return swap_first_two(_Gather.apply(super().forward(x)))  # type: ignore[no-untyped-call]
+
+
+class _Gather(torch.autograd.Function):
+    """NxD's gather_from_sequence_parallel_region with to_model_parallel=False, whose backward pass makes the
+    rank a number of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        whole: Tensor = mappings.gather_from_sequence_parallel_region(x, to_model_parallel=False)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        group = parallel_state.get_tensor_model_parallel_group()
+        rows = grad.shape[0] // group.size()
+        index = torch.arange(rows, dtype=torch.int32, device=grad.device)
+        return grad.index_select(0, index + on_device(group.rank() * rows, index))
 
 
 class ProjectionNorm(LlamaRMSNorm):
