@@ -32,6 +32,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "DPO none, flash": (
         *("hf_llama3_8B_DPO_config", "data.packing=none", "data.seq_length=2048"),
+        "model_alignment_strategy.dpo.max_prompt_length=1024",
         "model.fusions.flash_attention=True",
     ),
     "DPO aot": (
