@@ -19,6 +19,7 @@ from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.steps import UNPAIRED_ROLES, DryRunStep, StepDataset, dry_run_steps
 from nxdt_align.data.token_sets import TokenColumns, TokenizedSet
+from nxdt_align.data.tokenize import Encoded
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.nxd import compat
@@ -216,9 +217,8 @@ def _standing_for_data(
 ) -> StepDataset:
     count, data = config.data.global_batch_size, config.data
     ids = [f"{number:032x}" for number in range(count)]
-    columns = TokenColumns.of(
-        ids, [[0] * lengths[0]] * count, [[[0] * n for n in lengths[1:]]] * count, [False] * count
-    )
+    example = Encoded([0] * lengths[0], [[0] * n for n in lengths[1:]], truncated=False)
+    columns = TokenColumns.of(ids, [example] * count)
     planner = RowPlanner(
         examples := TokenizedSet(columns, ids),
         config.layout,
