@@ -31,12 +31,15 @@ def log1mexp(x: Tensor) -> Tensor:
     (Maechler 2012, https://cran.r-project.org/web/packages/Rmpfr/vignettes/log1mexp-note.pdf).
     By hand: x = -ln 2 gives ln(1/2) = -0.6931 and gradient -1; x = -1e-8 gives -18.4207 and -1e8.
     """
-    x = (x if x.dtype == torch.float64 else x.float()).clamp(max=LOG_PROBABILITY_MAX)
-    near_zero = x > -math.log(2.0)
+    x = x if x.dtype == torch.float64 else x.float()
+    # Tensors: XLA compares with, and clamps at, a Python number in float64, which Trainium has not.
+    largest, edge, safe = (x.new_full((), value) for value in (LOG_PROBABILITY_MAX, -math.log(2.0), -1.0))
+    x = torch.where(x > largest, largest, x)
+    near_zero = x > edge
     # Each branch gets a safe input: torch.where's backward multiplies the gradient of the branch not taken by
     # 0, and 0 * inf is NaN.
-    near = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0)))
-    far = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
+    near = torch.log(-torch.expm1(torch.where(near_zero, x, safe)))
+    far = torch.log1p(-torch.exp(torch.where(near_zero, safe, x)))
     return torch.where(near_zero, near, far)
 
 
