@@ -446,7 +446,7 @@ def test_print_env_trains_nothing_and_needs_no_packages(
 @pytest.mark.parametrize(
     "verb",
     [
-        *(["presets"], ["--help-keys"], ["config"], ["config", "--no-check"]),
+        *(["presets"], ["--help-keys"], ["config", "--no-check"]),
         *(["--help"], ["convert", "--help"], ["--version"], ["launch", "--path"]),
     ],
     ids=" ".join,

@@ -91,7 +91,9 @@ def test_it_is_what_runs(installed: Installed, tmp_path: Path) -> None:
 def test_presets_and_config(installed: Installed, tmp_path: Path) -> None:
     listed = installed("nxdt-align", "presets", cwd=tmp_path)
     assert listed.returncode == 0 and "tiny_llama_DPO_config" in listed.stdout, listed.stderr
-    shown = installed("nxdt-align", "config", "--config-name", "tiny_llama_DPO_config", cwd=tmp_path)
+    shown = installed(
+        "nxdt-align", "config", "--no-check", "--config-name", "tiny_llama_DPO_config", cwd=tmp_path
+    )
     assert shown.returncode == 0 and "name: tiny_llama_DPO" in shown.stdout, shown.stderr
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nxdt_align.errors import UserError
+from nxdt_align.messages import NOTICE
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def find(path: str) -> Callable[..., Any]:
     home = _home(found)
     if _place(home) == "standard":
         raise _of_standard_library(path, home)
-    log.info("own part: %s, of %s", path, getattr(module, "__file__", None) or module_name)
+    log.log(NOTICE, "own part: %s, of %s", path, getattr(module, "__file__", None) or module_name)
     part: Callable[..., Any] = found
     return part
 

@@ -67,7 +67,7 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         (f"{SPREAD}.timeout_minutes=1e30", "timeout_minutes: must be at most 525600, but is 1e+30"),
         (
             "exp_manager.checkpoint_callback_params.train_time_interval=5",
-            "train_time_interval: must be null (NeMo takes no time from a YAML; set every_n_train_steps)",
+            "train_time_interval: must be a time, but is 5",
         ),
         ("trainer.lnc=3", "trainer.lnc: must be 1 or 2, but is 3"),
         ("data.buckets=[128,64]", "in ascending order, but is [128, 64]; [64, 128] would be"),

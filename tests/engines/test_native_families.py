@@ -53,7 +53,8 @@ USUAL = (
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
     """Of the cases that this session is asked for, all at once."""
-    asked = {item.callspec.params["name"] for item in request.session.items if hasattr(item, "callspec")}
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    asked = {item.callspec.params.get("name") for item in here}
     return outcomes({name: case for name, case in CASES.items() if name in asked})
 
 

@@ -28,7 +28,7 @@ def save(folder: Path, step: int, summary: Summary = SUMMARY) -> Path:
     """A run's checkpoint by its summary alone."""
     checkpoint = folder / "checkpoints" / f"run--step={step}"
     checkpoint.mkdir(parents=True)
-    summary.write(checkpoint, {"step": step})
+    summary.write(checkpoint, {"step": step, **{key: kind() for key, kind in summary.says.items()}})
     return checkpoint
 
 

@@ -15,6 +15,7 @@ from training_fixture import Project, final_weights, scalars
 
 from nxdt_align.data.packing import Layout
 from nxdt_align.data.token_sets import TokenColumns, TokenizedSet, WholeSequences
+from nxdt_align.data.tokenize import Encoded
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.sft import SFTLoss
 
@@ -29,13 +30,8 @@ SHORT = ("trainer.max_steps=3", "data.val_dir=null")
 def test_the_mean_is_over_the_tokens_that_are_trained_on(layout: Layout, micro: int, on_prompt: bool) -> None:
     """Packed records do not see each other, or their log-probabilities would not be the oracle's."""
     plain = random_examples(7, seed=2, responses=1)
-    rows = [(e.prompt, [e.responses[0]]) for e in plain.examples]
-    columns = TokenColumns.of(
-        [e.record_id for e in plain.examples],
-        [p.tolist() for p, _ in rows],
-        [[r.tolist() for r in answers] for _, answers in rows],
-        [False] * 7,
-    )
+    encoded = [Encoded(e.prompt.tolist(), [e.responses[0].tolist()], truncated=False) for e in plain.examples]
+    columns = TokenColumns.of([e.record_id for e in plain.examples], encoded)
     examples = TokenizedSet(columns, [e.record_id for e in plain.examples])
     if on_prompt:
         examples = WholeSequences(examples)

@@ -47,7 +47,6 @@ FIXED: dict[str, tuple[Any, str]] = {
     f"{_CALLBACK}.save_best_model": (False, _NO_ARCHIVE),
     f"{_CALLBACK}.always_save_nemo": (False, _NO_ARCHIVE),
     f"{_CALLBACK}.save_nemo_on_train_end": (False, _NO_ARCHIVE),
-    f"{_CALLBACK}.train_time_interval": (None, "NeMo takes no time from a YAML; set every_n_train_steps"),
     f"{_CALLBACK}.async_save": (False, "NeMo's own; exp_manager.async_checkpointing=True does the same"),
 }
 """Path -> (the only value, why), of keys that other programs' YAMLs have."""

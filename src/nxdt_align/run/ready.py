@@ -82,7 +82,7 @@ def _check_optimizer(config: Config) -> None:
         optimizer = optim.build_optimizer(one, settings.name, values)
     sched, steps = settings.sched, config.trainer.max_steps
     # Without max_steps the length follows from the number of records.
-    if sched is not None and (steps > 0 or sched.settings().get("max_steps", -1) != -1):
+    if sched is not None and (steps > 0 or sched.settings().get("max_steps") not in (None, -1)):
         optim.build_scheduler(optimizer, sched.name, sched.settings(), steps)
 
 
