@@ -55,20 +55,24 @@ def show_on_terminal(rank: int, level: int = NOTICE) -> None:
 class RunLog:
     """Everything that this package and Lightning log while it is open, in the run's folder once it has one.
 
-    A context, around a run; of rank 0 (``keeps``). Lightning's own messages then stay off the terminal,
-    but for its warnings.
+    A context, around a run. Lightning's own messages stay off the terminal, but for its warnings.
+
+    Args:
+        keeps: whether there is a file; of rank 0 alone.
     """
 
     def __init__(self, *, keeps: bool) -> None:
         self._memory = MemoryHandler(_KEPT, flushLevel=logging.CRITICAL + 1)
-        self._loggers = [logging.getLogger(name) for name in _HEARD] if keeps else []
+        self._loggers = [logging.getLogger(name) for name in _HEARD]
+        self._keeps = keeps
 
     def __enter__(self) -> RunLog:
         for logger in self._loggers:
             for handler in logger.handlers:
                 if logger.name != "nxdt_align" and type(handler) is logging.StreamHandler:
                     handler.setLevel(logging.WARNING)
-            logger.addHandler(self._memory)
+            if self._keeps:
+                logger.addHandler(self._memory)
         return self
 
     def write_to(self, folder: Path) -> None:

@@ -74,7 +74,8 @@ def step(spread: str, name: str, loss: str) -> dict[str, Any]:
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """(spread, family) -> what the ranks found, of the cases that this session is asked for."""
     require_nxd()
-    asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    items = [item for item in request.session.items if item.path == request.path]
+    asked = [item.callspec.params for item in items if hasattr(item, "callspec")]
     pairs = [(p["spread"], p["name"]) for p in asked if "spread" in p]
     results = {}
     for world in sorted({SPREADS[spread].world for spread, _ in pairs}):

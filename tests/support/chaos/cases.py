@@ -111,20 +111,27 @@ def strike(truths: Truths, kind: Kind, moment: Moment, how: signal.Signals, rank
     def befall(folder: Path) -> str:
         trial = Trial(folder, kind)
         ended = trial.run(strike=Strike(moment, how), rank=rank)
-        return _fault(ended, how, rank) or trial.finish(truths.result(kind))
+        # Before the first step and in the export a rank ends at once, and the others notice.
+        others = {1} if "/checkpoints/" not in moment.path else set()
+        return _fault(ended, how, rank, others) or trial.finish(truths.result(kind))
 
     return befall
 
 
-def _fault(ended: Sequence[Ended], how: signal.Signals, rank: int) -> str:
-    """Of processes of which that of ``rank`` got a signal."""
+def _fault(ended: Sequence[Ended], how: signal.Signals, rank: int, others: set[int]) -> str:
+    """Of processes of which that of ``rank`` got a signal; the others may end with the statuses ``others``,
+    too."""
     for number, one in enumerate(ended):
         if one.fault:
             return f"rank {number} {one.fault}: {one.error}"
     if how != signal.SIGKILL:
         # 0: the signal came when nothing was left to do.
         wanted = {128 + how, -how, 0}
-        wrong = [one.status for one in ended if one.status not in wanted]
+        wrong = [
+            one.status
+            for number, one in enumerate(ended)
+            if one.status not in (wanted if number == rank else wanted | others)
+        ]
         if wrong:
             return f"status {wrong[0]} after {how.name}: {ended[0].error}"
     elif ended[rank].status not in (-signal.SIGKILL, 0):
