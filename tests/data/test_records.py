@@ -233,7 +233,7 @@ def test_a_part_of_the_prompt_in_a_later_record_is_told(
     with caplog.at_level(logging.INFO):
         load(source)
     told = [(r.levelname, r.getMessage()) for r in caplog.records]
-    assert [level for level, _ in told] == ["INFO", "WARNING"]
+    assert [level for level, _ in told] == ["NOTICE", "WARNING"]
     assert told[0][1].endswith("have them: System (2), score (1)")
     assert told[1][1].startswith(f"{source.path}: `System`, which 2 records have, is not read")
     caplog.clear()

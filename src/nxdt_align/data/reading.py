@@ -39,6 +39,7 @@ from nxdt_align.data.records import (
     further_keys,
 )
 from nxdt_align.data.sources import read_raw
+from nxdt_align.messages import NOTICE
 
 log = logging.getLogger(__name__)
 PARTS_OF_A_PROMPT = frozenset(
@@ -193,7 +194,7 @@ class Reader:
             told = f"{path}: {left_out} of {taken} records are left out: {format.leaves_out}"
             if left_out == taken:
                 raise DataError(f"{told}; name a function in data.format to take them otherwise")
-            log.info("%s", told)
+            log.log(NOTICE, "%s", told)
         _tell_mixed(path, records)
         return records
 
@@ -325,7 +326,8 @@ def _fault_of_keys(row: Row) -> BadRecord | None:
 
 def _tell_unread(path: str, counts: Mapping[str, int]) -> None:
     listed = _listed([f"{column} ({rows})" for column, rows in counts.items()])
-    log.info("%s: columns that are not read, with the number of records that have them: %s", path, listed)
+    said = "%s: columns that are not read, with the number of records that have them: %s"
+    log.log(NOTICE, said, path, listed)
     for column in counts:
         if column.lower() in PARTS_OF_A_PROMPT:
             log.warning(

@@ -30,6 +30,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
+from nxdt_align.messages import NOTICE
 from nxdt_align.models.presets import LlamaConfig
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
@@ -327,7 +328,7 @@ def precision(config: Config) -> Precision:
         return Precision(compute=torch.float16)
     log.info("precision.type %s: bf16 weights and activations, fp32 master weights and gradients", kind)
     if "SR" in kind or (kind == "manual" and not settings.master_weights):
-        log.info("stochastic rounding needs Neuron hardware; fp32 master weights are used instead")
+        log.log(NOTICE, "stochastic rounding needs Neuron hardware; fp32 master weights are used instead")
     return Precision(compute=torch.bfloat16)
 
 

@@ -28,6 +28,7 @@ from nxdt_align.engines.native import checkpoint as native
 from nxdt_align.engines.nxd import checkpoint as nxd
 from nxdt_align.errors import UserError
 from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder
+from nxdt_align.messages import NOTICE
 from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
 from nxdt_align.run.resume import newest_checkpoint
 from nxdt_align.weights.detect import holds_weights
@@ -68,10 +69,10 @@ def locate(path: Path) -> Path:
             _refuse_runs(found)
             return found
     if newest is not None:
-        log.info("%s: its newest checkpoint is %s", path, newest)
+        log.log(NOTICE, "%s: its newest checkpoint is %s", path, newest)
         return newest
     if (found / EXPORT / "config.json").is_file():
-        log.info("%s has no checkpoint: taking its export %s", path, EXPORT)
+        log.log(NOTICE, "%s has no checkpoint: taking its export %s", path, EXPORT)
         return found / EXPORT
     raise UserError(
         f"{found} has no whole checkpoint{_what_is_there(holder)}: name another run, or start this one again"

@@ -16,6 +16,7 @@ from nxdt_align.engines.nxd import checkpoint, compat
 from nxdt_align.engines.nxd.flash import CausalFlashAttention, Kernel, nki_kernel
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions, StaggeredLoad
 from nxdt_align.errors import UserError
+from nxdt_align.messages import NOTICE
 from nxdt_align.models.llama import Llama
 from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import LlamaConfig
@@ -117,7 +118,7 @@ class NxDParts:
             return DenseAttention()
         fault = assemble.why_not_causal(config, self._model)
         if fault is not None:
-            log.info("model.fusions.flash_attention: a mask is used, %s", fault)
+            log.log(NOTICE, "model.fusions.flash_attention: a mask is used, %s", fault)
             return DenseAttention()
         return CausalFlashAttention(self._kernel(), transpose_inputs=config.model.transpose_nki_inputs)
 
@@ -139,9 +140,10 @@ def parallel_of(config: Config, model: LlamaConfig, backend: compat.Backend) -> 
     """The layout of the model."""
     strategy = config.distributed_strategy
     if strategy.zero1 and backend == "cpu":
-        log.info(
+        log.log(
+            NOTICE,
             "distributed_strategy.zero1: neuronx-distributed shards the optimizer on XLA devices only; "
-            "in CPU mode each rank keeps all of it, with the same result"
+            "in CPU mode each rank keeps all of it, with the same result",
         )
     return Parallel(
         tensor=strategy.tensor_model_parallel_size,
@@ -198,7 +200,7 @@ def precision_of(config: Config, backend: compat.Backend) -> Precision:
         return Precision(torch.bfloat16, masters=True)
     rounds = kind == "bf16SR" or settings.neuron_rt_stochastic_rounding_en == "1"
     if rounds and backend != "neuron":
-        log.info("stochastic rounding needs Neuron hardware; fp32 master weights are used instead")
+        log.log(NOTICE, "stochastic rounding needs Neuron hardware; fp32 master weights are used instead")
     return Precision(torch.bfloat16, masters=rounds and backend != "neuron")
 
 

@@ -85,7 +85,7 @@ def resume_point(
     if run.checkpoint is not None:
         log.log(NOTICE, "resuming from this run's own checkpoint %s", run.checkpoint)
         if given is not None:
-            log.info("resume_from_checkpoint=%s is not read again: this run started from it", given)
+            log.log(NOTICE, "resume_from_checkpoint=%s is not read again: this run started from it", given)
         return run.checkpoint
     takes_all = given is not None and not config.model.weight_init_only
     if given is not None and takes_all and checkpoints.is_checkpoint(Path(given)):

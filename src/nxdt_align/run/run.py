@@ -224,7 +224,7 @@ class Run:
     def _note_what_is_read(self, run: RunFolder) -> None:
         read = run.checkpoint or self.config.exp_manager.resume_from_checkpoint
         for note in self.parts.notes_on(Path(read)) if read is not None else []:
-            log.info("%s", note)
+            log.log(NOTICE, "%s", note)
 
     # Parts of the trainer
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nxdt_align.messages import NOTICE
 from nxdt_align.models.partition import (
     EMBEDDING,
     HEAD,
@@ -80,7 +81,8 @@ class NxDTFolder(WeightSource):
             refuse_unfinished(folder)
             self._digests = Digests.read(folder.parent if folder.name == MODEL else folder)
             if self._digests is None:
-                log.info("%s has no checksums: whether its bytes have changed cannot be verified", self)
+                said = "%s has no checksums: whether its bytes have changed cannot be verified"
+                log.log(NOTICE, said, self)
             else:
                 self._digests.check_beside_parts()
         grid = find_shards(folder)

@@ -29,6 +29,7 @@ from nxdt_align.engines.nxd.checkpoint_files import Files, apart_from_training, 
 from nxdt_align.engines.nxd.compat import only_plain_values
 from nxdt_align.engines.nxd.mesh import Mesh
 from nxdt_align.engines.nxd.settings import SaveOptions
+from nxdt_align.messages import NOTICE
 
 log = logging.getLogger(__name__)
 MASTERS = "master_weights"
@@ -46,9 +47,10 @@ class Checkpoints(AsyncSaver):
         self._options, self._stage_ends = options, list(stage_ends)
         self._xser = options.xser and mesh.platform.backend != "cpu"
         if options.xser and not self._xser:
-            log.info(
+            log.log(
+                NOTICE,
                 "exp_manager.save_xser: not in CPU mode, where neuronx-distributed itself reads such files "
-                "wrongly: plain files"
+                "wrongly: plain files",
             )
 
     @property
