@@ -41,6 +41,10 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "ORPO": ("hf_llama3_8B_ORPO_config", "distributed_strategy.sequence_parallel=False"),
     "KTO": ("hf_llama3_8B_KTO_config", "precision.type=bf16SR", "distributed_strategy.zero1=False"),
+    "DPO discopop, divergence": (
+        *("hf_llama3_8B_DPO_config", "model_alignment_strategy.dpo.loss_type=discopop"),
+        "model_alignment_strategy.dpo.f_divergence_type=forward_kl",
+    ),
     "data parallel": (
         *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=8"),
         *("distributed_strategy.kv_replicator=1", "model.fuse_qkv=True"),

@@ -174,8 +174,14 @@ def discopop(scores: PairScores, settings: FormSettings) -> Tensor:
     scaled = settings.beta * scores.difference
     modulation = scaled / settings.dpo.discopop_tau
     # sigmoid(h / tau) * exp(-h) as one exponential: exp(-h) alone overflows for a large negative h.
-    exponential = torch.exp((F.logsigmoid(modulation) - scaled).clamp(max=_LARGEST_EXPONENT))
+    exponential = torch.exp(_at_most(_LARGEST_EXPONENT, F.logsigmoid(modulation) - scaled))
     return -F.logsigmoid(scaled) * torch.sigmoid(-modulation) + exponential
+
+
+def _at_most(largest: float, x: Tensor) -> Tensor:
+    """``x.clamp(max=largest)``, whose backward pass XLA computes in float64, which Trainium has not."""
+    limit = x.new_full((), largest)
+    return torch.where(x > limit, limit, x)
 
 
 def form_function(name: str) -> FormFunction:
@@ -208,7 +214,7 @@ def divergence_score(log_ratio: Tensor, kind: str, alpha: float = 0.5) -> Tensor
     if kind == "reverse_kl":
         return log_ratio
     if kind == "forward_kl":
-        return 1 - torch.exp((-log_ratio).clamp(max=_LARGEST_RATIO))
+        return 1 - torch.exp(_at_most(_LARGEST_RATIO, -log_ratio))
     if kind == "js_divergence":
         # log(2u / (1 + u)) = ln 2 + log sigmoid(log u).
         return math.log(2.0) + F.logsigmoid(log_ratio)
@@ -216,5 +222,5 @@ def divergence_score(log_ratio: Tensor, kind: str, alpha: float = 0.5) -> Tensor
         if abs(alpha - 1.0) < 1e-6:
             return log_ratio
         # expm1 keeps digits for u near 1, where the power minus 1 cancels.
-        return torch.expm1(((alpha - 1) * log_ratio).clamp(max=_LARGEST_RATIO)) / (alpha - 1)
+        return torch.expm1(_at_most(_LARGEST_RATIO, (alpha - 1) * log_ratio)) / (alpha - 1)
     raise ValueError(f"unknown f-divergence {kind!r}")
