@@ -126,6 +126,17 @@ def test_text_of_a_tokenizer_that_adds_a_space(prefix: Prefix) -> None:
         assert [*prompt, *response] == [tokenizer.bos_token_id, *text, tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("prefix", [prefix for prefix in PREFIXES if prefix != "never"])
+def test_the_space_of_the_tokenizer_parts_texts_that_have_none(prefix: Prefix) -> None:
+    """As the demo's data: what an earlier version trained on keeps its tokens and its id."""
+    tokenizer = make_sentencepiece(prefix)
+    record = Record("What is two?", ("two", "five."))
+    example = Tokenization(tokenizer, ROOMY)(record)
+    alone: Any = tokenizer(["two", "five."], add_special_tokens=False)["input_ids"]
+    assert of_example(example)[1] == [[*ids, tokenizer.eos_token_id] for ids in alone]
+    assert example.record_id == record.id
+
+
 def test_records_of_other_tokens_have_other_ids() -> None:
     """A response behind a special token has the tokens that it has alone: its id stays."""
     turns = [{"role": "user", "content": "What"}]

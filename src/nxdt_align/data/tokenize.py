@@ -268,10 +268,10 @@ class Tokenization:
 
     def as_before(self, record: Record) -> bool:
         """Whether all versions of the rules surely give the record the same tokens, without tokenizing it."""
-        if not isinstance(record.prompt, str) or self._long.adds_prefix:
+        if not isinstance(record.prompt, str):
             return False
         texts = Texts(record.prompt, [content_of(response) for response in record.responses])
-        return self._once(texts) == texts
+        return not self._are_joined(texts) and self._once(texts) == texts
 
     # Texts
 
@@ -360,9 +360,16 @@ class Tokenization:
     def _tokens(self, record: Record, rendered: Rendered | BadRecord) -> Asking | BadRecord:
         if isinstance(rendered, BadRecord):
             return rendered
-        if isinstance(record.prompt, str) and not self._long.adds_prefix:
+        if isinstance(record.prompt, str) and not self._are_joined(rendered.texts):
             return self._apart(rendered)
         return self._together(rendered)
+
+    def _are_joined(self, texts: Texts) -> bool:
+        """Whether texts that have white space at their border are one text: the space that the tokenizer puts
+        before a text would be a second one. Where they have none, that space is what parts them."""
+        if not self._long.adds_prefix:
+            return False
+        return texts.prompt[-1:].isspace() or any(answer[:1].isspace() for answer in texts.responses)
 
     def _apart(self, rendered: Rendered) -> Asking:
         now = yield from self._parts(rendered.texts)
