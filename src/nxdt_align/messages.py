@@ -25,10 +25,6 @@ _KEPT = 10_000
 class Terminal(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes to standard error, each message on lines of its own: above a progress bar that is there."""
 
-    def __init__(self, level: int) -> None:
-        super().__init__()
-        self.setLevel(level)
-
     def format(self, record: logging.LogRecord) -> str:
         said = super().format(record)
         return redact(said if record.levelno == NOTICE else f"{record.levelname}: {said}")
@@ -49,7 +45,10 @@ def show_on_terminal(rank: int, level: int = NOTICE) -> None:
     # Lightning or NeMo may configure the root logger: propagating as well would print each line twice.
     logger.propagate = bool(logging.getLogger().handlers)
     if not logger.handlers:
-        logger.addHandler(Terminal(level))
+        logger.addHandler(Terminal())
+    for handler in logger.handlers:
+        if isinstance(handler, Terminal):  # that of an earlier command of this process, too
+            handler.setLevel(level)
 
 
 class RunLog:
