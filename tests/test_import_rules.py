@@ -16,7 +16,7 @@ from source_tree import PACKAGE, SOURCE, Module, make_package, read_modules
 
 # Anyone may import these; they import nothing of ours but each other.
 FOUNDATION = (
-    *("errors", "files", "messages", "own_parts", "redaction", "stop_signals"),
+    *("checksums", "errors", "files", "messages", "own_parts", "redaction", "stop_signals"),
     *("__version__", "PYTHON", "TORCH"),
 )
 
@@ -28,6 +28,7 @@ SHARED_BY_ENGINES = (
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
 ROOMS: dict[str, tuple[str, ...]] = {
+    "checksums": (),
     "errors": (),
     "messages": (),
     "files": (),
@@ -80,6 +81,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 
 # The only libraries beside the standard one that a room may import.
 LIBRARIES: dict[str, tuple[str, ...]] = {
+    "checksums": (),
     "errors": (),
     "messages": ("tqdm",),
     "files": (),

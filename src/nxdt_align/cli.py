@@ -391,11 +391,18 @@ def enter_run(
     )
 
 
+def _read_to_plan(
+    arguments: argparse.Namespace, environment: Environment
+) -> tuple[Config, list[Fault], set[str]]:
+    """The configuration, what this machine lacks for it, and the keys of what a plan does not read."""
+    config, missing = _read(arguments, environment, checked=True)
+    weights = _WEIGHTS if config.model.model_config is not None else _WEIGHTS[1:]
+    return config, missing, {*weights, *PACKAGES, "exp_manager.files_to_copy"}
+
+
 def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
     """Plans for all ranks in one process; needs neither the weights nor the Neuron packages."""
-    config, missing = _read(arguments, environment, checked=True)
-    unread = set(_WEIGHTS) if config.model.model_config is not None else set(_WEIGHTS[1:])
-    unread |= {*PACKAGES, "exp_manager.files_to_copy"}
+    config, missing, unread = _read_to_plan(arguments, environment)
     needed = [fault for fault in missing if fault.path not in unread]
     if needed:
         raise ConfigError(needed, config.source)
@@ -412,9 +419,7 @@ _READ_FOR_DATA = ("data.train_dir", "data.val_dir", "data.tokenizer.type")
 
 
 def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
-    config, missing = _read(arguments, environment, checked=True)
-    unread = set(_WEIGHTS) if config.model.model_config is not None else set(_WEIGHTS[1:])
-    unread |= {*PACKAGES, "exp_manager.files_to_copy"}
+    config, missing, unread = _read_to_plan(arguments, environment)
     if arguments.lengths is not None:
         unread |= set(_READ_FOR_DATA)
     needed = [fault for fault in missing if fault.path not in unread]

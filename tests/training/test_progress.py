@@ -70,6 +70,24 @@ def test_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages[0].endswith(" left") and not caplog.messages[-1].endswith(" left")
 
 
+def test_metrics_are_read_where_they_are_new(caplog: pytest.LogCaptureFixture) -> None:
+    """They may lie on a device, which a step that is not logged must not wait for."""
+    read = []
+
+    class OnDevice:
+        def __float__(self) -> float:
+            read.append(step)
+            return 1.0
+
+    shown = RunProgress(12, "pairs", 4, is_terminal=True)
+    shown.on_train_start(trainer(0), None)  # type: ignore[arg-type]
+    for step in range(1, 13):
+        values = trainer(step, reduced_train_loss=OnDevice())  # type: ignore[arg-type]
+        shown.on_train_batch_end(values, None, None, None, 0)  # type: ignore[arg-type]
+    shown.on_train_end(trainer(12), None)  # type: ignore[arg-type]
+    assert read == [4, 8, 12]
+
+
 def test_what_a_run_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Three lines before the first step, each thing once; the rest in the run's file."""
     project = Project.create(tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nxdt_align.checksums import crc32_of, crc32_of_record
 from nxdt_align.engines.base import EngineError, WeightSource
-from nxdt_align.engines.digests import crc32_of, share
+from nxdt_align.engines.digests import share
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.files import atomic_folder, explain
 from nxdt_align.named_tensors import Spec, require_fit
@@ -37,6 +37,10 @@ def damaged(directory: Path, what: str) -> CheckpointError:
 
 _DIGESTS, _OWN_DIGEST = "crc32", "crc32_of_this"
 """Checksums of the other files, and of the summary itself; not in checkpoints of earlier versions."""
+
+
+def _digest(file: Path) -> str:
+    return f"{crc32_of(file):08x}"
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,9 @@ class Summary:
             "version": self.version,
             **said,
             "files": {name: f.stat().st_size for name, f in found.items()},
-            _DIGESTS: {name: (digests or {}).get(name) or crc32_of(f) for name, f in found.items()},
+            _DIGESTS: {name: (digests or {}).get(name) or _digest(f) for name, f in found.items()},
         }
-        text = json.dumps(summary | {_OWN_DIGEST: _own_digest(summary)}, indent=2)
+        text = json.dumps(summary | {_OWN_DIGEST: crc32_of_record(summary)}, indent=2)
         (directory / self.name).write_text(text + "\n")
 
     def require_whole(self, directory: Path) -> dict[str, Any]:
@@ -129,7 +133,7 @@ class Summary:
         try:
             if wanted is None:
                 self.check_content(directory, name)
-            elif (found := crc32_of(directory / name)) != wanted:
+            elif (found := _digest(directory / name)) != wanted:
                 raise ValueError(
                     f"its bytes have changed since it was written (CRC-32 {found} instead of {wanted})"
                 )
@@ -151,7 +155,7 @@ class Summary:
             if (summary["format"], summary["version"]) != (self.format, self.version):
                 raise ValueError(f"format {summary['format']!r}, version {summary['version']}")
             own = summary.pop(_OWN_DIGEST, None)
-            if own is not None and own != _own_digest(summary):
+            if own is not None and own != crc32_of_record(summary):
                 raise ValueError("its bytes have changed since it was written")
             for key, kind in ({"step": int, "files": dict} | dict(self.says)).items():
                 if not isinstance(summary[key], kind):
@@ -180,12 +184,6 @@ class Summary:
             f"{directory} is not a whole checkpoint of {self.writer}: {self.name} is missing; it holds "
             + ", ".join(found[:5])
         )
-
-
-def _own_digest(summary: Mapping[str, Any]) -> str:
-    """Of what JSON keeps, whatever the order of the keys and the white space."""
-    text = json.dumps(json.loads(json.dumps(summary)), sort_keys=True)
-    return f"{zlib.crc32(text.encode()):08x}"
 
 
 # What goes wrong, in the same words on every engine
@@ -288,7 +286,7 @@ class StagedFolder:
                 still. Rank 0 reads those that nobody names.
         """
         with self.step():
-            own = {str(file.relative_to(self.path)): crc32_of(file) for file in written}
+            own = {str(file.relative_to(self.path)): _digest(file) for file in written}
         with writing(self._directory):
             digests = {name: digest for of in self._ranks.gather(own) for name, digest in of.items()}
         with self.step():

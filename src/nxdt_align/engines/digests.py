@@ -1,28 +1,11 @@
-"""Checksums of a checkpoint's files: what tells that one has changed since it was written.
-
-CRC-32, for accidents and not for attacks: it finds every changed stretch of up to 32 bits and misses one in
-four billion of all others, and zlib computes it faster than a disk reads.
-"""
+"""Which of a checkpoint's files a rank compares, and the checksums within torch's own files."""
 
 from __future__ import annotations
 
 import zipfile
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-_BLOCK = 1 << 22
-"""Bytes read at once: large enough for the disk, small enough for the processor's cache."""
-
-
-def crc32_of(path: Path) -> str:
-    """Eight hexadecimal digits. Raises OSError."""
-    value, block = 0, memoryview(bytearray(_BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            value = zlib.crc32(block[:count], value)
-    return f"{value:08x}"
 
 
 def share(sizes: Mapping[str, int], rank: int, ranks: int) -> list[str]:

@@ -6,7 +6,6 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -34,6 +33,8 @@ _FIELDS = (
     ("rejected", "rewards/rejected", ".2f"),
 )
 """Label, metric and format, most wanted first."""
+_VAL_MARGIN = ("val margin", "val_rewards/margins", ".2f")
+"""Of a validation's own line."""
 
 
 class RunProgress(ProgressBar):
@@ -50,7 +51,8 @@ class RunProgress(ProgressBar):
         self, steps: int, unit: str, log_every_n_steps: int, *, is_terminal: bool | None = None
     ) -> None:
         super().__init__()
-        self._steps, self._unit = steps, unit
+        self._steps, self._unit, self._log_every = steps, unit, log_every_n_steps
+        self._values: dict[str, float] = {}
         self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
         wanted = max(1, steps // LINES)
         self._every = -(-wanted // log_every_n_steps) * log_every_n_steps
@@ -71,7 +73,7 @@ class RunProgress(ProgressBar):
             self._bar = tqdm(
                 total=self._steps if self._steps > 0 else None,
                 initial=trainer.global_step,
-                desc=self.text(trainer.global_step, {}),
+                desc=self.text(trainer.global_step),
                 bar_format="{desc} |{bar}| {remaining}" if self._steps > 0 else "{desc} {elapsed}",
                 ncols=columns(),
                 leave=True,
@@ -82,25 +84,27 @@ class RunProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        if self._enabled and step % self._log_every == 0:
+            self._read(trainer)
         if self._bar is not None:
-            self._draw(trainer, "")
+            self._draw(step, "")
             self._bar.update(step - self._bar.n)
         if self._enabled and (step % self._every == 0 or step == self._steps):
             # The file of a run that has a terminal gets the same lines.
             level = logging.INFO if self._is_terminal else NOTICE
-            log.log(level, "%s%s", self.text(step, trainer.callback_metrics), self._left(step))
+            log.log(level, "%s%s", self.text(step), self._left(step))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None and not trainer.sanity_checking:
-            self._draw(trainer, "validation, ")
+            self._draw(trainer.global_step, "validation, ")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and not trainer.sanity_checking:
-            values = trainer.callback_metrics
+            self._read(trainer)
             found = [
-                f"{label.removeprefix('val ')} {float(values[name]):{form}}"
-                for label, name, form in (*_FIELDS, ("val margin", "val_rewards/margins", ".2f"))
-                if label.startswith("val ") and name in values
+                f"{label.removeprefix('val ')} {self._values[name]:{form}}"
+                for label, name, form in (*_FIELDS, _VAL_MARGIN)
+                if label.startswith("val ") and name in self._values
             ]
             if found:
                 log.log(NOTICE, "validation at step %d: %s", trainer.global_step, ", ".join(found))
@@ -120,20 +124,25 @@ class RunProgress(ProgressBar):
             self._bar.close()
             self._bar = None
 
-    def _draw(self, trainer: Trainer, doing: str) -> None:
+    def _read(self, trainer: Trainer) -> None:
+        """The metrics, where they are new: each may lie on the device, which a step must not wait for."""
+        known = trainer.callback_metrics
+        self._values = {name: float(known[name]) for _, name, _ in (*_FIELDS, _VAL_MARGIN) if name in known}
+
+    def _draw(self, step: int, doing: str) -> None:
         self._bar.ncols = columns()
         width = columns() - LEAST_BAR - len(" || 00:00:00")
-        text = doing + self.text(trainer.global_step, trainer.callback_metrics, width - len(doing))
+        text = doing + self.text(step, width - len(doing))
         self._bar.set_description_str(text, refresh=bool(doing))
 
-    def text(self, step: int, values: Mapping[str, Any], width: int | None = None) -> str:
+    def text(self, step: int, width: int | None = None) -> str:
         """Of at most ``width`` columns: what does not fit is left out, the least wanted first."""
         text = f"step {step}" + (f"/{self._steps}" if self._steps > 0 else "")
         before = ": "
         for label, name, form in _FIELDS:
-            if name not in values:
+            if name not in self._values:
                 continue
-            value = f"{float(values[name]):{form}}"
+            value = f"{self._values[name]:{form}}"
             shown = f"{value} {self._unit}/s" if name == "throughput" else f"{label} {value}"
             if width is not None and len(text) + len(before) + len(shown) > width:
                 break

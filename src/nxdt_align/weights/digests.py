@@ -9,7 +9,6 @@ the file. CRC-32 finds every accident; it is no protection from someone who want
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nxdt_align.checksums import crc32_of, crc32_of_record
 from nxdt_align.weights.extents import WeightsError, byte_view
 
 RECORD = "conversion.json"
@@ -26,7 +26,6 @@ _FILES, _SELF = "files", "checksum"
 _CONFIG = "config.json"
 _CHECKED_AT_USE = (_CONFIG, "generation_config.json")
 """``require_unchanged`` checks them: a user may name others."""
-_BLOCK = 1 << 24
 
 
 @dataclass
@@ -43,7 +42,7 @@ class FileDigest:
         """Reads only what is in no part. Raises OSError."""
         size = path.stat().st_size
         ordered = dict(sorted((parts or {}).items()))
-        return cls(size, checksum(path, _gaps(size, ordered)), ordered)
+        return cls(size, crc32_of(path, _gaps(size, ordered)), ordered)
 
     def to_json(self) -> dict[str, Any]:
         parts = " ".join(f"{offset}+{size}:{crc:08x}" for offset, (size, crc) in self.parts.items())
@@ -79,7 +78,7 @@ class Digests:
             record = json.loads(file.read_text(encoding="utf-8"))
             if _FILES not in record and _SELF not in record:
                 return None
-            if record.pop(_SELF, None) != _own_checksum(record):
+            if record.pop(_SELF, None) != crc32_of_record(record):
                 raise ValueError("its own checksum is another")
             return cls(folder, {name: FileDigest.from_json(x) for name, x in record[_FILES].items()})
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
@@ -155,13 +154,8 @@ def require_unchanged(file: Path) -> None:
 def write_record(folder: Path, record: Mapping[str, Any], files: Mapping[str, FileDigest]) -> None:
     """Write ``record`` with the checksums of ``files``, and one of its own. Raises OSError."""
     whole = {**record, _FILES: {name: digest.to_json() for name, digest in sorted(files.items())}}
-    whole = json.loads(json.dumps(whole))
-    text = json.dumps(whole | {_SELF: _own_checksum(whole)}, indent=2) + "\n"
+    text = json.dumps(whole | {_SELF: crc32_of_record(whole)}, indent=2) + "\n"
     (folder / RECORD).write_text(text, encoding="utf-8")
-
-
-def _own_checksum(record: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
 
 
 def _gaps(size: int, parts: Mapping[int, tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -177,23 +171,6 @@ def _gaps(size: int, parts: Mapping[int, tuple[int, int]]) -> Iterator[tuple[int
 
 def _read_checksum(path: Path, pieces: Iterable[tuple[int, int]]) -> int:
     try:
-        return checksum(path, pieces)
+        return crc32_of(path, pieces)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def checksum(path: Path, pieces: Iterable[tuple[int, int]]) -> int:
-    """CRC-32 of the pieces one after the other, those beyond the end of the file being empty."""
-    crc = 0
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        for offset, size in pieces:
-            done = 0
-            while done < size:
-                data = os.pread(descriptor, min(_BLOCK, size - done), offset + done)
-                if not data:
-                    break
-                crc, done = zlib.crc32(data, crc), done + len(data)
-    finally:
-        os.close(descriptor)
-    return crc

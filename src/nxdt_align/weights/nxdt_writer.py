@@ -21,10 +21,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import serialization
 
+from nxdt_align.checksums import crc32_of
 from nxdt_align.models.partition import EMBEDDING, HEAD, Partition, local_tensors
 from nxdt_align.models.presets import weight_shapes
 from nxdt_align.named_tensors import WeightSource
-from nxdt_align.weights.digests import FileDigest, checksum, write_record
+from nxdt_align.weights.digests import FileDigest, write_record
 from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, byte_view, empty, write_bytes
 from nxdt_align.weights.generation import GENERATION
 from nxdt_align.weights.hf_writer import CONFIG, config_json, write_json
@@ -164,7 +165,7 @@ class NxDTWriter:
             spare = torch.empty(self.partition.local_shape(target), dtype=whole.dtype, device="meta")
             for place in places:
                 for path, offset, share in self._shares(target, whole, place, spare):
-                    self._note_part(path, offset, share.nbytes, checksum(path, [(offset, share.nbytes)]))
+                    self._note_part(path, offset, share.nbytes, crc32_of(path, [(offset, share.nbytes)]))
 
     def _specs(self, stage: int) -> dict[str, _Local]:
         """The stage's local tensors, the same on every rank."""
