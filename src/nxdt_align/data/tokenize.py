@@ -1,8 +1,8 @@
 """Records to tokens: one BOS and EOS, identical prompt tokens for every response, then truncation.
 
 Chat messages go through the tokenizer's chat template, and a conversation has the tokens that its whole text
-has. Of text, prompt and response are tokenized separately, so no token spans their border, except where the
-tokenizer would begin the response with a space of its own (SentencePiece): then as a conversation.
+has. Of text, prompt and response are tokenized separately, so no token spans their border, except where white
+space is at it and the tokenizer would add a space of its own (SentencePiece): then as a conversation.
 """
 
 from __future__ import annotations
