@@ -203,13 +203,14 @@ def train_sh(repo: Path, project: Project, *overrides: str) -> str:
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every TensorBoard curve of a run's folder: (step, value)."""
+    """Every TensorBoard curve of a run's folder: (step, value), by step: files of two runs that one process started
+    within the same second are read in the order of their names, in which ".10" comes before ".9"."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(run))
     accumulator.Reload()
     return {
-        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        tag: sorted((event.step, event.value) for event in accumulator.Scalars(tag))
         for tag in accumulator.Tags()["scalars"]
     }
 
