@@ -26,7 +26,7 @@ from workload import MODELS, Workload, load_workload
 
 from nxdt_align.data.packing import example_tokens
 from nxdt_align.files import atomic_write
-from nxdt_align.models.presets import LlamaConfig, parameter_count
+from nxdt_align.models.presets import DecoderConfig, parameter_count
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1] / "shared" / "data"
@@ -38,7 +38,7 @@ PADDED_PAIRS = 1
 """The padded baseline takes so many pairs of each batch: its cost per pair does not depend on them."""
 
 
-def forward_flops(workload: Workload, shape: LlamaConfig, indices: Sequence[int]) -> float:
+def forward_flops(workload: Workload, shape: DecoderConfig, indices: Sequence[int]) -> float:
     """Floating-point operations (2 a multiply-add) of one forward pass over what carries information.
 
     Each prompt once, responses once; the head at response tokens alone; attention between tokens that

@@ -19,8 +19,8 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig, fresh_weight
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig, fresh_weight
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.training import optim
@@ -44,7 +44,9 @@ class Contender(Protocol):
 
 
 class Ours:
-    def __init__(self, workload: Workload, shape: LlamaConfig, layout: Layout, device: torch.device) -> None:
+    def __init__(
+        self, workload: Workload, shape: DecoderConfig, layout: Layout, device: torch.device
+    ) -> None:
         on_cpu = device.type == "cpu"
         planner = RowPlanner(
             workload.examples,
@@ -89,7 +91,7 @@ class TRL:
     """TRL's DPOTrainer in its own padded batches, given the same tokens: its collator, its training
     step, its reference pass. Gradient checkpointing is off, as it is in ours."""
 
-    def __init__(self, workload: Workload, shape: LlamaConfig, device: torch.device) -> None:
+    def __init__(self, workload: Workload, shape: DecoderConfig, device: torch.device) -> None:
         from datasets import Dataset
         from transformers import AutoModelForCausalLM
         from trl import DPOConfig, DPOTrainer
@@ -157,11 +159,11 @@ class Padded:
     """NxDT's layout: chosen and rejected each a row of SEQ_LENGTH tokens, causal attention, the logits of
     every position. The model, loss and optimizer are ours, so that the layout is all that differs."""
 
-    def __init__(self, workload: Workload, shape: LlamaConfig, device: torch.device) -> None:
+    def __init__(self, workload: Workload, shape: DecoderConfig, device: torch.device) -> None:
         self._examples = workload.examples
         self._device = device
         self._context = Precision(autocast=device.type != "cpu").context
-        self._model = Llama(shape, _causal).to(device)
+        self._model = Decoder(shape, _causal).to(device)
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(fresh_weight(shape, name, 0))
@@ -208,7 +210,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
     return out.transpose(1, 2)
 
 
-def build(name: str, workload: Workload, shape: LlamaConfig, device: torch.device) -> Contender:
+def build(name: str, workload: Workload, shape: DecoderConfig, device: torch.device) -> Contender:
     if name == "trl":
         return TRL(workload, shape, device)
     if name == "padded":

@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 
-from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig, weight_shapes
+from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig, weight_shapes
 from nxdt_align.weights.hf_writer import HFWriter
 
 Figures = dict[str, float]
 
 
-def make_weights(folder: Path, config: LlamaConfig) -> int:
+def make_weights(folder: Path, config: DecoderConfig) -> int:
     """A Hugging Face folder of random bf16 weights; returns their bytes."""
     writer = HFWriter(folder, config, lambda name: torch.bfloat16)
     writer.create()

@@ -16,7 +16,7 @@ from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.records import Record
 from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
 from nxdt_align.data.tokenize import Tokenization, Truncation
-from nxdt_align.models.presets import LLAMA3_2_1B, LlamaConfig
+from nxdt_align.models.presets import LLAMA3_2_1B, DecoderConfig
 
 VOCABULARY = 32000
 SEQ_LENGTH, MAX_PROMPT = 4096, 2048
@@ -25,7 +25,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MODELS = {
-    "24m": LlamaConfig(
+    "24m": DecoderConfig(
         vocab_size=VOCABULARY,
         hidden_size=288,
         intermediate_size=768,
@@ -35,7 +35,7 @@ MODELS = {
         head_dim=48,
         max_position_embeddings=SEQ_LENGTH,
     ),
-    "100m": LlamaConfig(
+    "100m": DecoderConfig(
         vocab_size=VOCABULARY,
         hidden_size=640,
         intermediate_size=1728,

@@ -217,12 +217,12 @@ def test_no_cycle_between_rooms() -> None:
 
 
 LAWBREAKERS = [
-    ("losses/dpo.py", "from nxdt_align.models.llama import Llama", "imports models.llama.Llama"),
+    ("losses/dpo.py", "from nxdt_align.models.decoder import Llama", "imports models.decoder.Decoder"),
     ("losses/dpo.py", "from nxdt_align.config.schema import Config", "imports config.schema.Config"),
     ("losses/dpo.py", "def f():\n    import numpy", "imports the library numpy"),
-    ("models/llama.py", "from torch import distributed", "imports the library torch.distributed"),
-    ("models/llama.py", "import torch\ntorch.distributed.barrier()", "uses torch.distributed"),
-    ("models/llama.py", "from ..ops import attention", "imports ops.attention"),
+    ("models/decoder.py", "from torch import distributed", "imports the library torch.distributed"),
+    ("models/decoder.py", "import torch\ntorch.distributed.barrier()", "uses torch.distributed"),
+    ("models/decoder.py", "from ..ops import attention", "imports ops.attention"),
     ("models/__init__.py", "from ..batch import Batch", "imports batch.Batch"),
     ("config/load.py", "import yaml", "imports the library yaml"),
     ("data/packing.py", "import lightning.pytorch", "imports the library lightning"),
@@ -236,7 +236,7 @@ LAWBREAKERS = [
     ("reference/cache.py", "import torch.distributed", "imports the library torch.distributed"),
     ("training/module.py", "from nxdt_align.reference import cache", "imports reference.cache"),
     ("training/module.py", "from nxdt_align import run", "imports run"),
-    ("weights/hf.py", "from nxdt_align.models import llama", "imports models.llama"),
+    ("weights/hf.py", "from nxdt_align.models import decoder", "imports models.decoder"),
     ("neuron/monitor.py", "import torch", "imports the library torch"),
     ("neuron/environment.py", "import torch", "imports the library torch"),
     ("neuron/environment.py", "import os\nos.environ['A']", "reads os.environ"),

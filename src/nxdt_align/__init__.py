@@ -1,4 +1,4 @@
-"""Preference alignment of Llama-family models on AWS Trainium, CPU and CUDA.
+"""Preference alignment of language models on AWS Trainium, CPU and CUDA.
 
     import nxdt_align as na
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from nxdt_align.run import RunEnv
 
 _DESCRIPTION = """\
-Preference alignment of Llama-family models from NxD Training's YAML.
+Preference alignment of language models from NxD Training's YAML.
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
   nxdt-align plan --config-name NAME [key=value ...]     print rows, graphs and device memory

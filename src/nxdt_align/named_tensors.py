@@ -54,7 +54,7 @@ class NamedTensors(ABC):
 
 
 class WeightSource(NamedTensors):
-    """A model's weights: whole tensors under the plain Llama's names. Its text names it in messages."""
+    """A model's weights: whole tensors under the plain model's names. Its text names it in messages."""
 
     _content: str | None = None
 

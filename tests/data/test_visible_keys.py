@@ -20,7 +20,7 @@ from nxdt_align.batch import IGNORE_LABEL, Batch, Topology
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.data.tokenize import Example
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
@@ -73,7 +73,7 @@ class Records:
         return seen
 
 
-def seen_keys(model: Llama, attention: Attention, batch: Batch) -> list[tuple[int, list[int]]]:
+def seen_keys(model: Decoder, attention: Attention, batch: Batch) -> list[tuple[int, list[int]]]:
     """(id of the token predicted, ids of the inputs that move its logits), for each label of a row."""
     inputs = ModelInputs.of(batch)
     rows = PaddedRows(inputs) if attention.static_shapes else RaggedRow.of(inputs)
@@ -146,7 +146,7 @@ def test_a_token_sees_its_prompt_and_its_response_so_far(
     shape = replace(
         TINY, num_hidden_layers=1, vocab_size=records.vocabulary, sliding_window=window, model_type="mistral"
     )
-    model = Llama(shape, ATTENTIONS[attention]).double()
+    model = Decoder(shape, ATTENTIONS[attention]).double()
     expected = records.seen_by_label(window)
     found: set[int] = set()
     for batch in batches(records, layout, window):

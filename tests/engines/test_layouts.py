@@ -32,7 +32,7 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.orpo import ORPOLoss
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.weights.hf import FreshWeights
@@ -261,7 +261,7 @@ def test_a_sliding_window(layout: Layout, attention: str) -> None:
     policy.load_reference(ModuleWeights(plain_model(1)))
     output = policy.step(data[tuple(range(7))], GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.3))))
 
-    model, reference = (Llama(shape, windowed) for _ in range(2))
+    model, reference = (Decoder(shape, windowed) for _ in range(2))
     model.load_state_dict(plain_model(0).state_dict())
     reference.load_state_dict(plain_model(1).state_dict())
     wanted = dpo_loss(model, reference, examples.examples, 0.3)

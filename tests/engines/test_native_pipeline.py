@@ -13,7 +13,7 @@ from parallel_fixture import Outcome as Training
 from pipeline_fixture import Outcome, Sequence, Step, in_one_process, over_ranks
 
 from nxdt_align.engines.native.settings import Precision
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 
 TOLERANCE = 1e-6
 """Of the loss and the norms, and of each gradient relative to its largest entry."""
@@ -58,7 +58,7 @@ def trained() -> dict[str, list[Training]]:
 
 
 @cache
-def oracle_of(loss: str, shape: LlamaConfig) -> Training:
+def oracle_of(loss: str, shape: DecoderConfig) -> Training:
     return oracle(Case(loss=loss, shape=shape))
 
 

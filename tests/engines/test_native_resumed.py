@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 
 Turns = tuple[list[float], list[dict[str, Tensor]]]
 """Of one rank: each step's loss, and the whole weights after it (rank 0 alone)."""
@@ -41,7 +41,7 @@ LAYOUTS = (
 SHAPES = {"": SHAPE, "tied head": replace(SHAPE, tie_word_embeddings=True)}
 
 
-def take_turns(rank: int, world: int, folder: Path, shape: LlamaConfig) -> Turns:
+def take_turns(rank: int, world: int, folder: Path, shape: DecoderConfig) -> Turns:
     """For ``run_parallel``: one step in each layout."""
     losses, weights = [], []
     before: Path | None = None
@@ -65,12 +65,12 @@ def take_turns(rank: int, world: int, folder: Path, shape: LlamaConfig) -> Turns
 @pytest.fixture(scope="module", params=SHAPES)
 def spread(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[LlamaConfig, Path, list[Turns]]:
+) -> tuple[DecoderConfig, Path, list[Turns]]:
     folder, shape = tmp_path_factory.mktemp("turns"), SHAPES[request.param]
     return shape, folder, run_parallel(4, take_turns, folder, shape)
 
 
-def test_every_step_is_that_of_one_process(spread: tuple[LlamaConfig, Path, list[Turns]]) -> None:
+def test_every_step_is_that_of_one_process(spread: tuple[DecoderConfig, Path, list[Turns]]) -> None:
     """Loss within 1e-6, weights within 1e-5 after each AdamW step with clipping."""
     assert len(LAYOUTS) == STEPS
     shape, _, ranks = spread
@@ -85,7 +85,7 @@ def test_every_step_is_that_of_one_process(spread: tuple[LlamaConfig, Path, list
         model.load_state_dict(oracle(replace(case, steps=steps)).weights)
 
 
-def test_the_checkpoints_hold_what_the_ranks_held(spread: tuple[LlamaConfig, Path, list[Turns]]) -> None:
+def test_the_checkpoints_hold_what_the_ranks_held(spread: tuple[DecoderConfig, Path, list[Turns]]) -> None:
     _, folder, ranks = spread
     for step, gathered in enumerate(ranks[0][1], 1):
         source = NativeCheckpoint(folder / f"step={step}")

@@ -11,7 +11,7 @@ from oracle import TINY, draw_weights, plain_model
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.pipeline import check_count, require_torch
 from nxdt_align.engines.native.stages import Stage, layers_of_stages, prune, stages_of_rank
-from nxdt_align.models.llama import Llama, LlamaDecoderLayer
+from nxdt_align.models.decoder import Decoder, DecoderLayer
 from nxdt_align.models.partition import even_cuts
 from nxdt_align.ops.attention import DenseAttention
 
@@ -19,9 +19,9 @@ DEEP = replace(TINY, num_hidden_layers=5)
 TIED = replace(DEEP, tie_word_embeddings=True)
 
 
-def on_meta() -> Llama:
+def on_meta() -> Decoder:
     with torch.device("meta"):
-        return Llama(DEEP, DenseAttention())
+        return Decoder(DEEP, DenseAttention())
 
 
 def test_every_weight_is_in_one_stage_under_its_own_name() -> None:
@@ -29,9 +29,9 @@ def test_every_weight_is_in_one_stage_under_its_own_name() -> None:
     found: dict[str, tuple[int, ...]] = {}
     for rank in range(2):
         for stage in stages_of_rank(DEEP, rank, 2, chunks=2):
-            llama = on_meta()
-            prune(llama, stage)
-            here = {name: tuple(p.shape) for name, p in llama.named_parameters()}
+            decoder = on_meta()
+            prune(decoder, stage)
+            here = {name: tuple(p.shape) for name, p in decoder.named_parameters()}
             assert here and not set(here) & set(found)
             found |= here
             assert ("model.embed_tokens.weight" in here) == stage.is_first
@@ -75,19 +75,19 @@ def test_a_tied_embedding_is_in_the_first_and_the_last_stage() -> None:
     holders = []
     for rank in range(2):
         for stage in stages_of_rank(TIED, rank, 2, chunks=2):
-            llama = Llama(TIED, DenseAttention())
-            prune(llama, stage)
-            assert llama.lm_head is None and (llama.model.norm is not None) == stage.is_last
-            if any("embed" in name for name, _ in llama.named_parameters()):
+            decoder = Decoder(TIED, DenseAttention())
+            prune(decoder, stage)
+            assert decoder.lm_head is None and (decoder.model.norm is not None) == stage.is_last
+            if any("embed" in name for name, _ in decoder.named_parameters()):
                 holders.append(stage.index)
                 ids = torch.zeros(1, 3, dtype=torch.int64)
                 x = ids if stage.is_first else torch.randn(1, 3, TIED.hidden_size)
-                assert llama(x, ids, None).shape == (1, 3, TIED.hidden_size)
+                assert decoder(x, ids, None).shape == (1, 3, TIED.hidden_size)
     assert sorted(holders) == [0, 3]
 
 
 def test_a_stage_draws_the_whole_models_fresh_weights() -> None:
-    whole, stage = Llama(DEEP, DenseAttention()), Llama(DEEP, DenseAttention())
+    whole, stage = Decoder(DEEP, DenseAttention()), Decoder(DEEP, DenseAttention())
     draw_weights(whole, 3)
     prune(stage, Stage(1, 2, range(2, 5)))
     draw_weights(stage, 3)
@@ -106,7 +106,7 @@ def test_stages_one_after_the_other_are_the_model_with_checkpointing_too() -> No
         prune(part, Stage(index, 2, layers))
         part.set_checkpointing("full")
         (layer,) = part.model.layers.children()
-        assert isinstance(layer, LlamaDecoderLayer) and layer.recompute is not None
+        assert isinstance(layer, DecoderLayer) and layer.recompute is not None
         x = part(x, ids, None)
     assert torch.equal(x, hidden)
 

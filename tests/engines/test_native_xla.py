@@ -32,7 +32,7 @@ from nxdt_align.engines.native.xla_engine import XlaEngine
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.orpo import ORPOLoss
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.training.optim import build_optimizer
 
@@ -119,7 +119,9 @@ def test_every_step_is_one_graph_and_computes_what_the_cpu_does(kind: str) -> No
             on_xla,
             precision,
             configure_model=partial(
-                Llama.set_checkpointing, granularity=granularity, recompute=xla.recompute if on_xla else None
+                Decoder.set_checkpointing,
+                granularity=granularity,
+                recompute=xla.recompute if on_xla else None,
             ),
         )
         for on_xla in (True, False)

@@ -25,7 +25,7 @@ from nxd_fixture import (
 )
 from oracle import dpo_loss, gradients, orpo_loss
 
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.weights.nxdt import NxDTFolder
 
 pytestmark = pytest.mark.nxd
@@ -52,7 +52,7 @@ TOLERANCE = 2e-5
 """Of a gradient's largest entry."""
 
 
-def config_of(name: str, spread: str) -> LlamaConfig:
+def config_of(name: str, spread: str) -> DecoderConfig:
     """As many kv heads as query heads where one layer has all; a head of its own in a pipeline."""
     case, config = SPREADS[spread], WIDE[name]
     heads = config.num_attention_heads if case.qkv == "coalesced" else config.num_key_value_heads

@@ -27,8 +27,8 @@ from oracle import dpo_loss, gradients, orpo_loss
 
 from nxdt_align.batch import IGNORE_LABEL
 from nxdt_align.engines.nxd.settings import Precision
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import DenseAttention
 
 pytestmark = pytest.mark.nxd
@@ -90,7 +90,7 @@ def low_precision(case: Case) -> dict[str, torch.Tensor]:
 WINDOWED = replace(CONFIG, model_type="mistral", sliding_window=16)
 
 
-class EveryOther(LlamaConfig):
+class EveryOther(DecoderConfig):
     """The first layer has the window, the second has not."""
 
     def window_of(self, layer: int) -> int | None:
@@ -111,7 +111,7 @@ def recomputed(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     """Gradients with activations kept, and with each layer's computed again."""
     found = []
     for granularity in (None, "full"):
-        how = functools.partial(Llama.set_checkpointing, granularity=granularity)
+        how = functools.partial(Decoder.set_checkpointing, granularity=granularity)
         built = start(case, configure_model=how)
         built.step(batches_of(built), objective("orpo"))
         found.append(gradients_of(built))
@@ -128,8 +128,8 @@ def log_probs(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         ours = scorer(batch, ()).logps
         context = DenseAttention().prepare(batch.key_start, batch.key_stop)
-        hidden = scorer.llama(batch.input_ids, batch.position_ids, context)
-        logits = hidden @ scorer.llama.head_weight.T
+        hidden = scorer.decoder(batch.input_ids, batch.position_ids, context)
+        logits = hidden @ scorer.decoder.head_weight.T
         # It shifts by one itself: entry i belongs to token i + 1.
         every = from_parallel_logits_to_logprobs(logits, batch.input_ids, inference=False)
     kept = batch.labels != IGNORE_LABEL
@@ -173,7 +173,7 @@ def test_windows_are_the_plain_models(windows: Any, case: Case, which: str) -> N
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         return DenseAttention()(q, k, v, context)
 
-    class Plain(Llama):
+    class Plain(Decoder):
         """Over whole sequences: each token sees the last ones, by its layer's window."""
 
         def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: Any) -> torch.Tensor:
@@ -206,7 +206,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, str], 
 
 
 def wanted(
-    loss: str, config: LlamaConfig = CONFIG, seed: int = 4
+    loss: str, config: DecoderConfig = CONFIG, seed: int = 4
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model, pairs = plain(0, config), examples(seed).examples
     value = dpo_loss(model, plain(1, config), pairs, 0.1) if loss == "dpo" else orpo_loss(model, pairs, 0.1)

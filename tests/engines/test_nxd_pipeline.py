@@ -27,7 +27,7 @@ from oracle import gradients, orpo_loss, pair_logps
 
 from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.partition import even_cuts
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.logprobs import token_logps
@@ -68,7 +68,7 @@ def rounds() -> dict[str, Any]:
             for model in built._runner._models.values()
             for received in model.stage_id_to_IO_input_names.values()
         ],
-        "held": sum(not p.is_meta for p in built._policy.llama.parameters()),
+        "held": sum(not p.is_meta for p in built._policy.decoder.parameters()),
         "whole": list(built.whole_parameters()),
     }
 
@@ -218,14 +218,14 @@ def test_every_stage_knows_the_log_probs(results: Any) -> None:
             assert seen == len(scored)
 
 
-def scores(model: Llama) -> dict[tuple[int, int], float]:
+def scores(model: Decoder) -> dict[tuple[int, int], float]:
     with torch.no_grad():
         pairs = [pair_logps(model, example) for example in examples().examples]
     return {(i, role): float(value) for i, pair in enumerate(pairs) for role, value in enumerate(pair)}
 
 
 def test_what_else_is_read_comes_with_them(results: Any) -> None:
-    model = Llama(THREE_LAYERS, DenseAttention())
+    model = Decoder(THREE_LAYERS, DenseAttention())
     model.load_state_dict(plain(0, THREE_LAYERS).state_dict())
     for rank in results["logps"]:
         for batch, (logps, statistics) in zip(rank["batches"], rank["statistics"], strict=True):
@@ -237,7 +237,7 @@ def test_what_else_is_read_comes_with_them(results: Any) -> None:
 
 
 @torch.no_grad()
-def reference(model: Llama, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def reference(model: Decoder, batch: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     context = DenseAttention().prepare(batch.key_start, batch.key_stop)
     hidden = model(batch.input_ids, batch.position_ids, context)
     index = batch.response_positions[:, :, None].expand(-1, -1, hidden.shape[-1])

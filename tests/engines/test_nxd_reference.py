@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from nxdt_align.batch import Batch
 from nxdt_align.engines.nxd.settings import Precision
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 
 pytestmark = pytest.mark.nxd
 CASES = [Case(tp=2, sp=True), Case(pp=2)]
@@ -59,7 +59,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, str], 
 
 
 @torch.no_grad()
-def exact(model: Llama) -> Scores:
+def exact(model: Decoder) -> Scores:
     pairs = [pair_logps(model, example) for example in examples().examples]
     return {(i, role): float(value) for i, pair in enumerate(pairs) for role, value in enumerate(pair)}
 

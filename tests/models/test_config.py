@@ -17,7 +17,7 @@ from nxdt_align.models.presets import (
     LLAMA3_8B,
     PRESETS,
     TINY,
-    LlamaConfig,
+    DecoderConfig,
     ModelConfigError,
     RopeScaling,
     from_hf_dict,
@@ -42,7 +42,7 @@ LLAMA3 = {
 }
 
 
-def read(**changes: Any) -> LlamaConfig:
+def read(**changes: Any) -> DecoderConfig:
     return from_hf_dict({k: v for k, v in (BASE | changes).items() if v != "absent"})
 
 

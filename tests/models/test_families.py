@@ -13,9 +13,15 @@ from families_fixture import BASE, CONFIGS, VALUES, draw, window
 from torch import Tensor
 from torch.nn import functional as F
 
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.families import FAMILIES
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig, RopeScaling, from_hf_dict, read_config_json, weight_shapes
+from nxdt_align.models.presets import (
+    DecoderConfig,
+    RopeScaling,
+    from_hf_dict,
+    read_config_json,
+    weight_shapes,
+)
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
@@ -24,7 +30,7 @@ from nxdt_align.weights.names import hf_tensors, parts_of
 TOKENS = 24
 SHORT = 7
 """A window that the rows exceed."""
-SHAPES: dict[str, LlamaConfig] = {name: window(config, SHORT) for name, config in CONFIGS.items()}
+SHAPES: dict[str, DecoderConfig] = {name: window(config, SHORT) for name, config in CONFIGS.items()}
 YARN = RopeScaling("yarn", 4.0, original_max_position_embeddings=64)
 SHAPES |= {
     "yarn": replace(CONFIGS["qwen3"], rope_scaling=YARN),
@@ -42,13 +48,13 @@ SHAPES |= {
 }
 
 
-def build(config: LlamaConfig, attention: Attention | None = None) -> Llama:
-    model = Llama(config, attention or DenseAttention())
+def build(config: DecoderConfig, attention: Attention | None = None) -> Decoder:
+    model = Decoder(config, attention or DenseAttention())
     draw(model, 0, 0.2)
     return model
 
 
-def theirs(config: LlamaConfig, model: Llama) -> Any:
+def theirs(config: DecoderConfig, model: Decoder) -> Any:
     """transformers' model with the same weights, put together by the family's own names."""
     import transformers
 
@@ -64,14 +70,14 @@ def theirs(config: LlamaConfig, model: Llama) -> Any:
     return hf.eval()
 
 
-def inputs(config: LlamaConfig, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(config: DecoderConfig, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token ids, positions, and bounds of two rows of one sequence each."""
     ids = torch.randint(config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(1))
     index = torch.arange(TOKENS, dtype=torch.int32).expand(2, -1)
     return ids, index.long() + start, torch.zeros_like(index), index + 1
 
 
-def ours(model: Llama, start: int = 0) -> Tensor:
+def ours(model: Decoder, start: int = 0) -> Tensor:
     ids, positions, *bounds = inputs(model.config, start)
     attention: Any = model.model.layers[0].self_attn.core_attn._attend  # type: ignore[union-attr]
     context = model.model.prepare(*bounds, attention.prepare)
@@ -114,7 +120,7 @@ def test_backends_agree(name: str) -> None:
 @pytest.mark.parametrize("name", VALUES)
 def test_every_weight_has_its_name_and_shape(name: str) -> None:
     config = CONFIGS[name]
-    model = Llama(config, DenseAttention())
+    model = Decoder(config, DenseAttention())
     assert {n: tuple(p.shape) for n, p in model.named_parameters()} == weight_shapes(config)
     assert list(dict(model.named_parameters())) == list(weight_shapes(config))
     tensors = hf_tensors(config)

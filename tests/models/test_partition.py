@@ -22,7 +22,7 @@ from nxdt_align.models.partition import (
     fitting_tp,
     local_tensors,
 )
-from nxdt_align.models.presets import LLAMA3_8B, TINY, LlamaConfig, weight_shapes
+from nxdt_align.models.presets import LLAMA3_8B, TINY, DecoderConfig, weight_shapes
 
 Q = "model.layers.0.self_attn.qkv_proj.q_proj.weight"
 K = "model.layers.0.self_attn.qkv_proj.k_proj.weight"
@@ -162,7 +162,7 @@ def test_sizes_that_do_not_fit_are_named_with_those_that_do(changes: dict[str, A
 def random_partition(rng: random.Random) -> Partition:
     kv_heads, group = rng.choice([1, 2, 3, 4, 6, 8]), rng.choice([1, 2, 3, 4, 6])
     layers = rng.randint(1, 5)
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=rng.randint(20, 70),
         hidden_size=rng.choice([8, 24]),
         intermediate_size=rng.choice([48, 96, 144]),

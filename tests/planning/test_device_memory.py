@@ -11,7 +11,7 @@ from nxdt_align.config.load import load_config
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket, Layout
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
+from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
 from nxdt_align.planning import workload as planned
 from nxdt_align.planning.device_memory import GIB, USABLE, estimate, memory_report
 from nxdt_align.planning.workload import Formats, Workload, workload
@@ -32,7 +32,7 @@ def needs_reference(config: Config) -> bool:
     return GlobalMeanObjective(loss(config, "nxd")).needs_reference
 
 
-def report(*overrides: str, layout: Layout = "shared_prompt", model: LlamaConfig = LLAMA3_8B) -> str:
+def report(*overrides: str, layout: Layout = "shared_prompt", model: DecoderConfig = LLAMA3_8B) -> str:
     config = load_config(DPO, overrides)
     return memory_report(config, model, layout, 2, BUCKET, needs_reference=needs_reference(config))
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native.settings import Parallel
 from nxdt_align.models.config import parameter_count
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES
 from nxdt_align.planning.activations import kept_of_layer
@@ -26,7 +26,7 @@ TOLERANCE = 0.12
 
 
 def compare(
-    config: LlamaConfig,
+    config: DecoderConfig,
     kind: str,
     recompute: tuple[str, ...],
     sizes: tuple[int, int, int],
@@ -64,7 +64,7 @@ def test_what_a_layer_keeps(kind: str, recompute: tuple[str, ...]) -> None:
     """Storages that autograd saves for one layer's backward pass, weights, rotary and mask aside."""
     precision, formats = PRECISIONS[kind]
     attention = DenseAttention()
-    model = Llama(DEEP, attention)
+    model = Decoder(DEEP, attention)
     model.set_checkpointing("selective" if recompute else None, recompute)
     model.to(precision.compute)
     rotary = model.model.rotary_emb(torch.arange(256).expand(2, -1))
@@ -252,7 +252,7 @@ def test_a_references_weights_are_what_is_planned(policy: str, reference: str) -
 
 def test_float32_copies_of_gradients_are_what_is_planned() -> None:
     """Sums in bf16 become the masters' gradients. Those sums stay until then, as a graph's inputs do."""
-    model = Llama(DEEP, DenseAttention()).to(torch.bfloat16)
+    model = Decoder(DEEP, DenseAttention()).to(torch.bfloat16)
     masters = MasterWeights(model.named_parameters(), float32_sums=False)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -20,7 +20,7 @@ def test_plan_prints_the_rows_and_builds_no_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = Project.create(tmp_path)
-    monkeypatch.setattr("nxdt_align.models.llama.Llama.__init__", lambda *_: pytest.fail("a model"))
+    monkeypatch.setattr("nxdt_align.models.decoder.Decoder.__init__", lambda *_: pytest.fail("a model"))
     assert plan(project) == 0
     said = capsys.readouterr().out
     assert "train data: 22 examples, 0 of them truncated; layout shared_prompt" in said

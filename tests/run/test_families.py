@@ -12,8 +12,8 @@ from families_fixture import BASE, VALUES, draw
 from training_fixture import Project, final_weights, scalars
 
 import nxdt_align
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig, from_hf_dict
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig, from_hf_dict
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.run.conversion import export
 from nxdt_align.weights.hf_writer import write_hf_folder
@@ -21,13 +21,13 @@ from nxdt_align.weights.hf_writer import write_hf_folder
 USUAL = ("gemma2", "olmo2")
 
 
-def prepared(root: Path, name: str) -> tuple[Project, LlamaConfig]:
+def prepared(root: Path, name: str) -> tuple[Project, DecoderConfig]:
     """A project whose model is one of the family, with weights to start from."""
     project = Project.create(root)
     known = json.loads((root / "config.json").read_text())
     given = {key: known[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
     config = from_hf_dict(BASE | VALUES[name] | given | {"num_hidden_layers": 2, "sliding_window_pattern": 2})
-    model = Llama(config, DenseAttention())
+    model = Decoder(config, DenseAttention())
     draw(model, 0, 0.1)
     write_hf_folder(root / "start", config, model.state_dict(), tokenizer_dir=root / "tokenizer")
     return project, config
@@ -55,7 +55,7 @@ def test_a_family_is_trained_and_exported(name: str, tmp_path: Path) -> None:
     auto: Any = transformers.AutoModelForCausalLM
     loaded, report = auto.from_pretrained(tmp_path / "exported", output_loading_info=True)
     assert not any(report.values()), report
-    model = Llama(config, DenseAttention())
+    model = Decoder(config, DenseAttention())
     model.load_state_dict(final_weights(run))
     ids = torch.randint(config.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
     index = torch.arange(60, dtype=torch.int32)[None]

@@ -15,7 +15,7 @@ import pytest
 from nxd_fixture import require_nxd
 
 from nxdt_align.cli import main
-from nxdt_align.models.presets import LLAMA3_8B, LlamaConfig
+from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
 
 SMALL = replace(
     LLAMA3_8B, vocab_size=2048, hidden_size=512, head_dim=16, intermediate_size=1024, num_hidden_layers=2
@@ -52,7 +52,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 
 
-def arguments(folder: Path, model: LlamaConfig, run: tuple[str, ...], lengths: str) -> list[str]:
+def arguments(folder: Path, model: DecoderConfig, run: tuple[str, ...], lengths: str) -> list[str]:
     (folder / "config.json").write_text(json.dumps(model.to_hf_dict()))
     sizes = (f"model.hidden_size={model.hidden_size}", f"model.num_layers={model.num_hidden_layers}")
     shape = (f"model.model_config={folder}/config.json", *sizes, "data.val_dir=/nowhere.jsonl")

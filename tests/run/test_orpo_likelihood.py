@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import ATTENTIONS, CASES, GRADIENT_TOLERANCE, LAYOUTS, dataset, engine
-from oracle import Example, Llama, assert_gradients_close, gradients, plain_model, random_examples
+from oracle import Decoder, Example, assert_gradients_close, gradients, plain_model, random_examples
 from torch import Tensor
 from training_fixture import Project, scalars
 from trl_losses import trl_orpo
@@ -24,7 +24,7 @@ from nxdt_align.losses.types import ResponseLogps
 BETA = 0.1
 
 
-def trl_loss(model: Llama, example: Example) -> tuple[Tensor, float]:
+def trl_loss(model: Decoder, example: Example) -> tuple[Tensor, float]:
     """TRL's loss of a batch of one pair, from the model's whole logits, and its nll_loss."""
     sequences = [np.concatenate([example.prompt, response]) for response in example.responses]
     longest = max(map(len, sequences))

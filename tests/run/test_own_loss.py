@@ -19,7 +19,7 @@ from nxdt_align.data.packing import Layout
 from nxdt_align.data.tokenize import Example
 from nxdt_align.losses.custom import load_loss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 
 OWN = """
 from torch import nn
@@ -114,7 +114,7 @@ class Flat:
 """
 
 
-def flat_loss(model: Llama, examples: Sequence[Example]) -> Tensor:
+def flat_loss(model: Decoder, examples: Sequence[Example]) -> Tensor:
     """The same, one response at a time."""
     losses = []
     for example in examples:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.run.conversion import Report, convert
 from nxdt_align.weights.digests import RECORD
 from nxdt_align.weights.hf import FreshWeights, HFFolder
 
 MakeHF = Callable[..., Path]
 DOWN = "model.layers.0.mlp.down_proj.weight"
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=99,
     hidden_size=16,
     intermediate_size=48,
@@ -31,7 +31,7 @@ CONFIG = LlamaConfig(
 SIZES: dict[str, Any] = {"tp": 4, "pp": 2, "kv_multiplier": 2}
 
 
-def fresh(config: LlamaConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def fresh(config: DecoderConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     source = FreshWeights(replace(config, initializer_range=0.3), seed)
     return {name: source.read(name).to(dtype) for name in source.names()}
 
@@ -40,9 +40,9 @@ def run(source: Path, destination: Path, **options: Any) -> Report:
     return convert(source, destination, quiet=True, **options)
 
 
-def random_config(rng: random.Random) -> LlamaConfig:
+def random_config(rng: random.Random) -> DecoderConfig:
     kv_heads, group = rng.choice([1, 2, 3, 4, 6, 8]), rng.choice([1, 2, 3, 4, 6])
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=rng.randint(20, 70),
         hidden_size=rng.choice([8, 24]),
         intermediate_size=rng.choice([48, 96, 144]),

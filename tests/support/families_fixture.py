@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig, from_hf_dict
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig, from_hf_dict
 
 BASE: dict[str, Any] = {
     "vocab_size": 64,
@@ -62,17 +62,17 @@ VALUES: dict[str, dict[str, Any]] = {
     },
 }
 """Keys of ``config.json`` beside BASE."""
-CONFIGS: dict[str, LlamaConfig] = {name: from_hf_dict(BASE | values) for name, values in VALUES.items()}
+CONFIGS: dict[str, DecoderConfig] = {name: from_hf_dict(BASE | values) for name, values in VALUES.items()}
 WINDOW = 40
 
 
-def window(config: LlamaConfig, size: int) -> LlamaConfig:
+def window(config: DecoderConfig, size: int) -> DecoderConfig:
     """With a window of that size, where there is one."""
     return config if config.sliding_window is None else replace(config, sliding_window=size)
 
 
 @torch.no_grad()
-def draw(model: Llama, seed: int, std: float) -> None:
+def draw(model: Decoder, seed: int, std: float) -> None:
     """Values of which each counts: of norms, around what changes nothing, and of biases too."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

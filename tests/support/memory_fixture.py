@@ -23,14 +23,14 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.planning.workload import Formats
 from nxdt_align.training.adamw import AdamWFP32OptState
 from nxdt_align.weights.hf import FreshWeights
 
-DEEP = LlamaConfig(
+DEEP = DecoderConfig(
     vocab_size=2000,
     hidden_size=256,
     intermediate_size=704,
@@ -125,11 +125,11 @@ class Run:
     """An engine in its steady state: its optimizer has made a step, its gradients are gone."""
 
     def __init__(
-        self, config: LlamaConfig, precision: Precision, recompute: tuple[str, ...], **engine: Any
+        self, config: DecoderConfig, precision: Precision, recompute: tuple[str, ...], **engine: Any
     ) -> None:
         full = recompute == ("full",)
 
-        def configure(model: Llama) -> None:
+        def configure(model: Decoder) -> None:
             granularity = "full" if full else "selective" if recompute else None
             model.set_checkpointing(granularity, () if full else recompute)
 

@@ -11,7 +11,7 @@ import torch
 from checkpoint_fixture import fresh
 from torch import Tensor
 
-from nxdt_align.models.presets import TINY, LlamaConfig
+from nxdt_align.models.presets import TINY, DecoderConfig
 from nxdt_align.weights.meta import _LAYER, _TABLE
 
 CONFIG = replace(
@@ -34,7 +34,7 @@ def metas_rows(weight: Tensor, heads: int) -> Tensor:
     return torch.stack((half[:, 0], half[:, 1]), 2).reshape(weight.shape)
 
 
-def write_meta(folder: Path, config: LlamaConfig, shards: int, embedding_dim: int, **params: Any) -> None:
+def write_meta(folder: Path, config: DecoderConfig, shards: int, embedding_dim: int, **params: Any) -> None:
     folder.mkdir()
     weights = fresh(config)
     files: list[dict[str, Tensor]] = [{} for _ in range(shards)]

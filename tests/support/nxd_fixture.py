@@ -28,9 +28,9 @@ from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.orpo import ORPOLoss
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.partition import HEAD, Partition, local_tensors
-from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, weight_shapes
 
 CONFIG = replace(TINY, vocab_size=64, num_attention_heads=8, head_dim=4)
 """Eight query heads to two kv heads; sizes that four ranks divide."""
@@ -72,7 +72,7 @@ class Case:
     cuts: tuple[int, ...] | None = None
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderConfig:
         """As many kv heads as query heads where these three are one layer."""
         heads = CONFIG.num_attention_heads if self.qkv == "coalesced" else CONFIG.num_key_value_heads
         return replace(CONFIG, num_key_value_heads=heads)
@@ -124,9 +124,9 @@ def _rank(rank: int, world: int, jobs: list[Job], folder: str, gloo: bool) -> No
 # Models and data
 
 
-def plain(seed: int, config: LlamaConfig = CONFIG) -> Llama:
+def plain(seed: int, config: DecoderConfig = CONFIG) -> Decoder:
     """A plain model whose every entry counts."""
-    model = Llama(config, causal_attention)
+    model = Decoder(config, causal_attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -135,7 +135,7 @@ def plain(seed: int, config: LlamaConfig = CONFIG) -> Llama:
     return model
 
 
-def weights(seed: int, config: LlamaConfig = CONFIG) -> ModuleWeights:
+def weights(seed: int, config: DecoderConfig = CONFIG) -> ModuleWeights:
     return ModuleWeights(plain(seed, config))
 
 
@@ -174,7 +174,7 @@ def objective(name: str) -> GlobalMeanObjective:
 # On a rank
 
 
-def engine(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
+def engine(case: Case, config: DecoderConfig = CONFIG, **settings: Any) -> Any:
     from nxdt_align.engines.nxd import compat
 
     platform = compat.start("cpu", dist.get_rank(), dist.get_world_size())
@@ -208,7 +208,7 @@ def train(built: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[torc
     return losses
 
 
-def start(case: Case, config: LlamaConfig = CONFIG, **settings: Any) -> Any:
+def start(case: Case, config: DecoderConfig = CONFIG, **settings: Any) -> Any:
     """An engine with ``plain(0, config)``'s weights."""
     built = engine(case, config, **settings)
     built.load_weights(weights(0, config))
@@ -276,9 +276,9 @@ def one_copy(case: Case, ranks: Sequence[Any], copy: int) -> list[Any]:
 
 
 def whole(
-    case: Case, config: LlamaConfig, shards: Sequence[Mapping[str, Tensor]], tolerance: float = 1e-5
+    case: Case, config: DecoderConfig, shards: Sequence[Mapping[str, Tensor]], tolerance: float = 1e-5
 ) -> dict[str, Tensor]:
-    """Whole tensors under the plain Llama's names out of each rank's, which must agree where they
+    """Whole tensors under the plain model's names out of each rank's, which must agree where they
     hold the same. ``shards`` are those of the ranks of one copy of the model, tensor-parallel fastest."""
     partition = case.parallel.partition(config)
     found = {name: torch.full(shape, torch.nan) for name, shape in weight_shapes(config).items()}

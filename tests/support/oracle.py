@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nxdt_align.data.tokenize import Example
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig, fresh_weight
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig, fresh_weight
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.ops.attention import visibility
 
-TINY = LlamaConfig(
+TINY = DecoderConfig(
     vocab_size=61,
     hidden_size=32,
     intermediate_size=48,
@@ -93,8 +93,8 @@ def causal_attention(
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2)
 
 
-def plain_model(seed: int = 0) -> Llama:
-    model = Llama(TINY, causal_attention)
+def plain_model(seed: int = 0) -> Decoder:
+    model = Decoder(TINY, causal_attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -103,13 +103,13 @@ def plain_model(seed: int = 0) -> Llama:
 
 
 @torch.no_grad()
-def draw_weights(model: Llama, seed: int) -> None:
+def draw_weights(model: Decoder, seed: int) -> None:
     """Fill every parameter with its ``fresh_weight``, whatever device and dtype it is on."""
     for name, parameter in model.named_parameters():
         parameter.copy_(fresh_weight(model.config, name, seed))
 
 
-def response_logp(model: Llama, prompt: np.ndarray, response: np.ndarray) -> Tensor:
+def response_logp(model: Decoder, prompt: np.ndarray, response: np.ndarray) -> Tensor:
     """log p(response | prompt), a scalar, from whole logits."""
     ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
     positions = torch.arange(ids.shape[1])[None]
@@ -122,12 +122,12 @@ def response_logp(model: Llama, prompt: np.ndarray, response: np.ndarray) -> Ten
     return logps[len(prompt) - 1 :].sum()
 
 
-def pair_logps(model: Llama, example: Example) -> tuple[Tensor, Tensor]:
+def pair_logps(model: Decoder, example: Example) -> tuple[Tensor, Tensor]:
     chosen, rejected = (response_logp(model, example.prompt, r) for r in example.responses)
     return chosen, rejected
 
 
-def dpo_loss(model: Llama, reference: Llama, examples: Sequence[Example], beta: float) -> Tensor:
+def dpo_loss(model: Decoder, reference: Decoder, examples: Sequence[Example], beta: float) -> Tensor:
     """Mean over pairs of -log sigmoid(beta * (log-ratio of chosen - log-ratio of rejected))."""
     losses = []
     for example in examples:
@@ -139,7 +139,7 @@ def dpo_loss(model: Llama, reference: Llama, examples: Sequence[Example], beta: 
     return torch.stack(losses).mean()
 
 
-def orpo_loss(model: Llama, examples: Sequence[Example], beta: float) -> Tensor:
+def orpo_loss(model: Decoder, examples: Sequence[Example], beta: float) -> Tensor:
     """Mean over pairs of NLL a token - beta * log sigmoid(log odds ratio), in float64 at the end."""
     losses = []
     for example in examples:
@@ -152,7 +152,7 @@ def orpo_loss(model: Llama, examples: Sequence[Example], beta: float) -> Tensor:
     return torch.stack(losses).mean().float()
 
 
-def gradients(loss: Tensor, model: Llama) -> dict[str, Tensor]:
+def gradients(loss: Tensor, model: Decoder) -> dict[str, Tensor]:
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
@@ -168,7 +168,7 @@ def assert_gradients_close(got: dict[str, Tensor], want: dict[str, Tensor], tole
 class ModuleWeights(WeightSource):
     """A model's parameters as an engine's WeightSource."""
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Decoder) -> None:
         self._tensors = {name: p.detach() for name, p in model.named_parameters()}
 
     def names(self) -> list[str]:

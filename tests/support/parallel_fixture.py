@@ -33,12 +33,12 @@ from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.orpo import ORPOLoss
 from nxdt_align.losses.types import Loss
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 
-SHAPE = LlamaConfig(
+SHAPE = DecoderConfig(
     vocab_size=64,
     hidden_size=32,
     intermediate_size=48,
@@ -60,9 +60,9 @@ ATTENTIONS: dict[str, Attention] = {"dense": DenseAttention(), "blocks": BlockAt
 # Model and data
 
 
-def make_model(seed: int, shape: LlamaConfig = SHAPE, std: float = 0.02) -> Llama:
-    """The plain Llama, fp32, of the same values on every call."""
-    model = Llama(shape, causal_attention)
+def make_model(seed: int, shape: DecoderConfig = SHAPE, std: float = 0.02) -> Decoder:
+    """The plain model, fp32, of the same values on every call."""
+    model = Decoder(shape, causal_attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -102,7 +102,7 @@ class Case:
     min_micro_batches: int = 2
     pairs: int = 8
     seed: int = 4
-    shape: LlamaConfig = SHAPE
+    shape: DecoderConfig = SHAPE
     std: float = 0.02
     """Of the weights."""
     copies_reference: bool = False
@@ -136,7 +136,7 @@ class Case:
             pipeline_parallel_size=self.pipeline,
         )
 
-    def model(self, seed: int) -> Llama:
+    def model(self, seed: int) -> Decoder:
         return make_model(seed, self.shape, self.std)
 
     def examples(self) -> ExampleSet:
@@ -168,9 +168,9 @@ class Case:
     def engine(self, rank: int) -> NativeEngine:
         """With policy 0 and, where the loss wants it, reference 1."""
 
-        def configure(llama: Llama) -> None:
+        def configure(decoder: Decoder) -> None:
             if self.checkpointing is not None:
-                llama.set_checkpointing(*self.checkpointing)  # type: ignore[arg-type]
+                decoder.set_checkpointing(*self.checkpointing)  # type: ignore[arg-type]
 
         engine = NativeEngine(
             self.shape,
@@ -224,7 +224,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def train(
-    engine: NativeEngine, batches: Sequence[Batch], loss: Loss, steps: int = STEPS, start: Llama | None = None
+    engine: NativeEngine,
+    batches: Sequence[Batch],
+    loss: Loss,
+    steps: int = STEPS,
+    start: Decoder | None = None,
 ) -> Outcome:
     """Evaluate, ``steps`` AdamW steps with clipping, evaluate; with ``start``, load its weights and evaluate
     once more. All ranks call this."""
@@ -284,7 +288,7 @@ def outcomes(cases: dict[str, Case]) -> dict[str, list[Outcome]]:
     return found
 
 
-def oracle_loss(loss: str, model: Llama, reference: Llama, examples: Sequence[Example]) -> Tensor:
+def oracle_loss(loss: str, model: Decoder, reference: Decoder, examples: Sequence[Example]) -> Tensor:
     return orpo_loss(model, examples, BETA) if loss == "orpo" else dpo_loss(model, reference, examples, BETA)
 
 

@@ -21,7 +21,7 @@ from nxdt_align.engines.native.scoring import NativeScorer
 from nxdt_align.engines.native.settings import Parallel
 from nxdt_align.engines.steps import TokenLogps
 from nxdt_align.models.partition import QKV, fitting_multipliers, fitting_tp
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.ops.ragged import Rows
 
@@ -48,7 +48,7 @@ class Case:
     """A model, the sizes of its shards, and how the engine is spread, which are independent."""
 
     parallel: Parallel
-    config: LlamaConfig
+    config: DecoderConfig
     sizes: dict[str, Any]
     qkv: QKV
 
@@ -60,7 +60,7 @@ def draw(spread: str, qkv: QKV, multiplier: int, *, tied: bool = False) -> Case:
     # At tp 4, fewer kv heads than ranks, so that each rank computes one that others have too.
     kv_heads = rng.choice([1, 2] if parallel.tensor == 4 else [2, 4])
     group = 1 if qkv == "coalesced" else rng.choice([g for g in (2, 4, 6) if kv_heads * g % 4 == 0])
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=4 * rng.randint(10, 16) + (2 if parallel.tensor < 4 else 0),
         hidden_size=rng.choice([48, 96]),
         intermediate_size=48,
@@ -85,7 +85,7 @@ CASES = {
 }
 
 
-def random_ids(config: LlamaConfig) -> Tensor:
+def random_ids(config: DecoderConfig) -> Tensor:
     return torch.randint(config.vocab_size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(5))
 
 
@@ -130,7 +130,7 @@ def scores(rank: int, case: Case, shards: Path) -> Scores:
     def keeping(
         scorer: NativeScorer, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]
     ) -> TokenLogps:
-        seen.append(whole_rows(hidden, scorer._groups)[:, :TOKENS] @ whole(scorer.llama.head_weight).T)
+        seen.append(whole_rows(hidden, scorer._groups)[:, :TOKENS] @ whole(scorer.decoder.head_weight).T)
         return read(scorer, hidden, rows, wanted)
 
     with mock.patch.object(NativeScorer, "read", keeping):

@@ -27,8 +27,8 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint, load
 from nxdt_align.engines.native.saving import Saver, save
 from nxdt_align.engines.native.shards import LocalShard, fill, whole_tensors
 from nxdt_align.engines.ranks import Ranks
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig, weight_shapes
 from nxdt_align.models.sharding import split_of
 from nxdt_align.weights.hf import HFFolder
 
@@ -295,7 +295,7 @@ def fail_with_full_disk(descriptor: int) -> None:
 
 # Memory
 
-BIG = LlamaConfig(
+BIG = DecoderConfig(
     vocab_size=12000,
     hidden_size=1024,
     intermediate_size=2816,
@@ -326,8 +326,8 @@ def memory(rank: int, folder: Path) -> None:
     kept = []  # freed memory would be used again, and not be counted
     for source in (HFFolder(folder / "big-hf"), NativeCheckpoint(folder / "big-native")):
         with torch.device("meta"):
-            llama = Llama(BIG, causal_attention).to(torch.bfloat16)
-        for module_name, module in llama.named_modules():
+            decoder = Decoder(BIG, causal_attention).to(torch.bfloat16)
+        for module_name, module in decoder.named_modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 dim = split_of(f"{module_name}.{name}").dim
                 placement = Replicate() if dim is None else Shard(dim)
@@ -336,13 +336,13 @@ def memory(rank: int, folder: Path) -> None:
         source.read("model.norm.weight")  # code that reads is in memory once, whatever it reads
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = from_status("VmRSS")
-        llama.to_empty(device="cpu")
-        fill(llama.named_parameters(), source)
+        decoder.to_empty(device="cpu")
+        fill(decoder.named_parameters(), source)
         grown = from_status("VmHWM") - before
         assert 0.9 * total / 4 < grown < total / 4 + largest + (20 << 20), f"{source}: {grown >> 20} MiB"
         print(f"rank {rank}: {source}: peak {grown >> 20} MiB of {total >> 20}")
-        kept.append(llama)
-        for name, parameter in llama.named_parameters():
+        kept.append(decoder)
+        for name, parameter in decoder.named_parameters():
             held, wanted = parameter.to_local(), big_weight(name)[LocalShard.of(parameter).region]
             assert held.view(torch.int16).equal(wanted.contiguous().view(torch.int16)), name
 

@@ -203,8 +203,10 @@ def train_sh(repo: Path, project: Project, *overrides: str) -> str:
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every TensorBoard curve of a run's folder: (step, value), by step: files of two runs that one process started
-    within the same second are read in the order of their names, in which ".10" comes before ".9"."""
+    """Every TensorBoard curve of a run's folder: (step, value), by step.
+
+    Files that one process began in the same second are read in the order of their names, ".10" before ".9".
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     accumulator = EventAccumulator(str(run))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoint_fixture import CONFIG, SIZES, MakeHF, fresh, run
 
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.weights.hf_writer import write_hf_folder
 
 
@@ -18,7 +18,9 @@ from nxdt_align.weights.hf_writer import write_hf_folder
 def make_hf(tmp_path: Path) -> Callable[..., Path]:
     """Writes a Hugging Face folder of fresh weights."""
 
-    def make(config: LlamaConfig, dtype: torch.dtype = torch.float32, name: str = "hf", **more: Any) -> Path:
+    def make(
+        config: DecoderConfig, dtype: torch.dtype = torch.float32, name: str = "hf", **more: Any
+    ) -> Path:
         write_hf_folder(tmp_path / name, config, fresh(config, 0, dtype), **more)
         return tmp_path / name
 

@@ -12,7 +12,7 @@ from checkpoint_fixture import fresh, run
 from nxd_source import supply_neuron_only_modules
 from torch import Tensor
 
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.hf_writer import write_hf_folder
 from nxdt_align.weights.names import to_hf
@@ -20,7 +20,7 @@ from nxdt_align.weights.nxdt_files import shard_name
 
 pytestmark = pytest.mark.nxd
 
-GQA = LlamaConfig(
+GQA = DecoderConfig(
     vocab_size=96,
     hidden_size=32,
     intermediate_size=48,
@@ -48,7 +48,7 @@ def nxd(converter: Any, *arguments: object) -> None:
     converter.run(converter.get_arg_parser().parse_args(flags))
 
 
-def make(folder: Path, config: LlamaConfig) -> tuple[Path, Path]:
+def make(folder: Path, config: DecoderConfig) -> tuple[Path, Path]:
     """A Hugging Face folder, and the one merged file that NxD's converter takes."""
     weights = fresh(config)
     write_hf_folder(folder / "hf", config, weights)
@@ -62,7 +62,7 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 # config, tp, pp, multiplier, flags of NxD's, options of ours
-EQUAL: list[tuple[LlamaConfig, int, int, int, list[str], dict[str, bool]]] = [
+EQUAL: list[tuple[DecoderConfig, int, int, int, list[str], dict[str, bool]]] = [
     (GQA, 2, 1, 1, ["--qkv_linear", "True"], {"qkv_linear": True}),
     (GQA, 4, 1, 2, ["--qkv_linear", "True"], {"qkv_linear": True}),
     (GQA, 4, 2, 2, ["--qkv_linear", "True"], {"qkv_linear": True}),
@@ -77,7 +77,7 @@ EQUAL: list[tuple[LlamaConfig, int, int, int, list[str], dict[str, bool]]] = [
 
 @pytest.mark.parametrize(("config", "tp", "pp", "multiplier", "flags", "options"), EQUAL)
 def test_shards_are_nxds_bit_for_bit(
-    config: LlamaConfig,
+    config: DecoderConfig,
     tp: int,
     pp: int,
     multiplier: int,
@@ -103,7 +103,7 @@ def test_shards_are_nxds_bit_for_bit(
     assert HFFolder(tmp_path / "back").fingerprint() == HFFolder(hf).fingerprint()
 
 
-FAILS: list[tuple[str, LlamaConfig, int, int, list[str], dict[str, bool]]] = [
+FAILS: list[tuple[str, DecoderConfig, int, int, list[str], dict[str, bool]]] = [
     ("tp below kv heads", MHA, 4, 1, ["--qkv_linear", "True"], {"qkv_linear": True}),
     ("copies of several kv heads per rank", GQA, 2, 2, ["--qkv_linear", "True"], {"qkv_linear": True}),
     ("vocabulary that does not divide", replace(GQA, vocab_size=99), 2, 1, [], {"qkv_linear": False}),
@@ -115,7 +115,7 @@ FAILS: list[tuple[str, LlamaConfig, int, int, list[str], dict[str, bool]]] = [
     ("config", "tp", "multiplier", "flags", "options"), [c[1:] for c in FAILS], ids=[c[0] for c in FAILS]
 )
 def test_where_nxds_converter_fails_or_is_wrong(
-    config: LlamaConfig,
+    config: DecoderConfig,
     tp: int,
     multiplier: int,
     flags: list[str],

@@ -150,7 +150,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "no attention",
         lambda f: edit_all(f, lambda t: {"x": torch.ones(1)}),
-        "holds no attention weights of a Llama: x",
+        "holds no attention weights of a decoder: x",
     ),
 ]
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import Partition, fitting_multipliers, fitting_tp
-from nxdt_align.models.presets import TINY, LlamaConfig
+from nxdt_align.models.presets import TINY, DecoderConfig
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.weights import convert as convert_module
 from nxdt_align.weights.extents import BLOCK, Extent, WeightsError
@@ -200,7 +200,7 @@ def test_a_mistral_whose_window_is_shorter_than_its_context(make_hf: MakeHF, tmp
 
 
 def expected_shard(
-    weights: dict[str, Tensor], config: LlamaConfig, tp: int, mult: int, rank: int
+    weights: dict[str, Tensor], config: DecoderConfig, tp: int, mult: int, rank: int
 ) -> dict[str, Tensor]:
     """A rank's tensors at one stage, written down from the recipe of NxD's converter, head by head."""
     nh, nkv, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -14,8 +14,8 @@ from checkpoint_fixture import run, same_folders
 from families_fixture import BASE, CONFIGS, draw, window
 from safetensors.torch import load_file, save_file
 
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig, ModelConfigError, parameter_count
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig, ModelConfigError, parameter_count
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.weights.detect import open_source
@@ -31,13 +31,13 @@ SIZES: tuple[dict[str, Any], ...] = (
 )
 
 
-def model_of(config: LlamaConfig) -> Llama:
-    model = Llama(config, DenseAttention())
+def model_of(config: DecoderConfig) -> Decoder:
+    model = Decoder(config, DenseAttention())
     draw(model, 0, 0.2)
     return model
 
 
-def write(folder: Path, config: LlamaConfig, **options: Any) -> Llama:
+def write(folder: Path, config: DecoderConfig, **options: Any) -> Decoder:
     model = model_of(config)
     write_hf_folder(folder, config, model.state_dict(), **options)
     return model

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import TINY, LlamaConfig, ModelConfigError, RopeScaling, weight_shapes
+from nxdt_align.models.presets import TINY, DecoderConfig, ModelConfigError, RopeScaling, weight_shapes
 from nxdt_align.named_tensors import content_fingerprint
 from nxdt_align.weights.detect import check_weights
 from nxdt_align.weights.extents import WeightsError
@@ -28,12 +28,12 @@ from nxdt_align.weights.names import from_hf
 TIED = replace(TINY, tie_word_embeddings=True)
 
 
-def fresh(config: LlamaConfig, seed: int = 0) -> dict[str, Tensor]:
+def fresh(config: DecoderConfig, seed: int = 0) -> dict[str, Tensor]:
     source = FreshWeights(replace(config, initializer_range=0.3), seed)
     return {name: source.read(name) for name in source.names()}
 
 
-def hf_model(config: LlamaConfig, seed: int = 0) -> Any:
+def hf_model(config: DecoderConfig, seed: int = 0) -> Any:
     import transformers
 
     torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def assert_same(source: HFFolder, model: Any) -> None:
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_folders_of_transformers_are_read_bit_for_bit(
-    config: LlamaConfig, shard: str, dtype: torch.dtype, tmp_path: Path
+    config: DecoderConfig, shard: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = hf_model(config).to(dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
@@ -324,7 +324,7 @@ def test_transformers_loads_our_folder_and_generates_the_same(
 ) -> None:
     import transformers
 
-    from nxdt_align.models.llama import Llama
+    from nxdt_align.models.decoder import Decoder
 
     config = WRITTEN[name]
     tensors = fresh(config)
@@ -334,7 +334,7 @@ def test_transformers_loads_our_folder_and_generates_the_same(
     found = {from_hf(key): value for key, value in theirs.named_parameters()}
     assert all(torch.equal(found[key], tensors[key]) for key in tensors) and len(found) == len(tensors)
 
-    ours = Llama(config, attend)
+    ours = Decoder(config, attend)
     ours.load_state_dict(tensors)
     prompt = torch.tensor([[1, 17, 90, 33]])
     generated = theirs.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -15,7 +15,7 @@ from checkpoint_fixture import CONFIG, DOWN, SIZES, MakeHF, edit, fresh, run
 from meta_fixture import CONFIG as METAS
 from meta_fixture import write_meta
 
-from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, weight_shapes
 from nxdt_align.run.conversion import describe
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.hf_writer import write_hf_folder
@@ -106,7 +106,7 @@ def test_dtypes_are_counted(make_hf: MakeHF, tmp_path: Path) -> None:
 
 # Shards without a config.json
 
-BARE: list[tuple[dict[str, Any], LlamaConfig, dict[str, Any]]] = [
+BARE: list[tuple[dict[str, Any], DecoderConfig, dict[str, Any]]] = [
     (SIZES, CONFIG, {"kv multiplier": 2, "qkv": "split", "files": "plain"}),
     (SIZES | {"qkv_linear": True, "fuse_qkv": True, "xser": True}, CONFIG, {"qkv": "fused", "files": "xser"}),
     (
@@ -121,7 +121,7 @@ BARE: list[tuple[dict[str, Any], LlamaConfig, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("options", "config", "shards"), BARE)
 def test_shards_alone_tell_what_they_can(
-    options: dict[str, Any], config: LlamaConfig, shards: dict[str, Any], make_hf: MakeHF, tmp_path: Path
+    options: dict[str, Any], config: DecoderConfig, shards: dict[str, Any], make_hf: MakeHF, tmp_path: Path
 ) -> None:
     run(make_hf(config, torch.float16), tmp_path / "out", **options)
     (tmp_path / "out" / "config.json").unlink()

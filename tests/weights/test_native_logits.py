@@ -13,14 +13,14 @@ from rank_processes import run_parallel
 from shard_loading import CASES, WORLD, Scores, all_scores, random_ids
 from torch import Tensor
 
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.weights.nxdt import NxDTFolder
 
 TOLERANCE = 1e-5
 """Absolute, and relative to each logit."""
 
 
-def transformers_logits(config: LlamaConfig, folder: Path) -> Tensor:
+def transformers_logits(config: DecoderConfig, folder: Path) -> Tensor:
     """Of a random model that is then saved in ``folder``."""
     import transformers
 

@@ -12,7 +12,7 @@ from checkpoint_fixture import run
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from nxdt_align.models.presets import TINY, LlamaConfig
+from nxdt_align.models.presets import TINY, DecoderConfig
 from nxdt_align.weights.nxdt_files import shard_name
 
 IDS = torch.tensor([[1, 17, 90, 33, 4, 121]])
@@ -31,7 +31,7 @@ def rotate(x: Tensor, theta: float) -> Tensor:
     return x * cos + torch.cat((-x[..., size // 2 :], x[..., : size // 2]), -1) * sin
 
 
-def attention(x: Tensor, shard: dict[str, Tensor], prefix: str, config: LlamaConfig) -> Tensor:
+def attention(x: Tensor, shard: dict[str, Tensor], prefix: str, config: DecoderConfig) -> Tensor:
     """One rank's part of the layer's output; query i uses kv i // (queries / kvs), as NxDT computes it."""
     q, k, v = (shard[f"{prefix}.qkv_proj.weight_{kind}"] for kind in "qkv")
     heads = [(x @ w.t()).view(1, x.shape[1], -1, config.head_dim).transpose(1, 2) for w in (q, k, v)]
@@ -55,7 +55,7 @@ def embed(shards: list[dict[str, Tensor]]) -> Tensor:
     return torch.stack([torch.where((owner == i)[..., None], p, 0) for i, p in enumerate(parts)]).sum(0)
 
 
-def sharded_logits(stages: list[list[dict[str, Tensor]]], config: LlamaConfig) -> Tensor:
+def sharded_logits(stages: list[list[dict[str, Tensor]]], config: DecoderConfig) -> Tensor:
     x = embed(stages[0])
     for shards in stages:
         layers = sorted({int(name.split(".")[2]) for name in shards[0] if ".layers." in name})

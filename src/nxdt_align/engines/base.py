@@ -165,7 +165,7 @@ class Engine(ABC):
 
     @abstractmethod
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """This rank's trainable parameters under the plain Llama's names."""
+        """This rank's trainable parameters under the plain model's names."""
 
     @property
     def skips_step(self) -> bool:

@@ -1,4 +1,4 @@
-"""A micro-batch in, its response tokens' log-probabilities out: what a rank does with a Llama whose layers
+"""A micro-batch in, its response tokens' log-probabilities out: what a rank does with a decoder whose layers
 are all there, or with the part of it that it holds.
 
 Legend: ``B`` rows, ``S`` tokens, ``D`` hidden, ``T`` response positions.
@@ -18,19 +18,19 @@ from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.ranks import Group
 from nxdt_align.engines.settings import Parallel
 from nxdt_align.engines.steps import Share, TokenLogps
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.ops.attention import Attention, pad_bounds, softcapped
 from nxdt_align.ops.logprobs import VocabShard, token_logps
 from nxdt_align.ops.ragged import ModelInputs, PaddedRows, RaggedRow, Rows
 
 
 class Scorer(nn.Module):
-    """A Llama that is asked for log-probabilities alone, so that no caller ever sees its logits.
+    """A decoder that is asked for log-probabilities alone, so that no caller ever sees its logits.
 
     Every tensor-parallel rank gets the whole result.
 
     Args:
-        llama: its modules, or an engine's in their place; also a part of its layers.
+        decoder: its modules, or an engine's in their place; also a part of its layers.
         attention: how the rows are attended over. Static shapes where it has them.
         parallel: how the model is spread.
         tensor: the ranks that hold the other rows of the head.
@@ -39,7 +39,7 @@ class Scorer(nn.Module):
 
     def __init__(
         self,
-        llama: Llama,
+        decoder: Decoder,
         attention: Attention,
         parallel: Parallel,
         tensor: Group,
@@ -47,7 +47,7 @@ class Scorer(nn.Module):
         compact: bool = False,
     ) -> None:
         super().__init__()
-        self.llama = llama
+        self.decoder = decoder
         self.attention = attention
         self._row_multiple = parallel.row_multiple
         self._tensor = tensor
@@ -71,7 +71,7 @@ class Scorer(nn.Module):
 
     def context(self, key_start: Tensor, key_stop: Tensor) -> Any:
         """What the layers are told of rows with these bounds, (B, S) each."""
-        return self.llama.model.prepare(key_start, key_stop, self.attention.prepare)
+        return self.decoder.model.prepare(key_start, key_stop, self.attention.prepare)
 
     def run(self, rows: Rows, received: Tensor | None = None) -> Tensor:
         """The layers that are here, over the rows' token ids or over an earlier part's hidden states.
@@ -81,13 +81,13 @@ class Scorer(nn.Module):
         """
         input_ids, position_ids, *bounds = self.padded(rows)
         context = self.context(*bounds)
-        hidden: Tensor = self.llama(input_ids if received is None else received, position_ids, context)
+        hidden: Tensor = self.decoder(input_ids if received is None else received, position_ids, context)
         return hidden
 
     @property
     def head(self) -> Tensor:
         """This rank's rows of it."""
-        return self.llama.head_weight
+        return self.decoder.head_weight
 
     def _first_token(self, labels: Tensor) -> int | Tensor:
         """Of this rank's rows of the head."""
@@ -99,7 +99,7 @@ class Scorer(nn.Module):
         Raises EngineError for logits where this rank has a part of the vocabulary's alone.
         """
         at_responses, head, tensor = rows.at_responses(hidden), self.head, self._tensor
-        cap = self.llama.config.logits_softcap
+        cap = self.decoder.config.logits_softcap
         logits = None
         if "logits" in wanted:
             if tensor.size > 1:

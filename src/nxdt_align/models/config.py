@@ -19,15 +19,15 @@ QKNorm = Literal["head", "projection"]
 """Over each head of q and k by itself, or over all heads of q, and of k, together."""
 
 
-def _told(config: Any, since: str) -> str:
-    """A dataclass's own text, but for the fields from ``since`` on that have their defaults."""
+def _told(config: Any, since: str, name: str) -> str:
+    """A dataclass's text under ``name``, but for the fields from ``since`` on that have their defaults."""
     told, is_late = [], False
     for field in fields(config):
         is_late = is_late or field.name == since
         value = getattr(config, field.name)
         if not is_late or value != field.default:
             told.append(f"{field.name}={value!r}")
-    return f"{type(config).__name__}({', '.join(told)})"
+    return f"{name}({', '.join(told)})"
 
 
 class ModelConfigError(UserError):
@@ -54,11 +54,11 @@ class RopeScaling:
     truncate: bool | None = None
 
     def __repr__(self) -> str:
-        return _told(self, since="beta_fast")
+        return _told(self, since="beta_fast", name="RopeScaling")
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class DecoderConfig:
     """The shape of a Llama, or of a model of another family: the fields from ``model_type`` on say how it
     differs. Raises ModelConfigError naming every rule that the values break."""
 
@@ -112,8 +112,9 @@ class LlamaConfig:
             raise config_error("model configuration", faults)
 
     def __repr__(self) -> str:
-        """Part of a reference store's fingerprint: a Llama's must stay what it is."""
-        return _told(self, since="layer_types")
+        """Part of a reference store's fingerprint: a Llama's must stay what it is, with the class's name of
+        the time when it covered no other family."""
+        return _told(self, since="layer_types", name="LlamaConfig")
 
     def window_of(self, layer: int) -> int | None:
         """Tokens that a layer's attention sees, the token itself included; None for all before it."""
@@ -135,7 +136,7 @@ class LlamaConfig:
         hidden_size: int | None = None,
         rope_theta: float | None = None,
         max_position_embeddings: int | None = None,
-    ) -> LlamaConfig:
+    ) -> DecoderConfig:
         """The shape with NxDT's ``model.*`` keys laid over it; None leaves a value as it is.
 
         Another ``hidden_size`` makes ``head_dim`` hidden_size / num_attention_heads, as in NxDT; the
@@ -201,7 +202,7 @@ class LlamaConfig:
         }
 
 
-def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Every weight of the plain model with its whole shape, in the model's order."""
     D = config.hidden_size
     in_layer = _layer_shapes(config)
@@ -214,7 +215,7 @@ def weight_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
     N, K = config.num_attention_heads, config.num_key_value_heads
     shapes: dict[str, tuple[int, ...]] = {}
@@ -248,7 +249,7 @@ def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def parameter_count(config: LlamaConfig) -> int:
+def parameter_count(config: DecoderConfig) -> int:
     """Trainable numbers; a tied head counts once."""
     return sum(prod(shape) for shape in weight_shapes(config).values())
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from nxdt_align.models.config import (
     Activation,
-    LlamaConfig,
+    DecoderConfig,
     ModelConfigError,
     RopeScaling,
     broken_rules,
@@ -22,7 +22,7 @@ from nxdt_align.models.fields import Fields
 BY_LONGEST_POSITION = ("dynamic", "longrope", "su")
 
 
-def read_config_json(path: str | Path) -> LlamaConfig:
+def read_config_json(path: str | Path) -> DecoderConfig:
     """The shape in a ``config.json``, or in that of a folder. Raises ModelConfigError."""
     file, values = load_config_json(path)
     return from_hf_dict(values, where=str(file))
@@ -46,7 +46,7 @@ def load_config_json(path: str | Path) -> tuple[Path, dict[str, Any]]:
     return file, values
 
 
-def from_hf_dict(values: Mapping[str, Any], *, where: str = "config.json") -> LlamaConfig:
+def from_hf_dict(values: Mapping[str, Any], *, where: str = "config.json") -> DecoderConfig:
     """The shape in a Hugging Face configuration; a missing key has transformers' default.
 
     Both spellings of the rotary settings are read: ``rope_theta`` with ``rope_scaling``
@@ -71,7 +71,7 @@ def from_hf_dict(values: Mapping[str, Any], *, where: str = "config.json") -> Ll
     faults = fields.faults + broken_rules(found)
     if faults:
         raise config_error(where, faults)
-    return LlamaConfig(**found)
+    return DecoderConfig(**found)
 
 
 def model_type_of(values: Mapping[str, Any], *, where: str = "config.json") -> str:

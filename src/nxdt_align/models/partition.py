@@ -1,4 +1,4 @@
-"""How NxD spreads a Llama over tensor-parallel ranks and pipeline stages: pure arithmetic on sizes.
+"""How NxD spreads a decoder over tensor-parallel ranks and pipeline stages: pure arithmetic on sizes.
 
 A rank's share of a weight is a list of ranges along one dimension, in the order in which the rank
 holds them; so one description serves both directions. The orders are those of NxD's own converter
@@ -16,7 +16,7 @@ from math import ceil
 from typing import Literal, get_args
 
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, VOCAB, Split, split_of
 
 QKV = Literal["split", "fused", "separate", "coalesced"]
@@ -41,7 +41,7 @@ class PartitionError(UserError):
 class Partition:
     """Raises PartitionError naming every size at fault, and the sizes that would fit."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     tp: int = 1
     pp: int = 1
     kv_multiplier: int = 1
@@ -110,7 +110,7 @@ class Partition:
             yield first * size, (first + count) * size
 
 
-def weight_shape(config: LlamaConfig, name: str) -> tuple[int, ...]:
+def weight_shape(config: DecoderConfig, name: str) -> tuple[int, ...]:
     """The shape of one weight; a tied head's is the embedding's. Raises KeyError."""
     if name == HEAD:
         return config.vocab_size, config.hidden_size
@@ -123,13 +123,13 @@ def even_cuts(layers: int, pp: int) -> tuple[int, ...]:
     return tuple(end - 1 for end in accumulate(even_stages(layers, pp)))[:-1]
 
 
-def default_multiplier(config: LlamaConfig, tp: int) -> int:
+def default_multiplier(config: DecoderConfig, tp: int) -> int:
     """The fewest copies of the kv heads that can be dealt to ``tp`` ranks; 1 where none fits."""
     fits = fitting_multipliers(config, tp)
     return min(fits, default=1)
 
 
-def default_qkv(config: LlamaConfig, tp: int, kv_multiplier: int) -> QKV:
+def default_qkv(config: DecoderConfig, tp: int, kv_multiplier: int) -> QKV:
     """What NxDT's shipped configurations use at these sizes; copies of kv heads are ``split``'s alone."""
     if kv_multiplier > 1:
         return "split"
@@ -138,7 +138,7 @@ def default_qkv(config: LlamaConfig, tp: int, kv_multiplier: int) -> QKV:
     return "split" if tp == config.num_key_value_heads else "separate"
 
 
-def fitting_multipliers(config: LlamaConfig, tp: int) -> list[int]:
+def fitting_multipliers(config: DecoderConfig, tp: int) -> list[int]:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return [
         m
@@ -147,14 +147,14 @@ def fitting_multipliers(config: LlamaConfig, tp: int) -> list[int]:
     ]
 
 
-def fitting_tp(config: LlamaConfig) -> list[int]:
+def fitting_tp(config: DecoderConfig) -> list[int]:
     """Every tensor-parallel size for which some multiplier fits."""
     sizes = range(1, min(config.num_attention_heads, _LARGEST_TP) + 1)
     return [tp for tp in sizes if config.intermediate_size % tp == 0 and fitting_multipliers(config, tp)]
 
 
 def local_names(qkv: QKV, name: str) -> str:
-    """NxD's name of the local tensor that holds (its part of) the plain Llama's ``name``."""
+    """NxD's name of the local tensor that holds (its part of) the plain model's ``name``."""
     what = name.rpartition(".")[2]  # weight or bias
     if ".gate_up_proj." in name:
         return f"{name.rpartition('.gate_up_proj.')[0]}.gate_up_proj.{what}"
@@ -169,7 +169,7 @@ def local_names(qkv: QKV, name: str) -> str:
 
 
 def local_tensors(partition: Partition, stage: int) -> dict[str, list[str]]:
-    """NxD's names on a stage, and the plain Llama's weights stacked on dimension 0 in each, in order."""
+    """NxD's names on a stage, and the plain model's weights stacked on dimension 0 in each, in order."""
     names = list(weight_shapes(partition.config))
     if partition.config.tie_word_embeddings:
         names.append(HEAD)

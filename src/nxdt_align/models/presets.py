@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.models.config import (
-    LlamaConfig,
+    DecoderConfig,
     ModelConfigError,
     RopeScaling,
     parameter_count,
@@ -28,7 +28,7 @@ __all__ = [
     "LLAMA3_8B",
     "PRESETS",
     "TINY",
-    "LlamaConfig",
+    "DecoderConfig",
     "ModelConfigError",
     "RopeScaling",
     "fresh_weight",
@@ -40,7 +40,7 @@ __all__ = [
     "weight_shapes",
 ]
 
-LLAMA3_8B = LlamaConfig(
+LLAMA3_8B = DecoderConfig(
     vocab_size=128256,
     hidden_size=4096,
     intermediate_size=14336,
@@ -61,7 +61,7 @@ LLAMA3_1_8B = replace(
     max_position_embeddings=131072,
 )
 
-LLAMA3_2_1B = LlamaConfig(
+LLAMA3_2_1B = DecoderConfig(
     vocab_size=128256,
     hidden_size=2048,
     intermediate_size=8192,
@@ -78,7 +78,7 @@ LLAMA3_2_1B = LlamaConfig(
     eos_token_id=128001,
 )
 
-TINY = LlamaConfig(
+TINY = DecoderConfig(
     vocab_size=128,
     hidden_size=32,
     intermediate_size=64,
@@ -99,7 +99,7 @@ PRESETS = {
 }
 
 
-def fresh_weight(config: LlamaConfig, name: str, seed: int) -> Tensor:
+def fresh_weight(config: DecoderConfig, name: str, seed: int) -> Tensor:
     """The untrained weight ``name``, float32 on the CPU: what changes nothing for a norm or a bias, else
     normal(0, initializer_range).
 

@@ -68,5 +68,5 @@ _LAYER = re.compile(r"^model\.layers\.\d+\.")
 
 
 def split_of(name: str) -> Split:
-    """How the weight ``name`` is split. Raises KeyError for a weight the plain Llama does not have."""
+    """How the weight ``name`` is split. Raises KeyError for a weight the plain model does not have."""
     return SPLITS[_LAYER.sub("model.layers.*.", name)]

@@ -1,4 +1,4 @@
-"""Bytes that a Llama's forward pass keeps for its backward pass, and temporary bytes.
+"""Bytes that a decoder's forward pass keeps for its backward pass, and temporary bytes.
 
 docs/memory.md derives the terms; ``workload.py`` has the legend.
 """

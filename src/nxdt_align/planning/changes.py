@@ -9,7 +9,7 @@ from typing import Any
 
 from nxdt_align.config.engines import resolve_engine
 from nxdt_align.config.schema import Config
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 
 ROUNDING = 64
 """Row lengths are multiples of this."""
@@ -49,7 +49,7 @@ def _with_value(section: Any, path: Sequence[str], value: Any) -> Any:
 
 
 def fitting_changes(
-    config: Config, model: LlamaConfig, size_of: SizeOf, limit: int
+    config: Config, model: DecoderConfig, size_of: SizeOf, limit: int
 ) -> tuple[list[Change], list[Change]]:
     """The mildest change of each group that alone brings ``config`` to ``limit`` bytes; if there is none,
     changes that do so together. Both lists are empty if nothing helps."""
@@ -84,38 +84,38 @@ def _needed(config: Config, chosen: list[Change], size_of: SizeOf, limit: int) -
 # Groups of changes: at most one per group is applied; the mildest comes first.
 
 
-def _checkpointing(config: Config, model: LlamaConfig) -> list[Change]:
+def _checkpointing(config: Config, model: DecoderConfig) -> list[Change]:
     path = "model.activations_checkpoint_granularity"
     return [] if config.model.activations_checkpoint_granularity == "full" else [Change({path: "full"})]
 
 
-def _micro_batch(config: Config, model: LlamaConfig) -> list[Change]:
+def _micro_batch(config: Config, model: DecoderConfig) -> list[Change]:
     now = config.data.micro_batch_size
     return [Change({"data.micro_batch_size": size}) for size in range(now - 1, 0, -1) if now % size == 0]
 
 
-def _sequence_parallel(config: Config, model: LlamaConfig) -> list[Change]:
+def _sequence_parallel(config: Config, model: DecoderConfig) -> list[Change]:
     strategy = config.distributed_strategy
     if strategy.sequence_parallel or strategy.tensor_model_parallel_size == 1:
         return []
     return [Change({f"{_STRATEGY}.sequence_parallel": True})]
 
 
-def _zero1(config: Config, model: LlamaConfig) -> list[Change]:
+def _zero1(config: Config, model: DecoderConfig) -> list[Change]:
     strategy = config.distributed_strategy
     if strategy.zero1 or strategy.fsdp is not False or config.data_parallel_size == 1:
         return []
     return [Change({f"{_STRATEGY}.zero1": True})]
 
 
-def _reference(config: Config, model: LlamaConfig) -> list[Change]:
+def _reference(config: Config, model: DecoderConfig) -> list[Change]:
     strategy = config.model_alignment_strategy
     if strategy.precompute_ref_log_probs:
         return []
     return [Change({f"model_alignment_strategy.{strategy.objective}.precompute_ref_log_probs": True})]
 
 
-def _tensor_parallel(config: Config, model: LlamaConfig) -> list[Change]:
+def _tensor_parallel(config: Config, model: DecoderConfig) -> list[Change]:
     """Wider tensor parallel, on more cores if needed."""
     now, kv_heads = config.distributed_strategy.tensor_model_parallel_size, model.num_key_value_heads
     wholes = (model.num_attention_heads, model.intermediate_size, model.vocab_size)
@@ -133,7 +133,7 @@ def _tensor_parallel(config: Config, model: LlamaConfig) -> list[Change]:
     return found
 
 
-def _pipeline(config: Config, model: LlamaConfig) -> list[Change]:
+def _pipeline(config: Config, model: DecoderConfig) -> list[Change]:
     now = config.distributed_strategy.pipeline_model_parallel_size
     is_nxd = resolve_engine(config, neuron_available=True) == "nxd"
     # Engine nxd refuses a tied head across stages; model.pipeline_cuts fixes the number of stages.
@@ -155,7 +155,7 @@ def _cores(config: Config, cores: int) -> dict[str, Any]:
     return values if nodes == config.trainer.num_nodes else values | {"trainer.num_nodes": nodes}
 
 
-def _shorter(config: Config, model: LlamaConfig) -> list[Change]:
+def _shorter(config: Config, model: DecoderConfig) -> list[Change]:
     """Shorter examples; rows shrink alike."""
     strategy = config.model_alignment_strategy
     found = []
@@ -169,7 +169,7 @@ def _shorter(config: Config, model: LlamaConfig) -> list[Change]:
     return found
 
 
-GROUPS: tuple[Callable[[Config, LlamaConfig], list[Change]], ...] = (
+GROUPS: tuple[Callable[[Config, DecoderConfig], list[Change]], ...] = (
     *(_checkpointing, _micro_batch, _sequence_parallel, _zero1, _reference),
     *(_tensor_parallel, _pipeline, _shorter),
 )

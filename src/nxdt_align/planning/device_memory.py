@@ -10,7 +10,7 @@ from math import prod
 
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket, Layout
-from nxdt_align.models.config import LlamaConfig, weight_shapes
+from nxdt_align.models.config import DecoderConfig, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, split_of
 from nxdt_align.planning.activations import above_layers, held_by_model, kept_of_layer, layer_scratch
 from nxdt_align.planning.changes import Change, changed, fitting_changes
@@ -28,7 +28,7 @@ USABLE = 0.9
 
 def memory_report(
     config: Config,
-    model: LlamaConfig,
+    model: DecoderConfig,
     layout: Layout,
     responses: int,
     bucket: Bucket,

@@ -16,7 +16,7 @@ import torch
 from nxdt_align.config.engines import resolve_engine
 from nxdt_align.config.schema import Config, PrecisionConfig
 from nxdt_align.data.packing import Bucket, Layout
-from nxdt_align.models.config import LlamaConfig
+from nxdt_align.models.config import DecoderConfig
 from nxdt_align.models.partition import even_stages
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES, chunk_size
 
@@ -68,7 +68,7 @@ class Formats:
 class Workload:
     """One optimizer step on one device."""
 
-    model: LlamaConfig
+    model: DecoderConfig
     formats: Formats
     rows: int
     """B."""
@@ -78,7 +78,7 @@ class Workload:
     """T."""
     attention: AttentionKind
     recompute: tuple[str, ...] = ()
-    """``("full",)``, or names as in ``models.llama.RECOMPUTABLE``."""
+    """``("full",)``, or names as in ``models.decoder.RECOMPUTABLE``."""
     tensor_parallel: int = 1
     kv_heads: int | None = None
     """Key-value heads in a rank's weights, copies included; None: its share, at least one."""
@@ -147,7 +147,7 @@ def device_kind(config: Config) -> str:
 
 def workload(
     config: Config,
-    model: LlamaConfig,
+    model: DecoderConfig,
     layout: Layout,
     responses: int,
     bucket: Bucket,
@@ -239,7 +239,7 @@ def _sharded_by_nxd(formats: Formats, precision: PrecisionConfig) -> Formats:
     return replace(formats, master=rows, shard_gradient=rows, float32_copy=copy)
 
 
-def _attention(config: Config, model: LlamaConfig, where: str, layout: Layout) -> AttentionKind:
+def _attention(config: Config, model: DecoderConfig, where: str, layout: Layout) -> AttentionKind:
     if model.attention_softcap is not None and (where != "cuda" or config.data.attention == "dense"):
         return "scores"  # FlexAttention alone has a kernel that caps
     if where == "neuron":
@@ -255,7 +255,7 @@ def _recompute(config: Config) -> tuple[str, ...]:
     return tuple(config.model.activations_checkpoint_recompute or ()) if granularity else ()
 
 
-def _kv_heads(config: Config, model: LlamaConfig, where: str) -> int:
+def _kv_heads(config: Config, model: DecoderConfig, where: str) -> int:
     """Per rank: engine nxd replicates heads; native keeps all of them if there are fewer than ranks."""
     tensor, heads = config.distributed_strategy.tensor_model_parallel_size, model.num_key_value_heads
     if where == "neuron":
@@ -263,7 +263,7 @@ def _kv_heads(config: Config, model: LlamaConfig, where: str) -> int:
     return heads // tensor if tensor <= heads else heads
 
 
-def _stages(config: Config, model: LlamaConfig, stages: int) -> tuple[int, ...]:
+def _stages(config: Config, model: DecoderConfig, stages: int) -> tuple[int, ...]:
     """Layers of each pipeline stage: after model.pipeline_cuts, or even shares."""
     layers, cuts = model.num_hidden_layers, config.model.pipeline_cuts
     if cuts is None or len(cuts) != stages - 1:

@@ -31,7 +31,7 @@ from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 from nxdt_align.messages import NOTICE
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
@@ -101,7 +101,7 @@ def parallel(config: Config) -> Parallel:
     )
 
 
-def join(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mode: RunMode) -> EngineParts:
+def join(config: Config, engine: EngineName, env: RunEnv, model: DecoderConfig, mode: RunMode) -> EngineParts:
     """Join the run's processes for ``engine``; imports only that engine."""
     if engine == "nxd":
         from nxdt_align.run.nxd import NxDParts
@@ -112,7 +112,9 @@ def join(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mo
     return NativeParts(config, env, model, mode)
 
 
-def check_engine(config: Config, engine: EngineName, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
+def check_engine(
+    config: Config, engine: EngineName, env: RunEnv, model: DecoderConfig, mode: RunMode
+) -> None:
     """Raise UserError for what ``join`` would refuse before it joins any process."""
     if engine == "nxd":
         from nxdt_align.run.nxd import check as check_nxd
@@ -183,7 +185,7 @@ FLASH_MULTIPLE = {"neuron": 512}
 """Device type -> row lengths are multiples of this for its flash kernel."""
 
 
-def attention(config: Config, where: torch.device, model: LlamaConfig) -> Attention:
+def attention(config: Config, where: torch.device, model: DecoderConfig) -> Attention:
     """The attention for device ``where``. Raises UserError for one that it or the layout does not support."""
     kind = _attention_kind(config, where, model)
     for device_type, only in ATTENTION_OF_DEVICE.items():
@@ -201,20 +203,20 @@ def attention(config: Config, where: torch.device, model: LlamaConfig) -> Attent
     return FlexAttention() if kind == "flex" else DenseAttention()
 
 
-def row_multiple(config: Config, where: torch.device, model: LlamaConfig) -> int:
+def row_multiple(config: Config, where: torch.device, model: DecoderConfig) -> int:
     """Row lengths must be multiples of this, for the attention that is chosen for ``where``."""
     is_causal = _attention_kind(config, where, model) == "causal"
     return FLASH_MULTIPLE.get(where.type, 1) if is_causal else 1
 
 
-def check_attention(config: Config, model: LlamaConfig) -> None:
+def check_attention(config: Config, model: DecoderConfig) -> None:
     """Raises UserError where ``data.attention`` cannot compute the layout, whatever the device."""
     fault = why_not_causal(config, model)
     if config.data.attention == "causal" and fault is not None:
         raise UserError(f"data.attention: causal takes no bounds of what a token sees, {fault}")
 
 
-def why_not_causal(config: Config, model: LlamaConfig) -> str | None:
+def why_not_causal(config: Config, model: DecoderConfig) -> str | None:
     """What attention needs bounds for, and what would do; None where each token may see all before it."""
     if config.layout != "none":
         return (
@@ -235,7 +237,7 @@ def why_not_causal(config: Config, model: LlamaConfig) -> str | None:
     return None
 
 
-def _attention_kind(config: Config, where: torch.device, model: LlamaConfig) -> str:
+def _attention_kind(config: Config, where: torch.device, model: DecoderConfig) -> str:
     if config.data.attention != "auto":
         return config.data.attention
     if where.type in FLASH_MULTIPLE and config.data.buckets is None and why_not_causal(config, model) is None:
@@ -248,7 +250,7 @@ def cluster(env: RunEnv) -> ClusterEnvironment:
     return TorchElasticEnvironment() if env.world_size > 1 else LightningEnvironment()
 
 
-def model_config(config: Config) -> LlamaConfig:
+def model_config(config: Config) -> DecoderConfig:
     """config.json with the YAML's overrides applied, as in NxDT."""
     model = config.model
     source = model_config_path(config)
@@ -262,7 +264,7 @@ def model_config(config: Config) -> LlamaConfig:
     )
 
 
-def start_weights(config: Config, model: LlamaConfig) -> WeightSource:
+def start_weights(config: Config, model: DecoderConfig) -> WeightSource:
     """The policy's start weights: ``resume_from_checkpoint``, or random ones."""
     given = config.exp_manager.resume_from_checkpoint
     if given is None:
@@ -271,7 +273,7 @@ def start_weights(config: Config, model: LlamaConfig) -> WeightSource:
     return weights_at(Path(given), model, "exp_manager.resume_from_checkpoint")
 
 
-def weights_at(folder: Path, model: LlamaConfig, key: str) -> WeightSource:
+def weights_at(folder: Path, model: DecoderConfig, key: str) -> WeightSource:
     """A reader for any kind of weights that ``folder``, the value of ``key``, leads to."""
     weights: WeightSource
     try:
@@ -286,7 +288,7 @@ def weights_at(folder: Path, model: LlamaConfig, key: str) -> WeightSource:
     return weights
 
 
-def _foreign_weights(folder: Path, model: LlamaConfig) -> WeightSource:
+def _foreign_weights(folder: Path, model: DecoderConfig) -> WeightSource:
     """Weights from other tools: NxD's shards, or a Hugging Face folder."""
     layout = layout_of(folder)
     if layout == "meta":
@@ -301,7 +303,7 @@ def _foreign_weights(folder: Path, model: LlamaConfig) -> WeightSource:
     return weights
 
 
-def tokenization(config: Config, model: LlamaConfig) -> Tokenization:
+def tokenization(config: Config, model: DecoderConfig) -> Tokenization:
     """Tokenizer and truncation. Raises UserError if the tokenizer exceeds the model's vocabulary."""
     tokenizer = load_tokenizer(tokenizer_of(config))
     if len(tokenizer) > model.vocab_size:

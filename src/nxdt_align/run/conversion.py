@@ -15,7 +15,7 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import Partition
-from nxdt_align.models.presets import LlamaConfig, read_config_json
+from nxdt_align.models.presets import DecoderConfig, read_config_json
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.run.locate import companions, locate, shape_of_run
 from nxdt_align.run.native_writer import NativeWriter
@@ -249,7 +249,7 @@ def _log_partition(partition: Partition, xser: bool) -> None:
 
 def open_weights(
     path: Path, config_file: Path | None = None, *, first_replica: bool = False
-) -> tuple[WeightSource, LlamaConfig]:
+) -> tuple[WeightSource, DecoderConfig]:
     """A reader for weights of any kind, and their model's shape. Raises UserError."""
     path = locate(path)
     is_of_nxd = is_nxd_checkpoint(path)

@@ -26,7 +26,7 @@ from nxdt_align.engines.nxd import compat
 from nxdt_align.engines.nxd.flash import Kernel, traced_kernel
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
@@ -180,7 +180,7 @@ class _TracedParts(NxDParts):
 
 def _steps(
     config: Config,
-    model: LlamaConfig,
+    model: DecoderConfig,
     topology: Topology,
     objective: GlobalMeanObjective,
     lengths: Sequence[int] | None,
@@ -210,7 +210,7 @@ def _steps(
 
 def _standing_for_data(
     config: Config,
-    model: LlamaConfig,
+    model: DecoderConfig,
     topology: Topology,
     objective: GlobalMeanObjective,
     lengths: Sequence[int],

@@ -29,7 +29,7 @@ from nxdt_align.engines.nxd import checkpoint as nxd
 from nxdt_align.errors import UserError
 from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder
 from nxdt_align.messages import NOTICE
-from nxdt_align.models.presets import LlamaConfig, from_hf_dict, read_config_json
+from nxdt_align.models.presets import DecoderConfig, from_hf_dict, read_config_json
 from nxdt_align.run.resume import newest_checkpoint
 from nxdt_align.weights.detect import holds_weights
 from nxdt_align.weights.digests import require_unchanged
@@ -151,7 +151,7 @@ def with_located_start(config: Config) -> Config:
 # What belongs to weights
 
 
-def read_shape(file: Path) -> LlamaConfig:
+def read_shape(file: Path) -> DecoderConfig:
     """The model's shape in a config.json, or in the record of a run. Raises UserError."""
     if file.name != IDENTITY_FILE:
         require_unchanged(file)
@@ -168,7 +168,7 @@ def read_shape(file: Path) -> LlamaConfig:
     return from_hf_dict(values, where=str(file))
 
 
-def shape_of_run(checkpoint: Path) -> LlamaConfig | None:
+def shape_of_run(checkpoint: Path) -> DecoderConfig | None:
     """The shape of a checkpoint of a run, or of a converted one, which has its own config.json; None where
     nothing says it."""
     file = shape_file(checkpoint)

@@ -14,13 +14,13 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.model import check_pipeline
 from nxdt_align.engines.native.parallelize import check_sizes
 from nxdt_align.engines.native.xla_engine import XlaEngine
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
 
-def check(config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> torch.device:
+def check(config: Config, env: RunEnv, model: DecoderConfig, mode: RunMode) -> torch.device:
     """This process's device. Raises UserError if it is not there, or if sizes or the attention do not fit."""
     device = assemble.device(config, env, mode)
     check_sizes(model, config.distributed_strategy.tensor_model_parallel_size)
@@ -35,7 +35,7 @@ class NativeParts:
 
     checkpoints = checkpoint
 
-    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
+    def __init__(self, config: Config, env: RunEnv, model: DecoderConfig, mode: RunMode) -> None:
         self._config, self._model = config, model
         self.device = check(config, env, model, mode)
         self.topology = assemble.start_processes(config, env, self.device)
@@ -61,7 +61,7 @@ class NativeParts:
             topology=self.topology,
             parallel=assemble.parallel(self._config),
             device=self.device,
-            configure_model=lambda llama: llama.set_checkpointing(granularity, recompute, how),
+            configure_model=lambda decoder: decoder.set_checkpointing(granularity, recompute, how),
             timeout=assemble.timeout(self._config),
         )
         if on_xla:

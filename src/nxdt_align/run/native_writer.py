@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nxdt_align.engines.native.checkpoint import MODEL, SUMMARY, TENSORS, TRAINER, NativeCheckpoint
-from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, weight_shapes
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.weights.digests import FileDigest, write_record
 from nxdt_align.weights.generation import GENERATION
@@ -50,7 +50,7 @@ class NativeWriter:
     def __init__(
         self,
         folder: Path,
-        config: LlamaConfig,
+        config: DecoderConfig,
         dtype: Callable[[str], torch.dtype],
         *,
         generation: Mapping[str, Any] | None = None,

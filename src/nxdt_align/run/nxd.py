@@ -17,9 +17,9 @@ from nxdt_align.engines.nxd.flash import CausalFlashAttention, Kernel, nki_kerne
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions, StaggeredLoad
 from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.partition import QKV, PartitionError
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def check(config: Config, model: LlamaConfig) -> None:
+def check(config: Config, model: DecoderConfig) -> None:
     """Raise UserError if NxD is not there, or if layout, precision or attention are not its."""
     _layout(config, model, _backend_of(config))
 
@@ -42,7 +42,7 @@ def _backend_of(config: Config) -> compat.Backend:
     return backend
 
 
-def _layout(config: Config, model: LlamaConfig, backend: compat.Backend) -> tuple[Parallel, Precision]:
+def _layout(config: Config, model: DecoderConfig, backend: compat.Backend) -> tuple[Parallel, Precision]:
     parallel, precision = parallel_of(config, model, backend), precision_of(config, backend)
     _check_sizes(parallel, model)
     if config.data.attention not in ("auto", "dense"):
@@ -60,7 +60,7 @@ class NxDParts:
 
     checkpoints = checkpoint
 
-    def __init__(self, config: Config, env: RunEnv, model: LlamaConfig, mode: RunMode) -> None:
+    def __init__(self, config: Config, env: RunEnv, model: DecoderConfig, mode: RunMode) -> None:
         self._config, self._env, self._model = config, env, model
         backend = self._backend()
         parallel, self.precision = _layout(config, model, backend)
@@ -104,9 +104,9 @@ class NxDParts:
     def notes_on(self, folder: Path) -> list[str]:
         return form_notes(self._config, folder)
 
-    def _configure(self, llama: Llama) -> None:
+    def _configure(self, decoder: Decoder) -> None:
         model = self._config.model
-        llama.set_checkpointing(
+        decoder.set_checkpointing(
             model.activations_checkpoint_granularity,
             tuple(model.activations_checkpoint_recompute or ()),
             self.platform.recompute(),
@@ -136,7 +136,7 @@ def _compiler_of(backend: compat.Backend, mode: RunMode) -> Compiler | None:
     return None
 
 
-def parallel_of(config: Config, model: LlamaConfig, backend: compat.Backend) -> Parallel:
+def parallel_of(config: Config, model: DecoderConfig, backend: compat.Backend) -> Parallel:
     """The layout of the model."""
     strategy = config.distributed_strategy
     if strategy.zero1 and backend == "cpu":
@@ -156,13 +156,13 @@ def parallel_of(config: Config, model: LlamaConfig, backend: compat.Backend) -> 
     )
 
 
-def _qkv(config: Config, model: LlamaConfig) -> QKV:
+def _qkv(config: Config, model: DecoderConfig) -> QKV:
     if config.model.qkv_linear:
         return "fused" if config.model.fuse_qkv else "split"
     return "coalesced" if model.num_attention_heads == model.num_key_value_heads else "separate"
 
 
-def _check_sizes(parallel: Parallel, model: LlamaConfig) -> None:
+def _check_sizes(parallel: Parallel, model: DecoderConfig) -> None:
     try:
         parallel.partition(model)
     except PartitionError as error:

@@ -19,7 +19,7 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.types import ResponseLogps
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.run.conversion import open_weights
@@ -39,7 +39,7 @@ class Policy:
         return f"Policy({self._name})"
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderConfig:
         """The model's shape."""
         return self._engine.config
 

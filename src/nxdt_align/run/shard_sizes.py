@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import QKV, Partition, default_multiplier, default_qkv
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.weights.nxdt import NxDTFolder
 
@@ -41,7 +41,7 @@ class ShardSizes:
         styles = (self.qkv_linear, self.fuse_qkv, self.coalesce_qkv)
         return self.xser or any(value is not None for value in (*sizes, *styles))
 
-    def require_those_of(self, source: NxDTFolder, config: LlamaConfig) -> None:
+    def require_those_of(self, source: NxDTFolder, config: DecoderConfig) -> None:
         """Raises UserError if the shards that are read have other sizes."""
         held = source.partition
         stated = {"tp_size": self.tp, "pp_size": self.pp, "kv_size_multiplier": self.kv_multiplier}
@@ -63,7 +63,7 @@ class ShardSizes:
                 f"holds them {held.qkv}; leave them out"
             )
 
-    def partition(self, config: LlamaConfig, held: Partition | None) -> Partition:
+    def partition(self, config: DecoderConfig, held: Partition | None) -> Partition:
         """The partition of the shards to write. ``held``: that of source shards, the default for what is not
         stated. Raises PartitionError for incompatible sizes."""
         tp, pp = (held.tp, held.pp) if held else (1, 1)
@@ -84,7 +84,7 @@ class ShardSizes:
         cuts = held.cuts if self.pipeline_cuts is None and held and pp == held.pp else self.pipeline_cuts
         return Partition(config, tp, pp, multiplier, qkv, vocab, cuts)
 
-    def _qkv(self, config: LlamaConfig) -> QKV | None:
+    def _qkv(self, config: DecoderConfig) -> QKV | None:
         """The layer that NxD Training builds from the same settings; None if none is stated."""
         is_mha = config.num_attention_heads == config.num_key_value_heads
         if self.qkv_linear is self.fuse_qkv is self.coalesce_qkv is None:
@@ -100,7 +100,7 @@ def listed(layers: Iterable[int] | None) -> str:
     return ",".join(map(str, layers or ())) or "none"
 
 
-def _usual_qkv(config: LlamaConfig, tp: int, multiplier: int, held: Partition | None) -> QKV:
+def _usual_qkv(config: DecoderConfig, tp: int, multiplier: int, held: Partition | None) -> QKV:
     """The style of the source's shards if NxD loads it at these sizes or the sizes are unchanged."""
     if held is None:
         return default_qkv(config, tp, multiplier)
@@ -119,7 +119,7 @@ class SourceFlags:
     """The one ``convert_*`` flag that was given."""
     n_layers: int | None
 
-    def require_true_of(self, source: WeightSource, config: LlamaConfig, is_run_checkpoint: bool) -> None:
+    def require_true_of(self, source: WeightSource, config: DecoderConfig, is_run_checkpoint: bool) -> None:
         """Raises UserError. A run's own checkpoint counts as neither whole weights nor shards."""
         held = "whole weights"
         if isinstance(source, NxDTFolder):

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from nxdt_align.models.presets import LlamaConfig, read_config_json, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, read_config_json, weight_shapes
 from nxdt_align.named_tensors import WeightSource, require_fit
 from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.extents import WeightsError
@@ -116,7 +116,7 @@ def holds_weights(folder: Path) -> bool:
 
 def open_source(
     path: Path, config_file: Path | None = None, *, unequal_replicas: bool = False
-) -> tuple[WeightSource, LlamaConfig]:
+) -> tuple[WeightSource, DecoderConfig]:
     """A reader for the weights at ``path``, and the model's shape.
 
     Raises WeightsError, ModelConfigError: nothing of a known kind, damaged, or of another shape than
@@ -151,7 +151,7 @@ def open_source(
     return folder, config
 
 
-def check_weights(source: WeightSource, config: LlamaConfig, *, hint: str = _SIZES) -> None:
+def check_weights(source: WeightSource, config: DecoderConfig, *, hint: str = _SIZES) -> None:
     """Raises WeightsError naming, as Hugging Face does, every weight that is missing, surplus or of another
     shape than the configuration's. Any dtype fits."""
     require_fit(
@@ -163,7 +163,7 @@ def check_weights(source: WeightSource, config: LlamaConfig, *, hint: str = _SIZ
     )
 
 
-def _hf_name(name: str, config: LlamaConfig) -> str:
+def _hf_name(name: str, config: DecoderConfig) -> str:
     """With the part that it is of a fused tensor."""
     try:
         theirs = to_hf(name, config.model_type)

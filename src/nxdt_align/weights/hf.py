@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import (
-    LlamaConfig,
+    DecoderConfig,
     fresh_weight,
     from_hf_dict,
     load_config_json,
@@ -141,7 +141,7 @@ class HFFolder(WeightSource):
 class FreshWeights(WeightSource):
     """Random initial weights, float32, generated on demand from ``seed``."""
 
-    def __init__(self, config: LlamaConfig, seed: int) -> None:
+    def __init__(self, config: DecoderConfig, seed: int) -> None:
         self._config = config
         self.seed = seed
         self._shapes = weight_shapes(config)

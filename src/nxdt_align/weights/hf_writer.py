@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.files import atomic_folder, explain
-from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, weight_shapes
 from nxdt_align.named_tensors import Spec, WeightSource, require_fit
 from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, write_bytes
 from nxdt_align.weights.generation import GENERATION, generation_json
@@ -48,7 +48,7 @@ _TEMPLATES = "additional_chat_templates"
 
 def write_hf_folder(
     path: str | Path,
-    config: LlamaConfig,
+    config: DecoderConfig,
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     *,
     tokenizer_dir: str | Path | None = None,
@@ -62,7 +62,7 @@ def write_hf_folder(
     Args:
         path: the folder to create. It must not exist or be empty, unless ``overwrite`` is set; then it is
             replaced when the new one is complete.
-        tensors: every weight of the plain Llama once, whole, on any device; read one at a time.
+        tensors: every weight of the plain model once, whole, on any device; read one at a time.
         tokenizer_dir: whose tokenizer files to copy.
         generation: of generation_config.json; None takes the special tokens of ``config``.
         dtype: cast the weights to it. None keeps their dtypes, which must all be equal if ``tensors`` is an
@@ -166,7 +166,7 @@ class HFWriter:
     """The files of one folder. Without ``finish`` it has no config.json, so that nothing loads it.
 
     Args:
-        dtype: the dtype of each weight, by the plain Llama's name.
+        dtype: the dtype of each weight, by the plain model's name.
         tokenizer: files to copy, as of ``tokenizer_files``.
         generation: of generation_config.json; None takes the special tokens of ``config``.
         max_shard_bytes: a larger model is spread over several files with an index.
@@ -175,7 +175,7 @@ class HFWriter:
     def __init__(
         self,
         folder: Path,
-        config: LlamaConfig,
+        config: DecoderConfig,
         dtype: Callable[[str], torch.dtype],
         *,
         tokenizer: Mapping[str, Path] | None = None,
@@ -299,7 +299,7 @@ class HFWriter:
         return len(text).to_bytes(8, "little") + text, offset
 
 
-def config_json(config: LlamaConfig, dtype: torch.dtype | None) -> dict[str, Any]:
+def config_json(config: DecoderConfig, dtype: torch.dtype | None) -> dict[str, Any]:
     """config.json of a folder whose weights are ``dtype``."""
     # transformers 4 reads torch_dtype, transformers 5 this or dtype.
     return config.to_hf_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}

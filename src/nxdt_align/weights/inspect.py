@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from nxdt_align.models.partition import EMBEDDING, HEAD, QKV
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.named_tensors import WeightSource, require_fit, summary
 from nxdt_align.weights.extents import Extent, WeightsError, read_region, same_bytes
 from nxdt_align.weights.names import is_recomputed
@@ -59,7 +59,7 @@ _BLOCK = 1 << 22
 """Entries of the embedding to compare at a time."""
 
 
-def describe(path: Path, source: WeightSource, config: LlamaConfig, layout: str) -> dict[str, Any]:
+def describe(path: Path, source: WeightSource, config: DecoderConfig, layout: str) -> dict[str, Any]:
     """Layout, sizes, dtypes, parameter count, names and loaders of an opened checkpoint."""
     names = source.names()
     dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in names)

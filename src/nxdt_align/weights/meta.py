@@ -2,7 +2,7 @@
 
 The shards split weights over model-parallel ranks as fairscale does. Rows of q and k are ordered for
 rotary pairs (2i, 2i+1) and are permuted to pairs (i, i + head_dim/2), as in Hugging Face's
-conversion (transformers, models/llama/convert_llama_weights_to_hf.py).
+conversion (transformers, models/decoder/convert_llama_weights_to_hf.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.models.partition import EMBEDDING, HEAD
-from nxdt_align.models.presets import LlamaConfig, RopeScaling, from_hf_dict
+from nxdt_align.models.presets import DecoderConfig, RopeScaling, from_hf_dict
 from nxdt_align.named_tensors import WeightSource, require_fit, summary
 from nxdt_align.weights.extents import Extent, WeightsError, read_tensor
 from nxdt_align.weights.tensor_files import read_index, tensors_of
@@ -26,7 +26,7 @@ from nxdt_align.weights.tensor_files import read_index, tensors_of
 PARAMS = "params.json"
 _SHARD = re.compile(r"^consolidated\.(\d\d)\.pth$")
 
-# Meta                              plain Llama                               dimension split over shards
+# Meta                              plain model                               dimension split over shards
 _TABLE = {
     "tok_embeddings.weight":         ("model.embed_tokens.weight",                   None),
     "layers.*.attention_norm.weight": ("model.layers.*.input_layernorm.weight",      None),
@@ -56,7 +56,7 @@ class MetaFolder(WeightSource):
 
     path: Path
 
-    def __init__(self, path: str | Path, config: LlamaConfig | None = None) -> None:
+    def __init__(self, path: str | Path, config: DecoderConfig | None = None) -> None:
         self.path = Path(path)
         params = _read_params(self.path)
         self._shards = _read_shards(self.path)
@@ -112,7 +112,7 @@ class MetaFolder(WeightSource):
             return 0 if is_by_rows else 1
         return _TABLE[_LAYER.sub("layers.*.", self._names[name])][1]
 
-    def _config(self, params: Mapping[str, Any]) -> LlamaConfig:
+    def _config(self, params: Mapping[str, Any]) -> DecoderConfig:
         try:
             values = _hf_values(params)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -191,7 +191,7 @@ def _read_shards(folder: Path) -> list[dict[str, Extent]]:
 
 
 def _names(shard: Mapping[str, Extent]) -> tuple[dict[str, str], list[str]]:
-    """The plain Llama's name -> Meta's, and Meta's names without an equivalent."""
+    """The plain model's name -> Meta's, and Meta's names without an equivalent."""
     names, unknown = {}, []
     for theirs in shard:
         match = _LAYER.match(theirs)

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from nxdt_align.errors import UserError
 from nxdt_align.models.families import FAMILIES
-from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, weight_shapes
 
 # The plain model                                     Hugging Face
 _TABLE = {
@@ -75,7 +75,7 @@ def to_hf(name: str, model_type: str = "llama") -> str:
     return found
 
 
-def hf_tensors(config: LlamaConfig) -> dict[str, list[str]]:
+def hf_tensors(config: DecoderConfig) -> dict[str, list[str]]:
     """Hugging Face's name of each tensor of a model -> the plain model's weights in it, in the model's
     order."""
     found: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""NxD's checkpoint folder as a source of whole weights under the plain Llama's names.
+"""NxD's checkpoint folder as a source of whole weights under the plain model's names.
 
 Sizes, layout and kv multiplier follow from the files and the model's shape.
 """
@@ -24,7 +24,7 @@ from nxdt_align.models.partition import (
     even_cuts,
     local_tensors,
 )
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.models.sharding import KV_HEADS, split_of
 from nxdt_align.named_tensors import Spec, WeightSource, require_fit
 from nxdt_align.weights.digests import Digests
@@ -66,7 +66,7 @@ class NxDTFolder(WeightSource):
     def __init__(
         self,
         path: str | Path,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         untie: bool = False,
         unequal_replicas: bool = False,
@@ -105,7 +105,7 @@ class NxDTFolder(WeightSource):
         return self._digests is not None
 
     @property
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderConfig:
         return self.partition.config
 
     def names(self) -> list[str]:
@@ -210,7 +210,7 @@ class NxDTFolder(WeightSource):
             raise WeightsError(f"{self} has no weight {name}")
         return self._tensors[name]
 
-    def _partition(self, config: LlamaConfig) -> Partition:
+    def _partition(self, config: DecoderConfig) -> Partition:
         tp, pp = 1 + max(t for t, _ in self._files), 1 + max(p for _, p in self._files)
         local = {name: extent for p in range(pp) for name, extent in self._files[0, p].items()}
         # Counts what is there; the comparison with the model below names a lost rank as such.
@@ -294,7 +294,7 @@ class NxDTFolder(WeightSource):
         self.partition = replace(self.partition, config=replace(self.config, tie_word_embeddings=False))
 
 
-def _kv_multiplier(path: Path, config: LlamaConfig, local: Mapping[str, Extent], tp: int, qkv: QKV) -> int:
+def _kv_multiplier(path: Path, config: DecoderConfig, local: Mapping[str, Extent], tp: int, qkv: QKV) -> int:
     if qkv in ("separate", "coalesced"):
         return 1
     suffix = ".qkv_proj.weight_k" if qkv == "split" else ".qkv_proj.weight_qkv"

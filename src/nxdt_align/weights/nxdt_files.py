@@ -113,7 +113,7 @@ def qkv_style(path: Path, local: Iterable[str]) -> QKV:
             return style
     if any(".query_key_value." in name or name.startswith("language_model.") for name in local):
         raise WeightsError(f"{path} is a checkpoint of the megatron model style, and only hf is supported")
-    raise WeightsError(f"{path} holds no attention weights of a Llama: {', '.join(summary(local)[:6])}")
+    raise WeightsError(f"{path} holds no attention weights of a decoder: {', '.join(summary(local)[:6])}")
 
 
 def layers_of(names: Iterable[str]) -> set[int]:

@@ -54,7 +54,7 @@ class NxDTWriter:
 
     Args:
         folder: the checkpoint's; must not hold files of another layout.
-        dtype: the dtype of each weight, by the plain Llama's name.
+        dtype: the dtype of each weight, by the plain model's name.
         generation: of generation_config.json, which NxD Training ignores and an export brings along; None
             writes none.
     """

@@ -7,7 +7,7 @@
                                a rank
     <folder>/trainer.pt        the trainer's state and the optimizer's settings, plain values only
 
-Tensors are ``model.<weight>`` and ``optimizer.<weight>.<key>``, with the plain Llama's names, and keep
+Tensors are ``model.<weight>`` and ``optimizer.<weight>.<key>``, with the plain model's names, and keep
 their bits and dtypes. They are whole to whoever reads them, whatever ranks have written their parts.
 Reading one never executes anything in it. saving.py writes them.
 """

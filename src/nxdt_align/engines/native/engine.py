@@ -1,4 +1,4 @@
-"""The native engine: the plain Llama on PyTorch's own devices and parallelism."""
+"""The native engine: the plain model on PyTorch's own devices and parallelism."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.shards import copy_weights, fill, whole_tensors
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.engines.spread import SpreadEngine
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention
 
 LOSS_SCALE = "loss_scale"
@@ -45,7 +45,7 @@ class NativeEngine(SpreadEngine):
         topology: this process's place among the others.
         parallel: how the model is spread over them.
         device: where this process's part of it lives.
-        configure_model: called with each Llama that is built, e.g. to set activation checkpointing.
+        configure_model: called with each decoder that is built, e.g. to set activation checkpointing.
         timeout: how long a process waits for others; torch's default where None.
 
     Raises EngineError for sizes of the model that the ranks cannot share.
@@ -53,7 +53,7 @@ class NativeEngine(SpreadEngine):
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         attention: Attention,
         *,
         precision: Precision = Precision(),  # noqa: B008 (frozen)
@@ -61,7 +61,7 @@ class NativeEngine(SpreadEngine):
         topology: Topology = Topology(),  # noqa: B008 (frozen)
         parallel: Parallel = Parallel(),  # noqa: B008 (frozen)
         device: torch.device | str = "cpu",
-        configure_model: Callable[[Llama], None] = lambda model: None,
+        configure_model: Callable[[Decoder], None] = lambda model: None,
         timeout: timedelta | None = None,
     ) -> None:
         check_sizes(config, parallel.tensor)

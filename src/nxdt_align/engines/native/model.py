@@ -1,4 +1,4 @@
-"""A Llama as one rank holds it: all of it or some stages of a pipeline, spread over the mesh, and the runner
+"""A decoder as one rank holds it: whole or some stages of a pipeline, spread over the mesh, and the runner
 that sends micro-batches through it."""
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.stages import Stage, prune, stages_of_rank
 from nxdt_align.engines.scoring import Scorer, WholeRunner
 from nxdt_align.engines.steps import Runner
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention
 
 S = TypeVar("S", Scorer, StageScorer)
@@ -41,10 +41,10 @@ class RankModel:
         self._scorers = scorers
         self.runner = runner
         # Not the modules' own list: while FSDP has weights gathered, that holds them, not the shards.
-        self._parameters = [pair for scorer in scorers for pair in scorer.llama.named_parameters()]
+        self._parameters = [pair for scorer in scorers for pair in scorer.decoder.named_parameters()]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Under the plain Llama's names."""
+        """Under the plain model's names."""
         return iter(self._parameters)
 
     def weights_changed(self) -> None:
@@ -53,14 +53,14 @@ class RankModel:
             drop_gathered(scorer)
 
 
-def check_pipeline(config: LlamaConfig, parallel: Parallel) -> None:
+def check_pipeline(config: DecoderConfig, parallel: Parallel) -> None:
     """Raises EngineError for a pipeline that this torch gets wrong, or that the model cannot be cut for."""
     if parallel.pipeline > 1:
         require_torch()
         _stages(config, parallel, rank=0)
 
 
-def _stages(config: LlamaConfig, parallel: Parallel, rank: int) -> list[Stage]:
+def _stages(config: DecoderConfig, parallel: Parallel, rank: int) -> list[Stage]:
     return stages_of_rank(
         config, rank, parallel.pipeline, chunks=parallel.virtual_pipeline, cuts=parallel.pipeline_cuts
     )
@@ -70,13 +70,13 @@ def _stages(config: LlamaConfig, parallel: Parallel, rank: int) -> list[Stage]:
 class Blueprint:
     """How a model is built on this rank."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     attention: Attention
     precision: Precision
     groups: Groups
     device: torch.device
-    configure: Callable[[Llama], None]
-    """Called with each Llama that is built."""
+    configure: Callable[[Decoder], None]
+    """Called with each decoder that is built."""
 
     def build(self, *, frozen: bool = False) -> RankModel:
         """A model without values: they are loaded, so initialising them would be wasted."""
@@ -98,20 +98,20 @@ class Blueprint:
     def _scorer(self, stage: Stage | None, frozen: bool) -> Scorer:
         """On the meta device, split over the tensor-parallel ranks."""
         with torch.device("meta"):
-            llama = Llama(self.config, self.attention)
-        self.configure(llama)
+            decoder = Decoder(self.config, self.attention)
+        self.configure(decoder)
         if stage is not None:
-            prune(llama, stage)
-        llama.requires_grad_(not frozen)
+            prune(decoder, stage)
+        decoder.requires_grad_(not frozen)
         # Weights that FSDP shards are float32 and computed with in the compute dtype, unless they are frozen.
         if frozen or not self._is_sharded(frozen):
-            llama.to(dtype=self.precision.compute)
-        split_over_tensor_ranks(llama, self.groups)
-        return NativeScorer(llama, self.attention, self.precision, self.device, self.groups)
+            decoder.to(dtype=self.precision.compute)
+        split_over_tensor_ranks(decoder, self.groups)
+        return NativeScorer(decoder, self.attention, self.precision, self.device, self.groups)
 
     def _finish(self, scorer: S, frozen: bool) -> S:
         if self._is_sharded(frozen):
-            shard_over_data_ranks(scorer, scorer.llama, self.groups, self.precision)
+            shard_over_data_ranks(scorer, scorer.decoder, self.groups, self.precision)
         return scorer.to_empty(device=self.device)
 
     def _is_sharded(self, frozen: bool) -> bool:

@@ -1,4 +1,4 @@
-"""Spreads a Llama over ranks from outside, by the one table ``models.sharding.SPLITS``.
+"""Spreads a decoder over ranks from outside, by the one table ``models.sharding.SPLITS``.
 
 Tensor and sequence parallel are DTensor's ``parallelize_module``; sharding over data-parallel ranks is
 FSDP2. Between modules a hidden state is a plain tensor: (B, S, D), or this rank's (B, S / tp, D) under
@@ -36,9 +36,9 @@ from torch.nn import functional as F
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.settings import Parallel, Precision
-from nxdt_align.models.llama import Llama, LlamaRMSNorm
+from nxdt_align.models.decoder import Decoder, RMSNorm
 from nxdt_align.models.partition import EMBEDDING
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.models.sharding import EACH_HEAD, KV_HEADS, REPLICATED, VOCAB, split_of
 
 SEQUENCE_DIM = 1
@@ -49,7 +49,7 @@ def residual_placement(parallel: Parallel) -> Placement:
     return Shard(SEQUENCE_DIM) if parallel.sequence_parallel else Replicate()
 
 
-def check_sizes(config: LlamaConfig, tensor: int) -> None:
+def check_sizes(config: DecoderConfig, tensor: int) -> None:
     """Raises EngineError naming each size that ``tensor`` ranks cannot share evenly, and those they can."""
     faults = _misfits(config, tensor)
     if not faults:
@@ -62,7 +62,7 @@ def check_sizes(config: LlamaConfig, tensor: int) -> None:
     )
 
 
-def _misfits(config: LlamaConfig, tensor: int) -> list[str]:
+def _misfits(config: DecoderConfig, tensor: int) -> list[str]:
     sizes = {
         "num_attention_heads": config.num_attention_heads,
         "intermediate_size": config.intermediate_size,
@@ -78,29 +78,29 @@ def _misfits(config: LlamaConfig, tensor: int) -> list[str]:
 # Tensor parallel
 
 
-def split_over_tensor_ranks(llama: Llama, groups: Groups) -> None:
+def split_over_tensor_ranks(decoder: Decoder, groups: Groups) -> None:
     """Make each parameter a DTensor on the tensor-parallel mesh and each module compute its share.
 
-    Changes ``llama`` in place; its values must not matter yet (they may be on the meta device).
+    Changes ``decoder`` in place; its values must not matter yet (they may be on the meta device).
     """
     mesh = groups.tensor_mesh
     if mesh is None:
         return
     residual = residual_placement(groups.parallel)
     styles: dict[str, ParallelStyle] = {}
-    for name, _ in llama.named_parameters():
+    for name, _ in decoder.named_parameters():
         path, _, what = name.rpartition(".")
         if what == "bias":
             continue  # it goes with its module's weight
-        styles[path] = style = _style(llama.config, name, groups, residual)
+        styles[path] = style = _style(decoder.config, name, groups, residual)
         if isinstance(style, (ColwiseParallel, OwnKvHeads)) and split_of(name) != VOCAB:
             # Several projections read one input, so it is gathered once for all of them.
             parent = path.rpartition(".")[0]
             styles[parent] = PrepareModuleInput(input_layouts=residual, desired_input_layouts=Replicate())
-    parallelize_module(llama, mesh, styles, src_data_rank=None)
+    parallelize_module(decoder, mesh, styles, src_data_rank=None)
 
 
-def _style(config: LlamaConfig, name: str, groups: Groups, residual: Placement) -> ParallelStyle:
+def _style(config: DecoderConfig, name: str, groups: Groups, residual: Placement) -> ParallelStyle:
     split = split_of(name)
     if split == REPLICATED:
         return ReplicatedWeight(residual)
@@ -139,7 +139,7 @@ class OwnKvHeads(ParallelStyle):
     """A key or value projection with fewer heads than ranks: all hold the whole weight, and each computes
     the one head that its query heads attend to. Gradients are summed over the ranks."""
 
-    def __init__(self, config: LlamaConfig, groups: Groups) -> None:
+    def __init__(self, config: DecoderConfig, groups: Groups) -> None:
         self._rows = _rows_of_own_head(config, groups)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -149,7 +149,7 @@ class OwnKvHeads(ParallelStyle):
         return module
 
 
-def _rows_of_own_head(config: LlamaConfig, groups: Groups) -> slice:
+def _rows_of_own_head(config: DecoderConfig, groups: Groups) -> slice:
     """Of a key or value projection with fewer heads than ranks."""
     head = groups.tensor.rank * config.num_key_value_heads // groups.tensor.size
     return slice(head * config.head_dim, (head + 1) * config.head_dim)
@@ -160,7 +160,7 @@ class HeadNorm(ParallelStyle):
     Gradients are summed over the ranks."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, LlamaRMSNorm)
+        assert isinstance(module, RMSNorm)
         distribute_module(module, device_mesh, _replicate)
         module.compute = partial(_norm_of_own, module, slice(None), Partial())  # type: ignore[method-assign]
         return module
@@ -170,14 +170,14 @@ class ProjectionNorm(ParallelStyle):
     """A norm over all heads of q or k, of which each rank has its own: the mean square is that of all
     ranks. The weight lies as the projection's rows do."""
 
-    def __init__(self, config: LlamaConfig, groups: Groups, *, of_keys: bool) -> None:
+    def __init__(self, config: DecoderConfig, groups: Groups, *, of_keys: bool) -> None:
         self._copies, self._rows, kv_heads = 1, slice(None), config.num_key_value_heads
         if of_keys and groups.tensor.size > kv_heads:
             self._copies = groups.tensor.size // kv_heads
             self._rows = _rows_of_own_head(config, groups)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        assert isinstance(module, LlamaRMSNorm)
+        assert isinstance(module, RMSNorm)
         entries = len(module.weight) * self._copies
         is_whole = self._copies > 1
         distribute_module(module, device_mesh, _replicate if is_whole else _divide_rows)
@@ -187,7 +187,7 @@ class ProjectionNorm(ParallelStyle):
         return module
 
 
-def _norm_of_own(module: LlamaRMSNorm, rows: slice, gradient: Placement, x: Tensor) -> Tensor:
+def _norm_of_own(module: RMSNorm, rows: slice, gradient: Placement, x: Tensor) -> Tensor:
     """A norm of this rank's heads, by its ``rows`` of what it holds of the weight."""
     weight = module.weight
     assert isinstance(weight, DTensor)
@@ -255,7 +255,7 @@ def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
 # Data parallel
 
 
-def shard_over_data_ranks(root: nn.Module, llama: Llama, groups: Groups, precision: Precision) -> None:
+def shard_over_data_ranks(root: nn.Module, decoder: Decoder, groups: Groups, precision: Precision) -> None:
     """FSDP2: each layer by itself, and what is left of ``root``, the module that is called, as one.
 
     Parameters stay float32 and are gathered in the compute dtype; gradients are added up and reduced in
@@ -270,7 +270,7 @@ def shard_over_data_ranks(root: nn.Module, llama: Llama, groups: Groups, precisi
         cast_forward_inputs=False,
     )
     reshard = groups.parallel.fsdp
-    for layer in llama.model.layers.children():
+    for layer in decoder.model.layers.children():
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(root):

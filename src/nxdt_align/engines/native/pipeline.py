@@ -27,7 +27,7 @@ from nxdt_align.engines.native.mesh import Group
 from nxdt_align.engines.native.stages import Stage
 from nxdt_align.engines.scoring import Scorer, refuse_logits
 from nxdt_align.engines.steps import Share, TokenLogps
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.ops.ragged import ModelInputs
 
 LEAST_TORCH = (2, 13)
@@ -80,7 +80,7 @@ class StageScorer(nn.Module):
     """One stage of a Scorer: token ids or hidden states in, hidden states or log-probabilities out.
 
     Args:
-        scorer: over what ``stage`` holds of the Llama.
+        scorer: over what ``stage`` holds of the decoder.
         hidden: what travels between stages.
     """
 
@@ -91,8 +91,8 @@ class StageScorer(nn.Module):
         self.hidden = hidden
 
     @property
-    def llama(self) -> Llama:
-        return self.scorer.llama
+    def decoder(self) -> Decoder:
+        return self.scorer.decoder
 
     def forward(
         self, received: Tensor | None = None, *, wanted: Sequence[TokenStatistic], **inputs: Tensor

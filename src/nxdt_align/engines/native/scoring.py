@@ -14,7 +14,7 @@ from nxdt_align.engines.native.parallelize import reduce_gradients, whole_rows
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.engines.scoring import Scorer, WholeRunner
 from nxdt_align.engines.steps import Share, TokenLogps
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.ops.attention import Attention
 from nxdt_align.ops.ragged import Rows
 
@@ -24,14 +24,14 @@ class NativeScorer(Scorer):
 
     def __init__(
         self,
-        llama: Llama,
+        decoder: Decoder,
         attention: Attention,
         precision: Precision,
         device: torch.device,
         groups: Groups = Groups(),  # noqa: B008 (frozen)
     ) -> None:
         compact = attention.static_shapes and device.type == "cpu"
-        super().__init__(llama, attention, groups.parallel, groups.tensor, compact=compact)
+        super().__init__(decoder, attention, groups.parallel, groups.tensor, compact=compact)
         self._precision = precision
         self._device = device
         self._groups = groups
@@ -48,7 +48,7 @@ class NativeScorer(Scorer):
 
     @property
     def head(self) -> Tensor:
-        return local(self.llama.head_weight)
+        return local(self.decoder.head_weight)
 
     def read(self, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         return super().read(whole_rows(hidden, self._groups), rows, wanted)

@@ -66,7 +66,7 @@ def fill(named_parameters: Iterable[tuple[str, Tensor]], source: WeightSource) -
     """Copy the source's values into the parameters, in the parameters' dtype. Every rank calls this.
 
     Args:
-        named_parameters: what this rank holds, under the plain Llama's names: whole tensors, or DTensors
+        named_parameters: what this rank holds, under the plain model's names: whole tensors, or DTensors
             on any mesh. Pipeline stages bring their own; together the ranks hold the model.
 
     A rank reads its part alone, and holds no more than that and one tensor of the source.

@@ -1,4 +1,4 @@
-"""Cutting a Llama into the stages of a pipeline: which layers each holds, and what is left of the model.
+"""Cutting a decoder into the stages of a pipeline: which layers each holds, and what is left of the model.
 
 Stage ``s`` of a pipeline over ``p`` ranks is on rank ``s % p``: with several stages per rank (virtual
 pipeline), each rank holds chunks that lie ``p`` stages apart.
@@ -13,9 +13,9 @@ from itertools import accumulate, pairwise
 from torch import nn
 
 from nxdt_align.engines.base import EngineError
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.partition import even_stages
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Stage:
 
 
 def stages_of_rank(
-    config: LlamaConfig, rank: int, ranks: int, *, chunks: int = 1, cuts: Sequence[int] | None = None
+    config: DecoderConfig, rank: int, ranks: int, *, chunks: int = 1, cuts: Sequence[int] | None = None
 ) -> list[Stage]:
     """The stages that a pipeline rank holds, in order.
 
@@ -77,18 +77,18 @@ def layers_of_stages(layers: int, stages: int, cuts: Sequence[int] | None = None
     return shares
 
 
-def prune(llama: Llama, stage: Stage) -> None:
-    """Leave of ``llama`` what ``stage`` holds; every weight keeps its name in the whole model.
+def prune(decoder: Decoder, stage: Stage) -> None:
+    """Leave of ``decoder`` what ``stage`` holds; every weight keeps its name in the whole model.
 
     An embedding that is the head too is in the first and in the last stage.
     """
-    model = llama.model
+    model = decoder.model
     assert isinstance(model.layers, nn.ModuleList), "this model has been cut already"
     model.layers = nn.ModuleDict({str(i): model.layers[i] for i in stage.layers})
     if not stage.is_first:
         model.takes_hidden_states = True
-        if not (stage.is_last and llama.config.tie_word_embeddings):
+        if not (stage.is_last and decoder.config.tie_word_embeddings):
             model.embed_tokens = None
     if not stage.is_last:
         model.norm = None
-        llama.lm_head = None
+        decoder.lm_head = None

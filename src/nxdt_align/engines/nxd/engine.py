@@ -1,4 +1,4 @@
-"""The NxD engine: the plain Llama in neuronx-distributed's layers, on NeuronCores or in its CPU mode."""
+"""The NxD engine: the plain model in neuronx-distributed's layers, on NeuronCores or in its CPU mode."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from nxdt_align.engines.nxd.shards import Shards
 from nxdt_align.engines.nxd.zero import ShardedOptimizer
 from nxdt_align.engines.scoring import Scorer, WholeRunner
 from nxdt_align.engines.spread import SpreadEngine
-from nxdt_align.models.llama import Llama
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 
 
 class NxDEngine(SpreadEngine):
-    """A Llama spread over tensor-parallel ranks and stages, and copies of it over data-parallel ranks.
+    """A decoder spread over tensor-parallel ranks and stages, and copies of it over data-parallel ranks.
 
     Parameters go by NxD's names (``named_parameters``), those of its checkpoints: ``weight_q`` for the
-    plain Llama's ``q_proj.weight``, one ``gate_up_proj.weight`` for two.
+    plain model's ``q_proj.weight``, one ``gate_up_proj.weight`` for two.
 
     Args:
         config: the model's shape.
@@ -41,20 +41,20 @@ class NxDEngine(SpreadEngine):
         precision: compute dtype, and whether float32 master weights are kept.
         reference_precision: that of the frozen reference; the policy's where None.
         save_options: the form of checkpoints.
-        configure_model: called with each Llama that is built, before it is spread.
+        configure_model: called with each decoder that is built, before it is spread.
         staggered: ranks that load weights at the same time.
     """
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         mesh: Mesh,
         *,
         attention: Attention | None = None,
         precision: Precision = Precision(),  # noqa: B008 (frozen)
         reference_precision: Precision | None = None,
         save_options: SaveOptions = SaveOptions(),  # noqa: B008 (frozen)
-        configure_model: Callable[[Llama], None] = lambda model: None,
+        configure_model: Callable[[Decoder], None] = lambda model: None,
         staggered: StaggeredLoad = StaggeredLoad(),  # noqa: B008 (frozen)
     ) -> None:
         self.config = config
@@ -84,25 +84,25 @@ class NxDEngine(SpreadEngine):
     def _build(self, dtype: torch.dtype) -> Scorer:
         """A model without values: each rank then fills its shares only."""
         with torch.device("meta"):
-            llama = Llama(self.config, self._attention)
-        self._configure(llama)
-        llama = llama.to(dtype=dtype)
-        parallelize(llama, self._parallel, dtype, cpu_mode=self._platform.backend == "cpu")
-        self._shards.materialize(llama, self.device)
-        self._shards.mark(llama)
+            decoder = Decoder(self.config, self._attention)
+        self._configure(decoder)
+        decoder = decoder.to(dtype=dtype)
+        parallelize(decoder, self._parallel, dtype, cpu_mode=self._platform.backend == "cpu")
+        self._shards.materialize(decoder, self.device)
+        self._shards.mark(decoder)
         # Not NxD's from_parallel_logits_to_logprobs, which keeps all logits and loses bf16's last digits.
-        return Scorer(llama, self._attention, self._parallel, self._groups.tensor)
+        return Scorer(decoder, self._attention, self._parallel, self._groups.tensor)
 
     def _runner_of(self, scorer: Scorer) -> steps.Runner:
         if self._parallel.pipeline == 1:
             # A graph per micro-batch.
             return WholeRunner(scorer, self._platform.mark_step)
-        local = [parameter for _, parameter in self._shards.named_parameters(scorer.llama)]
+        local = [parameter for _, parameter in self._shards.named_parameters(scorer.decoder)]
         return PipelineRunner(scorer, local, self._shards.partition.stage_ends, self._groups, self._platform)
 
     def _weights(self) -> list[tuple[str, nn.Parameter]]:
         """What is computed with, which master weights stand above."""
-        return self._shards.named_parameters(self._policy.llama)
+        return self._shards.named_parameters(self._policy.decoder)
 
     # Weights
 
@@ -114,7 +114,7 @@ class NxDEngine(SpreadEngine):
         reference = self._build(self._reference_precision.compute)
         reference.requires_grad_(False)
         self._reference = self._runner_of(reference)
-        parameters = self._shards.named_parameters(reference.llama)
+        parameters = self._shards.named_parameters(reference.decoder)
         if source is not None:
             self._staggered.take(lambda: self._shards.fill(parameters, source), self._ranks)
             return

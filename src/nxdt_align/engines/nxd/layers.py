@@ -1,4 +1,4 @@
-"""The plain Llama with its modules replaced by NxD's parallel layers.
+"""The plain model with its modules replaced by NxD's parallel layers.
 
 Between the layers the residual stream is (B, S, D), or, under sequence parallel, (S / tp, B, D): norms
 and sums do not care, and attention's two projections turn what they get and give. The replaced modules
@@ -31,8 +31,8 @@ from nxdt_align.engines.nxd.qkv import (
 )
 from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.engines.scoring import on_device
-from nxdt_align.models.llama import Llama, LlamaAttention, LlamaMLP, LlamaRMSNorm
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.decoder import MLP, Attention, Decoder, RMSNorm
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.models.sharding import Split
 
 
@@ -54,7 +54,7 @@ class RankFreeParallelEmbedding(ParallelEmbedding):  # type: ignore[misc]
 class GateUp(ColumnParallelLinear):  # type: ignore[misc]
     """Gate and up in one matrix: each rank's rows are its gate's, then its up's (a stride of 2)."""
 
-    def __init__(self, config: LlamaConfig, **settings: Any) -> None:
+    def __init__(self, config: DecoderConfig, **settings: Any) -> None:
         size = 2 * config.intermediate_size
         super().__init__(config.hidden_size, size, stride=2, bias=config.mlp_bias, **settings)
 
@@ -71,7 +71,7 @@ class AttentionOutput(RowParallelLinear):  # type: ignore[misc]
         return summed
 
 
-class GatheringNorm(LlamaRMSNorm):
+class GatheringNorm(RMSNorm):
     """The last norm, whose output is whole again: (S / tp, B, D) -> (B, S, D).
 
     What follows is the same on all tensor-parallel ranks, and so is its gradient: each takes its part.
@@ -98,7 +98,7 @@ class _Gather(torch.autograd.Function):
         return grad.index_select(0, index + on_device(group.rank() * rows, index))
 
 
-class ProjectionNorm(LlamaRMSNorm):
+class ProjectionNorm(RMSNorm):
     """A norm over all heads of q or k, of which each rank has some.
 
     Args:
@@ -106,7 +106,7 @@ class ProjectionNorm(LlamaRMSNorm):
         entries: those of all ranks, copies counted.
     """
 
-    def __init__(self, size: int, config: LlamaConfig, entries: int) -> None:
+    def __init__(self, size: int, config: DecoderConfig, entries: int) -> None:
         super().__init__(size, config)
         self._entries = entries
 
@@ -117,18 +117,18 @@ class ProjectionNorm(LlamaRMSNorm):
         return whole / self._entries
 
 
-def parallelize(llama: Llama, parallel: Parallel, dtype: torch.dtype, *, cpu_mode: bool) -> None:
-    """Replace the modules of a Llama that is on the meta device, in place.
+def parallelize(decoder: Decoder, parallel: Parallel, dtype: torch.dtype, *, cpu_mode: bool) -> None:
+    """Replace the modules of a decoder that is on the meta device, in place.
 
     NxD's groups must be there, of ``parallel``'s sizes.
     """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`sequence_parallel_enabled` is set")
-        _Swap(llama.config, parallel, dtype, cpu_mode).apply(llama)
+        _Swap(decoder.config, parallel, dtype, cpu_mode).apply(decoder)
 
 
 class _Swap:
-    def __init__(self, config: LlamaConfig, parallel: Parallel, dtype: torch.dtype, cpu_mode: bool) -> None:
+    def __init__(self, config: DecoderConfig, parallel: Parallel, dtype: torch.dtype, cpu_mode: bool) -> None:
         self._config, self._parallel, self._dtype, self._cpu_mode = config, parallel, dtype, cpu_mode
         self._common = {
             "dtype": dtype,
@@ -141,8 +141,8 @@ class _Swap:
         self._column = {**self._common, "gather_output": False}
         self._row = {**self._common, "input_is_parallel": True}
 
-    def apply(self, llama: Llama) -> None:
-        config, body = self._config, llama.model
+    def apply(self, decoder: Decoder) -> None:
+        config, body = self._config, decoder.model
         body.embed_tokens = RankFreeParallelEmbedding(
             config.vocab_size,
             config.hidden_size,
@@ -150,7 +150,7 @@ class _Swap:
             sequence_parallel_enabled=self._parallel.sequence_parallel,
         )
         for module in body.layers.modules():
-            if isinstance(module, LlamaAttention):
+            if isinstance(module, Attention):
                 module.qkv_proj = self._qkv()
                 queries = config.num_attention_heads * config.head_dim
                 module.o_proj = AttentionOutput(
@@ -161,16 +161,16 @@ class _Swap:
                     keys = config.num_key_value_heads * config.head_dim * copies
                     module.q_projection_norm = self._projection_norm(queries)
                     module.k_projection_norm = self._projection_norm(keys)
-            elif isinstance(module, LlamaMLP):
+            elif isinstance(module, MLP):
                 module.gate_up_proj = GateUp(config, **self._column)
                 module.down_proj = RowParallelLinear(
                     config.intermediate_size, config.hidden_size, bias=config.mlp_bias, **self._row
                 )
         if self._parallel.sequence_parallel:
             body.norm = GatheringNorm(config.hidden_size, config).to(dtype=self._dtype)
-        if llama.lm_head is not None:
+        if decoder.lm_head is not None:
             # Asked for its rows of the head alone, which is why it gathers nothing.
-            llama.lm_head = ColumnParallelLinear(
+            decoder.lm_head = ColumnParallelLinear(
                 config.hidden_size, config.vocab_size, bias=False, gather_output=False, dtype=self._dtype
             )
 

@@ -1,4 +1,4 @@
-"""A Llama cut into the stages of a pipeline by NxD's NxDPPModel, with the loss inside the model.
+"""A decoder cut into the stages of a pipeline by NxD's NxDPPModel, with the loss inside the model.
 
 NxD traces the model with torch.fx, cuts the trace after the decoder layers that it is told, and runs
 1F1B. It keeps the shapes and the number of micro-batches that it met first, so each has a model of its own
@@ -23,7 +23,7 @@ from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.ranks import Groups
 from nxdt_align.engines.scoring import Scorer, refuse_logits
 from nxdt_align.engines.steps import Share, TokenLogps
-from nxdt_align.models.llama import LlamaDecoderLayer
+from nxdt_align.models.decoder import DecoderLayer
 from nxdt_align.ops.ragged import ModelInputs
 
 INPUTS = ("input_ids", "position_ids", "key_start", "key_stop")
@@ -46,7 +46,7 @@ class Places(nn.Module):
 
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
-        self.rotary_emb = scorer.llama.model.rotary_emb
+        self.rotary_emb = scorer.decoder.model.rotary_emb
         self._context = scorer.context
 
     def forward(self, position_ids: Tensor, key_start: Tensor, key_stop: Tensor) -> tuple[Any, Any]:
@@ -61,7 +61,7 @@ class Reader(nn.Module):
     def __init__(self, scorer: Scorer) -> None:
         super().__init__()
         # NxD trains what it finds in a stage's modules.
-        self.lm_head = scorer.llama.lm_head
+        self.lm_head = scorer.decoder.lm_head
         self._rows, self._read = scorer.rows, scorer.read
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -85,13 +85,13 @@ class StagedScorer(nn.Module):
 
     def __init__(self, scorer: Scorer, stage_ends: Sequence[int]) -> None:
         super().__init__()
-        self.llama = scorer.llama
+        self.decoder = scorer.decoder
         self.places = Places(scorer)
         self.reader = Reader(scorer)
         self._ends = frozenset(stage_ends)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, key_start: Tensor, key_stop: Tensor) -> Tensor:
-        body = self.llama.model
+        body = self.decoder.model
         assert body.embed_tokens is not None and body.norm is not None
         x = body.scaled_embedding(body.embed_tokens(input_ids))
         where = self.places(position_ids, key_start, key_stop)
@@ -107,7 +107,7 @@ class PipelineRunner:
     """A Runner for a model of which each rank holds a stage.
 
     Args:
-        scorer: over a Llama whose other stages' weights are on the meta device.
+        scorer: over a decoder whose other stages' weights are on the meta device.
         local: this stage's weights.
         stage_ends: the numbers of the stages' last layers, but for the last stage's.
     """
@@ -122,7 +122,7 @@ class PipelineRunner:
     ) -> None:
         self._scorer, self._groups, self._platform = scorer, groups, platform
         self._staged = StagedScorer(scorer, stage_ends)
-        self._cuts = [f"llama.model.layers.{number}" for number in stage_ends]
+        self._cuts = [f"decoder.model.layers.{number}" for number in stage_ends]
         self._local = {id(parameter) for parameter in local}
         self._models: dict[tuple[int, ...], NxDPPModel] = {}
 
@@ -170,12 +170,12 @@ class PipelineRunner:
         return self._models[key]
 
     def _cut(self, count: int) -> NxDPPModel:
-        body = self._scorer.llama.model
+        body = self._scorer.decoder.model
         opaque = (body.norm, body.scaled_embedding, self._staged.places, self._staged.reader)
         leaves = {type(module).__name__ for module in opaque}
         model = NxDPPModel(
             self._staged,
-            transformer_layer_cls=LlamaDecoderLayer,
+            transformer_layer_cls=DecoderLayer,
             num_microbatches=count,
             output_loss_value_spec=True,
             input_names=list(INPUTS),

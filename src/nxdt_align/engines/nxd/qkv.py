@@ -1,4 +1,4 @@
-"""NxD's layers for attention's input projections, in the places of the plain Llama's QKVProjection.
+"""NxD's layers for attention's input projections, in the places of the plain model's QKVProjection.
 
 Legend: ``B`` rows, ``S`` tokens, ``P`` this rank's tokens (S, or S / tp under sequence parallel), ``D``
 hidden. Under sequence parallel what comes in is (P, B, D), NxD's layout; what goes out is
@@ -15,7 +15,7 @@ from neuronx_distributed.parallel_layers import ColumnParallelLinear, mappings, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 
 QKVs = tuple[Tensor, Tensor, Tensor]
 
@@ -50,7 +50,7 @@ class SharedKVProjection(GQAQKVColumnParallelLinear):  # type: ignore[misc]
 
     def __init__(
         self,
-        config: LlamaConfig,
+        config: DecoderConfig,
         *,
         dtype: torch.dtype,
         sequence_parallel: bool,
@@ -122,7 +122,7 @@ def project_in_cpu_mode(
 class SeparateProjection(nn.Module):
     """Three layers, each of which gathers its input: for fewer ranks than kv heads, or as many."""
 
-    def __init__(self, config: LlamaConfig, **settings: Any) -> None:
+    def __init__(self, config: DecoderConfig, **settings: Any) -> None:
         super().__init__()
         head = config.head_dim
         settings = {"bias": config.qkv_bias, **settings}
@@ -139,7 +139,7 @@ class SeparateProjection(nn.Module):
 class CoalescedProjection(ColumnParallelLinear):  # type: ignore[misc]
     """One matrix for as many kv heads as query heads: each rank's rows are its q, k and v in turn."""
 
-    def __init__(self, config: LlamaConfig, **settings: Any) -> None:
+    def __init__(self, config: DecoderConfig, **settings: Any) -> None:
         width = config.num_attention_heads * config.head_dim
         super().__init__(config.hidden_size, 3 * width, stride=3, bias=config.qkv_bias, **settings)
 

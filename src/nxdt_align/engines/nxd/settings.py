@@ -11,7 +11,7 @@ from nxdt_align.engines import settings
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.models.partition import QKV, Partition
-from nxdt_align.models.presets import LlamaConfig
+from nxdt_align.models.presets import DecoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Parallel(settings.Parallel):
     """Ranks that hold the same kv heads."""
     qkv: QKV = "split"
 
-    def partition(self, config: LlamaConfig) -> Partition:
+    def partition(self, config: DecoderConfig) -> Partition:
         """A model spread so. Raises PartitionError for sizes that do not go together."""
         return Partition(
             config, self.tensor, self.pipeline, self.kv_multiplier, self.qkv, cuts=self.pipeline_cuts

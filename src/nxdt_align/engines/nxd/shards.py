@@ -1,4 +1,4 @@
-"""Which parts of the plain Llama's weights a rank's parameters hold, and how to fill and measure them."""
+"""Which parts of the plain model's weights a rank's parameters hold, and how to fill and measure them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nxdt_align.engines.checkpoint_folder import require_same_shapes
 from nxdt_align.engines.nxd.layers import mark
 from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.engines.ranks import Group, Groups
-from nxdt_align.models.llama import Llama
+from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.partition import Partition, local_tensors
-from nxdt_align.models.presets import LlamaConfig, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, weight_shapes
 from nxdt_align.models.sharding import EACH_HEAD, KV_HEADS, split_of
 
 
@@ -25,7 +25,7 @@ class WeightRows:
     """A plain weight's share, and the rows of a parameter that hold it (all columns)."""
 
     name: str
-    """The plain Llama's."""
+    """The plain model's."""
     first_row: int
     rows: int
 
@@ -38,7 +38,7 @@ class WeightRows:
 class Shards:
     """One rank's parameters, under NxD's names."""
 
-    def __init__(self, config: LlamaConfig, parallel: Parallel, groups: Groups) -> None:
+    def __init__(self, config: DecoderConfig, parallel: Parallel, groups: Groups) -> None:
         self.partition = parallel.partition(config)
         _check_vocabulary(self.partition)
         self._parallel = parallel
@@ -55,27 +55,27 @@ class Shards:
             yield WeightRows(name, row, rows)
             row += rows
 
-    def named_parameters(self, llama: Llama) -> list[tuple[str, nn.Parameter]]:
+    def named_parameters(self, decoder: Decoder) -> list[tuple[str, nn.Parameter]]:
         """This stage's, under NxD's names, which are the modules' own but for separate q, k and v."""
         named = (
             (name.replace(".qkv_proj.", ".") if name not in self._parts else name, parameter)
-            for name, parameter in llama.named_parameters()
+            for name, parameter in decoder.named_parameters()
         )
         return [(name, parameter) for name, parameter in named if name in self._parts]
 
-    def materialize(self, llama: Llama, device: torch.device) -> None:
-        """Bring this stage of a Llama that is on the meta device to ``device``, without values; the rest
+    def materialize(self, decoder: Decoder, device: torch.device) -> None:
+        """Bring this stage of a decoder that is on the meta device to ``device``, without values; the rest
         stays where it is."""
-        mine = {id(parameter) for _, parameter in self.named_parameters(llama)}
-        for module in llama.modules():
+        mine = {id(parameter) for _, parameter in self.named_parameters(decoder)}
+        for module in decoder.modules():
             if any(id(parameter) in mine for parameter in module.parameters(recurse=False)):
                 module.to_empty(device=device, recurse=False)
                 xla.make_data(dict(module.named_parameters(recurse=False)))
-        llama.model.rotary_emb.to_empty(device=device)
+        decoder.model.rotary_emb.to_empty(device=device)
 
-    def mark(self, llama: Llama) -> None:
+    def mark(self, decoder: Decoder) -> None:
         """Tell NxD how each parameter is split."""
-        for name, parameter in self.named_parameters(llama):
+        for name, parameter in self.named_parameters(decoder):
             mark(name, parameter, split_of(self._parts[name][0].name), self._parallel)
 
     @torch.no_grad()
@@ -102,7 +102,7 @@ class Shards:
 
     @torch.no_grad()
     def whole(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
-        """Whole weights under the plain Llama's names, on the CPU, on the first rank alone. Every rank
+        """Whole weights under the plain model's names, on the CPU, on the first rank alone. Every rank
         iterates to the end."""
         is_first = torch.distributed.get_rank() == 0
         held = dict(parameters)

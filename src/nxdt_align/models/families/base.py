@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nxdt_align.models.config import LlamaConfig
+    from nxdt_align.models.config import DecoderConfig
     from nxdt_align.models.fields import Fields
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -19,7 +19,7 @@ def _no_fields(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _no_keys(config: LlamaConfig) -> dict[str, Any]:
+def _no_keys(config: DecoderConfig) -> dict[str, Any]:
     return {}
 
 
@@ -32,10 +32,10 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for keys that a ``config.json`` leaves out, where it is not as for a Llama."""
     traits: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of LlamaConfig that all models of the family have."""
+    """Fields of DecoderConfig that all models of the family have."""
     read: Callable[[Fields, Mapping[str, Any]], dict[str, Any]] = _no_fields
-    """Further fields of LlamaConfig, from ``config.json`` and the fields known so far; a fault is noted."""
-    write: Callable[[LlamaConfig], dict[str, Any]] = _no_keys
+    """Further fields of DecoderConfig, from ``config.json`` and the fields known so far; a fault is noted."""
+    write: Callable[[DecoderConfig], dict[str, Any]] = _no_keys
     """Keys of ``config.json`` beside those that all families have."""
     only: Mapping[str, Any] = field(default_factory=dict)
     """Keys of ``config.json`` with the one value that is supported."""
@@ -89,6 +89,6 @@ def windows(fields: Fields, found: Mapping[str, Any], default: Callable[[int], s
     return {"sliding_window": window, "layer_types": None if FULL not in types else types}
 
 
-def written_types(config: LlamaConfig) -> list[str]:
+def written_types(config: DecoderConfig) -> list[str]:
     """``layer_types`` as transformers has it."""
     return [FULL if config.window_of(i) is None else SLIDING for i in range(config.num_hidden_layers)]

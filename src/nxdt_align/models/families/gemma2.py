@@ -10,7 +10,7 @@ from nxdt_align.models.families.base import FULL, SLIDING, Family, attention_bia
 from nxdt_align.models.fields import Fields
 
 if TYPE_CHECKING:
-    from nxdt_align.models.config import LlamaConfig
+    from nxdt_align.models.config import DecoderConfig
 
 DEFAULTS: Mapping[str, Any] = {
     "num_key_value_heads": 4,
@@ -49,7 +49,7 @@ def read_gemma(fields: Fields, caps: tuple[float | None, float | None]) -> dict[
     }
 
 
-def write_gemma(config: LlamaConfig) -> dict[str, Any]:
+def write_gemma(config: DecoderConfig) -> dict[str, Any]:
     assert config.attention_scale is not None
     query = config.attention_scale**-2
     return {

@@ -11,7 +11,7 @@ from nxdt_align.models.families.gemma2 import DEFAULTS, MODULES, ONLY, TRAITS, r
 from nxdt_align.models.fields import Fields
 
 if TYPE_CHECKING:
-    from nxdt_align.models.config import LlamaConfig
+    from nxdt_align.models.config import DecoderConfig
 
 
 def _read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def _read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     return {**read_gemma(fields, (None, None)), **of_layers}
 
 
-def _write(config: LlamaConfig) -> dict[str, Any]:
+def _write(config: DecoderConfig) -> dict[str, Any]:
     """Transformers 4 has the local base in a key of its own; 5 has rotary settings for each kind of layer."""
     values = config.rotary_json()
     local = {"rope_theta": config.local_rope_theta, "rope_type": "default"}

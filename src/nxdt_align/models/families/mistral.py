@@ -9,7 +9,7 @@ from nxdt_align.models.families.base import Family
 from nxdt_align.models.fields import Fields
 
 if TYPE_CHECKING:
-    from nxdt_align.models.config import LlamaConfig
+    from nxdt_align.models.config import DecoderConfig
 
 
 def _read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def _read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": None if has_none else fields.integer("sliding_window", 4096)}
 
 
-def _write(config: LlamaConfig) -> dict[str, Any]:
+def _write(config: DecoderConfig) -> dict[str, Any]:
     return {"sliding_window": config.sliding_window}
 
 

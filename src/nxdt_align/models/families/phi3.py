@@ -9,14 +9,14 @@ from nxdt_align.models.families.base import Family
 from nxdt_align.models.fields import Fields
 
 if TYPE_CHECKING:
-    from nxdt_align.models.config import LlamaConfig
+    from nxdt_align.models.config import DecoderConfig
 
 
 def _read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": fields.integer("sliding_window", None)}
 
 
-def _write(config: LlamaConfig) -> dict[str, Any]:
+def _write(config: DecoderConfig) -> dict[str, Any]:
     return {"sliding_window": config.sliding_window, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
 

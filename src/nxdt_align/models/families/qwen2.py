@@ -10,7 +10,7 @@ from nxdt_align.models.families.base import FULL, SLIDING, Family, windows, writ
 from nxdt_align.models.fields import Fields
 
 if TYPE_CHECKING:
-    from nxdt_align.models.config import LlamaConfig
+    from nxdt_align.models.config import DecoderConfig
 
 
 DEFAULTS: Mapping[str, Any] = {
@@ -32,7 +32,7 @@ def read_windows(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     return windows(fields, found, lambda layer: SLIDING if layer >= (first or 0) else FULL)
 
 
-def write_windows(config: LlamaConfig) -> dict[str, Any]:
+def write_windows(config: DecoderConfig) -> dict[str, Any]:
     types = written_types(config)
     return {
         "use_sliding_window": config.sliding_window is not None,

@@ -9,7 +9,6 @@ gives on the same weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -20,13 +19,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import LlamaConfig, RopeScaling
+from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.rotary import Rotary, RotaryEmbedding, rotate
 
 Granularity = Literal["full", "selective"]
-Rotary = tuple[Tensor, Tensor]
-"""cos and sin, (B, S, 1, H) float32 each."""
-
-
 Attend = Callable[..., Tensor]
 """(q, k, v, context), q (B, S, N, H), k and v (B, S, K, H), already rotated -> (B, S, N, H), scaled by
 1/sqrt(H). It is asked for a cap of the scores by the keyword ``softcap``, where there is one."""
@@ -58,10 +54,10 @@ class Recomputable(nn.Module):
         return self.recompute(self.compute, *args)
 
 
-class LlamaRMSNorm(Recomputable):
+class RMSNorm(Recomputable):
     """Root-mean-square norm, computed in float32 (https://arxiv.org/abs/1910.07467)."""
 
-    def __init__(self, size: int, config: LlamaConfig) -> None:
+    def __init__(self, size: int, config: DecoderConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = config.rms_norm_eps
@@ -84,136 +80,10 @@ class LlamaRMSNorm(Recomputable):
         return x.pow(2).mean(-1, keepdim=True)
 
 
-def inverse_frequencies(config: LlamaConfig, *, local: bool = False) -> Tensor:
-    """Rotary frequencies, radians per token: half as many as rotated entries, float32 on the CPU.
-
-    Args:
-        local: those of layers with a window, where these have a base of their own.
-
-    Llama 3.1's scaling leaves wavelengths shorter than a context's ``high_freq_factor``-th part,
-    divides those longer than its ``low_freq_factor``-th part, and blends between (transformers'
-    ``_compute_llama3_parameters``).
-    """
-    size = config.rotary_dim
-    steps = torch.arange(0, size, 2, dtype=torch.float32, device="cpu")
-    if local:
-        assert config.local_rope_theta is not None
-        return 1.0 / (config.local_rope_theta ** (steps / size))
-    inv_freq = 1.0 / (config.rope_theta ** (steps / size))
-    scaling = config.rope_scaling
-    if scaling is None:
-        return inv_freq
-    if scaling.rope_type == "linear":
-        return inv_freq / scaling.factor
-    if scaling.rope_type == "yarn":
-        return _yarn_frequencies(inv_freq, scaling, config.rope_theta)
-    low, high, context = (
-        scaling.low_freq_factor,
-        scaling.high_freq_factor,
-        scaling.original_max_position_embeddings,
-    )
-    assert low is not None and high is not None and context is not None
-    wavelength = 2 * math.pi / inv_freq
-    blend = ((context / wavelength - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - blend) * inv_freq / scaling.factor + blend * inv_freq
-
-
-def _yarn_frequencies(inv_freq: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
-    """Frequencies that turn often within the pre-training's context stay, slow ones are divided, and those
-    between blended (transformers' ``_compute_yarn_parameters``)."""
-    context, count = scaling.original_max_position_embeddings, len(inv_freq)
-    assert context is not None
-
-    def entry(rotations: float) -> float:
-        """The entry of a head that turns so often within the context."""
-        return 2 * count * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = entry(scaling.beta_fast or 32.0), entry(scaling.beta_slow or 1.0)
-    if scaling.truncate is not False:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * count - 1)
-    steps = torch.arange(count, dtype=torch.float32, device="cpu")
-    divided = ((steps - low) / (high - low if high != low else 0.001)).clamp(0.0, 1.0)
-    return inv_freq / scaling.factor * divided + inv_freq * (1 - divided)
-
-
-def rotary_scale(scaling: RopeScaling | None) -> float:
-    """What cos and sin are multiplied by: 1 but for yarn."""
-    if scaling is None or scaling.rope_type != "yarn":
-        return 1.0
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-
-    if scaling.mscale and scaling.mscale_all_dim:
-        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
-    return scale(1.0)
-
-
-class LlamaRotaryEmbedding(nn.Module):
-    """Rotary position embedding (https://arxiv.org/abs/2104.09864), for all layers at once."""
-
-    inv_freq: Tensor
-    local_inv_freq: Tensor | None
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self._config = config
-        self._scale = rotary_scale(config.rope_scaling)
-        # A meta-device context must not reach the values: they are never loaded.
-        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
-        local = None if config.local_rope_theta is None else inverse_frequencies(config, local=True)
-        self.register_buffer("local_inv_freq", local, persistent=False)
-
-    def reset_non_persistent(self, device: torch.device | str) -> None:
-        """Compute the frequencies anew, on ``device``."""
-        self.inv_freq = inverse_frequencies(self._config).to(device)
-        if self.local_inv_freq is not None:
-            self.local_inv_freq = inverse_frequencies(self._config, local=True).to(device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LlamaRotaryEmbedding:
-        # After .to(dtype) the frequencies are float32 still; after .to_empty() they have their values.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.reset_non_persistent(self.inv_freq.device)
-        return self
-
-    def forward(self, position_ids: Tensor) -> Rotary | tuple[Rotary, Rotary]:
-        """(B, S) -> cos and sin, (B, S, 1, H) float32 each; where layers with a window have a base of their
-        own, a second time for those."""
-        of_all = self._turned(position_ids, self.inv_freq, self._scale)
-        if self.local_inv_freq is None:
-            return of_all
-        return of_all, self._turned(position_ids, self.local_inv_freq, 1.0)
-
-    def _turned(self, position_ids: Tensor, inv_freq: Tensor, scale: float) -> Rotary:
-        angles = position_ids[:, :, None, None].float() * inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        if scale == 1:
-            return angles.cos(), angles.sin()
-        return angles.cos() * scale, angles.sin() * scale
-
-
-def rotate(x: Tensor, rotary: Rotary, scale: float = 1.0) -> Tensor:
-    """Turn each head's halves, (B, S, any, H), by their position's angle: in float32, ``x``'s dtype out.
-
-    Entries beyond the angles' are not turned; ``scale`` is of all, before the rounding.
-    """
-    cos, sin = rotary
-    size = cos.shape[-1]
-    turning, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
-    first, second = turning.chunk(2, dim=-1)
-    turned = turning * cos + torch.cat((-second, first), dim=-1) * sin
-    if rest is not None:
-        turned = torch.cat((turned, rest.to(turned.dtype)), dim=-1)
-    return (turned if scale == 1 else turned * scale).to(x.dtype)
-
-
 class ScaledEmbedding(nn.Module):
     """What comes out of the embedding times sqrt(D), (B, S, D); no weights."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self._scale = config.hidden_size**0.5
 
@@ -229,7 +99,7 @@ def _linear(inputs: int, outputs: int, bias: bool = False) -> nn.Linear:
 class QKVProjection(nn.Module):
     """The three input projections of attention, one unit for an engine to replace."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         D, H, has_bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.q_proj = _linear(D, config.num_attention_heads * H, has_bias)
@@ -244,7 +114,7 @@ class QKVProjection(nn.Module):
 class GateUpProjection(nn.Module):
     """The two input projections of the MLP, one unit for an engine to replace."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up_proj = _linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
@@ -267,8 +137,8 @@ class CoreAttention(Recomputable):
         return self._attend(q, k, v, context, **self._softcap)
 
 
-class LlamaAttention(nn.Module):
-    def __init__(self, config: LlamaConfig, attend: Attend) -> None:
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, attend: Attend) -> None:
         super().__init__()
         queries = config.num_attention_heads * config.head_dim
         self.head_dim = config.head_dim
@@ -276,11 +146,11 @@ class LlamaAttention(nn.Module):
         self.o_proj = _linear(queries, config.hidden_size, config.output_bias)
         self.qk_norm = config.qk_norm
         if config.qk_norm == "head":
-            self.q_norm = LlamaRMSNorm(config.head_dim, config)
-            self.k_norm = LlamaRMSNorm(config.head_dim, config)
+            self.q_norm = RMSNorm(config.head_dim, config)
+            self.k_norm = RMSNorm(config.head_dim, config)
         elif config.qk_norm == "projection":
-            self.q_projection_norm = LlamaRMSNorm(queries, config)
-            self.k_projection_norm = LlamaRMSNorm(config.num_key_value_heads * config.head_dim, config)
+            self.q_projection_norm = RMSNorm(queries, config)
+            self.k_projection_norm = RMSNorm(config.num_key_value_heads * config.head_dim, config)
         # Backends scale by 1 / sqrt(H); another scale is the queries'.
         scale = config.attention_scale
         self._query_scale = 1.0 if scale is None else scale * config.head_dim**0.5
@@ -299,7 +169,7 @@ class LlamaAttention(nn.Module):
 
 
 class ActivationMultiplyMLP(Recomputable):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self._activate = ACTIVATIONS[config.activation]
 
@@ -313,8 +183,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LlamaMLP(Recomputable):
-    def __init__(self, config: LlamaConfig) -> None:
+class MLP(Recomputable):
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.gate_up_proj = GateUpProjection(config)
         self.activation_multiply = ActivationMultiplyMLP(config)
@@ -324,26 +194,26 @@ class LlamaMLP(Recomputable):
         return self.down_proj(self.activation_multiply(*self.gate_up_proj(x)))  # type: ignore[no-any-return]
 
 
-class LlamaDecoderLayer(Recomputable):
+class DecoderLayer(Recomputable):
     """``window``: the last tokens that its attention sees; None for all.
 
     Norms stand before attention and MLP (``input_layernorm``, ``post_attention_layernorm``, Llama's names),
     after them, or both.
     """
 
-    def __init__(self, config: LlamaConfig, attend: Attend, window: int | None) -> None:
+    def __init__(self, config: DecoderConfig, attend: Attend, window: int | None) -> None:
         super().__init__()
         self.window = window
         before, after = config.norms != "after", config.norms != "before"
 
         def norm(is_there: bool) -> nn.Module:
-            return LlamaRMSNorm(config.hidden_size, config) if is_there else nn.Identity()
+            return RMSNorm(config.hidden_size, config) if is_there else nn.Identity()
 
         self.input_layernorm = norm(before)
-        self.self_attn = LlamaAttention(config, attend)
+        self.self_attn = Attention(config, attend)
         self.attention_output_norm = norm(after)
         self.post_attention_layernorm = norm(before)
-        self.mlp = LlamaMLP(config)
+        self.mlp = MLP(config)
         self.mlp_output_norm = norm(after)
 
     def compute(self, x: Tensor, rotary: Rotary, context: Any) -> Tensor:
@@ -351,7 +221,7 @@ class LlamaDecoderLayer(Recomputable):
         return x + self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x)))  # type: ignore[no-any-return]
 
 
-class LlamaModel(nn.Module):
+class DecoderStack(nn.Module):
     """Everything below the head.
 
     ``embed_tokens`` and ``norm`` may be taken out (set to None), and ``layers`` be a ModuleDict of some of
@@ -363,19 +233,19 @@ class LlamaModel(nn.Module):
 
     embed_tokens: nn.Embedding | None
     layers: nn.ModuleList | nn.ModuleDict
-    norm: LlamaRMSNorm | None
+    norm: RMSNorm | None
 
-    def __init__(self, config: LlamaConfig, attend: Attend) -> None:
+    def __init__(self, config: DecoderConfig, attend: Attend) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.scaled_embedding = ScaledEmbedding(config) if config.scales_embedding else nn.Identity()
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.rotary_emb = RotaryEmbedding(config)
         self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, attend, config.window_of(i)) for i in range(config.num_hidden_layers)
+            DecoderLayer(config, attend, config.window_of(i)) for i in range(config.num_hidden_layers)
         )
         self._windows = {config.window_of(i) for i in range(config.num_hidden_layers)}
         self._has_local_rotary = config.local_rope_theta is not None
-        self.norm = LlamaRMSNorm(config.hidden_size, config)
+        self.norm = RMSNorm(config.hidden_size, config)
 
     def prepare(self, key_start: Tensor, key_stop: Tensor, prepare: Prepare) -> Any:
         """What ``forward`` takes as context, of rows whose tokens see these keys, (B, S) int32 each.
@@ -417,14 +287,14 @@ class LlamaModel(nn.Module):
 
 RECOMPUTABLE: dict[str, type[Recomputable]] = {
     "CoreAttention": CoreAttention,
-    "LlamaMLP": LlamaMLP,
-    "LlamaRMSNorm": LlamaRMSNorm,
+    "LlamaMLP": MLP,
+    "LlamaRMSNorm": RMSNorm,
     "ActivationMultiplyMLP": ActivationMultiplyMLP,
 }
 """NxDT's names in ``model.activations_checkpoint_recompute``."""
 
 
-class Llama(nn.Module):
+class Decoder(nn.Module):
     """A Llama for causal language modelling.
 
     Args:
@@ -436,10 +306,10 @@ class Llama(nn.Module):
     wants ``.to_empty(device=...)`` first.
     """
 
-    def __init__(self, config: LlamaConfig, attend: Attend) -> None:
+    def __init__(self, config: DecoderConfig, attend: Attend) -> None:
         super().__init__()
         self.config = config
-        self.model = LlamaModel(config, attend)
+        self.model = DecoderStack(config, attend)
         head = None if config.tie_word_embeddings else _linear(config.hidden_size, config.vocab_size)
         self.lm_head: nn.Linear | None
         self.register_module("lm_head", head)
@@ -493,7 +363,7 @@ def _recomputed_types(
     if granularity is None:
         return ()
     if granularity == "full":
-        return (LlamaDecoderLayer,)
+        return (DecoderLayer,)
     if granularity != "selective":
         raise UserError(
             f"`activations_checkpoint_granularity` must be full, selective or null, but is {granularity!r}"
