@@ -217,7 +217,7 @@ def test_no_cycle_between_rooms() -> None:
 
 
 LAWBREAKERS = [
-    ("losses/dpo.py", "from nxdt_align.models.decoder import Llama", "imports models.decoder.Decoder"),
+    ("losses/dpo.py", "from nxdt_align.models.decoder import Decoder", "imports models.decoder.Decoder"),
     ("losses/dpo.py", "from nxdt_align.config.schema import Config", "imports config.schema.Config"),
     ("losses/dpo.py", "def f():\n    import numpy", "imports the library numpy"),
     ("models/decoder.py", "from torch import distributed", "imports the library torch.distributed"),
