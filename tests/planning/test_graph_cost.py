@@ -18,8 +18,8 @@ DEVICE = Device.of_chip(
     link_gbytes=4,
     network_gbits=16,
 )
-"""A rank, per second: 1e12 multiplications and additions (a quarter in float32), 1e9 bytes of memory, 1e9 over
-the links and 0.5e9 between nodes."""
+"""A rank, per second: 1e12 multiplications and additions (a quarter in float32), 1e9 bytes of memory, 1e9
+over the links and 0.5e9 between nodes."""
 
 
 def cost(*lines: str) -> Cost:
@@ -62,8 +62,8 @@ def test_a_product_takes_the_slower_of_its_multiplications_and_its_bytes() -> No
     ],
 )
 def test_collectives_are_rings(kind: str, ranks: tuple[int, ...], seconds: float) -> None:
-    """1e9 bytes: an all-gather over two sends half of it, an all-reduce over four twice three quarters; between
-    nodes a byte takes twice as long."""
+    """1e9 bytes: an all-gather over two sends half of it, an all-reduce over four twice three quarters;
+    between nodes a byte takes twice as long."""
     assert collective_seconds(kind, 1e9, ranks, DEVICE) == pytest.approx(seconds)
 
 
@@ -76,7 +76,7 @@ def test_a_collective_is_read_off_its_graph() -> None:
 
 
 def test_what_is_fused_costs_a_pass_over_inputs_and_results() -> None:
-    """As an optimizer's step: two inputs of 4,000 bytes are read, one result is written, the sum is neither."""
+    """As an optimizer's step: two inputs of 4,000 bytes are read, one result written, the sum neither."""
     read = cost(
         "%p0.1 = f32[1000]{0} parameter(0)",
         "%p1.2 = f32[1000]{0} parameter(1)",

@@ -52,8 +52,8 @@ class Traced:
     """Each once, in the order in which they are first met."""
     executed: list[xla.TracedGraph]
     """In the order in which they would be run."""
-    micro_batches: list[int]
-    """Of a whole step, in each bucket."""
+    steps: list[tuple[int, int]]
+    """Micro-batches and examples of a whole step, in each bucket."""
 
 
 def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
@@ -77,11 +77,11 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     data = _steps(config, model, parts.topology, objective, lengths)
     engine = parts.engine()
     engine.compiler = tracer
-    _Steps(config, engine, objective, tracer).take([batches[:MICRO_BATCHES] for batches in data])
+    _Steps(config, engine, objective, tracer).take([batches[:MICRO_BATCHES] for _, batches in data])
     distinct: dict[str, xla.TracedGraph] = {}
     for graph in tracer.traced:
         distinct.setdefault(graph.key, graph)
-    return Traced(list(distinct.values()), tracer.traced, [len(batches) for batches in data])
+    return Traced(list(distinct.values()), tracer.traced, [(len(b), len(e)) for e, b in data])
 
 
 def refuse_own_parts(config: Config, *, with_data: bool) -> None:
@@ -102,14 +102,14 @@ def reports(
     found = trace(config, rank, lengths)
     low = assemble.precision(config).compute == torch.bfloat16
     made = {graph.key: report(graph, device, low_precision=low) for graph in found.graphs}
-    return list(made.values()), _steps_on_paper(config, found, made)
+    return list(made.values()), _steps_on_paper(found, made)
 
 
-def _steps_on_paper(config: Config, found: Traced, made: Mapping[str, GraphReport]) -> list[StepCost]:
+def _steps_on_paper(found: Traced, made: Mapping[str, GraphReport]) -> list[StepCost]:
     """Of the last step that was recorded in each bucket: its optimizer has states already."""
     steps: list[StepCost] = []
     for shapes in dict.fromkeys(graph.shapes for graph in found.executed if graph.name == _STEP):
-        count = found.micro_batches[len(steps)]
+        count, examples = found.steps[len(steps)]
         run = [made[g.key] for g in found.executed if g.name == _STEP and g.shapes == shapes]
         optimizer = [made[g.key] for g in found.executed if g.name == "optimizer" and g.shapes == shapes][-1]
         first, later = run[-len(shapes)], run[-1]
@@ -117,7 +117,7 @@ def _steps_on_paper(config: Config, found: Traced, made: Mapping[str, GraphRepor
             StepCost(
                 shape=tuple(shapes[0]),
                 micro_batches=count,
-                examples=config.data.global_batch_size,
+                examples=examples,
                 first=first.cost,
                 later=later.cost,
                 optimizer=optimizer.cost,
@@ -225,8 +225,8 @@ def _steps(
     topology: Topology,
     objective: GlobalMeanObjective,
     lengths: Sequence[int] | None,
-) -> list[list[Batch]]:
-    """A step's micro-batches on this rank, in each bucket of the run."""
+) -> list[tuple[Sequence[int], list[Batch]]]:
+    """A step's examples, and its micro-batches on this rank, in each bucket of the run."""
     if lengths is None:
         module = ModelAlignmentDataModule(
             config,
@@ -235,8 +235,7 @@ def _steps(
             cache_dir=None,
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,
-            window=model.sliding_window,
-            only_local=model.layer_types is None,
+            **assemble.row_needs(config, model),
         )
         dataset = module.splits["train"]
     else:
@@ -246,7 +245,7 @@ def _steps(
     for step in dry_run_steps(dataset.planner, [first]):
         bucket = dataset.planner.plan(step.examples, step.bucket).bucket
         visited.setdefault(bucket, step)
-    return [dataset.lay_out(s.examples, bucket) for bucket, s in visited.items()]
+    return [(s.examples, dataset.lay_out(s.examples, bucket)) for bucket, s in visited.items()]
 
 
 def _standing_for_data(
@@ -270,8 +269,7 @@ def _standing_for_data(
         micro_batch_size=data.micro_batch_size,
         fixed_micro_batches=True,
         with_prompts=objective.needs_prompts,
-        window=model.sliding_window,
-        only_local=model.layer_types is None,
+        **assemble.row_needs(config, model),
         name="--lengths",
     )
     strategy = config.model_alignment_strategy
