@@ -228,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P,N,...",
         help="tokens of a prompt and of each of its responses, which stand for the data (default: the data)",
     )
+    graphs.add_argument(
+        "--device", choices=("trn1", "trn2"), default="trn1", help="whose times are estimated"
+    )
     graphs.add_argument("--json", action="store_true", help="print JSON")
     for verb in (plan, graphs):
         verb.add_argument(
@@ -430,21 +433,21 @@ def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
     show_on_terminal(rank=0)
     from nxdt_align.run import graphs
 
-    ranks, lengths = arguments.ranks, arguments.lengths
+    ranks, lengths, device = arguments.ranks, arguments.lengths, graphs.DEVICES[arguments.device]
     if not arguments.import_own_parts:
         graphs.refuse_own_parts(config, with_data=lengths is None)
     if len(ranks) == 1:
         # NxD logs to the standard output, which is the report's.
         with redirect_stdout(sys.stderr):
-            found = graphs.reports(config, ranks[0], lengths)
+            found, steps = graphs.reports(config, ranks[0], lengths, device)
         _show(
-            json.dumps([graphs.to_dict(ranks[0], found)])
+            json.dumps([graphs.to_dict(ranks[0], found, steps, device)])
             if arguments.json
-            else graphs.to_text(ranks[0], found)
+            else graphs.to_text(ranks[0], found, steps, device)
         )
         return 0
     overrides = _overrides(arguments, environment)
-    options = ["--config-name", arguments.config_name, "--json"]
+    options = ["--config-name", arguments.config_name, "--json", "--device", device.name]
     options += [] if arguments.config_path is None else ["--config-path", str(arguments.config_path)]
     options += [] if lengths is None else ["--lengths", ",".join(map(str, lengths))]
     options += ["--import-own-parts"] if arguments.import_own_parts else []

@@ -7,7 +7,7 @@ only predicted, so a sequence takes P - 1 + n positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -42,6 +42,10 @@ class Bucket:
     """T: response positions."""
     slots: int
     """R: response slots."""
+
+
+RowCost = Callable[[Bucket], float]
+"""What a row of a shape costs, in any unit."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ class RowPlanner:
         window: tokens that the model's local layers see; None for a model without such layers.
         only_local: no layer sees more than the window.
         row_multiple: row lengths are multiples of this, as a device's kernel may require.
+        row_cost: by which row lengths are chosen, and of those that hold a step the one that it takes; None:
+            by positions.
         name: name of the data set, for messages.
 
     Raises UserError for buckets that do not hold the data, and for a response that is longer than all that a
@@ -139,6 +145,7 @@ class RowPlanner:
         window: int | None = None,
         only_local: bool = True,
         row_multiple: int = 1,
+        row_cost: RowCost | None = None,
         name: str = "the data",
     ) -> None:
         if only_local:
@@ -149,6 +156,7 @@ class RowPlanner:
         self.micro_batch_size = micro_batch_size
         self.min_micro_batches = min_micro_batches
         self.round_size = round_size
+        self._row_cost: RowCost = row_cost or (lambda bucket: bucket.tokens)
         self.responses_per_example = int(lengths.response_lengths.shape[1])
         self._tokens = example_tokens(lengths, layout, window)
         self._all_tokens = example_tokens(lengths, "packed")
@@ -168,11 +176,11 @@ class RowPlanner:
 
     def plan(self, examples: Sequence[int], bucket: Bucket | None = None) -> StepPlan:
         """The rows of a step whose examples are these indices into the data set, in ``bucket`` (which must
-        hold them) or in the bucket that takes the fewest positions."""
+        hold them) or in the bucket that costs least: positions, or what the planner was given."""
         tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
         fitting = self.fitting(examples) if bucket is None else [bucket]
         plans = [(self._rows(tokens, responses, fits), fits) for fits in fitting]
-        rows, chosen = min(plans, key=lambda p: (len(p[0]) * p[1].tokens, p[1].tokens))
+        rows, chosen = min(plans, key=lambda p: (len(p[0]) * self._row_cost(p[1]), p[1].tokens))
         if self.ranks > 1 and self.layout != "none":
             equal = level(tokens, responses, self._room(chosen), len(rows))
             if equal:
@@ -250,14 +258,14 @@ class RowPlanner:
         return most
 
     def _choose_buckets(self, largest: int, examples_per_step: int) -> tuple[int, ...]:
-        """The row lengths that take the fewest positions over a sample of steps.
+        """The row lengths that cost least over a sample of steps.
 
         The largest must hold the longest example; up to two more are added while each saves at least 2%, as
         each is one more graph to compile.
         """
         steps = self._sample_steps(examples_per_step)
         costs = {
-            size: np.array([self._positions(step, size) for step in steps])
+            size: np.array([self._step_cost(step, size) for step in steps])
             for size in _candidates(largest, int(np.mean([self._tokens[s].sum() for s in steps])))
         }
         chosen = [max(costs)] if largest not in costs else [largest]
@@ -276,13 +284,16 @@ class RowPlanner:
             chosen.append(best)
         return tuple(sorted(chosen))
 
-    def _positions(self, step: npt.NDArray[Any], size: int) -> float:
-        """Positions that a step takes in rows of ``size``; infinite if an example does not fit."""
+    def _step_cost(self, step: npt.NDArray[Any], size: int) -> float:
+        """Of a step in rows of ``size``; infinite if an example does not fit."""
         tokens = self._tokens[step]
         if tokens.max() > size:
             return float("inf")
-        rows = best_fit(tokens, self._responses[step], Room(size, size))
-        return float(self._filled_up(len(rows), None) * size)
+        responses = self._responses[step]
+        rows = best_fit(tokens, responses, Room(size, size))
+        share = responses.sum() / tokens.sum()
+        row = Bucket(size, min(size, _round_up(int(size * share))), self.responses_per_example)
+        return float(self._filled_up(len(rows), None) * self._row_cost(row))
 
     def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[npt.NDArray[Any]]:
         # A fixed seed: buckets must not change with the run's seed, or graphs would be compiled anew.

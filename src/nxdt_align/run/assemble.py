@@ -21,6 +21,7 @@ from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import model_config_path, tokenizer_of
+from nxdt_align.data.packing import RowCost
 from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
@@ -36,6 +37,8 @@ from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.own_parts import OwnPartError, find_class, make
+from nxdt_align.planning.step_time import row_cost
+from nxdt_align.planning.workload import device_kind
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.locate import locate, read_shape
 from nxdt_align.run.mode import RunMode
@@ -141,6 +144,23 @@ def micro_batch_needs(config: Config) -> MicroBatchNeeds:
         return {"min_micro_batches": 1, "round_size": ranks}
     # With fewer micro-batches than stages, torch's 1F1B schedule raises.
     return {"min_micro_batches": ranks, "round_size": 1}
+
+
+class RowNeeds(TypedDict):
+    """What the row plan has to know of the model, as arguments of the data module."""
+
+    window: int | None
+    only_local: bool
+    row_cost: RowCost | None
+
+
+def row_needs(config: Config, model: DecoderConfig) -> RowNeeds:
+    """Its windows, and on Trainium what rows cost there; on a CPU and on CUDA padding is what costs."""
+    return {
+        "window": model.sliding_window,
+        "only_local": model.layer_types is None,
+        "row_cost": row_cost(config, model) if device_kind(config) == "neuron" else None,
+    }
 
 
 def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:

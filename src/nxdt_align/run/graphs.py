@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from nxdt_align.engines.nxd.flash import Kernel, traced_kernel
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.planning.devices import DEVICES, Device
+from nxdt_align.planning.graph_cost import StepCost
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
@@ -34,14 +37,27 @@ from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.nxd import NxDParts
 from nxdt_align.training import optim
 
-__all__ = ["compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
+__all__ = ["DEVICES", "compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
 
 MICRO_BATCHES = 2
 """Of a step that are recorded: the second adds to gradients that are there, and so do all after it."""
+_STEP = "training step"
 
 
-def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> list[xla.TracedGraph]:
-    """Every graph of the run on ``rank``, in the order in which they are first met.
+@dataclass(frozen=True)
+class Traced:
+    """A rank's graphs."""
+
+    graphs: list[xla.TracedGraph]
+    """Each once, in the order in which they are first met."""
+    executed: list[xla.TracedGraph]
+    """In the order in which they would be run."""
+    steps: list[tuple[int, int]]
+    """Micro-batches and examples of a whole step, in each bucket."""
+
+
+def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
+    """Every graph of the run on ``rank``.
 
     Args:
         lengths: tokens of a prompt and of its responses, for examples that stand for the data; None for the
@@ -61,11 +77,11 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> list[xla.
     data = _steps(config, model, parts.topology, objective, lengths)
     engine = parts.engine()
     engine.compiler = tracer
-    _Steps(config, engine, objective, tracer).take(data)
+    _Steps(config, engine, objective, tracer).take([batches[:MICRO_BATCHES] for _, batches in data])
     distinct: dict[str, xla.TracedGraph] = {}
     for graph in tracer.traced:
         distinct.setdefault(graph.key, graph)
-    return list(distinct.values())
+    return Traced(list(distinct.values()), tracer.traced, [(len(b), len(e)) for e, b in data])
 
 
 def refuse_own_parts(config: Config, *, with_data: bool) -> None:
@@ -79,11 +95,36 @@ def refuse_own_parts(config: Config, *, with_data: bool) -> None:
         )
 
 
-def reports(config: Config, rank: int, lengths: Sequence[int] | None) -> list[GraphReport]:
-    """What is in each of ``trace``'s graphs."""
+def reports(
+    config: Config, rank: int, lengths: Sequence[int] | None, device: Device
+) -> tuple[list[GraphReport], list[StepCost]]:
+    """What is in each of ``trace``'s graphs, and what a step in each bucket takes on ``device``, on paper."""
     found = trace(config, rank, lengths)
     low = assemble.precision(config).compute == torch.bfloat16
-    return [report(graph, low_precision=low) for graph in found]
+    made = {graph.key: report(graph, device, low_precision=low) for graph in found.graphs}
+    return list(made.values()), _steps_on_paper(found, made)
+
+
+def _steps_on_paper(found: Traced, made: Mapping[str, GraphReport]) -> list[StepCost]:
+    """Of the last step that was recorded in each bucket: its optimizer has states already."""
+    steps: list[StepCost] = []
+    for shapes in dict.fromkeys(graph.shapes for graph in found.executed if graph.name == _STEP):
+        count, examples = found.steps[len(steps)]
+        run = [made[g.key] for g in found.executed if g.name == _STEP and g.shapes == shapes]
+        optimizer = [made[g.key] for g in found.executed if g.name == "optimizer" and g.shapes == shapes][-1]
+        first, later = run[-len(shapes)], run[-1]
+        steps.append(
+            StepCost(
+                shape=tuple(shapes[0]),
+                micro_batches=count,
+                examples=examples,
+                first=first.cost,
+                later=later.cost,
+                optimizer=optimizer.cost,
+                flops=first.flops + later.flops * (count - 1),
+            )
+        )
+    return steps
 
 
 def of_ranks(arguments: Sequence[str], ranks: Sequence[int]) -> list[dict[str, Any]]:
@@ -184,8 +225,8 @@ def _steps(
     topology: Topology,
     objective: GlobalMeanObjective,
     lengths: Sequence[int] | None,
-) -> list[list[Batch]]:
-    """A step's micro-batches on this rank, of each bucket of the run."""
+) -> list[tuple[Sequence[int], list[Batch]]]:
+    """A step's examples, and its micro-batches on this rank, in each bucket of the run."""
     if lengths is None:
         module = ModelAlignmentDataModule(
             config,
@@ -194,8 +235,7 @@ def _steps(
             cache_dir=None,
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,
-            window=model.sliding_window,
-            only_local=model.layer_types is None,
+            **assemble.row_needs(config, model),
         )
         dataset = module.splits["train"]
     else:
@@ -205,7 +245,7 @@ def _steps(
     for step in dry_run_steps(dataset.planner, [first]):
         bucket = dataset.planner.plan(step.examples, step.bucket).bucket
         visited.setdefault(bucket, step)
-    return [dataset.lay_out(s.examples, bucket)[:MICRO_BATCHES] for bucket, s in visited.items()]
+    return [(s.examples, dataset.lay_out(s.examples, bucket)) for bucket, s in visited.items()]
 
 
 def _standing_for_data(
@@ -229,8 +269,7 @@ def _standing_for_data(
         micro_batch_size=data.micro_batch_size,
         fixed_micro_batches=True,
         with_prompts=objective.needs_prompts,
-        window=model.sliding_window,
-        only_local=model.layer_types is None,
+        **assemble.row_needs(config, model),
         name="--lengths",
     )
     strategy = config.model_alignment_strategy

@@ -48,8 +48,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
         with_prompts=objective.needs_prompts,
         fixed_micro_batches=config.trainer.accelerator == "xla",
         **assemble.micro_batch_needs(config),
-        window=model.sliding_window,
-        only_local=model.layer_types is None,
+        **assemble.row_needs(config, model),
     )
     planner = data.splits["train"].planner
     memory = memory_report(

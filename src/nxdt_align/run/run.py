@@ -102,8 +102,7 @@ class Run:
             with_prompts=self.objective.needs_prompts,
             **assemble.micro_batch_needs(config),
             fixed_micro_batches=mode.fixes_micro_batches(self.parts.device),
-            window=self.model_config.sliding_window,
-            only_local=self.model_config.layer_types is None,
+            **assemble.row_needs(config, self.model_config),
             row_multiple=self.parts.row_multiple,
         )
         reports = row_reports(self.data.splits, config.data)
