@@ -32,6 +32,7 @@ from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import presets, read_config, to_yaml
 from nxdt_align.config.loggers import PACKAGES
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import hub_models
 from nxdt_align.errors import SharedError, UserError
 from nxdt_align.files import explain
 from nxdt_align.messages import show_on_terminal
@@ -335,8 +336,13 @@ def _config(arguments: argparse.Namespace, environment: Environment) -> int:
     from nxdt_align.run import RunEnv
     from nxdt_align.run.mode import RunMode
     from nxdt_align.run.ready import not_checked, require_ready
+    from nxdt_align.run.settle import settle
 
-    require_ready(config, engine, RunEnv(world_size=config.world_size), RunMode())
+    settled = settle(config, engine, weights=False)
+    for note in settled.notes:
+        _note(note)
+    env, fetches = RunEnv(world_size=config.world_size), not hub_models(config)
+    require_ready(settled.config, engine, env, RunMode(), fetches=fetches)
     _note(not_checked(config))
     return 0
 

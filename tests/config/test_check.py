@@ -213,7 +213,7 @@ def test_required_keys_are_named(write: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError) as error:
         load_checked(str(write("trainer: {max_steps: 1}")))
     paths = {fault.path for fault in error.value.faults}
-    assert paths == {"data.train_dir", "data.tokenizer.type", "model.model_config", ALIGN}
+    assert paths == {"data.train_dir", "exp_manager.resume_from_checkpoint", ALIGN}
 
 
 # Notices

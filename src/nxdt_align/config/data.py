@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nxdt_align.config.fields import PATH, number, reads_as
+from nxdt_align.config.fields import AUTO, PATH, number, reads_as
 
 Packing = Literal["none", "packed", "shared_prompt"]
 Attention = Literal["auto", "dense", "blocks", "flex", "causal"]
@@ -54,9 +54,10 @@ class DataConfig:
     """Validation data, as train_dir; null for none."""
     dev_choose_samples: int | None = number(None, at_least=1)
     """Take the first N records of each file; null for all."""
-    seq_length: int = number(4096, at_least=2)
+    seq_length: int = number(4096, AUTO, at_least=2)
     """Maximum tokens of an example, prompt and response. If not set: model.encoder_seq_length, if that is
-    set."""
+    set. auto (ours): that or 4096, or what the model was made for (max_position_embeddings, a sliding window
+    of all layers), if that is less."""
     micro_batch_size: int = number(1, at_least=1)
     """Pairs (packing none) or rows (otherwise) per micro-batch."""
     global_batch_size: int = number(8, at_least=1)

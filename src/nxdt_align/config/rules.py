@@ -28,6 +28,7 @@ from nxdt_align.config.optim import (
 )
 from nxdt_align.config.pipeline import pipeline
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import model_is_missing
 from nxdt_align.own_parts import OwnPartError, require_no_standard_module
 
 Rule = Callable[[Config], Iterator[Fault]]
@@ -78,9 +79,10 @@ def fixed(config: Config) -> Iterator[Fault]:
 def required(config: Config) -> Iterator[Fault]:
     if not config.data.train_dir:
         yield Fault("data.train_dir", "is required: training data as .jsonl, .json, .arrow or .parquet")
-    if config.model.model_config is None and config.exp_manager.resume_from_checkpoint is None:
-        advice = "or set exp_manager.resume_from_checkpoint to a folder that has one"
-        yield Fault("model.model_config", "is required: a Hugging Face config.json", advice=advice)
+    if model_is_missing(config):
+        rule = "is required: a model's folder, or its name on the Hugging Face Hub, owner/name"
+        advice = "model.model_config alone, a Hugging Face config.json, starts from random weights"
+        yield Fault("exp_manager.resume_from_checkpoint", rule, advice=advice)
 
 
 def objective(config: Config) -> Iterator[Fault]:

@@ -35,6 +35,7 @@ from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.nxd import NxDParts
+from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 
 __all__ = ["DEVICES", "compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
@@ -67,6 +68,7 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     and for what training would refuse.
     """
     _require(config, rank, lengths)
+    config = _settled(config)
     model = assemble.model_config(config)
     env = RunEnv(rank=rank, world_size=config.world_size, compile_only=True)
     parts = _TracedParts(config, env, model, DryRun())
@@ -84,6 +86,10 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     return Traced(list(distinct.values()), tracer.traced, [(len(b), len(e)) for e, b in data])
 
 
+def _settled(config: Config) -> Config:
+    return settle(config, "nxd", device="neuron", weights=False).config
+
+
 def refuse_own_parts(config: Config, *, with_data: bool) -> None:
     """Raise UserError where the graphs depend on a part of the user's own that only training may import."""
     for part in parts_not_imported(config):
@@ -99,6 +105,7 @@ def reports(
     config: Config, rank: int, lengths: Sequence[int] | None, device: Device
 ) -> tuple[list[GraphReport], list[StepCost]]:
     """What is in each of ``trace``'s graphs, and what a step in each bucket takes on ``device``, on paper."""
+    config = _settled(config)
     found = trace(config, rank, lengths)
     low = assemble.precision(config).compute == torch.bfloat16
     made = {graph.key: report(graph, device, low_precision=low) for graph in found.graphs}

@@ -20,6 +20,7 @@ from nxdt_align.config.start import (
     IDENTITY_FILE,
     folders_of,
     follow,
+    hub_model,
     near,
     shape_file,
     shape_in,
@@ -30,6 +31,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder
 from nxdt_align.messages import NOTICE
 from nxdt_align.models.presets import DecoderConfig, from_hf_dict, read_config_json
+from nxdt_align.run.hub import fetch_model
 from nxdt_align.run.resume import newest_checkpoint
 from nxdt_align.weights.detect import holds_weights
 from nxdt_align.weights.digests import require_unchanged
@@ -51,8 +53,12 @@ def locate(path: Path) -> Path:
     """The weights that ``path`` leads to: itself, or the newest whole checkpoint (else the export) of a run's
     folder or its folder of checkpoints, which a link or a file may name.
 
-    Raises UserError if there is nothing at ``path``, a run without weights, or several runs.
+    A model of the Hub, ``owner/name``, is fetched. Raises UserError if there is nothing at ``path``, a run
+    without weights, or several runs.
     """
+    named = hub_model(str(path))
+    if named is not None:
+        return fetch_model(named, weights=True)
     found = follow(path.expanduser())
     if not found.exists():
         advice = near(found) or "give a folder of weights, a run or a checkpoint of one"

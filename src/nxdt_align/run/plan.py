@@ -13,7 +13,9 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.rows import row_reports
+from nxdt_align.planning.workload import device_kind
 from nxdt_align.run import assemble
+from nxdt_align.run.settle import settle
 
 _FLAG = "--import-own-parts imports it here"
 
@@ -27,6 +29,8 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
     nothing. Raises UserError for a custom data format that must not be imported, and for data, tokenizer,
     buckets or a custom loss that training would refuse.
     """
+    settled = settle(config, engine, device=device_kind(config), weights=False)
+    config = settled.config
     closed = {} if import_own_parts else {part.key: part for part in parts_not_imported(config)}
     if "data.format" in closed:
         path = closed["data.format"].path
@@ -64,4 +68,4 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
     notes = (
         [] if unread is None else [f"{unread}: not imported, counted as one that declares nothing; {_FLAG}"]
     )
-    return "\n".join([*data_of, f"data-parallel ranks: {ranks}", memory, *notes])
+    return "\n".join([*settled.notes, *data_of, f"data-parallel ranks: {ranks}", memory, *notes])

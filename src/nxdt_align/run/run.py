@@ -29,7 +29,7 @@ from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.planning.rows import row_reports, summary
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import Result, RunEnv
-from nxdt_align.run.locate import companions, with_located_start
+from nxdt_align.run.locate import companions
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
 from nxdt_align.run.preconditions import as_user_error, require_validation_in_epoch
@@ -42,6 +42,7 @@ from nxdt_align.run.reference import (
     reference_callbacks,
 )
 from nxdt_align.run.resume import RUN_RECORD, RunFolder, RunIdentity, identify, newest_checkpoint
+from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
 from nxdt_align.training.finite import FiniteCheck
@@ -80,7 +81,10 @@ class Run:
         loss: Loss | Callable[..., Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        config = with_located_start(config)
+        settled = settle(config, engine)
+        config = settled.config
+        for note in settled.notes if env.rank == 0 else ():
+            log.log(NOTICE, "%s", note)
         self.config, self.env, self.mode, self._run_log = config, env, mode, run_log
         self.places = Places(config)
         self._fingerprints: dict[WeightSource, str] = {}
