@@ -152,6 +152,15 @@ CASES: list[tuple[str, dict[str, Any], list[Record]]] = [
         [Record([USER], ("a", "b"))],
     ),
     (
+        "openai",
+        {
+            "input": {"messages": [USER], "tools": [{"type": "function", "function": {"name": "look"}}]},
+            "preferred_output": [say("a")],
+            "non_preferred_output": [say("b")],
+        },
+        [Record([USER], ("a", "b"), tools=[{"type": "function", "function": {"name": "look"}}])],
+    ),
+    (
         "torchtune",
         {"chosen_conversations": [USER, say("a")], "rejected_conversations": [USER, say("b")]},
         [Record([USER], ("a", "b"))],
@@ -202,7 +211,9 @@ def test_the_preferred_response_of_pairs(name: str, row: dict[str, Any], records
     found = detect_format(row, "response")
     assert found is not None and found.name == name
     wanted = ["c"] if name == "responses" else [record.responses[0] for record in records]
-    assert list(found.convert(row)) == [Record(records[0].prompt, (text,)) for text in wanted]
+    assert list(found.convert(row)) == [
+        Record(records[0].prompt, (text,), tools=records[0].tools) for text in wanted
+    ]
 
 
 @pytest.mark.parametrize(("name", "row", "records"), CASES)
@@ -455,8 +466,8 @@ def gpt(text: str, role: str = "gpt") -> dict[str, str]:
                 "preferred_output": "a",
                 "non_preferred_output": "b",
             },
-            "tools not read",
-            "`input.tools`",
+            "wrong type",
+            "`input.tools` must be a list of JSON schemas",
         ),
         (
             "openai",

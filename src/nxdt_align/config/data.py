@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from nxdt_align.config.fields import AUTO, PATH, number, reads_as
 
@@ -16,6 +16,15 @@ _PAIRS = (
     *("shp", "stack_exchange", "nectar", "ultrafeedback", "common_beginning"),
 )
 _SINGLE = ("input_output", "messages")
+TEMPLATE_ARGUMENTS = frozenset(
+    (
+        *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "tokenizer_kwargs", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        "sanitize_control_tokens",
+    )
+)
+"""What a template gets from the data, or apply_chat_template takes itself: no variables of a template."""
 FORMATS: dict[str, tuple[str, ...]] = {
     "pair": _PAIRS,
     "response": ("prompt_response", "prompt_completion", *_PAIRS, *_SINGLE),
@@ -80,6 +89,9 @@ class DataConfig:
     from the keys."""
     columns: Mapping[str, str] | None = None
     """(ours) Our key to the files' key, e.g. {prompt: question, chosen: good, rejected: bad}."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """(ours) Variables of the tokenizer's chat template, e.g. {enable_thinking: false}; as TRL's
+    chat_template_kwargs."""
     on_bad_record: Literal["error", "drop"] = "error"
     """(ours) error: stop with a report of all bad records; drop: leave them out and log the report."""
     cache_dir: str | None = field(default=None, metadata=PATH)

@@ -12,7 +12,7 @@ from typing import Any
 from nxdt_align.config.aliases import foreign_advice
 from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.custom import named_parts
-from nxdt_align.config.data import FORMATS
+from nxdt_align.config.data import FORMATS, TEMPLATE_ARGUMENTS
 from nxdt_align.config.faults import Fault, did_you_mean
 from nxdt_align.config.fields import is_dotted, section_faults
 from nxdt_align.config.objectives import NOTICES as OBJECTIVE_NOTICES
@@ -296,6 +296,13 @@ def own_parts(config: Config) -> Iterator[Fault]:
         yield Fault("data.columns", rule, dict(data.columns), involves=("data.format",))
 
 
+def template_variables(config: Config) -> Iterator[Fault]:
+    for name, value in config.data.chat_template_kwargs.items():
+        if name in TEMPLATE_ARGUMENTS:
+            rule = "is no variable of a chat template: the data and the tokenizer give it"
+            yield Fault(f"data.chat_template_kwargs.{name}", rule, value, "remove it")
+
+
 def _named_format(config: Config, name: str) -> Iterator[Fault]:
     kinds = {row["examples"] for key, row in OBJECTIVES.items() if lookup(config, f"{_ALIGN}.{key}")}
     known = dict.fromkeys(each for kind in FORMATS if kind in kinds or not kinds for each in FORMATS[kind])
@@ -306,7 +313,7 @@ def _named_format(config: Config, name: str) -> Iterator[Fault]:
 
 RULES: tuple[Rule, ...] = (
     *(values, fixed, required, objective, model_source, parallel_sizes, pipeline),
-    *(lengths, trainer, checkpoint_choice, optimizer, scheduler, own_parts),
+    *(lengths, trainer, checkpoint_choice, optimizer, scheduler, own_parts, template_variables),
 )
 
 

@@ -23,6 +23,7 @@ from nxdt_align.data.records import (
     as_messages,
     as_prompt,
     as_text,
+    as_tools,
     excerpt,
     take,
     take_text,
@@ -206,17 +207,16 @@ def _with_system(row: Row, turns: list[Message]) -> list[Message]:
 
 
 def from_openai(row: Row) -> list[Record]:
-    """OpenAI's preference fine-tuning: ``input.messages``, ``preferred_output``, ``non_preferred_output``."""
+    """OpenAI's preference fine-tuning: ``input`` with ``messages``, and ``tools`` if any;
+    ``preferred_output``, ``non_preferred_output``."""
     given = take(row, "input")
     if not isinstance(given, Mapping):
         raise BadRecord("wrong type", f"`input` must be {{messages}}, but is {excerpt(given)}")
-    if given.get("tools"):
-        found = f"`input.tools` is {excerpt(given['tools'])}; describe the tools in a system message"
-        raise BadRecord("tools not read", found)
+    tools = as_tools(given["tools"], "input.tools") if given.get("tools") else None
     prompt = as_messages(take(given, "messages"), "input.messages")
     names = ("preferred_output", "non_preferred_output")
     chosen, rejected = (as_answer(take(row, name), name) for name in names)
-    return [Record(prompt, (chosen, rejected))]
+    return [Record(prompt, (chosen, rejected), tools=tools)]
 
 
 def from_torchtune(row: Row) -> list[Record]:

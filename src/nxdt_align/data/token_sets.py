@@ -315,6 +315,8 @@ def _fit(tokens: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> bool:
 _LATER = ("changed", "whole_lengths")
 """Arrays that a file has only where they say anything, and that earlier versions did not write."""
 _REFUSED, _UNREAD = "refused", "unread"
+_NO_LONGER_REFUSED = "no common beginning in the chat template"
+"""For what earlier versions refused conversations that have tokens now, such as DeepSeek-R1's."""
 """(R, 3) text, id, reason and detail of each record that has no tokens; (K, 2) text, keys of messages that
 nothing reads and the number of records that have them."""
 
@@ -355,6 +357,8 @@ def load_columns(
             values["whole_lengths"] = np.zeros((0, 2), dtype=np.int32)
         columns = TokenColumns(ids, **values)
         refused = {record: BadRecord(reason, detail) for record, reason, detail in faults}
+        if any(fault.reason == _NO_LONGER_REFUSED for fault in refused.values()):
+            return None
         if ids == [record for record in record_ids if record not in refused] and columns.is_whole():
             return columns, refused, Counter({key: int(count) for key, count in keys})
         reason = "its arrays are inconsistent"

@@ -333,7 +333,9 @@ def tokenization(config: Config, model: DecoderConfig) -> Tokenization:
         )
     strategy = config.model_alignment_strategy
     return Tokenization(
-        tokenizer, Truncation(config.data.seq_length, strategy.max_prompt_length, strategy.truncation_mode)
+        tokenizer,
+        Truncation(config.data.seq_length, strategy.max_prompt_length, strategy.truncation_mode),
+        config.data.chat_template_kwargs,
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -110,6 +110,7 @@ def load_pairs(
     seq_length: int = 4096,
     max_prompt_length: int = MAX_PROMPT_LENGTH,
     format: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TokenizedSet:
     """Preference pairs as training tokenizes them: a sequence of ``Example``, each with ``record_id``,
     ``prompt`` and ``responses`` (chosen, rejected), int32 token ids.
@@ -120,6 +121,7 @@ def load_pairs(
         seq_length: maximum tokens of prompt and response; longer ones are truncated as in training.
         max_prompt_length: maximum tokens of a prompt, at most ``seq_length // 2``.
         format: a format's name; None detects it from the keys.
+        chat_template_kwargs: variables of the chat template, as ``data.chat_template_kwargs``.
 
     Raises UserError that names each bad record by file and line.
     """
@@ -127,5 +129,5 @@ def load_pairs(
     found = load_records([Source(str(p), None) for p in paths], "pair", format=format)
     made = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
     limit = min(max_prompt_length, seq_length // 2)
-    tokenization = Tokenization(made, Truncation(seq_length, limit, "keep_start"))
+    tokenization = Tokenization(made, Truncation(seq_length, limit, "keep_start"), chat_template_kwargs)
     return tokenize_records(found.records, tokenization, None, report=found.report)
