@@ -136,3 +136,11 @@ def test_longest_example_must_fit_the_largest_bucket() -> None:
 def test_buckets_must_ascend(buckets: list[int]) -> None:
     with pytest.raises(UserError, match=r"data\.buckets: must be positive row lengths in ascending order"):
         planner(lengths(), "packed", buckets=buckets)
+
+
+def test_rows_are_a_multiple_of_what_a_kernel_asks_for() -> None:
+    """Also where they are chosen from the data: multiples of 64 else."""
+    chosen = planner(lengths(), "packed", row_multiple=96).buckets
+    assert chosen and all(bucket.tokens % 192 == 0 for bucket in chosen)
+    with pytest.raises(UserError, match=r"data\.buckets: must be multiples of 96"):
+        planner(lengths(), "packed", row_multiple=96, buckets=[1000])

@@ -13,7 +13,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.rows import row_reports
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, nxd
 
 _FLAG = "--import-own-parts imports it here"
 
@@ -40,6 +40,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
     loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
     objective = GlobalMeanObjective(loss)
     cache = config.data.cache_dir
+    on_chip = engine == "nxd" and config.trainer.accelerator in ("auto", "neuron")
     data = ModelAlignmentDataModule(
         config,
         assemble.tokenization(config, model),
@@ -50,6 +51,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
         **assemble.micro_batch_needs(config),
         window=model.sliding_window,
         only_local=model.layer_types is None,
+        row_multiple=nxd.row_multiple(config, model) if on_chip else 1,
     )
     planner = data.splits["train"].planner
     memory = memory_report(
