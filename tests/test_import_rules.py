@@ -116,6 +116,7 @@ RESERVED: dict[str, tuple[str, ...]] = {
     "torch_xla": ("engines.nxd", "engines.xla", "neuron.compile"),
     "torch_neuronx": ("engines.nxd", "engines.xla", "neuron.compile"),
     "neuronx_distributed": ("engines.nxd", "neuron.compile"),
+    "neuronxcc": ("engines.nxd", "neuron.compile"),
     "libneuronxla": ("engines.nxd", "neuron.compile"),
     "torch.distributed": ("engines.ranks", "engines.native", "engines.nxd", "training", "run"),
 }

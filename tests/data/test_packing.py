@@ -152,3 +152,11 @@ def test_dear_long_rows_are_not_chosen() -> None:
     assert max(b.tokens for b in squared.buckets) < longest + ROUNDING
     plan = squared.plan(range(64))
     assert sorted(i for row in plan.rows for i in row) == list(range(64))
+
+
+def test_rows_are_a_multiple_of_what_a_kernel_asks_for() -> None:
+    """Also where they are chosen from the data: multiples of 64 else."""
+    chosen = planner(lengths(), "packed", row_multiple=96).buckets
+    assert chosen and all(bucket.tokens % 192 == 0 for bucket in chosen)
+    with pytest.raises(UserError, match=r"data\.buckets: must be multiples of 96"):
+        planner(lengths(), "packed", row_multiple=96, buckets=[1000])

@@ -38,6 +38,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         "model_alignment_strategy.dpo.max_prompt_length=1024",
         "model.fusions.flash_attention=True",
     ),
+    "DPO, packed flash": (
+        *("hf_llama3_8B_DPO_config", "model.fusions.flash_attention=True"),
+        "model.fusions.flash_attention_packed=True",
+    ),
     "DPO aot": (
         *("hf_llama3_8B_DPO_config", "model_alignment_strategy.dpo.loss_type=aot"),
         "model_alignment_strategy.dpo.precompute_ref_log_probs=False",

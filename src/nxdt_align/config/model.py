@@ -18,6 +18,9 @@ class FusionsConfig:
     """Fused softmax."""
     flash_attention: bool = False
     """NKI flash attention."""
+    flash_attention_packed: bool = False
+    """(ours) NKI flash attention also for rows of several sequences and for windows, by a bias in the graph
+    (engine nxd). Needs flash_attention. Off until it has run on a chip."""
     ring_attention: bool = False
     """Ring attention; required with context_parallel_size above 1."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -168,7 +169,8 @@ class RowPlanner:
         elif layout == "none":
             sizes = (_round_up(seq_length, row_multiple),)
         else:
-            sizes = self._choose_buckets(_round_up(longest), examples_per_step)
+            rounding = lcm(ROUNDING, row_multiple)
+            sizes = self._choose_buckets(_round_up(longest, rounding), examples_per_step, rounding)
         self.buckets = tuple(self._shape(size, examples_per_step) for size in sizes)
         self._micro_batches: dict[Bucket, int] = {}
         if fixed_micro_batches:
@@ -257,8 +259,8 @@ class RowPlanner:
             most[plan.bucket] = max(most[plan.bucket], len(plan.rows) // (self.ranks * self.micro_batch_size))
         return most
 
-    def _choose_buckets(self, largest: int, examples_per_step: int) -> tuple[int, ...]:
-        """The row lengths that cost least over a sample of steps.
+    def _choose_buckets(self, largest: int, examples_per_step: int, rounding: int) -> tuple[int, ...]:
+        """The row lengths, multiples of ``rounding``, that cost least over a sample of steps.
 
         The largest must hold the longest example; up to two more are added while each saves at least 2%, as
         each is one more graph to compile.
@@ -266,7 +268,7 @@ class RowPlanner:
         steps = self._sample_steps(examples_per_step)
         costs = {
             size: np.array([self._step_cost(step, size) for step in steps])
-            for size in _candidates(largest, int(np.mean([self._tokens[s].sum() for s in steps])))
+            for size in _candidates(largest, int(np.mean([self._tokens[s].sum() for s in steps])), rounding)
         }
         chosen = [max(costs)] if largest not in costs else [largest]
         for _ in range(MAX_BUCKETS - 1):
@@ -323,14 +325,14 @@ def _round_up(value: int, multiple: int = ROUNDING) -> int:
     return -(-value // multiple) * multiple
 
 
-def _candidates(largest: int, typical_step: int) -> list[int]:
+def _candidates(largest: int, typical_step: int, rounding: int) -> list[int]:
     """Candidate row lengths: the largest that is needed, and a geometric grid up to a step's size."""
-    top = max(largest, _round_up(typical_step))
+    top = max(largest, _round_up(typical_step, rounding))
     grid = {largest}
-    size = ROUNDING
+    size = rounding
     while size <= top:
         grid.add(size)
-        size = _round_up(max(size + ROUNDING, int(size * 1.2)))
+        size = _round_up(max(size + rounding, int(size * 1.2)), rounding)
     if largest < top:
         grid.add(top)
     return sorted(grid)

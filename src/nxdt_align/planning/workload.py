@@ -243,8 +243,11 @@ def _attention(config: Config, model: DecoderConfig, where: str, layout: Layout)
     if model.attention_softcap is not None and (where != "cuda" or config.data.attention == "dense"):
         return "scores"  # FlexAttention alone has a kernel that caps
     if where == "neuron":
-        is_causal = layout == "none"
-        return "flash" if is_causal and config.model.fusions.flash_attention else "scores"
+        fusions = config.model.fusions
+        if not fusions.flash_attention or (layout != "none" and not fusions.flash_attention_packed):
+            return "scores"
+        # With a bias of (S, S) for rows of several sequences.
+        return "flash" if layout == "none" else "masked"
     return "masked" if config.data.attention == "dense" else "flash"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nxdt_align.batch import Batch, Topology
+from nxdt_align.batch import Batch
 from nxdt_align.config.custom import parts_not_imported
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
@@ -24,7 +24,7 @@ from nxdt_align.data.tokenize import Encoded
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.nxd import compat
-from nxdt_align.engines.nxd.flash import Kernel, traced_kernel
+from nxdt_align.engines.nxd.flash import BiasedKernels, Kernel, TracedKernels, traced_kernel
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import DecoderConfig
@@ -76,7 +76,7 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     objective = GlobalMeanObjective(
         assemble.loss(config, "nxd"), token_statistics=config.exp_manager.log_token_statistics
     )
-    data = _steps(config, model, parts.topology, objective, lengths)
+    data = _steps(config, model, parts, objective, lengths)
     engine = parts.engine()
     engine.compiler = tracer
     _Steps(config, engine, objective, tracer).take([batches[:MICRO_BATCHES] for _, batches in data])
@@ -225,11 +225,14 @@ class _TracedParts(NxDParts):
     def _kernel(self) -> Kernel:
         return traced_kernel
 
+    def _kernels(self) -> BiasedKernels:
+        return TracedKernels()
+
 
 def _steps(
     config: Config,
     model: DecoderConfig,
-    topology: Topology,
+    parts: NxDParts,
     objective: GlobalMeanObjective,
     lengths: Sequence[int] | None,
 ) -> list[tuple[Sequence[int], list[Batch]]]:
@@ -238,15 +241,16 @@ def _steps(
         module = ModelAlignmentDataModule(
             config,
             assemble.tokenization(config, model),
-            topology,
+            parts.topology,
             cache_dir=None,
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,
             **assemble.row_needs(config, model),
+            row_multiple=parts.row_multiple,
         )
         dataset = module.splits["train"]
     else:
-        dataset = _standing_for_data(config, model, topology, objective, lengths)
+        dataset = _standing_for_data(config, model, parts, objective, lengths)
     first = tuple(range(min(config.data.global_batch_size, len(dataset.examples))))
     visited: dict[Any, DryRunStep] = {}
     for step in dry_run_steps(dataset.planner, [first]):
@@ -258,7 +262,7 @@ def _steps(
 def _standing_for_data(
     config: Config,
     model: DecoderConfig,
-    topology: Topology,
+    parts: NxDParts,
     objective: GlobalMeanObjective,
     lengths: Sequence[int],
 ) -> StepDataset:
@@ -272,16 +276,17 @@ def _standing_for_data(
         examples_per_step=count,
         seq_length=data.seq_length,
         buckets=data.buckets,
-        ranks=topology.data_parallel_size,
+        ranks=parts.topology.data_parallel_size,
         micro_batch_size=data.micro_batch_size,
         fixed_micro_batches=True,
         with_prompts=objective.needs_prompts,
         **assemble.row_needs(config, model),
+        row_multiple=parts.row_multiple,
         name="--lengths",
     )
     strategy = config.model_alignment_strategy
     return StepDataset(
-        *(examples, planner, config.layout, topology),
+        *(examples, planner, config.layout, parts.topology),
         tail_weight=None if strategy.dpo is None else strategy.dpo.ld_alpha,
         roles=None if strategy.kto is None else UNPAIRED_ROLES,
         with_prompts=objective.needs_prompts,

@@ -14,7 +14,7 @@ from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.rows import row_reports
 from nxdt_align.planning.workload import device_kind
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, nxd
 from nxdt_align.run.settle import settle
 
 _FLAG = "--import-own-parts imports it here"
@@ -44,6 +44,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
     loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
     objective = GlobalMeanObjective(loss)
     cache = config.data.cache_dir
+    on_chip = engine == "nxd" and config.trainer.accelerator in ("auto", "neuron")
     data = ModelAlignmentDataModule(
         config,
         assemble.tokenization(config, model),
@@ -53,6 +54,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
         fixed_micro_batches=config.trainer.accelerator == "xla",
         **assemble.micro_batch_needs(config),
         **assemble.row_needs(config, model),
+        row_multiple=nxd.row_multiple(config, model) if on_chip else 1,
     )
     planner = data.splits["train"].planner
     memory = memory_report(
