@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxdt_align import TORCH, __version__
+from nxdt_align import TORCH, __version__, cli_evaluation
 from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.config.check import (
     CheckedConfig,
@@ -62,6 +62,8 @@ Preference alignment of language models from NxD Training's YAML.
   nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
   nxdt-align export CHECKPOINT DESTINATION               any checkpoint as a Hugging Face folder
   nxdt-align inspect PATH                                describe a checkpoint
+  nxdt-align generate MODEL --prompts FILE               let a run, checkpoint or export answer prompts
+  nxdt-align chat MODEL                                  talk to it
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -262,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_verb(verbs, "processes", "check a configuration and print the processes per node needs")
     add_conversion_verbs(verbs)
+    cli_evaluation.add_evaluation_verbs(verbs)
     ahead = verbs.add_parser(
         "precompile", help="run neuron_parallel_compile and fail where it did not compile every graph"
     )
@@ -555,6 +558,17 @@ def _inspect(arguments: argparse.Namespace, environment: Environment) -> int:
     return 0
 
 
+def _generate(arguments: argparse.Namespace, environment: Environment) -> int:
+    show_on_terminal(rank=0)
+    return cli_evaluation.generate(arguments, _show)
+
+
+def _chat(arguments: argparse.Namespace, environment: Environment) -> int:
+    show_on_terminal(rank=0)
+    with reader_may_stop():
+        return cli_evaluation.chat(arguments)
+
+
 def _read(
     arguments: argparse.Namespace, environment: Environment, *, checked: bool
 ) -> tuple[Config, list[Fault]]:
@@ -607,7 +621,7 @@ def _note(text: str) -> None:
     print(redact(f"notice: {text}"), file=sys.stderr)
 
 
-_NEED_TORCH = ("plan", "graphs", "train", "workers", "convert", "export", "inspect")
+_NEED_TORCH = ("plan", "graphs", "train", "workers", "convert", "export", "inspect", "generate", "chat")
 _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "config": _config,
     "plan": _plan,
@@ -622,4 +636,6 @@ _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "convert": _convert,
     "export": _convert,
     "inspect": _inspect,
+    "generate": _generate,
+    "chat": _chat,
 }

@@ -293,7 +293,43 @@ def test_a_pair_of_messages_and_a_rejected_response() -> None:
     """ms-swift's form; a single response is the last message of it."""
     row = {"messages": [USER, say("a")], "rejected_response": "b", "system": "be brief"}
     assert named_format("swift", "pair").convert(row) == [Record([SYSTEM, USER], ("a", "b"))]
-    assert [f.name for k in FORMATS if (f := detect_format(row, k))] == ["swift", "messages", "swift"]
+    names = {kind: f.name for kind in FORMATS if (f := detect_format(row, kind))}
+    assert names == {"pair": "swift", "response": "messages", "unpaired": "swift", "prompt": "messages"}
+
+
+def prompt_of(row: dict[str, Any]) -> Any:
+    format = detect_format(row, "prompt")
+    assert format is not None
+    (record,) = format.convert(row)
+    assert isinstance(record, Record) and record.responses == ()
+    return record.prompt
+
+
+@pytest.mark.parametrize(("name", "row", "records"), CASES)
+def test_prompts_of_pairs_are_those_of_training(
+    name: str, row: dict[str, Any], records: list[Record]
+) -> None:
+    if name != "responses" and (format := detect_format(row, "prompt")) and format.name == name:
+        assert prompt_of(row) == records[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "why?"}, "why?"),
+        ({"prompt": [USER], "answer": "42"}, [USER]),
+        ({"prompt": "why?", "responses": ["a", "b"], "pairs": [[0, 1]]}, "why?"),
+        ({"messages": [SYSTEM, USER]}, [SYSTEM, USER]),
+        ({"messages": [USER, say("a"), ASK, say("b")]}, [USER, say("a"), ASK]),
+        ({"conversations": [{"from": "human", "value": "hi"}], "system": "be brief"}, [SYSTEM, USER]),
+        ({"instruction": "Add.", "input": "2 3"}, "Add.\n2 3"),
+        ({"instruction": "Add.", "input": "2 3", "output": None}, "Add.\n2 3"),
+        ({"prompt": "p", "completion": "c", "label": True}, "p"),
+        ({"src": "p"}, "p"),
+    ],
+)
+def test_prompts_need_no_response(row: dict[str, Any], prompt: Any) -> None:
+    assert prompt_of(row) == prompt
 
 
 @pytest.mark.parametrize(

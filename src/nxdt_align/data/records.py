@@ -32,6 +32,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _EXCERPT = 80
 EXAMPLES_PER_REASON = 3
 OnBadRecord = Literal["error", "drop"]
+BAD_PROMPTS_ADVICE = "fix them, or leave them out of the file"
 BAD_RECORDS_ADVICE = "fix them, or set data.on_bad_record=drop to train without them"
 
 
@@ -95,7 +96,7 @@ class Record:
     prompt: Prompt
     responses: tuple[Response, ...]
     """(chosen, rejected) of a pair, (response,), or (completion,) with a label, to which ``with_mismatched``
-    adds another prompt's."""
+    adds another prompt's; none of a prompt that is to be answered."""
     label: bool | None = None
     """Whether a labelled completion is desirable; None for pairs and single responses."""
     source: str = ""
@@ -141,7 +142,7 @@ def record_id(
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """The hash of a record's content: 32 hex digits, blake2b over canonical JSON."""
-    names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
+    names = ("chosen", "rejected") if len(responses) == 2 else ("response",)[: len(responses)]
     content: dict[str, object] = {"prompt": prompt, **dict(zip(names, responses, strict=True))}
     if label is not None:
         content["label"] = label

@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -272,6 +272,23 @@ class Tokenization:
             for record, each, texts in zip(records, found, rendered, strict=True)
         ]
 
+    def prompts(self, records: Sequence[Record]) -> list[Tokens | BadRecord]:
+        """The tokens of each prompt, to be answered: whole, with BOS if there is one. Responses are not read.
+
+        Raises DataError where a chat prompt meets no template, or one that does not come to an end.
+        """
+        rendered = self._render([replace(record, responses=()) for record in records])
+        texts = [each.texts.prompt for each in rendered if isinstance(each, Rendered)]
+        ids = iter(self._ids(texts))
+        return [each if isinstance(each, BadRecord) else self._opened(next(ids)) for each in rendered]
+
+    def turn_end(self) -> int | None:
+        """The token that ends an assistant's turn in the chat template; None where it writes none."""
+        return self._chat.turn_end[0]
+
+    def _opened(self, prompt: Tokens) -> Tokens:
+        return prompt if self._bos is None or prompt[:1] == [self._bos] else [self._bos, *prompt]
+
     def as_before(self, record: Record) -> bool:
         """Whether all versions of the rules surely give the record the same tokens, without tokenizing it."""
         if not isinstance(record.prompt, str):
@@ -477,9 +494,7 @@ class Tokenization:
     def _closed(self, record: Record, parts: Parts) -> tuple[Tokens, list[Tokens], bool, tuple[int, ...]]:
         """Prompt and responses with BOS and EOS, truncated; whether anything was cut; the lengths before. The
         prompt may be empty."""
-        prompt = parts.prompt
-        if self._bos is not None and prompt[:1] != [self._bos]:
-            prompt = [self._bos, *prompt]
+        prompt = self._opened(parts.prompt)
         closed = [self._close(*each, record) for each in zip(parts.responses, record.responses, strict=True)]
         lengths = (len(prompt), *map(len, closed))
         if not prompt:

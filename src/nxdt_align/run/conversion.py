@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 Target = Literal["hf", "nxdt", "native"]
 Dtype = Literal["bf16", "fp16", "fp32"]
-_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def convert(
@@ -117,7 +117,7 @@ def convert(
     _check_target(target, weights, sizes, tokenizer)
     if target != "nxdt" and isinstance(weights, NxDTFolder):
         sizes.require_those_of(weights, model)
-    stored = None if dtype is None else _DTYPES[dtype]
+    stored = None if dtype is None else DTYPES[dtype]
 
     def dtype_of(name: str) -> torch.dtype:
         return stored or weights.dtype(name)

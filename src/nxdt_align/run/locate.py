@@ -63,11 +63,11 @@ def locate(path: Path) -> Path:
     if not found.exists():
         advice = near(found) or "give a folder of weights, a run or a checkpoint of one"
         raise UserError(f"{path} does not exist: {advice}")
-    if found.is_file() or _is_checkpoint(found) or holds_weights(found):
+    if found.is_file() or is_checkpoint(found) or holds_weights(found):
         return found
     is_run = (found / IDENTITY_FILE).is_file()
     holder = found / CHECKPOINTS if (found / CHECKPOINTS).is_dir() else found
-    if is_run or any(map(_is_checkpoint, _folders(holder))):
+    if is_run or any(map(is_checkpoint, _folders(holder))):
         newest = newest_checkpoint(holder, checkpoint_step)
     else:
         newest = _newest_of_nxdt(holder) if holder.name == CHECKPOINTS else None
@@ -104,7 +104,7 @@ def checkpoint_step(path: Path) -> int | None:
     return nxd.checkpoint_step(path) if step is None else step
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
     return native.is_checkpoint(path) or nxd.is_checkpoint(path)
 
 
@@ -130,7 +130,7 @@ def _what_is_there(holder: Path) -> str:
     """What a folder of checkpoints without a whole one holds, as the end of a sentence."""
     names = [folder.name for folder in _folders(holder)]
     unfinished = [name for name in names if name.endswith(TEMPORARY_SUFFIX)]
-    damaged = [name for name in names if not name.startswith(".") and _is_checkpoint(holder / name)]
+    damaged = [name for name in names if not name.startswith(".") and is_checkpoint(holder / name)]
     if damaged:
         return f", as {', '.join(damaged[:_LISTED])} {'is' if len(damaged) == 1 else 'are'} incomplete"
     if unfinished:
