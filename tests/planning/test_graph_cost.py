@@ -120,6 +120,19 @@ def test_flash_attention_computes_half_of_the_scores() -> None:
     assert backward == Cost(products=pytest.approx(5 * one / 1e12))
 
 
+def test_a_bias_is_read_by_each_head_and_shared_prompts_compute_all_scores() -> None:
+    shape, norms, bias = "bf16[1,4,512,16]{3,2,1,0}", "f32[1,4,512]{2,1,0}", "bf16[1,1,512,512]{3,2,1,0}"
+    read = cost(
+        *(f"%p{n}.1 = {shape} parameter({n})" for n in range(3)),
+        f"%p3.1 = {bias} parameter(3)",
+        f"ROOT %f.2 = ({shape}, {norms}) custom-call({shape} %p0.1, {shape} %p1.1, {shape} %p2.1, "
+        f'{bias} %p3.1), custom_call_target="nki_flash_fwd", backend_config="full"',
+    )
+    values = 4 * 512 * 16
+    assert read == Cost(memory=pytest.approx((4 * 2 * values + 4 * 4 * 512 + 4 * 2 * 512**2) / 1e9))
+    assert 2 * 2 * values * 512 / 1e12 < read.memory, "the bytes are the slower part"
+
+
 def test_a_step_is_its_micro_batches_and_the_optimizer() -> None:
     step = StepCost(
         shape=(1, 64, 16, 2),

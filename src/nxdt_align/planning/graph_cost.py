@@ -181,13 +181,18 @@ def _moved(c: Computation, i: Instruction) -> int:
 
 
 def _custom_call(c: Computation, i: Instruction, device: Device) -> Cost:
-    """NxD's flash kernel. Its row norms, (B, N, S), say the length; half of the scores are causal."""
-    nbytes = i.nbytes + sum(c.operand(i, n).nbytes for n in range(len(i.operands)))
+    """The flash kernels. Their row norms, (B, N, S), say the length; half of the scores are causal. A bias,
+    (1, 1, S, S) and the last operand, is read by each head."""
+    operands = [c.operand(i, n) for n in range(len(i.operands))]
+    nbytes = i.nbytes + sum(operand.nbytes for operand in operands)
+    if operands and operands[-1].shape.dims[:2] == (1, 1):
+        nbytes += operands[-1].nbytes * (i.shapes[0].dims[1] - 1)
+    extent = 2 if 'backend_config="full"' in i.attributes else 1
     if 'custom_call_target="nki_flash_fwd"' in i.attributes:
         tokens, products = i.shapes[1].dims[2], 2
     elif 'custom_call_target="nki_flash_bwd"' in i.attributes:
         # The scores again, and a gradient each of scores, queries, keys and values.
-        tokens, products = c.operand(i, 4).shape.dims[2], 5
+        tokens, products = operands[4].shape.dims[2], 5
     else:
         return Cost(memory=nbytes / device.memory_bandwidth)
-    return roofline(products * i.shapes[0].elements * tokens, nbytes, device.flops, device)
+    return roofline(extent * products * i.shapes[0].elements * tokens, nbytes, device.flops, device)

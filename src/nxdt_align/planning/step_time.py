@@ -6,7 +6,7 @@ each as ``graph_cost`` prices it. ``workload.py`` has the legend. A test holds i
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket, RowCost
@@ -87,12 +87,12 @@ def _norms(work: Workload, device: Device) -> Cost:
 def _attention(work: Workload, device: Device, forward: int) -> Cost:
     """``forward``: times that it is computed."""
     n, H, heads = work.positions, work.model.head_dim, work.heads
-    if work.attention == "flash":
-        one = n * heads * H * work.tokens
-        nbytes = 4 * n * heads * H * work.formats.activation
-        return roofline(2 * one, nbytes, device.flops, device).times(forward) + roofline(
-            5 * one, 2 * nbytes, device.flops, device
-        )
+    if work.attention != "scores":
+        is_masked, size = work.attention == "masked", work.formats.activation
+        one = n * heads * H * work.tokens * (2 if is_masked else 1)
+        mask = n * heads * work.tokens * size if is_masked else 0
+        kernel, nbytes = partial(roofline, peak=device.flops, device=device), 4 * n * heads * H * size
+        return kernel(2 * one, nbytes + mask).times(forward) + kernel(5 * one, 2 * nbytes + mask)
     rows = n // work.tokens * heads
     scores = _product(work, device, work.tokens, H, work.tokens, rows)
     values = _product(work, device, work.tokens, work.tokens, H, rows)
