@@ -32,7 +32,7 @@ from nxdt_align.files import atomic_write, explain
 MIN_ACCURACY = 0.9
 MIN_GAIN = 0.1
 """Least gain in the share of right completions that counts as visible."""
-IDENTITY_FILE = "run_identity.json"
+IDENTITY_FILE, REPORT_FILE = "run_identity.json", "report.html"
 SAMPLES = 4
 
 
@@ -231,6 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model=options.model,
     )
     print(next_steps(report, places))
+    page = places.tensorboard / REPORT_FILE
+    if page.is_file():
+        print(f"\nThe run's report, to open in a browser: {page}")
     if options.json:
         atomic_write(options.json, report.as_json())
     for fault in report.shortfalls():

@@ -64,6 +64,7 @@ Preference alignment of language models from NxD Training's YAML.
   nxdt-align inspect PATH                                describe a checkpoint
   nxdt-align generate MODEL --prompts FILE               let a run, checkpoint or export answer prompts
   nxdt-align chat MODEL                                  talk to it
+  nxdt-align report RUN [RUN ...]                        what runs did: curves, settings, a verdict in words
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -563,6 +564,11 @@ def _generate(arguments: argparse.Namespace, environment: Environment) -> int:
     return cli_evaluation.generate(arguments, _show)
 
 
+def _report(arguments: argparse.Namespace, environment: Environment) -> int:
+    show_on_terminal(rank=0)
+    return cli_evaluation.report(arguments, _show)
+
+
 def _chat(arguments: argparse.Namespace, environment: Environment) -> int:
     show_on_terminal(rank=0)
     with reader_may_stop():
@@ -638,4 +644,5 @@ _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "inspect": _inspect,
     "generate": _generate,
     "chat": _chat,
+    "report": _report,
 }

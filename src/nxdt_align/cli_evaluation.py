@@ -1,4 +1,4 @@
-"""Arguments of generate and chat, and what they print."""
+"""Arguments of generate, chat and report, and what they print."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ def add_evaluation_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentPars
     add("--tp", dest="tensor_parallel", type=int, default=1, metavar="N", help="devices, for vLLM")
     chat = _add(verbs, "chat", "talk to a model, with its chat template")
     chat.add_argument("--system", metavar="TEXT", help="the conversation's system message")
+    report = verbs.add_parser(
+        "report",
+        help="write the page of a run, or of several side by side: curves, settings, a verdict in words",
+        allow_abbrev=False,
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the page (default: report.html in the run's folder; of several runs, in the current one)",
+    )
+    report.add_argument("--json", action="store_true", help="print the same as JSON, and write nothing")
     for verb, tokens in ((generate, 256), (chat, 1024)):
         _add_common(verb, tokens)
 
@@ -72,6 +85,18 @@ def generate(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
     rows = generation.generate(**options(arguments))
     if arguments.out is None:
         show("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return 0
+
+
+def report(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
+    from nxdt_align.run import report as reports
+
+    if arguments.json:
+        show(json.dumps(reports.summary(arguments.runs), indent=2, default=str))
+        return 0
+    page, verdicts = reports.report(arguments.runs, arguments.out)
+    said = [f"{run}: {verdict}" for run, verdict in zip(arguments.runs, verdicts, strict=True)]
+    show("\n".join([*said, f"report: {page}"]))
     return 0
 
 

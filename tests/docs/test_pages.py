@@ -12,7 +12,7 @@ from training_fixture import Project
 from nxdt_align.cli import main
 
 RUN = re.compile(r"^<!-- run -->\n```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = ["generation.md"]
+PAGES = ["generation.md", "report.md"]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     project = Project.create(root, pairs=8)
     assert project.train("trainer.max_steps=2") == 0
     run = project.only_run()
-    (root / "my_run").symlink_to(run)
+    for name in ("my_run", "my_other_run"):
+        (root / name).symlink_to(run)
     (root / "my_model").symlink_to(run / "hf_export")
     (root / "my_pairs.jsonl").symlink_to("train.jsonl")
     (root / "my_prompts.jsonl").write_text('{"prompt": "it was"}\n{"prompt": "he is"}\n')

@@ -19,6 +19,11 @@ _HUB_MODEL = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
 IDENTITY_FILE = "run_identity.json"
+SETTINGS_FILE = "config.yaml"
+"""In a run's folder: its settings, defaults and overrides included, as ``nxdt-align config`` prints them."""
+METRICS_FILE, EVENT_FILES = "metrics.jsonl", "events.out.tfevents.*"
+"""In a run's folder: the values that it logged, as JSON lines and in TensorBoard's files."""
+REPORT_FILE = "report.html"
 CHECKPOINTS, EXPORT, FOR_EXPORT = "checkpoints", "hf_export", "for_export"
 """Folders in that of a run: its checkpoints, the policy for transformers, and what a checkpoint's export has
 beside the weights: the tokenizer and the generation config."""

@@ -72,7 +72,7 @@ def locate(path: Path) -> Path:
     else:
         newest = _newest_of_nxdt(holder) if holder.name == CHECKPOINTS else None
         if newest is None and found.name != CHECKPOINTS:
-            _refuse_runs(found)
+            refuse_runs(found)
             return found
     if newest is not None:
         log.log(NOTICE, "%s: its newest checkpoint is %s", path, newest)
@@ -112,7 +112,7 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(f for f in parent.iterdir() if f.is_dir()) if parent.is_dir() else []
 
 
-def _refuse_runs(folder: Path) -> None:
+def refuse_runs(folder: Path) -> None:
     """Raise UserError for a folder of runs, one or two levels up from theirs."""
     below = [f for child in _folders(folder) for f in (child, *_folders(child))]
     runs = [f for f in below if (f / IDENTITY_FILE).is_file()]

@@ -175,6 +175,8 @@ class Run:
         result = self._result(trainer, run, export)
         samples = self.data.consumed_samples(result.step)
         self.mode.conclude(self.engine.compiler, self.places.manifest, result, samples)
+        if self.env.rank == 0:
+            self.mode.report(self.config, run)
         return result
 
     def _result(self, trainer: Trainer, run: RunFolder, export: Path | None) -> Result:
