@@ -39,6 +39,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
             f"{_FLAG}, as does the override data.format={path}"
         )
     ranks, model = config.data_parallel_size, assemble.model_config(config)
+    config = assemble.with_possible_layout(config, model)
     assemble.check_attention(config, model)
     unread = closed.get("model_alignment_strategy.loss")
     loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
