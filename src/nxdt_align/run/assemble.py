@@ -161,12 +161,15 @@ class RowNeeds(TypedDict):
     row_cost: RowCost | None
 
 
-def row_needs(config: Config, model: DecoderConfig) -> RowNeeds:
+def row_needs(config: Config, model: ModelShape) -> RowNeeds:
     """Its windows, and on Trainium what rows cost there; on a CPU and on CUDA padding is what costs."""
+    cost = None
+    if isinstance(model, DecoderConfig) and device_kind(config) == "neuron":
+        cost = row_cost(config, model)
     return {
         "window": model.sliding_window,
         "only_local": model.layer_types is None,
-        "row_cost": row_cost(config, model) if device_kind(config) == "neuron" else None,
+        "row_cost": cost,
     }
 
 

@@ -11,6 +11,7 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.rows import row_reports
 from nxdt_align.planning.workload import device_kind
@@ -46,6 +47,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
     objective = GlobalMeanObjective(loss)
     cache = config.data.cache_dir
     on_chip = engine == "nxd" and config.trainer.accelerator in ("auto", "neuron")
+    row_multiple = nxd.row_multiple(config, model) if on_chip and isinstance(model, DecoderConfig) else 1
     data = ModelAlignmentDataModule(
         config,
         assemble.tokenization(config, model),
@@ -55,7 +57,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
         fixed_micro_batches=config.trainer.accelerator == "xla",
         **assemble.micro_batch_needs(config),
         **assemble.row_needs(config, model),
-        row_multiple=nxd.row_multiple(config, model) if on_chip else 1,
+        row_multiple=row_multiple,
     )
     planner = data.splits["train"].planner
     memory = memory_report(

@@ -17,7 +17,7 @@ from nxdt_align.config.rules import lookup
 from nxdt_align.config.schema import Config, PrecisionType
 from nxdt_align.config.start import hub_model
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.run import assemble
 from nxdt_align.run.hub import fetch_model
 from nxdt_align.run.locate import with_located_start
@@ -101,10 +101,10 @@ def _with_precision(config: Config, kind: str) -> Config:
     return dataclasses.replace(config, precision=dataclasses.replace(config.precision, type=chosen))
 
 
-def _with_lengths(config: Config, model: DecoderConfig) -> Config:
+def _with_lengths(config: Config, model: ModelShape) -> Config:
     if _LENGTH not in config.auto:
         return config
-    length = min(config.data.seq_length, *_limits(model))
+    length = min([config.data.seq_length, *_limits(model)])
     strategy = config.model_alignment_strategy
     for name in OBJECTIVES:
         if f"model_alignment_strategy.{name}.max_prompt_length" in config.auto:
@@ -115,8 +115,9 @@ def _with_lengths(config: Config, model: DecoderConfig) -> Config:
     return dataclasses.replace(config, data=data, model_alignment_strategy=strategy)
 
 
-def _limits(model: DecoderConfig) -> Iterator[int]:
+def _limits(model: ModelShape) -> Iterator[int]:
     """Tokens that the model was made for."""
-    yield model.max_position_embeddings
+    if model.max_position_embeddings is not None:
+        yield model.max_position_embeddings
     if model.sliding_window is not None and model.layer_types is None:
         yield model.sliding_window  # what every layer sees

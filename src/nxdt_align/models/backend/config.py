@@ -103,6 +103,12 @@ class TransformersConfig:
         return int(self.hf.num_hidden_layers)
 
     @property
+    def max_position_embeddings(self) -> int | None:
+        """None for a model that names no limit."""
+        limit = getattr(self.hf, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    @property
     def tie_word_embeddings(self) -> bool:
         return bool(self.hf.tie_word_embeddings)
 
