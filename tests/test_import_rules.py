@@ -65,7 +65,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "reference": ("engines.base", "batch"),
     "training": ("engines.base", "losses", "batch", "config", "neuron.monitor"),
     "training.hooks": ("training", "engines.base", "losses", "batch", "config", "reference"),
-    "weights": ("models.sharding", "models.presets", "models.partition", "models.families", "named_tensors"),
+    "weights": (
+        *("models.sharding", "models.presets", "models.partition", "models.families", "models.backend"),
+        "named_tensors",
+    ),
     "neuron": ("config",),
     "planning": ("models", "ops", "data", "config"),
     # Builds no engine: it is handed what gives log-probabilities or tokens.
@@ -96,6 +99,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "losses": ("torch",),
     "ops": ("torch",),
     "models": ("torch",),
+    "models.backend": ("torch", "transformers"),
     "engines.base": ("torch",),
     "engines.steps": ("torch",),
     "engines.scoring": ("torch",),

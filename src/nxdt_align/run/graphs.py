@@ -69,7 +69,7 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     """
     _require(config, rank, lengths)
     config = _settled(config)
-    model = assemble.model_config(config)
+    model = assemble.decoder_for_nxd(assemble.model_config(config))
     env = RunEnv(rank=rank, world_size=config.world_size, compile_only=True)
     parts = _TracedParts(config, env, model, DryRun())
     tracer = xla.start_tracing()

@@ -30,7 +30,7 @@ from nxdt_align.engines.nxd import checkpoint as nxd
 from nxdt_align.errors import UserError
 from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder
 from nxdt_align.messages import NOTICE
-from nxdt_align.models.presets import DecoderConfig, from_hf_dict, read_config_json
+from nxdt_align.models.presets import Implementation, ModelShape, model_of, read_model_json
 from nxdt_align.run.hub import fetch_model
 from nxdt_align.run.resume import newest_checkpoint
 from nxdt_align.weights.detect import holds_weights
@@ -157,11 +157,17 @@ def with_located_start(config: Config) -> Config:
 # What belongs to weights
 
 
-def read_shape(file: Path) -> DecoderConfig:
-    """The model's shape in a config.json, or in the record of a run. Raises UserError."""
+def read_shape(
+    file: Path, implementation: Implementation = "auto", *, trust_remote_code: bool = False
+) -> ModelShape:
+    """The model's shape in a config.json, or in the record of a run. Raises UserError.
+
+    A run's record of a model whose own code was run says so; it is not run again but by
+    ``trust_remote_code``.
+    """
     if file.name != IDENTITY_FILE:
         require_unchanged(file)
-        return read_config_json(file)
+        return read_model_json(file, implementation, trust_remote_code=trust_remote_code)
     try:
         values = shape_in(file, json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, OSError) as error:
@@ -171,10 +177,13 @@ def read_shape(file: Path) -> DecoderConfig:
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no model's shape: give its config.json (model.model_config, --config)")
-    return from_hf_dict(values, where=str(file))
+    folder = values.pop("nxdt_align_remote_code", None)
+    return model_of(
+        values, implementation, where=str(file), remote_folder=folder if trust_remote_code else None
+    )
 
 
-def shape_of_run(checkpoint: Path) -> DecoderConfig | None:
+def shape_of_run(checkpoint: Path) -> ModelShape | None:
     """The shape of a checkpoint of a run, or of a converted one, which has its own config.json; None where
     nothing says it."""
     file = shape_file(checkpoint)

@@ -39,6 +39,9 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
             f"{_FLAG}, as does the override data.format={path}"
         )
     ranks, model = config.data_parallel_size, assemble.model_config(config)
+    if engine == "nxd":
+        model = assemble.decoder_for_nxd(model)
+    config = assemble.with_possible_layout(config, model)
     assemble.check_attention(config, model)
     unread = closed.get("model_alignment_strategy.loss")
     loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
@@ -54,7 +57,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
         fixed_micro_batches=config.trainer.accelerator == "xla",
         **assemble.micro_batch_needs(config),
         **assemble.row_needs(config, model),
-        row_multiple=nxd.row_multiple(config, model) if on_chip else 1,
+        row_multiple=nxd.row_multiple(config, assemble.decoder_for_nxd(model)) if on_chip else 1,
     )
     planner = data.splits["train"].planner
     memory = memory_report(

@@ -10,7 +10,7 @@ import torch
 
 from nxdt_align.batch import SlotRole, Topology
 from nxdt_align.config.alignment import MAX_PROMPT_LENGTH
-from nxdt_align.data.packing import RowPlanner
+from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
@@ -19,9 +19,8 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.types import ResponseLogps
-from nxdt_align.models.presets import DecoderConfig
-from nxdt_align.ops.attention_blocks import BlockAttention
-from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.models.presets import ModelShape
+from nxdt_align.run import assemble
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.run.locate import locate
 
@@ -34,12 +33,14 @@ class Policy:
 
     def __init__(self, engine: NativeEngine, name: str) -> None:
         self._engine, self._name = engine, name
+        carries = assemble.refusal_of_layouts(engine.config) is None
+        self._layout: Layout = "shared_prompt" if carries else "none"
 
     def __repr__(self) -> str:
         return f"Policy({self._name})"
 
     @property
-    def config(self) -> DecoderConfig:
+    def config(self) -> ModelShape:
         """The model's shape."""
         return self._engine.config
 
@@ -64,13 +65,13 @@ class Policy:
         # Rows must hold the longest pair, prompt and both responses.
         planner = RowPlanner(
             pairs,
-            "shared_prompt",
+            self._layout,
             examples_per_step=batch_size,
             seq_length=longest,
             window=self.config.sliding_window,
             only_local=self.config.layer_types is None,
         )
-        rows = StepDataset(pairs, planner, "shared_prompt", Topology())
+        rows = StepDataset(pairs, planner, self._layout, Topology())
         sums = torch.zeros(len(pairs), 2)
         for start in range(0, len(pairs), batch_size):
             for batch in rows[range(start, min(start + batch_size, len(pairs)))]:
@@ -97,7 +98,7 @@ def load_policy(
     place = locate(Path(folder))
     source, config = open_weights(place)
     where = torch.device(device)
-    attention = FlexAttention() if where.type == "cuda" else BlockAttention()
+    attention = assemble.kernel(config, where)
     engine = NativeEngine(config, attention, precision=Precision(compute=dtype), device=where)
     engine.load_weights(source)
     return Policy(engine, str(place))

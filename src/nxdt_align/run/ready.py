@@ -19,7 +19,7 @@ from nxdt_align.config.start import hub_models
 from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.losses.objective import build_loss
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
@@ -37,7 +37,7 @@ NOT_CHECKED = (
 class Ready:
     """What the checks have made, for the run."""
 
-    model: DecoderConfig
+    model: ModelShape
     start: WeightSource
     tokenization: Tokenization
 

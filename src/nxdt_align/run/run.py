@@ -90,6 +90,8 @@ class Run:
         self._fingerprints: dict[WeightSource, str] = {}
         self._times = StartTimes(enabled=config.exp_manager.enable_recovery_time_instrumentation)
         ready = require_ready(config, engine, env, mode)
+        self.config = config = assemble.with_possible_layout(config, ready.model)
+        assemble.say_implementation(config, ready.model)
         self.model_config, self.start, self.tokenization = ready.model, ready.start, ready.tokenization
         self._callbacks = [*assemble.own_callbacks(config), *callbacks]
         chosen = assemble.loss(config, engine, loss)
@@ -212,7 +214,7 @@ class Run:
             self.config,
             self.data.record_ids("train"),
             start=self._fingerprint(self.start),
-            model=self.model_config.to_hf_dict(),
+            model=self.model_config.to_record(),
             tokenization=self.tokenization.fingerprint(),
             loss=self._loss,
         )

@@ -17,7 +17,7 @@ from nxdt_align.config.rules import lookup
 from nxdt_align.config.schema import Config, PrecisionType
 from nxdt_align.config.start import hub_model
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.run import assemble
 from nxdt_align.run.hub import fetch_model
 from nxdt_align.run.locate import with_located_start
@@ -101,7 +101,7 @@ def _with_precision(config: Config, kind: str) -> Config:
     return dataclasses.replace(config, precision=dataclasses.replace(config.precision, type=chosen))
 
 
-def _with_lengths(config: Config, model: DecoderConfig) -> Config:
+def _with_lengths(config: Config, model: ModelShape) -> Config:
     if _LENGTH not in config.auto:
         return config
     length = min(config.data.seq_length, *_limits(model))
@@ -115,7 +115,7 @@ def _with_lengths(config: Config, model: DecoderConfig) -> Config:
     return dataclasses.replace(config, data=data, model_alignment_strategy=strategy)
 
 
-def _limits(model: DecoderConfig) -> Iterator[int]:
+def _limits(model: ModelShape) -> Iterator[int]:
     """Tokens that the model was made for."""
     yield model.max_position_embeddings
     if model.sliding_window is not None and model.layer_types is None:
