@@ -33,6 +33,7 @@ from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 from nxdt_align.messages import NOTICE
+from nxdt_align.models.decoder import no_router
 from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
@@ -348,6 +349,20 @@ def refusal_of_layouts(model: ModelShape) -> str | None:
 
     assert isinstance(model, TransformersConfig)
     return model.findings.refusal
+
+
+def check_router(config: Config, model: ModelShape) -> None:
+    """Raise UserError where ``model.router_aux_loss_coef`` asks for what the model does not have."""
+    weight = config.model.router_aux_loss_coef
+    if not weight:
+        return
+    if isinstance(model, DecoderConfig):
+        raise UserError(no_router(model, weight))
+    from nxdt_align.models.backend.config import TransformersConfig
+    from nxdt_align.models.backend.model import StockAttention, TransformersModel
+
+    assert isinstance(model, TransformersConfig)
+    TransformersModel(model, StockAttention()).balance_router(weight)
 
 
 def say_implementation(config: Config, model: ModelShape) -> None:
