@@ -17,7 +17,7 @@ from nxdt_align.batch import INT32_DEVICES, Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.ranks import Group
 from nxdt_align.engines.settings import Parallel
-from nxdt_align.engines.steps import Share, TokenLogps
+from nxdt_align.engines.steps import RouterLoss, Share, TokenLogps
 from nxdt_align.models.decoder import CausalModel, Decoder
 from nxdt_align.ops.attention import Attention, pad_bounds
 from nxdt_align.ops.logprobs import VocabShard, token_logps
@@ -55,7 +55,13 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         rows = self.rows(ModelInputs.of(batch))
-        return self.read(self.run(rows), rows, wanted)
+        result = self.read(self.run(rows), rows, wanted)
+        weight = self.decoder.router_weight
+        if not weight or not torch.is_grad_enabled():
+            return result
+        balance = self.decoder.router_loss(rows.at_tokens(batch.responses_of_tokens()))
+        value = balance * batch.share_of_examples()
+        return result._replace(router=RouterLoss(value * weight, value.detach()))
 
     def rows(self, inputs: ModelInputs) -> Rows:
         """The tokens that the layers run over: without padding where shapes may follow the data."""

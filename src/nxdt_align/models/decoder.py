@@ -314,6 +314,13 @@ class HeadForm(NamedTuple):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
+def no_router(config: ModelShape, weight: float) -> str:
+    return (
+        f"model.router_aux_loss_coef: is {weight:g}, but a {config.model_type} has no experts whose router "
+        "could be balanced; set it to 0"
+    )
+
+
 class CausalModel(nn.Module):
     """What engines ask of a model, ours or transformers': hidden states and the head above them."""
 
@@ -342,6 +349,21 @@ class CausalModel(nn.Module):
 
     @property
     def head_form(self) -> HeadForm:
+        raise NotImplementedError
+
+    router_weight = 0.0
+    """Of the router's balancing loss in what is trained."""
+
+    def balance_router(self, weight: float) -> None:
+        """Have forward passes keep what ``router_loss`` needs, and ``router_weight`` be this.
+
+        Raises UserError for a model without experts.
+        """
+        raise UserError(no_router(self.config, weight))
+
+    def router_loss(self, weights: Tensor) -> Tensor:
+        """() float32: the balancing loss of the last forward pass, whose tokens count by ``weights``, in the
+        shape of its ``input_ids``."""
         raise NotImplementedError
 
     def set_checkpointing(

@@ -33,6 +33,7 @@ from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 from nxdt_align.messages import NOTICE
+from nxdt_align.models.decoder import no_router
 from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
@@ -111,8 +112,7 @@ def join(config: Config, engine: EngineName, env: RunEnv, model: ModelShape, mod
     if engine == "nxd":
         from nxdt_align.run.nxd import NxDParts
 
-        assert isinstance(model, DecoderConfig), "check_engine refuses others"
-        return NxDParts(config, env, model, mode)
+        return NxDParts(config, env, decoder_for_nxd(model), mode)
     from nxdt_align.run.native import NativeParts
 
     return NativeParts(config, env, model, mode)
@@ -123,17 +123,22 @@ def check_engine(config: Config, engine: EngineName, env: RunEnv, model: ModelSh
     if engine == "nxd":
         from nxdt_align.run.nxd import check as check_nxd
 
-        if not isinstance(model, DecoderConfig):
-            raise UserError(
-                f"distributed_strategy.engine: is nxd, which runs the families of this package's own decoder "
-                f"({', '.join(FAMILIES)}), but a {model.model_type} is computed by transformers: set "
-                "distributed_strategy.engine=native"
-            )
-        check_nxd(config, model)
+        check_nxd(config, decoder_for_nxd(model))
     else:
         from nxdt_align.run.native import check
 
         check(config, env, model, mode)
+
+
+def decoder_for_nxd(model: ModelShape) -> DecoderConfig:
+    """The same model. Raises UserError for one that engine nxd does not run."""
+    if isinstance(model, DecoderConfig):
+        return model
+    raise UserError(
+        "distributed_strategy.engine: is nxd, which runs the families of this package's own decoder "
+        f"({', '.join(FAMILIES)}), but a {model.model_type} is computed by transformers: set "
+        "distributed_strategy.engine=native and trainer.accelerator to cpu or cuda"
+    )
 
 
 class MicroBatchNeeds(TypedDict):
@@ -344,6 +349,20 @@ def refusal_of_layouts(model: ModelShape) -> str | None:
 
     assert isinstance(model, TransformersConfig)
     return model.findings.refusal
+
+
+def check_router(config: Config, model: ModelShape) -> None:
+    """Raise UserError where ``model.router_aux_loss_coef`` asks for what the model does not have."""
+    weight = config.model.router_aux_loss_coef
+    if not weight:
+        return
+    if isinstance(model, DecoderConfig):
+        raise UserError(no_router(model, weight))
+    from nxdt_align.models.backend.config import TransformersConfig
+    from nxdt_align.models.backend.model import StockAttention, TransformersModel
+
+    assert isinstance(model, TransformersConfig)
+    TransformersModel(model, StockAttention()).balance_router(weight)
 
 
 def say_implementation(config: Config, model: ModelShape) -> None:

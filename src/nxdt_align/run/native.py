@@ -13,7 +13,10 @@ from nxdt_align.engines.native import checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.model import check_parallel
 from nxdt_align.engines.native.xla_engine import XlaEngine
-from nxdt_align.models.presets import ModelShape
+from nxdt_align.errors import UserError
+from nxdt_align.models.decoder import CausalModel
+from nxdt_align.models.presets import DecoderConfig, ModelShape
+from nxdt_align.ops.attention import FUSED_DEVICES
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
@@ -23,6 +26,11 @@ def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torc
     """This process's device. Raises UserError if it is not there, or if sizes or the attention do not fit."""
     device = assemble.device(config, env, mode)
     check_parallel(model, assemble.parallel(config))
+    if not isinstance(model, DecoderConfig) and device.type not in FUSED_DEVICES:
+        raise UserError(
+            f"trainer.accelerator: a {model.model_type} is computed by transformers, which runs on cpu and "
+            f"cuda here, but this run's device is {device.type}: set trainer.accelerator to one of them"
+        )
     assemble.attention(config, device, model)
     return device
 
@@ -51,6 +59,13 @@ class NativeParts:
         recompute = tuple(model.activations_checkpoint_recompute or ())
         on_xla = self.device.type == "xla"
         how = xla.recompute if on_xla else None
+        balance = model.router_aux_loss_coef
+
+        def configure(decoder: CausalModel) -> None:
+            decoder.set_checkpointing(granularity, recompute, how)
+            if balance:
+                decoder.balance_router(balance)
+
         engine = (XlaEngine if on_xla else NativeEngine)(
             self._model,
             self._attention,
@@ -59,7 +74,7 @@ class NativeParts:
             topology=self.topology,
             parallel=assemble.parallel(self._config),
             device=self.device,
-            configure_model=lambda decoder: decoder.set_checkpointing(granularity, recompute, how),
+            configure_model=configure,
             timeout=assemble.timeout(self._config),
         )
         if on_xla:

@@ -37,9 +37,9 @@ class NativeScorer(Scorer):
         self._groups = groups
 
     def forward(self, batch: Batch, wanted: Sequence[TokenStatistic]) -> TokenLogps:
-        logps, statistics, logits = super().forward(batch, wanted)
+        logps, statistics, logits, router = super().forward(batch, wanted)
         # FSDP hangs its backward hooks on a module's output, which must not be a view.
-        return TokenLogps(logps.clone(), statistics, None if logits is None else logits.clone())
+        return TokenLogps(logps.clone(), statistics, None if logits is None else logits.clone(), router)
 
     def run(self, rows: Rows, received: Tensor | None = None) -> Tensor:
         # Without the head, whose product is accumulated in float32.
