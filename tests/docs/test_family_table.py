@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,20 @@ from nxdt_align.models.families import FAMILIES
 QUICK = ("logits", "gradients", "conversion", "export")
 """Columns that take seconds."""
 ALONE = (*QUICK, "dpo", "layouts")
+EVERY = (*families.ROWS, *families.THEIRS)
 SPREAD = ("native tp", "native pp", "native fsdp")
 ON_NXD = tuple(name for name, column in families.COLUMNS.items() if column.needs_nxd)
 
 
-def same_states(columns: tuple[str, ...], rows: families.Models = families.ROWS) -> None:
+def same_states(columns: tuple[str, ...], rows: Sequence[str] = EVERY) -> None:
     """Figures may differ from one machine to another, within the bounds that running a column holds."""
     record, now = families.read(families.RECORD), families.found(columns, rows)
     for row, cells in now.items():
         for column, cell in cells.items():
             kept = record[row][column]
-            assert (cell.state, cell.said) == (kept.state, kept.said), f"{row}, {column}"
+            assert cell.state == kept.state, f"{row}, {column}"
+            # A figure in a message may differ, too.
+            assert re.sub(r"\d+%", "%", cell.said) == re.sub(r"\d+%", "%", kept.said), f"{row}, {column}"
 
 
 @pytest.mark.parametrize("path", families.PAGES, ids=lambda path: path.name)
@@ -38,7 +43,7 @@ def test_a_page_shows_what_was_found(path: Path) -> None:
 
 def test_no_cell_is_empty() -> None:
     record = families.read(families.RECORD)
-    assert list(record) == list(families.ROWS)
+    assert list(record) == list(EVERY)
     for row, cells in record.items():
         assert list(cells) == list(families.COLUMNS), row
         for column, cell in cells.items():
@@ -55,24 +60,23 @@ def test_every_family_has_a_row() -> None:
 
 
 def test_a_family_of_our_decoder_is_refused_nowhere_but_for_a_librarys_limit() -> None:
-    refused = {
-        (row, c)
-        for row, cells in families.read(families.RECORD).items()
-        for c in cells
-        if cells[c].state != "yes"
-    }
+    record = families.read(families.RECORD)
+    refused = {(row, c) for row in families.ROWS for c, cell in record[row].items() if cell.state != "yes"}
     assert refused == {(row, "nxd pp") for row in families.ALWAYS_TIED}
 
 
-@pytest.mark.parametrize("row", ["Gemma 2", "Phi-3, Phi-4"])
+@pytest.mark.parametrize("row", ["Gemma 2", "Phi-3, Phi-4", "GPT-2"])
 def test_the_quick_columns(row: str) -> None:
-    same_states(QUICK, {row: families.ROWS[row]})
+    same_states(QUICK, [row])
 
 
 def test_a_cell_over_its_bound_is_an_error() -> None:
-    column = families.Column("logits", "zero", 1e-5, lambda models: dict.fromkeys(models, 1.1e-5))
-    with pytest.raises(AssertionError, match=r"one, logits: 1.1e-05 is over 1e-05"):
-        column.cells({"one": CONFIGS["qwen2"]})
+    def over(models: Any) -> Any:
+        return dict.fromkeys(models, 1.1e-5)
+
+    column = families.Column("logits", "zero", 1e-5, over, over)
+    with pytest.raises(AssertionError, match=r"Mistral, logits: 1.1e-05 is over 1e-05"):
+        column.cells(["Mistral"])
 
 
 def test_the_refusal_of_stages_with_a_tied_head_is_the_engines() -> None:

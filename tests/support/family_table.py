@@ -7,6 +7,7 @@ what it is held to; more than the column's bound is an error, as is a refusal th
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import backend_cells as theirs
 import torch
+from backend_fixture import config_of
 from checkpoint_fixture import run as convert
 from checkpoint_fixture import same_folders
-from families_fixture import BASE, CONFIGS, build, inputs, ours, theirs, window
+from families_fixture import BASE, CONFIGS, build, inputs, ours, window
+from families_fixture import theirs as model_of_transformers
 from oracle import random_examples
 from parallel_fixture import Case, Outcome, merged, oracle, outcomes, run_case, worst
 from torch.nn import functional as F
@@ -45,6 +49,23 @@ ROWS: dict[str, DecoderConfig] = {
     "Gemma 3 (text)": CONFIGS["gemma3"],
 }
 """Label -> the tiny model of it; the smallest of a family may have a tied head, as Qwen3's here."""
+THEIRS: dict[str, str] = {
+    "GPT-2": "gpt2",
+    "GPT-J": "gptj",
+    "GPT-NeoX, Pythia": "gpt_neox",
+    "Phi": "phi",
+    "SmolLM3": "smollm3",
+    "GLM": "glm",
+    "Granite": "granite",
+    "Cohere 2": "cohere2",
+    "Mixtral": "mixtral",
+    "Qwen3-MoE": "qwen3_moe",
+    "DeepSeek-V3": "deepseek_v3",
+    "StableLM": "stablelm",
+    "Falcon": "falcon",
+    "Llama 4 (text)": "llama4",
+}
+"""Label -> the tiny model, of backend_fixture, that transformers computes."""
 ALWAYS_TIED = ("Gemma 2", "Gemma 3 (text)")
 STD = 0.15
 LONG = random_examples(6, 3, prompt=(1, 30), response=(1, 14))
@@ -69,22 +90,28 @@ class Column:
     """What the figure is, and its bound in words."""
     bound: float
     measure: Callable[[Models], dict[str, float]]
+    of_theirs: Callable[[Any], dict[str, float | str]]
+    """The same of models that transformers computes; where one is refused, the message."""
     adapt: Callable[[str, DecoderConfig], DecoderConfig | Cell] = lambda _, config: config
     """The model to run of a row, or the cell where none is."""
     needs_nxd: bool = False
 
-    def cells(self, rows: Models) -> dict[str, Cell]:
+    def cells(self, rows: Iterable[str]) -> dict[str, Cell]:
         """A cell for each row. Raises AssertionError where one is over the bound."""
-        adapted = {name: self.adapt(name, config) for name, config in rows.items()}
-        off = self.measure({name: c for name, c in adapted.items() if not isinstance(c, Cell)})
-        found = {}
-        for name, what in adapted.items():
-            if isinstance(what, Cell):
-                found[name] = what
-                continue
-            assert off[name] <= self.bound, f"{name}, {self.title}: {off[name]:.1e} is over {self.bound:.0e}"
-            found[name] = Cell("yes", float(f"{off[name]:.1e}"))
-        return found
+        adapted = {name: self.adapt(name, ROWS[name]) for name in rows if name in ROWS}
+        ours = {name: c for name, c in adapted.items() if not isinstance(c, Cell)}
+        theirs = {name: config_of(THEIRS[name]) for name in rows if name in THEIRS}
+        off = (self.measure(ours) if ours else {}) | (self.of_theirs(theirs) if theirs else {})
+        return {name: self._cell(name, adapted.get(name), off.get(name)) for name in rows}
+
+    def _cell(self, name: str, given: DecoderConfig | Cell | None, off: float | str | None) -> Cell:
+        if isinstance(given, Cell):
+            return given
+        if isinstance(off, str):
+            return Cell("refused", said=off)
+        assert off is not None
+        assert off <= self.bound, f"{name}, {self.title}: {off:.1e} is over {self.bound:.0e}"
+        return Cell("yes", float(f"{off:.1e}"))
 
 
 def one_by_one(measure: Callable[[DecoderConfig], float]) -> Callable[[Models], dict[str, float]]:
@@ -99,14 +126,14 @@ def logits(config: DecoderConfig) -> float:
     model = build(short)
     ids, positions, *_ = inputs(short)
     with torch.no_grad():
-        wanted = theirs(short, model)(ids, position_ids=positions, use_cache=False).logits
+        wanted = model_of_transformers(short, model)(ids, position_ids=positions, use_cache=False).logits
         return float((ours(model) - wanted).abs().max())
 
 
 def gradients(config: DecoderConfig) -> float:
     short = window(config, 7)
     model = build(short)
-    hf = theirs(short, model)
+    hf = model_of_transformers(short, model)
     ids, positions, *_ = inputs(short)
     for found in (ours(model), hf(ids, position_ids=positions, use_cache=False).logits):
         torch.autograd.backward(F.cross_entropy(found.flatten(0, 1), ids.flatten()))
@@ -234,23 +261,67 @@ def tied_head(config: DecoderConfig) -> str:
 TRANSFORMERS = "transformers' own in float32, largest difference, at most 1e-5"
 PLAIN = "the plain model's, one response at a time: loss to 2e-6, gradients to 2e-5 of a weight's largest"
 COLUMNS: dict[str, Column] = {
-    "logits": Column("logits", TRANSFORMERS, 1e-5, one_by_one(logits)),
-    "gradients": Column("gradients", TRANSFORMERS, 1e-5, one_by_one(gradients)),
-    "dpo": Column("DPO step", f"{PLAIN}, and its weights after the step", 2e-5, one_by_one(dpo_step)),
-    "layouts": Column("layouts", f"none, packed and shared_prompt: {PLAIN}", 2e-5, one_by_one(layouts)),
+    "logits": Column("logits", TRANSFORMERS, 1e-5, one_by_one(logits), theirs.each(theirs.logits)),
+    "gradients": Column(
+        "gradients", TRANSFORMERS, 1e-5, one_by_one(gradients), theirs.each(theirs.gradients)
+    ),
+    "dpo": Column(
+        "DPO step",
+        f"{PLAIN}, and its weights after the step",
+        2e-5,
+        one_by_one(dpo_step),
+        theirs.each(theirs.dpo_step),
+    ),
+    "layouts": Column(
+        "layouts",
+        f"none, packed and shared_prompt: {PLAIN}",
+        2e-5,
+        one_by_one(layouts),
+        theirs.each(theirs.layouts),
+    ),
     "native tp": Column(
-        "native tp", f"2 ranks, sequence parallel: {PLAIN}", 2e-5, native(tensor=2, sequence_parallel=True)
+        "native tp",
+        f"2 ranks, sequence parallel: {PLAIN}",
+        2e-5,
+        native(tensor=2, sequence_parallel=True),
+        theirs.each(theirs.divided(tensor=2)),
     ),
-    "native pp": Column("native pp", f"2 stages: {PLAIN}", 2e-5, native(pipeline=2)),
-    "native fsdp": Column("native fsdp", f"2 ranks: {PLAIN}", 2e-5, native(data=2, fsdp=True)),
+    "native pp": Column(
+        "native pp", f"2 stages: {PLAIN}", 2e-5, native(pipeline=2), theirs.each(theirs.divided(pipeline=2))
+    ),
+    "native fsdp": Column("native fsdp", f"2 ranks: {PLAIN}", 2e-5, native(data=2, fsdp=True), theirs.fsdp),
     "nxd tp": Column(
-        "nxd tp", f"2 ranks, sequence parallel: {PLAIN}", 2e-5, nxd("dpo", tp=2, sp=True), for_nxd, True
+        "nxd tp",
+        f"2 ranks, sequence parallel: {PLAIN}",
+        2e-5,
+        nxd("dpo", tp=2, sp=True),
+        theirs.each(theirs.on_nxd),
+        for_nxd,
+        needs_nxd=True,
     ),
-    "nxd pp": Column("nxd pp", f"2 stages, ORPO: {PLAIN}", 2e-5, nxd("orpo", pp=2), for_stages_of_nxd, True),
+    "nxd pp": Column(
+        "nxd pp",
+        f"2 stages, ORPO: {PLAIN}",
+        2e-5,
+        nxd("orpo", pp=2),
+        theirs.each(theirs.on_nxd),
+        for_stages_of_nxd,
+        needs_nxd=True,
+    ),
     "conversion": Column(
-        "HF → NxDT → HF", "the same tensors and config.json, to the last bit", 0.0, one_by_one(there_and_back)
+        "HF → NxDT → HF",
+        "the same tensors and config.json, to the last bit",
+        0.0,
+        one_by_one(there_and_back),
+        theirs.each(theirs.to_nxdt),
     ),
-    "export": Column("export in transformers", f"logits: {TRANSFORMERS}", 1e-5, one_by_one(exported)),
+    "export": Column(
+        "export in transformers",
+        f"logits: {TRANSFORMERS}",
+        1e-5,
+        one_by_one(exported),
+        theirs.each(theirs.exported),
+    ),
 }
 
 
@@ -265,15 +336,16 @@ def read(path: Path) -> Record:
     return {row: {column: Cell(**cell) for column, cell in cells.items()} for row, cells in content.items()}
 
 
-def found(columns: Iterable[str], rows: Models = ROWS) -> Record:
+def found(columns: Iterable[str], rows: Iterable[str] = (*ROWS, *THEIRS)) -> Record:
     """What running them finds out."""
+    rows = list(rows)
     by_column = {column: COLUMNS[column].cells(rows) for column in columns}
     return {row: {column: cells[row] for column, cells in by_column.items()} for row in rows}
 
 
 def update(record: Record, new: Record) -> Record:
     """In the order of rows and columns here; what is no longer one is left out."""
-    every = {row: record.get(row, {}) | new.get(row, {}) for row in ROWS}
+    every = {row: record.get(row, {}) | new.get(row, {}) for row in (*ROWS, *THEIRS)}
     return {row: {c: cells[c] for c in COLUMNS if c in cells} for row, cells in every.items()}
 
 
@@ -284,16 +356,21 @@ def write(record: Record, path: Path) -> None:
 
 def table(record: Record) -> str:
     """Markdown, with the messages of refusals below."""
-    said = list(dict.fromkeys(cell.said for cells in record.values() for cell in cells.values() if cell.said))
     lines = [
         "| | " + " | ".join(column.title for column in COLUMNS.values()) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
     ]
-    for row in ROWS:
-        cells = [record[row][column] for column in COLUMNS]
-        shown = [f"{c.state} ({said.index(c.said) + 1})" if c.said else c.state for c in cells]
+    said: dict[str, int] = {}
+    for row in (*ROWS, *THEIRS):
+        shown = []
+        for column in COLUMNS:
+            cell = record[row][column]
+            # One note for all models that are refused alike.
+            note = re.sub(rf"\b{THEIRS.get(row, row)}(_text)?\b", "MODEL", cell.said)
+            number = said.setdefault(note, len(said) + 1) if note else None
+            shown.append(cell.state if number is None else f"{cell.state} ({number})")
         lines.append(f"| {row} | " + " | ".join(shown) + " |")
-    notes = [f"({i}) {message}" for i, message in enumerate(said, start=1)]
+    notes = [f"({number}) {note}" for note, number in said.items()]
     return "\n".join(lines) + "\n" + "".join(f"\n{note}\n" for note in notes)
 
 
