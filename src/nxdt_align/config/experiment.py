@@ -202,6 +202,9 @@ class ExpManagerConfig:
     """NxDT's: Lightning version of a checkpoint that does not record it. Ours always do."""
     export_hf: bool = True
     """(ours) Write the trained model as a Hugging Face folder at the end."""
+    check_export: bool = True
+    """(ours) Compare the export's log-probabilities of three records, by transformers, with the trainer's; up
+    to 20 GB of weights, and where the device compiles no graphs."""
     report: bool = True
     """(ours) At the end, write report.html and report.json into the run's folder: curves, settings and a
     verdict in words."""

@@ -29,6 +29,7 @@ from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.planning.rows import row_reports, summary
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import Result, RunEnv
+from nxdt_align.run.export_check import check_export, trainer_values
 from nxdt_align.run.locate import companions
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
@@ -46,7 +47,7 @@ from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
 from nxdt_align.training.finite import FiniteCheck
-from nxdt_align.training.hooks import FinishRun
+from nxdt_align.training.hooks import PREFLIGHT_TOLERANCE, FinishRun
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
 from nxdt_align.training.progress import RunProgress
@@ -379,11 +380,23 @@ class Run:
 
     def _export(self, folder: Path) -> None:
         """Rank 0 writes one weight at a time; all ranks take part in gathering each."""
+        # On a lazy device it would be another graph to compile.
+        checks = self.config.exp_manager.check_export and not self.engine.lazy
+        values = trainer_values(self.engine, self.data) if checks else []
         weights = self.engine.whole_parameters()
         fault: UserError | None = None
         try:
             if self.topology.rank == 0:
                 self._write_export(folder, weights)
+                if values:
+                    precision = self.parts.precision
+                    check_export(
+                        folder,
+                        values,
+                        self.data.splits["train"].examples,
+                        precision.compute,
+                        PREFLIGHT_TOLERANCE[precision.coarsest],
+                    )
         except UserError as error:
             fault = error
         for _ in weights:
