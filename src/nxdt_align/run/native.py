@@ -13,8 +13,10 @@ from nxdt_align.engines.native import checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.model import check_parallel
 from nxdt_align.engines.native.xla_engine import XlaEngine
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.presets import ModelShape
 from nxdt_align.run import assemble
+from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
@@ -24,6 +26,7 @@ def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torc
     device = assemble.device(config, env, mode)
     check_parallel(model, assemble.parallel(config))
     assemble.attention(config, device, model)
+    spec_of(config, model)
     return device
 
 
@@ -45,7 +48,7 @@ class NativeParts:
     def row_multiple(self) -> int:
         return assemble.row_multiple(self._config, self.device, self._model)
 
-    def engine(self) -> Engine:
+    def engine(self, adapters: AdapterSpec | None = None) -> Engine:
         model = self._config.model
         granularity = model.activations_checkpoint_granularity
         recompute = tuple(model.activations_checkpoint_recompute or ())
@@ -61,6 +64,8 @@ class NativeParts:
             device=self.device,
             configure_model=lambda decoder: decoder.set_checkpointing(granularity, recompute, how),
             timeout=assemble.timeout(self._config),
+            adapters=adapters,
+            seed=self._config.seed,
         )
         if on_xla:
             engine.compiler = xla.compiler()
