@@ -47,7 +47,6 @@ def test_engine_is_chosen(load: Load, overrides: list[str], neuron: bool, wanted
             "must be 1 (engine native does not support it yet), but is 2; with 1, "
             "sequence_parallel over tensor_model_parallel_size=N ranks spreads long sequences",
         ),
-        ("model_alignment_strategy.peft={}", "peft: must not be set"),
     ],
 )
 def test_limits_of_the_native_engine(load: Load, override: str, rule: str) -> None:

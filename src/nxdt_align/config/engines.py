@@ -94,13 +94,16 @@ _NOT_YET = "engine {engine} does not support it yet"
 LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
     "native": {
         "distributed_strategy.context_parallel_size": (1, _SPREAD_OTHERWISE),
-        "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
     },
     "nxd": {
         "distributed_strategy.virtual_pipeline_model_parallel_size": (1, _NXDS_VALIDATION_STOPS),
         "distributed_strategy.context_parallel_size": (1, "leave it out"),
         "distributed_strategy.fsdp": (False, "distributed_strategy.zero1=True shards the optimizer's state"),
-        "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
+        "model_alignment_strategy.peft": (
+            None,
+            "distributed_strategy.engine=native has adapters; ~model_alignment_strategy.peft trains every "
+            "weight",
+        ),
     },
 }
 """Engine -> path -> (the only supported value, what to do). Lift a limit by deleting its line."""
@@ -161,11 +164,14 @@ def _nxd_faults(config: Config) -> Iterator[Fault]:
 
 # Keys that are read but have no effect.
 
+_PEFT = "model_alignment_strategy.peft"
 _MEGATRON_OR_LIGHTNING = (
     *("exp_manager.version", "exp_manager.use_datetime_version", "exp_manager.resume_past_end"),
     *("trainer.logger", "trainer.enable_checkpointing", "trainer.use_distributed_sampler"),
     *("trainer.limit_test_batches", "exp_manager.checkpoint_callback_params.model_parallel_size"),
     *("distributed_strategy.expert_model_parallel_size", "distributed_strategy.token_shuffle_group_size"),
+    *(f"{_PEFT}.load_lora_from_ckpt", f"{_PEFT}.save_lora_base", f"{_PEFT}.save_lora_config_adapter"),
+    f"{_PEFT}.merge_sharded_lora",
 )
 _NEURON = (
     *("compiler_flags", "compiler_cache_url", "aync_exec_max_inflight_requests", "bucket_size_collectives"),
@@ -197,9 +203,16 @@ def _runs_on_neuron(config: Config) -> bool:
     return resolve_engine(config, neuron_available()) == "nxd"
 
 
+_OF_ADAPTERS = {
+    f"{_PEFT}.load_lora_from_ckpt": "an adapter in exp_manager.resume_from_checkpoint is recognised",
+    f"{_PEFT}.save_lora_base": "checkpoints hold adapters alone; the base is where it was",
+    f"{_PEFT}.save_lora_config_adapter": "an exported adapter always has its settings",
+    f"{_PEFT}.merge_sharded_lora": "an exported adapter always is one file",
+}
 REASONS: dict[Engine, dict[str, str]] = {
-    "native": {},
+    "native": _OF_ADAPTERS,
     "nxd": {
+        **_OF_ADAPTERS,
         "trainer.lnc": "a logical NeuronCore of trn1 is a physical one",
         "exp_manager.ckpt_ptl_version": "checkpoints of this package record their version",
         "model.fusions.ring_attention": "it is for context parallelism",

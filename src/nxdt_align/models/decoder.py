@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nxdt_align.errors import UserError
+from nxdt_align.models.adapters import weight_in_use
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.models.rotary import Rotary, RotaryEmbedding, rotate
 
@@ -416,7 +417,7 @@ class Decoder(CausalModel):
         """(V, D): the embedding's where the head is tied to it."""
         owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
         assert owner is not None, "this part of the model has no head"
-        return owner.weight
+        return weight_in_use(owner)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""

@@ -26,7 +26,7 @@ from nxdt_align.data.packing import RowCost
 from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
-from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.engines.native.checkpoint import is_checkpoint
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
@@ -42,12 +42,14 @@ from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.own_parts import OwnPartError, find_class, make
 from nxdt_align.planning.step_time import row_cost
 from nxdt_align.planning.workload import device_kind
+from nxdt_align.run.adapters import open_checkpoint
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.locate import locate, read_shape
 from nxdt_align.run.mode import RunMode
-from nxdt_align.weights.detect import check_weights, layout_of, open_folder
+from nxdt_align.weights.detect import base_folder, check_weights, holds_weights, layout_of, open_folder
 from nxdt_align.weights.hf import FreshWeights
 from nxdt_align.weights.nxdt import NxDTFolder
+from nxdt_align.weights.peft import MergedWeights, PeftFolder, is_peft_folder
 
 log = logging.getLogger(__name__)
 
@@ -409,7 +411,7 @@ def weights_at(folder: Path, model: ModelShape, key: str) -> WeightSource:
         if not folder.is_dir():
             raise UserError(f"must be a folder of weights, but {folder} is a file")
         if is_checkpoint(folder):
-            return NativeCheckpoint(folder)
+            return open_checkpoint(folder, model, lambda base: weights_at(base, model, "the adapters' base"))
         weights = _foreign_weights(folder, model)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
@@ -417,7 +419,15 @@ def weights_at(folder: Path, model: ModelShape, key: str) -> WeightSource:
 
 
 def _foreign_weights(folder: Path, model: ModelShape) -> WeightSource:
-    """Weights from other tools: NxD's shards, or a Hugging Face folder."""
+    """Weights from other tools: NxD's shards, a Hugging Face folder, or an adapter of PEFT's on one."""
+    if is_peft_folder(folder) and not holds_weights(folder):
+        if not isinstance(model, DecoderConfig):
+            raise UserError(
+                f"{folder} is a PEFT adapter, which is read for this package's own families, but a "
+                f"{model.model_type} is computed by transformers: merge it with PEFT, and give that folder"
+            )
+        base = _foreign_weights(base_folder(folder), model)
+        return MergedWeights(base, PeftFolder(folder, model))
     layout = layout_of(folder)
     if layout == "meta":
         raise UserError(

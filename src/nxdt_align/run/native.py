@@ -14,10 +14,12 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.model import check_parallel
 from nxdt_align.engines.native.xla_engine import XlaEngine
 from nxdt_align.errors import UserError
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.decoder import CausalModel
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import FUSED_DEVICES
 from nxdt_align.run import assemble
+from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
@@ -32,6 +34,7 @@ def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torc
             f"cuda here, but this run's device is {device.type}: set trainer.accelerator to one of them"
         )
     assemble.attention(config, device, model)
+    spec_of(config, model)
     return device
 
 
@@ -53,7 +56,7 @@ class NativeParts:
     def row_multiple(self) -> int:
         return assemble.row_multiple(self._config, self.device, self._model)
 
-    def engine(self) -> Engine:
+    def engine(self, adapters: AdapterSpec | None = None) -> Engine:
         model = self._config.model
         granularity = model.activations_checkpoint_granularity
         recompute = tuple(model.activations_checkpoint_recompute or ())
@@ -76,6 +79,8 @@ class NativeParts:
             device=self.device,
             configure_model=configure,
             timeout=assemble.timeout(self._config),
+            adapters=adapters,
+            seed=self._config.seed,
         )
         if on_xla:
             engine.compiler = xla.compiler()

@@ -36,10 +36,22 @@ from torch.nn import functional as F
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.settings import Parallel, Precision
+from nxdt_align.models.adapters import AdaptedLinear
 from nxdt_align.models.decoder import CausalModel, Decoder, RMSNorm
 from nxdt_align.models.partition import EMBEDDING
 from nxdt_align.models.presets import DecoderConfig
-from nxdt_align.models.sharding import EACH_HEAD, KV_HEADS, REPLICATED, VOCAB, split_of
+from nxdt_align.models.sharding import (
+    EACH_HEAD,
+    KV_HEADS,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    REPLICATED,
+    START,
+    TRAINED,
+    VOCAB,
+    split_of,
+)
 
 SEQUENCE_DIM = 1
 
@@ -90,8 +102,8 @@ def split_over_tensor_ranks(decoder: Decoder, groups: Groups) -> None:
     styles: dict[str, ParallelStyle] = {}
     for name, _ in decoder.named_parameters():
         path, _, what = name.rpartition(".")
-        if what == "bias":
-            continue  # it goes with its module's weight
+        if what != "weight":
+            continue  # biases and adapters go with their module's weight
         styles[path] = style = _style(decoder.config, name, groups, residual)
         if isinstance(style, (ColwiseParallel, OwnKvHeads)) and split_of(name) != VOCAB:
             # Several projections read one input, so it is gathered once for all of them.
@@ -112,7 +124,54 @@ def _style(config: DecoderConfig, name: str, groups: Groups, residual: Placement
         return OwnKvHeads(config, groups)
     if name == EMBEDDING:
         return OwnVocabulary(groups, residual)
-    return ColwiseParallel() if split.dim == 0 else RowwiseParallel(output_layouts=residual)
+    if split.dim == 0:
+        return Columns(groups)
+    return Rows(groups, output_layouts=residual)
+
+
+class Columns(ColwiseParallel):
+    """A linear layer, or a head, of which each rank has some of the outputs; with the adapter's factors."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self._groups = groups
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        _divide(module, device_mesh, Shard(0), self._groups)
+
+
+class Rows(RowwiseParallel):
+    """A linear layer of which each rank has some of the inputs; with the adapter's factors."""
+
+    def __init__(self, groups: Groups, *, output_layouts: Placement) -> None:
+        super().__init__(output_layouts=output_layouts)
+        self._groups = groups
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        _divide(module, device_mesh, Shard(1), self._groups)
+
+
+def _divide(module: nn.Module, mesh: DeviceMesh, of_weight: Shard, groups: Groups) -> None:
+    """Each tensor of a linear layer over the ranks, as ``sharding.split_of`` has it of a weight that is split
+    so: a factor that lies across the split is split with it, the other is whole everywhere."""
+    shared = {0: (LORA_A,), 1: ("bias", LORA_B, MAGNITUDE)}[of_weight.dim]
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        kind = key.removeprefix(START).removeprefix(TRAINED)
+        placement = Replicate() if kind in shared else of_weight
+        part = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        module.register_parameter(key, nn.Parameter(part, requires_grad=parameter.requires_grad))
+    if isinstance(module, AdaptedLinear):
+        own = (groups.tensor.rank, groups.tensor.size) if of_weight.dim == 1 else (0, 1)
+        module.drop = partial(_drop, *own)
+
+
+def _drop(rank: int, ranks: int, x: DTensor, probability: float) -> Tensor:
+    """Dropout of whole or divided features. Every rank draws the whole mask, so that ranks, which are seeded
+    alike, agree, and give what one process does."""
+    local = x.to_local()
+    whole = torch.ones(*local.shape[:-1], local.shape[-1] * ranks, dtype=local.dtype, device=local.device)
+    mask = F.dropout(whole, probability).chunk(ranks, dim=-1)[rank]
+    return x * DTensor.from_local(mask, x.device_mesh, x.placements, run_check=False)
 
 
 class ReplicatedWeight(ParallelStyle):
@@ -237,7 +296,13 @@ def _linear_rows(module: nn.Linear, rows: slice, x: DTensor) -> Tensor:
     own = weight.to_local(grad_placements=[Partial()])[rows]
     bias = module.bias
     own_bias = bias.to_local(grad_placements=[Partial()])[rows] if isinstance(bias, DTensor) else None
-    return F.linear(x.to_local(grad_placements=[Partial()]), own, own_bias)
+    own_x = x.to_local(grad_placements=[Partial()])
+    factors = module.factors() if isinstance(module, AdaptedLinear) else None
+    if factors is None:
+        return F.linear(own_x, own, own_bias)
+    assert isinstance(module, AdaptedLinear)
+    a, b, *magnitude = (f.to_local(grad_placements=[Partial()]) for f in factors if isinstance(f, DTensor))
+    return module.adapted(own_x, own, own_bias, a, b[rows], magnitude[0][rows] if magnitude else None)
 
 
 def _divide_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -261,7 +326,8 @@ def shard_over_data_ranks(
     """FSDP2: each layer by itself, and what is left of ``root``, the module that is called, as one.
 
     Parameters stay float32 and are gathered in the compute dtype; gradients are added up and reduced in
-    float32, and summed rather than averaged, since losses are shares of a sum.
+    float32, and summed rather than averaged, since losses are shares of a sum. Frozen weights have the
+    compute dtype already. With ``zero1``, which shards what the optimizer has, they stay whole on each rank.
     """
     mesh = groups.data_mesh
     assert mesh is not None
@@ -272,9 +338,11 @@ def shard_over_data_ranks(
         cast_forward_inputs=False,
     )
     reshard = groups.parallel.fsdp
+    trains = any(p.requires_grad for p in decoder.parameters())
+    whole = {p for p in decoder.parameters() if not p.requires_grad} if trains and not reshard else None
     for layer in decoder.layers():
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
     for module in fsdp_modules(root):
         module.set_gradient_divide_factor(1.0)
         # The other way to divide by 1 is NCCL's alone.
