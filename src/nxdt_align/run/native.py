@@ -24,6 +24,7 @@ def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torc
     device = assemble.device(config, env, mode)
     check_parallel(model, assemble.parallel(config))
     assemble.attention(config, device, model)
+    assemble.compiling(config, device, model)
     return device
 
 
@@ -39,6 +40,7 @@ class NativeParts:
         self.topology = assemble.start_processes(config, env, self.device)
         self.precision = assemble.precision(config)
         self._attention = assemble.attention(config, self.device, model)
+        self._compiling = assemble.compiling(config, self.device, model)
         self.reference_precision = assemble.reference_precision(config)
 
     @property
@@ -61,6 +63,7 @@ class NativeParts:
             device=self.device,
             configure_model=lambda decoder: decoder.set_checkpointing(granularity, recompute, how),
             timeout=assemble.timeout(self._config),
+            compiling=self._compiling,
         )
         if on_xla:
             engine.compiler = xla.compiler()

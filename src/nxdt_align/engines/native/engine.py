@@ -17,6 +17,7 @@ from nxdt_align.engines.base import Objective, StepOutput, WeightSource
 from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native import checkpoint
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.model import Blueprint, check_parallel
@@ -46,6 +47,8 @@ class NativeEngine(SpreadEngine):
         device: where this process's part of it lives.
         configure_model: called with each decoder that is built, e.g. to set activation checkpointing.
         timeout: how long a process waits for others; torch's default where None.
+        compiling: how parts of a step are compiled; None computes op by op. Wants an attention of static
+            shapes.
 
     Raises EngineError for sizes of the model that the ranks cannot share.
     """
@@ -62,7 +65,9 @@ class NativeEngine(SpreadEngine):
         device: torch.device | str = "cpu",
         configure_model: Callable[[CausalModel], None] = lambda model: None,
         timeout: timedelta | None = None,
+        compiling: Compiling | None = None,
     ) -> None:
+        assert compiling is None or attention.static_shapes
         check_parallel(config, parallel)
         self.topology = topology
         self.device = torch.device(device)
@@ -70,7 +75,10 @@ class NativeEngine(SpreadEngine):
         self._groups = Groups.join(
             parallel, topology, self.device.type, tied_head=config.tie_word_embeddings, timeout=timeout
         )
-        self._blueprint = Blueprint(config, attention, precision, self._groups, self.device, configure_model)
+        self._compiling = compiling
+        self._blueprint = Blueprint(
+            config, attention, precision, self._groups, self.device, configure_model, compiling
+        )
         self._reference_precision = reference_precision or precision
         self._policy = self._blueprint.build()
         self._runner = self._policy.runner
@@ -115,6 +123,7 @@ class NativeEngine(SpreadEngine):
             parameter.grad = None
         self._sync_from_masters()
         batches = steps.with_reference(self._reference, micro_batches, objective)
+        objective = self._compiled(objective)
         scale = self._loss_scale
         runner = self._runner if scale is None else scale.over(self._runner)
         output = steps.forward_and_backward(runner, self._data, batches, objective)
@@ -123,6 +132,12 @@ class NativeEngine(SpreadEngine):
             scale.unscale([parameter for _, parameter in self.named_parameters()])
         self._stale = True  # the optimizer's step comes next
         return output
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        return super().evaluate(micro_batches, self._compiled(objective))
+
+    def _compiled(self, objective: Objective) -> Objective:
+        return objective if self._compiling is None else self._compiling.objective(objective)
 
     @property
     def skips_step(self) -> bool:
