@@ -120,7 +120,33 @@ def find_engine_faults(config: Config, engine: Engine) -> list[Fault]:
                 found.append(Fault(path, f"must not be set: {not_yet}", advice=advice))
             else:
                 found.append(Fault(path, f"must be {allowed} ({not_yet})", value, advice))
-    return [*found, *_fp16_faults(config, engine), *(_nxd_faults(config) if engine == "nxd" else ())]
+    found += [*_fp16_faults(config, engine), *_compile_faults(config, engine)]
+    return [*found, *(_nxd_faults(config) if engine == "nxd" else ())]
+
+
+MOST_BUCKETS = 32
+"""Row lengths of compiled steps: each is a dozen graphs to compile."""
+
+
+def _compile_faults(config: Config, engine: Engine) -> Iterator[Fault]:
+    """``blocks`` where steps are graphs already, and what no graph of static shapes takes."""
+    path, data = "distributed_strategy.compile", config.data
+    if config.distributed_strategy.compile != "blocks":
+        return
+    if engine == "nxd":
+        yield Fault(path, "must be auto or none on engine nxd, whose steps are graphs anyway", "blocks")
+    elif config.trainer.accelerator == "xla":
+        rule = "must be auto or none with trainer.accelerator xla, where steps are graphs anyway"
+        yield Fault(path, rule, "blocks", involves=("trainer.accelerator",))
+    if data.attention == "blocks":
+        rule = "must be auto or dense with distributed_strategy.compile blocks, which compiles static shapes"
+        advice = "those of data.attention=blocks follow the data"
+        yield Fault("data.attention", rule, "blocks", advice, (path,))
+    count = len(data.buckets or ())
+    if count > MOST_BUCKETS:
+        rule = f"must be {MOST_BUCKETS} row lengths at most with {path} blocks, which compiles graphs of each"
+        advice = "leave it out to have few chosen"
+        yield Fault("data.buckets", f"{rule}, but is {count}", advice=advice, involves=(path,))
 
 
 def _fp16_faults(config: Config, engine: Engine) -> Iterator[Fault]:

@@ -44,6 +44,8 @@ class Objective(Protocol):
     wanted: Sequence[TokenStatistic]
     """What it reads off the head beside the log-probabilities."""
     couples_examples: bool
+    calls_own_code: bool
+    """Whether a user's function is called, which may do what a compiled graph cannot."""
 
     def __call__(
         self,

@@ -109,6 +109,12 @@ class Scorer(nn.Module):
 
         Raises EngineError for logits where this rank has a part of the vocabulary's alone.
         """
+        return self.finish(hidden, rows, self._first_token(rows.labels), tuple(wanted))
+
+    def finish(
+        self, hidden: Tensor, rows: Rows, first: int | Tensor, wanted: Sequence[TokenStatistic]
+    ) -> TokenLogps:
+        """``read``, with what must not be a part of a graph handed in: ``first``, see VocabShard."""
         at_responses, head, tensor = rows.at_responses(hidden), self.head, self._tensor
         bias, form = self.head_bias, self.decoder.head_form
         logits = None
@@ -121,7 +127,7 @@ class Scorer(nn.Module):
             at_responses,
             head,
             rows.labels,
-            shard=VocabShard(self._first_token(rows.labels), tensor.largest, tensor.summed),
+            shard=VocabShard(first, tensor.largest, tensor.summed),
             compact=self._compact,
             wanted=[name for name in wanted if name != "logits"],
             bias=bias,

@@ -241,6 +241,8 @@ class DecoderStack(nn.Module):
     """
 
     takes_hidden_states = False
+    leaves_norm = False
+    """Whether hidden states come out before the norm, which then is the caller's part."""
 
     embed_tokens: nn.Embedding | None
     layers: nn.ModuleList | nn.ModuleDict
@@ -284,13 +286,21 @@ class DecoderStack(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, context: Any) -> Tensor:
         """(B, S) token ids, or (B, S, D) hidden states, and (B, S) positions -> (B, S, D)."""
+        x, rotary = self.enter(x, position_ids)
+        for layer in self.layers.children():
+            x = layer(x, self.rotary_of(layer, rotary), self.context_of(layer, context))
+        return x if self.norm is None or self.leaves_norm else self.norm(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The norm, where ``forward`` leaves it."""
+        return self.norm(x) if self.leaves_norm and self.norm is not None else x
+
+    def enter(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Any]:
+        """What ``forward`` takes -> (B, S, D) and the angles: all that stands before the first layer."""
         if not self.takes_hidden_states:
             assert self.embed_tokens is not None
             x = self.scaled_embedding(self.embed_tokens(x))
-        rotary = self.rotary_emb(position_ids)
-        for layer in self.layers.children():
-            x = layer(x, self.rotary_of(layer, rotary), self.context_of(layer, context))
-        return x if self.norm is None else self.norm(x)
+        return x, self.rotary_emb(position_ids)
 
 
 RECOMPUTABLE: dict[str, type[Recomputable]] = {

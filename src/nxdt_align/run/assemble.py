@@ -26,7 +26,9 @@ from nxdt_align.data.packing import RowCost
 from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
+from nxdt_align.engines.native import compiled
 from nxdt_align.engines.native.checkpoint import is_checkpoint
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
@@ -216,6 +218,31 @@ def _xla_device(env: RunEnv) -> torch.device:
     return xla.device()
 
 
+COMPILED_DEVICES = {"cuda": "inductor", "neuron": "neuron"}
+"""Types of devices where ``distributed_strategy.compile: auto`` compiles, and by which backend."""
+
+
+def compiling(config: Config, where: torch.device, model: ModelShape) -> Compiling | None:
+    """How steps are compiled on device ``where``; None op by op. Raises UserError where they cannot be."""
+    chosen = config.distributed_strategy.compile
+    if chosen == "none" or (chosen == "auto" and where.type not in COMPILED_DEVICES):
+        return None
+    if where.type == "xla":  # of a dry run, whose steps are graphs there
+        return None
+    if chosen == "auto" and not isinstance(model, DecoderConfig):
+        return None
+    compiled.require_own_decoder(model)
+    if chosen == "auto" and compiled.is_too_old():
+        log.log(
+            NOTICE, "distributed_strategy.compile: auto is none, as torch %s is too old", torch.__version__
+        )
+        return None
+    compiled.require_torch()
+    if where.type == "cpu":
+        compiled.require_compiler()
+    return Compiling(COMPILED_DEVICES.get(where.type, "inductor"))
+
+
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
 """Backends that run on one type of device alone, where they are the default."""
 FLASH_MULTIPLE = {"neuron": 512}
@@ -241,7 +268,11 @@ def attention(config: Config, where: torch.device, model: ModelShape) -> Attenti
     if kind == "causal":
         check_attention(config, model)
         return CausalAttention(FLASH_MULTIPLE.get(where.type, 1))
-    return FlexAttention() if kind == "flex" else DenseAttention()
+    if kind == "flex":
+        return FlexAttention(
+            compiled=compiling(config, where, model) is None
+        )  # else it is in the layer's graph
+    return DenseAttention()
 
 
 def kernel(model: ModelShape, where: torch.device) -> Attention:
@@ -292,6 +323,8 @@ def _attention_kind(config: Config, where: torch.device, model: ModelShape) -> s
         return config.data.attention
     if where.type in FLASH_MULTIPLE and config.data.buckets is None and why_not_causal(config, model) is None:
         return "causal"
+    if config.distributed_strategy.compile == "blocks" and where.type == "cpu":
+        return "dense"  # blocks' shapes follow the data
     return ATTENTION_OF_DEVICE.get(where.type, "dense")
 
 

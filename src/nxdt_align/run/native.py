@@ -35,6 +35,7 @@ def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torc
         )
     assemble.attention(config, device, model)
     spec_of(config, model)
+    assemble.compiling(config, device, model)
     return device
 
 
@@ -50,6 +51,7 @@ class NativeParts:
         self.topology = assemble.start_processes(config, env, self.device)
         self.precision = assemble.precision(config)
         self._attention = assemble.attention(config, self.device, model)
+        self._compiling = assemble.compiling(config, self.device, model)
         self.reference_precision = assemble.reference_precision(config)
 
     @property
@@ -81,6 +83,7 @@ class NativeParts:
             timeout=assemble.timeout(self._config),
             adapters=adapters,
             seed=self._config.seed,
+            compiling=self._compiling,
         )
         if on_xla:
             engine.compiler = xla.compiler()

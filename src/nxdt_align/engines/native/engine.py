@@ -19,6 +19,7 @@ from nxdt_align.engines.base import EngineError, Objective, StepOutput, WeightSo
 from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native import checkpoint
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.model import Blueprint, check_parallel
@@ -51,6 +52,8 @@ class NativeEngine(SpreadEngine):
         timeout: how long a process waits for others; torch's default where None.
         adapters: what is trained instead of the model's weights, which then stay as they are loaded.
         seed: of the adapters' dropout.
+        compiling: how parts of a step are compiled; None computes op by op. Wants an attention of static
+            shapes.
 
     Raises EngineError for sizes of the model that the ranks cannot share, and for a pipeline stage without a
     weight to train.
@@ -70,7 +73,9 @@ class NativeEngine(SpreadEngine):
         timeout: timedelta | None = None,
         adapters: AdapterSpec | None = None,
         seed: int = 0,
+        compiling: Compiling | None = None,
     ) -> None:
+        assert compiling is None or attention.static_shapes
         check_parallel(config, parallel)
         self.topology = topology
         self.device = torch.device(device)
@@ -78,8 +83,11 @@ class NativeEngine(SpreadEngine):
         self._groups = Groups.join(
             parallel, topology, self.device.type, tied_head=config.tie_word_embeddings, timeout=timeout
         )
+        self._compiling = compiling
         self._blueprint = Blueprint(
-            config, attention, precision, self._groups, self.device, configure_model, adapters
+            *(config, attention, precision, self._groups, self.device, configure_model),
+            adapters=adapters,
+            compiling=compiling,
         )
         self._reference_precision = reference_precision or precision
         self._policy = self._blueprint.build()
@@ -148,6 +156,7 @@ class NativeEngine(SpreadEngine):
             parameter.grad = None
         self._sync_from_masters()
         batches = steps.with_reference(self._reference, micro_batches, objective)
+        objective = self._compiled(objective)
         scale = self._loss_scale
         runner = self._runner if scale is None else scale.over(self._runner)
         with nullcontext() if self._dropout is None else self._dropout.seeded():
@@ -157,6 +166,12 @@ class NativeEngine(SpreadEngine):
             scale.unscale([parameter for _, parameter in self.named_parameters()])
         self._stale = True  # the optimizer's step comes next
         return output
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        return super().evaluate(micro_batches, self._compiled(objective))
+
+    def _compiled(self, objective: Objective) -> Objective:
+        return objective if self._compiling is None else self._compiling.objective(objective)
 
     @property
     def skips_step(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import (
     check_sizes,
@@ -109,6 +110,8 @@ class Blueprint:
     """Called with each decoder that is built."""
     adapters: AdapterSpec | None = None
     """Of the policy."""
+    compiling: Compiling | None = None
+    """None computes op by op."""
 
     def build(self, *, frozen: bool = False) -> RankModel:
         """A model without values: they are loaded, so initialising them would be wasted."""
@@ -151,7 +154,13 @@ class Blueprint:
             split_over_tensor_ranks(decoder, self.groups)
             if switch is not None and self.adapters is not None:
                 use_trained(decoder, self.adapters, switch)
-        return NativeScorer(decoder, self.attention, self.precision, self.device, self.groups)
+        is_compiled = self.compiling is not None
+        scorer = NativeScorer(
+            decoder, self.attention, self.precision, self.device, self.groups, keeps_shapes=is_compiled
+        )
+        if self.compiling is not None:
+            self.compiling.model(scorer)
+        return scorer
 
     def _finish(self, scorer: S, frozen: bool) -> S:
         if self._is_sharded(frozen):

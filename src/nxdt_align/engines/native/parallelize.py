@@ -204,8 +204,8 @@ class OwnKvHeads(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Linear)
         distribute_module(module, device_mesh, _replicate)
-        module.forward = partial(_linear_rows, module, self._rows)  # type: ignore[method-assign]
-        return module
+        kind = _AdaptedLinearOfRows if isinstance(module, AdaptedLinear) else _LinearOfRows
+        return _become(module, kind, rows=self._rows)
 
 
 def _rows_of_own_head(config: DecoderConfig, groups: Groups) -> slice:
@@ -221,8 +221,7 @@ class HeadNorm(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, RMSNorm)
         distribute_module(module, device_mesh, _replicate)
-        module.compute = partial(_norm_of_own, module, slice(None), Partial())  # type: ignore[method-assign]
-        return module
+        return _become(module, _NormOfOwn, rows=slice(None), gradient=Partial())
 
 
 class ProjectionNorm(ParallelStyle):
@@ -241,25 +240,43 @@ class ProjectionNorm(ParallelStyle):
         is_whole = self._copies > 1
         distribute_module(module, device_mesh, _replicate if is_whole else _divide_rows)
         placement = Partial() if is_whole else Shard(0)
-        module.compute = partial(_norm_of_own, module, self._rows, placement)  # type: ignore[method-assign]
-        module.mean_square = partial(_mean_over_ranks, device_mesh, entries)  # type: ignore[method-assign]
-        return module
+        return _become(
+            module, _NormOverRanks, rows=self._rows, gradient=placement, mesh=device_mesh, entries=entries
+        )
 
 
-def _norm_of_own(module: RMSNorm, rows: slice, gradient: Placement, x: Tensor) -> Tensor:
+def _become(module: nn.Module, kind: type[nn.Module], **fields: Any) -> nn.Module:
+    """``module`` as a ``kind``, a class of its own class, with these fields. A function put into the module
+    instead, with the module bound to it, would make every layer a compiled graph of its own."""
+    assert issubclass(kind, type(module))
+    module.__class__ = kind
+    vars(module).update(fields)
+    return module
+
+
+class _NormOfOwn(RMSNorm):
     """A norm of this rank's heads, by its ``rows`` of what it holds of the weight."""
-    weight = module.weight
-    assert isinstance(weight, DTensor)
-    return module.scaled(x, weight.to_local(grad_placements=[gradient])[rows])
+
+    rows: slice
+    gradient: Placement
+
+    def compute(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight
+        return self.scaled(x, weight.to_local(grad_placements=[self.gradient])[self.rows])
 
 
-def _mean_over_ranks(mesh: DeviceMesh, entries: int, x: Tensor) -> Tensor:
-    """The mean square of ``entries`` that the ranks hold together. Each rank's heads depend on it, so that
+class _NormOverRanks(_NormOfOwn):
+    """Its mean square is of ``entries`` that the ranks hold together. Each rank's heads depend on it, so that
     its gradient is the sum of the ranks', too."""
-    own = x.pow(2).sum(-1, keepdim=True)
-    summand: Any = DTensor.from_local(own, mesh, [Partial()], run_check=False)
-    total: Tensor = summand.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    return total / entries
+
+    mesh: DeviceMesh
+    entries: int
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        own = x.pow(2).sum(-1, keepdim=True)
+        summand: Any = DTensor.from_local(own, self.mesh, [Partial()], run_check=False)
+        total: Tensor = summand.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        return total / self.entries
 
 
 class OwnVocabulary(ParallelStyle):
@@ -274,35 +291,52 @@ class OwnVocabulary(ParallelStyle):
         assert isinstance(module, nn.Embedding)
         first = self._rank * (module.num_embeddings // device_mesh.size())
         distribute_module(module, device_mesh, _divide_rows)
-        module.forward = partial(_own_embeddings, module, first, self._residual)  # type: ignore[method-assign]
-        return module
+        return _become(module, _OwnEmbedding, first=first, residual=self._residual)
 
 
-def _own_embeddings(module: nn.Embedding, first: int, residual: Placement, ids: Tensor) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, DTensor)
-    own = weight.to_local(grad_placements=[Shard(0)])
-    rows = ids - first
-    is_foreign = (rows < 0) | (rows >= own.shape[0])
-    vectors = F.embedding(rows.masked_fill(is_foreign, 0), own).masked_fill(is_foreign[..., None], 0.0)
-    summand: Any = DTensor.from_local(vectors, weight.device_mesh, [Partial()], run_check=False)
-    whole: Tensor = summand.redistribute(placements=[residual]).to_local()
-    return whole
+class _OwnEmbedding(nn.Embedding):
+    first: int
+    residual: Placement
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight: Any = self.weight
+        own = weight.to_local(grad_placements=[Shard(0)])
+        rows = ids - self.first
+        is_foreign = (rows < 0) | (rows >= own.shape[0])
+        vectors = F.embedding(rows.masked_fill(is_foreign, 0), own).masked_fill(is_foreign[..., None], 0.0)
+        summand: Any = DTensor.from_local(vectors, weight.device_mesh, [Partial()], run_check=False)
+        whole: Tensor = summand.redistribute(placements=[self.residual]).to_local()
+        return whole
 
 
-def _linear_rows(module: nn.Linear, rows: slice, x: DTensor) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, DTensor)
+class _LinearOfRows(nn.Linear):
+    rows: slice
+
+    def forward(self, x: Any) -> Tensor:
+        return F.linear(x.to_local(grad_placements=[Partial()]), *_own_rows(self, self.rows))
+
+
+class _AdaptedLinearOfRows(AdaptedLinear):
+    rows: slice
+
+    def forward(self, x: Any) -> Tensor:
+        own_x, rows, factors = x.to_local(grad_placements=[Partial()]), self.rows, self.factors()
+        if factors is None:
+            return F.linear(own_x, *_own_rows(self, rows))
+        a, b, *magnitude = (
+            f.to_local(grad_placements=[Partial()]) for f in factors if isinstance(f, DTensor)
+        )
+        return self.adapted(
+            own_x, *_own_rows(self, rows), a, b[rows], magnitude[0][rows] if magnitude else None
+        )
+
+
+def _own_rows(module: nn.Linear, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Of weight and bias, which all ranks hold; gradients are summed over the ranks."""
+    weight: Any = module.weight
+    bias: Any = module.bias
     own = weight.to_local(grad_placements=[Partial()])[rows]
-    bias = module.bias
-    own_bias = bias.to_local(grad_placements=[Partial()])[rows] if isinstance(bias, DTensor) else None
-    own_x = x.to_local(grad_placements=[Partial()])
-    factors = module.factors() if isinstance(module, AdaptedLinear) else None
-    if factors is None:
-        return F.linear(own_x, own, own_bias)
-    assert isinstance(module, AdaptedLinear)
-    a, b, *magnitude = (f.to_local(grad_placements=[Partial()]) for f in factors if isinstance(f, DTensor))
-    return module.adapted(own_x, own, own_bias, a, b[rows], magnitude[0][rows] if magnitude else None)
+    return own, None if bias is None else bias.to_local(grad_placements=[Partial()])[rows]
 
 
 def _divide_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
