@@ -220,6 +220,14 @@ def test_a_prompt_that_opens_thinking_keeps_it_where_every_response_thinks(name:
     assert chosen.startswith("so\n</think>\n\ntwo<") and rejected.startswith("well\n</think>\n\nfive<")
 
 
+@pytest.mark.parametrize("name", ["Qwen3 Thinking 2507", "DeepSeek-R1 distilled", "DeepSeek-R1 for training"])
+def test_a_prompt_to_be_answered_opens_thinking(name: str) -> None:
+    made = tokenization(name)
+    (prompt,) = made.prompts([Record([user("a")], ())])
+    assert not isinstance(prompt, BadRecord)
+    assert str(made.tokenizer.decode(prompt)).endswith("<think>\n")
+
+
 @pytest.mark.parametrize("name", ["Qwen3 without thinking", "SmolLM3 without thinking"])
 def test_thinking_is_turned_off_by_the_templates_variable(name: str) -> None:
     prompt, chosen, rejected = pieces(tokenization(name), Record([user("a")], ("two", "five")))
