@@ -72,6 +72,22 @@ def _add_common(verb: argparse.ArgumentParser, tokens: int) -> None:
     add("--device", metavar="NAME", help="cpu or cuda (default: an accelerator if there is one)")
     add("--dtype", choices=_DTYPES, help="of the model (default: its own, on a CPU fp32)")
     add("--tokenizer", type=Path, metavar="DIR", help="default: the model's")
+    add(
+        "--chat-template-kwargs",
+        type=_variables,
+        metavar="JSON",
+        help="variables of the chat template, as data.chat_template_kwargs: '{\"enable_thinking\": false}'",
+    )
+
+
+def _variables(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object of names and values, but is {text!r}")
+    return values
 
 
 def options(arguments: argparse.Namespace) -> dict[str, Any]:

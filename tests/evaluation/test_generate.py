@@ -310,3 +310,24 @@ def test_vllm_is_asked_for_the_same(model: Path, tmp_path: Path, monkeypatch: py
     first, second, _ = asked["parameters"]
     assert first["stop_token_ids"] == [1] and first["max_tokens"] == 3 and first["temperature"] == 0
     assert (first["seed"], second["seed"]) == (5, 6)
+
+
+def test_variables_of_the_chat_template(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As training takes them: other prompts with the variable than without, and no name unread."""
+    briefly = "{% if brief is defined and brief %}briefly{% endif %}" + CHATML
+    make_tokenizer(template=briefly).save_pretrained(tmp_path / "briefly")
+    prompts = write(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "What?"}]}])
+    given = ["generate", str(model), "--prompts", str(prompts), "--tokenizer", str(tmp_path / "briefly")]
+    found = []
+    for variables in ([], ["--chat-template-kwargs", '{"brief": true}']):
+        assert main([*given, "--max-tokens", "2", *variables]) == 0
+        found.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    (more,) = make_tokenizer()(["briefly"], add_special_tokens=False)["input_ids"]
+    assert found[1] - found[0] == len(more)
+    assert main([*given, "--chat-template-kwargs", '{"breif": true}']) != 0
+    assert "does not read `breif`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*given, "--chat-template-kwargs", "brief"])
+    assert "must be a JSON object of names and values, but is 'brief'" in capsys.readouterr().err

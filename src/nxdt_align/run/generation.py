@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -53,6 +53,7 @@ def generate(
     dtype: Dtype | None = None,
     tokenizer: str | Path | None = None,
     tensor_parallel: int = 1,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Let a model answer the prompts of a file.
 
@@ -73,6 +74,7 @@ def generate(
         dtype: of weights and activations; None: the weights' own, on a CPU float32.
         tokenizer: a folder; None: that of the model.
         tensor_parallel: devices that share the model, for vLLM.
+        chat_template_kwargs: variables of the chat template, as ``data.chat_template_kwargs``.
 
     Returns a row per prompt: ``prompt``, ``completion``, ``finish_reason`` (``stop`` or ``length``),
     ``logprob`` (natural, of the whole completion at temperature 1), ``completion_tokens``,
@@ -85,7 +87,7 @@ def generate(
         raise UserError(f"{out} exists already: remove it, or choose another file")
     records = load_records([Source(str(prompts))], "prompt", format=format, limit=limit).records
     with hf_folder(Path(model)) as folder:
-        tokenization = _tokenization(folder, tokenizer)
+        tokenization = _tokenization(folder, tokenizer, chat_template_kwargs)
         made = _model(folder, backend, device, dtype, tensor_parallel)
         rows = complete(records, tokenization, made, sampling)
     if out is not None:
@@ -108,11 +110,12 @@ def chat(
     device: str | None = None,
     dtype: Dtype | None = None,
     tokenizer: str | Path | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """A conversation: ``evaluation.chat.converse`` explains ``ask`` and ``show``, ``generate`` the rest."""
     sampling = Sampling(temperature, top_p, max_tokens, 1, seed)
     with hf_folder(Path(model)) as folder:
-        tokenization = _tokenization(folder, tokenizer)
+        tokenization = _tokenization(folder, tokenizer, chat_template_kwargs)
         made = TransformersModel(folder, _device(device), None if dtype is None else DTYPES[dtype])
         torch.manual_seed(seed)
         converse(made, tokenization, sampling, system=system, ask=ask, show=show)
@@ -137,12 +140,14 @@ def hf_folder(model: Path) -> Iterator[Path]:
         yield folder
 
 
-def _tokenization(folder: Path, tokenizer: str | Path | None) -> Tokenization:
+def _tokenization(
+    folder: Path, tokenizer: str | Path | None, chat_template_kwargs: Mapping[str, Any] | None
+) -> Tokenization:
     if tokenizer is None and not holds_tokenizer(folder):
         raise UserError("the model's folder has no tokenizer: give a folder that has it with --tokenizer DIR")
     made = load_tokenizer(str(folder if tokenizer is None else tokenizer))
     # Prompts are cut by the model's positions, see ``complete``; responses there are none.
-    return Tokenization(made, Truncation(Limits.of(folder).positions or 2**20))
+    return Tokenization(made, Truncation(Limits.of(folder).positions or 2**20), chat_template_kwargs)
 
 
 def _model(
