@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nxdt_align.config.load import to_yaml
 from nxdt_align.config.schema import Config
+from nxdt_align.errors import UserError
 
 
 def add_neuron_options(doctor: argparse.ArgumentParser) -> None:
@@ -59,13 +60,19 @@ def neuron_doctor(
     """
     from nxdt_align.neuron import bundle
 
+    failed: Exception | None = None
     made: dict[str, Callable[[], str]] = {}
     files = list(arguments.log)
     if arguments.flash:
         from nxdt_align.run.neuron_check import flash_lines
 
-        lines = flash_lines()
-        yield from lines
+        try:
+            lines = flash_lines()
+        except (UserError, RuntimeError) as error:
+            # The archive shows why, so it comes first.
+            failed, lines = error, [str(error)]
+        else:
+            yield from lines
         made["flash.txt"] = lambda: "\n".join(lines)
     if arguments.config_name is not None:
         from nxdt_align.run.neuron_check import manifest_of
@@ -80,3 +87,5 @@ def neuron_doctor(
     bundle.write(arguments.out, parts)
     yield f"{arguments.out}: {len(parts)} files, {arguments.out.stat().st_size / 1024:,.0f} KiB"
     yield "read it before you send it: tar -xzOf FILE | less shows all that is in it"
+    if failed is not None:
+        raise UserError(f"doctor --flash: {failed}") from failed

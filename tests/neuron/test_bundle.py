@@ -6,6 +6,7 @@ import io
 import json
 import os
 import stat
+import sys
 import tarfile
 from pathlib import Path
 
@@ -100,6 +101,16 @@ def test_a_configuration_with_its_plan_and_manifest(
     found = unpacked(tmp_path / "nxdt-align-doctor.tar.gz")
     assert "exp_dir: runs" in found["config.yaml"] and found["files/0_hf_llama_dpo.json"] == '{"graphs": []}'
     assert "Error: " in found["plan.txt"]
+
+
+def test_a_kernel_that_fails_is_told_after_the_archive_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "neuronxcc", None)
+    out = tmp_path / "core.tar.gz"
+    assert main(["doctor", "--neuron", "--flash", "--out", str(out)]) == 1
+    assert "error: doctor --flash: model.fusions.flash_attention: no NKI kernel" in capsys.readouterr().err
+    assert "no NKI kernel" in unpacked(out)["flash.txt"]
 
 
 def test_what_looks_secret_is_hidden_and_nothing_else() -> None:
