@@ -444,6 +444,25 @@ def test_print_env_trains_nothing_and_needs_no_packages(
     assert "engine native sets none of them" in said.err
 
 
+def test_a_pods_own_disk_is_told_before_the_run(
+    build: FakeBuild,
+    own_environment: dict[str, str],
+    good: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not of a dry run, which writes nothing."""
+    own_environment["POD_UID"] = "7"
+    monkeypatch.setattr(
+        "nxdt_align.neuron.node.read_text", lambda path: "1 0 0:1 / / rw - overlay overlay rw"
+    )
+    assert main(["train", "--config-name", good]) == 0
+    assert "notice: checkpoints go to " in capsys.readouterr().err
+    assert main(["train", "--config-name", good, "--dry-run-steps"]) == 0
+    assert "checkpoints go to" not in capsys.readouterr().err
+    assert len(build.calls) == 2
+
+
 @pytest.mark.parametrize(
     "verb",
     [

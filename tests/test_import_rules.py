@@ -79,8 +79,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("batch", "named_tensors", "losses", "ops", "models", "config", "data", "engines", "planning"),
         *("reference", "training", "weights", "neuron", "evaluation"),
     ),
-    "cli": ("run", "config", "cli_conversion", "cli_evaluation", "neuron.environment", "neuron.compile"),
+    "cli": (
+        *("run", "config", "cli_conversion", "cli_doctor", "cli_evaluation"),
+        *("neuron.environment", "neuron.compile", "neuron.node"),
+    ),
     "cli_conversion": (),
+    "cli_doctor": ("run", "config", "neuron.bundle"),
     "cli_evaluation": ("run",),
     "api": ("cli", "config", "losses", "run"),
     "__main__": ("cli",),
@@ -111,10 +115,13 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "config": ("omegaconf", "hydra"),
     "cli": (),
     "cli_conversion": (),
+    "cli_doctor": (),
     "cli_evaluation": (),
+    "neuron.bundle": (),
     "neuron.compile": (),
     "neuron.environment": (),
     "neuron.monitor": (),
+    "neuron.node": (),
     "neuron.report": (),
 }
 

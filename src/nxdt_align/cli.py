@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from nxdt_align import TORCH, __version__, cli_evaluation
 from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
+from nxdt_align.cli_doctor import add_neuron_options, neuron_doctor
 from nxdt_align.config.check import (
     CheckedConfig,
     ConfigError,
@@ -66,6 +67,7 @@ Preference alignment of language models from NxD Training's YAML.
   nxdt-align generate MODEL --prompts FILE               let a run, checkpoint or export answer prompts
   nxdt-align chat MODEL                                  talk to it
   nxdt-align report RUN [RUN ...]                        what runs did: curves, settings, a verdict in words
+  nxdt-align doctor --neuron [--config-name NAME ...]    an archive for whoever is to find a fault on a node
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -193,7 +195,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.verb is None:
         parser.print_help()
         parser.exit(2)
-    if hasattr(arguments, "config_name") and arguments.config_name is None and arguments.verb != "help-keys":
+    needs_config = arguments.verb != "help-keys" and not getattr(arguments, "neuron", False)
+    if needs_config and hasattr(arguments, "config_name") and arguments.config_name is None:
         parser.error(f"{arguments.verb} needs --config-name NAME")
     return arguments
 
@@ -222,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--show", type=int, default=0, metavar="N", help="print N records as tokens")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    add_neuron_options(doctor)
     graphs = _add_verb(
         verbs,
         "graphs",
@@ -369,12 +373,30 @@ def _train(arguments: argparse.Namespace, environment: Environment) -> int:
             signals.uninstall()
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+        if environment.rank == 0:
+            _note_node(checked, environment, writes=not (arguments.dry_run_steps or environment.compile_only))
         command = environment.command or arguments.command
         env = enter_run(checked, environment, signals, command=command, dry_run=arguments.dry_run_steps)
         from nxdt_align import run
 
         run.train(checked, env)
     return 0
+
+
+def _note_node(checked: CheckedConfig, environment: Environment, *, writes: bool) -> None:
+    """Say what this node's system would let go wrong later."""
+    from nxdt_align.neuron import node
+
+    settings, said = checked.config.exp_manager, []
+    if writes:
+        folder = Path(settings.explicit_log_dir or settings.exp_dir or "nemo_experiments").absolute()
+        said.append(node.local_disk_notice(folder, node.read_text(node.MOUNTS), os.environ))
+    if checked.engine == "nxd" and neuron_available():
+        ports = node.needed_ports(os.environ, checked.config.trainer.num_nodes, environment.world_size)
+        texts = (node.read_text(path) for path in (node.RESERVED_PORTS, node.LOCAL_PORTS))
+        said.append(node.ports_notice(ports, *texts))
+    for notice in filter(None, said):
+        _note(notice)
 
 
 def enter_run(
@@ -437,7 +459,23 @@ def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
     return 0
 
 
+def _neuron_doctor(arguments: argparse.Namespace, environment: Environment) -> int:
+    def read() -> Config:
+        return _read_to_plan(arguments, environment)[0]
+
+    def plan(config: Config) -> str:
+        from nxdt_align.run.plan import plan_report
+
+        return plan_report(config, resolve_engine(config, neuron_available=True))
+
+    for line in neuron_doctor(arguments, os.environ, read, plan):
+        _show(line)
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace, environment: Environment) -> int:
+    if arguments.neuron:
+        return _neuron_doctor(arguments, environment)
     config, missing, unread = _read_to_plan(arguments, environment)
     needed = [fault for fault in missing if fault.path not in unread]
     if needed:
@@ -518,7 +556,11 @@ def _wanted_variables(config: Config, engine: Engine) -> dict[str, str]:
 def _print_env(arguments: argparse.Namespace, environment: Environment) -> int:
     """Works without the Neuron packages and the data: shows what the target machine would set."""
     config, _ = _read(arguments, environment, checked=True)
-    engine = resolve_engine(config, neuron_available())
+    # As on the machine that the YAML is for.
+    is_for_neuron = config.trainer.accelerator in ("auto", "neuron")
+    engine = resolve_engine(config, is_for_neuron or neuron_available())
+    if engine != resolve_engine(config, neuron_available()):
+        _note("this machine has no NeuronCores; these are the variables of one that has")
     if engine != "nxd":
         _note(
             f"engine {engine} sets none of them; distributed_strategy.engine=nxd shows what is set on Neuron"

@@ -12,6 +12,7 @@
 # LOG_PATH      folder of the log file (default nemo_experiments/logs; with a node's subfolder under Slurm and MPI)
 # MASTER_ADDR, MASTER_PORT   rendezvous of a job of several nodes (default: the first node, 41000). To keep other
 #               programs off that port, as NxD Training does: sudo sysctl -w net.ipv4.ip_local_reserved_ports=41000
+#               (a run on Neuron names the ports that it needs and that are not reserved)
 # NXDT_ALIGN_PYTHON          interpreter (default: of the active environment, then of .venv, then python3)
 # key=value     overrides of the config, e.g. trainer.max_steps=100
 # --print-env   print the environment variables of the Neuron stack that the run would set, and stop

@@ -43,7 +43,7 @@ KEYS: dict[str, str] = {
 }
 """Variable -> the keys that determine it."""
 
-_RELATED = ("NEURON_", "NEURONCORE_", "XLA_", "PJRT_", "NXD_", "FI_", "CCOM_", "MALLOC_ARENA_MAX")
+RELATED = ("NEURON_", "NEURONCORE_", "XLA_", "PJRT_", "NXD_", "FI_", "CCOM_", "MALLOC_ARENA_MAX")
 """Prefixes of other variables that affect the stack."""
 
 _ACCUMULATE = "--enable-mixed-precision-accumulation"
@@ -129,7 +129,7 @@ def missing_variables(config: Config, present: Mapping[str, str]) -> dict[str, s
 def describe(present: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
     """A line of shell for each variable with its value and origin, related ones that are set included."""
     changed, others = missing_from(present, wanted), replaced(present, wanted)
-    related = sorted(n for n in present if n.startswith(_RELATED) and n not in wanted)
+    related = sorted(n for n in present if n.startswith(RELATED) and n not in wanted)
     lines = []
     for name in (*wanted, *related):
         origin: Origin = "already set"
