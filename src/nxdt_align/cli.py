@@ -30,7 +30,7 @@ from nxdt_align.config.check import (
 )
 from nxdt_align.config.engines import Engine, neuron_available, resolve_engine
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
-from nxdt_align.config.load import presets, read_config, to_yaml
+from nxdt_align.config.load import copy_preset, presets, read_config, to_yaml
 from nxdt_align.config.loggers import PACKAGES
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import hub_models
@@ -60,7 +60,7 @@ Preference alignment of language models from NxD Training's YAML.
   nxdt-align graphs --config-name NAME [key=value ...]   what Trainium would compile, without a Trainium
   nxdt-align train --config-name NAME [key=value ...]    train, in this process
   nxdt-align launch [key=value ...]                      train.sh: as many processes as CONF_FILE asks for
-  nxdt-align presets                                     list the configs
+  nxdt-align presets [cp NAME FILE]                      list the configs, or copy one
   nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
   nxdt-align export CHECKPOINT DESTINATION               any checkpoint as a Hugging Face folder
   nxdt-align inspect PATH                                describe a checkpoint
@@ -272,7 +272,13 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--path", action="store_true", help="print the path of train.sh and stop")
     launch.add_argument("--print-env", action="store_true", help="as train.sh --print-env")
     launch.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML's values")
-    listing = verbs.add_parser("presets", help="list the configs, one line each")
+    listing = verbs.add_parser("presets", help="list the configs, one line each, or copy one")
+    listing.add_argument(
+        "copy",
+        nargs="*",
+        metavar="cp NAME FILE",
+        help="copy a config, comments included, to a new file, to be changed",
+    )
     listing.add_argument(
         "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
@@ -596,6 +602,12 @@ def _workers(arguments: argparse.Namespace, environment: Environment) -> int:
 
 
 def _presets(arguments: argparse.Namespace, environment: Environment) -> int:
+    if arguments.copy:
+        if len(arguments.copy) != 3 or arguments.copy[0] != "cp":
+            raise UserError(f"presets {shlex.join(arguments.copy)}: must be presets cp NAME FILE")
+        file = copy_preset(arguments.copy[1], Path(arguments.copy[2]), arguments.config_path)
+        _show(f"{file}: use it with --config-name {shlex.quote(str(file))}")
+        return 0
     found = presets(arguments.config_path)
     width = max(len(name) for name, _ in found)
     _show("\n".join(f"{name:<{width}}  {purpose}".rstrip() for name, purpose in found))

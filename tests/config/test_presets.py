@@ -75,3 +75,39 @@ def test_no_preset_has_a_setting_without_effect() -> None:
     for name in OBJECTIVES:
         config = load_config(f"hf_llama3_8B_{name}_config", (), CONF)
         assert [notice for rule in NOTICES for notice in rule(config)] == []
+
+
+def test_a_preset_is_copied_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """To a file or into a folder; it loads from there as the preset does."""
+    copy = tmp_path / "new" / "mine.yaml"
+    assert main(["presets", "cp", "dpo", str(copy)]) == 0
+    assert str(copy) in capsys.readouterr().out
+    assert copy.read_bytes() == (CONF / "dpo.yaml").read_bytes()
+    mine, preset = load_config(str(copy)), load_config("dpo")
+    assert (mine.data, mine.model, mine.trainer) == (preset.data, preset.model, preset.trainer)
+    assert main(["presets", "cp", "kto.yaml", str(tmp_path)]) == 0
+    assert (tmp_path / "kto.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cp", "dpo"], "must be presets cp NAME FILE"),
+        (["mv", "dpo", "x.yaml"], "must be presets cp NAME FILE"),
+        (["cp", "dpoo", "x.yaml"], "no config 'dpoo': did you mean dpo?"),
+        (["cp", "dpo", "x.yml"], "must end in .yaml"),
+        (["cp", "dpo", "there.yaml"], "exists already"),
+    ],
+)
+def test_what_cannot_be_copied(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.yaml").touch()
+    assert main(["presets", *arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["there.yaml"]

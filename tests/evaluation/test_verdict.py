@@ -170,6 +170,11 @@ def test_a_run_that_has_hardly_begun_is_not_judged(rule: Callable[[Curves, Any],
 def test_what_is_said_before_there_is_enough() -> None:
     assert judge(Curves({}), DPO).summary == "Nothing has been logged yet."
     early = judge(Curves({"reduced_train_loss": line(0.69, 0.68, (1, 2))}), DPO)
+    two = {
+        name: Curve(curve.steps[:2], curve.values[:2])
+        for name, curve in healthy(**SHOW[2][1]).by_name.items()
+    }
+    assert judge(Curves({k: v for k, v in two.items() if not k.startswith("val_")}), DPO).findings == ()
     assert early.learnt is None and early.summary == "Too early to say: 2 step(s) so far."
 
 

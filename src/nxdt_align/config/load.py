@@ -23,11 +23,12 @@ from nxdt_align.config.bounds import (
     check_quoted_override,
 )
 from nxdt_align.config.convert import ALIASES, Walk, build_section
-from nxdt_align.config.faults import ConfigError, Fault, did_you_mean, shorten, show
+from nxdt_align.config.faults import ConfigError, Fault, did_you_mean, nearest, shorten, show
 from nxdt_align.config.keys import accepts_text, all_keys, key_fields
 from nxdt_align.config.schema import Config
 from nxdt_align.config.yaml_files import check_yaml_files, first_line
 from nxdt_align.errors import UserError
+from nxdt_align.files import atomic_write
 from nxdt_align.redaction import hide, looks_secret
 
 _LONGEST_REASON = 1000
@@ -114,6 +115,30 @@ def presets(config_dir: Path | None = None) -> list[tuple[str, str]]:
 
     Raises UserError if there are none.
     """
+    files = _preset_files(config_dir)
+    return [(name, _purpose(files[name])) for name in sorted(files)]
+
+
+def copy_preset(name: str, destination: Path, config_dir: Path | None = None) -> Path:
+    """Copy a config, comments included, to a new file, or into a folder; returns the file.
+
+    Raises UserError where there is no config of this name, or a file in its place.
+    """
+    files = _preset_files(config_dir)
+    stem = name.removesuffix(".yaml")
+    if stem not in files:
+        near = nearest(stem, sorted(files))
+        raise UserError(f"no config {name!r}: {f'did you mean {near}?' if near else 'presets lists them'}")
+    file = destination / f"{stem}.yaml" if destination.is_dir() else destination
+    if file.suffix != ".yaml":
+        raise UserError(f"{file} must end in .yaml, as --config-name takes it")
+    if file.exists():
+        raise UserError(f"{file} exists already: choose another name, or remove it")
+    atomic_write(file, files[stem].read_bytes())
+    return file
+
+
+def _preset_files(config_dir: Path | None) -> dict[str, Path]:
     folders = [config_dir] if config_dir is not None else default_config_dirs()
     files: dict[str, Path] = {}
     for folder in folders:
@@ -121,7 +146,7 @@ def presets(config_dir: Path | None = None) -> list[tuple[str, str]]:
             files.setdefault(path.stem, path)
     if not files:
         raise UserError(f"there are no configs in {', '.join(map(str, folders))}")
-    return [(name, _purpose(files[name])) for name in sorted(files)]
+    return files
 
 
 def _purpose(path: Path) -> str:

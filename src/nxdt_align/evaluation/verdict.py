@@ -54,7 +54,9 @@ class Verdict:
 def judge(curves: Curves, settings: Settings) -> Verdict:
     """The verdict on one run, finished or not."""
     objective = objective_of(settings)
-    found = [finding for rule in RULES if (finding := rule(curves, settings)) is not None]
+    # Few steps show nothing but where they began.
+    rules = (reference_apart,) if _is_early(curves) else RULES
+    found = [finding for rule in rules if (finding := rule(curves, settings)) is not None]
     names = {finding.rule for finding in found}
     # One cause, one finding: what follows from another fault is not told apart from it.
     follows = {
@@ -82,7 +84,7 @@ def _summary(curves: Curves, objective: str, findings: tuple[Finding, ...]) -> t
     what = "held-out" if curves[f"val_{ACCURACY}"] else "training"
     loss = curves[VAL_LOSS] or curves[LOSS]
     ill = [finding for finding in findings if finding.weight == "fault"]
-    if len(curves[LOSS].steps) < _LEAST_STEPS and len(accuracy.steps) < 2:
+    if _is_early(curves):
         return f"Too early to say: {curves.last_step} step(s) so far.", None
     if accuracy:
         margin = curves[f"val_{MARGIN}"] or curves[MARGIN]
@@ -99,6 +101,10 @@ def _summary(curves: Curves, objective: str, findings: tuple[Finding, ...]) -> t
     if findings:
         return f"It learnt, with a caveat ({', '.join(f.rule for f in findings)}): {said}.", True
     return f"It learnt: {said}; no rule found a fault.", True
+
+
+def _is_early(curves: Curves) -> bool:
+    return len(curves[LOSS].steps) < _LEAST_STEPS and len(curves[f"val_{ACCURACY}"].steps) < 2
 
 
 def _end(curve: Curve) -> float:
@@ -155,9 +161,10 @@ _LENGTH_GAP = 0.25
 def length_exploitation(curves: Curves, settings: Settings) -> Finding | None:
     """Accuracy is much higher where the chosen response is the longer one, or where it is the shorter one,
     and low for the others: length tells what is chosen."""
-    for prefix in ("val_", ""):
+    # A training step's value is of few pairs.
+    for prefix, least in (("val_", 2), ("", 2 * _LEAST_STEPS)):
         longer, shorter = curves[prefix + CHOSEN_LONGER], curves[prefix + REJECTED_LONGER]
-        if len(longer.steps) >= 2 and len(shorter.steps) >= 2:
+        if min(len(longer.steps), len(shorter.steps)) >= least:
             break
     else:
         return None
