@@ -69,7 +69,7 @@ SPREADS = {
     "full checkpointing, tp2 dp2 fsdp": Case(
         tensor=2, data=2, sequence_parallel=True, fsdp=True, checkpointing=FULL
     ),
-    "selective checkpointing, tp2 sp": Case(tensor=2, sequence_parallel=True, checkpointing=SELECTIVE),
+    "selective checkpointing, dp2 fsdp": Case(data=2, fsdp=True, checkpointing=SELECTIVE),
     "tied head, pp2 tp2": Case(
         pipeline=2, tensor=2, sequence_parallel=True, shape=replace(SHAPE, tie_word_embeddings=True)
     ),
@@ -316,6 +316,14 @@ def test_what_is_no_graph_is_refused() -> None:
     engine = engine_of(1, Counting(), Breaking())
     with pytest.raises(EngineError, match=r"compile: the layer cannot be one graph \(.*; set .*compile=none"):
         engine.response_logps(batches_of(64)[0])
+
+
+def test_what_is_recomputed_by_itself_on_tensor_parallel_ranks() -> None:
+    assert compiled.checkpointing_fault(1, SELECTIVE[1]) is None
+    assert compiled.checkpointing_fault(2, []) is None
+    assert "cannot recompute CoreAttention by itself" in str(
+        compiled.checkpointing_fault(2, ["CoreAttention"])
+    )
 
 
 def test_old_torch_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nxdt_align.config.data import Attention, DataConfig
+from nxdt_align.config.model import ModelConfig
 from nxdt_align.config.schema import (
     Accelerator,
     Config,
@@ -77,6 +78,23 @@ def test_auto_compiles_nothing_with_an_old_torch(
     monkeypatch.setattr("nxdt_align.engines.native.compiled.is_too_old", lambda: True)
     assert compiling(config("auto"), torch.device("cuda"), TINY) is None
     assert "compile: auto is none, as torch" in caplog.text
+
+
+def test_modules_that_tensor_parallel_graphs_cannot_recompute(caplog: pytest.LogCaptureFixture) -> None:
+    for chosen in ("auto", "blocks"):
+        given = replace(
+            config("auto"),
+            distributed_strategy=DistributedStrategyConfig(compile=chosen, tensor_model_parallel_size=2),
+            model=ModelConfig(
+                activations_checkpoint_granularity="selective", activations_checkpoint_recompute=("LlamaMLP",)
+            ),
+        )
+        if chosen == "auto":
+            assert compiling(given, torch.device("cuda"), TINY) is None
+            assert "compile: auto is none, as with tensor parallel" in caplog.text
+        else:
+            with pytest.raises(UserError, match=r"recompute LlamaMLP by itself .*, or .*compile=none"):
+                compiling(given, torch.device("cuda"), TINY)
 
 
 def test_layers_that_transformers_computes_are_not_compiled() -> None:

@@ -232,6 +232,14 @@ def compiling(config: Config, where: torch.device, model: ModelShape) -> Compili
     if chosen == "auto" and not isinstance(model, DecoderConfig):
         return None
     compiled.require_own_decoder(model)
+    fault = compiled.checkpointing_fault(
+        config.distributed_strategy.tensor_model_parallel_size, recomputed_alone(config)
+    )
+    if fault is not None:
+        if chosen == "blocks":
+            raise UserError(f"{compiled.KEY}: {fault}, or {compiled.KEY}=none")
+        log.log(NOTICE, "%s: auto is none, as %s", compiled.KEY, fault)
+        return None
     if chosen == "auto" and compiled.is_too_old():
         log.log(
             NOTICE, "distributed_strategy.compile: auto is none, as torch %s is too old", torch.__version__
@@ -241,6 +249,13 @@ def compiling(config: Config, where: torch.device, model: ModelShape) -> Compili
     if where.type == "cpu":
         compiled.require_compiler()
     return Compiling(COMPILED_DEVICES.get(where.type, "inductor"))
+
+
+def recomputed_alone(config: Config) -> tuple[str, ...]:
+    """Names of the modules that are recomputed by themselves in the backward pass."""
+    model = config.model
+    is_selective = model.activations_checkpoint_granularity == "selective"
+    return tuple(model.activations_checkpoint_recompute or ()) if is_selective else ()
 
 
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}

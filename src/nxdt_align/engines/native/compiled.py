@@ -103,6 +103,17 @@ def require_own_decoder(config: ModelShape) -> None:
         )
 
 
+def checkpointing_fault(tensor: int, recomputed: Sequence[str]) -> str | None:
+    """Why modules that are recomputed by themselves cannot be in a layer's graph: torch 2.13 keeps the mesh of
+    the layer's DTensors among what backward needs, and then takes it for a tensor. None where they can."""
+    if tensor == 1 or not recomputed:
+        return None
+    return (
+        f"with tensor parallel ranks a layer's graph cannot recompute {', '.join(recomputed)} by itself in "
+        "torch 2.13; set model.activations_checkpoint_granularity=full or null"
+    )
+
+
 def require_compiler() -> None:
     """Raise EngineError where inductor finds no C++ compiler for this CPU."""
     from torch._inductor.cpp_builder import get_cpp_compiler
