@@ -59,7 +59,7 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
             "data.chat_template_kwargs.tools: is no variable of a chat template",
         ),
         ("+data.chat_template_kwargs=[1]", "data.chat_template_kwargs: must be a mapping"),
-        ("model.moe.num_experts=8", "model.moe: mixtures of experts are not supported"),
+        ("model.moe.num_experts=8", "model.moe: Megatron's settings of experts are not read"),
         ("trainer.max_steps=-1", "training would never end"),
         ("trainer.accumulate_grad_batches=4", "must be 1 (data.global_batch_size sets"),
         ("trainer.check_val_every_n_epoch=null", "trainer.val_check_interval: must be a number of steps"),
@@ -78,7 +78,10 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         ("data.buckets=[128,64]", "in ascending order, but is [128, 64]; [64, 128] would be"),
         ("exp_manager.ema.enable=True", "exp_manager.ema.enable: must be False"),
         ("exp_manager.checkpoint_callback_params.always_save_nemo=True", "no .nemo archive is written here"),
-        (f"{SPREAD}.expert_model_parallel_size=2", "must be 1 (the models here have no experts), but is 2"),
+        (
+            f"{SPREAD}.expert_model_parallel_size=2",
+            "must be 1 (experts are not divided over ranks), but is 2",
+        ),
         (
             f"{SPREAD}.tensor_model_parallel_size=2",
             "times trainer.num_nodes must be a multiple of "

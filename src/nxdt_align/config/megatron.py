@@ -1,7 +1,7 @@
 """Keys of NxDT's Megatron YAMLs that have no meaning for a Hugging Face model.
 
 They are known so that such a YAML is not refused key by key; the notice of keys without effect names each one
-that is set. ``model.moe`` is refused: the models here have no experts.
+that is set. ``model.moe`` is refused: experts are what config.json says.
 """
 
 from __future__ import annotations

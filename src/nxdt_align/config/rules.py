@@ -39,7 +39,7 @@ _ALIGN = "model_alignment_strategy"
 
 _CALLBACK = "exp_manager.checkpoint_callback_params"
 _NO_ARCHIVE = "no .nemo archive is written here; exp_manager.export_hf writes a Hugging Face folder"
-_NO_EXPERTS = "the models here have no experts"
+_NO_EXPERTS = "experts are not divided over ranks"
 
 FIXED: dict[str, tuple[Any, str]] = {
     "trainer.accumulate_grad_batches": (1, "data.global_batch_size sets how much is accumulated"),
@@ -111,7 +111,8 @@ def model_source(config: Config) -> Iterator[Fault]:
         advice = "set model_source to hf, and model.model_config to a Hugging Face config.json"
         yield Fault("model_source", "must be hf: Megatron models are not supported", "megatron", advice)
     if any(path == "model.moe" or path.startswith("model.moe.") for path in config.given):
-        yield Fault("model.moe", "mixtures of experts are not supported: only Llama's dense layers are")
+        fault = "Megatron's settings of experts are not read; a mixture of experts has its own in config.json"
+        yield Fault("model.moe", fault, advice="leave them out, and see docs/models.md")
 
 
 def parallel_sizes(config: Config) -> Iterator[Fault]:
