@@ -240,15 +240,16 @@ def _parser() -> argparse.ArgumentParser:
         help="ranks to record, each in a process of its own, and to compare (default: 0)",
     )
     graphs.add_argument(
-        "--lengths",
-        type=_numbers,
-        metavar="P,N,...",
-        help="tokens of a prompt and of each of its responses, which stand for the data (default: the data)",
-    )
-    graphs.add_argument(
         "--device", choices=("trn1", "trn2"), default="trn1", help="whose times are estimated"
     )
     graphs.add_argument("--json", action="store_true", help="print JSON")
+    for verb in (plan, graphs):
+        verb.add_argument(
+            "--lengths",
+            type=_numbers,
+            metavar="P,N,...",
+            help="tokens of a prompt and of each of its responses, which stand for the data",
+        )
     for verb in (plan, graphs, doctor):
         verb.add_argument(
             "--import-own-parts",
@@ -337,6 +338,7 @@ def _overrides(arguments: argparse.Namespace, environment: Environment) -> list[
 
 _WEIGHTS = ("exp_manager.resume_from_checkpoint", "model_alignment_strategy.reference_model")
 """Keys that name folders of weights; the first also provides config.json if model.model_config is unset."""
+_READ_FOR_DATA = ("data.train_dir", "data.val_dir", "data.tokenizer.type")
 
 
 def _config(arguments: argparse.Namespace, environment: Environment) -> int:
@@ -453,6 +455,8 @@ def _read_to_plan(
 def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
     """Plans for all ranks in one process; needs neither the weights nor the Neuron packages."""
     config, missing, unread = _read_to_plan(arguments, environment)
+    if arguments.lengths is not None:
+        unread |= set(_READ_FOR_DATA)
     needed = [fault for fault in missing if fault.path not in unread]
     if needed:
         raise ConfigError(needed, config.source)
@@ -461,7 +465,8 @@ def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
     from nxdt_align.run.plan import plan_report
 
     engine = resolve_engine(config, neuron_available())
-    _show(plan_report(config, engine, import_own_parts=arguments.import_own_parts))
+    own_parts = arguments.import_own_parts
+    _show(plan_report(config, engine, lengths=arguments.lengths, import_own_parts=own_parts))
     return 0
 
 
@@ -498,9 +503,6 @@ def _doctor(arguments: argparse.Namespace, environment: Environment) -> int:
         _show(found.show(arguments.show, colours=sys.stdout.isatty()))
     _show(found.to_text())
     return 0 if found.is_fit else 1
-
-
-_READ_FOR_DATA = ("data.train_dir", "data.val_dir", "data.tokenizer.type")
 
 
 def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:

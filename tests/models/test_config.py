@@ -12,6 +12,7 @@ import pytest
 from nxdt_align.errors import UserError
 from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import (
+    KNOWN_MODELS,
     LLAMA3_1_8B,
     LLAMA3_2_1B,
     LLAMA3_8B,
@@ -332,6 +333,25 @@ def test_written_and_read_again(name: str, tmp_path: Path) -> None:
         assert from_hf_dict(without) == config
 
 
+def test_known_models_have_the_parameters_that_their_authors_name() -> None:
+    """In billions, from the models' pages."""
+    counts = {name: round(parameter_count(config) / 1e9, 2) for name, config in KNOWN_MODELS.items()}
+    assert counts == {
+        "meta-llama/Meta-Llama-3-8B": 8.03,
+        "meta-llama/Llama-3.1-8B": 8.03,
+        "meta-llama/Llama-3.1-70B-Instruct": 70.55,
+        "meta-llama/Llama-3.2-1B-Instruct": 1.24,
+        "mistralai/Mistral-7B-v0.1": 7.24,
+        "alignment-handbook/zephyr-7b-sft-full": 7.24,
+        "Qwen/Qwen2.5-7B-Instruct": 7.62,
+        "Qwen/Qwen3-8B": 8.19,
+        "microsoft/Phi-3-mini-4k-instruct": 3.82,
+        "allenai/OLMo-2-1124-7B-SFT": 7.3,
+        "google/gemma-2-9b-it": 9.24,
+        "google/gemma-3-12b-it": 11.77,
+    }
+
+
 @pytest.mark.parametrize("name", ROUND_TRIPS)
 def test_transformers_reads_the_same(name: str, tmp_path: Path) -> None:
     """Written by us, read by transformers' AutoConfig, written by it, read by us."""
@@ -340,8 +360,10 @@ def test_transformers_reads_the_same(name: str, tmp_path: Path) -> None:
     config = ROUND_TRIPS[name]
     (tmp_path / "config.json").write_text(json.dumps(config.to_hf_dict()))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert type(theirs).__name__ == f"{config.model_type.capitalize()}Config"
-    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    family = config.model_type.capitalize().replace("_text", "Text")
+    assert type(theirs).__name__ == f"{family}Config"
+    rotary = theirs.rope_parameters.get("full_attention", theirs.rope_parameters)
+    assert rotary["rope_theta"] == config.rope_theta
     assert (theirs.head_dim, theirs.tie_word_embeddings) == (config.head_dim, config.tie_word_embeddings)
     theirs.save_pretrained(tmp_path / "again")
     assert "rope_scaling" not in json.loads((tmp_path / "again" / "config.json").read_text())

@@ -88,7 +88,7 @@ class TrainerConfig:
     num_nodes: int = number(1, at_least=1)
     """Nodes. train.sh sets it from Slurm or MPI."""
     lnc: int | None = None
-    """Physical NeuronCores per logical one: 1 or 2 (trn2)."""
+    """Physical NeuronCores per logical one: 1 or 2 (trn2), to whose memory plan compares; null: trn1."""
     sequential_move_factor: int = number(11, at_least=1)
     """Ranks per node that load their start weights at the same time, with a pipeline (engine nxd)."""
     max_epochs: int = number(-1, at_least=-1)

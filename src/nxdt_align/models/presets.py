@@ -1,9 +1,8 @@
-"""The shapes of known Llamas, and a fresh weight of any; with ``models.config``'s names beside them."""
+"""The shapes of known models, and a fresh weight of any; with ``models.config``'s names beside them."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,8 +24,10 @@ from nxdt_align.models.config_json import (
     read_config_json,
     read_model_json,
 )
+from nxdt_align.models.families import FAMILIES
 
 __all__ = [
+    "KNOWN_MODELS",
     "LLAMA3_1_8B",
     "LLAMA3_2_1B",
     "LLAMA3_8B",
@@ -48,43 +49,15 @@ __all__ = [
     "weight_shapes",
 ]
 
-LLAMA3_8B = DecoderConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    max_position_embeddings=8192,
-    bos_token_id=128000,
-    eos_token_id=128001,
-)
-
-LLAMA3_1_8B = replace(
-    LLAMA3_8B,
-    rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
-    max_position_embeddings=131072,
-)
-
-LLAMA3_2_1B = DecoderConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    rope_scaling=RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
-    max_position_embeddings=131072,
-    tie_word_embeddings=True,
-    bos_token_id=128000,
-    eos_token_id=128001,
-)
+KNOWN_MODELS: dict[str, DecoderConfig] = {
+    name: from_hf_dict({"model_type": model_type, **values}, where=name)
+    for model_type, family in FAMILIES.items()
+    for name, values in family.sizes.items()
+}
+"""Shapes by name on the Hugging Face Hub."""
+LLAMA3_8B = KNOWN_MODELS["meta-llama/Meta-Llama-3-8B"]
+LLAMA3_1_8B = KNOWN_MODELS["meta-llama/Llama-3.1-8B"]
+LLAMA3_2_1B = KNOWN_MODELS["meta-llama/Llama-3.2-1B-Instruct"]
 
 TINY = DecoderConfig(
     vocab_size=128,
@@ -99,12 +72,7 @@ TINY = DecoderConfig(
 )
 """For tests."""
 
-PRESETS = {
-    "llama3_8b": LLAMA3_8B,
-    "llama3_1_8b": LLAMA3_1_8B,
-    "llama3_2_1b": LLAMA3_2_1B,
-    "tiny": TINY,
-}
+PRESETS = {**KNOWN_MODELS, "tiny": TINY}
 
 
 def fresh_weight(config: DecoderConfig, name: str, seed: int) -> Tensor:

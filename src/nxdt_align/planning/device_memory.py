@@ -20,6 +20,8 @@ from nxdt_align.planning.workload import Workload, device_kind, workload
 GIB = 2**30
 NEURON_CORE_BYTES = 16 * GIB
 """Device memory of a trn1 NeuronCore: a chip has 32 GiB and two cores."""
+TRN2_CORE_BYTES = 12 * GIB
+"""The same of a physical core of trn2, whose chips have 96 GiB and eight; a logical one is of trainer.lnc."""
 USABLE = 0.9
 """Fraction of it that a plan may use; the rest is for the graphs' code and the runtime's buffers."""
 
@@ -58,11 +60,11 @@ def memory_report(
     lines = [head, *_table(need)]
     if where != "neuron":
         return "\n".join([*lines, f"    {'total':<18}{_gib(need.total)}"])
-    limit = NEURON_CORE_BYTES
+    limit, chip = core_memory(config)
     fits = need.total <= limit * USABLE
     verdict = "fits" if fits else "does not fit"
     lines.append(
-        f"    {'total':<18}{_gib(need.total)} of {limit // GIB} GiB (trn1, {1 - USABLE:.0%} reserved for "
+        f"    {'total':<18}{_gib(need.total)} of {limit // GIB} GiB ({chip}, {1 - USABLE:.0%} reserved for "
         f"graphs and runtime): {verdict}"
     )
     if fits:
@@ -82,6 +84,12 @@ def memory_report(
     for chosen in [[change] for change in alone] or filter(None, [together]):
         lines.append(f"  fits with {_line(chosen, size_of(changed(config, chosen)))}")
     return "\n".join(lines)
+
+
+def core_memory(config: Config) -> tuple[int, str]:
+    """Bytes of a NeuronCore, and which it is: of trn2 where ``trainer.lnc`` says how many are one device."""
+    cores = config.trainer.lnc
+    return (NEURON_CORE_BYTES, "trn1") if cores is None else (cores * TRN2_CORE_BYTES, f"trn2, lnc {cores}")
 
 
 def _table(need: Memory) -> list[str]:

@@ -349,15 +349,19 @@ def cluster(env: RunEnv) -> ClusterEnvironment:
 
 
 def model_config(config: Config) -> ModelShape:
-    """config.json with the YAML's overrides applied, as in NxDT.
-
-    Raises UserError for overrides of a model that transformers computes.
-    """
+    """config.json with the YAML's overrides applied, as in NxDT; see ``overridden``."""
     model = config.model
     source = model_config_path(config)
     if source is None:
         raise UserError("model.model_config: must name a Hugging Face config.json or a folder that holds one")
-    shape = read_shape(source, model.implementation, trust_remote_code=model.trust_remote_code)
+    return overridden(
+        config, read_shape(source, model.implementation, trust_remote_code=model.trust_remote_code)
+    )
+
+
+def overridden(config: Config, shape: ModelShape) -> ModelShape:
+    """``shape`` with the YAML's overrides applied. Raises UserError where transformers computes the model."""
+    model = config.model
     overrides: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,

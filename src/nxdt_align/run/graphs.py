@@ -17,10 +17,7 @@ from nxdt_align.batch import Batch
 from nxdt_align.config.custom import parts_not_imported
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
-from nxdt_align.data.packing import RowPlanner
-from nxdt_align.data.steps import UNPAIRED_ROLES, DryRunStep, StepDataset, dry_run_steps
-from nxdt_align.data.token_sets import TokenColumns, TokenizedSet
-from nxdt_align.data.tokenize import Encoded
+from nxdt_align.data.steps import DryRunStep, dry_run_steps
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.nxd import compat
@@ -36,6 +33,7 @@ from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.nxd import NxDParts
 from nxdt_align.run.settle import settle
+from nxdt_align.run.standing import require_lengths, standing_for_data
 from nxdt_align.training import optim
 
 __all__ = ["DEVICES", "compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
@@ -183,7 +181,7 @@ def _require(config: Config, rank: int, lengths: Sequence[int] | None) -> None:
             f"{config.distributed_strategy.pipeline_model_parallel_size}"
         )
     if lengths is not None:
-        _require_lengths(config, lengths)
+        require_lengths(config, lengths)
     for package, advice in _NEEDED.items():
         if not is_importable(package):
             raise UserError(f"graphs: {package} is missing, {advice}")
@@ -200,17 +198,6 @@ _NEEDED = {
 
 def is_importable(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def _require_lengths(config: Config, lengths: Sequence[int]) -> None:
-    responses = 1 if config.model_alignment_strategy.sft is not None else 2
-    longest = config.data.seq_length
-    if len(lengths) != responses + 1 or min(lengths) < 1 or lengths[0] + max(lengths[1:]) > longest:
-        raise UserError(
-            f"graphs: --lengths must be tokens of a prompt and of {responses} response(s), 1 or more each, "
-            f"a prompt and a response at most data.seq_length ({longest}), but is "
-            f"{','.join(map(str, lengths))}"
-        )
 
 
 class _TracedParts(NxDParts):
@@ -250,47 +237,21 @@ def _steps(
         )
         dataset = module.splits["train"]
     else:
-        dataset = _standing_for_data(config, model, parts, objective, lengths)
+        dataset = standing_for_data(
+            config,
+            model,
+            parts.topology,
+            lengths,
+            row_multiple=parts.row_multiple,
+            with_prompts=objective.needs_prompts,
+            fixed_micro_batches=True,
+        )
     first = tuple(range(min(config.data.global_batch_size, len(dataset.examples))))
     visited: dict[Any, DryRunStep] = {}
     for step in dry_run_steps(dataset.planner, [first]):
         bucket = dataset.planner.plan(step.examples, step.bucket).bucket
         visited.setdefault(bucket, step)
     return [(s.examples, dataset.lay_out(s.examples, bucket)) for bucket, s in visited.items()]
-
-
-def _standing_for_data(
-    config: Config,
-    model: DecoderConfig,
-    parts: NxDParts,
-    objective: GlobalMeanObjective,
-    lengths: Sequence[int],
-) -> StepDataset:
-    count, data = config.data.global_batch_size, config.data
-    ids = [f"{number:032x}" for number in range(count)]
-    example = Encoded([0] * lengths[0], [[0] * n for n in lengths[1:]], truncated=False)
-    columns = TokenColumns.of(ids, [example] * count)
-    planner = RowPlanner(
-        examples := TokenizedSet(columns, ids),
-        config.layout,
-        examples_per_step=count,
-        seq_length=data.seq_length,
-        buckets=data.buckets,
-        ranks=parts.topology.data_parallel_size,
-        micro_batch_size=data.micro_batch_size,
-        fixed_micro_batches=True,
-        with_prompts=objective.needs_prompts,
-        **assemble.row_needs(config, model),
-        row_multiple=parts.row_multiple,
-        name="--lengths",
-    )
-    strategy = config.model_alignment_strategy
-    return StepDataset(
-        *(examples, planner, config.layout, parts.topology),
-        tail_weight=None if strategy.dpo is None else strategy.dpo.ld_alpha,
-        roles=None if strategy.kto is None else UNPAIRED_ROLES,
-        with_prompts=objective.needs_prompts,
-    )
 
 
 class _Steps:

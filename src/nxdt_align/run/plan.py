@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nxdt_align.batch import Topology
 from nxdt_align.config.custom import parts_not_imported
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import hub_model
 from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.data.steps import Split, StepDataset
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.models.presets import KNOWN_MODELS, DecoderConfig, ModelShape
 from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.rows import row_reports
 from nxdt_align.planning.workload import device_kind
 from nxdt_align.run import assemble, nxd
 from nxdt_align.run.settle import settle
+from nxdt_align.run.standing import require_lengths, standing_for_data
 
 _FLAG = "--import-own-parts imports it here"
 
 
-def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = False) -> str:
+def plan_report(
+    config: Config,
+    engine: Engine,
+    *,
+    lengths: Sequence[int] | None = None,
+    import_own_parts: bool = False,
+) -> str:
     """The row plan of the data, as training logs it before its first step, and the device memory of the
     largest bucket.
+
+    With ``lengths``, tokens of a prompt and of its responses, examples of these stand for the data: neither
+    data nor tokenizer are read, and of a model of the Hub whose sizes are known nothing is fetched.
 
     Uses and fills the token cache in ``data.cache_dir``. What is not trained imports none of the user's own
     parts that the YAML names, unless ``import_own_parts``: a custom loss then counts as one that declares
     nothing. Raises UserError for a custom data format that must not be imported, and for data, tokenizer,
     buckets or a custom loss that training would refuse.
     """
-    settled = settle(config, engine, device=device_kind(config), weights=False)
+    known = _known_shape(config) if lengths is not None else None
+    settled = settle(config, engine, device=device_kind(config), weights=False, shape=known)
     config = settled.config
     closed = {} if import_own_parts else {part.key: part for part in parts_not_imported(config)}
-    if "data.format" in closed:
+    if "data.format" in closed and lengths is None:
         path = closed["data.format"].path
         raise UserError(
             f"data.format: {path} is a function of your own, which a YAML has only training import; "
             f"{_FLAG}, as does the override data.format={path}"
         )
-    ranks, model = config.data_parallel_size, assemble.model_config(config)
+    ranks, model = config.data_parallel_size, known or assemble.model_config(config)
     if engine == "nxd":
         model = assemble.decoder_for_nxd(model)
     config = assemble.with_possible_layout(config, model)
@@ -46,20 +61,8 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
     unread = closed.get("model_alignment_strategy.loss")
     loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
     objective = GlobalMeanObjective(loss)
-    cache = config.data.cache_dir
-    on_chip = engine == "nxd" and config.trainer.accelerator in ("auto", "neuron")
-    data = ModelAlignmentDataModule(
-        config,
-        assemble.tokenization(config, model),
-        Topology(data_parallel_size=ranks),
-        cache_dir=None if cache is None else Path(cache) / "tokens",
-        with_prompts=objective.needs_prompts,
-        fixed_micro_batches=config.trainer.accelerator == "xla",
-        **assemble.micro_batch_needs(config),
-        **assemble.row_needs(config, model),
-        row_multiple=nxd.row_multiple(config, assemble.decoder_for_nxd(model)) if on_chip else 1,
-    )
-    planner = data.splits["train"].planner
+    splits = _splits(config, engine, model, lengths, with_prompts=objective.needs_prompts)
+    planner = splits["train"].planner
     memory = memory_report(
         config,
         model,
@@ -68,9 +71,49 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
         planner.buckets[-1],
         needs_reference=objective.needs_reference,
     )
-    rows = row_reports(data.splits, config.data)
-    data_of = [f"{split} data: {report}" for split, report in rows.items()]
+    rows = row_reports(splits, config.data)
+    of = "data" if lengths is None else "data, as --lengths has them"
+    data_of = [f"{split} {of}: {report}" for split, report in rows.items()]
     notes = (
         [] if unread is None else [f"{unread}: not imported, counted as one that declares nothing; {_FLAG}"]
     )
     return "\n".join([*settled.notes, *data_of, f"data-parallel ranks: {ranks}", memory, *notes])
+
+
+def _known_shape(config: Config) -> ModelShape | None:
+    """Of a model of the Hub, if the families list its sizes."""
+    start = config.exp_manager.resume_from_checkpoint
+    model = None if start is None or config.model.model_config is not None else hub_model(start)
+    shape = None if model is None else KNOWN_MODELS.get(model.name)
+    return None if shape is None else assemble.overridden(config, shape)
+
+
+def _splits(
+    config: Config, engine: Engine, model: ModelShape, lengths: Sequence[int] | None, *, with_prompts: bool
+) -> Mapping[Split, StepDataset]:
+    topology = Topology(data_parallel_size=config.data_parallel_size)
+    fixed, needs = config.trainer.accelerator == "xla", assemble.micro_batch_needs(config)
+    on_chip = engine == "nxd" and config.trainer.accelerator in ("auto", "neuron")
+    row_multiple = nxd.row_multiple(config, model) if on_chip and isinstance(model, DecoderConfig) else 1
+    if lengths is not None:
+        require_lengths(config, lengths)
+        standing = standing_for_data(
+            *(config, model, topology, lengths),
+            with_prompts=with_prompts,
+            fixed_micro_batches=fixed,
+            row_multiple=row_multiple,
+            **needs,
+        )
+        return {"train": standing}
+    cache = config.data.cache_dir
+    return ModelAlignmentDataModule(
+        config,
+        assemble.tokenization(config, model),
+        topology,
+        cache_dir=None if cache is None else Path(cache) / "tokens",
+        with_prompts=with_prompts,
+        fixed_micro_batches=fixed,
+        **needs,
+        **assemble.row_needs(config, model),
+        row_multiple=row_multiple,
+    ).splits

@@ -15,7 +15,7 @@ from nxdt_align.config.engines import Engine
 from nxdt_align.config.load import prompt_limit
 from nxdt_align.config.rules import lookup
 from nxdt_align.config.schema import Config, PrecisionType
-from nxdt_align.config.start import hub_model
+from nxdt_align.config.start import HubModel, hub_model
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import ModelShape
 from nxdt_align.run import assemble
@@ -35,28 +35,30 @@ class Settled:
     """What was chosen, for the user."""
 
 
-def settle(config: Config, engine: Engine, *, device: str | None = None, weights: bool = True) -> Settled:
+def settle(
+    config: Config,
+    engine: Engine,
+    *,
+    device: str | None = None,
+    weights: bool = True,
+    shape: ModelShape | None = None,
+) -> Settled:
     """Fetch and locate the start, and choose what is auto: the same on every rank, and when a run resumes.
 
     Args:
         device: type of the device; None for the one on which this process would train.
         weights: fetch a hub model's weights too, not only its config.json and tokenizer.
+        shape: the model's, where nothing of it is to be looked for.
 
     Raises UserError where the start cannot be found or fetched, and ConfigError for what its files
     contradict.
     """
-    found = with_located_start(config) if weights else _with_hub_shape(config)
-    is_fetched = hub_model(config.exp_manager.resume_from_checkpoint or "") is not None
-    if not config.auto and not is_fetched:
-        return Settled(found)
-    faults = find_faults(found, engine=engine)
-    if faults:
-        raise ConfigError(faults, config.source)
+    found = config if shape is not None else _with_start(config, engine, weights)
     if not config.auto:
         return Settled(found)
-    kind = device or _device_kind(config, engine)
-    chosen = _with_lengths(_with_precision(found, kind), assemble.model_config(found))
-    faults = find_faults(chosen, engine=engine)
+    kind, model = device or _device_kind(config, engine), shape or assemble.model_config(found)
+    chosen = _with_lengths(_with_precision(found, kind), model)
+    faults = [fault for fault in find_faults(chosen, engine=engine) if not fault.is_missing_path]
     if faults:
         raise ConfigError(faults, config.source)
     values = [f"{key} {lookup(chosen, key)}" for key in sorted(config.auto)]
@@ -66,12 +68,22 @@ def settle(config: Config, engine: Engine, *, device: str | None = None, weights
     )
 
 
-def _with_hub_shape(config: Config) -> Config:
-    """With the folder of config.json and tokenizer in the place of a hub model."""
+def _with_start(config: Config, engine: Engine, weights: bool) -> Config:
+    """With the folder of the start. A hub model's config.json and tokenizer are checked before its weights
+    are fetched."""
     given = config.exp_manager.resume_from_checkpoint
     model = None if given is None else hub_model(given)
     if model is None:
-        return config
+        return with_located_start(config) if weights else config
+    shaped = _with_hub_shape(config, model)
+    faults = find_faults(shaped, engine=engine)
+    if faults:
+        raise ConfigError(faults, config.source)
+    assemble.model_config(shaped)
+    return with_located_start(config) if weights else shaped
+
+
+def _with_hub_shape(config: Config, model: HubModel) -> Config:
     try:
         folder = fetch_model(model, weights=False)
     except UserError as error:

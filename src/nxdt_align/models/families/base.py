@@ -52,6 +52,8 @@ class Family:
     a module that the family does not have."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Hugging Face's name of a module in a layer -> the decoder's, stacked on dimension 0."""
+    sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name on the Hugging Face Hub -> what its ``config.json`` says of sizes: planned without a download."""
 
 
 # What several families read and write alike

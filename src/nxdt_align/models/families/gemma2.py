@@ -68,6 +68,20 @@ def _read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     return {**read_gemma(fields, (50.0, 30.0)), **of_layers}
 
 
+_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "google/gemma-2-9b-it": {
+        "vocab_size": 256000,
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+    },
+}
+
 GEMMA2 = Family(
     "Gemma2ForCausalLM",
     defaults=DEFAULTS,
@@ -77,4 +91,5 @@ GEMMA2 = Family(
     only=ONLY,
     activation_key="hidden_activation",
     modules=MODULES,
+    sizes=_SIZES,
 )

@@ -30,6 +30,24 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+# That of the text model, in the text_config of its config.json.
+_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "google/gemma-3-12b-it": {
+        "vocab_size": 262208,
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 1024,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+}
+
 GEMMA3 = Family(
     "Gemma3ForCausalLM",
     defaults={**DEFAULTS, "max_position_embeddings": 131072},
@@ -41,4 +59,5 @@ GEMMA3 = Family(
     rope_theta=1e6,
     local_rope_theta=10000.0,
     modules=MODULES,
+    sizes=_SIZES,
 )

@@ -21,10 +21,27 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     return {"sliding_window": config.sliding_window}
 
 
+_7B: Mapping[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "rms_norm_eps": 1e-5,
+}
+_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "mistralai/Mistral-7B-v0.1": _7B,
+    "alignment-handbook/zephyr-7b-sft-full": _7B,
+}
+
 MISTRAL = Family(
     "MistralForCausalLM",
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072},
     read=_read,
     write=_write,
     only={"attention_bias": False, "mlp_bias": False},
+    sizes=_SIZES,
 )

@@ -14,6 +14,22 @@ def _read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     return attention_bias(fields)
 
 
+_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "allenai/OLMo-2-1124-7B-SFT": {
+        "vocab_size": 100352,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-06,
+        "eos_token_id": 100257,
+        "pad_token_id": 100277,
+    },
+}
+
 OLMO2 = Family(
     "Olmo2ForCausalLM",
     defaults={
@@ -35,4 +51,5 @@ OLMO2 = Family(
         "attention_output_norm": "post_attention_layernorm",
         "mlp_output_norm": "post_feedforward_layernorm",
     },
+    sizes=_SIZES,
 )

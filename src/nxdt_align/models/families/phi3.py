@@ -20,6 +20,19 @@ def _write(config: DecoderConfig) -> dict[str, Any]:
     return {"sliding_window": config.sliding_window, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 
 
+_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "microsoft/Phi-3-mini-4k-instruct": {
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+        "sliding_window": 2047,
+    },
+}
+
 PHI3 = Family(
     "Phi3ForCausalLM",
     defaults={
@@ -41,4 +54,5 @@ PHI3 = Family(
         ),
         "mlp.gate_up_proj": ("mlp.gate_up_proj.gate_proj", "mlp.gate_up_proj.up_proj"),
     },
+    sizes=_SIZES,
 )

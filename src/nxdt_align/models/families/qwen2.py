@@ -42,6 +42,21 @@ def write_windows(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "Qwen/Qwen2.5-7B-Instruct": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    },
+}
+
 QWEN2 = Family(
     "Qwen2ForCausalLM",
     defaults=DEFAULTS,
@@ -49,4 +64,5 @@ QWEN2 = Family(
     read=read_windows,
     write=write_windows,
     only={"mlp_bias": False},
+    sizes=_SIZES,
 )

@@ -14,6 +14,21 @@ def _read(fields: Fields, found: Mapping[str, Any]) -> dict[str, Any]:
     return {**attention_bias(fields), **read_windows(fields, found)}
 
 
+_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "Qwen/Qwen3-8B": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    },
+}
+
 QWEN3 = Family(
     "Qwen3ForCausalLM",
     defaults={**DEFAULTS, "head_dim": 128},
@@ -21,4 +36,5 @@ QWEN3 = Family(
     read=_read,
     write=write_windows,
     only={"mlp_bias": False},
+    sizes=_SIZES,
 )
