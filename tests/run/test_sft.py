@@ -32,7 +32,7 @@ def test_the_mean_is_over_the_tokens_that_are_trained_on(layout: Layout, micro: 
     plain = random_examples(7, seed=2, responses=1)
     encoded = [Encoded(e.prompt.tolist(), [e.responses[0].tolist()], truncated=False) for e in plain.examples]
     columns = TokenColumns.of([e.record_id for e in plain.examples], encoded)
-    examples = TokenizedSet(columns, [e.record_id for e in plain.examples])
+    examples = TokenizedSet.of(columns, [e.record_id for e in plain.examples])
     if on_prompt:
         examples = WholeSequences(examples)
     policy = engine()

@@ -220,7 +220,7 @@ def _standing_for_data(
     example = Encoded([0] * lengths[0], [[0] * n for n in lengths[1:]], truncated=False)
     columns = TokenColumns.of(ids, [example] * count)
     planner = RowPlanner(
-        examples := TokenizedSet(columns, ids),
+        examples := TokenizedSet.of(columns, ids),
         config.layout,
         examples_per_step=count,
         seq_length=data.seq_length,
