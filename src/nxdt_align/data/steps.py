@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from nxdt_align.batch import Batch, SlotRole, Topology
 from nxdt_align.data.collate import Collator, GlobalCounts
 from nxdt_align.data.packing import Bucket, Layout, RowPlanner
+from nxdt_align.data.token_columns import distinct
 from nxdt_align.data.token_sets import TokenizedSet
 
 Split = Literal["train", "val"]
@@ -114,7 +115,7 @@ class ReferencePlan:
 
     def __init__(self, examples: TokenizedSet, planner: RowPlanner) -> None:
         self._planner = planner
-        first = first_of_equal(examples.ids())
+        first, _ = distinct(examples.ids())
         tokens = examples.prompt_lengths[first] + examples.response_lengths[first].sum(1, dtype=np.int32)
         self._order = first[np.argsort(-tokens, kind="stable")]
 
@@ -142,16 +143,6 @@ class ReferencePlan:
                 planned = PlannedMicroBatch(plan.bucket, tuple(rows[i : i + size]))
                 if is_missing[planned.records].any():
                     yield planned
-
-
-def first_of_equal(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Ascending indices of the records whose id, (N, 16) uint8, no earlier one has."""
-    # By half of the hash, which sorts 20 times faster than all of it.
-    halves = np.ascontiguousarray(ids).view(np.uint64)
-    _, first, inverse = np.unique(halves[:, 0], return_index=True, return_inverse=True)
-    if len(first) < len(ids) and (halves[:, 1] != halves[first[inverse], 1]).any():
-        first = np.unique(np.ascontiguousarray(ids).view("V16").ravel(), return_index=True)[1]
-    return np.sort(first)
 
 
 class StepDataset(Dataset[list[Batch]]):

@@ -76,7 +76,7 @@ class TokenColumns:
         """The columns of U records of k responses each."""
         cut = any(each.truncated for each in encoded)
         return cls.completed(
-            ids=np.frombuffer(bytes.fromhex("".join(record_ids)), np.uint8).reshape(-1, ID_BYTES),
+            ids=as_bytes(record_ids),
             **dict(zip(("prompt_tokens", "prompt_offsets"), _flat([e.prompt for e in encoded]), strict=True)),
             **dict(
                 zip(
@@ -209,8 +209,7 @@ def map_tokens(path: Path, *, trusted: bool) -> TokenFile:
     faults, keys = (arrays.pop(n).tolist() if n in arrays else [] for n in (REFUSED, UNREAD))
     names = arrays.pop("record_ids", None)
     if names is not None:  # an earlier version's
-        joined = "".join(names.tolist())
-        arrays["ids"] = np.frombuffer(bytes.fromhex(joined), np.uint8).reshape(-1, ID_BYTES)
+        arrays["ids"] = as_bytes(names.tolist())
     count = len(arrays["ids"])
     arrays.setdefault("changed", np.zeros(count, dtype=bool))
     arrays.setdefault("whole_lengths", np.zeros((0, 2), dtype=np.int32))
@@ -309,6 +308,28 @@ def _mapped_again(path: Path) -> TokenColumns:
 
 def _of_arrays(arrays: Mapping[str, Array]) -> TokenColumns:
     return TokenColumns(**arrays)
+
+
+def as_bytes(record_ids: Sequence[str]) -> Array:
+    """(N, 16) uint8: ids of 32 hex digits each. Raises ValueError for others."""
+    return np.frombuffer(bytes.fromhex("".join(record_ids)), np.uint8).reshape(-1, ID_BYTES)
+
+
+def distinct(ids: Array) -> tuple[Array, Array | None]:
+    """Ascending indices of the records whose id, (N, 16) uint8, no earlier one has; and of each record the
+    place of its id among them, (N,), None where all differ."""
+    # By half of the hash, which sorts many times faster than all of it.
+    halves = np.ascontiguousarray(ids).view(np.uint64)
+    _, first, inverse = np.unique(halves[:, 0], return_index=True, return_inverse=True)
+    if len(first) == len(ids):
+        return np.arange(len(ids)), None
+    if (halves[:, 1] != halves[first[inverse], 1]).any():
+        whole = np.ascontiguousarray(ids).view("V16").ravel()
+        _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    places = np.empty(len(first), np.int64)
+    places[order] = np.arange(len(first))
+    return first[order], places[inverse]
 
 
 def spans(count: int, size: int = 2**18) -> Iterator[slice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from nxdt_align.data.token_columns import (
     Stream,
     TokenColumns,
     TokenFile,
+    as_bytes,
     map_tokens,
     spans,
     write_tokens,
@@ -89,7 +90,7 @@ class TokenizedSet:
             return self._column("ids")
         return np.concatenate(
             [
-                np.frombuffer(bytes.fromhex("".join(self.ids_of(span))), np.uint8).reshape(-1, ID_BYTES)
+                as_bytes(self.ids_of(span))
                 for span in spans(len(self))
             ]
         )
@@ -212,7 +213,7 @@ def tokenize_records(
         raise DataError("there are no records to tokenize")
     ids = list(distinct)
     as_before = cache_dir is None or all(map(tokenization.as_before, distinct.values()))
-    path = None if cache_dir is None else cache_path(cache_dir, tokenization, as_before, ids)
+    path = None if cache_dir is None else cache_path(cache_dir, tokenization, as_before, as_bytes(ids))
     cached = None if path is None else read_tokens(path, ids)
     columns, refused, unread = cached or _encode_all(list(distinct.values()), tokenization)
     if refused:
@@ -298,17 +299,18 @@ def _file_of(record: Record) -> str:
 
 
 def cache_path(
-    cache_dir: Path, tokenization: Tokenization, as_before: bool, record_ids: Iterable[str]
+    cache_dir: Path, tokenization: Tokenization, as_before: bool, ids: Array
 ) -> Path:
-    """The cache file of these distinct records under this tokenization, named by content only.
+    """The cache file of these distinct records, (N, 16) uint8, under this tokenization, named by content
+    only.
 
     Its name has the rules' version, except where all of them have the same tokens under the first one
     (``as_before``): what an earlier version cached of those is used, and of no others.
     """
     fingerprint = tokenization.fingerprint() + ("" if as_before else f" rules {RULES_VERSION}")
     digest = hashlib.blake2b(fingerprint.encode(), digest_size=16)
-    for record in record_ids:
-        digest.update(b"\n" + record.encode())
+    for span in spans(len(ids)):
+        digest.update(b"\n" + ids[span].tobytes().hex("\n", ID_BYTES).encode())
     return cache_dir / f"tokens-{digest.hexdigest()}.npz"
 
 
