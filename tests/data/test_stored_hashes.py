@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from data_hashes import hashes, make_module, write_sources
 
+from nxdt_align.data import prepared, token_parts
+
 STORED: dict[str, dict[str, str]] = json.loads(
     (Path(__file__).parent / "stored_hashes.json").read_text()
 )
@@ -40,3 +42,23 @@ def test_tokens_order_and_rows_stay(name: str, tmp_path: Path) -> None:
             tmp_path, sources, objective=objective, layout=layout, ranks=ranks, cache=tmp_path / "cache"
         )
         assert hashes(module) == STORED[f"{name} {ranks}"], ranks
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_of_data_prepared_in_parts_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As large data are, by several processes; found again without reading them, also from a cache that
+    small data left."""
+    monkeypatch.setattr(prepared, "LARGE", 0)
+    monkeypatch.setattr(token_parts, "RECORDS", 23)
+    write_sources(tmp_path)
+    sources, objective, layout = CASES[name]
+    for ranks in (1, 2, 4):
+        module = make_module(
+            tmp_path, sources, objective=objective, layout=layout, ranks=ranks, cache=tmp_path / "c" / "tokens"
+        )
+        assert hashes(module) == STORED[f"{name} {ranks}"], ranks
+        if objective != "kto":
+            monkeypatch.setattr(token_parts, "make_parts", None)
+            monkeypatch.setattr(prepared, "make_parts", None)

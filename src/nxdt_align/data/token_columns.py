@@ -126,6 +126,12 @@ class TokenColumns:
         bounds = self.response_offsets[row * k : (row + 1) * k + 1].tolist()
         return tuple(self.response_tokens[a:b] for a, b in pairwise(bounds))
 
+    def lengths_before_truncation(self) -> Array:
+        """(U, 1 + k), also where none was noted since nothing was cut."""
+        if len(self.whole_lengths):
+            return self.whole_lengths
+        return np.concatenate([self.prompt_lengths[:, None], self.response_lengths], axis=1)
+
     def record_id(self, row: int) -> str:
         """The content's hash, hex; another for a record whose tokens later rules changed."""
         own = self.ids[row].tobytes().hex()

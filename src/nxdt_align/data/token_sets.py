@@ -150,7 +150,10 @@ class TokenizedSet:
     def _column(self, name: str, span: slice | None = None) -> Array:
         """An array of the parts, by example; of one part whose records occur once each, no copy."""
         span = span or slice(0, self._count)
-        columns = [_whole(part) if name == "whole_lengths" else getattr(part, name) for part in self._parts]
+        columns = [
+            part.lengths_before_truncation() if name == "whole_lengths" else getattr(part, name)
+            for part in self._parts
+        ]
         if len(columns) == 1:
             only: Array = columns[0]
             return only[span] if self._rows is None else only[self._rows[span]]
@@ -161,13 +164,6 @@ class TokenizedSet:
             mine = which == at
             found[mine] = columns[at][rows[mine] - self._starts[at]]
         return found
-
-
-def _whole(part: TokenColumns) -> Array:
-    """(U, 1 + k): the lengths before truncation, also where none was noted since nothing was cut."""
-    if len(part.whole_lengths):
-        return part.whole_lengths
-    return np.concatenate([part.prompt_lengths[:, None], part.response_lengths], axis=1)
 
 
 def _share(count: int, total: int) -> str:
