@@ -4,8 +4,8 @@
 
 Each measurement is a process of its own, from the imports on (which are measured apart): it builds the data
 module of a run, as ``train`` does, and lays out the first step. Memory is peak resident memory, and what the
-process has for itself when the step is there (private pages), over a process that has only imported. ``--trl``
-prepares the same file by `datasets` and TRL's DPOTrainer functions, cold and from their cache.
+process has for itself when the step is there (private pages), over a process that has only imported.
+``--trl`` prepares the same file by `datasets` and TRL's DPOTrainer, cold and from their cache.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ def write_pairs(path: Path, count: int, words: tuple[int, int, int]) -> None:
     letters = "etaoinshrdlu"
     known = ["".join(rng.choices(letters, k=rng.randint(1, 9))) for _ in range(20_000)]
     weights = [1 / rank for rank in range(1, len(known) + 1)]
-    total = [sum(weights[: i + 1]) for i in range(0)] or None
-    drawn = rng.choices(known, weights, cum_weights=total, k=1_000_000)
+    drawn = rng.choices(known, weights, k=1_000_000)
     at = 0
 
     def text(mean: int) -> str:
@@ -130,8 +129,12 @@ def prepare_by_trl(file: Path, folder: Path) -> None:
     before, started, cpu = memory(), time.perf_counter(), _cpu()
     data = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(folder / "hf"))
     arguments = DPOConfig(
-        output_dir=str(folder / "out"), max_length=1024, dataset_num_proc=len(os.sched_getaffinity(0)),
-        report_to=[], use_cpu=True, bf16=False,
+        output_dir=str(folder / "out"),
+        max_length=1024,
+        dataset_num_proc=len(os.sched_getaffinity(0)),
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
     )
     trainer = DPOTrainer.__new__(DPOTrainer)
     for name, value in {"_is_vlm": False, "_tokenizer": tokenizer}.items():

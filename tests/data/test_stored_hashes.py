@@ -14,9 +14,7 @@ from data_hashes import hashes, make_module, write_sources
 
 from nxdt_align.data import prepared, token_parts
 
-STORED: dict[str, dict[str, str]] = json.loads(
-    (Path(__file__).parent / "stored_hashes.json").read_text()
-)
+STORED: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "stored_hashes.json").read_text())
 MIXTURE = (
     "[{path: @/plain.jsonl, weight: 1.5}, {path: @/chats.jsonl, weight: 0.5}, "
     "{path: @/special.jsonl, weight: 2}]"
@@ -45,9 +43,7 @@ def test_tokens_order_and_rows_stay(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_of_data_prepared_in_parts_too(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_data_prepared_in_parts_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large data are, by several processes; found again without reading them, also from a cache that
     small data left."""
     monkeypatch.setattr(prepared, "LARGE", 0)
@@ -56,7 +52,12 @@ def test_of_data_prepared_in_parts_too(
     sources, objective, layout = CASES[name]
     for ranks in (1, 2, 4):
         module = make_module(
-            tmp_path, sources, objective=objective, layout=layout, ranks=ranks, cache=tmp_path / "c" / "tokens"
+            tmp_path,
+            sources,
+            objective=objective,
+            layout=layout,
+            ranks=ranks,
+            cache=tmp_path / "c" / "tokens",
         )
         assert hashes(module) == STORED[f"{name} {ranks}"], ranks
         if objective != "kto":

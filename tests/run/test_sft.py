@@ -14,7 +14,8 @@ from oracle import assert_gradients_close, gradients, plain_model, random_exampl
 from training_fixture import Project, final_weights, scalars
 
 from nxdt_align.data.packing import Layout
-from nxdt_align.data.token_sets import TokenColumns, TokenizedSet, WholeSequences
+from nxdt_align.data.token_columns import TokenColumns
+from nxdt_align.data.token_sets import TokenizedSet, WholeSequences
 from nxdt_align.data.tokenize import Encoded
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.sft import SFTLoss

@@ -17,7 +17,23 @@ from nxdt_align.config.load import load_config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.tokenize import Tokenization, Truncation
 
-WORDS = "What is two plus three five a colour Blue red and so name it to".split()
+WORDS = [
+    "What",
+    "is",
+    "two",
+    "plus",
+    "three",
+    "five",
+    "a",
+    "colour",
+    "Blue",
+    "red",
+    "and",
+    "so",
+    "name",
+    "it",
+    "to",
+]
 OF_OBJECTIVE = {
     "dpo": (),
     "orpo": ("~model_alignment_strategy.dpo", "model_alignment_strategy.orpo.beta=0.1"),
@@ -77,9 +93,7 @@ def make_module(
         ],
     )
     tokenization = Tokenization(make_tokenizer(template=CHATML), Truncation(64, 32))
-    return ModelAlignmentDataModule(
-        config, tokenization, Topology(data_parallel_size=ranks), cache_dir=cache
-    )
+    return ModelAlignmentDataModule(config, tokenization, Topology(data_parallel_size=ranks), cache_dir=cache)
 
 
 def hashes(module: ModelAlignmentDataModule) -> dict[str, str]:

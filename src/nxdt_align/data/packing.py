@@ -26,10 +26,13 @@ MAX_BUCKETS = 3
 class Lengths(Protocol):
     """The part of a tokenized set that a plan uses."""
 
-    prompt_lengths: npt.NDArray[Any]
-    """(N,) int"""
-    response_lengths: npt.NDArray[Any]
-    """(N, k) int: k responses per example"""
+    @property
+    def prompt_lengths(self) -> npt.NDArray[Any]:
+        """(N,) int"""
+
+    @property
+    def response_lengths(self) -> npt.NDArray[Any]:
+        """(N, k) int: k responses per example"""
 
 
 class _SomeLengths(NamedTuple):
@@ -37,6 +40,7 @@ class _SomeLengths(NamedTuple):
     response_lengths: npt.NDArray[Any]
 
 
+Indices = Sequence[int] | npt.NDArray[Any]
 Where = npt.NDArray[Any] | slice
 """Indices of examples, or a span of them."""
 
@@ -175,7 +179,7 @@ class RowPlanner:
         if fixed_micro_batches:
             self._micro_batches = self._most_micro_batches(examples_per_step)
 
-    def plan(self, examples: Sequence[int], bucket: Bucket | None = None) -> StepPlan:
+    def plan(self, examples: Indices, bucket: Bucket | None = None) -> StepPlan:
         """The rows of a step whose examples are these indices into the data set, in ``bucket`` (which must
         hold them) or in the bucket that takes the fewest positions."""
         where = np.asarray(examples, np.int64)
@@ -191,7 +195,7 @@ class RowPlanner:
                 rows = min((rows, self._dealt(equal, tokens)), key=lambda r: self._busiest(r, tokens))
         return StepPlan(chosen, tuple(rows))
 
-    def fitting(self, examples: Sequence[int]) -> list[Bucket]:
+    def fitting(self, examples: Indices) -> list[Bucket]:
         """The buckets that can hold each of these examples."""
         where = np.asarray(examples, np.int64)
         return self._fitting(self._tokens(where), self._responses(where))
@@ -207,10 +211,10 @@ class RowPlanner:
 
     def shortest(self) -> int:
         """The first of the examples that fill the fewest positions."""
-        found = []
+        found: list[tuple[int, int]] = []
         for span in self._spans():
             real = self._real_tokens(span)
-            found.append((int(real.min()), span.start + int(real.argmin())))
+            found.append((int(real.min()), int(span.start + real.argmin())))
         return min(found)[1]
 
     def rows_of_rank(self, plan: StepPlan, rank: int) -> list[list[tuple[int, ...]]]:
@@ -219,7 +223,7 @@ class RowPlanner:
         size = self.micro_batch_size
         return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
 
-    def real_tokens(self, examples: Sequence[int]) -> npt.NDArray[Any]:
+    def real_tokens(self, examples: Indices) -> npt.NDArray[Any]:
         """(n,) positions that each example fills, over all of its rows."""
         return self._real_tokens(np.asarray(examples, np.int64))
 

@@ -17,7 +17,8 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from nxdt_align.data.reading import (
     tell_unread,
     weighted_rows,
 )
-from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecord, BadRecords, DataError, OnBadRecord
+from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecords, DataError, OnBadRecord
 from nxdt_align.data.source_identity import Stamp
 from nxdt_align.data.token_columns import (
     BROKEN,
@@ -61,10 +62,11 @@ from nxdt_align.messages import NOTICE
 
 log = logging.getLogger(__name__)
 LARGE = 2**22
-"""Bytes of data, packed or not, from which on they are prepared so: smaller ones are read and hashed well within
-a second."""
+"""Bytes of data, packed or not, from which on they are prepared so: smaller ones are read and hashed well
+within a second."""
 VERSION = 1
-"""Of the files in ``sources``, and of what is read of a file: increment it when a change gives other records."""
+"""Of the files in ``sources``, and of what is read of a source: increment it when a change gives other
+records."""
 
 
 @dataclass(frozen=True)
@@ -224,12 +226,18 @@ class _Preparation:
             return self._open(own, about)
         if about is not None and not quiet:
             log.log(NOTICE, "%s has changed since its tokens were stored: tokenizing it again", path)
-        for other in sorted(self._folder.glob(f"{self._digest}-*.json")):
-            about = None if other == own else _read_index(other)
-            if about is not None and about["source"]["sample"] == stamp.sample:
-                if about["whole"] == stamp.whole:
-                    return self._open(other, about)
+        # Perhaps it was moved, or is a copy: then all of the content decides.
+        other = None if quiet else self._by_sample.get(stamp.sample)
+        about = None if other in (None, own) else _read_index(other)
+        if other is not None and about is not None and about["whole"] == stamp.whole:
+            return self._open(other, about)
         return None
+
+    @cached_property
+    def _by_sample(self) -> dict[str, Path]:
+        """What leads to each known source, by the sample of its content."""
+        found = {index: _read_index(index) for index in sorted(self._folder.glob(f"{self._digest}-*.json"))}
+        return {about["source"]["sample"]: index for index, about in found.items() if about is not None}
 
     def _is_same(self, stamp: Stamp, about: Mapping[str, Any]) -> bool:
         then = about["source"]
@@ -429,5 +437,3 @@ def _read_index(path: Path) -> dict[str, Any] | None:
 
 def _say_waiting() -> None:
     log.info("another process tokenizes these data: waiting for it")
-
-

@@ -39,7 +39,7 @@ class Stamp:
         for file in files:
             found = file.stat()
             size, time = size + found.st_size, max(time, found.st_mtime_ns)
-            digest.update(f"{file.name} {found.st_size}\n".encode())
+            digest.update(_heading(file, files, found.st_size))
             with open(file, "rb") as content:
                 for index in range(BLOCKS):
                     content.seek((found.st_size - BLOCK) * index // (BLOCKS - 1) if index else 0, os.SEEK_SET)
@@ -52,8 +52,9 @@ class Stamp:
     def whole(self) -> str:
         """The hash of all of its content, hex; reads it. Raises OSError."""
         digest = hashlib.blake2b(digest_size=16)
-        for file in files_of(self.path):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        files = files_of(self.path)
+        for file in files:
+            digest.update(_heading(file, files, file.stat().st_size))
             with open(file, "rb") as content:
                 while piece := content.read(2**22):
                     digest.update(piece)
@@ -61,6 +62,11 @@ class Stamp:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _heading(file: Path, files: list[Path], size: int) -> bytes:
+    """The name of a single file does not count: it may be moved."""
+    return f"{file.name if len(files) > 1 else ''} {size}\n".encode(errors="surrogateescape")
 
 
 def files_of(path: str) -> list[Path]:

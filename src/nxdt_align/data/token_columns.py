@@ -1,7 +1,7 @@
 """Tokens of many records in a few flat arrays, and the file that keeps them: mapped, not read.
 
-The file is NumPy's ``.npz``, uncompressed. Its arrays stand at multiples of 64 bytes, so that every process of
-a machine maps the same pages of memory and reads of them only what a step needs.
+The file is NumPy's ``.npz``, uncompressed, its arrays at multiples of 64 bytes: every process of a machine
+maps the same pages of memory, and reads of them only what a step needs.
 """
 
 from __future__ import annotations
@@ -75,16 +75,14 @@ class TokenColumns:
     def of(cls, record_ids: Sequence[str], encoded: Sequence[Encoded]) -> TokenColumns:
         """The columns of U records of k responses each."""
         cut = any(each.truncated for each in encoded)
+        prompt_tokens, prompt_offsets = _flat([each.prompt for each in encoded])
+        response_tokens, response_offsets = _flat([tokens for each in encoded for tokens in each.responses])
         return cls.completed(
             ids=as_bytes(record_ids),
-            **dict(zip(("prompt_tokens", "prompt_offsets"), _flat([e.prompt for e in encoded]), strict=True)),
-            **dict(
-                zip(
-                    ("response_tokens", "response_offsets"),
-                    _flat([tokens for each in encoded for tokens in each.responses]),
-                    strict=True,
-                )
-            ),
+            prompt_tokens=prompt_tokens,
+            prompt_offsets=prompt_offsets,
+            response_tokens=response_tokens,
+            response_offsets=response_offsets,
             truncated=np.array([each.truncated for each in encoded], dtype=bool),
             changed=np.array([each.changed for each in encoded], dtype=bool),
             whole_lengths=np.array([each.whole for each in encoded if cut], dtype=np.int32).reshape(
@@ -103,7 +101,7 @@ class TokenColumns:
             ends = arrays["response_offsets"][1:].reshape(-1, k) - 1
             arrays["last_tokens"] = arrays["response_tokens"][ends]
             arrays["identical"] = _identical(arrays["response_tokens"], arrays["response_offsets"], lengths)
-        return cls(**arrays, path=path)
+        return cls(path=path, **arrays)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the file anew, so that a data loader's workers hold no copy."""
@@ -116,7 +114,7 @@ class TokenColumns:
 
     @property
     def responses_per_record(self) -> int:
-        return self.response_lengths.shape[1]
+        return int(self.response_lengths.shape[1])
 
     def prompt(self, row: int) -> Array:
         return self.prompt_tokens[self.prompt_offsets[row] : self.prompt_offsets[row + 1]]
@@ -277,7 +275,7 @@ def _write_array(archive: zipfile.ZipFile, name: str, array: Array | Stream) -> 
         }
         np.lib.format.write_array_header_1_0(member, header)
         for piece in stream.pieces():
-            member.write(memoryview(piece).cast("B") if piece.size else b"")
+            member.write(piece.tobytes())
 
 
 def _map_arrays(path: Path, trusted: bool) -> dict[str, Array]:
@@ -313,7 +311,7 @@ def _mapped_again(path: Path) -> TokenColumns:
 
 
 def _of_arrays(arrays: Mapping[str, Array]) -> TokenColumns:
-    return TokenColumns(**arrays)
+    return TokenColumns(path=None, **arrays)
 
 
 def as_bytes(record_ids: Sequence[str]) -> Array:

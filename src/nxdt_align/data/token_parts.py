@@ -5,6 +5,7 @@ file of its own: a preparation that was killed goes on with the parts that are m
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import logging
 import multiprocessing
@@ -77,7 +78,7 @@ class Part:
     tokenized: int
 
     def array(self, name: str) -> Array:
-        """One array of the file: ``all_ids`` (records, 16) and ``good`` (records,), or one of TokenColumns."""
+        """One array: ``all_ids`` (records, 16) and ``good`` (records,), or one of TokenColumns."""
         with np.load(self.path, allow_pickle=False) as arrays:
             found: Array = arrays[name]
         return found
@@ -194,6 +195,10 @@ _job: Job | None = None
 def _begin(job: Job, parent: int) -> None:
     global _job
     _job = job
+    # What was made before the fork is not looked at, nor its pages copied, by the garbage collector, which
+    # otherwise goes through all objects of a part many times.
+    gc.freeze()
+    gc.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(OSError, AttributeError):
@@ -207,6 +212,7 @@ def _make_part(path: Path, block: list[Row], which: int) -> Path:
     assert _job is not None
     format = _job.format or FORMATS[_job.kind][which]
     write_part(path, block, format, _job)
+    gc.collect()
     return path
 
 

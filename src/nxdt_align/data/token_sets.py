@@ -88,12 +88,7 @@ class TokenizedSet:
         """(N, 16) uint8: ``record_ids`` as bytes."""
         if not any(part.changed.any() for part in self._parts):
             return self._column("ids")
-        return np.concatenate(
-            [
-                as_bytes(self.ids_of(span))
-                for span in spans(len(self))
-            ]
-        )
+        return np.concatenate([as_bytes(self.ids_of(span)) for span in spans(len(self))])
 
     def ends(self, seq_length: int) -> list[int]:
         """The tokens that responses end with, EOS or a template's end of turn, those cut short at
@@ -294,9 +289,7 @@ def _file_of(record: Record) -> str:
 # The cache
 
 
-def cache_path(
-    cache_dir: Path, tokenization: Tokenization, as_before: bool, ids: Array
-) -> Path:
+def cache_path(cache_dir: Path, tokenization: Tokenization, as_before: bool, ids: Array) -> Path:
     """The cache file of these distinct records, (N, 16) uint8, under this tokenization, named by content
     only.
 

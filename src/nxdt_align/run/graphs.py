@@ -18,7 +18,8 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.steps import UNPAIRED_ROLES, DryRunStep, StepDataset, dry_run_steps
-from nxdt_align.data.token_sets import TokenColumns, TokenizedSet
+from nxdt_align.data.token_columns import TokenColumns
+from nxdt_align.data.token_sets import TokenizedSet
 from nxdt_align.data.tokenize import Encoded
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -32,7 +32,7 @@ PREFLIGHT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16:
 class ReferencePlan(Protocol):
     """The part of a tokenized split that the reference pass uses."""
 
-    def reference_plan(self) -> Sequence[Any]: ...
+    def reference_plan(self) -> Any: ...
 
     def collate_planned(self, planned: Any) -> Batch: ...
 
