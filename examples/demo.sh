@@ -1,19 +1,30 @@
 #!/usr/bin/env bash
-# The demo behind "make demo" and "make demo-orpo": warms a small Llama up on made-up instructions whose
+# The demo behind "make demo" and "make demo-orpo": warms a small model up on made-up instructions whose
 # answers a program can verify, aligns it, and shows on held-out instructions what that gained.
 #
-#   examples/demo.sh [dpo|orpo]
+#   examples/demo.sh [dpo|orpo] [MODEL]
 #
+# MODEL is the model's family: llama (the default), mistral, qwen2, qwen3, phi3, olmo2, gemma2, gemma3 (or gemma).
 # Everything goes to demo_run/ in the current folder, which is made afresh each time.
 set -euo pipefail
 
 examples=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 repo=$(dirname -- "$examples")
 objective=${1:-dpo}
+# Part of the experiments' names in the tiny configs.
+export NXDT_DEMO_MODEL=${2:-llama}
 case $objective in
   dpo | orpo) ;;
   *)
-    echo "usage: demo.sh [dpo|orpo], not '$objective'" >&2
+    echo "usage: demo.sh [dpo|orpo] [MODEL], not '$objective'" >&2
+    exit 1
+    ;;
+esac
+case $NXDT_DEMO_MODEL in
+  llama | mistral | qwen2 | qwen3 | phi3 | olmo2 | gemma2 | gemma3 | gemma) ;;
+  *)
+    echo "MODEL must be one of llama, mistral, qwen2, qwen3, phi3, olmo2, gemma2 and gemma3," \
+      "but is '$NXDT_DEMO_MODEL'" >&2
     exit 1
     ;;
 esac
@@ -25,9 +36,9 @@ say() {
   printf '\n== %s\n' "$*"
 }
 
-# Prints the newest experiment folder of the config $1; its name is that of its config, and dates sort.
+# Prints the newest experiment folder of the objective $1; dates sort.
 experiment_of() {
-  local folders=(nemo_experiments/"${1%_config}"/*/)
+  local folders=(nemo_experiments/"tiny_${NXDT_DEMO_MODEL}_${1^^}"/*/)
   printf '%s\n' "${folders[-1]%/}"
 }
 
@@ -40,16 +51,16 @@ export NXDT_DEMO_DIR=$PWD
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 say "Making a tokenizer, a model and preference pairs"
-"$python" -m demo.prepare --out .
+"$python" -m demo.prepare --out . --model "$NXDT_DEMO_MODEL"
 
 say "Warming the model up (supervised fine-tuning)"
 CONF_FILE=tiny_llama_SFT_config "$examples/train.sh"
-ln -s "$(experiment_of tiny_llama_SFT_config)/hf_export" warmup
+ln -s "$(experiment_of sft)/hf_export" warmup
 
 say "Aligning it: CONF_FILE=$config examples/train.sh"
 CONF_FILE=$config "$examples/train.sh"
-aligned=$(experiment_of "$config")
+aligned=$(experiment_of "$objective")
 
 say "What it gained, on held-out instructions"
 "$python" -m demo.report --before warmup --after "$aligned/hf_export" --data data \
-  --objective "$objective" --tensorboard "$aligned" --checkpoint "$aligned/checkpoints"
+  --objective "$objective" --model "$NXDT_DEMO_MODEL" --tensorboard "$aligned" --checkpoint "$aligned/checkpoints"

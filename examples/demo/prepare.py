@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from demo.models import LLAMA, MAX_POSITIONS, MODELS, model_config
 from demo.task import Problem, draw_problem
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_folder, atomic_write, explain
@@ -27,9 +28,6 @@ CARELESS_HARD = 0.65
 them faithfully gets those wrong; below one, so that it also learns how to get them right."""
 TOKENIZER_VOCABULARY = 384
 """At most so many tokens: 3 special ones, 256 bytes and merges for the instructions' words."""
-VOCABULARY_MULTIPLE = 64
-"""The model's vocabulary is a multiple of this, so that it splits under tensor parallel."""
-MAX_POSITIONS = 128
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 Record = dict[str, str]
@@ -116,34 +114,12 @@ def make_tokenizer(texts: Iterable[str]) -> Any:
     )
 
 
-def model_config(vocabulary: int, bos: int, eos: int, pad: int) -> dict[str, Any]:
-    """``config.json`` of a Llama with 0.7 million parameters."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
-        "hidden_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 384,
-        "hidden_act": "silu",
-        "max_position_embeddings": MAX_POSITIONS,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-5,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
-        "torch_dtype": "float32",
-    }
+def prepare(out: Path, seed: int, sizes: Sizes | None = None, model: str = LLAMA) -> DemoData:
+    """Write everything under ``out``, each file and folder whole or not at all. Raises OSError.
 
-
-def prepare(out: Path, seed: int, sizes: Sizes | None = None) -> DemoData:
-    """Write everything under ``out``, each file and folder whole or not at all. Raises OSError."""
+    Args:
+        model: a key of ``MODELS``.
+    """
     data = make_data(seed, sizes)
     for name, records in (("sft", data.sft), ("train", data.train), ("heldout", data.heldout)):
         atomic_write(out / "data" / f"{name}.jsonl", _json_lines(records))
@@ -151,7 +127,7 @@ def prepare(out: Path, seed: int, sizes: Sizes | None = None) -> DemoData:
     with atomic_folder(out / "tokenizer") as folder:
         tokenizer.save_pretrained(folder)
     config = model_config(
-        len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        model, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     )
     atomic_write(out / "model_config.json", (json.dumps(config, indent=2) + "\n").encode())
     return data
@@ -174,9 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.prepare", description="Make the demo's data.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--seed", type=int, default=1234, help="draws the records (default: %(default)s)")
+    parser.add_argument(
+        "--model", choices=MODELS, default=LLAMA, help="family of the small model (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
-        print(_describe(prepare(options.out, options.seed), options.out))
+        print(_describe(prepare(options.out, options.seed, model=options.model), options.out))
     except OSError as error:
         raise UserError(f"cannot write the demo's data to {options.out}: {explain(error)}") from error
     return 0

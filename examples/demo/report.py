@@ -24,6 +24,7 @@ from demo.evaluate import (
     read_pairs,
     rewards,
 )
+from demo.models import LLAMA, MODELS
 from demo.task import FAMILIES, read_problem
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write, explain
@@ -31,7 +32,7 @@ from nxdt_align.files import atomic_write, explain
 MIN_ACCURACY = 0.9
 MIN_GAIN = 0.1
 """Least gain in the share of right completions that counts as visible."""
-IDENTITY_FILE = "run_identity.json"
+IDENTITY_FILE, REPORT_FILE = "run_identity.json", "report.html"
 SAMPLES = 4
 
 
@@ -43,6 +44,8 @@ class Places:
     tensorboard: Path
     checkpoint: Path
     data: Path
+    model: str = LLAMA
+    """The small model's family."""
 
 
 @dataclass(frozen=True)
@@ -152,24 +155,18 @@ def _steps(report: Report, places: Places) -> Iterator[tuple[str, str]]:
         f"from transformers import pipeline; print(pipeline('text-generation', {str(places.export)!r})"
         f"({report.pairs[0].prompt!r})[0]['generated_text'])"
     )
-    train = "CONF_FILE={}_" + f"{objective.upper()}_config examples/train.sh"
     yield "See the curves", f"{python} -m tensorboard.main --logdir {shlex.quote(str(places.tensorboard))}"
     yield "Ask the aligned model", f"{python} -c {_double_quoted(ask)}"
-    yield f"The same with {other.upper()}", "make demo-orpo" if other == "orpo" else "make demo"
-    yield "Your own model and preference pairs", train.format("tiny_llama") + " " + _own(objective)
-    yield "What every key of a configuration means", f"{python} -m nxdt_align --help-keys"
-    yield "Llama-3-8B on a trn1.32xlarge", train.format("hf_llama3_8B")
-
-
-def _own(objective: Objective) -> str:
-    """Overrides with which a tiny config trains a model and data of the reader's own."""
-    return " ".join(
-        (
-            "model.model_config=MODEL_FOLDER/config.json data.tokenizer.type=MODEL_FOLDER",
-            "exp_manager.resume_from_checkpoint=MODEL_FOLDER data.train_dir=PAIRS.jsonl data.val_dir=null",
-            f"data.seq_length=1024 model_alignment_strategy.{objective}.max_prompt_length=512",
-        )
+    family = "" if places.model == LLAMA else f" MODEL={places.model}"
+    yield f"The same with {other.upper()}", ("make demo-orpo" if other == "orpo" else "make demo") + family
+    yield (
+        "Your own model and preference pairs",
+        f"{python} -m nxdt_align train --config-name {objective} "
+        "exp_manager.resume_from_checkpoint=MODEL_FOLDER_OR_HUB_ID data.train_dir=PAIRS.jsonl",
     )
+    yield "What every key of a configuration means", f"{python} -m nxdt_align --help-keys"
+    llama = f"CONF_FILE=hf_llama3_8B_{objective.upper()}_config examples/train.sh"
+    yield "Llama-3-8B on a trn1.32xlarge", llama
 
 
 def _double_quoted(text: str) -> str:
@@ -214,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--objective", choices=("dpo", "orpo"), required=True, help="what it was aligned with"
     )
+    parser.add_argument(
+        "--model", choices=MODELS, default=LLAMA, help="family of the small model (default: %(default)s)"
+    )
     parser.add_argument("--beta", type=float, help="of the objective (default: what the run's folder says)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
@@ -228,8 +228,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tensorboard=options.tensorboard.absolute(),
         checkpoint=options.checkpoint.absolute(),
         data=options.data.absolute(),
+        model=options.model,
     )
     print(next_steps(report, places))
+    page = places.tensorboard / REPORT_FILE
+    if page.is_file():
+        print(f"\nThe run's report, to open in a browser: {page}")
     if options.json:
         atomic_write(options.json, report.as_json())
     for fault in report.shortfalls():

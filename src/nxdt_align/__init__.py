@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from nxdt_align.run.contracts import Result as Result
     from nxdt_align.run.conversion import convert as convert
     from nxdt_align.run.conversion import export as export
+    from nxdt_align.run.generation import generate as generate
     from nxdt_align.run.policy import Policy as Policy
     from nxdt_align.run.policy import load_pairs as load_pairs
     from nxdt_align.run.policy import load_policy as load_policy
@@ -45,6 +46,7 @@ _PLACES = {
     "ResponseLogps": "losses",
     "Result": "run.contracts",
     **dict.fromkeys(("convert", "export"), "run.conversion"),
+    "generate": "run.generation",
     **dict.fromkeys(("Policy", "load_policy", "load_pairs"), "run.policy"),
 }
 """Public name -> module of this package."""

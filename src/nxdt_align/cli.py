@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxdt_align import TORCH, __version__
+from nxdt_align import TORCH, __version__, cli_evaluation
 from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.config.check import (
     CheckedConfig,
@@ -32,6 +32,7 @@ from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import presets, read_config, to_yaml
 from nxdt_align.config.loggers import PACKAGES
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import hub_models
 from nxdt_align.errors import SharedError, UserError
 from nxdt_align.files import explain
 from nxdt_align.messages import show_on_terminal
@@ -61,6 +62,9 @@ Preference alignment of language models from NxD Training's YAML.
   nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
   nxdt-align export CHECKPOINT DESTINATION               any checkpoint as a Hugging Face folder
   nxdt-align inspect PATH                                describe a checkpoint
+  nxdt-align generate MODEL --prompts FILE               let a run, checkpoint or export answer prompts
+  nxdt-align chat MODEL                                  talk to it
+  nxdt-align report RUN [RUN ...]                        what runs did: curves, settings, a verdict in words
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
 """
 _USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -228,6 +232,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P,N,...",
         help="tokens of a prompt and of each of its responses, which stand for the data (default: the data)",
     )
+    graphs.add_argument(
+        "--device", choices=("trn1", "trn2"), default="trn1", help="whose times are estimated"
+    )
     graphs.add_argument("--json", action="store_true", help="print JSON")
     for verb in (plan, graphs):
         verb.add_argument(
@@ -258,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_verb(verbs, "processes", "check a configuration and print the processes per node needs")
     add_conversion_verbs(verbs)
+    cli_evaluation.add_evaluation_verbs(verbs)
     ahead = verbs.add_parser(
         "precompile", help="run neuron_parallel_compile and fail where it did not compile every graph"
     )
@@ -332,8 +340,13 @@ def _config(arguments: argparse.Namespace, environment: Environment) -> int:
     from nxdt_align.run import RunEnv
     from nxdt_align.run.mode import RunMode
     from nxdt_align.run.ready import not_checked, require_ready
+    from nxdt_align.run.settle import settle
 
-    require_ready(config, engine, RunEnv(world_size=config.world_size), RunMode())
+    settled = settle(config, engine, weights=False)
+    for note in settled.notes:
+        _note(note)
+    env, fetches = RunEnv(world_size=config.world_size), not hub_models(config)
+    require_ready(settled.config, engine, env, RunMode(), fetches=fetches)
     _note(not_checked(config))
     return 0
 
@@ -430,21 +443,21 @@ def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
     show_on_terminal(rank=0)
     from nxdt_align.run import graphs
 
-    ranks, lengths = arguments.ranks, arguments.lengths
+    ranks, lengths, device = arguments.ranks, arguments.lengths, graphs.DEVICES[arguments.device]
     if not arguments.import_own_parts:
         graphs.refuse_own_parts(config, with_data=lengths is None)
     if len(ranks) == 1:
         # NxD logs to the standard output, which is the report's.
         with redirect_stdout(sys.stderr):
-            found = graphs.reports(config, ranks[0], lengths)
+            found, steps = graphs.reports(config, ranks[0], lengths, device)
         _show(
-            json.dumps([graphs.to_dict(ranks[0], found)])
+            json.dumps([graphs.to_dict(ranks[0], found, steps, device)])
             if arguments.json
-            else graphs.to_text(ranks[0], found)
+            else graphs.to_text(ranks[0], found, steps, device)
         )
         return 0
     overrides = _overrides(arguments, environment)
-    options = ["--config-name", arguments.config_name, "--json"]
+    options = ["--config-name", arguments.config_name, "--json", "--device", device.name]
     options += [] if arguments.config_path is None else ["--config-path", str(arguments.config_path)]
     options += [] if lengths is None else ["--lengths", ",".join(map(str, lengths))]
     options += ["--import-own-parts"] if arguments.import_own_parts else []
@@ -546,6 +559,22 @@ def _inspect(arguments: argparse.Namespace, environment: Environment) -> int:
     return 0
 
 
+def _generate(arguments: argparse.Namespace, environment: Environment) -> int:
+    show_on_terminal(rank=0)
+    return cli_evaluation.generate(arguments, _show)
+
+
+def _report(arguments: argparse.Namespace, environment: Environment) -> int:
+    show_on_terminal(rank=0)
+    return cli_evaluation.report(arguments, _show)
+
+
+def _chat(arguments: argparse.Namespace, environment: Environment) -> int:
+    show_on_terminal(rank=0)
+    with reader_may_stop():
+        return cli_evaluation.chat(arguments)
+
+
 def _read(
     arguments: argparse.Namespace, environment: Environment, *, checked: bool
 ) -> tuple[Config, list[Fault]]:
@@ -598,7 +627,7 @@ def _note(text: str) -> None:
     print(redact(f"notice: {text}"), file=sys.stderr)
 
 
-_NEED_TORCH = ("plan", "graphs", "train", "workers", "convert", "export", "inspect")
+_NEED_TORCH = ("plan", "graphs", "train", "workers", "convert", "export", "inspect", "generate", "chat")
 _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "config": _config,
     "plan": _plan,
@@ -613,4 +642,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "convert": _convert,
     "export": _convert,
     "inspect": _inspect,
+    "generate": _generate,
+    "chat": _chat,
+    "report": _report,
 }

@@ -54,6 +54,11 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
             f"{ALIGN}: must have exactly one of dpo, orpo, cpo, simpo, kto and sft, but has none",
         ),
         ("model_source=megatron", "model_source: must be hf"),
+        (
+            "+data.chat_template_kwargs.tools=[]",
+            "data.chat_template_kwargs.tools: is no variable of a chat template",
+        ),
+        ("+data.chat_template_kwargs=[1]", "data.chat_template_kwargs: must be a mapping"),
         ("model.moe.num_experts=8", "model.moe: mixtures of experts are not supported"),
         ("trainer.max_steps=-1", "training would never end"),
         ("trainer.accumulate_grad_batches=4", "must be 1 (data.global_batch_size sets"),
@@ -213,7 +218,7 @@ def test_required_keys_are_named(write: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError) as error:
         load_checked(str(write("trainer: {max_steps: 1}")))
     paths = {fault.path for fault in error.value.faults}
-    assert paths == {"data.train_dir", "data.tokenizer.type", "model.model_config", ALIGN}
+    assert paths == {"data.train_dir", "exp_manager.resume_from_checkpoint", ALIGN}
 
 
 # Notices

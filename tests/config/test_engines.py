@@ -181,10 +181,14 @@ def test_one_notice_names_every_key_without_effect(repo: Path) -> None:
 def test_the_nxd_engine_says_why_a_key_changes_nothing(repo: Path) -> None:
     given = ("trainer.lnc=2", "trainer.sequential_move_factor=4", "model.use_cpu_initialization=False")
     flash = ("model.fusions.flash_attention=False", "model.transpose_nki_inputs=True")
-    (notice,) = notices(load_config("hf_llama3_8B_DPO_config", [*given, *flash], repo / "conf"), "nxd")
+    packed = ("model.fusions.flash_attention_packed=True",)
+    (notice,) = notices(
+        load_config("hf_llama3_8B_DPO_config", [*given, *flash, *packed], repo / "conf"), "nxd"
+    )
     for key in (
         *("trainer.lnc (", "exp_manager.ckpt_ptl_version (", "model.transpose_nki_inputs ("),
         *("model.use_cpu_initialization (", "trainer.sequential_move_factor ("),
+        "model.fusions.flash_attention_packed (",
     ):
         assert key in notice
 

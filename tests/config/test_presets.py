@@ -14,6 +14,8 @@ from nxdt_align.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 NAMES = sorted(path.stem for path in CONF.glob("*.yaml"))
+WITHOUT_MODEL = ("dpo", "kto", "orpo", "sft")
+GIVEN = ("exp_manager.resume_from_checkpoint=elsewhere", "data.train_dir=elsewhere.jsonl")
 OBJECTIVES = {
     "DPO": ("dpo", {"loss_type": "sigmoid", "kl_beta": 0.01}),
     "DPO_paper": ("dpo", {"loss_type": "sigmoid", "kl_beta": 0.01}),
@@ -31,7 +33,7 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_without_fault_but_for_files_that_are_elsewhere(name: str) -> None:
-    config = load_config(name, (), CONF)
+    config = load_config(name, GIVEN if name in WITHOUT_MODEL else (), CONF)
     faults = [str(f) for f in find_faults(config, config.world_size, "native") if not f.is_missing_path]
     limits = [f for f in faults if "engine native does not support it yet" in f]
     assert faults == limits, faults
@@ -46,6 +48,14 @@ def test_a_preset_has_the_objective_that_it_is_named_after(name: str) -> None:
     assert {key: getattr(strategy.active, key) for key in settings} == settings
     filename = config.exp_manager.checkpoint_callback_params.filename
     assert filename is not None and f"_{name}--" in filename
+
+
+@pytest.mark.parametrize("name", WITHOUT_MODEL)
+def test_a_preset_without_a_model_lacks_model_and_data_alone(name: str) -> None:
+    config = load_config(name, (), CONF)
+    assert config.model_alignment_strategy.objective == name
+    missing = {fault.path for fault in find_faults(config, config.world_size, "native")}
+    assert missing == {"exp_manager.resume_from_checkpoint", "data.train_dir"}
 
 
 def test_presets_lists_each_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,15 @@ CASES: list[tuple[str, dict[str, Any], list[Record]]] = [
         [Record([USER], ("a", "b"))],
     ),
     (
+        "openai",
+        {
+            "input": {"messages": [USER], "tools": [{"type": "function", "function": {"name": "look"}}]},
+            "preferred_output": [say("a")],
+            "non_preferred_output": [say("b")],
+        },
+        [Record([USER], ("a", "b"), tools=[{"type": "function", "function": {"name": "look"}}])],
+    ),
+    (
         "torchtune",
         {"chosen_conversations": [USER, say("a")], "rejected_conversations": [USER, say("b")]},
         [Record([USER], ("a", "b"))],
@@ -202,7 +211,9 @@ def test_the_preferred_response_of_pairs(name: str, row: dict[str, Any], records
     found = detect_format(row, "response")
     assert found is not None and found.name == name
     wanted = ["c"] if name == "responses" else [record.responses[0] for record in records]
-    assert list(found.convert(row)) == [Record(records[0].prompt, (text,)) for text in wanted]
+    assert list(found.convert(row)) == [
+        Record(records[0].prompt, (text,), tools=records[0].tools) for text in wanted
+    ]
 
 
 @pytest.mark.parametrize(("name", "row", "records"), CASES)
@@ -282,7 +293,43 @@ def test_a_pair_of_messages_and_a_rejected_response() -> None:
     """ms-swift's form; a single response is the last message of it."""
     row = {"messages": [USER, say("a")], "rejected_response": "b", "system": "be brief"}
     assert named_format("swift", "pair").convert(row) == [Record([SYSTEM, USER], ("a", "b"))]
-    assert [f.name for k in FORMATS if (f := detect_format(row, k))] == ["swift", "messages", "swift"]
+    names = {kind: f.name for kind in FORMATS if (f := detect_format(row, kind))}
+    assert names == {"pair": "swift", "response": "messages", "unpaired": "swift", "prompt": "messages"}
+
+
+def prompt_of(row: dict[str, Any]) -> Any:
+    format = detect_format(row, "prompt")
+    assert format is not None
+    (record,) = format.convert(row)
+    assert isinstance(record, Record) and record.responses == ()
+    return record.prompt
+
+
+@pytest.mark.parametrize(("name", "row", "records"), CASES)
+def test_prompts_of_pairs_are_those_of_training(
+    name: str, row: dict[str, Any], records: list[Record]
+) -> None:
+    if name != "responses" and (format := detect_format(row, "prompt")) and format.name == name:
+        assert prompt_of(row) == records[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "why?"}, "why?"),
+        ({"prompt": [USER], "answer": "42"}, [USER]),
+        ({"prompt": "why?", "responses": ["a", "b"], "pairs": [[0, 1]]}, "why?"),
+        ({"messages": [SYSTEM, USER]}, [SYSTEM, USER]),
+        ({"messages": [USER, say("a"), ASK, say("b")]}, [USER, say("a"), ASK]),
+        ({"conversations": [{"from": "human", "value": "hi"}], "system": "be brief"}, [SYSTEM, USER]),
+        ({"instruction": "Add.", "input": "2 3"}, "Add.\n2 3"),
+        ({"instruction": "Add.", "input": "2 3", "output": None}, "Add.\n2 3"),
+        ({"prompt": "p", "completion": "c", "label": True}, "p"),
+        ({"src": "p"}, "p"),
+    ],
+)
+def test_prompts_need_no_response(row: dict[str, Any], prompt: Any) -> None:
+    assert prompt_of(row) == prompt
 
 
 @pytest.mark.parametrize(
@@ -455,8 +502,8 @@ def gpt(text: str, role: str = "gpt") -> dict[str, str]:
                 "preferred_output": "a",
                 "non_preferred_output": "b",
             },
-            "tools not read",
-            "`input.tools`",
+            "wrong type",
+            "`input.tools` must be a list of JSON schemas",
         ),
         (
             "openai",

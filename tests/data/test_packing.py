@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from row_plans import LAYOUTS, FakeLengths, lengths, planner
 
-from nxdt_align.data.packing import Layout, example_tokens
+from nxdt_align.data.packing import ROUNDING, Layout, example_tokens
 from nxdt_align.errors import UserError
 from nxdt_align.planning.rows import PlanReport
 
@@ -136,3 +136,27 @@ def test_longest_example_must_fit_the_largest_bucket() -> None:
 def test_buckets_must_ascend(buckets: list[int]) -> None:
     with pytest.raises(UserError, match=r"data\.buckets: must be positive row lengths in ascending order"):
         planner(lengths(), "packed", buckets=buckets)
+
+
+def test_dear_long_rows_are_not_chosen() -> None:
+    """Pairs of about 1,000 tokens. By positions, rows of several pairs waste least; where a token costs as
+    much as its row is long, rows of one pair cost least."""
+    rng = np.random.default_rng(0)
+    data = FakeLengths(rng.integers(500, 600, 640), rng.integers(180, 260, (640, 2)))
+    longest = int(example_tokens(data, "shared_prompt").max())
+    by_positions = planner(data, "shared_prompt", examples_per_step=64)
+    squared = planner(
+        data, "shared_prompt", examples_per_step=64, row_cost=lambda bucket: float(bucket.tokens**2)
+    )
+    assert max(b.tokens for b in by_positions.buckets) > 2 * longest
+    assert max(b.tokens for b in squared.buckets) < longest + ROUNDING
+    plan = squared.plan(range(64))
+    assert sorted(i for row in plan.rows for i in row) == list(range(64))
+
+
+def test_rows_are_a_multiple_of_what_a_kernel_asks_for() -> None:
+    """Also where they are chosen from the data: multiples of 64 else."""
+    chosen = planner(lengths(), "packed", row_multiple=96).buckets
+    assert chosen and all(bucket.tokens % 192 == 0 for bucket in chosen)
+    with pytest.raises(UserError, match=r"data\.buckets: must be multiples of 96"):
+        planner(lengths(), "packed", row_multiple=96, buckets=[1000])

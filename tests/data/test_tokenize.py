@@ -330,7 +330,9 @@ def test_records_that_the_template_refuses_stop_with_all_of_them() -> None:
         tokenize_records(refused_among(8), tokenization, None)
     message = str(caught.value)
     assert message.startswith("2 bad of 10 records\n  refused by the chat template: 2\n")
-    assert "f.jsonl:9: the tokenizer's chat template refuses the conversation: no system role\n" in message
+    assert (
+        "f.jsonl:9: the tokenizer's chat template refuses the conversation: no system role; write" in message
+    )
     assert "f.jsonl:10: the tokenizer's chat template refuses the conversation: roles must" in message
     assert "data.on_bad_record=drop" in message
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,3 +68,33 @@ def test_a_record_that_finds_no_other_prompts_completion_is_named(
     records = load(tmp_path, [row(p, c, True) for p, c in rows])
     with pytest.raises(DataError, match=r"rows.jsonl:1: KTO needs another prompt's completion beside each"):
         with_mismatched(records)
+
+
+def test_the_search_is_short_however_long_a_run_of_one_prompt_is() -> None:
+    """Against the search through all records before each, on draws with few prompts and completions."""
+
+    def by_search(records: list[Record], i: int) -> object:
+        before = (records[i - k] for k in range(1, len(records)))
+        own = records[i]
+        fits = (r for r in before if r.prompt != own.prompt and r.responses != own.responses)
+        return next((r.responses[0] for r in fits), None)
+
+    rng = random.Random(0)
+    for _ in range(2000):
+        prompts, completions = rng.randint(1, 4), rng.randint(1, 4)
+        records = []
+        for _ in range(rng.randint(1, 12)):
+            words, completion = str(rng.randrange(prompts)), str(rng.randrange(completions))
+            prompt = rng.choice([words, [{"role": "user", "content": words}]])
+            records.append(Record(prompt, (completion,), True))
+        wanted = [by_search(records, i) for i in range(len(records))]
+        if None in wanted:
+            with pytest.raises(DataError, match="another prompt's completion"):
+                with_mismatched(records)
+        else:
+            assert [record.responses[1] for record in with_mismatched(records)] == wanted
+    run = [Record("a", (str(i),), True) for i in range(20_000)]
+    begun = time.process_time()
+    mixed = with_mismatched([*run, Record("b", ("x",), True)])
+    assert time.process_time() - begun < 10  # 0.3 s; the search through them takes minutes.
+    assert {record.responses[1] for record in mixed[:-1]} == {"x"} and mixed[-1].responses[1] == "19999"

@@ -37,6 +37,8 @@ SPREADS = {
     "pp2 dp2, interleaved": Case(pipeline=2, data=2, virtual_pipeline=2),
     "tp2 dp2 zero1": Case(tensor=2, data=2, zero1=True),
     "dp4 fsdp": Case(data=4, fsdp=True),
+    "dp2 zero1": Case(data=2, zero1=True),
+    "pp2, interleaved": Case(pipeline=2, virtual_pipeline=2, attention="blocks"),
 }
 CASES = {
     f"{name}: {spread}": replace(case, shape=shape, std=STD, steps=1)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from nxdt_align.planning.devices import DEVICES
 from nxdt_align.planning.graph_report import report
 
 pytestmark = pytest.mark.xla
@@ -79,6 +80,6 @@ def test_steps_are_recorded_and_nothing_runs() -> None:
     steps = [graph for graph in found["traced"] if graph["name"] == "training step"]
     keys = [graph["key"] for graph in steps]
     assert len(keys) == 3 and keys[0] != keys[1] == keys[2]
-    reports = [report(Graph(graph), low_precision=True) for graph in steps]  # type: ignore[arg-type]
+    reports = [report(Graph(graph), DEVICES["trn1"], low_precision=True) for graph in steps]  # type: ignore[arg-type]
     assert [each.findings for each in reports] == [[], [], []]
     assert all(each.flops > 0 for each in reports)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demo.models import MODELS
 from omegaconf import OmegaConf
 
 # Stands for python: writes every call down; "train" leaves the folders that a run leaves.
@@ -25,6 +26,7 @@ if "processes" in sys.argv:
     print(1)
 if "train" in sys.argv:
     name = sys.argv[sys.argv.index("--config-name") + 1].removesuffix("_config")
+    name = name.replace("llama", os.environ["NXDT_DEMO_MODEL"])
     for date in ("2025-01-01_00-00-00", "2025-01-02_00-00-00"):
         Path("nemo_experiments", name, date, "hf_export").mkdir(parents=True)
     sys.exit(int(os.environ.get("FAKE_STATUS", "0")))
@@ -45,23 +47,23 @@ def run_demo(
     return done, [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo"])
-def test_steps(repo: Path, tmp_path: Path, objective: str) -> None:
-    done, calls = run_demo(repo, tmp_path, objective)
+@pytest.mark.parametrize(("objective", "model"), [("dpo", "llama"), ("orpo", "llama"), ("dpo", "qwen3")])
+def test_steps(repo: Path, tmp_path: Path, objective: str, model: str) -> None:
+    done, calls = run_demo(repo, tmp_path, objective, *([] if model == "llama" else [model]))
     assert done.returncode == 0, done.stderr
     assert {call["cwd"] for call in calls} == {call["demo"] for call in calls} == {str(tmp_path / "demo_run")}
     prepare, *training, report = [" ".join(map(str, call["argv"])) for call in calls]
-    assert prepare == "-m demo.prepare --out ."
+    assert prepare == f"-m demo.prepare --out . --model {model}"
     trained = [line for line in training if "nxdt_align train" in line]
     align = f"tiny_llama_{objective.upper()}"
     assert [line.split("--config-name ")[1].split()[0] for line in trained] == [
         "tiny_llama_SFT_config",
         f"{align}_config",
     ]
-    newest = f"nemo_experiments/{align}/2025-01-02_00-00-00"
+    newest = f"nemo_experiments/tiny_{model}_{objective.upper()}/2025-01-02_00-00-00"
     assert report == (
         f"-m demo.report --before warmup --after {newest}/hf_export --data data"
-        f" --objective {objective} --tensorboard {newest} --checkpoint {newest}/checkpoints"
+        f" --objective {objective} --model {model} --tensorboard {newest} --checkpoint {newest}/checkpoints"
     )
 
 
@@ -94,9 +96,21 @@ def test_unknown_objective_is_refused(repo: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "demo_run").exists()
 
 
+def test_every_family_is_known_to_both(repo: Path, tmp_path: Path) -> None:
+    for model in MODELS:
+        done, _ = run_demo(repo, tmp_path, "dpo", model, FAKE_STATUS="1")
+        assert "MODEL must be" not in done.stderr
+    done, calls = run_demo(repo, tmp_path, "dpo", "bert")
+    assert done.returncode == 1 and "but is 'bert'" in done.stderr
+    assert all("bert" not in json.dumps(call) for call in calls)
+
+
 @pytest.mark.parametrize("objective", ["SFT", "DPO", "ORPO"])
-def test_experiment_is_named_after_its_config(repo: Path, objective: str) -> None:
+def test_experiment_is_named_after_its_config(
+    repo: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The demo finds a run's folder by this name."""
+    monkeypatch.delenv("NXDT_DEMO_MODEL", raising=False)
     config = OmegaConf.load(repo / "conf" / f"tiny_llama_{objective}_config.yaml")
     assert config.name == f"tiny_llama_{objective}"
     assert config.exp_manager.get("name") in (None, config.name)

@@ -110,6 +110,8 @@ def test_layouts_and_attention() -> None:
     assert sizes("model.fusions.flash_attention=False", layout="none").attention == "scores"
     packed = sizes("data.micro_batch_size=2")
     assert (packed.rows, packed.attention) == (2, "scores")
+    # By a bias of (S, S), as an option.
+    assert sizes("model.fusions.flash_attention_packed=True").attention == "masked"
     assert sizes("trainer.accelerator=cpu").attention == "flash"
     assert sizes("trainer.accelerator=cpu", "data.attention=dense").attention == "masked"
 

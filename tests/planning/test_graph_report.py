@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hlo_fixture import ADD, HEAD, Traced, module
 
+from nxdt_align.planning.devices import DEVICES
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
 from nxdt_align.planning.hlo import HloError, Shape, parse
 
-HEAD = "HloModule IrToHlo.9, entry_computation_layout={(f32[4,4]{1,0})->(f32[4,4]{1,0})}\n\n"
-ADD = """%AddComputation.5 (x.6: f32[], y.7: f32[]) -> f32[] {
-  %x.6 = f32[] parameter(0)
-  %y.7 = f32[] parameter(1)
-  ROOT %add.8 = f32[] add(f32[] %x.6, f32[] %y.7)
-}
-
-"""
-
-
-@dataclass(frozen=True)
-class Traced:
-    hlo: str
-    key: str = "1"
-    name: str = "training step"
-    shapes: tuple[tuple[int, ...], ...] = ((1, 64, 16, 2),)
-
-
-def module(*lines: str) -> str:
-    return HEAD + ADD + "ENTRY %IrToHlo.9 (p0.1: f32[4,4]) -> (f32[4,4]) {\n  " + "\n  ".join(lines) + "\n}\n"
+TRN1 = DEVICES["trn1"]
 
 
 def found(*lines: str, low_precision: bool = False) -> GraphReport:
-    return report(Traced(module(*lines)), low_precision=low_precision)
+    return report(Traced(module(*lines)), TRN1, low_precision=low_precision)
 
 
 def test_a_module_is_read() -> None:
@@ -65,7 +47,7 @@ def test_loops_and_branches_count() -> None:
         "ROOT %while.2 = f32[] while(f32[] %p0.1), condition=%body.1, body=%body.1",
     ).replace("ENTRY", body + "ENTRY")
     assert [c.name for c in parse(text).computations()] == ["IrToHlo.9", "body.1"]
-    (finding,) = report(Traced(text), low_precision=False).findings
+    (finding,) = report(Traced(text), TRN1, low_precision=False).findings
     assert (finding.rule, finding.what) == ("kinds", "while, 1 times")
 
 
@@ -185,7 +167,7 @@ def test_single_elements_of_a_scatter_are_found() -> None:
 def test_each_rule_finds_its_own(lines: list[str], rule: str) -> None:
     read = found(*lines)
     assert [finding.rule for finding in read.findings] == [rule]
-    assert f"  {rule} (graph 1): " in to_text(3, [read])
+    assert f"  {rule} (graph 1): " in to_text(3, [read], [], TRN1)
 
 
 def test_powers_of_a_number_are_none() -> None:
@@ -201,8 +183,8 @@ def test_powers_of_a_number_are_none() -> None:
 
 def test_reports_are_text_and_json() -> None:
     read = found(*(line.format("bf16") for line in PRODUCT))
-    table: dict[str, Any] = json.loads(json.dumps(to_dict(3, [read])))
+    table: dict[str, Any] = json.loads(json.dumps(to_dict(3, [read], [], TRN1)))
     assert table["rank"] == 3 and table["graphs"][0]["products"][0]["flops"] == 524288
-    said = to_text(3, [read])
+    said = to_text(3, [read], [], TRN1)
     assert "1. training step, rows x tokens, response tokens, responses: 1 x 64, 16, 2" in said
     assert "bf16[128,32] = bf16[128,64] x bf16[64,32]" in said and said.endswith("findings: none")

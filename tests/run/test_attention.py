@@ -11,12 +11,17 @@ import torch
 
 from nxdt_align.config.alignment import ModelAlignmentStrategyConfig, SFTConfig
 from nxdt_align.config.data import Attention, DataConfig, Packing
+from nxdt_align.config.model import FusionsConfig, ModelConfig
 from nxdt_align.config.schema import Config
+from nxdt_align.engines.nxd.compat import Platform
+from nxdt_align.engines.nxd.flash import CausalFlashAttention, IntervalFlashAttention
 from nxdt_align.errors import UserError
+from nxdt_align.messages import NOTICE
 from nxdt_align.models.presets import TINY
 from nxdt_align.ops.attention import CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.run import nxd
 from nxdt_align.run.assemble import attention, row_multiple
 
 NEURON: Any = SimpleNamespace(type="neuron")
@@ -50,6 +55,62 @@ def test_a_neuron_device_takes_its_flash_kernel_where_no_mask_is_needed() -> Non
     assert isinstance(attention(config("auto", "none", 1024), NEURON, MISTRAL), CausalAttention)
     # Elsewhere rows of any length.
     assert row_multiple(config("causal", "none"), torch.device("cpu"), TINY) == 1
+
+
+class OnNeuron(nxd.NxDParts):
+    """Engine nxd's choice of an attention, without its processes."""
+
+    def __init__(self, config: Config, model: Any = TINY) -> None:
+        self._config, self._model = config, model
+        self.platform = Platform("neuron", torch.device("cpu"))
+
+    def _kernel(self) -> Any:
+        return "NxD's"
+
+    def _kernels(self) -> Any:
+        return "the compiler's"
+
+
+def fused(kind: Attention, packing: Packing | None, **fusions: bool) -> Config:
+    return replace(config(kind, packing), model=ModelConfig(fusions=FusionsConfig(**fusions)))
+
+
+def test_engine_nxd_has_flash_for_packed_rows_where_it_is_asked_for() -> None:
+    """Rows of a multiple of 512 tokens then; causal but around a shared prompt; windows, too."""
+    both = {"flash_attention": True, "flash_attention_packed": True}
+    for packing, model, causal in (
+        ("packed", TINY, True),
+        ("shared_prompt", TINY, False),
+        ("none", MISTRAL, True),
+    ):
+        parts = OnNeuron(fused("auto", packing, **both), model)  # type: ignore[arg-type]
+        chosen = parts._attention()
+        assert isinstance(chosen, IntervalFlashAttention) and chosen._causal is causal
+        assert parts.row_multiple == 512
+    plain = OnNeuron(fused("auto", "none", **both))
+    assert isinstance(plain._attention(), CausalFlashAttention) and plain.row_multiple == 1
+    for without in ({"flash_attention": True}, {"flash_attention_packed": True}):
+        parts = OnNeuron(fused("auto", "packed", **without))
+        assert isinstance(parts._attention(), DenseAttention) and parts.row_multiple == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "why"),
+    [
+        ("dense", TINY, "as data.attention is dense"),
+        ("auto", replace(TINY, attention_softcap=50.0), "does not cap scores, as this model does (at 50)"),
+        ("auto", replace(TINY, head_dim=256), "takes heads of 128 at most, but this model's have 256"),
+    ],
+)
+def test_where_the_kernel_cannot_a_mask_is_used_and_told(
+    caplog: pytest.LogCaptureFixture, kind: Attention, model: Any, why: str
+) -> None:
+    asked = fused(kind, "packed", flash_attention=True, flash_attention_packed=True)
+    parts = OnNeuron(asked, model)
+    with caplog.at_level(NOTICE):
+        assert isinstance(parts._attention(), DenseAttention)
+    assert "model.fusions.flash_attention_packed: a mask is used, " in caplog.text and why in caplog.text
+    assert parts.row_multiple == 1
 
 
 def test_the_layout_is_the_objectives_own_where_the_yaml_says_nothing() -> None:

@@ -15,7 +15,10 @@ import pytest
 from nxd_fixture import require_nxd
 
 from nxdt_align.cli import main
+from nxdt_align.config.load import load_config
+from nxdt_align.data.packing import Bucket
 from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
+from nxdt_align.planning.step_time import row_cost
 
 SMALL = replace(
     LLAMA3_8B, vocab_size=2048, hidden_size=512, head_dim=16, intermediate_size=1024, num_hidden_layers=2
@@ -34,6 +37,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("hf_llama3_8B_DPO_config", "data.packing=none", "data.seq_length=2048"),
         "model_alignment_strategy.dpo.max_prompt_length=1024",
         "model.fusions.flash_attention=True",
+    ),
+    "DPO, packed flash": (
+        *("hf_llama3_8B_DPO_config", "model.fusions.flash_attention=True"),
+        "model.fusions.flash_attention_packed=True",
     ),
     "DPO aot": (
         *("hf_llama3_8B_DPO_config", "model_alignment_strategy.dpo.loss_type=aot"),
@@ -101,6 +108,20 @@ def test_no_graph_of_true_widths_has_a_finding(tmp_path: Path, name: str) -> Non
     require_nxd()
     (table,) = recorded(arguments(tmp_path, TRUE, RUNS[name], LONG))
     assert_none_found(table)
+
+
+@pytest.mark.nxd
+@pytest.mark.xla
+@pytest.mark.parametrize("name", ["DPO", "DPO none, flash", "ORPO"])
+def test_sizes_tell_what_graphs_cost(tmp_path: Path, name: str) -> None:
+    """What rows are chosen by, to 10%: true widths, 2 layers; ORPO's run has no sequence parallelism."""
+    require_nxd()
+    given = arguments(tmp_path, TRUE, RUNS[name], LONG)
+    (table,) = recorded(given)
+    (step,) = table["steps"]
+    rows, *bucket = step["shape"]
+    of_graph, of_sizes = sum(step["later"].values()), row_cost(load_config(given[2], given[5:]), TRUE)
+    assert rows * of_sizes(Bucket(*bucket)) == pytest.approx(of_graph, rel=0.1)
 
 
 @pytest.mark.nxd

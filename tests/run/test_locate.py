@@ -235,7 +235,7 @@ def test_plan_and_config_take_a_run_too(
     for verb in ("plan", "config"):
         assert main([verb, *project.arguments(*short, start)[1:]]) == 0
     assert main(["plan", *project.arguments(*short)[1:]]) == 1
-    assert "data.tokenizer.type: is required" in capsys.readouterr().err
+    assert "exp_manager.resume_from_checkpoint: is required" in capsys.readouterr().err
 
 
 def test_the_export_of_a_run_loads_with_its_tokenizer(project: Project, tmp_path: Path) -> None:

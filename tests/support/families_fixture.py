@@ -6,9 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import DecoderConfig, from_hf_dict
+from nxdt_align.ops.attention import Attention, DenseAttention
+from nxdt_align.weights.names import hf_tensors
 
 BASE: dict[str, Any] = {
     "vocab_size": 64,
@@ -63,7 +66,7 @@ VALUES: dict[str, dict[str, Any]] = {
 }
 """Keys of ``config.json`` beside BASE."""
 CONFIGS: dict[str, DecoderConfig] = {name: from_hf_dict(BASE | values) for name, values in VALUES.items()}
-WINDOW = 40
+TOKENS = 24
 
 
 def window(config: DecoderConfig, size: int) -> DecoderConfig:
@@ -79,3 +82,39 @@ def draw(model: Decoder, seed: int, std: float) -> None:
         noise = torch.randn(parameter.shape, generator=generator) * std
         is_norm = name.endswith("norm.weight")
         parameter.copy_(noise + (1.0 - model.config.norm_offset if is_norm else 0.0))
+
+
+def build(config: DecoderConfig, attention: Attention | None = None) -> Decoder:
+    model = Decoder(config, attention or DenseAttention())
+    draw(model, 0, 0.2)
+    return model
+
+
+def theirs(config: DecoderConfig, model: Decoder) -> Any:
+    """transformers' model with the same weights, put together by the family's own names."""
+    import transformers
+
+    hf_config = transformers.AutoConfig.for_model(**config.to_hf_dict(), attn_implementation="eager")
+    auto: Any = transformers.AutoModelForCausalLM
+    hf = auto.from_config(hf_config).float()
+    assert type(hf).__name__ == config.family.architecture
+    tensors = model.state_dict()
+    stacked = {name: torch.cat([tensors[p] for p in parts]) for name, parts in hf_tensors(config).items()}
+    missing, unexpected = hf.load_state_dict(stacked, strict=False)
+    assert unexpected == [] and set(missing) <= {"lm_head.weight"}
+    hf.tie_weights()
+    return hf.eval()
+
+
+def inputs(config: DecoderConfig, start: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids, positions, and bounds of two rows of one sequence each."""
+    ids = torch.randint(config.vocab_size, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    index = torch.arange(TOKENS, dtype=torch.int32).expand(2, -1)
+    return ids, index.long() + start, torch.zeros_like(index), index + 1
+
+
+def ours(model: Decoder, start: int = 0) -> Tensor:
+    ids, positions, *bounds = inputs(model.config, start)
+    attention: Any = model.model.layers[0].self_attn.core_attn._attend  # type: ignore[union-attr]
+    context = model.model.prepare(*bounds, attention.prepare)
+    return model.logits(model(ids, positions, context))

@@ -129,6 +129,7 @@ class Project:
                 "exp_dir": str(root / "experiments"),
                 "resume_if_exists": True,
                 "resume_ignore_no_checkpoint": True,
+                "report": False,  # it takes a second, which hundreds of runs would pay
                 "checkpoint_callback_params": {
                     "monitor": "step",
                     "mode": "max",

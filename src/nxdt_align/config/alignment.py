@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nxdt_align.config.dpo_forms import FORMS
 from nxdt_align.config.faults import Fault
-from nxdt_align.config.fields import PATH, is_dotted, number
+from nxdt_align.config.fields import AUTO, PATH, is_dotted, number
 
 TruncationMode = Literal["keep_start", "keep_end"]
 Examples = Literal["pair", "response", "unpaired"]
@@ -29,9 +29,9 @@ MAX_PROMPT_LENGTH = 2048
 class PromptLimits:
     """Truncation of prompts and responses, common to all objectives."""
 
-    max_prompt_length: int = number(MAX_PROMPT_LENGTH, at_least=1)
+    max_prompt_length: int = number(MAX_PROMPT_LENGTH, AUTO, at_least=1)
     """Tokens kept of a prompt: BOS and the last ones. Default: 2048, or half of data.seq_length if that is
-    less."""
+    less; three quarters of it where that is auto."""
     truncation_mode: TruncationMode = "keep_start"
     """What is cut if prompt and response exceed data.seq_length. keep_start: the response's end; keep_end:
     the prompt's start after BOS."""

@@ -47,6 +47,8 @@ class Walk:
     faults: list[Fault] = field(default_factory=list)
     given: set[str] = field(default_factory=set)
     """Paths of all keys that the YAML has."""
+    auto: set[str] = field(default_factory=set)
+    """Paths of those that are auto."""
     values: int = 0
     """How many have been resolved."""
     secrets: dict[str, str] = field(default_factory=dict)
@@ -99,6 +101,9 @@ def _take(
             built[name] = build_section(inner, value, f"{path}.", walk)
         else:
             walk.faults.append(Fault(path, "must be a section of keys", value))
+    elif metadata.get("auto") and str(value).lower() == "auto":
+        walk.given.add(path)
+        walk.auto.add(path)
     else:
         walk.given.add(path)
         value = metadata.get("reads_as", {}).get(str(value).lower(), value)

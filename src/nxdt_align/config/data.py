@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from nxdt_align.config.fields import PATH, number, reads_as
+from nxdt_align.config.fields import AUTO, PATH, number, reads_as
 
 Packing = Literal["none", "packed", "shared_prompt"]
 Attention = Literal["auto", "dense", "blocks", "flex", "causal"]
@@ -16,10 +16,20 @@ _PAIRS = (
     *("shp", "stack_exchange", "nectar", "ultrafeedback", "common_beginning"),
 )
 _SINGLE = ("input_output", "messages")
+TEMPLATE_ARGUMENTS = frozenset(
+    (
+        *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "tokenizer_kwargs", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        "sanitize_control_tokens",
+    )
+)
+"""What a template gets from the data, or apply_chat_template takes itself: no variables of a template."""
 FORMATS: dict[str, tuple[str, ...]] = {
     "pair": _PAIRS,
     "response": ("prompt_response", "prompt_completion", *_PAIRS, *_SINGLE),
     "unpaired": ("unpaired", *_SINGLE, *_PAIRS),
+    "prompt": ("prompt", "prompt_response", "prompt_completion", *_PAIRS, *_SINGLE),
 }
 """An objective's examples -> names of the formats that hold them; a test compares them with the formats."""
 
@@ -54,9 +64,10 @@ class DataConfig:
     """Validation data, as train_dir; null for none."""
     dev_choose_samples: int | None = number(None, at_least=1)
     """Take the first N records of each file; null for all."""
-    seq_length: int = number(4096, at_least=2)
+    seq_length: int = number(4096, AUTO, at_least=2)
     """Maximum tokens of an example, prompt and response. If not set: model.encoder_seq_length, if that is
-    set."""
+    set. auto (ours): that or 4096, or what the model was made for (max_position_embeddings, a sliding window
+    of all layers), if that is less."""
     micro_batch_size: int = number(1, at_least=1)
     """Pairs (packing none) or rows (otherwise) per micro-batch."""
     global_batch_size: int = number(8, at_least=1)
@@ -79,6 +90,9 @@ class DataConfig:
     from the keys."""
     columns: Mapping[str, str] | None = None
     """(ours) Our key to the files' key, e.g. {prompt: question, chosen: good, rejected: bad}."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """(ours) Variables of the tokenizer's chat template, e.g. {enable_thinking: false}; as TRL's
+    chat_template_kwargs."""
     on_bad_record: Literal["error", "drop"] = "error"
     """(ours) error: stop with a report of all bad records; drop: leave them out and log the report."""
     cache_dir: str | None = field(default=None, metadata=PATH)

@@ -174,6 +174,7 @@ _NEURON = (
     "distributed_strategy.kv_replicator",
     *("model.qkv_linear", "model.fuse_qkv", "model.transpose_nki_inputs", "model.use_cpu_initialization"),
     *("model.fusions.softmax", "model.fusions.flash_attention", "model.fusions.ring_attention"),
+    "model.fusions.flash_attention_packed",
     *("precision.neuron_rt_stochastic_rounding_en", "precision.parallel_layers_reduce_dtype"),
     *("exp_manager.save_xser", "exp_manager.load_xser", "exp_manager.ckpt_ptl_version"),
 )
@@ -203,6 +204,7 @@ REASONS: dict[Engine, dict[str, str]] = {
         "exp_manager.ckpt_ptl_version": "checkpoints of this package record their version",
         "model.fusions.ring_attention": "it is for context parallelism",
         "model.transpose_nki_inputs": "it is for the kernel of model.fusions.flash_attention",
+        "model.fusions.flash_attention_packed": "it is for the kernel of model.fusions.flash_attention",
         "model.use_cpu_initialization": (
             "weights are always initialised on the CPU, so that every layout starts from the same ones"
         ),
@@ -223,6 +225,7 @@ _ONLY_WITH: dict[str, Callable[[Config], bool]] = {
         c.model.activations_checkpoint_granularity == "selective"
     ),
     "model.transpose_nki_inputs": lambda c: c.model.fusions.flash_attention,
+    "model.fusions.flash_attention_packed": lambda c: c.model.fusions.flash_attention,
     "model.use_cpu_initialization": lambda c: c.model.use_cpu_initialization,
     "trainer.sequential_move_factor": lambda c: c.distributed_strategy.pipeline_model_parallel_size > 1,
 }

@@ -202,6 +202,9 @@ class ExpManagerConfig:
     """NxDT's: Lightning version of a checkpoint that does not record it. Ours always do."""
     export_hf: bool = True
     """(ours) Write the trained model as a Hugging Face folder at the end."""
+    report: bool = True
+    """(ours) At the end, write report.html and report.json into the run's folder: curves, settings and a
+    verdict in words."""
     preflight: bool = True
     """(ours) Before the first step, check that policy and reference agree; stop a new run if they should and
     do not."""

@@ -7,7 +7,7 @@ import math
 import operator
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nxdt_align.config.faults import ConfigError, Fault
@@ -20,6 +20,10 @@ OPEN: dict[str, Any] = {"open": True}
 
 INTERNAL: dict[str, Any] = {"internal": True}
 """Not a key of the YAML."""
+
+AUTO: dict[str, Any] = {"auto": True}
+"""May be ``auto`` in a YAML: the run chooses it, from the model and the device. ``Config.auto`` has the keys
+that are; their fields hold the default until then."""
 
 
 def reads_as(**replacements: Any) -> dict[str, Any]:
@@ -68,9 +72,9 @@ _BOUNDS = {
 }
 
 
-def number(default: Any, **bounds: float) -> Any:
+def number(default: Any, metadata: Mapping[str, Any] | None = None, **bounds: float) -> Any:
     """A field with ``bounds``: above, at_least, below, at_most. None is always within them."""
-    return dataclasses.field(default=default, metadata={"bounds": bounds})
+    return dataclasses.field(default=default, metadata={"bounds": bounds, **(metadata or {})})
 
 
 def section_faults(section: Any, path: str) -> Iterator[Fault]:

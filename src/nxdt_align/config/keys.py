@@ -124,7 +124,8 @@ def _walk(section: type, prefix: str) -> Iterator[Key]:
             yield Key(path, "", "", _first_line(inner) + unset, hint, True)
             yield from _walk(inner, f"{path}.")
         else:
-            yield Key(path, type_name(hint), _default(field), meanings.get(field.name, ""), hint, False)
+            kind = type_name(hint) + (" | auto" if field.metadata.get("auto") else "")
+            yield Key(path, kind, _default(field), meanings.get(field.name, ""), hint, False)
 
 
 def type_name(hint: Any) -> str:

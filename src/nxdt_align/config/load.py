@@ -71,11 +71,10 @@ def read_config(
         config = build_section(Config, values, "", walk)
     except RecursionError as error:
         raise UserError(f"{path}, or an override: is nested too deeply; no key here is") from error
-    given = frozenset(walk.given)
+    given, auto = frozenset(walk.given), frozenset(walk.auto)
     named = tuple(text.partition("=")[0].lstrip("+") for text in overrides if not text.startswith("~"))
-    derived = _derive(config, given)
     config = dataclasses.replace(
-        derived, given=given, overridden=named, source=str(path), secrets=walk.secrets
+        _derive(config, given, auto), given=given, overridden=named, source=str(path), secrets=walk.secrets
     )
     return config, walk.faults
 
@@ -136,18 +135,19 @@ def to_yaml(config: Config) -> str:
     Values from environment variables whose names look secret are written as the YAML had them,
     ``${oc.env:NAME}``.
     """
-    return OmegaConf.to_yaml(OmegaConf.create(_as_written(_plain(config), "", config.secrets)))
+    written = {**config.secrets, **dict.fromkeys(config.auto, "auto")}
+    return OmegaConf.to_yaml(OmegaConf.create(_as_written(_plain(config), "", written)))
 
 
-def _as_written(value: Any, path: str, secrets: Mapping[str, str]) -> Any:
-    """``value`` with the texts of ``secrets`` at their paths."""
-    if path in secrets:
-        return secrets[path]
+def _as_written(value: Any, path: str, texts: Mapping[str, str]) -> Any:
+    """``value`` with ``texts`` at their paths."""
+    if path in texts:
+        return texts[path]
     prefix = f"{path}." if path else ""
     if isinstance(value, Mapping):
-        return {key: _as_written(item, f"{prefix}{key}", secrets) for key, item in value.items()}
+        return {key: _as_written(item, f"{prefix}{key}", texts) for key, item in value.items()}
     if isinstance(value, list):
-        return [_as_written(item, f"{prefix}{number}", secrets) for number, item in enumerate(value)]
+        return [_as_written(item, f"{prefix}{number}", texts) for number, item in enumerate(value)]
     return value
 
 
@@ -300,19 +300,35 @@ def _resolved_item(node: DictConfig | ListConfig, key: Any, path: str, walk: Wal
 
 # Defaults that follow from other keys
 
+_LENGTH = "data.seq_length"
 
-def _derive(config: Config, given: frozenset[str]) -> Config:
+
+def prompt_limit(seq_length: int, *, is_auto: bool) -> int:
+    """The default of max_prompt_length, for sequences of a length that is the user's or, ``is_auto``, the
+    run's."""
+    return max(1, seq_length * 3 // 4) if is_auto else min(MAX_PROMPT_LENGTH, seq_length // 2)
+
+
+def _derive(config: Config, given: frozenset[str], auto: frozenset[str]) -> Config:
+    """``config`` with the lengths that follow from others, and ``auto`` where they follow from what is auto.
+
+    Args:
+        given: keys that the YAML has.
+        auto: those of them that are auto.
+    """
     data = config.data
-    if "data.seq_length" not in given and config.model.encoder_seq_length is not None:
+    if _LENGTH not in given - auto and config.model.encoder_seq_length is not None:
         data = dataclasses.replace(data, seq_length=config.model.encoder_seq_length)
     strategy = config.model_alignment_strategy
-    limit = min(MAX_PROMPT_LENGTH, data.seq_length // 2)
+    limit = prompt_limit(data.seq_length, is_auto=_LENGTH in auto)
     for name in OBJECTIVES:
-        objective = getattr(strategy, name)
-        if objective is not None and f"model_alignment_strategy.{name}.max_prompt_length" not in given:
-            shorter = dataclasses.replace(objective, max_prompt_length=limit)
-            strategy = dataclasses.replace(strategy, **{name: shorter})
-    return dataclasses.replace(config, data=data, model_alignment_strategy=strategy)
+        objective, key = getattr(strategy, name), f"model_alignment_strategy.{name}.max_prompt_length"
+        if objective is None or key in given - auto:
+            continue
+        shorter = dataclasses.replace(objective, max_prompt_length=limit)
+        strategy = dataclasses.replace(strategy, **{name: shorter})
+        auto = auto | {key} if _LENGTH in auto else auto
+    return dataclasses.replace(config, data=data, model_alignment_strategy=strategy, auto=auto)
 
 
 # Writing

@@ -18,6 +18,9 @@ class FusionsConfig:
     """Fused softmax."""
     flash_attention: bool = False
     """NKI flash attention."""
+    flash_attention_packed: bool = False
+    """(ours) NKI flash attention also for rows of several sequences and for windows, by a bias in the graph
+    (engine nxd). Needs flash_attention. Off until it has run on a chip."""
     ring_attention: bool = False
     """Ring attention; required with context_parallel_size above 1."""
 
@@ -65,6 +68,14 @@ class ModelConfig:
     model_config: str | None = field(default=None, metadata=PATH)
     """Hugging Face config.json, or a folder that has one; null: that of
     exp_manager.resume_from_checkpoint."""
+    implementation: Literal["auto", "ours", "transformers"] = "auto"
+    """(ours) Who computes the model. ours: this package's decoder, for the families that it covers (Llama,
+    Mistral, Qwen2, Qwen3, Phi-3, OLMo 2, Gemma 2 and 3), on every engine and parallelism; transformers: any
+    causal model, by transformers' own class, on engine native with data parallelism; auto: ours where it
+    covers the family, else transformers. docs/models.md."""
+    trust_remote_code: bool = False
+    """(ours) Run the Python code that the folder of a model brings along, for a model that transformers
+    itself does not have."""
     encoder_seq_length: int | None = number(None, at_least=2)
     """Longest sequence of the model, at least data.seq_length (NxDT's tutorial spells it
     encoder_seq_len, also accepted); null: data.seq_length."""

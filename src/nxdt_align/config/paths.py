@@ -16,7 +16,9 @@ from nxdt_align.config.start import (
     VOCABULARIES,
     follow,
     holds_tokenizer,
+    hub_model,
     model_config_path,
+    model_is_missing,
     near,
     shape_in,
     tokenizer_of,
@@ -84,8 +86,10 @@ def _may_be_hub_name(value: str) -> bool:
 def _tokenizer(config: Config) -> Iterator[Fault]:
     key, value = "data.tokenizer.type", tokenizer_of(config)
     folder = Path(value)
+    start = config.exp_manager.resume_from_checkpoint
     if not value:
-        start = config.exp_manager.resume_from_checkpoint
+        if model_is_missing(config) or (start is not None and hub_model(start) is not None):
+            return  # said already, or seen when it is there
         rule = "is required: the folder of a Hugging Face tokenizer"
         if start is not None:
             rule += f", as {start} has none"
@@ -112,9 +116,11 @@ def _weights(path: str, value: str | None) -> Iterator[Fault]:
     if value is None:
         return
     folder = follow(Path(value))
+    if hub_model(value) is not None:
+        return  # what is there is seen when it is fetched
     if not folder.exists():
         rule = "must be a folder that exists"
-        yield Fault(path, rule, value, near(Path(value)), is_missing_path=True)
+        yield Fault(path, rule, value, near(Path(value)) or _hub_advice(value), is_missing_path=True)
     elif not folder.is_dir():
         yield Fault(path, "must be a folder, not a file", value)
     elif not any(folder.iterdir()):
@@ -127,11 +133,17 @@ def _weights(path: str, value: str | None) -> Iterator[Fault]:
         yield Fault(path, "must be a folder of whole weights", value, advice)
 
 
+def _hub_advice(value: str) -> str:
+    return "" if "/" in value else "a model on the Hugging Face Hub is named as owner/name"
+
+
 # config.json
 
 
 def positions_notice(config: Config) -> Iterator[str]:
     """Sequences beyond the positions that the model was trained on; it computes them all the same."""
+    if "data.seq_length" in config.auto:
+        return
     shape = _read_shape(config)
     found = None if isinstance(shape, Fault) else _size(shape or {}, "max_position_embeddings")
     limit = config.model.max_position_embeddings or found

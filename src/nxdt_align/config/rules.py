@@ -12,7 +12,7 @@ from typing import Any
 from nxdt_align.config.aliases import foreign_advice
 from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.custom import named_parts
-from nxdt_align.config.data import FORMATS
+from nxdt_align.config.data import FORMATS, TEMPLATE_ARGUMENTS
 from nxdt_align.config.faults import Fault, did_you_mean
 from nxdt_align.config.fields import is_dotted, section_faults
 from nxdt_align.config.objectives import NOTICES as OBJECTIVE_NOTICES
@@ -28,6 +28,7 @@ from nxdt_align.config.optim import (
 )
 from nxdt_align.config.pipeline import pipeline
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import model_is_missing
 from nxdt_align.own_parts import OwnPartError, require_no_standard_module
 
 Rule = Callable[[Config], Iterator[Fault]]
@@ -78,9 +79,10 @@ def fixed(config: Config) -> Iterator[Fault]:
 def required(config: Config) -> Iterator[Fault]:
     if not config.data.train_dir:
         yield Fault("data.train_dir", "is required: training data as .jsonl, .json, .arrow or .parquet")
-    if config.model.model_config is None and config.exp_manager.resume_from_checkpoint is None:
-        advice = "or set exp_manager.resume_from_checkpoint to a folder that has one"
-        yield Fault("model.model_config", "is required: a Hugging Face config.json", advice=advice)
+    if model_is_missing(config):
+        rule = "is required: a model's folder, or its name on the Hugging Face Hub, owner/name"
+        advice = "model.model_config alone, a Hugging Face config.json, starts from random weights"
+        yield Fault("exp_manager.resume_from_checkpoint", rule, advice=advice)
 
 
 def objective(config: Config) -> Iterator[Fault]:
@@ -294,6 +296,13 @@ def own_parts(config: Config) -> Iterator[Fault]:
         yield Fault("data.columns", rule, dict(data.columns), involves=("data.format",))
 
 
+def template_variables(config: Config) -> Iterator[Fault]:
+    for name, value in config.data.chat_template_kwargs.items():
+        if name in TEMPLATE_ARGUMENTS:
+            rule = "is no variable of a chat template: the data and the tokenizer give it"
+            yield Fault(f"data.chat_template_kwargs.{name}", rule, value, "remove it")
+
+
 def _named_format(config: Config, name: str) -> Iterator[Fault]:
     kinds = {row["examples"] for key, row in OBJECTIVES.items() if lookup(config, f"{_ALIGN}.{key}")}
     known = dict.fromkeys(each for kind in FORMATS if kind in kinds or not kinds for each in FORMATS[kind])
@@ -304,7 +313,7 @@ def _named_format(config: Config, name: str) -> Iterator[Fault]:
 
 RULES: tuple[Rule, ...] = (
     *(values, fixed, required, objective, model_source, parallel_sizes, pipeline),
-    *(lengths, trainer, checkpoint_choice, optimizer, scheduler, own_parts),
+    *(lengths, trainer, checkpoint_choice, optimizer, scheduler, own_parts, template_variables),
 )
 
 

@@ -23,7 +23,7 @@ from nxdt_align.config.alignment import (
 from nxdt_align.config.data import DataConfig, DataSource, Packing, TokenizerConfig
 from nxdt_align.config.experiment import CheckpointCallbackConfig, ExpManagerConfig
 from nxdt_align.config.faults import Fault
-from nxdt_align.config.fields import INTERNAL, PATH, name_fault, number, reads_as
+from nxdt_align.config.fields import AUTO, INTERNAL, PATH, name_fault, number, reads_as
 from nxdt_align.config.model import FusionsConfig, ModelConfig, OptimConfig, SchedConfig
 
 __all__ = [
@@ -167,11 +167,12 @@ class DistributedStrategyConfig:
 class PrecisionConfig:
     """Number formats of weights, gradients and optimizer state."""
 
-    type: PrecisionType = "mixed_precision"
+    type: PrecisionType = field(default="mixed_precision", metadata=AUTO)
     """mixed_precision: bf16 with master weights and gradient sums in fp32; mixed_precisionSR (also
     mixed_precision_SR): that with stochastic rounding; bf16SR: bf16 with stochastic rounding;
     autocast: torch.autocast; fp32; manual: by the keys below; fp16 (ours, engine native alone): fp16 with
-    master weights and gradient sums in fp32 and a dynamic loss scale."""
+    master weights and gradient sums in fp32 and a dynamic loss scale; auto (ours): mixed_precision on
+    Neuron and CUDA, but fp16 where the device does not compute in bf16; fp32 elsewhere."""
     master_weights: bool = False
     """Keep a copy of the weights in fp32 (read with type manual)."""
     fp32_grad_acc: bool = False
@@ -221,6 +222,8 @@ class Config:
     """Pass replica groups to the Neuron runtime in compressed form."""
     given: frozenset[str] = field(default=frozenset(), compare=False, repr=False, metadata=INTERNAL)
     """Paths of the keys that the YAML or an override sets; all others have their defaults."""
+    auto: frozenset[str] = field(default=frozenset(), compare=False, repr=False, metadata=INTERNAL)
+    """Paths of the keys that are auto: the run chooses their values."""
     overridden: tuple[str, ...] = field(default=(), compare=False, repr=False, metadata=INTERNAL)
     """Paths of the keys that overrides name, in their order."""
     source: str = field(default="", compare=False, repr=False, metadata=INTERNAL)

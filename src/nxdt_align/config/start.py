@@ -6,14 +6,24 @@ them, or a link or file that names one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nxdt_align.config.faults import nearest
 from nxdt_align.config.schema import Config
 
+_HUB_MODEL = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII
+)
 IDENTITY_FILE = "run_identity.json"
+SETTINGS_FILE = "config.yaml"
+"""In a run's folder: its settings, defaults and overrides included, as ``nxdt-align config`` prints them."""
+METRICS_FILE, EVENT_FILES = "metrics.jsonl", "events.out.tfevents.*"
+"""In a run's folder: the values that it logged, as JSON lines and in TensorBoard's files."""
+REPORT_FILE = "report.html"
 CHECKPOINTS, EXPORT, FOR_EXPORT = "checkpoints", "hf_export", "for_export"
 """Folders in that of a run: its checkpoints, the policy for transformers, and what a checkpoint's export has
 beside the weights: the tokenizer and the generation config."""
@@ -27,6 +37,34 @@ _NEWEST = ("last_checkpoint", "latest_checkpoint", "last", "latest")
 _POINTER_BYTES = 4096
 _SHARDS = "model"
 """Folder of NxD's shards in that of a checkpoint, whose config.json is beside it."""
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model of the Hugging Face Hub."""
+
+    name: str
+    """owner/name."""
+    revision: str | None = None
+    """A branch, a tag or a commit; None for the newest state."""
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+
+def hub_model(value: str) -> HubModel | None:
+    """The model that ``owner/name`` or ``owner/name@revision`` names. None where there is a folder of that
+    name here, or one named ``owner``: the rest of a path in that is misspelt."""
+    found = _HUB_MODEL.fullmatch(value)
+    if found is None or Path(value).exists() or Path(found["name"]).parent.is_dir():
+        return None
+    return HubModel(found["name"], found["revision"])
+
+
+def hub_models(config: Config) -> list[HubModel]:
+    """Those that the configuration names."""
+    given = (config.exp_manager.resume_from_checkpoint, config.model_alignment_strategy.reference_model)
+    return [model for value in given if value is not None and (model := hub_model(value)) is not None]
 
 
 def follow(path: Path) -> Path:
@@ -85,6 +123,11 @@ def model_config_path(config: Config) -> Path | None:
         return Path(chosen) / "config.json" if Path(chosen).is_dir() else Path(chosen)
     start = config.exp_manager.resume_from_checkpoint
     return None if start is None else shape_file(Path(start))
+
+
+def model_is_missing(config: Config) -> bool:
+    """Whether the configuration names no model at all."""
+    return config.model.model_config is None and config.exp_manager.resume_from_checkpoint is None
 
 
 def shape_file(start: Path) -> Path:

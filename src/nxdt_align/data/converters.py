@@ -23,6 +23,7 @@ from nxdt_align.data.records import (
     as_messages,
     as_prompt,
     as_text,
+    as_tools,
     excerpt,
     take,
     take_text,
@@ -135,10 +136,10 @@ def _split_transcript(text: str, name: str) -> tuple[str, str]:
 def from_alpaca(row: Row) -> list[Record]:
     """Alpaca's ``instruction`` and ``input``, with ``chosen`` and ``rejected``."""
     responses = (as_answer(take(row, "chosen"), "chosen"), as_answer(take(row, "rejected"), "rejected"))
-    return [Record(_alpaca_prompt(row), responses)]
+    return [Record(alpaca_turns(row), responses)]
 
 
-def _alpaca_prompt(row: Row) -> Prompt:
+def alpaca_turns(row: Row) -> Prompt:
     """The task and, on the next line, its material, either of which may be empty. LLaMA-Factory's ``system``
     and ``history`` ([question, answer] each) are turns before it, and it is then the last turn."""
     material = row.get("input")
@@ -188,14 +189,14 @@ def from_common_beginning(row: Row) -> list[Record]:
 def from_sharegpt(row: Row) -> list[Record]:
     """ShareGPT's ``conversations`` with ``chosen`` and ``rejected``: a turn each, or, as for ``pairs``, whole
     conversations."""
-    prompt = _with_system(row, as_messages(take(row, "conversations"), "conversations"))
+    prompt = with_system(row, as_messages(take(row, "conversations"), "conversations"))
     chosen, rejected = (_listed(take(row, key)) for key in ("chosen", "rejected"))
     if isinstance(chosen, list) and isinstance(rejected, list):
         return [_from_conversations(prompt, as_messages(chosen, "chosen"), as_messages(rejected, "rejected"))]
     return [Record(prompt, (as_answer(chosen, "chosen"), as_answer(rejected, "rejected")))]
 
 
-def _with_system(row: Row, turns: list[Message]) -> list[Message]:
+def with_system(row: Row, turns: list[Message]) -> list[Message]:
     """LLaMA-Factory's column ``system`` is the first turn of a conversation that does not say it itself."""
     system = _system_turn(row)
     own = [turn for turn in turns[:1] if turn["role"] == "system"]
@@ -206,17 +207,16 @@ def _with_system(row: Row, turns: list[Message]) -> list[Message]:
 
 
 def from_openai(row: Row) -> list[Record]:
-    """OpenAI's preference fine-tuning: ``input.messages``, ``preferred_output``, ``non_preferred_output``."""
+    """OpenAI's preference fine-tuning: ``input`` with ``messages``, and ``tools`` if any;
+    ``preferred_output``, ``non_preferred_output``."""
     given = take(row, "input")
     if not isinstance(given, Mapping):
         raise BadRecord("wrong type", f"`input` must be {{messages}}, but is {excerpt(given)}")
-    if given.get("tools"):
-        found = f"`input.tools` is {excerpt(given['tools'])}; describe the tools in a system message"
-        raise BadRecord("tools not read", found)
+    tools = as_tools(given["tools"], "input.tools") if given.get("tools") else None
     prompt = as_messages(take(given, "messages"), "input.messages")
     names = ("preferred_output", "non_preferred_output")
     chosen, rejected = (as_answer(take(row, name), name) for name in names)
-    return [Record(prompt, (chosen, rejected))]
+    return [Record(prompt, (chosen, rejected), tools=tools)]
 
 
 def from_torchtune(row: Row) -> list[Record]:
@@ -268,14 +268,14 @@ def _texts(row: Row) -> list[Response]:
 def from_messages(row: Row) -> list[Record]:
     """``messages``, or ShareGPT's ``conversations``: the last turn is the response."""
     name = "conversations" if row.get("conversations") is not None else "messages"
-    turns = _with_system(row, as_messages(take(row, name), name))
+    turns = with_system(row, as_messages(take(row, name), name))
     return [Record(turns[:-1], (as_answer(turns[-1:], name),))]
 
 
 def from_alpaca_response(row: Row) -> list[Record]:
     """Alpaca's ``instruction``, ``input`` and ``output``, or the chosen response of a pair."""
     name = "chosen" if row.get("output") is None and row.get("chosen") is not None else "output"
-    return [Record(_alpaca_prompt(row), (as_answer(take(row, name), name),))]
+    return [Record(alpaca_turns(row), (as_answer(take(row, name), name),))]
 
 
 def from_columns(prompt: str, response: str) -> Convert:

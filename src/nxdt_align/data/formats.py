@@ -36,6 +36,12 @@ from nxdt_align.data.converters import (
     labelled,
     preferred,
 )
+from nxdt_align.data.prompts import (
+    alpaca_prompt,
+    column_prompt,
+    prompt_of_messages,
+    without_responses,
+)
 from nxdt_align.data.ranked import (
     CLOSE_SCORES,
     SAME_SCORES,
@@ -51,7 +57,8 @@ from nxdt_align.data.records import BadRecord, DataError, Record, Row
 from nxdt_align.errors import UserError
 from nxdt_align.own_parts import OwnPartError, describe, find, require_call
 
-Kind = Literal["pair", "response", "unpaired"]
+Kind = Literal["pair", "response", "unpaired", "prompt"]
+"""``prompt``: of any record the prompt alone, to be answered."""
 
 
 # The tables
@@ -157,10 +164,24 @@ UNPAIRED_FORMATS = (
         for f in PAIR_FORMATS
     ),
 )
+_READS_PROMPT: Mapping[str, Convert] = {
+    **dict.fromkeys(("prompt_response", "prompt_completion", "responses"), column_prompt("prompt")),
+    "input_output": column_prompt("input"),
+    "messages": prompt_of_messages,
+    "alpaca": alpaca_prompt,
+}
+"""Formats whose prompt is there without a response; of the others it follows from the responses."""
+PROMPT_FORMATS = (
+    *(replace(f, convert=_READS_PROMPT.get(f.name, without_responses(f.convert))) for f in RESPONSE_FORMATS),
+    Format("prompt", ("prompt",), column_prompt("prompt")),
+    Format("fairseq2", ("src",), column_prompt("src")),
+    Format("alpaca", ("instruction",), alpaca_prompt, optional=_OF_ALPACA),
+)
 FORMATS: Mapping[Kind, tuple[Format, ...]] = {
     "pair": PAIR_FORMATS,
     "response": RESPONSE_FORMATS,
     "unpaired": UNPAIRED_FORMATS,
+    "prompt": PROMPT_FORMATS,
 }
 
 
@@ -274,10 +295,12 @@ _OWN: Mapping[Kind, tuple[str, ...]] = {
     "pair": ("pairs",),
     "response": ("prompt_response", "pairs"),
     "unpaired": ("unpaired", "pairs"),
+    "prompt": ("prompt",),
 }
 """Formats of what a custom function returns."""
 _WANTED: Mapping[Kind, str] = {
     "pair": "preference pairs",
     "response": "single responses",
     "unpaired": "labelled completions",
+    "prompt": "prompts",
 }

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.fields import is_dotted
 from nxdt_align.config.schema import Config
-from nxdt_align.data.packing import RowPlanner
+from nxdt_align.data.packing import RowCost, RowPlanner
 from nxdt_align.data.prepared import Settings, is_large, prepared_examples
 from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.records import BadRecords, DataError, with_mismatched
@@ -82,6 +82,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         window: tokens that the model's local layers see; None for a model without such layers.
         only_local: no layer sees more than the window.
         row_multiple: see RowPlanner.
+        row_cost: see RowPlanner.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         window: int | None = None,
         only_local: bool = True,
         row_multiple: int = 1,
+        row_cost: RowCost | None = None,
     ) -> None:
         super().__init__()
         self._config = config
@@ -109,6 +111,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._with_prompts = with_prompts
         self._fixed_micro_batches = fixed_micro_batches
         self._window, self._only_local, self._row_multiple = window, only_local, row_multiple
+        self._row_cost = row_cost
         self._references: dict[Split, npt.NDArray[Any]] = {}
         self.splits: dict[Split, StepDataset] = {
             "train": self._load(_sources(config.data.train_dir), "train")
@@ -185,6 +188,7 @@ class ModelAlignmentDataModule(LightningDataModule):
             window=self._window,
             only_local=self._only_local,
             row_multiple=self._row_multiple,
+            row_cost=self._row_cost,
             name=f"data.{split}_dir",
         )
         roles = None if self._config.model_alignment_strategy.kto is None else UNPAIRED_ROLES

@@ -7,8 +7,9 @@ only predicted, so a sequence takes P - 1 + n positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -55,6 +56,10 @@ class Bucket:
     """T: response positions."""
     slots: int
     """R: response slots."""
+
+
+RowCost = Callable[[Bucket], float]
+"""What a row of a shape costs, in any unit."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ class RowPlanner:
         window: tokens that the model's local layers see; None for a model without such layers.
         only_local: no layer sees more than the window.
         row_multiple: row lengths are multiples of this, as a device's kernel may require.
+        row_cost: by which row lengths are chosen, and of those that hold a step the one that it takes; None:
+            by positions.
         name: name of the data set, for messages.
 
     Raises UserError for buckets that do not hold the data, and for a response that is longer than all that a
@@ -152,6 +159,7 @@ class RowPlanner:
         window: int | None = None,
         only_local: bool = True,
         row_multiple: int = 1,
+        row_cost: RowCost | None = None,
         name: str = "the data",
     ) -> None:
         if only_local:
@@ -162,6 +170,7 @@ class RowPlanner:
         self.micro_batch_size = micro_batch_size
         self.min_micro_batches = min_micro_batches
         self.round_size = round_size
+        self._row_cost: RowCost = row_cost or (lambda bucket: bucket.tokens)
         self.responses_per_example = int(lengths.response_lengths.shape[1])
         self._lengths, self._with_prompts = lengths, with_prompts
         self._sampled: list[npt.NDArray[Any]] | None = None
@@ -173,7 +182,8 @@ class RowPlanner:
         elif layout == "none":
             sizes = (_round_up(seq_length, row_multiple),)
         else:
-            sizes = self._choose_buckets(_round_up(longest), examples_per_step)
+            rounding = lcm(ROUNDING, row_multiple)
+            sizes = self._choose_buckets(_round_up(longest, rounding), examples_per_step, rounding)
         self.buckets = tuple(self._shape(size, examples_per_step) for size in sizes)
         self._micro_batches: dict[Bucket, int] = {}
         if fixed_micro_batches:
@@ -181,12 +191,12 @@ class RowPlanner:
 
     def plan(self, examples: Indices, bucket: Bucket | None = None) -> StepPlan:
         """The rows of a step whose examples are these indices into the data set, in ``bucket`` (which must
-        hold them) or in the bucket that takes the fewest positions."""
+        hold them) or in the bucket that costs least: positions, or what the planner was given."""
         where = np.asarray(examples, np.int64)
         tokens, responses = self._tokens(where), self._responses(where)
         fitting = self._fitting(tokens, responses) if bucket is None else [bucket]
         plans = [(self._rows(tokens, responses, fits), fits) for fits in fitting]
-        rows, chosen = min(plans, key=lambda p: (len(p[0]) * p[1].tokens, p[1].tokens))
+        rows, chosen = min(plans, key=lambda p: (len(p[0]) * self._row_cost(p[1]), p[1].tokens))
         if self.ranks > 1 and self.layout != "none":
             equal = level(tokens, responses, self._room(chosen), len(rows))
             if equal:
@@ -291,16 +301,16 @@ class RowPlanner:
             most[plan.bucket] = max(most[plan.bucket], len(plan.rows) // (self.ranks * self.micro_batch_size))
         return most
 
-    def _choose_buckets(self, largest: int, examples_per_step: int) -> tuple[int, ...]:
-        """The row lengths that take the fewest positions over a sample of steps.
+    def _choose_buckets(self, largest: int, examples_per_step: int, rounding: int) -> tuple[int, ...]:
+        """The row lengths, multiples of ``rounding``, that cost least over a sample of steps.
 
         The largest must hold the longest example; up to two more are added while each saves at least 2%, as
         each is one more graph to compile.
         """
         steps = [(self._tokens(s), self._responses(s)) for s in self._sample_steps(examples_per_step)]
         costs = {
-            size: np.array([self._positions(*step, size) for step in steps])
-            for size in _candidates(largest, int(np.mean([tokens.sum() for tokens, _ in steps])))
+            size: np.array([self._step_cost(*step, size) for step in steps])
+            for size in _candidates(largest, int(np.mean([tokens.sum() for tokens, _ in steps])), rounding)
         }
         chosen = [max(costs)] if largest not in costs else [largest]
         for _ in range(MAX_BUCKETS - 1):
@@ -318,12 +328,14 @@ class RowPlanner:
             chosen.append(best)
         return tuple(sorted(chosen))
 
-    def _positions(self, tokens: npt.NDArray[Any], responses: npt.NDArray[Any], size: int) -> float:
-        """Positions that a step takes in rows of ``size``; infinite if an example does not fit."""
+    def _step_cost(self, tokens: npt.NDArray[Any], responses: npt.NDArray[Any], size: int) -> float:
+        """Of a step in rows of ``size``; infinite if an example does not fit."""
         if tokens.max() > size:
             return float("inf")
         rows = best_fit(tokens, responses, Room(size, size))
-        return float(self._filled_up(len(rows), None) * size)
+        share = responses.sum() / tokens.sum()
+        row = Bucket(size, min(size, _round_up(int(size * share))), self.responses_per_example)
+        return float(self._filled_up(len(rows), None) * self._row_cost(row))
 
     def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[npt.NDArray[Any]]:
         if self._sampled is None:
@@ -362,14 +374,14 @@ def _round_up(value: int, multiple: int = ROUNDING) -> int:
     return -(-value // multiple) * multiple
 
 
-def _candidates(largest: int, typical_step: int) -> list[int]:
+def _candidates(largest: int, typical_step: int, rounding: int) -> list[int]:
     """Candidate row lengths: the largest that is needed, and a geometric grid up to a step's size."""
-    top = max(largest, _round_up(typical_step))
+    top = max(largest, _round_up(typical_step, rounding))
     grid = {largest}
-    size = ROUNDING
+    size = rounding
     while size <= top:
         grid.add(size)
-        size = _round_up(max(size + ROUNDING, int(size * 1.2)))
+        size = _round_up(max(size + rounding, int(size * 1.2)), rounding)
     if largest < top:
         grid.add(top)
     return sorted(grid)

@@ -113,7 +113,8 @@ def load_records(
 
     Args:
         kind: ``pair`` for preference data; ``unpaired`` for a completion with a label;
-            ``response`` for one response (of pairs: the chosen one).
+            ``response`` for one response (of pairs: the chosen one); ``prompt`` for prompts alone, of records
+            with responses or without.
         format: a format's name; None detects it from the keys, for each source.
         columns: our key -> the files' key.
         on_bad_record: ``error`` reads to the end and raises with the report of all bad records.
@@ -417,7 +418,7 @@ def _fault_of(record: Record) -> BadRecord | None:
     if not (prompt.strip() if isinstance(prompt, str) else prompt):
         return BadRecord("empty prompt", f"the prompt is {prompt!r}")
     names = ("chosen response", "rejected response") if len(record.responses) == 2 else ("response",)
-    for name, response in zip(names, record.responses, strict=True):
+    for name, response in zip(names, record.responses, strict=False):  # a prompt may have none
         text = content_of(response)
         # Whether further keys say something is the chat template's to tell: see Tokenization.
         if not text.strip() and not further_keys(response):

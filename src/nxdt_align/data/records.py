@@ -32,6 +32,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 _EXCERPT = 80
 EXAMPLES_PER_REASON = 3
 OnBadRecord = Literal["error", "drop"]
+BAD_PROMPTS_ADVICE = "fix them, or leave them out of the file"
 BAD_RECORDS_ADVICE = "fix them, or set data.on_bad_record=drop to train without them"
 
 
@@ -103,7 +104,7 @@ class Record:
     prompt: Prompt
     responses: tuple[Response, ...]
     """(chosen, rejected) of a pair, (response,), or (completion,) with a label, to which ``with_mismatched``
-    adds another prompt's."""
+    adds another prompt's; none of a prompt that is to be answered."""
     label: bool | None = None
     """Whether a labelled completion is desirable; None for pairs and single responses."""
     source: str = ""
@@ -149,7 +150,7 @@ def record_id(
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """The hash of a record's content: 32 hex digits, blake2b over canonical JSON."""
-    names = ("chosen", "rejected") if len(responses) == 2 else ("response",)
+    names = ("chosen", "rejected") if len(responses) == 2 else ("response",)[: len(responses)]
     content: dict[str, object] = {"prompt": prompt, **dict(zip(names, responses, strict=True))}
     if label is not None:
         content["label"] = label
@@ -174,21 +175,45 @@ def with_mismatched(records: Sequence[Record]) -> list[Record]:
     with it a stored reference value, does not depend on the batch size. Skips completions of the same prompt
     and equal ones. Raises DataError if a record has no candidate.
     """
+    latest = _Latest()
+    for record in records:
+        latest.add(record)
     found: list[Record] = []
-    for i, record in enumerate(records):
-        others = (records[i - k] for k in range(1, len(records)))
-        before = next((other.responses[0] for other in others if _is_mismatched(record, other)), None)
+    for record in records:
+        before = latest.other_than(record.prompt, record.responses[0])
         if before is None:
             raise DataError(
                 f"{record.source}: KTO needs another prompt's completion beside each, but no other prompt of "
                 "the data has another completion; its KL term is estimated from such pairs"
             )
-        found.append(replace(record, responses=(*record.responses, before)))
+        found.append(replace(record, responses=(*record.responses, before.responses[0])))
+        latest.add(record)
     return found
 
 
-def _is_mismatched(record: Record, other: Record) -> bool:
-    return other.responses[0] != record.responses[0] and other.prompt != record.prompt
+class _Latest:
+    """The latest of the records added so far that has neither a given prompt nor a given completion, found
+    without a search: five of them answer every such question.
+
+    The last one, unless the question has its prompt or its completion. If it has the prompt: the latest of
+    another prompt, or, if that has the completion asked for, the latest of neither; and so with the
+    completion.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Record] = []
+        """The latest first."""
+
+    def other_than(self, prompt: Prompt | None, completion: Response | None) -> Record | None:
+        """None: whatever it is."""
+        return next((r for r in self._kept if r.prompt != prompt and r.responses[0] != completion), None)
+
+    def add(self, record: Record) -> None:
+        prompt, completion = record.prompt, record.responses[0]
+        kept = [self.other_than(prompt, None), self.other_than(None, completion)]
+        kept.append(kept[0] and self.other_than(prompt, kept[0].responses[0]))
+        kept.append(kept[1] and self.other_than(kept[1].prompt, completion))
+        self._kept = [record, *(r for r in self._kept if any(r is each for each in kept))]
 
 
 # Values
@@ -272,17 +297,17 @@ def _text_of_part(part: Any, name: str) -> str:
     return as_text(take(part, "text"), f"{name}.text")
 
 
-def as_tools(value: Any) -> list[dict[str, Any]]:
-    """The column ``tools``: a list of JSON schemas, or the JSON text of one."""
+def as_tools(value: Any, name: str = "tools") -> list[dict[str, Any]]:
+    """``tools``: a list of JSON schemas, or the JSON text of one. ``name`` is for the message."""
     tools = value
     if isinstance(value, str):
         try:
             tools = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise BadRecord("wrong type", f"`tools` is no JSON ({error}): {excerpt(value)}") from None
+            raise BadRecord("wrong type", f"`{name}` is no JSON ({error}): {excerpt(value)}") from None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRecord("wrong type", f"`tools` must be a list of JSON schemas, but is {excerpt(value)}")
-    as_text(json.dumps(tools, ensure_ascii=False, default=str), "tools")
+        raise BadRecord("wrong type", f"`{name}` must be a list of JSON schemas, but is {excerpt(value)}")
+    as_text(json.dumps(tools, ensure_ascii=False, default=str), name)
     return [dict(tool) for tool in tools]
 
 

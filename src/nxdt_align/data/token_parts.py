@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,11 +157,12 @@ class Pool:
         # Forked: nothing is imported or read again, and tokenizer and formats are shared. What is forked
         # runs NumPy and the tokenizer on one thread, and touches no device.
         context = multiprocessing.get_context("fork")
-        with _environment("TOKENIZERS_PARALLELISM", "false"):
-            executor = ProcessPoolExecutor(
-                self._processes, mp_context=context, initializer=_begin, initargs=(self._job, os.getpid())
-            )
-            executor.submit(os.getpid).result()
+        # Else each fork warns of the threads that it does not have. It stays so: what this process tokenizes
+        # itself from now on are small data.
+        os.putenv("TOKENIZERS_PARALLELISM", "false")
+        executor = ProcessPoolExecutor(
+            self._processes, mp_context=context, initializer=_begin, initargs=(self._job, os.getpid())
+        )
         return executor
 
     def __enter__(self) -> Pool:
@@ -173,19 +174,6 @@ class Pool:
                 for process in list((self._executor._processes or {}).values()):
                     process.terminate()
             self._executor.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 _job: Job | None = None

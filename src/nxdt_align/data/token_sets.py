@@ -90,6 +90,21 @@ class TokenizedSet:
             return self._column("ids")
         return np.concatenate([as_bytes(self.ids_of(span)) for span in spans(len(self))])
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the files that it is mapped from, which all processes of a machine share."""
+        return sum(part.path.stat().st_size for part in self._parts if part.path is not None)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes that each process holds."""
+        held = [array for part in self._parts if part.path is None for array in part.arrays().values()]
+        held += [array for array in (self._rows, self._desirable) if array is not None]
+        is_mapped = self._rows is None and len(self._parts) == 1 and self._parts[0].path is not None
+        if not is_mapped:
+            held += [self.prompt_lengths, self.response_lengths]
+        return sum(array.nbytes for array in held)
+
     def ends(self, seq_length: int) -> list[int]:
         """The tokens that responses end with, EOS or a template's end of turn, those cut short at
         ``seq_length`` left out."""
@@ -288,6 +303,9 @@ def _file_of(record: Record) -> str:
 
 # The cache
 
+_NO_LONGER_REFUSED = "no common beginning in the chat template"
+"""For what earlier versions refused conversations that have tokens now, such as DeepSeek-R1's."""
+
 
 def cache_path(cache_dir: Path, tokenization: Tokenization, as_before: bool, ids: Array) -> Path:
     """The cache file of these distinct records, (N, 16) uint8, under this tokenization, named by content
@@ -310,6 +328,8 @@ def read_tokens(path: Path, record_ids: list[str]) -> TokenFile | None:
         return None
     try:
         found = map_tokens(path, trusted=False)
+        if any(fault.reason == _NO_LONGER_REFUSED for fault in found.refused.values()):
+            return None
         wanted = "".join(record for record in record_ids if record not in found.refused)
         if found.columns.ids.tobytes() == bytes.fromhex(wanted):
             return found

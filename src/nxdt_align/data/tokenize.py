@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nxdt_align.data.chat import TEMPLATE_DATE, ChatTemplate
+from nxdt_align.data.chat import TEMPLATE_DATE, THINKING, ChatTemplate
 from nxdt_align.data.long_texts import LongTexts
 from nxdt_align.data.records import (
     BadRecord,
@@ -226,10 +225,17 @@ class Tokenization:
     A conversation has the tokens of its whole text. Its prompt are those that lie wholly before the response
     and that all responses have in common; one that straddles the border is the response's.
 
-    Raises UserError if the tokenizer has no EOS.
+    ``template_variables``: of the chat template, such as ``{"enable_thinking": False}``.
+
+    Raises UserError if the tokenizer has no EOS, or its chat template does not read one of these variables.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, truncation: Truncation) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        truncation: Truncation,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise UserError(
                 "the tokenizer has no eos_token, so a model could not learn where a response ends; "
@@ -237,7 +243,7 @@ class Tokenization:
             )
         self.tokenizer = tokenizer
         self.truncation = truncation
-        self._chat = ChatTemplate(tokenizer)
+        self._chat = ChatTemplate(tokenizer, template_variables)
         self._special = SpecialTexts.of(tokenizer)
         self._long = LongTexts(tokenizer, lambda text: self._ids([text])[0], truncation.seq_length)
         self._limits = Limits()
@@ -265,6 +271,23 @@ class Tokenization:
             each if isinstance(each, BadRecord) else self._finish(record, *each, texts)
             for record, each, texts in zip(records, found, rendered, strict=True)
         ]
+
+    def prompts(self, records: Sequence[Record]) -> list[Tokens | BadRecord]:
+        """The tokens of each prompt, to be answered: whole, with BOS if there is one. Responses are not read.
+
+        Raises DataError where a chat prompt meets no template, or one that does not come to an end.
+        """
+        rendered = self._render([replace(record, responses=()) for record in records])
+        texts = [each.texts.prompt for each in rendered if isinstance(each, Rendered)]
+        ids = iter(self._ids(texts))
+        return [each if isinstance(each, BadRecord) else self._opened(next(ids)) for each in rendered]
+
+    def turn_end(self) -> int | None:
+        """The token that ends an assistant's turn in the chat template; None where it writes none."""
+        return self._chat.turn_end[0]
+
+    def _opened(self, prompt: Tokens) -> Tokens:
+        return prompt if self._bos is None or prompt[:1] == [self._bos] else [self._bos, *prompt]
 
     def as_before(self, record: Record) -> bool:
         """Whether all versions of the rules surely give the record the same tokens, without tokenizing it."""
@@ -323,7 +346,8 @@ class Tokenization:
         if turns is not prompt:
             texts = Texts(*self._chat.split(turns, answers, record.source, record.tools))
         once = self._once(texts, ends=self._chat.turn_end[0] is None)
-        return Rendered(once, self._chat.unread_keys(record, before) if keys else (), before)
+        thinks = any("</think>" in content_of(response) for response in record.responses)
+        return Rendered(once, self._chat.unread_keys(record, before) if keys or thinks else (), before)
 
     def _once(self, texts: Texts, ends: bool = True) -> Texts:
         """The texts with each special token once; ``ends``: EOS, too."""
@@ -435,7 +459,7 @@ class Tokenization:
             return known
         for within in (_TAIL, len(head)):
             begin = max(len(head) - within, 0)
-            found = [] if self._added is None else self._added.findall(head, begin)
+            found = [] if self._chat.added is None else self._chat.added.findall(head, begin)
             token = head.rindex(found[-1]) if found else -1
             border = self._long.last_border(head, within) or -1
             if max(token, border) >= 0:
@@ -446,13 +470,6 @@ class Tokenization:
                     self._endings = [(ending, tail), *self._endings[:_KNOWN_ENDINGS]]
                 return tail
         return head
-
-    @cached_property
-    def _added(self) -> re.Pattern[str] | None:
-        if not self.tokenizer.is_fast:
-            return None
-        added = sorted({str(token) for token in self.tokenizer.added_tokens_decoder.values()}, key=len)
-        return re.compile("|".join(map(re.escape, reversed(added)))) if added else None
 
     def _before_border(self, tail: str, answer: str, whole: Tokens, known: Tokens) -> int:
         """How many of the tokens of ``tail + answer`` lie wholly before the answer."""
@@ -477,9 +494,7 @@ class Tokenization:
     def _closed(self, record: Record, parts: Parts) -> tuple[Tokens, list[Tokens], bool, tuple[int, ...]]:
         """Prompt and responses with BOS and EOS, truncated; whether anything was cut; the lengths before. The
         prompt may be empty."""
-        prompt = parts.prompt
-        if self._bos is not None and prompt[:1] != [self._bos]:
-            prompt = [self._bos, *prompt]
+        prompt = self._opened(parts.prompt)
         closed = [self._close(*each, record) for each in zip(parts.responses, record.responses, strict=True)]
         lengths = (len(prompt), *map(len, closed))
         if not prompt:
@@ -543,6 +558,7 @@ class Tokenization:
             "chat_template": tokenizer.chat_template,
             "template_date": TEMPLATE_DATE,
             "truncation": asdict(self.truncation),
+            **self._chat.settings,
         }
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -562,6 +578,11 @@ def _fault_of_unread(record: Record, rendered: Rendered) -> BadRecord | None:
         if keys and not turn["content"].strip() and set(keys) <= set(rendered.unread):
             found = f"a turn of {turn['role']} has nothing but {_listed(keys)}"
             return BadRecord("empty turn", f"{found}, which the chat template does not read")
+    if THINKING in rendered.unread and any(
+        not content_of(response).rpartition("</think>")[2].strip() for response in record.responses
+    ):
+        found = f"a response has nothing but `{THINKING}`"
+        return BadRecord("empty turn", f"{found}, which the chat template does not read")
     responses = rendered.texts.responses
     if record.label is None and len(set(responses)) < len(responses):
         both = excerpt(responses[0])

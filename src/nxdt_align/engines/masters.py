@@ -21,10 +21,11 @@ class MasterWeights:
     ) -> None:
         self._pairs: list[tuple[str, nn.Parameter, nn.Parameter]] = []
         for name, parameter in named_parameters:
-            master = nn.Parameter(parameter.detach().float().clone())
+            is_trained = parameter.requires_grad
+            master = nn.Parameter(parameter.detach().float().clone(), requires_grad=is_trained)
             master.grad = None
             self._pairs.append((name, parameter, master))
-            if float32_sums:
+            if float32_sums and is_trained:
                 parameter.register_post_accumulate_grad_hook(_Adder(master))  # type: ignore[no-untyped-call]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -18,8 +18,8 @@ from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.ranks import Group
 from nxdt_align.engines.settings import Parallel
 from nxdt_align.engines.steps import Share, TokenLogps
-from nxdt_align.models.decoder import Decoder
-from nxdt_align.ops.attention import Attention, pad_bounds, softcapped
+from nxdt_align.models.decoder import CausalModel, Decoder
+from nxdt_align.ops.attention import Attention, pad_bounds
 from nxdt_align.ops.logprobs import VocabShard, token_logps
 from nxdt_align.ops.ragged import ModelInputs, PaddedRows, RaggedRow, Rows
 
@@ -39,7 +39,7 @@ class Scorer(nn.Module):
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: CausalModel,
         attention: Attention,
         parallel: Parallel,
         tensor: Group,
@@ -71,7 +71,7 @@ class Scorer(nn.Module):
 
     def context(self, key_start: Tensor, key_stop: Tensor) -> Any:
         """What the layers are told of rows with these bounds, (B, S) each."""
-        return self.decoder.model.prepare(key_start, key_stop, self.attention.prepare)
+        return self.decoder.prepare(key_start, key_stop, self.attention.prepare)
 
     def run(self, rows: Rows, received: Tensor | None = None) -> Tensor:
         """The layers that are here, over the rows' token ids or over an earlier part's hidden states.
@@ -89,6 +89,11 @@ class Scorer(nn.Module):
         """This rank's rows of it."""
         return self.decoder.head_weight
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        """This rank's entries of it."""
+        return self.decoder.head_bias
+
     def _first_token(self, labels: Tensor) -> int | Tensor:
         """Of this rank's rows of the head."""
         return on_device(self._tensor.rank * self.head.shape[0], labels)
@@ -99,13 +104,13 @@ class Scorer(nn.Module):
         Raises EngineError for logits where this rank has a part of the vocabulary's alone.
         """
         at_responses, head, tensor = rows.at_responses(hidden), self.head, self._tensor
-        cap = self.decoder.config.logits_softcap
+        bias, form = self.head_bias, self.decoder.head_form
         logits = None
         if "logits" in wanted:
             if tensor.size > 1:
                 raise EngineError("each tensor-parallel rank has a part of the vocabulary's logits alone")
             whole = (at_responses @ head.T.to(at_responses.dtype)).float()
-            logits = rows.spread(whole if cap is None else softcapped(whole, cap))
+            logits = rows.spread(form.applied(whole if bias is None else whole + bias.float()))
         logps, statistics = token_logps(
             at_responses,
             head,
@@ -113,9 +118,17 @@ class Scorer(nn.Module):
             shard=VocabShard(self._first_token(rows.labels), tensor.largest, tensor.summed),
             compact=self._compact,
             wanted=[name for name in wanted if name != "logits"],
-            softcap=cap,
+            bias=bias,
+            scale=form.scale,
+            softcap=form.softcap,
         )
         return TokenLogps(rows.spread(logps), tuple(rows.spread(each) for each in statistics), logits)
+
+
+class DecoderScorer(Scorer):
+    """Of our own decoder, whose parts an engine may go through by itself."""
+
+    decoder: Decoder
 
 
 def on_device(number: int, like: Tensor) -> int | Tensor:

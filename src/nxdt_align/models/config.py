@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from nxdt_align.errors import UserError
 from nxdt_align.models.families import FAMILIES, Family
@@ -28,6 +28,35 @@ def _told(config: Any, since: str, name: str) -> str:
         if not is_late or value != field.default:
             told.append(f"{field.name}={value!r}")
     return f"{name}({', '.join(told)})"
+
+
+class ModelShape(Protocol):
+    """What every model says of itself: one of ours (DecoderConfig), or any other of transformers
+    (models.backend). Fields are explained there."""
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int | None: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+    @property
+    def sliding_window(self) -> int | None: ...
+    @property
+    def layer_types(self) -> tuple[str, ...] | None: ...
+    @property
+    def attention_softcap(self) -> float | None: ...
+    @property
+    def float32_weights(self) -> frozenset[str]: ...
+    def to_hf_dict(self) -> dict[str, Any]: ...
+    def to_record(self) -> dict[str, Any]: ...
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]: ...
 
 
 class ModelConfigError(UserError):
@@ -170,6 +199,19 @@ class DecoderConfig:
             raise config_error("model configuration", faults)
         return replace(self, **changes)
 
+    @property
+    def float32_weights(self) -> frozenset[str]:
+        """Names of weights that are float32 whatever the model computes in."""
+        return frozenset()
+
+    def to_record(self) -> dict[str, Any]:
+        """What a run's record says of the model."""
+        return self.to_hf_dict()
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """``weight_shapes`` of it."""
+        return _decoder_shapes(self)
+
     def to_hf_dict(self) -> dict[str, Any]:
         """A ``config.json`` that transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters) read."""
         result = {key: getattr(self, key) for key in _WRITTEN_AS_THEY_ARE}
@@ -202,8 +244,12 @@ class DecoderConfig:
         }
 
 
-def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def weight_shapes(config: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every weight of the plain model with its whole shape, in the model's order."""
+    return config.weight_shapes()
+
+
+def _decoder_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     D = config.hidden_size
     in_layer = _layer_shapes(config)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, D)}
@@ -249,7 +295,7 @@ def _layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def parameter_count(config: DecoderConfig) -> int:
+def parameter_count(config: ModelShape) -> int:
     """Trainable numbers; a tied head counts once."""
     return sum(prod(shape) for shape in weight_shapes(config).values())
 

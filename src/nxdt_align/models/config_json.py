@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from nxdt_align.models.config import (
     Activation,
     DecoderConfig,
     ModelConfigError,
+    ModelShape,
     RopeScaling,
     broken_rules,
     config_error,
@@ -19,6 +20,7 @@ from nxdt_align.models.families import FAMILIES, Family
 from nxdt_align.models.families.base import FULL, SLIDING
 from nxdt_align.models.fields import Fields
 
+Implementation = Literal["auto", "ours", "transformers"]
 BY_LONGEST_POSITION = ("dynamic", "longrope", "su")
 
 
@@ -26,6 +28,41 @@ def read_config_json(path: str | Path) -> DecoderConfig:
     """The shape in a ``config.json``, or in that of a folder. Raises ModelConfigError."""
     file, values = load_config_json(path)
     return from_hf_dict(values, where=str(file))
+
+
+def read_model_json(
+    path: str | Path, implementation: Implementation = "auto", *, trust_remote_code: bool = False
+) -> ModelShape:
+    """As ``model_of``, of a file or a folder."""
+    file, values = load_config_json(path)
+    folder = str(file.parent) if trust_remote_code and "auto_map" in values else None
+    return model_of(values, implementation, where=str(file), remote_folder=folder)
+
+
+def model_of(
+    values: Mapping[str, Any],
+    implementation: Implementation = "auto",
+    *,
+    where: str = "config.json",
+    remote_folder: str | None = None,
+) -> ModelShape:
+    """The model that a Hugging Face configuration, or a run's record of its model, describes.
+
+    Args:
+        implementation: who computes it; ``auto``: our decoder where it covers the family, else transformers.
+        remote_folder: of a model with code of its own, which may be run.
+
+    Raises ModelConfigError.
+    """
+    kind = values.get("model_type") or "llama"
+    # As backend.config has it; a Llama needs no import of that.
+    is_recorded = values.get("nxdt_align_implementation") == "transformers"
+    by_us = implementation == "ours" or (implementation == "auto" and kind in FAMILIES and not is_recorded)
+    if by_us:
+        return from_hf_dict(values, where=where)
+    from nxdt_align.models.backend.config import TransformersConfig
+
+    return TransformersConfig.of(values, where=where, remote_folder=remote_folder)
 
 
 def load_config_json(path: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.models.rotary import Rotary, RotaryEmbedding, rotate
 
 Granularity = Literal["full", "selective"]
@@ -221,6 +221,16 @@ class DecoderLayer(Recomputable):
         return x + self.mlp_output_norm(self.mlp(self.post_attention_layernorm(x)))  # type: ignore[no-any-return]
 
 
+def first_keys_in_window(key_start: Tensor, window: int) -> Tensor:
+    """(B, S) int32: the first key that each token sees with a window of that many tokens.
+
+    Right in reading order. A response that is laid last token first must not be longer than the window, with
+    its prompt: the row plan sees to that. One past the last key is kept either way.
+    """
+    index = torch.arange(key_start.shape[1], dtype=key_start.dtype, device=key_start.device)
+    return torch.maximum(key_start, index + (1 - window))
+
+
 class DecoderStack(nn.Module):
     """Everything below the head.
 
@@ -256,10 +266,7 @@ class DecoderStack(nn.Module):
         def of_window(window: int | None) -> Any:
             if window is None:
                 return prepare(key_start, key_stop)
-            # Right in reading order. A response that is laid last token first must not be longer than the
-            # window, with its prompt: the row plan sees to that. Its stop is kept either way.
-            index = torch.arange(key_start.shape[1], dtype=key_start.dtype, device=key_start.device)
-            return prepare(torch.maximum(key_start, index + (1 - window)), key_stop)
+            return prepare(first_keys_in_window(key_start, window), key_stop)
 
         contexts = {window: of_window(window) for window in self._windows}
         return contexts if len(contexts) > 1 else next(iter(contexts.values()))
@@ -294,7 +301,60 @@ RECOMPUTABLE: dict[str, type[Recomputable]] = {
 """NxDT's names in ``model.activations_checkpoint_recompute``."""
 
 
-class Decoder(nn.Module):
+class HeadForm(NamedTuple):
+    """What becomes of the head's products x, its bias included: cap * tanh(scale * x / cap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    """None: no cap, scale * x."""
+
+    def applied(self, products: Tensor) -> Tensor:
+        """Logits, in the shape of ``products``."""
+        logits = products if self.scale == 1 else products * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class CausalModel(nn.Module):
+    """What engines ask of a model, ours or transformers': hidden states and the head above them."""
+
+    config: ModelShape
+
+    def prepare(self, key_start: Tensor, key_stop: Tensor, prepare: Prepare) -> Any:
+        """What ``forward`` takes as context, of rows whose tokens see these keys, (B, S) int32 each."""
+        raise NotImplementedError
+
+    def fill_buffers(self) -> None:
+        """Give what is computed from the configuration its values, after ``to_empty``."""
+
+    def layers(self) -> list[nn.Module]:
+        """Those that are here, in order."""
+        raise NotImplementedError
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D)."""
+        raise NotImplementedError
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """(V,)."""
+        return None
+
+    @property
+    def head_form(self) -> HeadForm:
+        raise NotImplementedError
+
+    def set_checkpointing(
+        self,
+        granularity: Granularity | None,
+        modules: Sequence[str] | None = None,
+        recompute: Recompute | None = None,
+    ) -> None:
+        """See ``Decoder.set_checkpointing``."""
+        raise NotImplementedError
+
+
+class Decoder(CausalModel):
     """A Llama for causal language modelling.
 
     Args:
@@ -305,6 +365,8 @@ class Decoder(nn.Module):
     Weights are PyTorch's defaults until an engine loads others. Built under ``torch.device("meta")``, it
     wants ``.to_empty(device=...)`` first.
     """
+
+    config: DecoderConfig
 
     def __init__(self, config: DecoderConfig, attend: Attend) -> None:
         super().__init__()
@@ -321,6 +383,12 @@ class Decoder(nn.Module):
         """
         return self.model(input_ids, position_ids, context)  # type: ignore[no-any-return]
 
+    def prepare(self, key_start: Tensor, key_stop: Tensor, prepare: Prepare) -> Any:
+        return self.model.prepare(key_start, key_stop, prepare)
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.model.layers.children())
+
     @property
     def head_weight(self) -> Tensor:
         """(V, D): the embedding's where the head is tied to it."""
@@ -331,8 +399,11 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""
         logits = F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
-        cap = self.config.logits_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.head_form.applied(logits)
+
+    @property
+    def head_form(self) -> HeadForm:
+        return HeadForm(softcap=self.config.logits_softcap)
 
     def set_checkpointing(
         self,

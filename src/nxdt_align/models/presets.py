@@ -11,15 +11,19 @@ from torch import Tensor
 from nxdt_align.models.config import (
     DecoderConfig,
     ModelConfigError,
+    ModelShape,
     RopeScaling,
     parameter_count,
     weight_shapes,
 )
 from nxdt_align.models.config_json import (
+    Implementation,
     from_hf_dict,
     load_config_json,
+    model_of,
     model_type_of,
     read_config_json,
+    read_model_json,
 )
 
 __all__ = [
@@ -29,14 +33,18 @@ __all__ = [
     "PRESETS",
     "TINY",
     "DecoderConfig",
+    "Implementation",
     "ModelConfigError",
+    "ModelShape",
     "RopeScaling",
     "fresh_weight",
     "from_hf_dict",
     "load_config_json",
+    "model_of",
     "model_type_of",
     "parameter_count",
     "read_config_json",
+    "read_model_json",
     "weight_shapes",
 ]
 

@@ -31,8 +31,8 @@ class Attention(Protocol):
         ...
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any, softcap: float | None = None) -> Tensor:
-        """q (B, S, N, H), k and v (B, S, K, H) -> (B, S, N, H). Raises UserError for a cap that it cannot
-        compute."""
+        """q (B, S, N, H), k and v (B, S, K, H) -> (B, S, N, H); values of another size than queries and keys
+        give results of that size. Raises UserError for a cap that it cannot compute."""
         ...
 
 
@@ -96,7 +96,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: flo
     scores = torch.where(mask[:, :, None], scores, torch.finfo(torch.float32).min)
     weights = scores.softmax(-1).to(v.dtype)
     out: Tensor = (weights.flatten(2, 3) @ v).view(by_key)
-    return out.permute(0, 3, 1, 2, 4).reshape(rows, size, heads, width)
+    return out.permute(0, 3, 1, 2, 4).reshape(rows, size, heads, -1)
 
 
 def softcapped(x: Tensor, cap: float) -> Tensor:

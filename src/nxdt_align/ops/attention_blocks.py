@@ -87,7 +87,8 @@ class BlockAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, context: Any, softcap: float | None = None) -> Tensor:
         blocks: Sequence[_Alone | _Block] = context
-        shape, groups = q.shape, q.shape[2] // k.shape[2]
+        # Values may be of another size than queries and keys.
+        shape, groups = (*q.shape[:3], v.shape[-1]), q.shape[2] // k.shape[2]
         if groups > 1:
             k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
         if all(isinstance(block, _Alone) for block in blocks):

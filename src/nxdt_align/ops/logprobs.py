@@ -58,6 +58,8 @@ def token_logps(
     shard: VocabShard = WHOLE_VOCABULARY,
     compact: bool = False,
     wanted: Sequence[TokenStatistic] = (),
+    bias: Tensor | None = None,
+    scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """log p(label | hidden) at each position, and what is ``wanted`` beside it.
@@ -72,6 +74,8 @@ def token_logps(
         wanted: further values, without gradient, see ``batch.TokenStatistic``; not the logits, which are a
             product of ``hidden`` and ``head`` that is never whole here. Raises ValueError where they are
             asked for.
+        bias: (V,): of the head, or of this rank's rows of it.
+        scale: of the head's products, with their bias.
         softcap: logits x are cap * tanh(x / cap) instead.
 
     Returns:
@@ -81,13 +85,20 @@ def token_logps(
         raise ValueError("logits are never whole here: multiply the hidden states by the head")
     shape = labels.shape
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    form = _Form(scale, softcap)
     if not compact:
-        logps, *statistics = _tiled_logps(flat_hidden, head, flat_labels, shard, wanted, softcap)
+        logps, *statistics = _tiled_logps(flat_hidden, head, bias, flat_labels, shard, wanted, form)
         return logps.view(shape), tuple(statistic.view(shape) for statistic in statistics)
 
     kept = torch.nonzero(flat_labels != IGNORE_LABEL).squeeze(1)
     logps, *statistics = _tiled_logps(
-        flat_hidden.index_select(0, kept), head, flat_labels.index_select(0, kept), shard, wanted, softcap
+        flat_hidden.index_select(0, kept),
+        head,
+        bias,
+        flat_labels.index_select(0, kept),
+        shard,
+        wanted,
+        form,
     )
     zeros = torch.zeros(flat_labels.shape, dtype=torch.float32, device=labels.device)
     spread = zeros.index_copy(0, kept, logps).view(shape)
@@ -112,10 +123,23 @@ def _parts(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+@dataclass(frozen=True)
+class _Form:
+    """What becomes of the products x of hidden states and head: cap * tanh(scale * x / cap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, form: _Form) -> Tensor:
     """(C, W) float32."""
     logits = _products(hidden, head)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        logits = logits.add_(bias)
+    if form.scale != 1:
+        logits = logits.mul_(form.scale)
+    cap = form.softcap
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _products(hidden: Tensor, head: Tensor) -> Tensor:
@@ -139,14 +163,15 @@ def _labels_in(labels: Tensor, part: slice, shard: VocabShard) -> tuple[Tensor, 
 def _tiled_logps(
     hidden: Tensor,
     head: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     shard: VocabShard,
     wanted: Sequence[TokenStatistic],
-    softcap: float | None,
+    form: _Form,
 ) -> tuple[Tensor, ...]:
-    """(M, D), (V, D), (M,) -> (M,) float32, and as much for each of ``wanted``."""
+    """(M, D), (V, D), (V,), (M,) -> (M,) float32, and as much for each of ``wanted``."""
     result: tuple[Tensor, ...] = _TiledLogps.apply(  # type: ignore[no-untyped-call]
-        hidden, head, labels, shard, tuple(wanted), softcap
+        hidden, head, bias, labels, shard, tuple(wanted), form
     )
     return result
 
@@ -209,9 +234,15 @@ class _Scan:
         return summed[:-1] / summed[-1]
 
 
-def _mean_logits(hidden: Tensor, head: Tensor, shard: VocabShard) -> Tensor:
+def _mean_logits(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, scale: float, shard: VocabShard
+) -> Tensor:
     """(M,) float32: the mean of the logits is the logit of the mean row."""
     sums = hidden.float() @ head.sum(0, dtype=torch.float32)
+    if bias is not None:
+        sums = sums + bias.sum(dtype=torch.float32)
+    if scale != 1:
+        sums = sums * scale
     rows = torch.full((1,), float(head.shape[0]), device=head.device)
     summed = shard.reduce_sum(torch.cat([sums, rows]))
     return summed[:-1] / summed[-1]
@@ -225,11 +256,13 @@ class _TiledLogps(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         head: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
         shard: VocabShard,
         wanted: tuple[TokenStatistic, ...],
-        softcap: float | None,
+        form: _Form,
     ) -> tuple[Tensor, ...]:
+        softcap = form.softcap
         positions, vocabulary = hidden.shape[0], head.shape[0]
         rows, columns = _tile_sizes(positions, vocabulary, hidden.device)
         logps = torch.empty(positions, dtype=torch.float32, device=hidden.device)
@@ -237,7 +270,7 @@ class _TiledLogps(torch.autograd.Function):
         statistics = {name: torch.empty_like(logps) for name in wanted}
         if "mean_logit" in wanted and softcap is None:
             statistics["mean_logit"] = torch.where(
-                labels == IGNORE_LABEL, 0.0, _mean_logits(hidden, head, shard)
+                labels == IGNORE_LABEL, 0.0, _mean_logits(hidden, head, bias, form.scale, shard)
             )
         # The derivative of a cap follows from the logits, not from what is kept.
         room = KEPT_BYTES if any(ctx.needs_input_grad) and softcap is None else 0
@@ -247,7 +280,8 @@ class _TiledLogps(torch.autograd.Function):
             scan.sums = "mean_logit" in wanted and softcap is not None
             for tile in _parts(vocabulary, columns):
                 placed = _labels_in(labels[part], tile, shard)
-                exps, top = scan.add(_logits(hidden[part], head[tile], softcap), *placed)
+                logits = _logits(hidden[part], head[tile], _part_of(bias, tile), form)
+                exps, top = scan.add(logits, *placed)
                 if exps.nbytes <= room:
                     kept[part.start, tile.start] = exps, top
                     room -= exps.nbytes
@@ -258,19 +292,21 @@ class _TiledLogps(torch.autograd.Function):
             logps[part] = torch.where(ignored, 0.0, target - log_norms[part])
             for name, statistic in found.items():
                 statistics[name][part] = torch.where(ignored, 0.0, statistic)
-        ctx.save_for_backward(hidden, head, labels, log_norms, *(x for pair in kept.values() for x in pair))
-        ctx.shard, ctx.kept, ctx.sizes, ctx.softcap = shard, list(kept), (rows, columns), softcap
+        saved = (x for pair in kept.values() for x in pair)
+        ctx.save_for_backward(hidden, head, bias, labels, log_norms, *saved)
+        ctx.shard, ctx.kept, ctx.sizes, ctx.form = shard, list(kept), (rows, columns), form
         ctx.mark_non_differentiable(*statistics.values())
         return logps, *statistics.values()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_statistics: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, labels, log_norms, *saved = ctx.saved_tensors
+        hidden, head, bias, labels, log_norms, *saved = ctx.saved_tensors
         kept = dict(zip(ctx.kept, zip(saved[::2], saved[1::2], strict=True), strict=True))
         grad = torch.where(labels == IGNORE_LABEL, 0.0, grad.float())
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        wants_hidden, wants_head, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if wants_head else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         rows, columns = ctx.sizes
         buffer: Tensor | None = None
         for part in _parts(hidden.shape[0], rows):
@@ -283,14 +319,19 @@ class _TiledLogps(torch.autograd.Function):
                     buffer = grad_logits
                     slope = None
                 else:
-                    grad_logits = _logits(hidden[part], head[tile], ctx.softcap)
-                    slope = None if ctx.softcap is None else 1 - (grad_logits / ctx.softcap).square_()
+                    grad_logits = _logits(hidden[part], head[tile], _part_of(bias, tile), ctx.form)
+                    cap = ctx.form.softcap
+                    slope = None if cap is None else 1 - (grad_logits / cap).square_()
                     grad_logits = grad_logits.sub_(log_norms[part][:, None]).exp_()
                     grad_logits.mul_(-grad[part][:, None])
                 column, held = _labels_in(labels[part], tile, ctx.shard)
                 grad_logits.scatter_add_(1, column[:, None], torch.where(held, grad[part], 0.0)[:, None])
                 if slope is not None:
                     grad_logits.mul_(slope)
+                if ctx.form.scale != 1:
+                    grad_logits.mul_(ctx.form.scale)
+                if grad_bias is not None:
+                    grad_bias[tile] += grad_logits.sum(0)
                 if grad_hidden is not None:
                     _add_product(grad_hidden[part], grad_logits, head[tile])
                 if grad_head is not None:
@@ -298,7 +339,15 @@ class _TiledLogps(torch.autograd.Function):
         # A sharded head gives each rank a part of d hidden: their sum is the gradient.
         if grad_hidden is not None:
             grad_hidden = ctx.shard.reduce_sum(grad_hidden.to(hidden.dtype))
-        return grad_hidden, None if grad_head is None else grad_head.to(head.dtype), None, None, None, None
+        of_weights = (
+            None if grad is None else grad.to(like.dtype)
+            for grad, like in ((grad_head, head), (grad_bias, bias))
+        )
+        return grad_hidden, *of_weights, None, None, None, None
+
+
+def _part_of(bias: Tensor | None, tile: slice) -> Tensor | None:
+    return None if bias is None else bias[tile]
 
 
 def _like(tile: Tensor, buffer: Tensor | None) -> Tensor:

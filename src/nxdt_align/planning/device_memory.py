@@ -10,10 +10,11 @@ from math import prod
 
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket, Layout
-from nxdt_align.models.config import DecoderConfig, weight_shapes
+from nxdt_align.models.config import DecoderConfig, ModelShape, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, split_of
 from nxdt_align.planning.activations import above_layers, held_by_model, kept_of_layer, layer_scratch
 from nxdt_align.planning.changes import Change, changed, fitting_changes
+from nxdt_align.planning.model_states import states_report
 from nxdt_align.planning.workload import Workload, device_kind, workload
 
 GIB = 2**30
@@ -28,7 +29,7 @@ USABLE = 0.9
 
 def memory_report(
     config: Config,
-    model: DecoderConfig,
+    model: ModelShape,
     layout: Layout,
     responses: int,
     bucket: Bucket,
@@ -44,6 +45,8 @@ def memory_report(
         needs_reference: whether the loss asks for a reference's log-probabilities.
     """
     where = device_kind(config)
+    if not isinstance(model, DecoderConfig):
+        return states_report(config, model, where, needs_reference=needs_reference)
     work = workload(config, model, layout, responses, bucket, needs_reference=needs_reference)
     need = estimate(work)
     name = "a NeuronCore" if where == "neuron" else f"a device ({where})"

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Protocol
 
+from nxdt_align.planning.devices import Device
+from nxdt_align.planning.graph_cost import Cost, StepCost, price, product_flops
 from nxdt_align.planning.hlo import Computation, Instruction, Shape, parse
 
 KNOWN_CALLS = ("custom-call nki_flash_fwd", "custom-call nki_flash_bwd")
@@ -118,6 +120,8 @@ class GraphReport:
     unusual: dict[str, int]
     """Kinds that are not known, and dynamic shapes."""
     findings: list[Finding]
+    cost: Cost
+    """Of one execution, on paper."""
 
     @property
     def flops(self) -> int:
@@ -128,7 +132,7 @@ class GraphReport:
         return sum(each.nbytes * each.count for each in self.collectives)
 
 
-def report(graph: TracedGraph, *, low_precision: bool) -> GraphReport:
+def report(graph: TracedGraph, device: Device, *, low_precision: bool) -> GraphReport:
     """Read one graph. ``low_precision``: whether the run computes in bf16. Raises HloError."""
     module = parse(graph.hlo)
     pairs = [(c, i) for c in module.computations() for i in c.instructions]
@@ -147,6 +151,7 @@ def report(graph: TracedGraph, *, low_precision: bool) -> GraphReport:
         wide=dict(Counter(s.dtype for _, i in pairs for s in i.shapes if s.dtype in ("f64", "s64", "u64"))),
         unusual=_unusual(pairs),
         findings=list(_findings(pairs, products, slices, collectives, low_precision)),
+        cost=price(module, device),
     )
 
 
@@ -161,12 +166,11 @@ def _grouped(
 
 
 def _products(pairs: Pairs) -> list[Product]:
-    def form(c: Computation, i: Instruction) -> tuple[Shape, Shape, Shape, tuple[int, ...]]:
-        return i.shape, c.operand(i, 0).shape, c.operand(i, 1).shape, i.numbers("lhs_contracting_dims")
+    def form(c: Computation, i: Instruction) -> tuple[Shape, Shape, Shape, int]:
+        return i.shape, c.operand(i, 0).shape, c.operand(i, 1).shape, product_flops(c, i)
 
     found = []
-    for (result, left, right, contracted), count in _grouped(pairs, ["dot"], form).items():
-        flops = 2 * result.elements * prod(left.dims[dim] for dim in contracted)
+    for (result, left, right, flops), count in _grouped(pairs, ["dot"], form).items():
         found.append(
             Product(
                 shape=f"{result} = {left} x {right}",
@@ -314,17 +318,39 @@ def _divides_integers(c: Computation, instruction: Instruction) -> bool:
 # For people and programs
 
 
-def to_dict(rank: int, reports: Sequence[GraphReport]) -> dict[str, Any]:
-    """Plain values, for JSON."""
-    return {"rank": rank, "graphs": [asdict(each) for each in reports]}
+def to_dict(
+    rank: int, reports: Sequence[GraphReport], steps: Sequence[StepCost], device: Device
+) -> dict[str, Any]:
+    """Plain values, for JSON; costs in seconds."""
+    return {
+        "rank": rank,
+        "graphs": [asdict(each) for each in reports],
+        "device": device.name,
+        "steps": [asdict(each) | each.totals(device) for each in steps],
+    }
 
 
-def to_text(rank: int, reports: Sequence[GraphReport]) -> str:
-    """Tables, a graph after the other, and all findings at the end."""
+def to_text(rank: int, reports: Sequence[GraphReport], steps: Sequence[StepCost], device: Device) -> str:
+    """Tables, a graph after the other, what a step takes on paper, and all findings at the end."""
     lines = [f"rank {rank}: {len(reports)} graphs, {sum(r.instructions for r in reports):,} instructions"]
     for number, each in enumerate(reports, 1):
         lines += ["", f"{number}. {each.name}, {_micro_batches(each)}", *_table(each)]
-    return "\n".join([*lines, "", *_all_findings(reports)])
+    return "\n".join([*lines, "", *_prices(steps, device), "", *_all_findings(reports)])
+
+
+def _prices(steps: Sequence[StepCost], device: Device) -> Iterator[str]:
+    yield f"a step on paper ({device.name}; a lower or an upper bound, to compare by: docs/graphs.md)"
+    for each in steps:
+        shape, totals = " x ".join(map(str, each.shape[:2])), each.totals(device)
+        yield (
+            f"  rows of {shape}: {each.micro_batches} micro-batches of {_ms(each.later.seconds)}, optimizer "
+            f"{_ms(each.optimizer.seconds)}: {totals['seconds']:.3f} s for {each.examples} examples, "
+            f"{totals['examples_per_second']:.2f} per second"
+        )
+        yield (
+            f"    {totals['products']:.0%} products, {totals['memory']:.0%} memory, "
+            f"{totals['collectives']:.0%} collectives; {totals['peak']:.0%} of the bf16 rate"
+        )
 
 
 def _micro_batches(each: GraphReport) -> str:
@@ -339,6 +365,10 @@ def _table(each: GraphReport, most: int = 6) -> Iterator[str]:
     kinds = ", ".join(f"{kind} {count}" for kind, count in list(each.kinds.items())[:12])
     yield f"   hash          {each.key}"
     yield f"   instructions  {each.instructions:,}: {kinds}"
+    yield (
+        f"   on paper      {_ms(each.cost.seconds)}: products {_ms(each.cost.products)}, memory "
+        f"{_ms(each.cost.memory)}, collectives {_ms(each.cost.collectives)}"
+    )
     yield f"   products      {each.flops / 1e9:,.1f} GFLOP"
     for product in each.products[:most]:
         yield (
@@ -373,6 +403,10 @@ def _all_findings(reports: Sequence[GraphReport]) -> Iterator[str]:
     for finding, numbers in places.items():
         where = ", ".join(map(str, numbers))
         yield f"  {finding.rule} (graph {where}): {finding.what}; {finding.advice}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:,.1f} ms"
 
 
 def _bytes(count: int) -> str:

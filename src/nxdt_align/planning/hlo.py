@@ -107,10 +107,14 @@ class Instruction:
         return found[1] if found else ""
 
     @property
-    def group_size(self) -> int:
-        """Ranks of a collective's first group; 0 where the text does not list them."""
+    def first_group(self) -> tuple[int, ...]:
+        """Ranks of a collective's first group; () where the text does not list them."""
         found = re.match(r"\{\{([\d,]*)\}", self.groups)
-        return len(found[1].split(",")) if found and found[1] else 0
+        return tuple(int(rank) for rank in found[1].split(",")) if found and found[1] else ()
+
+    @property
+    def group_size(self) -> int:
+        return len(self.first_group)
 
 
 @dataclass(frozen=True)

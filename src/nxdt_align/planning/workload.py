@@ -158,11 +158,7 @@ def workload(
     strategy, where = config.distributed_strategy, device_kind(config)
     tensor, stages = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
     copies = max(1, config.data_parallel_size)
-    shards = (strategy.zero1 or strategy.fsdp is not False) and copies > 1
-    formats = _formats(config, where)
-    if shards and where != "neuron" and not formats.master:
-        # FSDP's shards are float32 masters; the compute weights are gathered from them.
-        formats = replace(formats, master=FLOAT)
+    formats = formats_of(config, where)
     if strategy.zero1 and where == "neuron":
         formats = _sharded_by_nxd(formats, config.precision)
     # ops.logprobs never makes a row's whole logits: CPUs tile to the cache, others by a fixed chunk.
@@ -189,11 +185,21 @@ def workload(
         fsdp=strategy.fsdp is not False,
         tile=tile,
         kept=KEPT_BYTES,
-        reference=_reference(config, formats) if needs_reference else 0,
+        reference=reference_bytes(config, formats) if needs_reference else 0,
     )
 
 
-def _reference(config: Config, formats: Formats) -> int:
+def formats_of(config: Config, where: str) -> Formats:
+    """What each weight takes in this configuration."""
+    strategy, formats = config.distributed_strategy, _formats(config, where)
+    shards = (strategy.zero1 or strategy.fsdp is not False) and config.data_parallel_size > 1
+    if shards and where != "neuron" and not formats.master:
+        # FSDP's shards are float32 masters; the compute weights are gathered from them.
+        return replace(formats, master=FLOAT)
+    return formats
+
+
+def reference_bytes(config: Config, formats: Formats) -> int:
     """Bytes per weight of the reference that is held during training; 0 for none."""
     settings = config.model_alignment_strategy
     if settings.precompute_ref_log_probs:
@@ -243,8 +249,11 @@ def _attention(config: Config, model: DecoderConfig, where: str, layout: Layout)
     if model.attention_softcap is not None and (where != "cuda" or config.data.attention == "dense"):
         return "scores"  # FlexAttention alone has a kernel that caps
     if where == "neuron":
-        is_causal = layout == "none"
-        return "flash" if is_causal and config.model.fusions.flash_attention else "scores"
+        fusions = config.model.fusions
+        if not fusions.flash_attention or (layout != "none" and not fusions.flash_attention_packed):
+            return "scores"
+        # With a bias of (S, S) for rows of several sequences.
+        return "flash" if layout == "none" else "masked"
     return "masked" if config.data.attention == "dense" else "flash"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict
@@ -21,6 +22,7 @@ from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import model_config_path, tokenizer_of
+from nxdt_align.data.packing import RowCost
 from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
@@ -31,16 +33,19 @@ from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 from nxdt_align.messages import NOTICE
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.families import FAMILIES
+from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.own_parts import OwnPartError, find_class, make
+from nxdt_align.planning.step_time import row_cost
+from nxdt_align.planning.workload import device_kind
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.locate import locate, read_shape
 from nxdt_align.run.mode import RunMode
-from nxdt_align.weights.detect import check_weights, layout_of
-from nxdt_align.weights.hf import FreshWeights, HFFolder
+from nxdt_align.weights.detect import check_weights, layout_of, open_folder
+from nxdt_align.weights.hf import FreshWeights
 from nxdt_align.weights.nxdt import NxDTFolder
 
 log = logging.getLogger(__name__)
@@ -101,24 +106,29 @@ def parallel(config: Config) -> Parallel:
     )
 
 
-def join(config: Config, engine: EngineName, env: RunEnv, model: DecoderConfig, mode: RunMode) -> EngineParts:
+def join(config: Config, engine: EngineName, env: RunEnv, model: ModelShape, mode: RunMode) -> EngineParts:
     """Join the run's processes for ``engine``; imports only that engine."""
     if engine == "nxd":
         from nxdt_align.run.nxd import NxDParts
 
+        assert isinstance(model, DecoderConfig), "check_engine refuses others"
         return NxDParts(config, env, model, mode)
     from nxdt_align.run.native import NativeParts
 
     return NativeParts(config, env, model, mode)
 
 
-def check_engine(
-    config: Config, engine: EngineName, env: RunEnv, model: DecoderConfig, mode: RunMode
-) -> None:
+def check_engine(config: Config, engine: EngineName, env: RunEnv, model: ModelShape, mode: RunMode) -> None:
     """Raise UserError for what ``join`` would refuse before it joins any process."""
     if engine == "nxd":
         from nxdt_align.run.nxd import check as check_nxd
 
+        if not isinstance(model, DecoderConfig):
+            raise UserError(
+                f"distributed_strategy.engine: is nxd, which runs the families of this package's own decoder "
+                f"({', '.join(FAMILIES)}), but a {model.model_type} is computed by transformers: set "
+                "distributed_strategy.engine=native"
+            )
         check_nxd(config, model)
     else:
         from nxdt_align.run.native import check
@@ -141,6 +151,26 @@ def micro_batch_needs(config: Config) -> MicroBatchNeeds:
         return {"min_micro_batches": 1, "round_size": ranks}
     # With fewer micro-batches than stages, torch's 1F1B schedule raises.
     return {"min_micro_batches": ranks, "round_size": 1}
+
+
+class RowNeeds(TypedDict):
+    """What the row plan has to know of the model, as arguments of the data module."""
+
+    window: int | None
+    only_local: bool
+    row_cost: RowCost | None
+
+
+def row_needs(config: Config, model: ModelShape) -> RowNeeds:
+    """Its windows, and on Trainium what rows cost there; on a CPU and on CUDA padding is what costs."""
+    cost = None
+    if isinstance(model, DecoderConfig) and device_kind(config) == "neuron":
+        cost = row_cost(config, model)
+    return {
+        "window": model.sliding_window,
+        "only_local": model.layer_types is None,
+        "row_cost": cost,
+    }
 
 
 def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
@@ -185,8 +215,12 @@ FLASH_MULTIPLE = {"neuron": 512}
 """Device type -> row lengths are multiples of this for its flash kernel."""
 
 
-def attention(config: Config, where: torch.device, model: DecoderConfig) -> Attention:
+def attention(config: Config, where: torch.device, model: ModelShape) -> Attention:
     """The attention for device ``where``. Raises UserError for one that it or the layout does not support."""
+    if refusal_of_layouts(model) is not None:
+        from nxdt_align.models.backend.model import StockAttention
+
+        return StockAttention()
     kind = _attention_kind(config, where, model)
     for device_type, only in ATTENTION_OF_DEVICE.items():
         if kind == only and where.type != device_type:
@@ -203,20 +237,29 @@ def attention(config: Config, where: torch.device, model: DecoderConfig) -> Atte
     return FlexAttention() if kind == "flex" else DenseAttention()
 
 
-def row_multiple(config: Config, where: torch.device, model: DecoderConfig) -> int:
+def kernel(model: ModelShape, where: torch.device) -> Attention:
+    """The attention that a model takes on ``where``, a CPU or a CUDA device, whatever rows it is given."""
+    if refusal_of_layouts(model) is not None:
+        from nxdt_align.models.backend.model import StockAttention
+
+        return StockAttention()
+    return FlexAttention() if where.type == "cuda" else BlockAttention()
+
+
+def row_multiple(config: Config, where: torch.device, model: ModelShape) -> int:
     """Row lengths must be multiples of this, for the attention that is chosen for ``where``."""
     is_causal = _attention_kind(config, where, model) == "causal"
     return FLASH_MULTIPLE.get(where.type, 1) if is_causal else 1
 
 
-def check_attention(config: Config, model: DecoderConfig) -> None:
+def check_attention(config: Config, model: ModelShape) -> None:
     """Raises UserError where ``data.attention`` cannot compute the layout, whatever the device."""
     fault = why_not_causal(config, model)
     if config.data.attention == "causal" and fault is not None:
         raise UserError(f"data.attention: causal takes no bounds of what a token sees, {fault}")
 
 
-def why_not_causal(config: Config, model: DecoderConfig) -> str | None:
+def why_not_causal(config: Config, model: ModelShape) -> str | None:
     """What attention needs bounds for, and what would do; None where each token may see all before it."""
     if config.layout != "none":
         return (
@@ -237,7 +280,7 @@ def why_not_causal(config: Config, model: DecoderConfig) -> str | None:
     return None
 
 
-def _attention_kind(config: Config, where: torch.device, model: DecoderConfig) -> str:
+def _attention_kind(config: Config, where: torch.device, model: ModelShape) -> str:
     if config.data.attention != "auto":
         return config.data.attention
     if where.type in FLASH_MULTIPLE and config.data.buckets is None and why_not_causal(config, model) is None:
@@ -250,30 +293,96 @@ def cluster(env: RunEnv) -> ClusterEnvironment:
     return TorchElasticEnvironment() if env.world_size > 1 else LightningEnvironment()
 
 
-def model_config(config: Config) -> DecoderConfig:
-    """config.json with the YAML's overrides applied, as in NxDT."""
+def model_config(config: Config) -> ModelShape:
+    """config.json with the YAML's overrides applied, as in NxDT.
+
+    Raises UserError for overrides of a model that transformers computes.
+    """
     model = config.model
     source = model_config_path(config)
     if source is None:
         raise UserError("model.model_config: must name a Hugging Face config.json or a folder that holds one")
-    return read_shape(source).with_overrides(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        rope_theta=model.rope_theta,
-        max_position_embeddings=model.max_position_embeddings,
+    shape = read_shape(source, model.implementation, trust_remote_code=model.trust_remote_code)
+    overrides: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "rope_theta": model.rope_theta,
+        "max_position_embeddings": model.max_position_embeddings,
+    }
+    if isinstance(shape, DecoderConfig):
+        return shape.with_overrides(**overrides)
+    given = [f"model.{key}" for key, value in overrides.items() if value is not None]
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: cannot override the config.json of a {shape.model_type} that transformers "
+            "computes; leave it out, and change config.json"
+        )
+    return shape
+
+
+def with_possible_layout(config: Config, model: ModelShape) -> Config:
+    """``config`` with layout none where the model takes no other, as a notice says."""
+    if isinstance(model, DecoderConfig):
+        return config
+    refusal = refusal_of_layouts(model)
+    if refusal is None or config.layout == "none":
+        return config
+    log.log(
+        NOTICE,
+        "data.packing: none, a row for each response, instead of %s, which %s does not take: %s; results are "
+        "the same, steps are slower",
+        *(config.layout, model.model_type, refusal),
     )
+    return replace(config, data=replace(config.data, packing="none"))
 
 
-def start_weights(config: Config, model: DecoderConfig) -> WeightSource:
+def refusal_of_layouts(model: ModelShape) -> str | None:
+    """Why rows of several texts do not work with the model; None where they do."""
+    if isinstance(model, DecoderConfig):
+        return None
+    from nxdt_align.models.backend.config import TransformersConfig
+
+    assert isinstance(model, TransformersConfig)
+    return model.findings.refusal
+
+
+def say_implementation(config: Config, model: ModelShape) -> None:
+    """Log who computes the model."""
+    if isinstance(model, DecoderConfig):
+        log.info("model.implementation: ours, the decoder of this package, as a %s", model.model_type)
+        return
+    from nxdt_align.models.backend.config import TransformersConfig, type_name
+
+    assert isinstance(model, TransformersConfig)
+    log.log(NOTICE, "model.implementation: transformers' %s computes the model", type_name(model))
+    if model.remote_folder is not None:
+        log.warning(
+            "model.trust_remote_code: the Python code in %s is run with the rights of this process",
+            model.remote_folder,
+        )
+
+
+def start_weights(config: Config, model: ModelShape) -> WeightSource:
     """The policy's start weights: ``resume_from_checkpoint``, or random ones."""
     given = config.exp_manager.resume_from_checkpoint
     if given is None:
         log.warning("exp_manager.resume_from_checkpoint is null: the model starts from random weights")
-        return FreshWeights(model, config.seed)
+        return fresh_weights(model, config.seed)
     return weights_at(Path(given), model, "exp_manager.resume_from_checkpoint")
 
 
-def weights_at(folder: Path, model: DecoderConfig, key: str) -> WeightSource:
+def fresh_weights(model: ModelShape, seed: int) -> WeightSource:
+    """Random initial weights."""
+    if isinstance(model, DecoderConfig):
+        return FreshWeights(model, seed)
+    from nxdt_align.models.backend.config import TransformersConfig
+    from nxdt_align.weights.transformers_folder import FreshTransformers
+
+    assert isinstance(model, TransformersConfig)
+    return FreshTransformers(model, seed)
+
+
+def weights_at(folder: Path, model: ModelShape, key: str) -> WeightSource:
     """A reader for any kind of weights that ``folder``, the value of ``key``, leads to."""
     weights: WeightSource
     try:
@@ -288,7 +397,7 @@ def weights_at(folder: Path, model: DecoderConfig, key: str) -> WeightSource:
     return weights
 
 
-def _foreign_weights(folder: Path, model: DecoderConfig) -> WeightSource:
+def _foreign_weights(folder: Path, model: ModelShape) -> WeightSource:
     """Weights from other tools: NxD's shards, or a Hugging Face folder."""
     layout = layout_of(folder)
     if layout == "meta":
@@ -297,13 +406,18 @@ def _foreign_weights(folder: Path, model: DecoderConfig) -> WeightSource:
             "folder that training can start from"
         )
     if layout == "nxdt":
+        if not isinstance(model, DecoderConfig):
+            raise UserError(
+                f"{folder} holds NxD's shards, which are of this package's own families, but a "
+                f"{model.model_type} is computed by transformers: give a Hugging Face folder"
+            )
         return NxDTFolder(folder, model)  # checks its shards against the model
-    weights = HFFolder(folder)
+    weights = open_folder(folder, model)
     check_weights(weights, model)
     return weights
 
 
-def tokenization(config: Config, model: DecoderConfig) -> Tokenization:
+def tokenization(config: Config, model: ModelShape) -> Tokenization:
     """Tokenizer and truncation. Raises UserError if the tokenizer exceeds the model's vocabulary."""
     tokenizer = load_tokenizer(tokenizer_of(config))
     if len(tokenizer) > model.vocab_size:
@@ -313,7 +427,9 @@ def tokenization(config: Config, model: DecoderConfig) -> Tokenization:
         )
     strategy = config.model_alignment_strategy
     return Tokenization(
-        tokenizer, Truncation(config.data.seq_length, strategy.max_prompt_length, strategy.truncation_mode)
+        tokenizer,
+        Truncation(config.data.seq_length, strategy.max_prompt_length, strategy.truncation_mode),
+        config.data.chat_template_kwargs,
     )
 
 

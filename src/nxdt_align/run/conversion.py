@@ -15,7 +15,7 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import Partition
-from nxdt_align.models.presets import DecoderConfig, read_config_json
+from nxdt_align.models.presets import DecoderConfig, ModelShape, read_model_json
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.run.locate import companions, locate, shape_of_run
 from nxdt_align.run.native_writer import NativeWriter
@@ -24,7 +24,7 @@ from nxdt_align.weights import inspect
 from nxdt_align.weights.convert import Conversion, Report, Writer
 from nxdt_align.weights.detect import check_weights, find_config_file, layout_of, open_source
 from nxdt_align.weights.generation import generation_json
-from nxdt_align.weights.hf_writer import MAX_SHARD_BYTES, HFWriter, tokenizer_files
+from nxdt_align.weights.hf_writer import MAX_SHARD_BYTES, tokenizer_files, writer_for
 from nxdt_align.weights.inspect import to_text
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_writer import NxDTWriter
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 Target = Literal["hf", "nxdt", "native"]
 Dtype = Literal["bf16", "fp16", "fp32"]
-_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def convert(
@@ -114,10 +114,15 @@ def convert(
     is_run_checkpoint = isinstance(weights, NativeCheckpoint)
     SourceFlags(load_xser, direction, n_layers).require_true_of(weights, model, is_run_checkpoint)
     target = to or _usual_target(weights, sizes)
+    if target == "nxdt" and not isinstance(model, DecoderConfig):
+        raise UserError(
+            f"--to nxdt: NxD has no {model.model_type}, which transformers computes; --to hf writes a folder "
+            "for transformers, --to native a checkpoint to start training from"
+        )
     _check_target(target, weights, sizes, tokenizer)
     if target != "nxdt" and isinstance(weights, NxDTFolder):
         sizes.require_those_of(weights, model)
-    stored = None if dtype is None else _DTYPES[dtype]
+    stored = None if dtype is None else DTYPES[dtype]
 
     def dtype_of(name: str) -> torch.dtype:
         return stored or weights.dtype(name)
@@ -129,7 +134,7 @@ def convert(
         if tokenizer is None and not beside.tokenizer:
             log.info("no tokenizer is beside %s: --tokenizer DIR copies one", source)
         make = partial(
-            HFWriter,
+            writer_for(model),
             config=model,
             dtype=dtype_of,
             tokenizer=beside.tokenizer if tokenizer is None else tokenizer_files(Path(tokenizer)),
@@ -137,6 +142,7 @@ def convert(
             max_shard_bytes=max_shard_bytes,
         )
     else:
+        assert isinstance(model, DecoderConfig)
         partition = sizes.partition(model, weights.partition if isinstance(weights, NxDTFolder) else None)
         _log_partition(partition, xser)
         make = partial(
@@ -249,18 +255,19 @@ def _log_partition(partition: Partition, xser: bool) -> None:
 
 def open_weights(
     path: Path, config_file: Path | None = None, *, first_replica: bool = False
-) -> tuple[WeightSource, DecoderConfig]:
+) -> tuple[WeightSource, ModelShape]:
     """A reader for weights of any kind, and their model's shape. Raises UserError."""
     path = locate(path)
     is_of_nxd = is_nxd_checkpoint(path)
     if not is_of_nxd and not is_checkpoint(path):
         return open_source(path, config_file, unequal_replicas=first_replica)
-    config = shape_of_run(path) if config_file is None else read_config_json(config_file)
+    config = shape_of_run(path) if config_file is None else read_model_json(config_file)
     if config is None:
         raise UserError(
             f"no {IDENTITY_FILE} above {path} says what model it is of: give its config.json with --config"
         )
     if is_of_nxd:
+        assert isinstance(config, DecoderConfig), "engine nxd trains no other"
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=first_replica)
         return sharded, sharded.config
     native = NativeCheckpoint(path)

@@ -145,6 +145,9 @@ class DryRun(RunMode):
     def around_fit(self, compiler: Compiler | None, manifest: Path) -> AbstractContextManager[None]:
         return compiling(compiler, manifest)
 
+    def report(self, config: Config, run: RunFolder) -> None:
+        """Nothing was logged."""
+
     def conclude(self, compiler: Compiler | None, manifest: Path, result: Result, samples: int) -> None:
         log.log(NOTICE, "dry run done: %d steps, nothing was written", result.step)
 

@@ -8,11 +8,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nxdt_align.batch import Batch, Topology
+from nxdt_align.batch import Batch
 from nxdt_align.config.custom import parts_not_imported
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
@@ -24,25 +25,41 @@ from nxdt_align.data.tokenize import Encoded
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.nxd import compat
-from nxdt_align.engines.nxd.flash import Kernel, traced_kernel
+from nxdt_align.engines.nxd.flash import BiasedKernels, Kernel, TracedKernels, traced_kernel
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.planning.devices import DEVICES, Device
+from nxdt_align.planning.graph_cost import StepCost
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.nxd import NxDParts
+from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 
-__all__ = ["compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
+__all__ = ["DEVICES", "compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
 
 MICRO_BATCHES = 2
 """Of a step that are recorded: the second adds to gradients that are there, and so do all after it."""
+_STEP = "training step"
 
 
-def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> list[xla.TracedGraph]:
-    """Every graph of the run on ``rank``, in the order in which they are first met.
+@dataclass(frozen=True)
+class Traced:
+    """A rank's graphs."""
+
+    graphs: list[xla.TracedGraph]
+    """Each once, in the order in which they are first met."""
+    executed: list[xla.TracedGraph]
+    """In the order in which they would be run."""
+    steps: list[tuple[int, int]]
+    """Micro-batches and examples of a whole step, in each bucket."""
+
+
+def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
+    """Every graph of the run on ``rank``.
 
     Args:
         lengths: tokens of a prompt and of its responses, for examples that stand for the data; None for the
@@ -52,21 +69,31 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> list[xla.
     and for what training would refuse.
     """
     _require(config, rank, lengths)
+    config = _settled(config)
     model = assemble.model_config(config)
+    if not isinstance(model, DecoderConfig):
+        raise UserError(
+            f"graphs are recorded of this package's own decoder, but a {model.model_type} is computed by "
+            "transformers, on CPU and CUDA alone, which compile none"
+        )
     env = RunEnv(rank=rank, world_size=config.world_size, compile_only=True)
     parts = _TracedParts(config, env, model, DryRun())
     tracer = xla.start_tracing()
     objective = GlobalMeanObjective(
         assemble.loss(config, "nxd"), token_statistics=config.exp_manager.log_token_statistics
     )
-    data = _steps(config, model, parts.topology, objective, lengths)
+    data = _steps(config, model, parts, objective, lengths)
     engine = parts.engine()
     engine.compiler = tracer
-    _Steps(config, engine, objective, tracer).take(data)
+    _Steps(config, engine, objective, tracer).take([batches[:MICRO_BATCHES] for _, batches in data])
     distinct: dict[str, xla.TracedGraph] = {}
     for graph in tracer.traced:
         distinct.setdefault(graph.key, graph)
-    return list(distinct.values())
+    return Traced(list(distinct.values()), tracer.traced, [(len(b), len(e)) for e, b in data])
+
+
+def _settled(config: Config) -> Config:
+    return settle(config, "nxd", device="neuron", weights=False).config
 
 
 def refuse_own_parts(config: Config, *, with_data: bool) -> None:
@@ -80,11 +107,37 @@ def refuse_own_parts(config: Config, *, with_data: bool) -> None:
         )
 
 
-def reports(config: Config, rank: int, lengths: Sequence[int] | None) -> list[GraphReport]:
-    """What is in each of ``trace``'s graphs."""
+def reports(
+    config: Config, rank: int, lengths: Sequence[int] | None, device: Device
+) -> tuple[list[GraphReport], list[StepCost]]:
+    """What is in each of ``trace``'s graphs, and what a step in each bucket takes on ``device``, on paper."""
+    config = _settled(config)
     found = trace(config, rank, lengths)
     low = assemble.precision(config).compute == torch.bfloat16
-    return [report(graph, low_precision=low) for graph in found]
+    made = {graph.key: report(graph, device, low_precision=low) for graph in found.graphs}
+    return list(made.values()), _steps_on_paper(found, made)
+
+
+def _steps_on_paper(found: Traced, made: Mapping[str, GraphReport]) -> list[StepCost]:
+    """Of the last step that was recorded in each bucket: its optimizer has states already."""
+    steps: list[StepCost] = []
+    for shapes in dict.fromkeys(graph.shapes for graph in found.executed if graph.name == _STEP):
+        count, examples = found.steps[len(steps)]
+        run = [made[g.key] for g in found.executed if g.name == _STEP and g.shapes == shapes]
+        optimizer = [made[g.key] for g in found.executed if g.name == "optimizer" and g.shapes == shapes][-1]
+        first, later = run[-len(shapes)], run[-1]
+        steps.append(
+            StepCost(
+                shape=tuple(shapes[0]),
+                micro_batches=count,
+                examples=examples,
+                first=first.cost,
+                later=later.cost,
+                optimizer=optimizer.cost,
+                flops=first.flops + later.flops * (count - 1),
+            )
+        )
+    return steps
 
 
 def of_ranks(arguments: Sequence[str], ranks: Sequence[int]) -> list[dict[str, Any]]:
@@ -178,41 +231,44 @@ class _TracedParts(NxDParts):
     def _kernel(self) -> Kernel:
         return traced_kernel
 
+    def _kernels(self) -> BiasedKernels:
+        return TracedKernels()
+
 
 def _steps(
     config: Config,
     model: DecoderConfig,
-    topology: Topology,
+    parts: NxDParts,
     objective: GlobalMeanObjective,
     lengths: Sequence[int] | None,
-) -> list[list[Batch]]:
-    """A step's micro-batches on this rank, of each bucket of the run."""
+) -> list[tuple[Sequence[int], list[Batch]]]:
+    """A step's examples, and its micro-batches on this rank, in each bucket of the run."""
     if lengths is None:
         module = ModelAlignmentDataModule(
             config,
             assemble.tokenization(config, model),
-            topology,
+            parts.topology,
             cache_dir=None,
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,
-            window=model.sliding_window,
-            only_local=model.layer_types is None,
+            **assemble.row_needs(config, model),
+            row_multiple=parts.row_multiple,
         )
         dataset = module.splits["train"]
     else:
-        dataset = _standing_for_data(config, model, topology, objective, lengths)
+        dataset = _standing_for_data(config, model, parts, objective, lengths)
     first = tuple(range(min(config.data.global_batch_size, len(dataset.examples))))
     visited: dict[Any, DryRunStep] = {}
     for step in dry_run_steps(dataset.planner, [first]):
         bucket = dataset.planner.plan(step.examples, step.bucket).bucket
         visited.setdefault(bucket, step)
-    return [dataset.lay_out(s.examples, bucket)[:MICRO_BATCHES] for bucket, s in visited.items()]
+    return [(s.examples, dataset.lay_out(s.examples, bucket)) for bucket, s in visited.items()]
 
 
 def _standing_for_data(
     config: Config,
     model: DecoderConfig,
-    topology: Topology,
+    parts: NxDParts,
     objective: GlobalMeanObjective,
     lengths: Sequence[int],
 ) -> StepDataset:
@@ -226,17 +282,17 @@ def _standing_for_data(
         examples_per_step=count,
         seq_length=data.seq_length,
         buckets=data.buckets,
-        ranks=topology.data_parallel_size,
+        ranks=parts.topology.data_parallel_size,
         micro_batch_size=data.micro_batch_size,
         fixed_micro_batches=True,
         with_prompts=objective.needs_prompts,
-        window=model.sliding_window,
-        only_local=model.layer_types is None,
+        **assemble.row_needs(config, model),
+        row_multiple=parts.row_multiple,
         name="--lengths",
     )
     strategy = config.model_alignment_strategy
     return StepDataset(
-        *(examples, planner, config.layout, topology),
+        *(examples, planner, config.layout, parts.topology),
         tail_weight=None if strategy.dpo is None else strategy.dpo.ld_alpha,
         roles=None if strategy.kto is None else UNPAIRED_ROLES,
         with_prompts=objective.needs_prompts,

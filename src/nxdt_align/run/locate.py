@@ -20,6 +20,7 @@ from nxdt_align.config.start import (
     IDENTITY_FILE,
     folders_of,
     follow,
+    hub_model,
     near,
     shape_file,
     shape_in,
@@ -29,7 +30,8 @@ from nxdt_align.engines.nxd import checkpoint as nxd
 from nxdt_align.errors import UserError
 from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder
 from nxdt_align.messages import NOTICE
-from nxdt_align.models.presets import DecoderConfig, from_hf_dict, read_config_json
+from nxdt_align.models.presets import Implementation, ModelShape, model_of, read_model_json
+from nxdt_align.run.hub import fetch_model
 from nxdt_align.run.resume import newest_checkpoint
 from nxdt_align.weights.detect import holds_weights
 from nxdt_align.weights.digests import require_unchanged
@@ -51,22 +53,26 @@ def locate(path: Path) -> Path:
     """The weights that ``path`` leads to: itself, or the newest whole checkpoint (else the export) of a run's
     folder or its folder of checkpoints, which a link or a file may name.
 
-    Raises UserError if there is nothing at ``path``, a run without weights, or several runs.
+    A model of the Hub, ``owner/name``, is fetched. Raises UserError if there is nothing at ``path``, a run
+    without weights, or several runs.
     """
+    named = hub_model(str(path))
+    if named is not None:
+        return fetch_model(named, weights=True)
     found = follow(path.expanduser())
     if not found.exists():
         advice = near(found) or "give a folder of weights, a run or a checkpoint of one"
         raise UserError(f"{path} does not exist: {advice}")
-    if found.is_file() or _is_checkpoint(found) or holds_weights(found):
+    if found.is_file() or is_checkpoint(found) or holds_weights(found):
         return found
     is_run = (found / IDENTITY_FILE).is_file()
     holder = found / CHECKPOINTS if (found / CHECKPOINTS).is_dir() else found
-    if is_run or any(map(_is_checkpoint, _folders(holder))):
+    if is_run or any(map(is_checkpoint, _folders(holder))):
         newest = newest_checkpoint(holder, checkpoint_step)
     else:
         newest = _newest_of_nxdt(holder) if holder.name == CHECKPOINTS else None
         if newest is None and found.name != CHECKPOINTS:
-            _refuse_runs(found)
+            refuse_runs(found)
             return found
     if newest is not None:
         log.log(NOTICE, "%s: its newest checkpoint is %s", path, newest)
@@ -98,7 +104,7 @@ def checkpoint_step(path: Path) -> int | None:
     return nxd.checkpoint_step(path) if step is None else step
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
     return native.is_checkpoint(path) or nxd.is_checkpoint(path)
 
 
@@ -106,7 +112,7 @@ def _folders(parent: Path) -> list[Path]:
     return sorted(f for f in parent.iterdir() if f.is_dir()) if parent.is_dir() else []
 
 
-def _refuse_runs(folder: Path) -> None:
+def refuse_runs(folder: Path) -> None:
     """Raise UserError for a folder of runs, one or two levels up from theirs."""
     below = [f for child in _folders(folder) for f in (child, *_folders(child))]
     runs = [f for f in below if (f / IDENTITY_FILE).is_file()]
@@ -124,7 +130,7 @@ def _what_is_there(holder: Path) -> str:
     """What a folder of checkpoints without a whole one holds, as the end of a sentence."""
     names = [folder.name for folder in _folders(holder)]
     unfinished = [name for name in names if name.endswith(TEMPORARY_SUFFIX)]
-    damaged = [name for name in names if not name.startswith(".") and _is_checkpoint(holder / name)]
+    damaged = [name for name in names if not name.startswith(".") and is_checkpoint(holder / name)]
     if damaged:
         return f", as {', '.join(damaged[:_LISTED])} {'is' if len(damaged) == 1 else 'are'} incomplete"
     if unfinished:
@@ -151,11 +157,17 @@ def with_located_start(config: Config) -> Config:
 # What belongs to weights
 
 
-def read_shape(file: Path) -> DecoderConfig:
-    """The model's shape in a config.json, or in the record of a run. Raises UserError."""
+def read_shape(
+    file: Path, implementation: Implementation = "auto", *, trust_remote_code: bool = False
+) -> ModelShape:
+    """The model's shape in a config.json, or in the record of a run. Raises UserError.
+
+    A run's record of a model whose own code was run says so; it is not run again but by
+    ``trust_remote_code``.
+    """
     if file.name != IDENTITY_FILE:
         require_unchanged(file)
-        return read_config_json(file)
+        return read_model_json(file, implementation, trust_remote_code=trust_remote_code)
     try:
         values = shape_in(file, json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, OSError) as error:
@@ -165,10 +177,13 @@ def read_shape(file: Path) -> DecoderConfig:
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no model's shape: give its config.json (model.model_config, --config)")
-    return from_hf_dict(values, where=str(file))
+    folder = values.pop("nxdt_align_remote_code", None)
+    return model_of(
+        values, implementation, where=str(file), remote_folder=folder if trust_remote_code else None
+    )
 
 
-def shape_of_run(checkpoint: Path) -> DecoderConfig | None:
+def shape_of_run(checkpoint: Path) -> ModelShape | None:
     """The shape of a checkpoint of a run, or of a converted one, which has its own config.json; None where
     nothing says it."""
     file = shape_file(checkpoint)

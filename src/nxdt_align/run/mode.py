@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from nxdt_align.config.load import to_yaml
 from nxdt_align.config.schema import Config
-from nxdt_align.config.start import EXPORT
+from nxdt_align.config.start import EXPORT, REPORT_FILE, SETTINGS_FILE
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.engines.base import Compiler, Engine, Shapes
 from nxdt_align.errors import UserError
+from nxdt_align.files import atomic_write, explain
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.neuron.compile import read_manifest, read_steps
 from nxdt_align.neuron.monitor import NeuronMonitor
@@ -163,6 +165,7 @@ class RunMode:
         start_experiment(trainer, config.exp_manager, run.path, resumed_step=step)
         if trainer.is_global_zero:
             write_identity(run.path, identity.digest, identity.parts)
+            atomic_write(run.path / SETTINGS_FILE, to_yaml(config).encode())
 
     def keep_companions(
         self, run: RunFolder, tokenization: Tokenization, generation: Mapping[str, Any]
@@ -181,6 +184,21 @@ class RunMode:
         log.log(NOTICE, "experiment folder: %s", result.folder)
         if result.export is not None:
             log.log(NOTICE, "Hugging Face export: %s", result.export)
+
+    def report(self, config: Config, run: RunFolder) -> None:
+        """Write the run's report; called on rank 0. What it fails at does not fail the run."""
+        if not config.exp_manager.report:
+            return
+        # Drawing needs matplotlib, which only a run that ends has to import.
+        from nxdt_align.evaluation.report import write_reports
+
+        try:
+            verdict = write_reports([run.path], run.path / REPORT_FILE)[0]
+        except OSError as error:
+            log.warning("the report of %s cannot be written: %s", run.path, explain(error))
+            return
+        log.log(NOTICE, "verdict: %s", verdict.summary)
+        log.log(NOTICE, "report: %s", run.path / REPORT_FILE)
 
 
 def _in_words(shapes: Shapes) -> str:

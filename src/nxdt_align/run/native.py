@@ -11,20 +11,18 @@ from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.native import checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.engines.native.model import check_pipeline
-from nxdt_align.engines.native.parallelize import check_sizes
+from nxdt_align.engines.native.model import check_parallel
 from nxdt_align.engines.native.xla_engine import XlaEngine
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
 
-def check(config: Config, env: RunEnv, model: DecoderConfig, mode: RunMode) -> torch.device:
+def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torch.device:
     """This process's device. Raises UserError if it is not there, or if sizes or the attention do not fit."""
     device = assemble.device(config, env, mode)
-    check_sizes(model, config.distributed_strategy.tensor_model_parallel_size)
-    check_pipeline(model, assemble.parallel(config))
+    check_parallel(model, assemble.parallel(config))
     assemble.attention(config, device, model)
     return device
 
@@ -35,7 +33,7 @@ class NativeParts:
 
     checkpoints = checkpoint
 
-    def __init__(self, config: Config, env: RunEnv, model: DecoderConfig, mode: RunMode) -> None:
+    def __init__(self, config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> None:
         self._config, self._model = config, model
         self.device = check(config, env, model, mode)
         self.topology = assemble.start_processes(config, env, self.device)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nxdt_align.engines.native.checkpoint import MODEL, SUMMARY, TENSORS, TRAINER, NativeCheckpoint
-from nxdt_align.models.presets import DecoderConfig, weight_shapes
+from nxdt_align.models.presets import ModelShape, weight_shapes
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.weights.digests import FileDigest, write_record
 from nxdt_align.weights.generation import GENERATION
@@ -50,7 +50,7 @@ class NativeWriter:
     def __init__(
         self,
         folder: Path,
-        config: DecoderConfig,
+        config: ModelShape,
         dtype: Callable[[str], torch.dtype],
         *,
         generation: Mapping[str, Any] | None = None,
@@ -86,7 +86,7 @@ class NativeWriter:
         self._write_index()
         os.rename(self._tensors, self.folder / TENSORS)
         torch.save({"extra": {}, "optimizer": None}, self.folder / TRAINER)
-        (self.folder / "config.json").write_text(json.dumps(self._config.to_hf_dict(), indent=2) + "\n")
+        (self.folder / "config.json").write_text(json.dumps(self._config.to_record(), indent=2) + "\n")
         beside = [self.folder / "config.json"]
         if self._generation is not None:
             beside.append(self.folder / GENERATION)

@@ -13,7 +13,16 @@ from nxdt_align.config.schema import Config
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Compiler, Engine
 from nxdt_align.engines.nxd import checkpoint, compat
-from nxdt_align.engines.nxd.flash import CausalFlashAttention, Kernel, nki_kernel
+from nxdt_align.engines.nxd.flash import (
+    BIASED_TILE,
+    MAX_HEAD,
+    BiasedKernels,
+    CausalFlashAttention,
+    IntervalFlashAttention,
+    Kernel,
+    nki_kernel,
+    nki_kernels,
+)
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions, StaggeredLoad
 from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
@@ -79,8 +88,9 @@ class NxDParts:
     def _start(self, backend: compat.Backend) -> compat.Platform:
         return compat.start(backend, self._env.rank, self._env.world_size)
 
-    row_multiple = 1
-    """Its own kernel says on the first batch what rows it takes."""
+    @property
+    def row_multiple(self) -> int:
+        return row_multiple(self._config, self._model) if self.platform.backend == "neuron" else 1
 
     def engine(self) -> Engine:
         from nxdt_align.engines.nxd.engine import NxDEngine
@@ -113,17 +123,51 @@ class NxDParts:
         )
 
     def _attention(self) -> Attention:
-        config = self._config
-        if not config.model.fusions.flash_attention or self.platform.backend != "neuron":
+        config, fusions = self._config, self._config.model.fusions
+        if not fusions.flash_attention or self.platform.backend != "neuron":
             return DenseAttention()
         fault = assemble.why_not_causal(config, self._model)
-        if fault is not None:
+        if fault is None:
+            return CausalFlashAttention(self._kernel(), transpose_inputs=config.model.transpose_nki_inputs)
+        if fusions.flash_attention_packed:
+            fault = why_not_biased(config, self._model)
+            if fault is None:
+                # A chosen response stands before its prompt there, and sees the tokens behind it.
+                return IntervalFlashAttention(self._kernels(), causal=config.layout != "shared_prompt")
+            log.log(NOTICE, "model.fusions.flash_attention_packed: a mask is used, %s", fault)
+        else:
             log.log(NOTICE, "model.fusions.flash_attention: a mask is used, %s", fault)
-            return DenseAttention()
-        return CausalFlashAttention(self._kernel(), transpose_inputs=config.model.transpose_nki_inputs)
+        return DenseAttention()
 
     def _kernel(self) -> Kernel:
         return nki_kernel()
+
+    def _kernels(self) -> BiasedKernels:
+        return nki_kernels(transposes=self._config.model.transpose_nki_inputs)
+
+
+def why_not_biased(config: Config, model: DecoderConfig) -> str | None:
+    """Why the kernel with a bias cannot be had; None where it can."""
+    if config.data.attention == "dense":
+        return "as data.attention is dense"
+    if model.attention_softcap is not None:
+        return f"as the kernel does not cap scores, as this model does (at {model.attention_softcap:g})"
+    if model.head_dim > MAX_HEAD:
+        return f"as the kernel takes heads of {MAX_HEAD} at most, but this model's have {model.head_dim}"
+    return None
+
+
+def row_multiple(config: Config, model: DecoderConfig) -> int:
+    """Tokens that rows have to be a multiple of on Neuron. NxD's own call of the kernel says on the first
+    batch what rows it takes."""
+    fusions = config.model.fusions
+    is_biased = (
+        fusions.flash_attention
+        and fusions.flash_attention_packed
+        and assemble.why_not_causal(config, model) is not None
+        and why_not_biased(config, model) is None
+    )
+    return BIASED_TILE if is_biased else 1
 
 
 def _compiler_of(backend: compat.Backend, mode: RunMode) -> Compiler | None:

@@ -11,9 +11,13 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.planning.device_memory import memory_report
+from nxdt_align.planning.host_memory import host_memory
 from nxdt_align.planning.rows import row_reports
-from nxdt_align.run import assemble
+from nxdt_align.planning.workload import device_kind
+from nxdt_align.run import assemble, nxd
+from nxdt_align.run.settle import settle
 
 _FLAG = "--import-own-parts imports it here"
 
@@ -27,6 +31,8 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
     nothing. Raises UserError for a custom data format that must not be imported, and for data, tokenizer,
     buckets or a custom loss that training would refuse.
     """
+    settled = settle(config, engine, device=device_kind(config), weights=False)
+    config = settled.config
     closed = {} if import_own_parts else {part.key: part for part in parts_not_imported(config)}
     if "data.format" in closed:
         path = closed["data.format"].path
@@ -35,11 +41,14 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
             f"{_FLAG}, as does the override data.format={path}"
         )
     ranks, model = config.data_parallel_size, assemble.model_config(config)
+    config = assemble.with_possible_layout(config, model)
     assemble.check_attention(config, model)
     unread = closed.get("model_alignment_strategy.loss")
     loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
     objective = GlobalMeanObjective(loss)
     cache = config.data.cache_dir
+    on_chip = engine == "nxd" and config.trainer.accelerator in ("auto", "neuron")
+    row_multiple = nxd.row_multiple(config, model) if on_chip and isinstance(model, DecoderConfig) else 1
     data = ModelAlignmentDataModule(
         config,
         assemble.tokenization(config, model),
@@ -48,8 +57,8 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
         with_prompts=objective.needs_prompts,
         fixed_micro_batches=config.trainer.accelerator == "xla",
         **assemble.micro_batch_needs(config),
-        window=model.sliding_window,
-        only_local=model.layer_types is None,
+        **assemble.row_needs(config, model),
+        row_multiple=row_multiple,
     )
     planner = data.splits["train"].planner
     memory = memory_report(
@@ -62,7 +71,13 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
     )
     rows = row_reports(data.splits, config.data)
     data_of = [f"{split} data: {report}" for split, report in rows.items()]
+    precomputes = config.model_alignment_strategy.precompute_ref_log_probs
+    host = host_memory(
+        data.splits,
+        config.trainer.devices,
+        keeps_reference=objective.needs_reference and precomputes,
+    )
     notes = (
         [] if unread is None else [f"{unread}: not imported, counted as one that declares nothing; {_FLAG}"]
     )
-    return "\n".join([*data_of, f"data-parallel ranks: {ranks}", memory, *notes])
+    return "\n".join([*settled.notes, *data_of, f"data-parallel ranks: {ranks}", memory, host, *notes])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nxdt_align.batch import SlotRole, Topology
 from nxdt_align.config.alignment import MAX_PROMPT_LENGTH
-from nxdt_align.data.packing import RowPlanner
+from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
@@ -19,9 +19,8 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.types import ResponseLogps
-from nxdt_align.models.presets import DecoderConfig
-from nxdt_align.ops.attention_blocks import BlockAttention
-from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.models.presets import ModelShape
+from nxdt_align.run import assemble
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.run.locate import locate
 
@@ -34,12 +33,14 @@ class Policy:
 
     def __init__(self, engine: NativeEngine, name: str) -> None:
         self._engine, self._name = engine, name
+        carries = assemble.refusal_of_layouts(engine.config) is None
+        self._layout: Layout = "shared_prompt" if carries else "none"
 
     def __repr__(self) -> str:
         return f"Policy({self._name})"
 
     @property
-    def config(self) -> DecoderConfig:
+    def config(self) -> ModelShape:
         """The model's shape."""
         return self._engine.config
 
@@ -64,13 +65,13 @@ class Policy:
         # Rows must hold the longest pair, prompt and both responses.
         planner = RowPlanner(
             pairs,
-            "shared_prompt",
+            self._layout,
             examples_per_step=batch_size,
             seq_length=longest,
             window=self.config.sliding_window,
             only_local=self.config.layer_types is None,
         )
-        rows = StepDataset(pairs, planner, "shared_prompt", Topology())
+        rows = StepDataset(pairs, planner, self._layout, Topology())
         sums = torch.zeros(len(pairs), 2)
         for start in range(0, len(pairs), batch_size):
             for batch in rows[range(start, min(start + batch_size, len(pairs)))]:
@@ -97,7 +98,7 @@ def load_policy(
     place = locate(Path(folder))
     source, config = open_weights(place)
     where = torch.device(device)
-    attention = FlexAttention() if where.type == "cuda" else BlockAttention()
+    attention = assemble.kernel(config, where)
     engine = NativeEngine(config, attention, precision=Precision(compute=dtype), device=where)
     engine.load_weights(source)
     return Policy(engine, str(place))
@@ -110,6 +111,7 @@ def load_pairs(
     seq_length: int = 4096,
     max_prompt_length: int = MAX_PROMPT_LENGTH,
     format: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TokenizedSet:
     """Preference pairs as training tokenizes them: a sequence of ``Example``, each with ``record_id``,
     ``prompt`` and ``responses`` (chosen, rejected), int32 token ids.
@@ -120,6 +122,7 @@ def load_pairs(
         seq_length: maximum tokens of prompt and response; longer ones are truncated as in training.
         max_prompt_length: maximum tokens of a prompt, at most ``seq_length // 2``.
         format: a format's name; None detects it from the keys.
+        chat_template_kwargs: variables of the chat template, as ``data.chat_template_kwargs``.
 
     Raises UserError that names each bad record by file and line.
     """
@@ -127,5 +130,5 @@ def load_pairs(
     found = load_records([Source(str(p), None) for p in paths], "pair", format=format)
     made = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
     limit = min(max_prompt_length, seq_length // 2)
-    tokenization = Tokenization(made, Truncation(seq_length, limit, "keep_start"))
+    tokenization = Tokenization(made, Truncation(seq_length, limit, "keep_start"), chat_template_kwargs)
     return tokenize_records(found.records, tokenization, None, report=found.report)

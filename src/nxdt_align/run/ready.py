@@ -15,15 +15,17 @@ from nxdt_align.config.custom import named_parts
 from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.fields import is_dotted
 from nxdt_align.config.schema import Config
+from nxdt_align.config.start import hub_models
 from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.losses.objective import build_loss
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
 from nxdt_align.training import optim
+from nxdt_align.weights.hf import FreshWeights
 
 NOT_CHECKED = (
     "the contents of data and weights, what follows from the number of records (steps per epoch, buckets)"
@@ -35,15 +37,21 @@ NOT_CHECKED = (
 class Ready:
     """What the checks have made, for the run."""
 
-    model: DecoderConfig
+    model: ModelShape
     start: WeightSource
     tokenization: Tokenization
 
 
-def require_ready(config: Config, engine: EngineName, env: RunEnv, mode: RunMode) -> Ready:
+def require_ready(
+    config: Config, engine: EngineName, env: RunEnv, mode: RunMode, *, fetches: bool = True
+) -> Ready:
     """Raise UserError if this machine cannot run ``config``, as far as that shows without its data, its
     weights' values and the user's own parts: folders, loggers, optimizer, model, device, tokenizer, and what
     the folders of weights hold.
+
+    Args:
+        config: settled.
+        fetches: the weights of models of the Hub; else no weights are looked into.
     """
     mode.check_places(Places(config))
     mode.check_experiment(config)
@@ -54,9 +62,9 @@ def require_ready(config: Config, engine: EngineName, env: RunEnv, mode: RunMode
             build_loss(config.model_alignment_strategy)
         _check_optimizer(config)
         assemble.check_engine(config, engine, env, model, mode)
-    start = assemble.start_weights(config, model)
+    start = assemble.start_weights(config, model) if fetches else FreshWeights(model, config.seed)
     reference = config.model_alignment_strategy.reference_model
-    if reference is not None:
+    if reference is not None and fetches:
         assemble.weights_at(Path(reference), model, "model_alignment_strategy.reference_model")
     return Ready(model, start, assemble.tokenization(config, model))
 
@@ -64,8 +72,9 @@ def require_ready(config: Config, engine: EngineName, env: RunEnv, mode: RunMode
 def not_checked(config: Config) -> str:
     """What ``require_ready`` leaves to the run, in one line."""
     parts = named_parts(config)
+    hub = f", the weights of {', '.join(map(str, named))}" if (named := hub_models(config)) else ""
     own = f", your own parts, which only what trains imports ({', '.join(map(str, parts))})" if parts else ""
-    return f"not looked into: {NOT_CHECKED}{own}"
+    return f"not looked into: {NOT_CHECKED}{hub}{own}"
 
 
 def _check_optimizer(config: Config) -> None:

@@ -18,7 +18,7 @@ from nxdt_align.engines.native.checkpoint import read_extra
 from nxdt_align.engines.nxd import checkpoint as nxd_checkpoint
 from nxdt_align.engines.settings import Precision
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.run import assemble
 from nxdt_align.run.mode import RunMode
@@ -35,7 +35,7 @@ ORIGIN = "reference_origin"
 
 
 def find_origin(
-    config: Config, model: DecoderConfig, start: WeightSource, continued: Path | None
+    config: Config, model: ModelShape, start: WeightSource, continued: Path | None
 ) -> ReferenceOrigin:
     """The reference's weights.
 
@@ -69,9 +69,9 @@ def origin_record(source: WeightSource, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def _recorded(record: dict[str, Any], model: DecoderConfig, checkpoint: Path | None) -> WeightSource:
+def _recorded(record: dict[str, Any], model: ModelShape, checkpoint: Path | None) -> WeightSource:
     if record["path"] is None:
-        return FreshWeights(model, record["seed"])
+        return assemble.fresh_weights(model, record["seed"])
     folder = Path(record["path"])
     if not folder.is_dir():
         raise _lost(checkpoint, folder, "does not exist")

@@ -29,7 +29,7 @@ from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.planning.rows import row_reports, summary
 from nxdt_align.run import assemble
 from nxdt_align.run.contracts import Result, RunEnv
-from nxdt_align.run.locate import companions, with_located_start
+from nxdt_align.run.locate import companions
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
 from nxdt_align.run.preconditions import as_user_error, require_validation_in_epoch
@@ -42,6 +42,7 @@ from nxdt_align.run.reference import (
     reference_callbacks,
 )
 from nxdt_align.run.resume import RUN_RECORD, RunFolder, RunIdentity, identify, newest_checkpoint
+from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
 from nxdt_align.training.finite import FiniteCheck
@@ -80,12 +81,17 @@ class Run:
         loss: Loss | Callable[..., Any] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        config = with_located_start(config)
+        settled = settle(config, engine)
+        config = settled.config
+        for note in settled.notes if env.rank == 0 else ():
+            log.log(NOTICE, "%s", note)
         self.config, self.env, self.mode, self._run_log = config, env, mode, run_log
         self.places = Places(config)
         self._fingerprints: dict[WeightSource, str] = {}
         self._times = StartTimes(enabled=config.exp_manager.enable_recovery_time_instrumentation)
         ready = require_ready(config, engine, env, mode)
+        self.config = config = assemble.with_possible_layout(config, ready.model)
+        assemble.say_implementation(config, ready.model)
         self.model_config, self.start, self.tokenization = ready.model, ready.start, ready.tokenization
         self._callbacks = [*assemble.own_callbacks(config), *callbacks]
         chosen = assemble.loss(config, engine, loss)
@@ -102,8 +108,7 @@ class Run:
             with_prompts=self.objective.needs_prompts,
             **assemble.micro_batch_needs(config),
             fixed_micro_batches=mode.fixes_micro_batches(self.parts.device),
-            window=self.model_config.sliding_window,
-            only_local=self.model_config.layer_types is None,
+            **assemble.row_needs(config, self.model_config),
             row_multiple=self.parts.row_multiple,
         )
         reports = row_reports(self.data.splits, config.data)
@@ -172,6 +177,8 @@ class Run:
         result = self._result(trainer, run, export)
         samples = self.data.consumed_samples(result.step)
         self.mode.conclude(self.engine.compiler, self.places.manifest, result, samples)
+        if self.env.rank == 0:
+            self.mode.report(self.config, run)
         return result
 
     def _result(self, trainer: Trainer, run: RunFolder, export: Path | None) -> Result:
@@ -209,7 +216,7 @@ class Run:
             self.config,
             self.data.fingerprint("train"),
             start=self._fingerprint(self.start),
-            model=self.model_config.to_hf_dict(),
+            model=self.model_config.to_record(),
             tokenization=self.tokenization.fingerprint(),
             loss=self._loss,
         )

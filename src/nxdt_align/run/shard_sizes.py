@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nxdt_align.errors import UserError
 from nxdt_align.models.partition import QKV, Partition, default_multiplier, default_qkv
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.weights.nxdt import NxDTFolder
 
@@ -41,7 +41,7 @@ class ShardSizes:
         styles = (self.qkv_linear, self.fuse_qkv, self.coalesce_qkv)
         return self.xser or any(value is not None for value in (*sizes, *styles))
 
-    def require_those_of(self, source: NxDTFolder, config: DecoderConfig) -> None:
+    def require_those_of(self, source: NxDTFolder, config: ModelShape) -> None:
         """Raises UserError if the shards that are read have other sizes."""
         held = source.partition
         stated = {"tp_size": self.tp, "pp_size": self.pp, "kv_size_multiplier": self.kv_multiplier}
@@ -56,6 +56,7 @@ class ShardSizes:
             raise UserError(
                 f"{source}: {'; '.join(wrong)}. Shards are missing or surplus, or leave the sizes out"
             )
+        assert isinstance(config, DecoderConfig), "shards are of no other"
         qkv = self._qkv(config)
         if qkv not in (None, held.qkv):
             raise UserError(
@@ -119,7 +120,7 @@ class SourceFlags:
     """The one ``convert_*`` flag that was given."""
     n_layers: int | None
 
-    def require_true_of(self, source: WeightSource, config: DecoderConfig, is_run_checkpoint: bool) -> None:
+    def require_true_of(self, source: WeightSource, config: ModelShape, is_run_checkpoint: bool) -> None:
         """Raises UserError. A run's own checkpoint counts as neither whole weights nor shards."""
         held = "whole weights"
         if isinstance(source, NxDTFolder):

@@ -14,12 +14,12 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_align.config.experiment import ExpManagerConfig
+from nxdt_align.config.start import EVENT_FILES, METRICS_FILE
 from nxdt_align.errors import UserError
 from nxdt_align.messages import LOG_FILE
 from nxdt_align.training.curves import Curves, keep_logging
+from nxdt_align.training.metrics_file import MetricsFile
 from nxdt_align.training.stopping import StopOnSignal
-
-EVENT_FILES = "events.out.tfevents.*"
 
 
 def start_experiment(
@@ -69,6 +69,7 @@ def start_experiment(
     _keep_events_in_place(folder, before)
     if trainer.is_global_zero:
         _remove_marks(trainer)
+        trainer.loggers = [*trainer.loggers, MetricsFile(folder, resumed_step)]
     return folder
 
 
@@ -126,5 +127,5 @@ def _keep_events_in_place(folder: Path, before: set[Path]) -> None:
     """Move TensorBoard files and our log back from run_N, where NeMo puts a resumed run's earlier files, so
     that the run stays one curve."""
     for moved in set(folder.glob("run_*")) - before:
-        for file in (*moved.glob(EVENT_FILES), *moved.glob(LOG_FILE)):
+        for file in (*moved.glob(EVENT_FILES), *moved.glob(LOG_FILE), *moved.glob(METRICS_FILE)):
             shutil.move(str(file), str(folder / file.name))

@@ -83,7 +83,8 @@ def available_schedulers() -> dict[str, type[LRScheduler]]:
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], *, layer_norm_weight_decay: bool
 ) -> list[dict[str, Any]]:
-    """Parameters that decay, then those that don't; the second group sets ``weight_decay`` to 0.
+    """Parameters that decay, then those that don't; the second group sets ``weight_decay`` to 0. What is not
+    trained is in neither.
 
     Biases never decay. Norm weights decay where ``layer_norm_weight_decay``, as NxDT's documentation
     has ``do_layer_norm_weight_decay``; its code for Hugging Face models does the reverse.
@@ -91,8 +92,11 @@ def parameter_groups(
     decaying: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
         segments = name.lower().split(".")
-        is_norm = any(segment.endswith("norm") for segment in segments)
+        # GPT-2's norms are called ln_1, ln_2 and ln_f.
+        is_norm = any(segment.endswith("norm") or segment.startswith("ln_") for segment in segments)
         # Engine nxd has bias_q, bias_k, bias_v and bias_qkv.
         spared = segments[-1].startswith("bias") or (is_norm and not layer_norm_weight_decay)
         (exempt if spared else decaying).append(parameter)
@@ -120,7 +124,7 @@ def build_optimizer(
         raise ValueError("the optimizer got no trainable parameter")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if v is not None}
     kwargs: dict[str, Any] = FIXED_SETTINGS.get(name, {}) | given
-    parameters = [parameter for _, parameter in named_parameters]
+    parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     if cls is AdamW and all(parameter.device.type == "xla" for parameter in parameters):
         cls = AdamWInGraph
     kwargs |= _step_implementation(name, kwargs, parameters, can_be_captured="capturable" in taken)

@@ -9,7 +9,13 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from nxdt_align.models.presets import DecoderConfig, read_config_json, weight_shapes
+from nxdt_align.models.presets import (
+    DecoderConfig,
+    ModelShape,
+    read_config_json,
+    read_model_json,
+    weight_shapes,
+)
 from nxdt_align.named_tensors import WeightSource, require_fit
 from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.extents import WeightsError
@@ -116,7 +122,7 @@ def holds_weights(folder: Path) -> bool:
 
 def open_source(
     path: Path, config_file: Path | None = None, *, unequal_replicas: bool = False
-) -> tuple[WeightSource, DecoderConfig]:
+) -> tuple[WeightSource, ModelShape]:
     """A reader for the weights at ``path``, and the model's shape.
 
     Raises WeightsError, ModelConfigError: nothing of a known kind, damaged, or of another shape than
@@ -145,13 +151,25 @@ def open_source(
     file = config_file or find_config_file(path)
     if file is None:
         raise WeightsError(f"{path} has no config.json: give the model's with --config")
-    folder = HFFolder(path, file)
-    config = read_config_json(file)
-    check_weights(folder, config)
-    return folder, config
+    model = read_model_json(file)
+    folder = open_folder(path, model, file)
+    check_weights(folder, model)
+    return folder, model
 
 
-def check_weights(source: WeightSource, config: DecoderConfig, *, hint: str = _SIZES) -> None:
+def open_folder(path: Path, config: ModelShape, config_file: Path | None = None) -> WeightSource:
+    """A reader of Hugging Face's files at ``path``."""
+    if isinstance(config, DecoderConfig):
+        return HFFolder(path, config_file)
+    # Here, as they import transformers.
+    from nxdt_align.models.backend.config import TransformersConfig
+    from nxdt_align.weights.transformers_folder import TransformersFolder
+
+    assert isinstance(config, TransformersConfig)
+    return TransformersFolder(path, config)
+
+
+def check_weights(source: WeightSource, config: ModelShape, *, hint: str = _SIZES) -> None:
     """Raises WeightsError naming, as Hugging Face does, every weight that is missing, surplus or of another
     shape than the configuration's. Any dtype fits."""
     require_fit(
@@ -163,8 +181,10 @@ def check_weights(source: WeightSource, config: DecoderConfig, *, hint: str = _S
     )
 
 
-def _hf_name(name: str, config: DecoderConfig) -> str:
+def _hf_name(name: str, config: ModelShape) -> str:
     """With the part that it is of a fused tensor."""
+    if not isinstance(config, DecoderConfig):
+        return name
     try:
         theirs = to_hf(name, config.model_type)
     except UnknownNameError:  # in a checkpoint of another kind of model

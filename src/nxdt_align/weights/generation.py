@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.extents import WeightsError
 
@@ -63,7 +63,7 @@ def read_generation(folder: Path) -> dict[str, Any] | None:
 
 
 def generation_json(
-    config: DecoderConfig, start: Mapping[str, Any] | None = None, ends: Iterable[int] = ()
+    config: ModelShape, start: Mapping[str, Any] | None = None, ends: Iterable[int] = ()
 ) -> dict[str, Any]:
     """The content of generation_config.json.
 

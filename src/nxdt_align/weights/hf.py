@@ -16,6 +16,7 @@ from torch import Tensor
 from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import (
     DecoderConfig,
+    ModelShape,
     fresh_weight,
     from_hf_dict,
     load_config_json,
@@ -66,7 +67,7 @@ class HFFolder(WeightSource):
         file, self._config = load_config_json(config_file or folder)
         self._model_type = model_type_of(self._config, where=str(file))
         family = FAMILIES[self._model_type]
-        self._files = _by_our_name(self.path, _find_tensors(self.path), self._model_type)
+        self._files = _by_our_name(self.path, find_tensors(self.path), self._model_type)
         self._rows = self._rows_of_parts(file) if family.fused else {}
         tied = self._config.get("tie_word_embeddings")
         if family.defaults.get("tie_word_embeddings", False) if tied is None else tied:
@@ -141,7 +142,7 @@ class HFFolder(WeightSource):
 class FreshWeights(WeightSource):
     """Random initial weights, float32, generated on demand from ``seed``."""
 
-    def __init__(self, config: DecoderConfig, seed: int) -> None:
+    def __init__(self, config: ModelShape, seed: int) -> None:
         self._config = config
         self.seed = seed
         self._shapes = weight_shapes(config)
@@ -159,6 +160,7 @@ class FreshWeights(WeightSource):
         return torch.float32
 
     def read(self, name: str) -> Tensor:
+        assert isinstance(self._config, DecoderConfig)
         return fresh_weight(self._config, name, self.seed)
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
@@ -167,11 +169,12 @@ class FreshWeights(WeightSource):
 
     def fingerprint(self) -> str:
         """Computed from the generator's inputs, without generating the weights."""
-        drawn_from = [self.seed, self._config.initializer_range, sorted(self._shapes.items())]
+        spread = getattr(self._config, "initializer_range", None)
+        drawn_from = [self.seed, spread, sorted(self._shapes.items())]
         return hashlib.blake2b(json.dumps(["fresh", *drawn_from]).encode(), digest_size=16).hexdigest()
 
 
-def _find_tensors(folder: Path) -> dict[str, NamedTensors]:
+def find_tensors(folder: Path) -> dict[str, NamedTensors]:
     """Hugging Face's name -> the file that holds the tensor."""
     if folder.is_file():
         single = open_tensor_file(folder)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nxdt_align.files import atomic_folder, explain
-from nxdt_align.models.presets import DecoderConfig, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, ModelShape, weight_shapes
 from nxdt_align.named_tensors import Spec, WeightSource, require_fit
 from nxdt_align.weights.extents import BLOCK, Extent, WeightsError, write_bytes
 from nxdt_align.weights.generation import GENERATION, generation_json
@@ -48,7 +48,7 @@ _TEMPLATES = "additional_chat_templates"
 
 def write_hf_folder(
     path: str | Path,
-    config: DecoderConfig,
+    config: ModelShape,
     tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     *,
     tokenizer_dir: str | Path | None = None,
@@ -65,8 +65,8 @@ def write_hf_folder(
         tensors: every weight of the plain model once, whole, on any device; read one at a time.
         tokenizer_dir: whose tokenizer files to copy.
         generation: of generation_config.json; None takes the special tokens of ``config``.
-        dtype: cast the weights to it. None keeps their dtypes, which must all be equal if ``tensors`` is an
-            iterable of pairs.
+        dtype: cast the weights to it, but for those that the model always has in float32. None keeps their
+            dtypes, which must all be equal if ``tensors`` is an iterable of pairs.
         max_shard_bytes: larger models are split into several files with an index.
 
     Raises WeightsError: the folder exists, weights are missing, surplus or misshapen, the tokenizer
@@ -88,11 +88,11 @@ def write_hf_folder(
             dtypes = dict.fromkeys(shapes, first[0][1].dtype if first else torch.float32)
             pairs = chain(first, pairs)
         else:
-            dtypes = dict.fromkeys(shapes, dtype)
+            dtypes = dict.fromkeys(shapes, dtype) | dict.fromkeys(config.float32_weights, torch.float32)
     wanted = {name: (shape, dtypes[name] if dtype is None else None) for name, shape in shapes.items()}
     try:
         with atomic_folder(path) as folder:
-            writer = HFWriter(
+            writer = writer_for(config)(
                 folder,
                 config,
                 dtypes.__getitem__,
@@ -162,6 +162,19 @@ def _require_fit(path: Path, found: Mapping[str, Spec], wanted: Mapping[str, Spe
     )
 
 
+def writer_for(config: ModelShape) -> type[HFWriter]:
+    """What writes a folder of such a model."""
+    if isinstance(config, DecoderConfig):
+        return HFWriter
+    # Here, as it imports transformers.
+    from nxdt_align.weights.transformers_writer import TransformersWriter
+
+    return TransformersWriter
+
+
+Tables = tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, list[str]]]
+
+
 class HFWriter:
     """The files of one folder. Without ``finish`` it has no config.json, so that nothing loads it.
 
@@ -175,7 +188,7 @@ class HFWriter:
     def __init__(
         self,
         folder: Path,
-        config: DecoderConfig,
+        config: ModelShape,
         dtype: Callable[[str], torch.dtype],
         *,
         tokenizer: Mapping[str, Path] | None = None,
@@ -185,11 +198,10 @@ class HFWriter:
         self.folder = folder
         self._config, self._tokenizer = config, tokenizer or {}
         self._generation = generation_json(config) if generation is None else dict(generation)
-        self._dtypes = {name: dtype(name) for name in weight_shapes(config)}
+        self._shapes, self._dtypes, self._tensors = self._tables(dtype)
         unknown = sorted({str(d) for d in self._dtypes.values() if d not in _DTYPE_NAMES})
         if unknown:
             raise WeightsError(f"safetensors holds no {', '.join(unknown)}: choose another with --dtype")
-        self._tensors = hf_tensors(config)
         for theirs, parts in self._tensors.items():
             kinds = sorted({str(self._dtypes[part]) for part in parts})
             if len(kinds) > 1:
@@ -199,6 +211,13 @@ class HFWriter:
                 )
         self._shards = self._spread(max_shard_bytes)
         self._places: dict[str, Extent] = {}
+
+    def _tables(self, dtype: Callable[[str], torch.dtype]) -> Tables:
+        """Of what is written: shape and dtype of each part, and the parts that lie one behind the other in
+        each tensor of the files, by its name."""
+        assert isinstance(self._config, DecoderConfig)
+        shapes = weight_shapes(self._config)
+        return shapes, {name: dtype(name) for name in shapes}, hf_tensors(self._config)
 
     def total_bytes(self) -> int:
         return sum(self._nbytes(name) for name in self._dtypes)
@@ -216,10 +235,15 @@ class HFWriter:
             sizes = {"total_size": self.total_bytes()}
             index = {"metadata": sizes, "weight_map": dict(sorted(weight_map.items()))}
             write_json(self.folder / INDEX, index)
-        stored = next(iter(self._dtypes.values()))
-        for dtype in self._dtypes.values():
+        dtypes = self._stored_dtypes()
+        stored = dtypes[0]
+        for dtype in dtypes:
             stored = torch.promote_types(stored, dtype)
         write_json(self.folder / _UNFINISHED_CONFIG, config_json(self._config, stored))
+
+    def _stored_dtypes(self) -> list[torch.dtype]:
+        """Those that decide what config.json says."""
+        return list(self._dtypes.values())
 
     def open(self) -> None:
         """Locate the tensors in the files of ``create``, also in those of an earlier attempt."""
@@ -227,7 +251,7 @@ class HFWriter:
             offset = len(self._header(tensors)[0])
             # Parts of a fused tensor lie one behind the other, as they are stacked on dimension 0.
             for name in (part for theirs in tensors for part in self._tensors[theirs]):
-                shape = weight_shapes(self._config)[name]
+                shape = self._shapes[name]
                 self._places[name] = Extent(self.folder / file, offset, self._dtypes[name], shape)
                 offset += self._nbytes(name)
 
@@ -258,7 +282,7 @@ class HFWriter:
         return {"layout": "hf", "config": self._config.to_hf_dict(), "dtypes": dtypes, "files": files}
 
     def _nbytes(self, name: str) -> int:
-        return prod(weight_shapes(self._config)[name]) * self._dtypes[name].itemsize
+        return prod(self._shapes[name]) * self._dtypes[name].itemsize
 
     def _spread(self, most: int) -> dict[str, list[str]]:
         """File -> the names of its tensors, as Hugging Face has them."""
@@ -285,7 +309,7 @@ class HFWriter:
         """The start of a safetensors file, up to its tensors, and the size of these."""
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        shapes = weight_shapes(self._config)
+        shapes = self._shapes
         for theirs in tensors:
             parts = self._tensors[theirs]
             stop = offset + sum(map(self._nbytes, parts))
@@ -299,7 +323,7 @@ class HFWriter:
         return len(text).to_bytes(8, "little") + text, offset
 
 
-def config_json(config: DecoderConfig, dtype: torch.dtype | None) -> dict[str, Any]:
+def config_json(config: ModelShape, dtype: torch.dtype | None) -> dict[str, Any]:
     """config.json of a folder whose weights are ``dtype``."""
     # transformers 4 reads torch_dtype, transformers 5 this or dtype.
     return config.to_hf_dict() | {"torch_dtype": str(dtype).removeprefix("torch.")}

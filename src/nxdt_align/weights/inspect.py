@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from nxdt_align.models.partition import EMBEDDING, HEAD, QKV
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.named_tensors import WeightSource, require_fit, summary
 from nxdt_align.weights.extents import Extent, WeightsError, read_region, same_bytes
 from nxdt_align.weights.names import is_recomputed
@@ -59,7 +59,7 @@ _BLOCK = 1 << 22
 """Entries of the embedding to compare at a time."""
 
 
-def describe(path: Path, source: WeightSource, config: DecoderConfig, layout: str) -> dict[str, Any]:
+def describe(path: Path, source: WeightSource, config: ModelShape, layout: str) -> dict[str, Any]:
     """Layout, sizes, dtypes, parameter count, names and loaders of an opened checkpoint."""
     names = source.names()
     dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in names)
@@ -67,20 +67,26 @@ def describe(path: Path, source: WeightSource, config: DecoderConfig, layout: st
         **_place(path, layout),
         "parameters": sum(prod(source.shape(name)) for name in names),
         "dtypes": dict(sorted(dtypes.items())),
-        "model": {
-            "layers": config.num_hidden_layers,
-            "hidden size": config.hidden_size,
-            "query heads": config.num_attention_heads,
-            "kv heads": config.num_key_value_heads,
-            "head dim": config.head_dim,
-            "intermediate size": config.intermediate_size,
-            "vocabulary": config.vocab_size,
-            "tied head": config.tie_word_embeddings,
-        },
+        "model": _sizes_of(config),
     }
     if isinstance(source, NxDTFolder):
         found["shards"] = _shards(source)
     return found | {"weights": summary(names)}
+
+
+def _sizes_of(config: ModelShape) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"layers": config.num_hidden_layers, "hidden size": config.hidden_size}
+    if isinstance(config, DecoderConfig):
+        sizes |= {
+            "query heads": config.num_attention_heads,
+            "kv heads": config.num_key_value_heads,
+            "head dim": config.head_dim,
+            "intermediate size": config.intermediate_size,
+        }
+    sizes |= {"vocabulary": config.vocab_size, "tied head": config.tie_word_embeddings}
+    if not isinstance(config, DecoderConfig):
+        sizes["computed by"] = f"transformers ({config.model_type})"
+    return sizes
 
 
 def describe_bare(path: Path) -> dict[str, Any]:

@@ -19,15 +19,14 @@ from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native import checkpoint
 from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.mesh import Groups
-from nxdt_align.engines.native.model import Blueprint, check_pipeline
-from nxdt_align.engines.native.parallelize import check_sizes
+from nxdt_align.engines.native.model import Blueprint, check_parallel
 from nxdt_align.engines.native.saving import Saver
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.shards import copy_weights, fill, whole_tensors
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.engines.spread import SpreadEngine
-from nxdt_align.models.decoder import Decoder
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.decoder import CausalModel
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.ops.attention import Attention
 
 LOSS_SCALE = "loss_scale"
@@ -53,7 +52,7 @@ class NativeEngine(SpreadEngine):
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: ModelShape,
         attention: Attention,
         *,
         precision: Precision = Precision(),  # noqa: B008 (frozen)
@@ -61,11 +60,10 @@ class NativeEngine(SpreadEngine):
         topology: Topology = Topology(),  # noqa: B008 (frozen)
         parallel: Parallel = Parallel(),  # noqa: B008 (frozen)
         device: torch.device | str = "cpu",
-        configure_model: Callable[[Decoder], None] = lambda model: None,
+        configure_model: Callable[[CausalModel], None] = lambda model: None,
         timeout: timedelta | None = None,
     ) -> None:
-        check_sizes(config, parallel.tensor)
-        check_pipeline(config, parallel)
+        check_parallel(config, parallel)
         self.topology = topology
         self.device = torch.device(device)
         self.config = config

@@ -39,9 +39,10 @@ def finish_gradients(named_parameters: Named, groups: Groups) -> None:
 
     A weight that all tensor-parallel ranks hold gets from each a part of its gradient (``Partial``), where
     each sees some of the tokens or uses some of its rows. Data-parallel sums are FSDP's, where it is on.
-    A tied embedding gets one part as the first stage's embedding, the other as the last stage's head.
+    A tied embedding gets one part as the first stage's embedding, the other as the last stage's head. What
+    is not trained has none.
     """
-    parameters = [parameter for _, parameter in named_parameters]
+    parameters = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

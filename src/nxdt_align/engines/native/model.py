@@ -10,8 +10,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import (
+    check_sizes,
     drop_gathered,
     shard_over_data_ranks,
     split_over_tensor_ranks,
@@ -22,8 +24,8 @@ from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.stages import Stage, prune, stages_of_rank
 from nxdt_align.engines.scoring import Scorer, WholeRunner
 from nxdt_align.engines.steps import Runner
-from nxdt_align.models.decoder import Decoder
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.decoder import CausalModel, Decoder
+from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention
 
 S = TypeVar("S", Scorer, StageScorer)
@@ -53,11 +55,28 @@ class RankModel:
             drop_gathered(scorer)
 
 
-def check_pipeline(config: DecoderConfig, parallel: Parallel) -> None:
-    """Raises EngineError for a pipeline that this torch gets wrong, or that the model cannot be cut for."""
+def check_parallel(config: ModelShape, parallel: Parallel) -> None:
+    """Raises EngineError for sizes that the model cannot be divided by, and for a pipeline that this torch
+    gets wrong."""
+    if not isinstance(config, DecoderConfig):
+        _refuse_division(config, parallel)
+        return
+    check_sizes(config, parallel.tensor)
     if parallel.pipeline > 1:
         require_torch()
         _stages(config, parallel, rank=0)
+
+
+def _refuse_division(config: ModelShape, parallel: Parallel) -> None:
+    """transformers' modules are divided over data-parallel ranks alone."""
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    for name, size in sizes.items():
+        if size > 1:
+            raise EngineError(
+                f"distributed_strategy.{name}_model_parallel_size: must be 1 for a {config.model_type} that "
+                f"transformers computes, but is {size}; set it to 1 and distributed_strategy.fsdp: True, "
+                "which divides weights, gradients and optimizer state over all ranks"
+            )
 
 
 def _stages(config: DecoderConfig, parallel: Parallel, rank: int) -> list[Stage]:
@@ -70,12 +89,12 @@ def _stages(config: DecoderConfig, parallel: Parallel, rank: int) -> list[Stage]
 class Blueprint:
     """How a model is built on this rank."""
 
-    config: DecoderConfig
+    config: ModelShape
     attention: Attention
     precision: Precision
     groups: Groups
     device: torch.device
-    configure: Callable[[Decoder], None]
+    configure: Callable[[CausalModel], None]
     """Called with each decoder that is built."""
 
     def build(self, *, frozen: bool = False) -> RankModel:
@@ -85,6 +104,7 @@ class Blueprint:
             scorer = self._finish(self._scorer(None, frozen), frozen)
             reduces_once = self._is_sharded(frozen) and not parallel.fsdp
             return RankModel([scorer], (ReduceOnceRunner if reduces_once else WholeRunner)(scorer))
+        assert isinstance(self.config, DecoderConfig), "check_parallel refuses other models in a pipeline"
         held = _stages(self.config, parallel, pipeline.rank)
         hidden = HiddenStates(
             self.config.hidden_size,
@@ -97,22 +117,36 @@ class Blueprint:
 
     def _scorer(self, stage: Stage | None, frozen: bool) -> Scorer:
         """On the meta device, split over the tensor-parallel ranks."""
-        with torch.device("meta"):
-            decoder = Decoder(self.config, self.attention)
+        decoder = self._decoder()
         self.configure(decoder)
         if stage is not None:
+            assert isinstance(decoder, Decoder)
             prune(decoder, stage)
         decoder.requires_grad_(not frozen)
         # Weights that FSDP shards are float32 and computed with in the compute dtype, unless they are frozen.
         if frozen or not self._is_sharded(frozen):
             decoder.to(dtype=self.precision.compute)
-        split_over_tensor_ranks(decoder, self.groups)
+        if isinstance(decoder, Decoder):
+            split_over_tensor_ranks(decoder, self.groups)
         return NativeScorer(decoder, self.attention, self.precision, self.device, self.groups)
 
     def _finish(self, scorer: S, frozen: bool) -> S:
         if self._is_sharded(frozen):
             shard_over_data_ranks(scorer, scorer.decoder, self.groups, self.precision)
-        return scorer.to_empty(device=self.device)
+        scorer.to_empty(device=self.device)
+        scorer.decoder.fill_buffers()
+        return scorer
+
+    def _decoder(self) -> CausalModel:
+        if isinstance(self.config, DecoderConfig):
+            with torch.device("meta"):
+                return Decoder(self.config, self.attention)
+        # Here, as it imports transformers.
+        from nxdt_align.models.backend.config import TransformersConfig
+        from nxdt_align.models.backend.model import TransformersModel
+
+        assert isinstance(self.config, TransformersConfig)
+        return TransformersModel(self.config, self.attention)
 
     def _is_sharded(self, frozen: bool) -> bool:
         return self.groups.shards_data and (not frozen or self.groups.parallel.fsdp)

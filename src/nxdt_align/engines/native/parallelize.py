@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.settings import Parallel, Precision
-from nxdt_align.models.decoder import Decoder, RMSNorm
+from nxdt_align.models.decoder import CausalModel, Decoder, RMSNorm
 from nxdt_align.models.partition import EMBEDDING
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.models.sharding import EACH_HEAD, KV_HEADS, REPLICATED, VOCAB, split_of
@@ -255,7 +255,9 @@ def _replicate(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
 # Data parallel
 
 
-def shard_over_data_ranks(root: nn.Module, decoder: Decoder, groups: Groups, precision: Precision) -> None:
+def shard_over_data_ranks(
+    root: nn.Module, decoder: CausalModel, groups: Groups, precision: Precision
+) -> None:
     """FSDP2: each layer by itself, and what is left of ``root``, the module that is called, as one.
 
     Parameters stay float32 and are gathered in the compute dtype; gradients are added up and reduced in
@@ -270,7 +272,7 @@ def shard_over_data_ranks(root: nn.Module, decoder: Decoder, groups: Groups, pre
         cast_forward_inputs=False,
     )
     reshard = groups.parallel.fsdp
-    for layer in decoder.model.layers.children():
+    for layer in decoder.layers():
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in fsdp_modules(root):

@@ -92,7 +92,9 @@ class StageScorer(nn.Module):
 
     @property
     def decoder(self) -> Decoder:
-        return self.scorer.decoder
+        decoder = self.scorer.decoder
+        assert isinstance(decoder, Decoder)
+        return decoder
 
     def forward(
         self, received: Tensor | None = None, *, wanted: Sequence[TokenStatistic], **inputs: Tensor

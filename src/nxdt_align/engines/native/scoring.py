@@ -14,7 +14,7 @@ from nxdt_align.engines.native.parallelize import reduce_gradients, whole_rows
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.engines.scoring import Scorer, WholeRunner
 from nxdt_align.engines.steps import Share, TokenLogps
-from nxdt_align.models.decoder import Decoder
+from nxdt_align.models.decoder import CausalModel
 from nxdt_align.ops.attention import Attention
 from nxdt_align.ops.ragged import Rows
 
@@ -24,7 +24,7 @@ class NativeScorer(Scorer):
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: CausalModel,
         attention: Attention,
         precision: Precision,
         device: torch.device,
@@ -49,6 +49,11 @@ class NativeScorer(Scorer):
     @property
     def head(self) -> Tensor:
         return local(self.decoder.head_weight)
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        bias = self.decoder.head_bias
+        return None if bias is None else local(bias)
 
     def read(self, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         return super().read(whole_rows(hidden, self._groups), rows, wanted)

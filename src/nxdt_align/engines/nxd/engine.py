@@ -21,7 +21,7 @@ from nxdt_align.engines.nxd.saving import Checkpoints
 from nxdt_align.engines.nxd.settings import Precision, SaveOptions, StaggeredLoad
 from nxdt_align.engines.nxd.shards import Shards
 from nxdt_align.engines.nxd.zero import ShardedOptimizer
-from nxdt_align.engines.scoring import Scorer, WholeRunner
+from nxdt_align.engines.scoring import DecoderScorer, WholeRunner
 from nxdt_align.engines.spread import SpreadEngine
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import DecoderConfig
@@ -81,7 +81,7 @@ class NxDEngine(SpreadEngine):
         self._mesh = mesh
         self._checkpoints = Checkpoints(mesh, save_options, self._shards.partition.stage_ends)
 
-    def _build(self, dtype: torch.dtype) -> Scorer:
+    def _build(self, dtype: torch.dtype) -> DecoderScorer:
         """A model without values: each rank then fills its shares only."""
         with torch.device("meta"):
             decoder = Decoder(self.config, self._attention)
@@ -91,9 +91,9 @@ class NxDEngine(SpreadEngine):
         self._shards.materialize(decoder, self.device)
         self._shards.mark(decoder)
         # Not NxD's from_parallel_logits_to_logprobs, which keeps all logits and loses bf16's last digits.
-        return Scorer(decoder, self._attention, self._parallel, self._groups.tensor)
+        return DecoderScorer(decoder, self._attention, self._parallel, self._groups.tensor)
 
-    def _runner_of(self, scorer: Scorer) -> steps.Runner:
+    def _runner_of(self, scorer: DecoderScorer) -> steps.Runner:
         if self._parallel.pipeline == 1:
             # A graph per micro-batch.
             return WholeRunner(scorer, self._platform.mark_step)

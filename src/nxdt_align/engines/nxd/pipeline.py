@@ -21,7 +21,7 @@ from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.ranks import Groups
-from nxdt_align.engines.scoring import Scorer, refuse_logits
+from nxdt_align.engines.scoring import DecoderScorer, refuse_logits
 from nxdt_align.engines.steps import Share, TokenLogps
 from nxdt_align.models.decoder import DecoderLayer
 from nxdt_align.ops.ragged import ModelInputs
@@ -44,7 +44,7 @@ class Turn:
 class Places(nn.Module):
     """What every layer of a stage is told of its tokens; each stage works it out, so that it is not sent."""
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: DecoderScorer) -> None:
         super().__init__()
         self.rotary_emb = scorer.decoder.model.rotary_emb
         self._context = scorer.context
@@ -58,7 +58,7 @@ class Reader(nn.Module):
 
     turn: Turn | None = None
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: DecoderScorer) -> None:
         super().__init__()
         # NxD trains what it finds in a stage's modules.
         self.lm_head = scorer.decoder.lm_head
@@ -83,7 +83,7 @@ class Reader(nn.Module):
 class StagedScorer(nn.Module):
     """A Scorer in the form in which NxD can trace and cut it: a row of modules that it does not look into."""
 
-    def __init__(self, scorer: Scorer, stage_ends: Sequence[int]) -> None:
+    def __init__(self, scorer: DecoderScorer, stage_ends: Sequence[int]) -> None:
         super().__init__()
         self.decoder = scorer.decoder
         self.places = Places(scorer)
@@ -114,7 +114,7 @@ class PipelineRunner:
 
     def __init__(
         self,
-        scorer: Scorer,
+        scorer: DecoderScorer,
         local: Sequence[nn.Parameter],
         stage_ends: Sequence[int],
         groups: Groups,

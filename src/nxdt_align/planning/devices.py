@@ -1,0 +1,92 @@
+"""What Trainium's cores can do, on paper: the constants of every estimate of time.
+
+Sources, AWS's architecture pages (aws-neuron-sdk, ``about-neuron/arch/neuron-hardware``): trn1-arch,
+trainium, trn2-arch, and trainium2, which compares both chips, also their links. A rank is a logical
+NeuronCore, which of trn2 is two physical ones (``LNC=2``, the default).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 2**30
+TERA, GIGA = 10**12, 10**9
+
+
+@dataclass(frozen=True)
+class Device:
+    """A rank's share of a chip, and of what joins it to others."""
+
+    name: str
+    cores_per_chip: int
+    cores_per_node: int
+    memory: int
+    """Bytes."""
+    flops: float
+    """Of products in bf16, per second."""
+    float32_flops: float
+    memory_bandwidth: float
+    """Bytes per second."""
+    link_bandwidth: float
+    """Bytes per second that a rank sends while it receives as many, within a node."""
+    network_bandwidth: float
+    """The same between nodes."""
+
+    @classmethod
+    def of_chip(
+        cls,
+        name: str,
+        cores: int,
+        cores_per_node: int,
+        *,
+        memory: int,
+        tflops: float,
+        float32_tflops: float,
+        memory_gbytes: float,
+        link_gbytes: float,
+        network_gbits: float,
+    ) -> Device:
+        """From a chip's figures, shared evenly among its ``cores``, and the node's network. A link's figure
+        is taken to count both directions."""
+        return cls(
+            name=name,
+            cores_per_chip=cores,
+            cores_per_node=cores_per_node,
+            memory=memory // cores,
+            flops=tflops * TERA / cores,
+            float32_flops=float32_tflops * TERA / cores,
+            memory_bandwidth=memory_gbytes * GIGA / cores,
+            link_bandwidth=link_gbytes * GIGA / 2 / cores,
+            network_bandwidth=network_gbits * GIGA / 8 / cores_per_node,
+        )
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        Device.of_chip(
+            *("trn1", 2, 32),
+            memory=32 * GIB,
+            tflops=190,
+            float32_tflops=47.5,
+            memory_gbytes=820,
+            link_gbytes=384,
+            network_gbits=800,
+        ),
+        Device.of_chip(
+            *("trn2", 4, 64),
+            memory=96 * GIB,
+            tflops=667,
+            float32_tflops=181,
+            memory_gbytes=2900,
+            link_gbytes=1280,
+            network_gbits=3200,
+        ),
+    )
+}
+"""trn1: a trn1.32xlarge; trn2: a trn2.48xlarge."""
+SHORT_TRANSFER = 512
+"""Bytes: fewer are taken to take as long, as each transfer is a descriptor of its own. An assumption: AWS
+publishes no figure that we found."""
+TUTORIAL_PAIRS_PER_SECOND = 0.63
+"""Measured by AWS: NxDT's tutorial, Llama-3-8B, DPO, one trn1.32xlarge, rows of 4,096 tokens."""

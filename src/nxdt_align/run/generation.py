@@ -1,0 +1,175 @@
+"""Completions of any weights that ``locate`` finds: ``generate`` is public."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from nxdt_align.data.reading import Source, load_records
+from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
+from nxdt_align.errors import UserError
+from nxdt_align.evaluation import vllm_model
+from nxdt_align.evaluation.chat import HELP as CHAT_HELP
+from nxdt_align.evaluation.chat import converse
+from nxdt_align.evaluation.generate import Generator, Limits, Sampling, complete
+from nxdt_align.evaluation.transformers_model import TransformersModel
+from nxdt_align.evaluation.vllm_model import VLLMModel
+from nxdt_align.files import atomic_write
+from nxdt_align.messages import NOTICE
+from nxdt_align.run.conversion import DTYPES, Dtype, export
+from nxdt_align.run.locate import is_checkpoint, locate
+from nxdt_align.weights.detect import layout_of
+from nxdt_align.weights.hf_writer import CONFIG, holds_tokenizer
+
+__all__ = ["CHAT_HELP", "chat", "generate"]
+
+log = logging.getLogger(__name__)
+
+Backend = Literal["auto", "vllm", "transformers"]
+_VLLM_DTYPES: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def generate(
+    model: str | Path,
+    prompts: str | Path,
+    *,
+    out: str | Path | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_tokens: int = 256,
+    batch_size: int = 8,
+    seed: int = 0,
+    format: str | None = None,
+    limit: int | None = None,
+    backend: Backend = "auto",
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    tokenizer: str | Path | None = None,
+    tensor_parallel: int = 1,
+) -> list[dict[str, Any]]:
+    """Let a model answer the prompts of a file.
+
+    Args:
+        model: a run's folder, a checkpoint, a Hugging Face folder, NxD Training's shards.
+        prompts: a file in any format that training reads, with responses, which are left out, or without;
+            or a data set's name on the Hub.
+        out: a .jsonl file to write, which must not exist.
+        temperature: 0 takes the likeliest token.
+        top_p: share of probability that tokens are drawn from.
+        max_tokens: new tokens per prompt.
+        batch_size: prompts at a time.
+        seed: of the draws. The same prompts, settings, batch size and device give the same completions.
+        format: of ``prompts``; None detects it from the keys.
+        limit: take the first N prompts.
+        backend: ``auto``: vLLM where it and an accelerator are there, else transformers.
+        device: torch's name of one, for transformers; None: an accelerator if there is one, else the CPU.
+        dtype: of weights and activations; None: the weights' own, on a CPU float32.
+        tokenizer: a folder; None: that of the model.
+        tensor_parallel: devices that share the model, for vLLM.
+
+    Returns a row per prompt: ``prompt``, ``completion``, ``finish_reason`` (``stop`` or ``length``),
+    ``logprob`` (natural, of the whole completion at temperature 1), ``completion_tokens``,
+    ``prompt_tokens``, ``source``. Raises UserError.
+    """
+    sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
+    if backend not in get_args(Backend):
+        raise UserError(f"backend: must be one of {', '.join(get_args(Backend))}, but is {backend!r}")
+    if out is not None and Path(out).exists():
+        raise UserError(f"{out} exists already: remove it, or choose another file")
+    records = load_records([Source(str(prompts))], "prompt", format=format, limit=limit).records
+    with hf_folder(Path(model)) as folder:
+        tokenization = _tokenization(folder, tokenizer)
+        made = _model(folder, backend, device, dtype, tensor_parallel)
+        rows = complete(records, tokenization, made, sampling)
+    if out is not None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        atomic_write(out, lines.encode())
+        log.log(NOTICE, "%d completions: %s", len(rows), out)
+    return rows
+
+
+def chat(
+    model: str | Path,
+    *,
+    ask: Callable[[], str | None],
+    show: Callable[[str], None],
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_tokens: int = 1024,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    tokenizer: str | Path | None = None,
+) -> None:
+    """A conversation: ``evaluation.chat.converse`` explains ``ask`` and ``show``, ``generate`` the rest."""
+    sampling = Sampling(temperature, top_p, max_tokens, 1, seed)
+    with hf_folder(Path(model)) as folder:
+        tokenization = _tokenization(folder, tokenizer)
+        made = TransformersModel(folder, _device(device), None if dtype is None else DTYPES[dtype])
+        torch.manual_seed(seed)
+        converse(made, tokenization, sampling, system=system, ask=ask, show=show)
+
+
+@contextmanager
+def hf_folder(model: Path) -> Iterator[Path]:
+    """The weights that ``model`` leads to as a folder for transformers: themselves, or an export that is
+    removed afterwards. Raises UserError."""
+    place = locate(model)
+    if (
+        place.is_dir()
+        and not is_checkpoint(place)
+        and layout_of(place) == "hf"
+        and (place / CONFIG).is_file()
+    ):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="nxdt-align-") as temporary:
+        folder = Path(temporary) / "model"
+        export(place, folder, verify=False, quiet=True)
+        yield folder
+
+
+def _tokenization(folder: Path, tokenizer: str | Path | None) -> Tokenization:
+    if tokenizer is None and not holds_tokenizer(folder):
+        raise UserError("the model's folder has no tokenizer: give a folder that has it with --tokenizer DIR")
+    made = load_tokenizer(str(folder if tokenizer is None else tokenizer))
+    # Prompts are cut by the model's positions, see ``complete``; responses there are none.
+    return Tokenization(made, Truncation(Limits.of(folder).positions or 2**20))
+
+
+def _model(
+    folder: Path, backend: Backend, device: str | None, dtype: Dtype | None, tensor_parallel: int
+) -> Generator:
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, but is {dtype!r}")
+    where = _device(device)
+    if backend == "vllm" or (backend == "auto" and where.type != "cpu" and vllm_model.is_installed()):
+        name = None if dtype is None else _VLLM_DTYPES[dtype]
+        return VLLMModel(folder, tensor_parallel=tensor_parallel, dtype=name)
+    if tensor_parallel != 1:
+        raise UserError(
+            "tp: is for vLLM alone, but transformers computes here; leave it out, or --backend vllm"
+        )
+    return TransformersModel(folder, where, None if dtype is None else DTYPES[dtype])
+
+
+def _device(name: str | None) -> torch.device:
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        return present or torch.device("cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: {name!r} is none that torch knows; cpu or cuda, such as cuda:0") from error
+    if chosen.type != "cpu" and (present is None or present.type != chosen.type):
+        found = "no accelerator" if present is None else f"{present.type} alone"
+        raise UserError(f"device: is {name}, but torch finds {found}; --device cpu runs here")
+    return chosen

@@ -1,0 +1,123 @@
+"""What a configuration leaves open and a run settles before it builds anything: where a model of the Hub
+lies, and the keys that are ``auto``, by the model and the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nxdt_align.config.alignment import OBJECTIVES
+from nxdt_align.config.check import ConfigError, find_faults
+from nxdt_align.config.engines import Engine
+from nxdt_align.config.load import prompt_limit
+from nxdt_align.config.rules import lookup
+from nxdt_align.config.schema import Config, PrecisionType
+from nxdt_align.config.start import hub_model
+from nxdt_align.errors import UserError
+from nxdt_align.models.presets import ModelShape
+from nxdt_align.run import assemble
+from nxdt_align.run.hub import fetch_model
+from nxdt_align.run.locate import with_located_start
+
+_START = "exp_manager.resume_from_checkpoint"
+_LENGTH, _PRECISION = "data.seq_length", "precision.type"
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A configuration that leaves nothing open."""
+
+    config: Config
+    notes: tuple[str, ...] = ()
+    """What was chosen, for the user."""
+
+
+def settle(config: Config, engine: Engine, *, device: str | None = None, weights: bool = True) -> Settled:
+    """Fetch and locate the start, and choose what is auto: the same on every rank, and when a run resumes.
+
+    Args:
+        device: type of the device; None for the one on which this process would train.
+        weights: fetch a hub model's weights too, not only its config.json and tokenizer.
+
+    Raises UserError where the start cannot be found or fetched, and ConfigError for what its files
+    contradict.
+    """
+    found = with_located_start(config) if weights else _with_hub_shape(config)
+    is_fetched = hub_model(config.exp_manager.resume_from_checkpoint or "") is not None
+    if not config.auto and not is_fetched:
+        return Settled(found)
+    faults = find_faults(found, engine=engine)
+    if faults:
+        raise ConfigError(faults, config.source)
+    if not config.auto:
+        return Settled(found)
+    kind = device or _device_kind(config, engine)
+    chosen = _with_lengths(_with_precision(found, kind), assemble.model_config(found))
+    faults = find_faults(chosen, engine=engine)
+    if faults:
+        raise ConfigError(faults, config.source)
+    values = [f"{key} {lookup(chosen, key)}" for key in sorted(config.auto)]
+    return Settled(
+        dataclasses.replace(chosen, auto=frozenset()),
+        (f"chosen for {kind} and this model: {', '.join(values)}",),
+    )
+
+
+def _with_hub_shape(config: Config) -> Config:
+    """With the folder of config.json and tokenizer in the place of a hub model."""
+    given = config.exp_manager.resume_from_checkpoint
+    model = None if given is None else hub_model(given)
+    if model is None:
+        return config
+    try:
+        folder = fetch_model(model, weights=False)
+    except UserError as error:
+        raise UserError(f"{_START}: {error}") from error
+    exp_manager = dataclasses.replace(config.exp_manager, resume_from_checkpoint=str(folder))
+    return dataclasses.replace(config, exp_manager=exp_manager)
+
+
+def _device_kind(config: Config, engine: Engine) -> str:
+    """neuron, cuda, cpu, ...: the type of the device that ``assemble.device`` takes, or engine nxd."""
+    if engine == "nxd":
+        return "neuron"
+    if config.trainer.accelerator != "auto":
+        return config.trainer.accelerator
+    present = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if present is None else present.type
+
+
+def _with_precision(config: Config, kind: str) -> Config:
+    if _PRECISION not in config.auto:
+        return config
+    chosen: PrecisionType = "mixed_precision" if kind in ("neuron", "cuda") else "fp32"
+    # Older GPUs emulate bf16, slower than float32. A plan for CUDA is also made where there is none.
+    emulates = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cuda" and emulates:
+        chosen = "fp16"
+    return dataclasses.replace(config, precision=dataclasses.replace(config.precision, type=chosen))
+
+
+def _with_lengths(config: Config, model: ModelShape) -> Config:
+    if _LENGTH not in config.auto:
+        return config
+    length = min([config.data.seq_length, *_limits(model)])
+    strategy = config.model_alignment_strategy
+    for name in OBJECTIVES:
+        if f"model_alignment_strategy.{name}.max_prompt_length" in config.auto:
+            limit = prompt_limit(length, is_auto=True)
+            limited = dataclasses.replace(getattr(strategy, name), max_prompt_length=limit)
+            strategy = dataclasses.replace(strategy, **{name: limited})
+    data = dataclasses.replace(config.data, seq_length=length)
+    return dataclasses.replace(config, data=data, model_alignment_strategy=strategy)
+
+
+def _limits(model: ModelShape) -> Iterator[int]:
+    """Tokens that the model was made for."""
+    if model.max_position_embeddings is not None:
+        yield model.max_position_embeddings
+    if model.sliding_window is not None and model.layer_types is None:
+        yield model.sliding_window  # what every layer sees

@@ -1,0 +1,67 @@
+"""Models that transformers computes, through the command line: trained, resumed, exported and inspected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backend_fixture import VALUES, config_of, write_model
+from small_tokenizers import make_tokenizer
+from training_fixture import Project, final_weights, scalars
+
+import nxdt_align
+from nxdt_align.cli import main
+from nxdt_align.run.conversion import export
+
+USUAL = ("gpt2", "mixtral")
+
+
+def prepared(root: Path, name: str, **changes: Any) -> tuple[Project, str]:
+    """A project and a folder of a model to start from."""
+    project, tokenizer = Project.create(root), make_tokenizer()
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = config_of(name, vocab_size=len(tokenizer), **ids, **changes)
+    write_model(root / "start", config, tokenizer)
+    return project, str(root / "start")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in USUAL else pytest.mark.full) for name in VALUES]
+)
+def test_a_model_is_trained_resumed_and_exported(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    project, start = prepared(tmp_path, name)
+    given = (f"model.model_config={start}", f"exp_manager.resume_from_checkpoint={start}")
+    assert project.train(*given, "trainer.max_steps=4") == 0
+    assert "ForCausalLM computes the model" in "".join(capsys.readouterr()) or name == "gpt2"
+    assert project.train(*given, "trainer.max_steps=6") == 0
+    run = project.only_run()
+    losses = [value for _, value in scalars(run)["reduced_train_loss"]]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4) and losses[-1] != losses[0]
+    (checkpoint,) = [f for f in (run / "checkpoints").iterdir() if f.is_dir()]
+    export(checkpoint, tmp_path / "exported")
+    auto: Any = transformers.AutoModelForCausalLM
+    loaded, report = auto.from_pretrained(tmp_path / "exported", output_loading_info=True)
+    assert not any(report.values()), report
+    trained, held = final_weights(run), loaded.state_dict()
+    before = auto.from_pretrained(start).state_dict()
+    assert all(held[name].equal(weight) for name, weight in trained.items())
+    assert any(not before[name].equal(weight) for name, weight in trained.items())
+    # transformers' own forward pass of what was exported gives what training computes.
+    pairs = nxdt_align.load_pairs(str(tmp_path / "val.jsonl"), start, seq_length=128)
+    one, other = (nxdt_align.load_policy(f).logps(pairs) for f in (checkpoint, tmp_path / "exported"))
+    assert one.sums.equal(other.sums)
+    example = pairs[0]
+    ids = torch.tensor([[*example.prompt, *example.responses[0]]])
+    with torch.no_grad():
+        logps = loaded.eval()(ids).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])
+    wanted = logps[len(example.prompt) - 1 :].sum()
+    torch.testing.assert_close(one.sums[0], wanted, rtol=2e-5, atol=2e-5)
+    assert main(["inspect", str(checkpoint), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["layers"] > 0
