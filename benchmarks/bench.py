@@ -1,6 +1,6 @@
 """Pairs per second: our layouts, TRL's DPOTrainer and rows padded to 4,096, interleaved in one run.
 
-    python benchmarks/bench.py [--data FILE] [--model 24m|100m|1b] [--steps N] [--out FILE.json]
+    python benchmarks/bench.py [--data FILE] [--model 24m|24m-qwen3|100m|1b] [--steps N] [--out FILE.json]
 
 Each round gives every contender the same pairs, one optimizer step and one reference pass, and measures
 the machine's matrix-multiply rate beside each. Medians over rounds; ratios are medians of each round's.
@@ -21,7 +21,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from contenders import NAMES, build
+from contenders import BY_TRANSFORMERS, NAMES, build
 from workload import MODELS, Workload, load_workload
 
 from nxdt_align.data.packing import example_tokens
@@ -116,7 +116,8 @@ def measure(workload: Workload, model: str, steps: int, names: Sequence[str]) ->
             _check_losses(first_losses, device)
         print(f"  round {step}/{steps} done", file=sys.stderr, flush=True)
     ours = rounds[NAMES[0]][1:] if NAMES[0] in rounds else None
-    return [_line(workload, model, name, found[1:], ours) for name, found in rounds.items()]
+    trl = rounds["trl"][1:] if "trl" in rounds else None
+    return [_line(workload, model, name, found[1:], ours, trl) for name, found in rounds.items()]
 
 
 def _check_losses(losses: dict[str, float], device: torch.device) -> None:
@@ -133,6 +134,7 @@ def _line(
     name: str,
     rounds: list[dict[str, float]],
     ours: list[dict[str, float]] | None,
+    trl: list[dict[str, float]] | None,
 ) -> dict[str, object]:
     values: dict[str, object] = {
         "data": workload.name,
@@ -144,6 +146,8 @@ def _line(
     for key in ("trained", "precomputed") if ours is not None else ():
         assert ours is not None
         values[f"{key}_gain"] = median(o[key] / r[key] for o, r in zip(ours, rounds, strict=True))
+    if trl is not None:
+        values["over_trl"] = median(r["trained"] / t["trained"] for r, t in zip(rounds, trl, strict=True))
     return values
 
 
@@ -191,12 +195,14 @@ COLUMNS = (
     ("peak_mib", "{:,.0f}"),
     ("trained_gain", "{:.1f}x"),
     ("precomputed_gain", "{:.1f}x"),
+    ("over_trl", "{:.1f}x"),
 )
 
 
 def table(lines: Sequence[dict[str, object]]) -> str:
     """Markdown. trained, precomputed: pairs per second; tokens: those that carry information, a second, in
-    training; shares: of the matrix-multiply rate; gains: ours with a shared prompt over this line."""
+    training; shares: of the matrix-multiply rate; gains: ours with a shared prompt over this line; over_trl:
+    pairs trained per second over TRL's."""
     rows = [[name for name, _ in COLUMNS], ["---"] * len(COLUMNS)]
     rows += [[form.format(line[name]) if name in line else "" for name, form in COLUMNS] for line in lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -212,7 +218,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=0, help="pairs per step (default: 8; 4 for chat)")
     parser.add_argument("--model", default="24m", choices=MODELS)
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--only", default=",".join(NAMES), help="contenders, separated by commas")
+    parser.add_argument(
+        "--only", default="", help=f"contenders, separated by commas; {BY_TRANSFORMERS} for 24m-qwen3 alone"
+    )
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: one thread, its CPU time, for a busy machine"
     )
@@ -242,7 +250,8 @@ def main() -> int:
     if arguments.clock == "cpu":
         torch.set_num_threads(1)
     lines: list[dict[str, object]] = []
-    names = [name for name in NAMES if name in arguments.only.split(",")]
+    usual = [name for name in NAMES if name != BY_TRANSFORMERS or arguments.model == "24m-qwen3"]
+    names = [name for name in NAMES if name in (arguments.only.split(",") if arguments.only else usual)]
     for name, path, batch in _workloads(arguments):
         workload = load_workload(Path(name).name, path, batch, arguments.cache)
         if arguments.memory_of:

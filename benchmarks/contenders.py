@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,13 +20,16 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.models.backend.config import TransformersConfig
 from nxdt_align.models.decoder import Decoder
-from nxdt_align.models.presets import DecoderConfig, fresh_weight
+from nxdt_align.models.presets import DecoderConfig, ModelShape, fresh_weight
+from nxdt_align.named_tensors import WeightSource
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.training import optim
 from nxdt_align.weights.hf import FreshWeights
 from nxdt_align.weights.hf_writer import write_hf_folder
+from nxdt_align.weights.transformers_folder import TransformersFolder
 
 BETA, MAX_NORM = 0.1, 1.0
 OPTIMIZER = {"lr": 1e-5, "weight_decay": 0.01}
@@ -56,17 +60,26 @@ class Ours:
             micro_batch_size=(workload.batch_size if layout == "none" else ROWS_AT_ONCE) if on_cpu else 1,
         )
         self._steps = StepDataset(workload.examples, planner, layout, Topology())
-        self._engine = NativeEngine(
-            shape,
-            BlockAttention() if on_cpu else FlexAttention(),
-            precision=Precision() if on_cpu else Precision(compute=torch.bfloat16),
-            device=device,
-        )
-        self._engine.load_weights(FreshWeights(shape, 0))
+        with ExitStack() as self._held:
+            model, weights = self._shape_and_weights(shape)
+            self._make_engine(model, weights, device)
         self._optimizer = optim.build_optimizer(
             self._engine.named_parameters(), "adamw_fp32OptState", OPTIMIZER
         )
         self._objective = GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=BETA)), token_statistics=True)
+
+    def _shape_and_weights(self, shape: DecoderConfig) -> tuple[ModelShape, WeightSource]:
+        return shape, FreshWeights(shape, 0)
+
+    def _make_engine(self, model: ModelShape, weights: WeightSource, device: torch.device) -> None:
+        on_cpu = device.type == "cpu"
+        self._engine = NativeEngine(
+            model,
+            BlockAttention() if on_cpu else FlexAttention(),
+            precision=Precision() if on_cpu else Precision(compute=torch.bfloat16),
+            device=device,
+        )
+        self._engine.load_weights(weights)
 
     def train(self, indices: Sequence[int]) -> Tensor:
         batches = [b.to(self._engine.device) for b in self._steps[list(indices)]]
@@ -87,6 +100,22 @@ class Ours:
         return values
 
 
+class ByTransformers(Ours):
+    """Our layouts, losses and engine on transformers' own class of the model."""
+
+    def _shape_and_weights(self, shape: DecoderConfig) -> tuple[ModelShape, WeightSource]:
+        model = TransformersConfig.of(shape.to_hf_dict())
+        folder = Path(self._held.enter_context(tempfile.TemporaryDirectory()))
+        _write_fresh(folder / "model", shape)
+        return model, TransformersFolder(folder / "model", model)
+
+
+def _write_fresh(folder: Path, shape: DecoderConfig) -> None:
+    source = FreshWeights(shape, 0)
+    named = ((name, source.read(name)) for name in source.names())
+    write_hf_folder(folder, shape, named, tokenizer_dir=None, dtype=torch.float32)
+
+
 class TRL:
     """TRL's DPOTrainer in its own padded batches, given the same tokens: its collator, its training
     step, its reference pass. Gradient checkpointing is off, as it is in ours."""
@@ -100,9 +129,7 @@ class TRL:
         self._device = device
         on_cpu = device.type == "cpu"
         with tempfile.TemporaryDirectory() as folder:
-            source = FreshWeights(shape, 0)
-            named = ((name, source.read(name)) for name in source.names())
-            write_hf_folder(Path(folder) / "model", shape, named, tokenizer_dir=None, dtype=torch.float32)
+            _write_fresh(Path(folder) / "model", shape)
             model = AutoModelForCausalLM.from_pretrained(
                 Path(folder) / "model", dtype=torch.float32, attn_implementation="sdpa"
             )
@@ -215,8 +242,10 @@ def build(name: str, workload: Workload, shape: DecoderConfig, device: torch.dev
         return TRL(workload, shape, device)
     if name == "padded":
         return Padded(workload, shape, device)
-    layout: Layout = name.removeprefix("ours ")  # type: ignore[assignment]
-    return Ours(workload, shape, layout, device)
+    layout: Layout = name.split()[1]  # type: ignore[assignment]
+    kind = ByTransformers if name == BY_TRANSFORMERS else Ours
+    return kind(workload, shape, layout, device)
 
 
-NAMES = ("ours shared_prompt", "ours packed", "ours none", "trl", "padded")
+BY_TRANSFORMERS = "transformers shared_prompt"
+NAMES = ("ours shared_prompt", "ours packed", "ours none", BY_TRANSFORMERS, "trl", "padded")

@@ -257,7 +257,8 @@ def test_train_stops_before_it_builds_anything(
 ) -> None:
     arguments = [
         "trainer.devices=2",
-        "model_alignment_strategy.peft={}",
+        "distributed_strategy.context_parallel_size=2",
+        "model.fusions.ring_attention=True",
         "data.train_dir=/no.jsonl",
     ]
     assert main(["train", "--config-name", good, *arguments]) == 1
@@ -265,7 +266,7 @@ def test_train_stops_before_it_builds_anything(
     err = capsys.readouterr().err
     assert err.startswith("error: 3 faults in ")
     assert "number of processes that run (1), but is 2 x 1 = 2" in err
-    assert "model_alignment_strategy.peft: must not be set" in err
+    assert "distributed_strategy.context_parallel_size: must be 1" in err
 
 
 def test_one_process_of_a_node_reports_the_faults_that_all_find(

@@ -23,7 +23,7 @@ FOUNDATION = (
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.settings", "engines.steps", "engines.masters", "engines.spread"),
     *("engines.ranks", "engines.scoring", "engines.checkpoint_folder", "engines.digests"),
-    *("engines.async_save", "engines.xla"),
+    *("engines.async_save", "engines.xla", "engines.adapters"),
 )
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
@@ -47,6 +47,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engines.steps": ("engines.base", "engines.ranks", "batch"),
     "engines.settings": (),
     "engines.masters": (),
+    "engines.adapters": ("engines.steps", "models", "batch"),
     "engines.scoring": (
         *("engines.base", "engines.ranks", "engines.settings", "engines.steps"),
         *("models", "ops", "batch"),
@@ -67,6 +68,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "training.hooks": ("training", "engines.base", "losses", "batch", "config", "reference"),
     "weights": (
         *("models.sharding", "models.presets", "models.partition", "models.families", "models.backend"),
+        "models.adapters",
         "named_tensors",
     ),
     "neuron": ("config",),

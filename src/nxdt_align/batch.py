@@ -173,6 +173,31 @@ class Batch:
         number = (in_slot.cumsum(1) * in_slot).sum(2)
         return replace(self, token_weights=torch.where(has_label & (number > shared), weight, 1.0))
 
+    def responses_of_tokens(self) -> Tensor:
+        """(B, S) float32: how many responses each token is part of, as one of its tokens or of its prompt's.
+
+        2 for a prompt that two responses share, 0 for padding and for responses that nothing is trained on.
+
+        A response's last token that predicts sees all of them.
+        """
+        slots = self.slot_valid.shape[1]
+        number = torch.arange(self.labels.shape[1], device=self.labels.device)
+        of_slot = torch.arange(slots, device=self.labels.device)
+        is_there = (self.slot_index[:, :, None] == of_slot) & (self.labels != IGNORE_LABEL)[:, :, None]
+        last = torch.where(is_there, number[:, None], 0).amax(1)  # (B, R)
+        position = self.response_positions.gather(1, last)
+        start, stop = (bound.gather(1, position)[:, :, None] for bound in (self.key_start, self.key_stop))
+        token = torch.arange(self.input_ids.shape[1], device=self.labels.device)
+        is_trained = self.slot_valid & (self.slot_role != SlotRole.KL)
+        sees = (token >= start) & (token < stop) & is_trained[:, :, None]
+        return sees.sum(1, dtype=torch.float32)
+
+    def share_of_examples(self) -> Tensor:
+        """() float32: these rows' share of the global batch's examples; over all micro-batches they add up to
+        1."""
+        is_one = (self.slot_role == SlotRole.CHOSEN) | (self.slot_role == SlotRole.SINGLE)
+        return (self.slot_valid & is_one).sum(dtype=torch.float32) / self.global_pairs
+
     def sum_logps(self, token_logps: Tensor) -> Tensor:
         """Each slot's log-probability, (B, R), from those of its tokens, (B, T), by ``token_weights``."""
         weights = self.token_weights

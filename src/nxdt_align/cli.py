@@ -55,6 +55,7 @@ Preference alignment of language models from NxD Training's YAML.
 
   nxdt-align config --config-name NAME [key=value ...]   print the resolved configuration
   nxdt-align plan --config-name NAME [key=value ...]     print rows, graphs and device memory
+  nxdt-align doctor --config-name NAME [key=value ...]   what is wrong with the data, and how to mend it
   nxdt-align graphs --config-name NAME [key=value ...]   what Trainium would compile, without a Trainium
   nxdt-align train --config-name NAME [key=value ...]    train, in this process
   nxdt-align launch [key=value ...]                      train.sh: as many processes as CONF_FILE asks for
@@ -213,6 +214,14 @@ def _parser() -> argparse.ArgumentParser:
     plan = _add_verb(
         verbs, "plan", "tokenize the data and print rows, graphs and device memory, without a model"
     )
+    doctor = _add_verb(
+        verbs,
+        "doctor",
+        "examine the data before a run: bad records, duplicates, leakage, length bias, truncation, template; "
+        "status 1 where a fault is found",
+    )
+    doctor.add_argument("--show", type=int, default=0, metavar="N", help="print N records as tokens")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     graphs = _add_verb(
         verbs,
         "graphs",
@@ -236,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("trn1", "trn2"), default="trn1", help="whose times are estimated"
     )
     graphs.add_argument("--json", action="store_true", help="print JSON")
-    for verb in (plan, graphs):
+    for verb in (plan, graphs, doctor):
         verb.add_argument(
             "--import-own-parts",
             action="store_true",
@@ -426,6 +435,25 @@ def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
     engine = resolve_engine(config, neuron_available())
     _show(plan_report(config, engine, import_own_parts=arguments.import_own_parts))
     return 0
+
+
+def _doctor(arguments: argparse.Namespace, environment: Environment) -> int:
+    config, missing, unread = _read_to_plan(arguments, environment)
+    needed = [fault for fault in missing if fault.path not in unread]
+    if needed:
+        raise ConfigError(needed, config.source)
+    show_on_terminal(rank=0)
+    from nxdt_align.run.doctor import diagnose
+
+    engine = resolve_engine(config, neuron_available())
+    found = diagnose(config, engine, import_own_parts=arguments.import_own_parts)
+    if arguments.json:
+        _show(found.to_json())
+        return 0 if found.is_fit else 1
+    if arguments.show > 0:
+        _show(found.show(arguments.show, colours=sys.stdout.isatty()))
+    _show(found.to_text())
+    return 0 if found.is_fit else 1
 
 
 _READ_FOR_DATA = ("data.train_dir", "data.val_dir", "data.tokenizer.type")
@@ -627,10 +655,22 @@ def _note(text: str) -> None:
     print(redact(f"notice: {text}"), file=sys.stderr)
 
 
-_NEED_TORCH = ("plan", "graphs", "train", "workers", "convert", "export", "inspect", "generate", "chat")
+_NEED_TORCH = (
+    "plan",
+    "doctor",
+    "graphs",
+    "train",
+    "workers",
+    "convert",
+    "export",
+    "inspect",
+    "generate",
+    "chat",
+)
 _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "config": _config,
     "plan": _plan,
+    "doctor": _doctor,
     "graphs": _graphs,
     "train": _train,
     "launch": _launch,

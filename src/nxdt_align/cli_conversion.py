@@ -29,6 +29,11 @@ def add_conversion_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentPars
     _add_sizes(convert)
     _add_nxdt(convert)
     export = _add(verbs, "export", "write any checkpoint as a folder that transformers loads")
+    export.add_argument(
+        "--merge",
+        action="store_true",
+        help="adapters: write the whole model with them added in (default: the adapter, as PEFT loads it)",
+    )
     for verb in (convert, export):
         _add_common(verb)
     inspect = verbs.add_parser("inspect", help="describe a checkpoint", allow_abbrev=False)

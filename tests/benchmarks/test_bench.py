@@ -42,14 +42,15 @@ def test_layouts_and_the_padded_baseline_do_the_same_sum(monkeypatch: pytest.Mon
     monkeypatch.setattr(contenders, "SEQ_LENGTH", 64)
     examples = random_examples(4, 1)
     workload = Workload("a test", [], examples, None, 4)  # type: ignore[arg-type]
-    shape = replace(TINY, max_position_embeddings=64)
+    shape = replace(TINY, max_position_embeddings=64, model_type="qwen3", qk_norm="head")
     losses, logps = [], []
-    for name in ("ours shared_prompt", "ours packed", "ours none", "padded"):
+    names = ("ours shared_prompt", "ours packed", "ours none", contenders.BY_TRANSFORMERS, "padded")
+    for name in names:
         contender = contenders.build(name, workload, shape, torch.device("cpu"))
         logps.append(contender.precompute([2, 0, 3]))
         losses.append(float(contender.train([2, 0, 3])))
         assert float(contender.train([2, 0, 3])) != losses[-1], "the optimizer changed nothing"
-    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-5)
     for other in logps[1:]:
         torch.testing.assert_close(other, logps[0], rtol=1e-4, atol=1e-4)
 

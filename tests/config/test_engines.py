@@ -47,7 +47,6 @@ def test_engine_is_chosen(load: Load, overrides: list[str], neuron: bool, wanted
             "must be 1 (engine native does not support it yet), but is 2; with 1, "
             "sequence_parallel over tensor_model_parallel_size=N ranks spreads long sequences",
         ),
-        ("model_alignment_strategy.peft={}", "peft: must not be set"),
     ],
 )
 def test_limits_of_the_native_engine(load: Load, override: str, rule: str) -> None:
@@ -226,3 +225,41 @@ model: {activations_checkpoint_recompute: [CoreAttention]}
 
 def test_tables_name_known_keys_only() -> None:
     assert {key for keys in NO_EFFECT.values() for key in keys} <= set(all_keys())
+
+
+@pytest.mark.parametrize(
+    ("engine", "overrides", "rule"),
+    [
+        (
+            "nxd",
+            [],
+            "compile: must be auto or none on engine nxd, whose steps are graphs anyway, but is 'blocks'",
+        ),
+        (
+            "native",
+            ["trainer.accelerator=xla"],
+            "compile: must be auto or none with trainer.accelerator xla, where steps are graphs anyway",
+        ),
+        (
+            "native",
+            ["data.attention=blocks"],
+            "data.attention: must be auto or dense with distributed_strategy.compile blocks, which compiles "
+            "static shapes, but is 'blocks'; those of data.attention=blocks follow the data",
+        ),
+        (
+            "native",
+            [f"data.buckets={list(range(64, 64 * 34, 64))}"],
+            "data.buckets: must be 32 row lengths at most with distributed_strategy.compile blocks, which "
+            "compiles graphs of each, but is 33; leave it out to have few chosen",
+        ),
+    ],
+)
+def test_what_compiled_steps_cannot_do(load: Load, engine: Engine, overrides: list[str], rule: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        engine_faults(load("", "distributed_strategy.compile=blocks", *overrides), engine)
+    assert rule in str(error.value)
+    engine_faults(load("", "distributed_strategy.compile=none", *overrides), engine)
+
+
+def test_compiled_steps_on_native(load: Load) -> None:
+    engine_faults(load("", "distributed_strategy.compile=blocks", "data.buckets=[64, 128]"), "native")

@@ -381,3 +381,28 @@ def test_secrets_are_used_and_not_shown(
     assert "hush" not in str(error.value) and "seed: must be an integer, but is '${oc.env:WANDB" in str(
         error.value
     )
+
+
+# Adapters
+
+
+def test_adapters_have_nxdts_keys_and_their_short_names(load: Load) -> None:
+    peft = load("model_alignment_strategy: {dpo: {}, peft: {rank: 8, alpha: 16, dropout: 0}}")
+    found = peft.model_alignment_strategy.peft
+    assert found is not None and (found.lora_rank, found.lora_alpha, found.lora_dropout) == (8, 16, 0)
+    assert load("", "model_alignment_strategy.peft.rank=4").model_alignment_strategy.peft is not None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model_alignment_strategy.peft.r=8", "model_alignment_strategy.peft.lora_rank"),
+        ("model_alignment_strategy.peft.use_dora=True", "did you mean model_alignment_strategy.peft.dora?"),
+        ("model.apply_lora_to_mlp=True", "model_alignment_strategy.peft.target_modules names the layers"),
+        ("model.lora_attn_modules=[q_proj]", "model_alignment_strategy.peft.target_modules names the layers"),
+    ],
+)
+def test_other_libraries_names_of_adapters_are_understood(load: Load, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load("", f"+{override}")
+    assert message in str(error.value)

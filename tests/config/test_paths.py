@@ -57,10 +57,6 @@ VIRTUAL = "distributed_strategy.virtual_pipeline_model_parallel_size"
             "exp_manager.resume_from_checkpoint={files}/weigths",
             "/files/weights?",
         ),
-        (
-            "exp_manager.resume_from_checkpoint={files}/adapter",
-            "must be a folder of whole weights, but is ",
-        ),
         ("model_alignment_strategy.reference_model=/no/ref", "reference_model: must be a folder that exists"),
         (
             "model.hidden_size=4097",
@@ -70,8 +66,6 @@ VIRTUAL = "distributed_strategy.virtual_pipeline_model_parallel_size"
 )
 def test_a_wrong_path_is_named(reject: Reject, files: Path, override: str, rule: str) -> None:
     (files / "empty").mkdir()
-    (files / "adapter").mkdir()
-    (files / "adapter" / "adapter_config.json").write_text("{}")
     (files / "train.txt").write_text("no json")
     (files / "list.json").write_text("[]")
     assert rule in reject(override.replace("{files}", str(files)))

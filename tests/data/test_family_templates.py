@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from families_fixture import CONFIGS
 from family_templates import FAMILIES, Family
 from transformers import PreTrainedTokenizerFast
 
 from nxdt_align.data.chat import TEMPLATE_DATE
 from nxdt_align.data.records import BadRecord, Message, Record
-from nxdt_align.data.token_sets import TokenColumns, save_columns, tokenize_records
+from nxdt_align.data.token_columns import TokenColumns, write_tokens
+from nxdt_align.data.token_sets import tokenize_records
 from nxdt_align.data.tokenize import Encoded, Tokenization, Truncation
 from nxdt_align.errors import UserError
+from nxdt_align.weights.generation import generation_json
 
 ROOMY = Truncation(4000, 2000)
 SYSTEM: Message = {"role": "system", "content": "Be brief."}
@@ -266,7 +269,7 @@ def test_what_an_earlier_version_refused_is_tokenized_again(tmp_path: Path, reas
     encoded = made.encode(records)[0]
     assert isinstance(encoded, Encoded)
     earlier = TokenColumns.of([records[0].id], [encoded])
-    save_columns(cache, earlier, {records[1].id: BadRecord(reason, "f:1")}, Counter())
+    write_tokens(cache, earlier.arrays(), {records[1].id: BadRecord(reason, "f:1")}, {})
     assert len(tokenize_records(records, made, tmp_path, on_bad_record="drop")) == (2 if again else 1)
 
 
@@ -323,8 +326,19 @@ ENDS = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_response_ends_where_generation_stops(name: str) -> None:
-    """The token that an export's generation config gets as an eos, too (weights/generation.py)."""
+    """An export stops at the end of a turn, whatever eos its start names, which stays."""
     made = tokenization(name)
-    end = ENDS.get(name, made.tokenizer.eos_token)
-    example = made(Record([user("a")], ("b", "c")))
-    assert {made.tokenizer.convert_ids_to_tokens(int(r[-1])) for r in example.responses} == {end}
+    tokenizer = made.tokenizer
+    end = tokenizer.convert_tokens_to_ids(ENDS.get(name, str(tokenizer.eos_token)))
+    examples = tokenize_records([Record([user("a")], ("b", "c"))], made, None)
+    assert [response.tolist()[-1] for response in examples[0].responses] == [end, end]
+    ends = examples.ends(ROOMY.seq_length)
+    assert ends == [end]
+    own = tokenizer.eos_token_id
+    for start, wanted in (
+        (None, [own] if own == end else [own, end]),
+        ({"eos_token_id": [end, own]}, [end, own]),
+        ({"eos_token_id": 99}, [99, end]),
+    ):
+        said = generation_json(replace(CONFIGS["qwen2"], eos_token_id=own), start, ends)["eos_token_id"]
+        assert ([said] if isinstance(said, int) else said) == wanted

@@ -12,14 +12,14 @@ from training_fixture import Project
 from nxdt_align.cli import main
 
 RUN = re.compile(r"^<!-- run -->\n```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = ["generation.md", "report.md"]
+PAGES = ["generation.md", "report.md", "doctor.md"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the names that the pages use."""
     root = tmp_path_factory.mktemp("pages")
-    project = Project.create(root, pairs=8)
+    project = Project.create(root, pairs=60)
     assert project.train("trainer.max_steps=2") == 0
     run = project.only_run()
     for name in ("my_run", "my_other_run"):

@@ -9,21 +9,8 @@ from typing import Any
 import pytest
 import torch
 from families_fixture import CONFIGS, window
-from nxd_fixture import (
-    Case,
-    batches_of,
-    examples,
-    gradients_of,
-    objective,
-    one_copy,
-    plain,
-    require_nxd,
-    run_ranks,
-    start,
-    weights,
-    whole,
-)
-from oracle import dpo_loss, gradients, orpo_loss
+from nxd_families import expected, off_the_plain_model, step
+from nxd_fixture import Case, plain, require_nxd, run_ranks, start
 
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.weights.nxdt import NxDTFolder
@@ -46,8 +33,6 @@ SPREADS = {
     "tp2 dp2": Case(tp=2, dp=2, sp=True),
 }
 USUAL = ("tp2 sp", "tp4 sp, kv copies", "tp2 pp2 sp")
-ROW = 75
-"""Tokens that two ranks do not divide."""
 TOLERANCE = 2e-5
 """Of a gradient's largest entry."""
 
@@ -60,16 +45,6 @@ def config_of(name: str, spread: str) -> DecoderConfig:
     return replace(config, num_key_value_heads=heads, tie_word_embeddings=tied)
 
 
-def step(spread: str, name: str, loss: str) -> dict[str, Any]:
-    case, config = SPREADS[spread], config_of(name, spread)
-    built = start(case, config)
-    if loss == "dpo":
-        built.load_reference(weights(1, config))
-    output = built.step(batches_of(built, "shared_prompt", ROW), objective(loss))
-    found = gradients_of(built)
-    return {"loss": output.loss, "gradients": found, "norm": built.clip_gradients(0.1)}
-
-
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """(spread, family) -> what the ranks found, of the cases that this session is asked for."""
@@ -80,7 +55,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     results = {}
     for world in sorted({SPREADS[spread].world for spread, _ in pairs}):
         here = [pair for pair in pairs if SPREADS[pair[0]].world == world]
-        jobs = [(step, (*pair, _loss(*pair))) for pair in here]
+        jobs = [(step, (SPREADS[pair[0]], config_of(pair[1], pair[0]), _loss(*pair))) for pair in here]
         ranks = run_ranks(world, jobs, tmp_path_factory.mktemp("ranks") / str(world))
         results |= dict(zip(here, ranks, strict=True))
     return results
@@ -96,19 +71,10 @@ def _loss(spread: str, name: str) -> str:
 )
 def test_as_the_plain_model(found: dict[str, Any], spread: str, name: str) -> None:
     case, config, loss = SPREADS[spread], config_of(name, spread), _loss(spread, name)
-    model = plain(0, config)
-    pairs = examples().examples
-    wanted = dpo_loss(model, plain(1, config), pairs, 0.1) if loss == "dpo" else orpo_loss(model, pairs, 0.1)
-    expected = gradients(wanted, model)
     ranks = found[spread, name]
-    for rank in ranks:
-        torch.testing.assert_close(rank["loss"], wanted.detach(), rtol=2e-6, atol=2e-6)
-    for copy in range(case.dp):
-        got = whole(case, config, [rank["gradients"] for rank in one_copy(case, ranks, copy)])
-        for key, gradient in expected.items():
-            error = float((got[key] - gradient).abs().max() / gradient.abs().max())
-            assert error <= TOLERANCE, f"{key}: {error:.1e}"
-    norm = torch.stack([g.square().sum() for g in expected.values()]).sum().sqrt()
+    assert off_the_plain_model(case, config, loss, ranks) <= TOLERANCE
+    _, wanted = expected(config, loss)
+    norm = torch.stack([g.square().sum() for g in wanted.values()]).sum().sqrt()
     for rank in ranks:
         torch.testing.assert_close(rank["norm"], norm, rtol=1e-5, atol=0)
 

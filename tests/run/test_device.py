@@ -7,15 +7,25 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import torch
 
 from nxdt_align.config.data import Attention, DataConfig
-from nxdt_align.config.schema import Accelerator, Config, PrecisionConfig, TrainerConfig
+from nxdt_align.config.schema import (
+    Accelerator,
+    Config,
+    DistributedStrategyConfig,
+    PrecisionConfig,
+    TrainerConfig,
+)
 from nxdt_align.engines import xla
 from nxdt_align.errors import UserError
-from nxdt_align.run.assemble import device
+from nxdt_align.models.presets import TINY
+from nxdt_align.ops.attention import DenseAttention
+from nxdt_align.run.assemble import attention, compiling, device
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.mode import RunMode
@@ -36,6 +46,47 @@ def test_an_accelerator_that_is_not_here(accelerator: Accelerator, monkeypatch: 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: other)
     with pytest.raises(UserError, match=f"is {accelerator}, but torch finds xpu alone"):
         device(config(accelerator), RunEnv(), RunMode())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "where", "backend"),
+    [
+        *(("auto", "cpu", None), ("auto", "cuda", "inductor"), ("auto", "neuron", "neuron")),
+        *(("none", "cuda", None), ("none", "neuron", None), ("blocks", "cuda", "inductor")),
+        *(("blocks", "neuron", "neuron"), ("blocks", "xla", None), ("blocks", "cpu", "inductor")),
+    ],
+)
+def test_what_compiles_a_step(
+    chosen: Literal["auto", "none", "blocks"],
+    where: str,
+    backend: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nxdt_align.engines.native.compiled.require_compiler", lambda: None)
+    given = replace(config("auto"), distributed_strategy=DistributedStrategyConfig(compile=chosen))
+    # This torch knows no device "neuron".
+    found = compiling(given, SimpleNamespace(type=where), TINY)  # type: ignore[arg-type]
+    assert (None if found is None else found.backend) == backend
+    if where == "cpu" and chosen == "blocks":
+        assert isinstance(attention(given, torch.device("cpu"), TINY), DenseAttention)
+
+
+def test_auto_compiles_nothing_with_an_old_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("nxdt_align.engines.native.compiled.is_too_old", lambda: True)
+    assert compiling(config("auto"), torch.device("cuda"), TINY) is None
+    assert "compile: auto is none, as torch" in caplog.text
+
+
+def test_layers_that_transformers_computes_are_not_compiled() -> None:
+    other = SimpleNamespace(model_type="gpt2")
+    assert compiling(config("auto"), torch.device("cuda"), other) is None  # type: ignore[arg-type]
+    given = replace(config("auto"), distributed_strategy=DistributedStrategyConfig(compile="blocks"))
+    with pytest.raises(
+        UserError, match=r"compile: blocks compiles .* computes this gpt2; set .*compile=none"
+    ):
+        compiling(given, torch.device("cuda"), other)  # type: ignore[arg-type]
 
 
 NEURON = """

@@ -136,7 +136,7 @@ class FakeEngine(Engine):
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return []
 
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def whole_parameters(self, *, trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
         raise NotImplementedError
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:

@@ -4,8 +4,9 @@ the code that spreads."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,6 +28,7 @@ from nxdt_align.config.alignment import DPOConfig, ORPOConfig
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.data.tokenize import Example
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.losses.dpo import DPOLoss
@@ -111,6 +113,8 @@ class Case:
     buckets: tuple[int, ...] | None = None
     given: ExampleSet | None = None
     """Instead of random tokens."""
+    compiled: str | Callable[..., Any] | None = None
+    """torch.compile's backend."""
 
     @property
     def world(self) -> int:
@@ -179,6 +183,7 @@ class Case:
             topology=self.topology(rank),
             parallel=self.parallel,
             configure_model=configure,
+            compiling=None if self.compiled is None else Compiling(self.compiled),
         )
         engine.load_weights(ModuleWeights(self.model(0)))
         if LOSSES[self.loss].needs_reference:

@@ -129,7 +129,9 @@ class Project:
                 "exp_dir": str(root / "experiments"),
                 "resume_if_exists": True,
                 "resume_ignore_no_checkpoint": True,
-                "report": False,  # it takes a second, which hundreds of runs would pay
+                # They take a second, which hundreds of runs would pay.
+                "report": False,
+                "check_export": False,
                 "checkpoint_callback_params": {
                     "monitor": "step",
                     "mode": "max",

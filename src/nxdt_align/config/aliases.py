@@ -69,6 +69,14 @@ FOREIGN_KEYS = {
     **_named("precision.type", "bf16 fp16 tf32 dtype torch_dtype policy_dtype"),
     **_named(f"{_ALIGN}.reference_model", "ref_model ref_model_name_or_path reference_model.name"),
     **_named(f"{_ALIGN}.sft.train_on_prompt", "train_on_input completion_only_loss"),
+    **_named(f"{_ALIGN}.peft.lora_rank", "lora_rank lora_r r peft.r"),
+    **_named(f"{_ALIGN}.peft.lora_alpha", "lora_alpha"),
+    **_named(f"{_ALIGN}.peft.lora_dropout", "lora_dropout"),
+    **_named(f"{_ALIGN}.peft.target_modules", "lora_target_modules target_modules"),
+    **_named(f"{_ALIGN}.peft.modules_to_save", "lora_modules_to_save modules_to_save"),
+    **_named(f"{_ALIGN}.peft.rslora", "use_rslora"),
+    **_named(f"{_ALIGN}.peft.dora", "use_dora"),
+    **_named(f"{_ALIGN}.peft.init", "init_lora_weights"),
 }
 """Another library's key, or the end of its path -> our key."""
 
@@ -89,6 +97,12 @@ _FOREIGN_ADVICE = {
     **_named("validation has the sizes of training: data.micro_batch_size", "eval_batch_size"),
     **_named(_OBJECTIVE, "loss loss.name loss._component_ criterion criterion.name"),
     **_named(_WEIGHTS, "model_name_or_path model.name_or_path checkpoint_dir model.archive name_or_path"),
+    **_named(
+        f"{_ALIGN}.peft.target_modules names the layers: q_proj, v_proj, gate_proj, ... or all-linear; "
+        f"{_ALIGN}.peft.modules_to_save=[lm_head] trains the head",
+        "lora_attn_modules apply_lora_to_mlp apply_lora_to_output",
+    ),
+    **_named(f"a section {_ALIGN}.peft trains adapters, without one every weight is trained", "use_peft"),
     **_named(
         f"data.seq_length bounds prompt and response together, {_DPO}.max_prompt_length the prompt",
         "max_completion_length max_target_length max_response_length",

@@ -202,30 +202,52 @@ ObjectiveConfig = DPOConfig | ORPOConfig | CPOConfig | SimPOConfig | KTOConfig |
 
 @dataclass(frozen=True, kw_only=True)
 class PEFTConfig:
-    """LoRA adapters (https://arxiv.org/abs/2106.09685) instead of training every weight."""
+    """LoRA adapters (https://arxiv.org/abs/2106.09685) instead of training every weight; docs/adapters.md."""
 
     lora_rank: int = number(16, at_least=1)
-    """Rank of the adapters."""
-    lora_alpha: float = 32
-    """Adapters are scaled by lora_alpha / lora_rank."""
-    lora_dropout: float = 0.05
-    """Dropout probability before each adapter."""
+    """Rank of the adapters; also spelled rank."""
+    lora_alpha: float = number(32, above=0)
+    """Adapters are scaled by lora_alpha / lora_rank; also spelled alpha."""
+    lora_dropout: float = number(0.05, at_least=0, below=1)
+    """Dropout probability of an adapter's input; also spelled dropout. Other layouts and data-parallel sizes
+    draw other masks."""
     lora_bias: Literal["none", "all", "lora_only"] = "none"
-    """Biases that are trained."""
+    """Must be none: biases of the base stay frozen."""
     lora_verbose: bool = False
     """Log which layers get an adapter."""
     target_modules: tuple[str, ...] = ("qkv_proj",)
-    """Layers that get an adapter: qkv_proj, o_proj, gate_up_proj, down_proj."""
+    """Linear layers that get an adapter: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; ends
+    of their paths, or patterns for whole paths (model.layers.[0-7].*.q_proj); NxDT's qkv_proj and
+    gate_up_proj; (ours) all-linear: those of all layers."""
+    rslora: bool = False
+    """(ours) Scale adapters by lora_alpha / sqrt(lora_rank): rank-stabilised LoRA
+    (https://arxiv.org/abs/2312.03732)."""
+    dora: bool = False
+    """(ours) Train the norm of each row of a weight too: DoRA (https://arxiv.org/abs/2402.09353). Engine
+    native alone."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """(ours) Start values of the first factor, as PEFT draws them; the second starts at 0, so that nothing
+    changes."""
+    modules_to_save: tuple[str, ...] = ()
+    """(ours) Modules that are trained whole, as embed_tokens or lm_head; their originals stay for the
+    reference."""
     load_lora_from_ckpt: bool = False
-    """Load adapters from the start checkpoint."""
+    """Load adapters from the start checkpoint. Those in exp_manager.resume_from_checkpoint are recognised."""
     save_lora_base: bool = False
-    """Save the base model's weights too."""
+    """Save the base model's weights too. Checkpoints here hold adapters alone."""
     merge_lora: bool = False
-    """Save the model with the adapters added in."""
+    """Export the model with the adapters added in: as exp_manager.export_hf: merged."""
     save_lora_config_adapter: bool = False
-    """Save the adapters' settings beside them."""
+    """Save the adapters' settings beside them. An exported adapter always has them."""
     merge_sharded_lora: bool = False
-    """Save the adapters' shards as one."""
+    """Save the adapters' shards as one. An exported adapter always is one."""
+
+    def faults(self) -> Iterator[Fault]:
+        if self.lora_bias != "none":
+            rule = "must be none: the reference is the model with its adapters off, so its biases stay frozen"
+            yield Fault("lora_bias", rule, self.lora_bias)
+        if not self.target_modules and not self.modules_to_save:
+            yield Fault("target_modules", "must name a layer, e.g. all-linear", [])
 
 
 def _row(loss: str, examples: Examples = "pair") -> dict[str, Any]:

@@ -26,6 +26,9 @@ ALIASES = {
     "model.encoder_seq_len": "model.encoder_seq_length",
     "exp_manager.exp_log_dir": "exp_manager.explicit_log_dir",
     "async_exec_max_inflight_requests": "aync_exec_max_inflight_requests",
+    "model_alignment_strategy.peft.rank": "model_alignment_strategy.peft.lora_rank",
+    "model_alignment_strategy.peft.alpha": "model_alignment_strategy.peft.lora_alpha",
+    "model_alignment_strategy.peft.dropout": "model_alignment_strategy.peft.lora_dropout",
 }
 """Other spelling -> key. NxDT's tutorial and documentation write the first two."""
 

@@ -94,13 +94,16 @@ _NOT_YET = "engine {engine} does not support it yet"
 LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
     "native": {
         "distributed_strategy.context_parallel_size": (1, _SPREAD_OTHERWISE),
-        "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
     },
     "nxd": {
         "distributed_strategy.virtual_pipeline_model_parallel_size": (1, _NXDS_VALIDATION_STOPS),
         "distributed_strategy.context_parallel_size": (1, "leave it out"),
         "distributed_strategy.fsdp": (False, "distributed_strategy.zero1=True shards the optimizer's state"),
-        "model_alignment_strategy.peft": (None, "~model_alignment_strategy.peft trains every weight"),
+        "model_alignment_strategy.peft": (
+            None,
+            "distributed_strategy.engine=native has adapters; ~model_alignment_strategy.peft trains every "
+            "weight",
+        ),
     },
 }
 """Engine -> path -> (the only supported value, what to do). Lift a limit by deleting its line."""
@@ -117,7 +120,33 @@ def find_engine_faults(config: Config, engine: Engine) -> list[Fault]:
                 found.append(Fault(path, f"must not be set: {not_yet}", advice=advice))
             else:
                 found.append(Fault(path, f"must be {allowed} ({not_yet})", value, advice))
-    return [*found, *_fp16_faults(config, engine), *(_nxd_faults(config) if engine == "nxd" else ())]
+    found += [*_fp16_faults(config, engine), *_compile_faults(config, engine)]
+    return [*found, *(_nxd_faults(config) if engine == "nxd" else ())]
+
+
+MOST_BUCKETS = 32
+"""Row lengths of compiled steps: each is a dozen graphs to compile."""
+
+
+def _compile_faults(config: Config, engine: Engine) -> Iterator[Fault]:
+    """``blocks`` where steps are graphs already, and what no graph of static shapes takes."""
+    path, data = "distributed_strategy.compile", config.data
+    if config.distributed_strategy.compile != "blocks":
+        return
+    if engine == "nxd":
+        yield Fault(path, "must be auto or none on engine nxd, whose steps are graphs anyway", "blocks")
+    elif config.trainer.accelerator == "xla":
+        rule = "must be auto or none with trainer.accelerator xla, where steps are graphs anyway"
+        yield Fault(path, rule, "blocks", involves=("trainer.accelerator",))
+    if data.attention == "blocks":
+        rule = "must be auto or dense with distributed_strategy.compile blocks, which compiles static shapes"
+        advice = "those of data.attention=blocks follow the data"
+        yield Fault("data.attention", rule, "blocks", advice, (path,))
+    count = len(data.buckets or ())
+    if count > MOST_BUCKETS:
+        rule = f"must be {MOST_BUCKETS} row lengths at most with {path} blocks, which compiles graphs of each"
+        advice = "leave it out to have few chosen"
+        yield Fault("data.buckets", f"{rule}, but is {count}", advice=advice, involves=(path,))
 
 
 def _fp16_faults(config: Config, engine: Engine) -> Iterator[Fault]:
@@ -161,11 +190,14 @@ def _nxd_faults(config: Config) -> Iterator[Fault]:
 
 # Keys that are read but have no effect.
 
+_PEFT = "model_alignment_strategy.peft"
 _MEGATRON_OR_LIGHTNING = (
     *("exp_manager.version", "exp_manager.use_datetime_version", "exp_manager.resume_past_end"),
     *("trainer.logger", "trainer.enable_checkpointing", "trainer.use_distributed_sampler"),
     *("trainer.limit_test_batches", "exp_manager.checkpoint_callback_params.model_parallel_size"),
     *("distributed_strategy.expert_model_parallel_size", "distributed_strategy.token_shuffle_group_size"),
+    *(f"{_PEFT}.load_lora_from_ckpt", f"{_PEFT}.save_lora_base", f"{_PEFT}.save_lora_config_adapter"),
+    f"{_PEFT}.merge_sharded_lora",
 )
 _NEURON = (
     *("compiler_flags", "compiler_cache_url", "aync_exec_max_inflight_requests", "bucket_size_collectives"),
@@ -197,9 +229,16 @@ def _runs_on_neuron(config: Config) -> bool:
     return resolve_engine(config, neuron_available()) == "nxd"
 
 
+_OF_ADAPTERS = {
+    f"{_PEFT}.load_lora_from_ckpt": "an adapter in exp_manager.resume_from_checkpoint is recognised",
+    f"{_PEFT}.save_lora_base": "checkpoints hold adapters alone; the base is where it was",
+    f"{_PEFT}.save_lora_config_adapter": "an exported adapter always has its settings",
+    f"{_PEFT}.merge_sharded_lora": "an exported adapter always is one file",
+}
 REASONS: dict[Engine, dict[str, str]] = {
-    "native": {},
+    "native": _OF_ADAPTERS,
     "nxd": {
+        **_OF_ADAPTERS,
         "trainer.lnc": "a logical NeuronCore of trn1 is a physical one",
         "exp_manager.ckpt_ptl_version": "checkpoints of this package record their version",
         "model.fusions.ring_attention": "it is for context parallelism",

@@ -200,8 +200,12 @@ class ExpManagerConfig:
     most one is in progress; a failed write stops the run at the next checkpoint, or at the end."""
     ckpt_ptl_version: str | None = None
     """NxDT's: Lightning version of a checkpoint that does not record it. Ours always do."""
-    export_hf: bool = True
-    """(ours) Write the trained model as a Hugging Face folder at the end."""
+    export_hf: bool | Literal["merged", "adapter"] = True
+    """(ours) Write the trained model as a Hugging Face folder at the end. With adapters, merged (or True):
+    the model with the adapters added in; adapter: the adapters alone, as PEFT loads them."""
+    check_export: bool = True
+    """(ours) Compare the export's log-probabilities of three records, by transformers, with the trainer's; up
+    to 20 GB of weights, where the device compiles no graphs, and not of adapters alone."""
     report: bool = True
     """(ours) At the end, write report.html and report.json into the run's folder: curves, settings and a
     verdict in words."""

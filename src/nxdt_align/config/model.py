@@ -76,6 +76,9 @@ class ModelConfig:
     trust_remote_code: bool = False
     """(ours) Run the Python code that the folder of a model brings along, for a model that transformers
     itself does not have."""
+    router_aux_loss_coef: float = number(0.0, at_least=0)
+    """(ours) Weight of the router's load-balancing loss that is added to the objective, for a mixture of
+    experts that transformers computes; 0: none. docs/models.md."""
     encoder_seq_length: int | None = number(None, at_least=2)
     """Longest sequence of the model, at least data.seq_length (NxDT's tutorial spells it
     encoder_seq_len, also accepted); null: data.seq_length."""

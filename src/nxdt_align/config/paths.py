@@ -126,11 +126,6 @@ def _weights(path: str, value: str | None) -> Iterator[Fault]:
     elif not any(folder.iterdir()):
         advice = "this one is empty; name a Hugging Face folder or a run, or a checkpoint of one"
         yield Fault(path, "must be a folder that holds weights", value, advice)
-    elif (folder / "adapter_config.json").is_file() and not any(folder.glob("model*.safetensors")):
-        advice = (
-            f"it is a PEFT adapter: merge it into its base model first; nxdt-align inspect {value} says how"
-        )
-        yield Fault(path, "must be a folder of whole weights", value, advice)
 
 
 def _hub_advice(value: str) -> str:

@@ -311,9 +311,27 @@ def _named_format(config: Config, name: str) -> Iterator[Fault]:
         yield Fault("data.format", "must be a format of the objective's examples", name, advice, (_ALIGN,))
 
 
+def adapters(config: Config) -> Iterator[Fault]:
+    peft, export = config.model_alignment_strategy.peft, config.exp_manager.export_hf
+    if peft is None:
+        if isinstance(export, str):
+            advice = f"{_ALIGN}.peft trains adapters"
+            yield Fault("exp_manager.export_hf", "must be True or False without adapters", export, advice)
+        return
+    if config.model_alignment_strategy.reference_dtype is not None and (
+        config.model_alignment_strategy.reference_model is None
+    ):
+        rule = f"must be null with {_ALIGN}.peft, whose reference is the policy with its adapters off"
+        given = config.model_alignment_strategy.reference_dtype
+        yield Fault(f"{_ALIGN}.reference_dtype", rule, given, involves=(f"{_ALIGN}.peft",))
+    if peft.merge_lora and export in ("adapter", False):
+        rule = f"must be merged with {_ALIGN}.peft.merge_lora"
+        yield Fault("exp_manager.export_hf", rule, export, involves=(f"{_ALIGN}.peft.merge_lora",))
+
+
 RULES: tuple[Rule, ...] = (
     *(values, fixed, required, objective, model_source, parallel_sizes, pipeline),
-    *(lengths, trainer, checkpoint_choice, optimizer, scheduler, own_parts, template_variables),
+    *(lengths, trainer, checkpoint_choice, optimizer, scheduler, own_parts, template_variables, adapters),
 )
 
 

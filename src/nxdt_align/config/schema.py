@@ -157,6 +157,10 @@ class DistributedStrategyConfig:
     (FSDP2)."""
     sequence_parallel: bool = False
     """Shard activations along the sequence over the tensor-parallel ranks."""
+    compile: Literal["auto", "none", "blocks"] = "auto"
+    """(ours) Graphs of a step on engine native. blocks: one for the decoder layer, shared by all layers, one
+    for the embedding, one for norm, head and log-probabilities, one for the loss (torch.compile); none: op by
+    op; auto: blocks on neuron and CUDA, none on the CPU."""
     timeout_minutes: float = number(30.0, above=0, at_most=525_600)
     """(ours) How long a process waits for the others before it gives up, e.g. if one of them hangs."""
     kv_replicator: int = number(1, at_least=1, at_most=128)

@@ -113,11 +113,9 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._window, self._only_local, self._row_multiple = window, only_local, row_multiple
         self._row_cost = row_cost
         self._references: dict[Split, npt.NDArray[Any]] = {}
-        self.splits: dict[Split, StepDataset] = {
-            "train": self._load(_sources(config.data.train_dir), "train")
-        }
+        self.splits: dict[Split, StepDataset] = {"train": self._load(sources(config.data.train_dir), "train")}
         if config.data.val_dir is not None and config.validates:
-            self.splits["val"] = self._load(_sources(config.data.val_dir), "val")
+            self.splits["val"] = self._load(sources(config.data.val_dir), "val")
         self._train_sampler = self._sampler("train", steps_done=self._steps_done)
         self._dry_runs: dict[Split, DryRunDataset] = {}
 
@@ -308,7 +306,7 @@ def _is_own(format: str | None) -> bool:
     return format is not None and is_dotted(format)
 
 
-def _sources(value: Any) -> list[Source]:
+def sources(value: Any) -> list[Source]:
     """``data.train_dir``: one path, or a mixture of {path, weight}."""
     if isinstance(value, str):
         return [Source(value, None)]

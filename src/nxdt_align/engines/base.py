@@ -44,6 +44,8 @@ class Objective(Protocol):
     wanted: Sequence[TokenStatistic]
     """What it reads off the head beside the log-probabilities."""
     couples_examples: bool
+    calls_own_code: bool
+    """Whether a user's function is called, which may do what a compiled graph cannot."""
 
     def __call__(
         self,
@@ -133,6 +135,9 @@ class Engine(ABC):
     lazy: bool = False
     """Whether operations are recorded and run as one compiled graph at ``mark_step``. What a step
     computes must then be the same at every step, or it is another graph."""
+    keeps_start: bool = False
+    """Whether the weights that training starts from stay in it, as with adapters: ``load_reference(None)`` is
+    then the start at any time, without a second model."""
     compiler: Compiler | None = None
     """Of a lazy device's graphs. Whoever builds an engine for a run hands it in, before anything is
     computed."""
@@ -143,7 +148,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load_reference(self, source: WeightSource | None) -> None:
-        """Keep a frozen reference: a copy of the present policy for None."""
+        """Keep a frozen reference: a copy of the present policy for None, or the start where that is kept."""
 
     @abstractmethod
     def drop_reference(self) -> None:
@@ -183,9 +188,9 @@ class Engine(ABC):
         return optimizer
 
     @abstractmethod
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights by name, one after the other, whole and on the CPU; yields on rank 0 alone.
-        Every rank iterates to the end."""
+    def whole_parameters(self, *, trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights by name, sorted, one after the other, whole and on the CPU, or those that are
+        trained alone; yields on rank 0 alone. Every rank iterates to the end."""
 
     @abstractmethod
     def clip_gradients(self, max_norm: float | None) -> Tensor:

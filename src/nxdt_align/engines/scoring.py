@@ -17,7 +17,7 @@ from nxdt_align.batch import INT32_DEVICES, Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.ranks import Group
 from nxdt_align.engines.settings import Parallel
-from nxdt_align.engines.steps import Share, TokenLogps
+from nxdt_align.engines.steps import RouterLoss, Share, TokenLogps
 from nxdt_align.models.decoder import CausalModel, Decoder
 from nxdt_align.ops.attention import Attention, pad_bounds
 from nxdt_align.ops.logprobs import VocabShard, token_logps
@@ -55,7 +55,13 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch, wanted: Sequence[TokenStatistic]) -> TokenLogps:
         rows = self.rows(ModelInputs.of(batch))
-        return self.read(self.run(rows), rows, wanted)
+        result = self.read(self.run(rows), rows, wanted)
+        weight = self.decoder.router_weight
+        if not weight or not torch.is_grad_enabled():
+            return result
+        balance = self.decoder.router_loss(rows.at_tokens(batch.responses_of_tokens()))
+        value = balance * batch.share_of_examples()
+        return result._replace(router=RouterLoss(value * weight, value.detach()))
 
     def rows(self, inputs: ModelInputs) -> Rows:
         """The tokens that the layers run over: without padding where shapes may follow the data."""
@@ -103,6 +109,12 @@ class Scorer(nn.Module):
 
         Raises EngineError for logits where this rank has a part of the vocabulary's alone.
         """
+        return self.finish(hidden, rows, self._first_token(rows.labels), tuple(wanted))
+
+    def finish(
+        self, hidden: Tensor, rows: Rows, first: int | Tensor, wanted: Sequence[TokenStatistic]
+    ) -> TokenLogps:
+        """``read``, with what must not be a part of a graph handed in: ``first``, see VocabShard."""
         at_responses, head, tensor = rows.at_responses(hidden), self.head, self._tensor
         bias, form = self.head_bias, self.decoder.head_form
         logits = None
@@ -115,7 +127,7 @@ class Scorer(nn.Module):
             at_responses,
             head,
             rows.labels,
-            shard=VocabShard(self._first_token(rows.labels), tensor.largest, tensor.summed),
+            shard=VocabShard(first, tensor.largest, tensor.summed),
             compact=self._compact,
             wanted=[name for name in wanted if name != "logits"],
             bias=bias,

@@ -7,6 +7,7 @@ An engine brings a ``Runner``, which sends micro-batches through its layers wher
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,19 @@ from torch import Tensor
 from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError, Objective, StepOutput
 from nxdt_align.engines.ranks import Group
+
+
+class RouterLoss(NamedTuple):
+    """A micro-batch's share of the router's balancing loss, () float32 each."""
+
+    weighted: Tensor
+    """What is added to the objective's loss, with gradient."""
+    value: Tensor
+    """Without its weight, and without gradient."""
+
+
+ROUTER_LOSS = "router_aux_loss"
+"""Name of its metric."""
 
 
 class TokenLogps(NamedTuple):
@@ -26,6 +40,13 @@ class TokenLogps(NamedTuple):
     """(B, T) float32 for each of what was asked for beside them, without gradient."""
     logits: Tensor | None = None
     """(B, T, V) float32, with gradient, where they were asked for; 0 where there is no label."""
+    router: RouterLoss | None = None
+    """Of a mixture of experts that balances its router, in a forward pass with gradients."""
+
+    @property
+    def of_tokens(self) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """What an objective reads."""
+        return self.logps, self.statistics, self.logits
 
     def detach(self) -> TokenLogps:
         """What is told of a micro-batch when its backward pass is over: no logits."""
@@ -95,23 +116,35 @@ def forward_and_backward(
     if objective.couples_examples:
         output, gradients = couple(runner, ranks, micro_batches, objective, training=True)
 
+        balances: list[Tensor] = []
+
         def surrogate(index: int, result: TokenLogps) -> Tensor:
-            return objective.surrogate(micro_batches[index], result.logps, gradients[index])
+            loss = objective.surrogate(micro_batches[index], result.logps, gradients[index])
+            if result.router is None:
+                return loss
+            balances.append(result.router.value)
+            return loss + result.router.weighted
 
         runner.backward(micro_batches, surrogate, wanted=())
-        return output
+        if not balances:
+            return output
+        balance = torch.stack(balances).sum()
+        ranks.sum([balance])
+        return replace(output, metrics={**output.metrics, ROUTER_LOSS: balance})
 
     shares: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
 
     def share(index: int, result: TokenLogps) -> Tensor:
-        loss, metrics = objective(micro_batches[index], *result)
+        loss, metrics = objective(micro_batches[index], *result.of_tokens)
+        if result.router is not None:
+            metrics = {**metrics, ROUTER_LOSS: result.router.value}
         shares[index] = loss.detach(), metrics
-        return loss
+        return loss if result.router is None else loss + result.router.weighted
 
     results = runner.backward(micro_batches, share, wanted=objective.wanted)
     with torch.no_grad():
         # Ranks without the last layers work the metrics out from the log-probs that they are told.
-        every = [shares.get(i) or objective(b, *results[i]) for i, b in enumerate(micro_batches)]
+        every = [shares.get(i) or objective(b, *results[i].of_tokens) for i, b in enumerate(micro_batches)]
     return total(ranks, every)
 
 
@@ -123,7 +156,7 @@ def evaluate(
     if objective.couples_examples:
         return couple(runner, ranks, micro_batches, objective, training=False)[0]
     results = runner.forward(micro_batches, wanted=objective.wanted)
-    return total(ranks, [objective(b, *r) for b, r in zip(micro_batches, results, strict=True)])
+    return total(ranks, [objective(b, *r.of_tokens) for b, r in zip(micro_batches, results, strict=True)])
 
 
 @torch.no_grad()
@@ -138,7 +171,7 @@ def couple(
     """Loss and metrics of a global batch whose examples the loss couples, and while training the gradients
     of each micro-batch's slots, (B * R, 2)."""
     results = runner.forward(micro_batches, wanted=objective.wanted)
-    tables = [objective.statistics(b, *r) for b, r in zip(micro_batches, results, strict=True)]
+    tables = [objective.statistics(b, *r.of_tokens) for b, r in zip(micro_batches, results, strict=True)]
     everyone = ranks.gather(torch.cat(tables))
     loss, metrics, gradients = objective.couple(everyone.flatten(0, 1), micro_batches[0], training=training)
     if gradients is None:

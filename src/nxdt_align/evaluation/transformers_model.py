@@ -63,6 +63,13 @@ class TransformersModel:
                 found[index] = completion
         return [found[index] for index in range(len(prompts))]
 
+    @torch.inference_mode()
+    def logp(self, prompt: Tokens, response: Tokens) -> float:
+        """Log-probability of ``response`` behind ``prompt``, summed over its tokens, nats."""
+        whole = torch.tensor([[*prompt, *response]], device=self._device)
+        logits = self._model(whole[:, :-1]).logits[0, len(prompt) - 1 :].float()
+        return float(logits.log_softmax(-1).gather(1, whole[0, len(prompt) :, None]).double().sum())
+
     def stream(
         self,
         prompt: Tokens,

@@ -184,10 +184,12 @@ def _at_most(largest: float, x: Tensor) -> Tensor:
     return torch.where(x > limit, limit, x)
 
 
+_FUNCTIONS: dict[str, FormFunction] = {name: globals()[form.function or name] for name, form in FORMS.items()}
+
+
 def form_function(name: str) -> FormFunction:
     """The function of the form ``name``."""
-    function: FormFunction = globals()[FORMS[name].function or name]
-    return function
+    return _FUNCTIONS[name]
 
 
 # f-divergences between policy and reference. f-DPO (https://arxiv.org/abs/2309.16240) replaces

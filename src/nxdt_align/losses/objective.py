@@ -37,9 +37,17 @@ class RememberingLoss(Protocol):
 def build_loss(strategy: ModelAlignmentStrategyConfig) -> Loss:
     """The loss of the chosen objective, built from its section. Raises ConfigError for an invalid section
     that was not checked before."""
-    module, _, name = OBJECTIVES[strategy.objective]["loss"].partition(".")
-    loss: Loss = getattr(importlib.import_module(f"nxdt_align.losses.{module}"), name)(strategy.active)
+    name = OBJECTIVES[strategy.objective]["loss"].partition(".")[2]
+    loss: Loss = getattr(importlib.import_module(_module_of(strategy.objective)), name)(strategy.active)
     return loss
+
+
+def _modules_of_ours() -> set[str]:
+    return {_module_of(objective) for objective in OBJECTIVES}
+
+
+def _module_of(objective: str) -> str:
+    return f"nxdt_align.losses.{OBJECTIVES[objective]['loss'].partition('.')[0]}"
 
 
 class GlobalMeanObjective:
@@ -87,6 +95,7 @@ class GlobalMeanObjective:
         self.needs_prompts = loss.needs_prompts
         """Whether batches must predict the prompts' tokens too."""
         self.couples_examples = loss.couples_examples
+        self.calls_own_code = type(loss).__module__ not in _modules_of_ours()
         self.normaliser = loss.normaliser
         self.state = loss.initial_state() if isinstance(loss, RememberingLoss) else None
         """The loss's state across steps, saved in checkpoints."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nxdt_align.errors import UserError
+from nxdt_align.models.adapters import weight_in_use
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.models.rotary import Rotary, RotaryEmbedding, rotate
 
@@ -240,6 +241,8 @@ class DecoderStack(nn.Module):
     """
 
     takes_hidden_states = False
+    leaves_norm = False
+    """Whether hidden states come out before the norm, which then is the caller's part."""
 
     embed_tokens: nn.Embedding | None
     layers: nn.ModuleList | nn.ModuleDict
@@ -283,13 +286,21 @@ class DecoderStack(nn.Module):
 
     def forward(self, x: Tensor, position_ids: Tensor, context: Any) -> Tensor:
         """(B, S) token ids, or (B, S, D) hidden states, and (B, S) positions -> (B, S, D)."""
+        x, rotary = self.enter(x, position_ids)
+        for layer in self.layers.children():
+            x = layer(x, self.rotary_of(layer, rotary), self.context_of(layer, context))
+        return x if self.norm is None or self.leaves_norm else self.norm(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The norm, where ``forward`` leaves it."""
+        return self.norm(x) if self.leaves_norm and self.norm is not None else x
+
+    def enter(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Any]:
+        """What ``forward`` takes -> (B, S, D) and the angles: all that stands before the first layer."""
         if not self.takes_hidden_states:
             assert self.embed_tokens is not None
             x = self.scaled_embedding(self.embed_tokens(x))
-        rotary = self.rotary_emb(position_ids)
-        for layer in self.layers.children():
-            x = layer(x, self.rotary_of(layer, rotary), self.context_of(layer, context))
-        return x if self.norm is None else self.norm(x)
+        return x, self.rotary_emb(position_ids)
 
 
 RECOMPUTABLE: dict[str, type[Recomputable]] = {
@@ -312,6 +323,13 @@ class HeadForm(NamedTuple):
         """Logits, in the shape of ``products``."""
         logits = products if self.scale == 1 else products * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def no_router(config: ModelShape, weight: float) -> str:
+    return (
+        f"model.router_aux_loss_coef: is {weight:g}, but a {config.model_type} has no experts whose router "
+        "could be balanced; set it to 0"
+    )
 
 
 class CausalModel(nn.Module):
@@ -342,6 +360,21 @@ class CausalModel(nn.Module):
 
     @property
     def head_form(self) -> HeadForm:
+        raise NotImplementedError
+
+    router_weight = 0.0
+    """Of the router's balancing loss in what is trained."""
+
+    def balance_router(self, weight: float) -> None:
+        """Have forward passes keep what ``router_loss`` needs, and ``router_weight`` be this.
+
+        Raises UserError for a model without experts.
+        """
+        raise UserError(no_router(self.config, weight))
+
+    def router_loss(self, weights: Tensor) -> Tensor:
+        """() float32: the balancing loss of the last forward pass, whose tokens count by ``weights``, in the
+        shape of its ``input_ids``."""
         raise NotImplementedError
 
     def set_checkpointing(
@@ -394,7 +427,7 @@ class Decoder(CausalModel):
         """(V, D): the embedding's where the head is tied to it."""
         owner = self.model.embed_tokens if self.lm_head is None else self.lm_head
         assert owner is not None, "this part of the model has no head"
-        return owner.weight
+        return weight_in_use(owner)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""

@@ -64,9 +64,24 @@ SPLITS: dict[str, Split] = {
     "lm_head.weight":                                    VOCAB,
 }  # fmt: skip
 
+LORA_A, LORA_B, MAGNITUDE, TRAINED, START = "lora_A", "lora_B", "magnitude", "trained_", "start_"
+"""An adapter's tensors beside a module's ``weight``: the low-rank factors, (rank, inputs) and (outputs,
+rank); DoRA's norms of rows, (outputs,); what stands before the name of a weight that is trained whole; and
+before that of a factor that the reference keeps."""
+ADAPTER_PARTS = (LORA_A, LORA_B, MAGNITUDE, f"{TRAINED}weight", f"{TRAINED}bias")
+
 _LAYER = re.compile(r"^model\.layers\.\d+\.")
 
 
 def split_of(name: str) -> Split:
-    """How the weight ``name`` is split. Raises KeyError for a weight the plain model does not have."""
-    return SPLITS[_LAYER.sub("model.layers.*.", name)]
+    """How the weight ``name`` is split, an adapter's too: a factor that lies across the split is split with
+    the weight. Raises KeyError for a weight the plain model does not have."""
+    path, _, what = name.rpartition(".")
+    part = what.removeprefix(START)
+    if part not in ADAPTER_PARTS:
+        return SPLITS[_LAYER.sub("model.layers.*.", name)]
+    if part.startswith(TRAINED):
+        return split_of(f"{path}.{part.removeprefix(TRAINED)}")
+    split = split_of(f"{path}.weight")
+    across = 1 if part == LORA_A else 0
+    return split if split.dim == across else REPLICATED

@@ -48,6 +48,10 @@ class Rows(Protocol):
         """(*labels' shape, D): the hidden states from which the labels are predicted."""
         ...
 
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """(B, S), a value per token of the batch -> one per token here, in ``input_ids``' shape."""
+        ...
+
     def spread(self, values: Tensor) -> Tensor:
         """A value, or several, a label -> (B, T, ...), 0 where there is no response token."""
         ...
@@ -68,6 +72,9 @@ class PaddedRows:
         firsts = torch.arange(0, rows * size, size, dtype=self._positions.dtype, device=hidden.device)
         index = (self._positions + firsts[:, None]).flatten()
         return hidden.flatten(0, 1).index_select(0, index).view(*self._positions.shape, width)
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        return values
 
     def spread(self, values: Tensor) -> Tensor:
         return values
@@ -92,6 +99,8 @@ class RaggedRow:
     _places: Tensor
     """(M,) int64. Where in the flattened (B, T) each response token stands."""
     _shape: torch.Size
+    _tokens: Tensor
+    """(K,) int64. Where in the flattened (B, S) each token stands."""
 
     @classmethod
     def of(cls, batch: ModelInputs) -> RaggedRow:
@@ -114,11 +123,16 @@ class RaggedRow:
             labels=batch.labels.reshape(-1)[places],
             _places=places,
             _shape=batch.labels.shape,
+            _tokens=kept,
         )
 
     def at_responses(self, hidden: Tensor) -> Tensor:
         """(1, K, D) -> (M, D)."""
         return hidden[0].index_select(0, self.response_positions)
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """(B, S) -> (1, K)."""
+        return values.reshape(-1)[self._tokens][None]
 
     def spread(self, values: Tensor) -> Tensor:
         """(M, ...) -> (B, T, ...), 0 where there is no response token."""

@@ -26,13 +26,16 @@ from nxdt_align.data.packing import RowCost
 from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
-from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.engines.native import compiled
+from nxdt_align.engines.native.checkpoint import is_checkpoint
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.losses.types import Loss, LossOutput, ResponseLogps
 from nxdt_align.messages import NOTICE
+from nxdt_align.models.decoder import no_router
 from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
@@ -41,12 +44,14 @@ from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.own_parts import OwnPartError, find_class, make
 from nxdt_align.planning.step_time import row_cost
 from nxdt_align.planning.workload import device_kind
+from nxdt_align.run.adapters import open_checkpoint
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.locate import locate, read_shape
 from nxdt_align.run.mode import RunMode
-from nxdt_align.weights.detect import check_weights, layout_of, open_folder
+from nxdt_align.weights.detect import base_folder, check_weights, holds_weights, layout_of, open_folder
 from nxdt_align.weights.hf import FreshWeights
 from nxdt_align.weights.nxdt import NxDTFolder
+from nxdt_align.weights.peft import MergedWeights, PeftFolder, is_peft_folder
 
 log = logging.getLogger(__name__)
 
@@ -111,8 +116,7 @@ def join(config: Config, engine: EngineName, env: RunEnv, model: ModelShape, mod
     if engine == "nxd":
         from nxdt_align.run.nxd import NxDParts
 
-        assert isinstance(model, DecoderConfig), "check_engine refuses others"
-        return NxDParts(config, env, model, mode)
+        return NxDParts(config, env, decoder_for_nxd(model), mode)
     from nxdt_align.run.native import NativeParts
 
     return NativeParts(config, env, model, mode)
@@ -123,17 +127,22 @@ def check_engine(config: Config, engine: EngineName, env: RunEnv, model: ModelSh
     if engine == "nxd":
         from nxdt_align.run.nxd import check as check_nxd
 
-        if not isinstance(model, DecoderConfig):
-            raise UserError(
-                f"distributed_strategy.engine: is nxd, which runs the families of this package's own decoder "
-                f"({', '.join(FAMILIES)}), but a {model.model_type} is computed by transformers: set "
-                "distributed_strategy.engine=native"
-            )
-        check_nxd(config, model)
+        check_nxd(config, decoder_for_nxd(model))
     else:
         from nxdt_align.run.native import check
 
         check(config, env, model, mode)
+
+
+def decoder_for_nxd(model: ModelShape) -> DecoderConfig:
+    """The same model. Raises UserError for one that engine nxd does not run."""
+    if isinstance(model, DecoderConfig):
+        return model
+    raise UserError(
+        "distributed_strategy.engine: is nxd, which runs the families of this package's own decoder "
+        f"({', '.join(FAMILIES)}), but a {model.model_type} is computed by transformers: set "
+        "distributed_strategy.engine=native and trainer.accelerator to cpu or cuda"
+    )
 
 
 class MicroBatchNeeds(TypedDict):
@@ -209,6 +218,31 @@ def _xla_device(env: RunEnv) -> torch.device:
     return xla.device()
 
 
+COMPILED_DEVICES = {"cuda": "inductor", "neuron": "neuron"}
+"""Types of devices where ``distributed_strategy.compile: auto`` compiles, and by which backend."""
+
+
+def compiling(config: Config, where: torch.device, model: ModelShape) -> Compiling | None:
+    """How steps are compiled on device ``where``; None op by op. Raises UserError where they cannot be."""
+    chosen = config.distributed_strategy.compile
+    if chosen == "none" or (chosen == "auto" and where.type not in COMPILED_DEVICES):
+        return None
+    if where.type == "xla":  # of a dry run, whose steps are graphs there
+        return None
+    if chosen == "auto" and not isinstance(model, DecoderConfig):
+        return None
+    compiled.require_own_decoder(model)
+    if chosen == "auto" and compiled.is_too_old():
+        log.log(
+            NOTICE, "distributed_strategy.compile: auto is none, as torch %s is too old", torch.__version__
+        )
+        return None
+    compiled.require_torch()
+    if where.type == "cpu":
+        compiled.require_compiler()
+    return Compiling(COMPILED_DEVICES.get(where.type, "inductor"))
+
+
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
 """Backends that run on one type of device alone, where they are the default."""
 FLASH_MULTIPLE = {"neuron": 512}
@@ -234,7 +268,11 @@ def attention(config: Config, where: torch.device, model: ModelShape) -> Attenti
     if kind == "causal":
         check_attention(config, model)
         return CausalAttention(FLASH_MULTIPLE.get(where.type, 1))
-    return FlexAttention() if kind == "flex" else DenseAttention()
+    if kind == "flex":
+        return FlexAttention(
+            compiled=compiling(config, where, model) is None
+        )  # else it is in the layer's graph
+    return DenseAttention()
 
 
 def kernel(model: ModelShape, where: torch.device) -> Attention:
@@ -285,6 +323,8 @@ def _attention_kind(config: Config, where: torch.device, model: ModelShape) -> s
         return config.data.attention
     if where.type in FLASH_MULTIPLE and config.data.buckets is None and why_not_causal(config, model) is None:
         return "causal"
+    if config.distributed_strategy.compile == "blocks" and where.type == "cpu":
+        return "dense"  # blocks' shapes follow the data
     return ATTENTION_OF_DEVICE.get(where.type, "dense")
 
 
@@ -346,6 +386,20 @@ def refusal_of_layouts(model: ModelShape) -> str | None:
     return model.findings.refusal
 
 
+def check_router(config: Config, model: ModelShape) -> None:
+    """Raise UserError where ``model.router_aux_loss_coef`` asks for what the model does not have."""
+    weight = config.model.router_aux_loss_coef
+    if not weight:
+        return
+    if isinstance(model, DecoderConfig):
+        raise UserError(no_router(model, weight))
+    from nxdt_align.models.backend.config import TransformersConfig
+    from nxdt_align.models.backend.model import StockAttention, TransformersModel
+
+    assert isinstance(model, TransformersConfig)
+    TransformersModel(model, StockAttention()).balance_router(weight)
+
+
 def say_implementation(config: Config, model: ModelShape) -> None:
     """Log who computes the model."""
     if isinstance(model, DecoderConfig):
@@ -390,7 +444,7 @@ def weights_at(folder: Path, model: ModelShape, key: str) -> WeightSource:
         if not folder.is_dir():
             raise UserError(f"must be a folder of weights, but {folder} is a file")
         if is_checkpoint(folder):
-            return NativeCheckpoint(folder)
+            return open_checkpoint(folder, model, lambda base: weights_at(base, model, "the adapters' base"))
         weights = _foreign_weights(folder, model)
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
@@ -398,7 +452,15 @@ def weights_at(folder: Path, model: ModelShape, key: str) -> WeightSource:
 
 
 def _foreign_weights(folder: Path, model: ModelShape) -> WeightSource:
-    """Weights from other tools: NxD's shards, or a Hugging Face folder."""
+    """Weights from other tools: NxD's shards, a Hugging Face folder, or an adapter of PEFT's on one."""
+    if is_peft_folder(folder) and not holds_weights(folder):
+        if not isinstance(model, DecoderConfig):
+            raise UserError(
+                f"{folder} is a PEFT adapter, which is read for this package's own families, but a "
+                f"{model.model_type} is computed by transformers: merge it with PEFT, and give that folder"
+            )
+        base = _foreign_weights(base_folder(folder), model)
+        return MergedWeights(base, PeftFolder(folder, model))
     layout = layout_of(folder)
     if layout == "meta":
         raise UserError(

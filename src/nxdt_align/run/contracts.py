@@ -12,6 +12,7 @@ import torch
 from nxdt_align.batch import Topology
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.settings import Precision
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.stop_signals import StopSignals
 
 
@@ -85,7 +86,7 @@ class EngineParts(Protocol):
         """Tokens that rows have to be a multiple of."""
         ...
 
-    def engine(self) -> Engine: ...
+    def engine(self, adapters: AdapterSpec | None = None) -> Engine: ...
 
     def notes_on(self, folder: Path) -> list[str]:
         """Notes for the user about the weights or checkpoint in ``folder``, which the run reads."""

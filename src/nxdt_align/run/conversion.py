@@ -14,9 +14,11 @@ from nxdt_align.config.start import IDENTITY_FILE
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
 from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
+from nxdt_align.models.adapters import adapter_shapes
 from nxdt_align.models.partition import Partition
 from nxdt_align.models.presets import DecoderConfig, ModelShape, read_model_json
 from nxdt_align.named_tensors import WeightSource
+from nxdt_align.run.adapters import adapter_record, export_adapter, open_checkpoint
 from nxdt_align.run.locate import companions, locate, shape_of_run
 from nxdt_align.run.native_writer import NativeWriter
 from nxdt_align.run.shard_sizes import ShardSizes, SourceFlags, listed
@@ -28,6 +30,7 @@ from nxdt_align.weights.hf_writer import MAX_SHARD_BYTES, tokenizer_files, write
 from nxdt_align.weights.inspect import to_text
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_writer import NxDTWriter
+from nxdt_align.weights.peft import MergedWeights, is_peft_folder
 
 __all__ = ["Report", "convert", "describe", "export", "open_weights", "to_text"]
 
@@ -183,9 +186,24 @@ def export(
     verify: bool = True,
     workers: int | None = None,
     quiet: bool = False,
-) -> Report:
+    merge: bool = False,
+) -> Report | None:
     """Write a checkpoint of any kind as a folder that transformers loads: ``convert`` with ``to="hf"``, which
-    explains arguments, result and errors."""
+    explains arguments, result and errors.
+
+    Args:
+        merge: of adapters, write the whole model with them added in; otherwise a run's are written as PEFT's
+            folder, and None is returned.
+    """
+    place = locate(Path(checkpoint))
+    record = adapter_record(place) if is_checkpoint(place) else None
+    if merge and record is None and not is_peft_folder(place):
+        raise UserError(
+            f"--merge: adds adapters to their model, but {place} holds a whole model; leave it out"
+        )
+    if not merge and record is not None:
+        _export_adapter(place, Path(destination), config)
+        return None
     return convert(
         checkpoint,
         destination,
@@ -199,6 +217,23 @@ def export(
         verify=verify,
         workers=workers,
         quiet=quiet,
+    )
+
+
+def _export_adapter(checkpoint: Path, destination: Path, config: str | Path | None) -> None:
+    weights, model = open_weights(checkpoint, _path(config))
+    assert isinstance(weights, MergedWeights) and isinstance(model, DecoderConfig)
+    if destination.exists() and any(destination.iterdir()):
+        raise UserError(f"{destination} exists already: choose another folder, or remove it")
+    adapter = weights.adapter
+    names = [name for name in adapter_shapes(model, adapter.spec) if adapter.spec.trains(name)]
+    pairs = ((name, adapter.read(name)) for name in names)
+    export_adapter(destination, model, adapter.spec, pairs, weights)
+    log.info(
+        "%s -> %s: an adapter of %d tensors; --merge writes the whole model",
+        checkpoint,
+        destination,
+        len(names),
     )
 
 
@@ -270,7 +305,7 @@ def open_weights(
         assert isinstance(config, DecoderConfig), "engine nxd trains no other"
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=first_replica)
         return sharded, sharded.config
-    native = NativeCheckpoint(path)
+    native = open_checkpoint(path, config, lambda base: open_weights(base)[0])
     check_weights(native, config)
     return native, config
 

@@ -70,12 +70,7 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     """
     _require(config, rank, lengths)
     config = _settled(config)
-    model = assemble.model_config(config)
-    if not isinstance(model, DecoderConfig):
-        raise UserError(
-            f"graphs are recorded of this package's own decoder, but a {model.model_type} is computed by "
-            "transformers, on CPU and CUDA alone, which compile none"
-        )
+    model = assemble.decoder_for_nxd(assemble.model_config(config))
     env = RunEnv(rank=rank, world_size=config.world_size, compile_only=True)
     parts = _TracedParts(config, env, model, DryRun())
     tracer = xla.start_tracing()

@@ -13,8 +13,13 @@ from nxdt_align.engines.native import checkpoint
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.model import check_parallel
 from nxdt_align.engines.native.xla_engine import XlaEngine
-from nxdt_align.models.presets import ModelShape
+from nxdt_align.errors import UserError
+from nxdt_align.models.adapters import AdapterSpec
+from nxdt_align.models.decoder import CausalModel
+from nxdt_align.models.presets import DecoderConfig, ModelShape
+from nxdt_align.ops.attention import FUSED_DEVICES
 from nxdt_align.run import assemble
+from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
@@ -23,7 +28,14 @@ def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torc
     """This process's device. Raises UserError if it is not there, or if sizes or the attention do not fit."""
     device = assemble.device(config, env, mode)
     check_parallel(model, assemble.parallel(config))
+    if not isinstance(model, DecoderConfig) and device.type not in FUSED_DEVICES:
+        raise UserError(
+            f"trainer.accelerator: a {model.model_type} is computed by transformers, which runs on cpu and "
+            f"cuda here, but this run's device is {device.type}: set trainer.accelerator to one of them"
+        )
     assemble.attention(config, device, model)
+    spec_of(config, model)
+    assemble.compiling(config, device, model)
     return device
 
 
@@ -39,18 +51,26 @@ class NativeParts:
         self.topology = assemble.start_processes(config, env, self.device)
         self.precision = assemble.precision(config)
         self._attention = assemble.attention(config, self.device, model)
+        self._compiling = assemble.compiling(config, self.device, model)
         self.reference_precision = assemble.reference_precision(config)
 
     @property
     def row_multiple(self) -> int:
         return assemble.row_multiple(self._config, self.device, self._model)
 
-    def engine(self) -> Engine:
+    def engine(self, adapters: AdapterSpec | None = None) -> Engine:
         model = self._config.model
         granularity = model.activations_checkpoint_granularity
         recompute = tuple(model.activations_checkpoint_recompute or ())
         on_xla = self.device.type == "xla"
         how = xla.recompute if on_xla else None
+        balance = model.router_aux_loss_coef
+
+        def configure(decoder: CausalModel) -> None:
+            decoder.set_checkpointing(granularity, recompute, how)
+            if balance:
+                decoder.balance_router(balance)
+
         engine = (XlaEngine if on_xla else NativeEngine)(
             self._model,
             self._attention,
@@ -59,8 +79,11 @@ class NativeParts:
             topology=self.topology,
             parallel=assemble.parallel(self._config),
             device=self.device,
-            configure_model=lambda decoder: decoder.set_checkpointing(granularity, recompute, how),
+            configure_model=configure,
             timeout=assemble.timeout(self._config),
+            adapters=adapters,
+            seed=self._config.seed,
+            compiling=self._compiling,
         )
         if on_xla:
             engine.compiler = xla.compiler()

@@ -26,6 +26,7 @@ from nxdt_align.engines.nxd.flash import (
 from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions, StaggeredLoad
 from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import DecoderConfig
@@ -92,7 +93,8 @@ class NxDParts:
     def row_multiple(self) -> int:
         return row_multiple(self._config, self._model) if self.platform.backend == "neuron" else 1
 
-    def engine(self) -> Engine:
+    def engine(self, adapters: AdapterSpec | None = None) -> Engine:
+        assert adapters is None, "the configuration's check refuses them"
         from nxdt_align.engines.nxd.engine import NxDEngine
 
         # As in NxDT, which staggers loading only with a pipeline.

@@ -11,7 +11,6 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.host_memory import host_memory
 from nxdt_align.planning.rows import row_reports
@@ -41,6 +40,8 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
             f"{_FLAG}, as does the override data.format={path}"
         )
     ranks, model = config.data_parallel_size, assemble.model_config(config)
+    if engine == "nxd":
+        model = assemble.decoder_for_nxd(model)
     config = assemble.with_possible_layout(config, model)
     assemble.check_attention(config, model)
     unread = closed.get("model_alignment_strategy.loss")
@@ -48,7 +49,6 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
     objective = GlobalMeanObjective(loss)
     cache = config.data.cache_dir
     on_chip = engine == "nxd" and config.trainer.accelerator in ("auto", "neuron")
-    row_multiple = nxd.row_multiple(config, model) if on_chip and isinstance(model, DecoderConfig) else 1
     data = ModelAlignmentDataModule(
         config,
         assemble.tokenization(config, model),
@@ -58,7 +58,7 @@ def plan_report(config: Config, engine: Engine, *, import_own_parts: bool = Fals
         fixed_micro_batches=config.trainer.accelerator == "xla",
         **assemble.micro_batch_needs(config),
         **assemble.row_needs(config, model),
-        row_multiple=row_multiple,
+        row_multiple=nxd.row_multiple(config, assemble.decoder_for_nxd(model)) if on_chip else 1,
     )
     planner = data.splits["train"].planner
     memory = memory_report(

@@ -57,6 +57,7 @@ def require_ready(
     mode.check_experiment(config)
     model = assemble.model_config(config)
     assemble.check_attention(config, model)
+    assemble.check_router(config, model)
     with _quietly():  # the run itself says what they have to say
         if config.model_alignment_strategy.loss is None:
             build_loss(config.model_alignment_strategy)

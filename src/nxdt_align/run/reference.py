@@ -51,7 +51,9 @@ def find_origin(
         source = assemble.weights_at(Path(chosen), model, "model_alignment_strategy.reference_model")
         return ReferenceOrigin(source, is_start=False)
     record = None if continued is None else _extra(continued).get(RUN_RECORD, {}).get(ORIGIN)
-    return ReferenceOrigin(start if record is None else _recorded(record, model, continued), is_start=True)
+    if record is None:
+        return ReferenceOrigin(start, is_start=True, is_loaded=True)
+    return ReferenceOrigin(_recorded(record, model, continued), is_start=True)
 
 
 def _extra(continued: Path) -> dict[str, Any]:

@@ -28,7 +28,9 @@ from nxdt_align.losses.types import Loss
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.planning.rows import row_reports, summary
 from nxdt_align.run import assemble
+from nxdt_align.run.adapters import adapted, export_adapter, record_of, say, spec_of
 from nxdt_align.run.contracts import Result, RunEnv
+from nxdt_align.run.export_check import check_export, trainer_values
 from nxdt_align.run.locate import companions
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
@@ -46,7 +48,7 @@ from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
 from nxdt_align.training.finite import FiniteCheck
-from nxdt_align.training.hooks import FinishRun
+from nxdt_align.training.hooks import PREFLIGHT_TOLERANCE, FinishRun
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
 from nxdt_align.training.progress import RunProgress
@@ -54,6 +56,7 @@ from nxdt_align.training.stopping import StopOnSignal
 from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
 from nxdt_align.weights.generation import generation_json, note_unused_sampling
 from nxdt_align.weights.hf_writer import write_hf_folder
+from nxdt_align.weights.peft import merged
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +122,8 @@ class Run:
         mode.prepare(self.data, self._steps())
         self._generation = self._generation_config()
         self._times.done("data read")
-        self.engine = self.parts.engine()
+        self._adapters = spec_of(config, self.model_config, self.start)
+        self.engine = self.parts.engine(self._adapters)
         self._finite = FiniteCheck(self.engine) if mode.checks_values else None
         self._times.done("model made")
 
@@ -138,8 +142,17 @@ class Run:
         found = self.mode.find_run(self.config, self.places, identity, checkpoints, self.engine)
         run = held.enter_context(found)
         resumed = self.mode.resume_point(self.config, run, checkpoints, self.start, self.engine)
-        if resumed is None:
-            self.engine.load_weights(self.start)  # else the trainer loads them, with the optimizer's state
+        if self._adapters is not None:
+            if resumed is not None and resumed != run.checkpoint:
+                raise UserError(
+                    f"model.weight_init_only: must be True with model_alignment_strategy.peft, as {resumed} "
+                    "is another run's checkpoint: adapters start from its weights, not from its optimizer"
+                )
+            needed = self.objective.needs_reference
+            say(self.config, self._adapters, self.start, has_reference=needed)
+        if resumed is None or self._adapters is not None:
+            # Else the trainer loads them, with the optimizer's state; checkpoints of adapters have no base.
+            self.engine.load_weights(adapted(self.config, self.model_config, self.start))
         self._times.done("start weights loaded" if resumed is None else "this run looked for")
         self._note_what_is_read(run)
         self.mode.say_what_is_kept(self.env.signals, run.checkpoint, self._keeps_reference)
@@ -159,6 +172,7 @@ class Run:
                 *self._callbacks,
                 *([] if stop is None else [stop]),
             ]
+            record |= record_of(self._adapters, self.start)
             trainer = self._trainer(callbacks, {"identity": identity.digest, **record})
             step = None if run.checkpoint is None else checkpoints.checkpoint_step(run.checkpoint)
             self.mode.start_experiment(trainer, self.config, run, identity, step)
@@ -379,11 +393,24 @@ class Run:
 
     def _export(self, folder: Path) -> None:
         """Rank 0 writes one weight at a time; all ranks take part in gathering each."""
-        weights = self.engine.whole_parameters()
+        adapters_alone = self._adapters is not None and self.config.exp_manager.export_hf == "adapter"
+        # On a lazy device the check would be another graph to compile.
+        checks = self.config.exp_manager.check_export and not (self.engine.lazy or adapters_alone)
+        values = trainer_values(self.engine, self.data) if checks else []
+        weights = self.engine.whole_parameters(trainable=adapters_alone)
         fault: UserError | None = None
         try:
             if self.topology.rank == 0:
                 self._write_export(folder, weights)
+                if values:
+                    precision = self.parts.precision
+                    check_export(
+                        folder,
+                        values,
+                        self.data.splits["train"].examples,
+                        precision.compute,
+                        PREFLIGHT_TOLERANCE[precision.coarsest],
+                    )
         except UserError as error:
             fault = error
         for _ in weights:
@@ -393,10 +420,13 @@ class Run:
             raise fault or UserError(told)
 
     def _write_export(self, folder: Path, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        if self._adapters is not None and self.config.exp_manager.export_hf == "adapter":
+            export_adapter(folder, self.model_config, self._adapters, weights, self.start)
+            return
         write_hf_folder(
             folder,
             self.model_config,
-            weights,
+            weights if self._adapters is None else merged(weights, self._adapters),
             tokenizer_dir=folder.parent / FOR_EXPORT,  # which keep_companions wrote
             generation=self._generation,
             dtype=self.parts.precision.compute,

@@ -117,7 +117,6 @@ def _with_lengths(config: Config, model: ModelShape) -> Config:
 
 def _limits(model: ModelShape) -> Iterator[int]:
     """Tokens that the model was made for."""
-    if model.max_position_embeddings is not None:
-        yield model.max_position_embeddings
+    yield model.max_position_embeddings
     if model.sliding_window is not None and model.layer_types is None:
         yield model.sliding_window  # what every layer sees

@@ -54,11 +54,17 @@ class AlignmentData(Protocol):
 class ReferenceOrigin:
     """Where reference values come from.
 
-    ``is_start``: the reference is the policy before its first step.
+    ``is_start``: the reference is the policy before its first step. ``is_loaded``: it is what the engine was
+    filled from, so that one that keeps its start has it.
     """
 
     source: WeightSource
     is_start: bool
+    is_loaded: bool = False
+
+    def kept_by(self, engine: Engine) -> bool:
+        """Whether ``engine`` has these weights at any time."""
+        return self.is_loaded and engine.keeps_start
 
 
 class ReferencePass(Callback):
@@ -97,7 +103,8 @@ class ReferencePass(Callback):
         use_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
         if absent and not use_policy:
             log.info("loading the reference model %s for %d records", self._origin.source, absent)
-            self._engine.load_reference(self._origin.source)
+            kept = self._origin.kept_by(self._engine)
+            self._engine.load_reference(None if kept else self._origin.source)
         for split in splits:
             self._run(split, reference=not use_policy)
         self._engine.drop_reference()
@@ -129,7 +136,8 @@ class ReferenceDuringTraining(Callback):
         # A copy of the policy has the policy's precision; a reference in another dtype reads its weights
         # anew.
         copies_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
-        self._engine.load_reference(None if copies_policy else self._origin.source)
+        kept = self._origin.kept_by(self._engine)
+        self._engine.load_reference(None if copies_policy or kept else self._origin.source)
 
 
 class Preflight(Callback):

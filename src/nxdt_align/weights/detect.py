@@ -24,11 +24,12 @@ from nxdt_align.weights.meta import PARAMS, MetaFolder, is_meta_folder
 from nxdt_align.weights.names import UnknownNameError, parts_of, to_hf
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.nxdt_files import MODEL, model_folder
+from nxdt_align.weights.peft import SETTINGS as ADAPTER
+from nxdt_align.weights.peft import MergedWeights, PeftFolder, is_peft_folder, read_settings
 from nxdt_align.weights.staging import JOURNAL
 
 log = logging.getLogger(__name__)
 
-ADAPTER = "adapter_config.json"
 ARCHIVE = "policy.pt"
 """The weights in a folder that the reference DPO implementation saves, beside those of the optimizer."""
 _FIRST_FORMAT = re.compile(r"^tp_rank_\d+_pp_rank_\d+")
@@ -81,14 +82,36 @@ def _refuse_adapter(path: Path) -> None:
         kind, base = (str(said.get(key) or "unknown") for key in ("peft_type", "base_model_name_or_path"))
     except (ValueError, OSError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{file} of a PEFT adapter cannot be read: {error}; copy it again") from error
-    code = (
-        "from peft import AutoPeftModelForCausalLM as Model; "
-        f"Model.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained('MERGED')"
-    )
     raise WeightsError(
-        f"{folder} is a PEFT adapter ({kind}, base model {base}) and no model by itself: merge it into its "
-        f"base model and give the folder MERGED, after: pip install peft; python -c {shlex.quote(code)}"
+        f"{folder} is a PEFT adapter ({kind}, base model {base}) and no model by itself: nxdt-align export "
+        f"--merge {shlex.quote(str(folder))} MERGED writes the model with it, where base_model_name_or_path "
+        f"in {ADAPTER} names the base model's folder"
     )
+
+
+def open_adapter(path: Path) -> tuple[MergedWeights, DecoderConfig]:
+    """A PEFT folder and its base model, which must be a folder on this machine. Raises WeightsError."""
+    base = base_folder(path)
+    weights, config = open_source(base)
+    if not isinstance(config, DecoderConfig):
+        raise WeightsError(
+            f"{path} is a PEFT adapter of a {config.model_type}, which transformers computes, and is read "
+            "for this package's own families alone: merge it with PEFT, and give that folder"
+        )
+    return MergedWeights(weights, PeftFolder(path, config)), config
+
+
+def base_folder(path: Path) -> Path:
+    """The folder of the base model of the PEFT folder ``path``. Raises WeightsError where it is not here."""
+    said = read_settings(path).get("base_model_name_or_path")
+    places = [Path(said), path / said] if isinstance(said, str) and said else []
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise WeightsError(
+            f"{path} is a PEFT adapter (LORA, base model {said or 'unknown'}), whose base is no folder on "
+            f"this machine: set base_model_name_or_path in {path / ADAPTER} to the base model's folder"
+        )
+    return found
 
 
 def find_config_file(path: Path) -> Path | None:
@@ -128,6 +151,8 @@ def open_source(
     Raises WeightsError, ModelConfigError: nothing of a known kind, damaged, or of another shape than
     its configuration.
     """
+    if is_peft_folder(path) and not holds_weights(path):
+        return open_adapter(path)
     layout = layout_of(path)
     if layout == "meta":
         meta = MetaFolder(path, None if config_file is None else read_config_json(config_file))

@@ -96,7 +96,8 @@ class FreshTransformers(FreshWeights):
         self._model_config = config
 
     def read(self, name: str) -> Tensor:
-        return self._drawn[name]
+        drawn: Tensor = self._drawn[name]
+        return drawn
 
     @cached_property
     def _drawn(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.engines import steps
-from nxdt_align.engines.base import Objective, StepOutput, WeightSource
+from nxdt_align.engines.adapters import AdapterRunner, Dropout
+from nxdt_align.engines.base import EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native import checkpoint
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.model import Blueprint, check_parallel
@@ -25,12 +28,13 @@ from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.shards import copy_weights, fill, whole_tensors
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.engines.spread import SpreadEngine
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.decoder import CausalModel
 from nxdt_align.models.presets import ModelShape
 from nxdt_align.ops.attention import Attention
 
-LOSS_SCALE = "loss_scale"
-"""Key of a checkpoint's values."""
+LOSS_SCALE, DROPOUT = "loss_scale", "dropout_steps"
+"""Keys of a checkpoint's values."""
 
 
 class NativeEngine(SpreadEngine):
@@ -46,8 +50,13 @@ class NativeEngine(SpreadEngine):
         device: where this process's part of it lives.
         configure_model: called with each decoder that is built, e.g. to set activation checkpointing.
         timeout: how long a process waits for others; torch's default where None.
+        adapters: what is trained instead of the model's weights, which then stay as they are loaded.
+        seed: of the adapters' dropout.
+        compiling: how parts of a step are compiled; None computes op by op. Wants an attention of static
+            shapes.
 
-    Raises EngineError for sizes of the model that the ranks cannot share.
+    Raises EngineError for sizes of the model that the ranks cannot share, and for a pipeline stage without a
+    weight to train.
     """
 
     def __init__(
@@ -62,7 +71,11 @@ class NativeEngine(SpreadEngine):
         device: torch.device | str = "cpu",
         configure_model: Callable[[CausalModel], None] = lambda model: None,
         timeout: timedelta | None = None,
+        adapters: AdapterSpec | None = None,
+        seed: int = 0,
+        compiling: Compiling | None = None,
     ) -> None:
+        assert compiling is None or attention.static_shapes
         check_parallel(config, parallel)
         self.topology = topology
         self.device = torch.device(device)
@@ -70,24 +83,48 @@ class NativeEngine(SpreadEngine):
         self._groups = Groups.join(
             parallel, topology, self.device.type, tied_head=config.tie_word_embeddings, timeout=timeout
         )
-        self._blueprint = Blueprint(config, attention, precision, self._groups, self.device, configure_model)
+        self._compiling = compiling
+        self._blueprint = Blueprint(
+            *(config, attention, precision, self._groups, self.device, configure_model),
+            adapters=adapters,
+            compiling=compiling,
+        )
         self._reference_precision = reference_precision or precision
         self._policy = self._blueprint.build()
         self._runner = self._policy.runner
+        self._dropout: Dropout | None = None
         self._data, self._ranks = self._groups.data, Ranks()
+        if adapters is not None:
+            self._adapt(adapters, seed)
         has_copies = precision.has_masters and not self._groups.shards_data
-        self._masters = MasterWeights(self._policy.named_parameters()) if has_copies else None
+        self._masters = MasterWeights(self._policy.trainable()) if has_copies else None
         needs_scale = precision.needs_loss_scale
         self._loss_scale = LossScale(self.device, self._groups.world) if needs_scale else None
         self._saver = Saver(timeout)
 
+    def _adapt(self, adapters: AdapterSpec, seed: int) -> None:
+        assert self._policy.switch is not None
+        trains = self._ranks.gather(bool(self._policy.trainable()))
+        if not all(trains):
+            raise EngineError(
+                "model_alignment_strategy.peft.target_modules: must leave each pipeline stage a weight to "
+                f"train, but rank {trains.index(False)} has none; name layers of all stages, or set "
+                "distributed_strategy.pipeline_model_parallel_size=1"
+            )
+        self.keeps_start = True
+        self._dropout = Dropout(adapters, seed, self.topology, self.device)
+        self._runner = AdapterRunner(self._runner, self._policy.switch, on=True)
+
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
-        fill(self.named_parameters(), source)
+        fill(self._all_parameters(), source)
         self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
+        if source is None and self._policy.switch is not None:
+            self._reference = AdapterRunner(self._policy.runner, self._policy.switch, on=False)
+            return
         reference = replace(self._blueprint, precision=self._reference_precision).build(frozen=True)
         if source is None:
             copy_weights(self.named_parameters(), reference.named_parameters())
@@ -96,16 +133,20 @@ class NativeEngine(SpreadEngine):
         self._reference = reference.runner
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        owner = self._policy if self._masters is None else self._masters
-        return list(owner.named_parameters())
+        return self._policy.trainable() if self._masters is None else list(self._masters.named_parameters())
+
+    def _all_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """With the frozen ones, in the order of the model's own where there are none."""
+        return [*self._policy.frozen(), *self.named_parameters()]
 
     def _weights_changed(self) -> None:
         self._policy.weights_changed()
         self._stale = True
         self._sync_from_masters()
 
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return whole_tensors(self.named_parameters(), self._saver.ranks())
+    def whole_parameters(self, *, trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
+        held = self.named_parameters() if trainable else self._all_parameters()
+        return whole_tensors(held, self._saver.ranks())
 
     # Forward and backward
 
@@ -115,14 +156,22 @@ class NativeEngine(SpreadEngine):
             parameter.grad = None
         self._sync_from_masters()
         batches = steps.with_reference(self._reference, micro_batches, objective)
+        objective = self._compiled(objective)
         scale = self._loss_scale
         runner = self._runner if scale is None else scale.over(self._runner)
-        output = steps.forward_and_backward(runner, self._data, batches, objective)
+        with nullcontext() if self._dropout is None else self._dropout.seeded():
+            output = steps.forward_and_backward(runner, self._data, batches, objective)
         finish_gradients(self.named_parameters(), self._groups)
         if scale is not None:
             scale.unscale([parameter for _, parameter in self.named_parameters()])
         self._stale = True  # the optimizer's step comes next
         return output
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
+        return super().evaluate(micro_batches, self._compiled(objective))
+
+    def _compiled(self, objective: Objective) -> Objective:
+        return objective if self._compiling is None else self._compiling.objective(objective)
 
     @property
     def skips_step(self) -> bool:
@@ -153,6 +202,8 @@ class NativeEngine(SpreadEngine):
     ) -> None:
         if self._loss_scale is not None:
             extra = {**extra, LOSS_SCALE: self._loss_scale.state()}
+        if self._dropout is not None:
+            extra = {**extra, DROPOUT: self._dropout.steps}
         self._saver.save(directory, self.named_parameters(), optimizer, extra, background=background)
 
     def finish_saving(self) -> None:
@@ -172,4 +223,6 @@ class NativeEngine(SpreadEngine):
         self._weights_changed()
         if self._loss_scale is not None and LOSS_SCALE in extra:
             self._loss_scale.load_state(extra[LOSS_SCALE])
+        if self._dropout is not None:
+            self._dropout.steps = int(extra.get(DROPOUT, 0))
         return extra

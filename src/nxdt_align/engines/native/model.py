@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import (
     check_sizes,
@@ -24,6 +25,7 @@ from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.stages import Stage, prune, stages_of_rank
 from nxdt_align.engines.scoring import Scorer, WholeRunner
 from nxdt_align.engines.steps import Runner
+from nxdt_align.models.adapters import AdapterSpec, Switch, add_adapters, use_trained
 from nxdt_align.models.decoder import CausalModel, Decoder
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention
@@ -37,17 +39,27 @@ class RankModel:
     Args:
         scorers: one with all layers, or one per stage of the pipeline, in order.
         runner: goes through them.
+        switch: of its adapters, where it has some.
     """
 
-    def __init__(self, scorers: Sequence[Scorer | StageScorer], runner: Runner) -> None:
+    def __init__(
+        self, scorers: Sequence[Scorer | StageScorer], runner: Runner, switch: Switch | None = None
+    ) -> None:
         self._scorers = scorers
         self.runner = runner
+        self.switch = switch
         # Not the modules' own list: while FSDP has weights gathered, that holds them, not the shards.
         self._parameters = [pair for scorer in scorers for pair in scorer.decoder.named_parameters()]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Under the plain model's names."""
         return iter(self._parameters)
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self._parameters if parameter.requires_grad]
+
+    def frozen(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self._parameters if not parameter.requires_grad]
 
     def weights_changed(self) -> None:
         """Forget weights that FSDP has gathered."""
@@ -96,14 +108,20 @@ class Blueprint:
     device: torch.device
     configure: Callable[[CausalModel], None]
     """Called with each decoder that is built."""
+    adapters: AdapterSpec | None = None
+    """Of the policy."""
+    compiling: Compiling | None = None
+    """None computes op by op."""
 
     def build(self, *, frozen: bool = False) -> RankModel:
         """A model without values: they are loaded, so initialising them would be wasted."""
         pipeline, parallel = self.groups.pipeline, self.groups.parallel
+        switch = None if frozen or self.adapters is None else Switch()
         if pipeline.size == 1:
-            scorer = self._finish(self._scorer(None, frozen), frozen)
+            scorer = self._finish(self._scorer(None, frozen, switch), frozen)
             reduces_once = self._is_sharded(frozen) and not parallel.fsdp
-            return RankModel([scorer], (ReduceOnceRunner if reduces_once else WholeRunner)(scorer))
+            runner = (ReduceOnceRunner if reduces_once else WholeRunner)(scorer)
+            return RankModel([scorer], runner, switch)
         assert isinstance(self.config, DecoderConfig), "check_parallel refuses other models in a pipeline"
         held = _stages(self.config, parallel, pipeline.rank)
         hidden = HiddenStates(
@@ -112,10 +130,10 @@ class Blueprint:
             shards=self.groups.parallel.row_multiple,
             ragged=not self.attention.static_shapes,
         )
-        stages = [self._finish(StageScorer(self._scorer(s, frozen), s, hidden), frozen) for s in held]
-        return RankModel(stages, PipelineRunner(stages, pipeline, self.device))
+        stages = [self._finish(StageScorer(self._scorer(s, frozen, switch), s, hidden), frozen) for s in held]
+        return RankModel(stages, PipelineRunner(stages, pipeline, self.device), switch)
 
-    def _scorer(self, stage: Stage | None, frozen: bool) -> Scorer:
+    def _scorer(self, stage: Stage | None, frozen: bool, switch: Switch | None) -> Scorer:
         """On the meta device, split over the tensor-parallel ranks."""
         decoder = self._decoder()
         self.configure(decoder)
@@ -123,12 +141,26 @@ class Blueprint:
             assert isinstance(decoder, Decoder)
             prune(decoder, stage)
         decoder.requires_grad_(not frozen)
+        if switch is not None and self.adapters is not None:
+            add_adapters(decoder, self.adapters, switch)
         # Weights that FSDP shards are float32 and computed with in the compute dtype, unless they are frozen.
         if frozen or not self._is_sharded(frozen):
             decoder.to(dtype=self.precision.compute)
+        elif switch is not None:
+            for parameter in decoder.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(self.precision.compute)
         if isinstance(decoder, Decoder):
             split_over_tensor_ranks(decoder, self.groups)
-        return NativeScorer(decoder, self.attention, self.precision, self.device, self.groups)
+            if switch is not None and self.adapters is not None:
+                use_trained(decoder, self.adapters, switch)
+        is_compiled = self.compiling is not None
+        scorer = NativeScorer(
+            decoder, self.attention, self.precision, self.device, self.groups, keeps_shapes=is_compiled
+        )
+        if self.compiling is not None:
+            self.compiling.model(scorer)
+        return scorer
 
     def _finish(self, scorer: S, frozen: bool) -> S:
         if self._is_sharded(frozen):

@@ -36,10 +36,22 @@ from torch.nn import functional as F
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.settings import Parallel, Precision
+from nxdt_align.models.adapters import AdaptedLinear
 from nxdt_align.models.decoder import CausalModel, Decoder, RMSNorm
 from nxdt_align.models.partition import EMBEDDING
 from nxdt_align.models.presets import DecoderConfig
-from nxdt_align.models.sharding import EACH_HEAD, KV_HEADS, REPLICATED, VOCAB, split_of
+from nxdt_align.models.sharding import (
+    EACH_HEAD,
+    KV_HEADS,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    REPLICATED,
+    START,
+    TRAINED,
+    VOCAB,
+    split_of,
+)
 
 SEQUENCE_DIM = 1
 
@@ -90,8 +102,8 @@ def split_over_tensor_ranks(decoder: Decoder, groups: Groups) -> None:
     styles: dict[str, ParallelStyle] = {}
     for name, _ in decoder.named_parameters():
         path, _, what = name.rpartition(".")
-        if what == "bias":
-            continue  # it goes with its module's weight
+        if what != "weight":
+            continue  # biases and adapters go with their module's weight
         styles[path] = style = _style(decoder.config, name, groups, residual)
         if isinstance(style, (ColwiseParallel, OwnKvHeads)) and split_of(name) != VOCAB:
             # Several projections read one input, so it is gathered once for all of them.
@@ -112,7 +124,54 @@ def _style(config: DecoderConfig, name: str, groups: Groups, residual: Placement
         return OwnKvHeads(config, groups)
     if name == EMBEDDING:
         return OwnVocabulary(groups, residual)
-    return ColwiseParallel() if split.dim == 0 else RowwiseParallel(output_layouts=residual)
+    if split.dim == 0:
+        return Columns(groups)
+    return Rows(groups, output_layouts=residual)
+
+
+class Columns(ColwiseParallel):
+    """A linear layer, or a head, of which each rank has some of the outputs; with the adapter's factors."""
+
+    def __init__(self, groups: Groups) -> None:
+        super().__init__()
+        self._groups = groups
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        _divide(module, device_mesh, Shard(0), self._groups)
+
+
+class Rows(RowwiseParallel):
+    """A linear layer of which each rank has some of the inputs; with the adapter's factors."""
+
+    def __init__(self, groups: Groups, *, output_layouts: Placement) -> None:
+        super().__init__(output_layouts=output_layouts)
+        self._groups = groups
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        _divide(module, device_mesh, Shard(1), self._groups)
+
+
+def _divide(module: nn.Module, mesh: DeviceMesh, of_weight: Shard, groups: Groups) -> None:
+    """Each tensor of a linear layer over the ranks, as ``sharding.split_of`` has it of a weight that is split
+    so: a factor that lies across the split is split with it, the other is whole everywhere."""
+    shared = {0: (LORA_A,), 1: ("bias", LORA_B, MAGNITUDE)}[of_weight.dim]
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        kind = key.removeprefix(START).removeprefix(TRAINED)
+        placement = Replicate() if kind in shared else of_weight
+        part = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        module.register_parameter(key, nn.Parameter(part, requires_grad=parameter.requires_grad))
+    if isinstance(module, AdaptedLinear):
+        own = (groups.tensor.rank, groups.tensor.size) if of_weight.dim == 1 else (0, 1)
+        module.drop = partial(_drop, *own)
+
+
+def _drop(rank: int, ranks: int, x: DTensor, probability: float) -> Tensor:
+    """Dropout of whole or divided features. Every rank draws the whole mask, so that ranks, which are seeded
+    alike, agree, and give what one process does."""
+    local = x.to_local()
+    whole = torch.ones(*local.shape[:-1], local.shape[-1] * ranks, dtype=local.dtype, device=local.device)
+    mask = F.dropout(whole, probability).chunk(ranks, dim=-1)[rank]
+    return x * DTensor.from_local(mask, x.device_mesh, x.placements, run_check=False)
 
 
 class ReplicatedWeight(ParallelStyle):
@@ -145,8 +204,8 @@ class OwnKvHeads(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, nn.Linear)
         distribute_module(module, device_mesh, _replicate)
-        module.forward = partial(_linear_rows, module, self._rows)  # type: ignore[method-assign]
-        return module
+        kind = _AdaptedLinearOfRows if isinstance(module, AdaptedLinear) else _LinearOfRows
+        return _become(module, kind, rows=self._rows)
 
 
 def _rows_of_own_head(config: DecoderConfig, groups: Groups) -> slice:
@@ -162,8 +221,7 @@ class HeadNorm(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, RMSNorm)
         distribute_module(module, device_mesh, _replicate)
-        module.compute = partial(_norm_of_own, module, slice(None), Partial())  # type: ignore[method-assign]
-        return module
+        return _become(module, _NormOfOwn, rows=slice(None), gradient=Partial())
 
 
 class ProjectionNorm(ParallelStyle):
@@ -182,25 +240,43 @@ class ProjectionNorm(ParallelStyle):
         is_whole = self._copies > 1
         distribute_module(module, device_mesh, _replicate if is_whole else _divide_rows)
         placement = Partial() if is_whole else Shard(0)
-        module.compute = partial(_norm_of_own, module, self._rows, placement)  # type: ignore[method-assign]
-        module.mean_square = partial(_mean_over_ranks, device_mesh, entries)  # type: ignore[method-assign]
-        return module
+        return _become(
+            module, _NormOverRanks, rows=self._rows, gradient=placement, mesh=device_mesh, entries=entries
+        )
 
 
-def _norm_of_own(module: RMSNorm, rows: slice, gradient: Placement, x: Tensor) -> Tensor:
+def _become(module: nn.Module, kind: type[nn.Module], **fields: Any) -> nn.Module:
+    """``module`` as a ``kind``, a class of its own class, with these fields. A function put into the module
+    instead, with the module bound to it, would make every layer a compiled graph of its own."""
+    assert issubclass(kind, type(module))
+    module.__class__ = kind
+    vars(module).update(fields)
+    return module
+
+
+class _NormOfOwn(RMSNorm):
     """A norm of this rank's heads, by its ``rows`` of what it holds of the weight."""
-    weight = module.weight
-    assert isinstance(weight, DTensor)
-    return module.scaled(x, weight.to_local(grad_placements=[gradient])[rows])
+
+    rows: slice
+    gradient: Placement
+
+    def compute(self, x: Tensor) -> Tensor:
+        weight: Any = self.weight
+        return self.scaled(x, weight.to_local(grad_placements=[self.gradient])[self.rows])
 
 
-def _mean_over_ranks(mesh: DeviceMesh, entries: int, x: Tensor) -> Tensor:
-    """The mean square of ``entries`` that the ranks hold together. Each rank's heads depend on it, so that
+class _NormOverRanks(_NormOfOwn):
+    """Its mean square is of ``entries`` that the ranks hold together. Each rank's heads depend on it, so that
     its gradient is the sum of the ranks', too."""
-    own = x.pow(2).sum(-1, keepdim=True)
-    summand: Any = DTensor.from_local(own, mesh, [Partial()], run_check=False)
-    total: Tensor = summand.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-    return total / entries
+
+    mesh: DeviceMesh
+    entries: int
+
+    def mean_square(self, x: Tensor) -> Tensor:
+        own = x.pow(2).sum(-1, keepdim=True)
+        summand: Any = DTensor.from_local(own, self.mesh, [Partial()], run_check=False)
+        total: Tensor = summand.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        return total / self.entries
 
 
 class OwnVocabulary(ParallelStyle):
@@ -215,29 +291,52 @@ class OwnVocabulary(ParallelStyle):
         assert isinstance(module, nn.Embedding)
         first = self._rank * (module.num_embeddings // device_mesh.size())
         distribute_module(module, device_mesh, _divide_rows)
-        module.forward = partial(_own_embeddings, module, first, self._residual)  # type: ignore[method-assign]
-        return module
+        return _become(module, _OwnEmbedding, first=first, residual=self._residual)
 
 
-def _own_embeddings(module: nn.Embedding, first: int, residual: Placement, ids: Tensor) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, DTensor)
-    own = weight.to_local(grad_placements=[Shard(0)])
-    rows = ids - first
-    is_foreign = (rows < 0) | (rows >= own.shape[0])
-    vectors = F.embedding(rows.masked_fill(is_foreign, 0), own).masked_fill(is_foreign[..., None], 0.0)
-    summand: Any = DTensor.from_local(vectors, weight.device_mesh, [Partial()], run_check=False)
-    whole: Tensor = summand.redistribute(placements=[residual]).to_local()
-    return whole
+class _OwnEmbedding(nn.Embedding):
+    first: int
+    residual: Placement
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight: Any = self.weight
+        own = weight.to_local(grad_placements=[Shard(0)])
+        rows = ids - self.first
+        is_foreign = (rows < 0) | (rows >= own.shape[0])
+        vectors = F.embedding(rows.masked_fill(is_foreign, 0), own).masked_fill(is_foreign[..., None], 0.0)
+        summand: Any = DTensor.from_local(vectors, weight.device_mesh, [Partial()], run_check=False)
+        whole: Tensor = summand.redistribute(placements=[self.residual]).to_local()
+        return whole
 
 
-def _linear_rows(module: nn.Linear, rows: slice, x: DTensor) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, DTensor)
+class _LinearOfRows(nn.Linear):
+    rows: slice
+
+    def forward(self, x: Any) -> Tensor:
+        return F.linear(x.to_local(grad_placements=[Partial()]), *_own_rows(self, self.rows))
+
+
+class _AdaptedLinearOfRows(AdaptedLinear):
+    rows: slice
+
+    def forward(self, x: Any) -> Tensor:
+        own_x, rows, factors = x.to_local(grad_placements=[Partial()]), self.rows, self.factors()
+        if factors is None:
+            return F.linear(own_x, *_own_rows(self, rows))
+        a, b, *magnitude = (
+            f.to_local(grad_placements=[Partial()]) for f in factors if isinstance(f, DTensor)
+        )
+        return self.adapted(
+            own_x, *_own_rows(self, rows), a, b[rows], magnitude[0][rows] if magnitude else None
+        )
+
+
+def _own_rows(module: nn.Linear, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Of weight and bias, which all ranks hold; gradients are summed over the ranks."""
+    weight: Any = module.weight
+    bias: Any = module.bias
     own = weight.to_local(grad_placements=[Partial()])[rows]
-    bias = module.bias
-    own_bias = bias.to_local(grad_placements=[Partial()])[rows] if isinstance(bias, DTensor) else None
-    return F.linear(x.to_local(grad_placements=[Partial()]), own, own_bias)
+    return own, None if bias is None else bias.to_local(grad_placements=[Partial()])[rows]
 
 
 def _divide_rows(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -261,7 +360,8 @@ def shard_over_data_ranks(
     """FSDP2: each layer by itself, and what is left of ``root``, the module that is called, as one.
 
     Parameters stay float32 and are gathered in the compute dtype; gradients are added up and reduced in
-    float32, and summed rather than averaged, since losses are shares of a sum.
+    float32, and summed rather than averaged, since losses are shares of a sum. Frozen weights have the
+    compute dtype already. With ``zero1``, which shards what the optimizer has, they stay whole on each rank.
     """
     mesh = groups.data_mesh
     assert mesh is not None
@@ -272,9 +372,11 @@ def shard_over_data_ranks(
         cast_forward_inputs=False,
     )
     reshard = groups.parallel.fsdp
+    trains = any(p.requires_grad for p in decoder.parameters())
+    whole = {p for p in decoder.parameters() if not p.requires_grad} if trains and not reshard else None
     for layer in decoder.layers():
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
     for module in fsdp_modules(root):
         module.set_gradient_divide_factor(1.0)
         # The other way to divide by 1 is NCCL's alone.

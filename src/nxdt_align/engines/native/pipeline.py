@@ -115,7 +115,7 @@ class StageScorer(nn.Module):
         if not self.stage.is_last:
             missing = self.hidden.shape(*batch.input_ids.shape)[1] - hidden.shape[1]
             return pad(hidden, (0, 0, 0, missing)) if missing else hidden
-        logps, statistics, _ = self.scorer.read(hidden, rows, wanted)
+        logps, statistics, *_ = self.scorer.read(hidden, rows, wanted)
         # Not a view: FSDP and the schedule hook onto outputs, and the latter detaches them in place.
         return logps.clone(), *(statistic.clone() for statistic in statistics)
 

@@ -14,13 +14,16 @@ from nxdt_align.engines.native.parallelize import reduce_gradients, whole_rows
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.engines.scoring import Scorer, WholeRunner
 from nxdt_align.engines.steps import Share, TokenLogps
-from nxdt_align.models.decoder import CausalModel
+from nxdt_align.models.decoder import CausalModel, Decoder
 from nxdt_align.ops.attention import Attention
 from nxdt_align.ops.ragged import Rows
 
 
 class NativeScorer(Scorer):
-    """A Scorer whose layers run under torch.autocast where ``precision`` says so."""
+    """A Scorer whose layers run under torch.autocast where ``precision`` says so.
+
+    ``keeps_shapes``: the head's too, which on an eager CPU follow the data.
+    """
 
     def __init__(
         self,
@@ -29,17 +32,19 @@ class NativeScorer(Scorer):
         precision: Precision,
         device: torch.device,
         groups: Groups = Groups(),  # noqa: B008 (frozen)
+        *,
+        keeps_shapes: bool = False,
     ) -> None:
-        compact = attention.static_shapes and device.type == "cpu"
+        compact = attention.static_shapes and device.type == "cpu" and not keeps_shapes
         super().__init__(decoder, attention, groups.parallel, groups.tensor, compact=compact)
         self._precision = precision
         self._device = device
         self._groups = groups
 
     def forward(self, batch: Batch, wanted: Sequence[TokenStatistic]) -> TokenLogps:
-        logps, statistics, logits = super().forward(batch, wanted)
+        logps, statistics, logits, router = super().forward(batch, wanted)
         # FSDP hangs its backward hooks on a module's output, which must not be a view.
-        return TokenLogps(logps.clone(), statistics, None if logits is None else logits.clone())
+        return TokenLogps(logps.clone(), statistics, None if logits is None else logits.clone(), router)
 
     def run(self, rows: Rows, received: Tensor | None = None) -> Tensor:
         # Without the head, whose product is accumulated in float32.
@@ -55,8 +60,12 @@ class NativeScorer(Scorer):
         bias = self.decoder.head_bias
         return None if bias is None else local(bias)
 
-    def read(self, hidden: Tensor, rows: Rows, wanted: Sequence[TokenStatistic]) -> TokenLogps:
-        return super().read(whole_rows(hidden, self._groups), rows, wanted)
+    def finish(
+        self, hidden: Tensor, rows: Rows, first: int | Tensor, wanted: Sequence[TokenStatistic]
+    ) -> TokenLogps:
+        if isinstance(self.decoder, Decoder):
+            hidden = self.decoder.model.finish(hidden)
+        return super().finish(whole_rows(hidden, self._groups), rows, first, wanted)
 
 
 class ReduceOnceRunner(WholeRunner):

@@ -48,7 +48,7 @@ class XlaEngine(NativeEngine):
         """Loaded masters are rounded on the CPU, and the weights that are computed with are data as well."""
         self._policy.weights_changed()
         if self._masters is not None:
-            weights: dict[str, Tensor] = dict(self._policy.named_parameters())
+            weights: dict[str, Tensor] = dict(self._policy.trainable())
             with filling(weights) as parts:
                 for name, master in self._masters.named_parameters():
                     parts[name].local.copy_(master)

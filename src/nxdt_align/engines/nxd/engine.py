@@ -123,7 +123,7 @@ class NxDEngine(SpreadEngine):
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self._masters.named_parameters()) if self._masters is not None else self._weights()
 
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
+    def whole_parameters(self, *, trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
         return self._shards.whole(self.named_parameters())
 
     def adopt_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

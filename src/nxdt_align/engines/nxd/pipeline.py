@@ -200,7 +200,7 @@ class PipelineRunner:
         shape = (1 + len(turn.wanted), len(turn.micro_batches), *batch.labels.shape)
         values = torch.zeros(shape, dtype=torch.float32, device=batch.labels.device)
         if stage.rank == stage.size - 1:
-            columns = zip(*((logps, *statistics) for logps, statistics, _ in turn.results), strict=True)
+            columns = zip(*((logps, *statistics) for logps, statistics, *_ in turn.results), strict=True)
             values = torch.stack([torch.stack(column) for column in columns])
         stage.sum([values])
         self._platform.mark_step()

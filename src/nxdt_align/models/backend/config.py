@@ -6,6 +6,7 @@ transformers is imported when something is asked that the file does not say by i
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,10 +104,9 @@ class TransformersConfig:
         return int(self.hf.num_hidden_layers)
 
     @property
-    def max_position_embeddings(self) -> int | None:
-        """None for a model that names no limit."""
-        limit = getattr(self.hf, "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+    def max_position_embeddings(self) -> int:
+        """Without bound, where the configuration names none."""
+        return int(getattr(self.hf, "max_position_embeddings", None) or sys.maxsize)
 
     @property
     def tie_word_embeddings(self) -> bool:

@@ -7,7 +7,8 @@ is never on: layouts, the reference and what a checkpoint resumes would all be o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -117,6 +118,8 @@ class TransformersModel(CausalModel):
         self.fixed = _buffers_as_parameters(self.causal)
         self._buffer_dtypes = {name: buffer.dtype for name, buffer in self.causal.named_buffers()}
         self._recompute_attention: Recompute | None = None
+        self._router_logits: tuple[Tensor, ...] | None = None
+        self._balance: Callable[..., Tensor]
         self._is_tied = _drop_tied_head(self.causal)
 
     # Names and dtypes of weights
@@ -167,8 +170,14 @@ class TransformersModel(CausalModel):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
         """(B, S), (B, S) integers -> the hidden states that the head takes, (B, S, D)."""
-        own = {} if self.is_stock else {"position_ids": position_ids, ARGUMENT: context}
+        own: dict[str, Any] = {}
+        if not self.is_stock:
+            own = {"position_ids": position_ids, ARGUMENT: context}
+        balances = self.router_weight > 0 and torch.is_grad_enabled()
+        if balances:
+            own["output_router_logits"] = True
         output = body(self.causal)(input_ids=input_ids, use_cache=False, **own)
+        self._router_logits = output.router_logits if balances else None
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -190,6 +199,23 @@ class TransformersModel(CausalModel):
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, V)."""
         return self.head_form.applied(F.linear(hidden, self.head_weight, self.head_bias))
+
+    def balance_router(self, weight: float) -> None:
+        """By transformers' own ``load_balancing_loss_func`` of the model."""
+        function = getattr(sys.modules[type(self.causal).__module__], "load_balancing_loss_func", None)
+        sizes = [getattr(self.causal, name, None) for name in ("num_experts", "num_experts_per_tok")]
+        if function is None or None in sizes:
+            raise UserError(
+                f"model.router_aux_loss_coef: is {weight:g}, but transformers' {type(self.causal).__name__} "
+                "has no balancing loss of a router; set it to 0"
+            )
+        self.router_weight = weight
+        self._balance = partial(function, num_experts=sizes[0], top_k=sizes[1])
+
+    def router_loss(self, weights: Tensor) -> Tensor:
+        # Kept for this alone: the graph must not outlive the step.
+        logits, self._router_logits = self._router_logits, None
+        return self._balance(logits, attention_mask=weights)
 
     def layers(self) -> list[nn.Module]:
         kinds = tuple(getattr(self.causal, "_no_split_modules", None) or ())

@@ -1,0 +1,63 @@
+"""A model's adapters while micro-batches go through it: on, off, and their dropout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from nxdt_align.batch import Batch, TokenStatistic, Topology
+from nxdt_align.engines.steps import Runner, Share, TokenLogps
+from nxdt_align.models.adapters import AdapterSpec, Switch
+
+
+class AdapterRunner:
+    """A Runner of a model with its adapters on, or off: the reference, whose weights the model's are.
+
+    Args:
+        runner: through the model.
+        switch: of its adapters.
+    """
+
+    def __init__(self, runner: Runner, switch: Switch, *, on: bool) -> None:
+        self._runner, self._switch, self._on = runner, switch, on
+
+    def forward(
+        self, micro_batches: Sequence[Batch], *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
+        with self._switch.set(on=self._on):
+            return self._runner.forward(micro_batches, wanted=wanted)
+
+    def backward(
+        self, micro_batches: Sequence[Batch], share: Share, *, wanted: Sequence[TokenStatistic]
+    ) -> list[TokenLogps]:
+        with self._switch.set(on=self._on, training=True):
+            return self._runner.backward(micro_batches, share, wanted=wanted)
+
+
+class Dropout:
+    """The random numbers of a training step, from the run's seed and the number of steps before it.
+
+    Tensor-parallel ranks draw alike, others apart. The rows of a step's micro-batches count, so that other
+    layouts and data-parallel sizes draw other masks.
+    """
+
+    def __init__(self, spec: AdapterSpec, seed: int, topology: Topology, device: torch.device) -> None:
+        self._probability, self._seed, self._device = spec.dropout, seed, device
+        self._place = topology.data_parallel_rank, topology.pipeline_parallel_rank
+        self.steps = 0
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Around a step. What others draw is as if there were no dropout."""
+        if not self._probability:
+            yield
+            return
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            text = f"{self._seed}:{self.steps}:{self._place}".encode()
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
+            yield
+        self.steps += 1

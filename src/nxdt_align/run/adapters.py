@@ -1,0 +1,201 @@
+"""A run's adapters: which, what they start from, what a checkpoint says of them, and their export."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nxdt_align.config.schema import Config
+from nxdt_align.engines.native.checkpoint import NativeCheckpoint, read_extra
+from nxdt_align.errors import UserError
+from nxdt_align.messages import NOTICE
+from nxdt_align.models.adapters import AdapterSpec, adapter_spec, is_adapter
+from nxdt_align.models.presets import DecoderConfig, ModelShape
+from nxdt_align.named_tensors import WeightSource
+from nxdt_align.run.resume import RUN_RECORD
+from nxdt_align.weights.hf import FreshWeights
+from nxdt_align.weights.peft import AdaptedWeights, MergedWeights, write_peft_folder
+
+log = logging.getLogger(__name__)
+
+RECORD = "adapters"
+"""Key of what a checkpoint's record says of its adapters."""
+_OF_START = {
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "rslora": "rslora",
+    "dora": "dora",
+}
+"""Key of the configuration -> what an adapter that training starts from settles."""
+
+
+def spec_of(config: Config, model: ModelShape, start: WeightSource | None = None) -> AdapterSpec | None:
+    """The adapters of a run; None where every weight is trained.
+
+    Args:
+        start: what training starts from; an adapter settles rank, scale and layers. None: those of the
+            configuration, for a check before weights are looked at.
+
+    Raises UserError where they do not fit the model, or the configuration says otherwise than the adapter
+    that it starts from.
+    """
+    peft = config.model_alignment_strategy.peft
+    if peft is None:
+        return None
+    if not isinstance(model, DecoderConfig):
+        raise UserError(
+            f"model_alignment_strategy.peft: must not be set for a {model.model_type} that transformers "
+            "computes: adapters are for this package's own families; leave it out to train every weight"
+        )
+    spec = adapter_spec(
+        model,
+        target_modules=peft.target_modules,
+        modules_to_save=peft.modules_to_save,
+        rank=peft.lora_rank,
+        alpha=peft.lora_alpha,
+        dropout=peft.lora_dropout,
+        rslora=peft.rslora,
+        dora=peft.dora,
+        init=peft.init,
+    )
+    if not isinstance(start, MergedWeights):
+        return spec
+    given = start.adapter.spec
+    for key, field in _OF_START.items():
+        path = f"model_alignment_strategy.peft.{key}"
+        if path in config.given and getattr(spec, field) != getattr(given, field):
+            raise UserError(
+                f"{path}: must be {getattr(given, field)}, as in the adapter that exp_manager."
+                f"resume_from_checkpoint names ({start.adapter.path}), but is {getattr(spec, field)}; leave "
+                "it out"
+            )
+    for key, field in (("target_modules", "targets"), ("modules_to_save", "saved")):
+        path = f"model_alignment_strategy.peft.{key}"
+        if path in config.given and set(getattr(spec, field)) != set(getattr(given, field)):
+            raise UserError(
+                f"{path}: must name the layers of the adapter that exp_manager.resume_from_checkpoint names "
+                f"({start.adapter.path}); leave it out, and they are taken from there"
+            )
+    return dataclasses.replace(given, dropout=peft.lora_dropout, from_adapter=True)
+
+
+def adapted(config: Config, model: ModelShape, start: WeightSource) -> WeightSource:
+    """What the engine is filled from: ``start`` itself where every weight is trained."""
+    spec = spec_of(config, model, start)
+    if spec is None:
+        return start
+    assert isinstance(model, DecoderConfig), "spec_of refuses others"
+    if isinstance(start, MergedWeights):
+        return AdaptedWeights(start.base, model, spec, config.seed, start.adapter)
+    return AdaptedWeights(start, model, spec, config.seed)
+
+
+def say(config: Config, spec: AdapterSpec, start: WeightSource, *, has_reference: bool) -> None:
+    """What is trained, and what the reference is."""
+    whole = f", {len(spec.saved)} modules whole" if spec.saved else ""
+    kind = "DoRA" if spec.dora else "rsLoRA" if spec.rslora else "LoRA"
+    log.log(
+        NOTICE,
+        "%s adapters of rank %d, scale %g, on %d layers%s; the base stays as it is",
+        *(kind, spec.rank, spec.scale, len(spec.targets), whole),
+    )
+    peft = config.model_alignment_strategy.peft
+    if peft is not None and peft.lora_verbose:
+        log.info("adapters: %s; trained whole: %s", ", ".join(spec.targets), ", ".join(spec.saved) or "none")
+    if has_reference and config.model_alignment_strategy.reference_model is None:
+        what = (
+            f"{start}, the adapter frozen"
+            if spec.from_adapter
+            else f"{start}: the policy with its adapters off"
+        )
+        log.log(NOTICE, "the reference is %s, no second model", what)
+
+
+# Checkpoints, which hold adapters alone
+
+
+def record_of(spec: AdapterSpec | None, start: WeightSource) -> dict[str, Any]:
+    """For a checkpoint: its adapters, and where their base is."""
+    if spec is None:
+        return {}
+    base = start.base if isinstance(start, MergedWeights) else start
+    seed = base.seed if isinstance(base, FreshWeights) else None
+    path = None if base.path is None else str(base.path.absolute())
+    return {RECORD: {**dataclasses.asdict(spec), "base": path, "base_seed": seed}}
+
+
+class CheckpointAdapter:
+    """The adapters in a checkpoint of a run."""
+
+    def __init__(self, path: Path, spec: AdapterSpec) -> None:
+        self.path, self.spec = path, spec
+        self._tensors = NativeCheckpoint(path)
+
+    def __str__(self) -> str:
+        return f"the adapters of checkpoint {self.path}"
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors.read(name)
+
+
+def adapter_record(checkpoint: Path) -> dict[str, Any] | None:
+    """What a checkpoint of engine native says of its adapters; None where it holds a whole model."""
+    if not all(map(is_adapter, NativeCheckpoint(checkpoint).names())):
+        return None
+    found = read_extra(checkpoint).get(RUN_RECORD, {}).get(RECORD)
+    if not isinstance(found, dict):
+        raise UserError(
+            f"checkpoint {checkpoint} holds adapters and does not say of which model; take another"
+        )
+    return found
+
+
+def open_checkpoint(
+    checkpoint: Path, model: ModelShape, open_base: Callable[[Path], WeightSource]
+) -> WeightSource:
+    """A checkpoint of engine native as a whole model's weights: its own, or its base's with its adapters.
+
+    Args:
+        open_base: opens the base's folder.
+
+    Raises UserError where the base is not where it was.
+    """
+    record = adapter_record(checkpoint)
+    if record is None:
+        return NativeCheckpoint(checkpoint)
+    assert isinstance(model, DecoderConfig), "spec_of refuses others"
+    settings = {field.name: record[field.name] for field in dataclasses.fields(AdapterSpec)}
+    settings |= {key: tuple(settings[key]) for key in ("targets", "saved")}
+    adapter = CheckpointAdapter(checkpoint, AdapterSpec(**settings))
+    if record["base"] is None:
+        return MergedWeights(FreshWeights(model, record["base_seed"]), adapter)
+    base = Path(record["base"])
+    if not base.is_dir():
+        raise UserError(
+            f"checkpoint {checkpoint} holds adapters alone, and the model that they belong to, {base}, does "
+            "not exist any more; put it back"
+        )
+    return MergedWeights(open_base(base), adapter)
+
+
+# The export
+
+
+def export_adapter(
+    folder: Path,
+    model: ModelShape,
+    spec: AdapterSpec,
+    weights: Iterator[tuple[str, Tensor]],
+    start: WeightSource,
+) -> None:
+    """Write PEFT's folder from what an engine trained."""
+    assert isinstance(model, DecoderConfig), "spec_of refuses others"
+    base = start.base if isinstance(start, MergedWeights) else start
+    write_peft_folder(
+        folder, model, spec, weights, base=None if base.path is None else str(base.path.absolute())
+    )

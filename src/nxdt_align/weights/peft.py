@@ -1,0 +1,357 @@
+"""Adapters as PEFT has them: a folder of ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nxdt_align.files import atomic_folder, explain
+from nxdt_align.models.adapters import (
+    AdapterSpec,
+    adapter_shapes,
+    fresh_factor,
+    is_adapter,
+    merged_weight,
+)
+from nxdt_align.models.families import FAMILIES
+from nxdt_align.models.presets import DecoderConfig, weight_shapes
+from nxdt_align.models.sharding import LORA_A, LORA_B, MAGNITUDE, START, TRAINED
+from nxdt_align.named_tensors import NamedTensors, WeightSource, require_fit
+from nxdt_align.weights.extents import WeightsError
+from nxdt_align.weights.names import UnknownNameError, from_hf, to_hf
+from nxdt_align.weights.tensor_files import open_tensor_file
+
+SETTINGS = "adapter_config.json"
+TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+_THEIRS = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
+_OF_OTHERS: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False, None),
+    "use_qalora": (False, None),
+    "lora_bias": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "exclude_modules": (None,),
+    "megatron_config": (None,),
+}
+"""PEFT's setting -> the values with which it computes what is computed here."""
+
+
+def is_peft_folder(path: Path) -> bool:
+    return path.is_dir() and (path / SETTINGS).is_file() and any((path / name).is_file() for name in TENSORS)
+
+
+# Names
+
+
+def theirs(name: str, model_type: str) -> str:
+    """PEFT's name of an adapter's tensor. Raises UnknownNameError."""
+    path, _, part = name.rpartition(".")
+    if part.startswith(TRAINED):
+        return _PREFIX + to_hf(f"{path}.{part.removeprefix(TRAINED)}", model_type)
+    return f"{_PREFIX}{to_hf(f'{path}.weight', model_type).removesuffix('.weight')}.{_THEIRS[part]}"
+
+
+def ours(name: str, model_type: str) -> str:
+    """Our name of a tensor in PEFT's file. Raises UnknownNameError."""
+    own = name.removeprefix(_PREFIX).replace(".modules_to_save.default.", ".").replace(".default.", ".")
+    for part, suffix in _THEIRS.items():
+        path = own.removesuffix(f".{suffix}").removesuffix(f".{suffix}.weight")
+        if path != own:
+            return f"{from_hf(f'{path}.weight', model_type).removesuffix('.weight')}.{part}"
+    path, _, what = from_hf(own, model_type).rpartition(".")
+    return f"{path}.{TRAINED}{what}"
+
+
+def refuse_fused(model_type: str, what: str) -> None:
+    """Raise WeightsError for a family whose file has weights fused, which one pair of factors cannot adapt as
+    several pairs do."""
+    fused = FAMILIES[model_type].fused
+    if fused:
+        raise WeightsError(
+            f"{what}: transformers' {FAMILIES[model_type].architecture} has q, k and v, gate and up in one "
+            f"weight each ({', '.join(fused)}), and here each has an adapter of its own, which no PEFT "
+            "folder can hold; exp_manager.export_hf=merged writes the whole model"
+        )
+
+
+# Reading
+
+
+class PeftFolder:
+    """An adapter that PEFT, or this package, has saved for a model of this shape.
+
+    Raises WeightsError for what is no LoRA adapter, an adapter that is computed otherwise than here, of
+    another shape, or damaged.
+    """
+
+    def __init__(self, path: str | Path, config: DecoderConfig) -> None:
+        self.path = Path(path)
+        self._config = config
+        self.settings = read_settings(self.path)
+        refuse_fused(config.model_type, str(self.path))
+        file = next((self.path / name for name in TENSORS if (self.path / name).is_file()), None)
+        if file is None:
+            raise WeightsError(
+                f"{self.path} has {SETTINGS} but neither of {', '.join(TENSORS)}; copy it again"
+            )
+        self._file: NamedTensors = open_tensor_file(file)
+        try:
+            self._names = {ours(name, config.model_type): name for name in self._file.names()}
+        except UnknownNameError as error:
+            raise WeightsError(f"{file} does not fit the model: {error}") from error
+        self.spec = self._spec(file)
+
+    def __str__(self) -> str:
+        return f"the PEFT adapter {self.path}"
+
+    def read(self, name: str) -> Tensor:
+        return self._file.read(self._names[name])
+
+    def _spec(self, file: Path) -> AdapterSpec:
+        """Of its tensors: its patterns would be read against another library's module names."""
+        paths = {LORA_A: set[str](), LORA_B: set[str](), MAGNITUDE: set[str](), TRAINED: set[str]()}
+        for name in self._names:
+            path, _, part = name.rpartition(".")
+            paths[TRAINED if part.startswith(TRAINED) else part].add(path)
+        said, factors = self.settings, paths[LORA_A] | paths[LORA_B]
+        order = [name.rpartition(".")[0] for name in weight_shapes(self._config) if name.endswith(".weight")]
+        spec = AdapterSpec(
+            targets=tuple(path for path in order if path in factors),
+            saved=tuple(path for path in order if path in paths[TRAINED]),
+            rank=int(_number(said, "r", 8)),
+            alpha=_number(said, "lora_alpha", 8),
+            dropout=_number(said, "lora_dropout", 0.0),
+            rslora=bool(said.get("use_rslora")),
+            dora=bool(said.get("use_dora")),
+        )
+        require_fit(
+            file,
+            {name: (self._file.shape(theirs_), None) for name, theirs_ in self._names.items()},
+            {name: (shape, None) for name, shape in adapter_shapes(self._config, spec).items()},
+            error=WeightsError,
+            hint=f"It must be an adapter of this model's shape, and {SETTINGS} the one it was saved with",
+        )
+        return spec
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Of a PEFT folder. Raises WeightsError for those of an adapter that is computed otherwise than here."""
+    file = folder / SETTINGS
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(said, dict):
+            raise ValueError("it holds no settings")
+    except (ValueError, OSError, RecursionError) as error:
+        raise WeightsError(f"{file} of a PEFT adapter cannot be read: {error}; copy it again") from error
+    if said.get("peft_type") != "LORA":
+        raise WeightsError(
+            f"{file}: peft_type must be LORA, no other adapter is read, but is {said.get('peft_type')}"
+        )
+    for key, fine in _OF_OTHERS.items():
+        if key in said and said[key] not in fine:
+            raise WeightsError(f"{file}: {key} must be {fine[0]}, as adapters here are, but is {said[key]!r}")
+    return said
+
+
+def _number(said: Mapping[str, Any], key: str, default: float) -> float:
+    value = said.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise WeightsError(f"{SETTINGS}: {key} must be a number, but is {value!r}")
+    return value
+
+
+class Adapter(Protocol):
+    """A trained adapter, by our names."""
+
+    spec: AdapterSpec
+    path: Path
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class MergedWeights(WeightSource):
+    """A base model with an adapter added in, float32 sums in the base's dtypes; and both apart, for an engine
+    that trains the adapter."""
+
+    def __init__(self, base: WeightSource, adapter: Adapter) -> None:
+        self.base, self.adapter, self.path = base, adapter, adapter.path
+
+    def __str__(self) -> str:
+        return f"{self.adapter} on {self.base}"
+
+    def names(self) -> list[str]:
+        return self.base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.base.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        path, _, what = name.rpartition(".")
+        spec = self.adapter.spec
+        if path in spec.saved:
+            return self.adapter.read(f"{path}.{TRAINED}{what}").to(self.dtype(name))
+        weight = self.base.read(name)
+        if path not in spec.targets or what != "weight":
+            return weight
+        a, b = (self.adapter.read(f"{path}.{part}") for part in (LORA_A, LORA_B))
+        magnitude = self.adapter.read(f"{path}.{MAGNITUDE}") if spec.dora else None
+        return merged_weight(weight, a, b, magnitude, spec.scale).to(weight.dtype)
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        return self.read(name)[tuple(region)]
+
+
+class AdaptedWeights(WeightSource):
+    """What an engine with adapters is filled from: a model's weights, and every tensor that the adapters add.
+
+    Args:
+        base: the frozen weights.
+        seed: of fresh factors.
+        start: the adapter that training starts from; None for a fresh one, which changes nothing.
+    """
+
+    def __init__(
+        self,
+        base: WeightSource,
+        config: DecoderConfig,
+        spec: AdapterSpec,
+        seed: int,
+        start: Adapter | None = None,
+    ) -> None:
+        self._base, self._spec, self._seed, self._start = base, spec, seed, start
+        self._shapes = adapter_shapes(config, spec)
+        self.path = base.path
+
+    def __str__(self) -> str:
+        return str(self._base) if self._start is None else f"{self._start} on {self._base}"
+
+    def names(self) -> list[str]:
+        return [*self._base.names(), *self._shapes]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name] if name in self._shapes else self._base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self._shapes else self._base.dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        path, _, part = name.rpartition(".")
+        if not is_adapter(name):
+            # The original of what is trained whole is the reference's: the adapter's own, where there is one.
+            if self._start is not None and path in self._spec.saved:
+                return self._start.read(f"{path}.{TRAINED}{part}")
+            return self._base.read(name)
+        if self._start is not None:
+            return self._start.read(f"{path}.{part.removeprefix(START)}")
+        if part.startswith(TRAINED):
+            return self._base.read(f"{path}.{part.removeprefix(TRAINED)}")
+        if part == MAGNITUDE:
+            norm: Tensor = torch.linalg.vector_norm(self._base.read(f"{path}.weight").float(), dim=1)
+            return norm
+        return fresh_factor(name, self._shapes[name], self._spec, self._seed)
+
+    def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
+        if name in self._shapes or self._start is not None:
+            return self.read(name)[tuple(region)]
+        return self._base.read_slice(name, region)
+
+
+# Writing
+
+
+def merged(weights: Iterable[tuple[str, Tensor]], spec: AdapterSpec) -> Iterable[tuple[str, Tensor]]:
+    """A model's weights with its adapters added in, float32 where there is one.
+
+    Args:
+        weights: base and adapters, sorted by name: a module's adapter comes before its ``weight``.
+    """
+    held: dict[str, Tensor] = {}
+    for name, tensor in weights:
+        path, _, what = name.rpartition(".")
+        if is_adapter(name):
+            if not what.startswith(START):
+                held[name] = tensor
+            continue
+        whole = held.pop(f"{path}.{TRAINED}{what}", None)
+        if whole is not None:
+            yield name, whole
+        elif what == "weight" and f"{path}.{LORA_A}" in held:
+            a, b = held.pop(f"{path}.{LORA_A}"), held.pop(f"{path}.{LORA_B}")
+            yield name, merged_weight(tensor, a, b, held.pop(f"{path}.{MAGNITUDE}", None), spec.scale)
+        else:
+            yield name, tensor
+
+
+def write_peft_folder(
+    path: str | Path,
+    config: DecoderConfig,
+    spec: AdapterSpec,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    base: str | None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write an adapter as ``peft.PeftModel.from_pretrained`` takes it; whole or not at all.
+
+    Args:
+        tensors: the adapters' by our names, whole; others are left out.
+        base: the model that it belongs to, for ``base_model_name_or_path``.
+
+    Raises WeightsError: a family whose weights are fused, or the disk refuses.
+    """
+    refuse_fused(config.model_type, str(path))
+    found = {
+        theirs(name, config.model_type): tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in tensors
+        if spec.trains(name)
+    }
+    try:
+        with atomic_folder(Path(path)) as folder:
+            text = json.dumps(_as_peft(config, spec, base), indent=2) + "\n"
+            (folder / SETTINGS).write_text(text, encoding="utf-8")
+            save_file(found, folder / TENSORS[0], metadata={"format": "pt"})
+    except OSError as error:
+        raise WeightsError(f"cannot write {path}: {explain(error)}") from error
+
+
+def _as_peft(config: DecoderConfig, spec: AdapterSpec, base: str | None) -> dict[str, Any]:
+    def module(name: str) -> str:
+        return to_hf(f"{name}.weight", config.model_type).removesuffix(".weight")
+
+    def short(paths: Sequence[str]) -> list[str]:
+        """Last names, where they mean these modules and no others; whole paths else."""
+        names = {path.rpartition(".")[2] for path in paths}
+        every = [name.rpartition(".")[0] for name in weight_shapes(config) if name.endswith(".weight")]
+        alike = {path for path in every if path.rpartition(".")[2] in names}
+        chosen = {module(path).rpartition(".")[2] if alike == set(paths) else module(path) for path in paths}
+        return sorted(chosen)
+
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rslora,
+        "use_dora": spec.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
+        "target_modules": short(spec.targets),
+        "modules_to_save": short(spec.saved) or None,
+    }

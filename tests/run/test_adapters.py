@@ -1,0 +1,229 @@
+"""Runs that train adapters: what they leave, how they resume, and that PEFT computes the same of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_fixture import Project, assert_same_run, final_weights, scalars
+
+from nxdt_align.cli import main
+
+peft = pytest.importorskip("peft")
+
+LORA = (
+    "model_alignment_strategy.peft.target_modules=[all-linear]",
+    "model_alignment_strategy.peft.rank=4",
+    "model_alignment_strategy.peft.alpha=8",
+    "exp_manager.export_hf=adapter",
+    "model.optim.lr=0.02",
+)
+NO_DROPOUT = "model_alignment_strategy.peft.dropout=0"
+ONLINE = "model_alignment_strategy.dpo.precompute_ref_log_probs=False"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """With start weights on disk, so that PEFT finds the base."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    project = Project.create(tmp_path_factory.mktemp("project"))
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(project.root)).save_pretrained(project.root / "base")
+    return project
+
+
+def train(project: Project, name: str, *overrides: str) -> Path:
+    start = f"exp_manager.resume_from_checkpoint={project.root}/base"
+    folder = f"exp_manager.exp_dir={project.root}/{name}"
+    assert project.train(folder, start, *overrides) == 0
+    return project.only_run(name)
+
+
+@pytest.fixture(scope="module")
+def whole(project: Project) -> Path:
+    return train(project, "whole", *LORA)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(40)[None] % 60).logits  # type: ignore[no-any-return]
+
+
+def adapted_by_peft(project: Project, folder: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(project.root / "base")
+    return peft.PeftModel.from_pretrained(base, folder)
+
+
+def test_training_starts_at_ln_2_and_checkpoints_hold_adapters_alone(whole: Path) -> None:
+    losses = [value for _, value in scalars(whole)["reduced_train_loss"]]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.01
+    names = final_weights(whole).keys()
+    assert {name.rpartition(".")[2] for name in names} == {"lora_A", "lora_B"}
+    assert len(names) == 2 * 7 * 2
+
+
+def test_a_broken_off_run_ends_as_an_uninterrupted_one_to_the_last_bit(project: Project, whole: Path) -> None:
+    """With dropout, whose masks follow from the seed and the step."""
+    first = train(project, "broken", *LORA, "trainer.max_steps=4")
+    second = train(project, "broken", *LORA)
+    assert first == second
+    assert_same_run(second, whole)
+
+
+def test_a_reference_at_each_step_is_the_stored_one(project: Project, whole: Path) -> None:
+    """The policy with its adapters off, also in a resumed run, whose policy is another by then."""
+    train(project, "online", *LORA, ONLINE, "trainer.max_steps=4")
+    online = train(project, "online", *LORA, ONLINE)
+    got, want = scalars(online), scalars(whole)
+    for tag in ("reduced_train_loss", "rewards/margins", "val_loss"):
+        assert [v for _, v in got[tag]] == pytest.approx([v for _, v in want[tag]], abs=2e-5), tag
+
+
+def test_peft_loads_the_exported_adapter_and_gives_the_merged_models_logits(
+    project: Project, whole: Path
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    said = json.loads((whole / "hf_export" / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["base_model_name_or_path"]) == (4, 8, f"{project.root}/base")
+    model = adapted_by_peft(project, whole / "hf_export")
+    got = logits(model)
+    assert float((got - logits(LlamaForCausalLM.from_pretrained(project.root / "base"))).abs().max()) > 1e-3
+    checkpoint, folder = next((whole / "checkpoints").iterdir()), project.root / "merged"
+    assert main(["export", "--merge", "--quiet", str(checkpoint), str(folder)]) == 0
+    assert torch.allclose(logits(LlamaForCausalLM.from_pretrained(folder)), got, atol=1e-5)
+    again = project.root / "merged from peft"
+    assert main(["export", "--merge", "--quiet", str(whole / "hf_export"), str(again)]) == 0
+    assert torch.allclose(logits(LlamaForCausalLM.from_pretrained(again)), got, atol=1e-5)
+
+
+def test_a_checkpoints_adapter_is_exported_without_merging_it(project: Project, whole: Path) -> None:
+    folder = project.root / "adapter"
+    assert main(["export", "--quiet", str(whole), str(folder)]) == 0
+    assert torch.equal(
+        logits(adapted_by_peft(project, folder)), logits(adapted_by_peft(project, whole / "hf_export"))
+    )
+
+
+def test_a_merged_export_computes_what_the_adapter_does(project: Project, whole: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    merged = train(project, "as merged", *LORA, "exp_manager.export_hf=merged")
+    got = logits(LlamaForCausalLM.from_pretrained(merged / "hf_export"))
+    assert torch.allclose(got, logits(adapted_by_peft(project, whole / "hf_export")), atol=1e-5)
+
+
+@pytest.mark.parametrize("online", [False, True], ids=["stored", "at each step"])
+def test_training_goes_on_from_an_adapter_of_pefts_against_base_and_adapter(
+    project: Project, whole: Path, online: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As TRL has it: the loss starts at ln 2 again, and a resumed run keeps that reference."""
+    name = f"second {online}"
+    given = f"exp_manager.resume_from_checkpoint={whole}/hf_export"
+    overrides = [*LORA, given, NO_DROPOUT, *([ONLINE] if online else [])]
+    train(project, name, *overrides, "trainer.max_steps=4")
+    run = train(project, name, *overrides)
+    assert "the adapter frozen" in capsys.readouterr().err
+    curves = scalars(run)
+    assert curves["reduced_train_loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(curves["rewards/margins"][-1][1]) > 1e-3
+    uninterrupted = train(project, f"{name} whole", *overrides)
+    assert_same_run(run, uninterrupted)
+
+
+def test_modules_to_save_are_trained_whole_and_exported(project: Project) -> None:
+    from transformers import LlamaForCausalLM
+
+    saved = "model_alignment_strategy.peft.modules_to_save=[lm_head]"
+    run = train(project, "saved", *LORA, saved, ONLINE)
+    assert "lm_head.trained_weight" in final_weights(run)
+    assert scalars(run)["reduced_train_loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
+    folder = project.root / "saved merged"
+    assert main(["export", "--merge", "--quiet", str(run), str(folder)]) == 0
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert not torch.equal(
+        model.lm_head.weight, LlamaForCausalLM.from_pretrained(project.root / "base").lm_head.weight
+    )
+    assert torch.allclose(logits(model), logits(adapted_by_peft(project, run / "hf_export")), atol=1e-5)
+
+
+def test_bf16_and_dora(project: Project) -> None:
+    """Masters of the factors alone; the base is rounded, as the policy's weights are."""
+    dora = "model_alignment_strategy.peft.dora=True"
+    run = train(project, "low", *LORA, dora, "precision.type=mixed_precision")
+    weights = final_weights(run)
+    assert {name.rpartition(".")[2] for name in weights} == {"lora_A", "lora_B", "magnitude"}
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert scalars(run)["reduced_train_loss"][0][1] == pytest.approx(math.log(2), abs=2e-3)
+    checkpoint = next((run / "checkpoints").iterdir())
+    folder = project.root / "dora merged"
+    assert main(["export", "--merge", "--quiet", str(checkpoint), str(folder)]) == 0
+    from transformers import LlamaForCausalLM
+
+    want = logits(adapted_by_peft(project, run / "hf_export"))
+    assert torch.allclose(logits(LlamaForCausalLM.from_pretrained(folder)), want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model_alignment_strategy.peft.rank=8"], "peft.lora_rank: must be 4, as in the adapter"),
+        (["model_alignment_strategy.peft.target_modules=[q_proj]"], "must name the layers of the adapter"),
+    ],
+)
+def test_an_adapter_to_start_from_settles_its_sizes(
+    project: Project, whole: Path, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"exp_manager.resume_from_checkpoint={whole}/hf_export"
+    assert project.train("model_alignment_strategy.peft={}", *overrides, given) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_bad_adapters_are_refused_with_what_would_do(
+    project: Project, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def says(message: str, *overrides: str) -> None:
+        assert project.train(*overrides) == 1
+        assert message in capsys.readouterr().err
+
+    base = f"exp_manager.resume_from_checkpoint={project.root}/base"
+    key = "model_alignment_strategy.peft"
+    says("There are: down_proj, gate_proj, k_proj, o_proj", base, f"{key}.target_modules=[query]")
+    says("modules_to_save=[lm_head] trains it whole", base, f"{key}.target_modules=[lm_head]")
+    says("must be at most 16", base, *LORA, f"{key}.rank=17")
+    other = tmp_path / "other"
+    shutil.copytree(whole / "hf_export", other)
+    settings = json.loads((other / "adapter_config.json").read_text())
+    given = f"exp_manager.resume_from_checkpoint={other}"
+
+    def rewritten(**changes: Any) -> None:
+        (other / "adapter_config.json").write_text(json.dumps(settings | changes))
+
+    rewritten(r=8)
+    says("must have shape [8, 32], but has [4, 32]", given)
+    rewritten(base_model_name_or_path="meta-llama/nowhere")
+    says("whose base is no folder on this machine", given)
+    rewritten(peft_type="IA3")
+    says("peft_type must be LORA", given)
+    rewritten(alpha_pattern={"q_proj": 2})
+    says("alpha_pattern must be {}", given)
+    with_optimizer = (f"exp_manager.resume_from_checkpoint={whole}", "model.weight_init_only=False")
+    says("must be True with model_alignment_strategy.peft", *LORA, *with_optimizer)
+
+
+def test_training_goes_on_from_a_runs_adapters(project: Project, whole: Path) -> None:
+    """Of its newest checkpoint, and once those are added in, with every weight."""
+    given = f"exp_manager.resume_from_checkpoint={whole}"
+    first = scalars(train(project, "from run", *LORA, given, NO_DROPOUT, "trainer.max_steps=2"))
+    every = scalars(train(project, "from run, all", given, "trainer.max_steps=2"))
+    assert first["logps/chosen"][0][1] == pytest.approx(every["logps/chosen"][0][1], abs=1e-3)
+    assert first["reduced_train_loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
