@@ -138,7 +138,8 @@ RESERVED: dict[str, tuple[str, ...]] = {
     "torch.distributed": ("engines.ranks", "engines.native", "engines.nxd", "training", "run"),
 }
 
-ENVIRONMENT_READERS = ("cli", "engines.nxd.compat")
+# data.token_parts reads none: it sets the one switch that the tokenizers library has for forked processes.
+ENVIRONMENT_READERS = ("cli", "engines.nxd.compat", "data.token_parts")
 ENVIRONMENT_NAMES = ("environ", "environb", "getenv", "getenvb", "putenv")
 
 

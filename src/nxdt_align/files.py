@@ -17,9 +17,10 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -70,14 +71,22 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises OSError; ``path`` is then as it was before.
     """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A new file to write, which becomes ``path`` when the block ends; as ``atomic_write``, for what is too
+    large to be held."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
     temporary = _temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
+        with open(temporary, "x+b") as file:
             lock(file.fileno())
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             # Inside the lock: after the rename, nothing can mistake the file for a leftover.
@@ -197,6 +206,27 @@ def lock(descriptor: int) -> bool | None:
     except OSError as error:
         return False if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN) else None
     return True
+
+
+@contextmanager
+def one_at_a_time(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """The block, while no other process of this machine (or, where its file system keeps locks for all, of
+    any) is in one of the same ``path``, an empty file that stays. Without locks, at once.
+
+    Args:
+        waiting: called once if another process is there.
+
+    Raises OSError where the file cannot be created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = open_unforked(path, os.O_RDWR | os.O_CREAT)
+    try:
+        if lock(descriptor) is False:
+            waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        close_unforked(descriptor)
 
 
 _unforked: set[int] = set()

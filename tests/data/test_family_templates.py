@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from nxdt_align.data.chat import TEMPLATE_DATE
 from nxdt_align.data.records import BadRecord, Message, Record
-from nxdt_align.data.token_sets import TokenColumns, save_columns, tokenize_records
+from nxdt_align.data.token_columns import TokenColumns, write_tokens
+from nxdt_align.data.token_sets import tokenize_records
 from nxdt_align.data.tokenize import Encoded, Tokenization, Truncation
 from nxdt_align.errors import UserError
 from nxdt_align.weights.generation import generation_json
@@ -277,7 +277,7 @@ def test_what_an_earlier_version_refused_is_tokenized_again(tmp_path: Path, reas
     encoded = made.encode(records)[0]
     assert isinstance(encoded, Encoded)
     earlier = TokenColumns.of([records[0].id], [encoded])
-    save_columns(cache, earlier, {records[1].id: BadRecord(reason, "f:1")}, Counter())
+    write_tokens(cache, earlier.arrays(), {records[1].id: BadRecord(reason, "f:1")}, {})
     assert len(tokenize_records(records, made, tmp_path, on_bad_record="drop")) == (2 if again else 1)
 
 

@@ -25,7 +25,14 @@ def test_plan_prints_the_rows_and_builds_no_model(
     said = capsys.readouterr().out
     assert "train data: 22 examples, 0 of them truncated; layout shared_prompt" in said
     assert "val data: 6 examples" in said
-    for what in ("buckets: ", "each one graph", "fill: ", "packing saves ", "data-parallel ranks: 1"):
+    for what in (
+        "buckets: ",
+        "each one graph",
+        "fill: ",
+        "packing saves ",
+        "data-parallel ranks: 1",
+        "host memory per node for data: ",
+    ):
         assert what in said
     assert not (tmp_path / "experiments").exists()
 

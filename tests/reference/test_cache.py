@@ -127,11 +127,13 @@ def test_damaged_part_is_not_trusted(tmp_path: Path, damage: Callable[[Path], No
     damage(parts(tmp_path)[0])
     with pytest.warns(UserWarning, match=r"part-00000.*damaged"):
         again = store_at(tmp_path)
+        again.load()
     assert again.missing(records(4)) == [0, 1]
     again.add(records(2), values(4)[:2])
     again.flush()
     with pytest.warns(UserWarning, match="damaged"):
         last = store_at(tmp_path)
+        last.load()
     np.testing.assert_array_equal(last.table(records(4)), values(4))
 
 

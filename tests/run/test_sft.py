@@ -14,7 +14,8 @@ from oracle import assert_gradients_close, gradients, plain_model, random_exampl
 from training_fixture import Project, final_weights, scalars
 
 from nxdt_align.data.packing import Layout
-from nxdt_align.data.token_sets import TokenColumns, TokenizedSet, WholeSequences
+from nxdt_align.data.token_columns import TokenColumns
+from nxdt_align.data.token_sets import TokenizedSet, WholeSequences
 from nxdt_align.data.tokenize import Encoded
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.sft import SFTLoss
@@ -32,7 +33,7 @@ def test_the_mean_is_over_the_tokens_that_are_trained_on(layout: Layout, micro: 
     plain = random_examples(7, seed=2, responses=1)
     encoded = [Encoded(e.prompt.tolist(), [e.responses[0].tolist()], truncated=False) for e in plain.examples]
     columns = TokenColumns.of([e.record_id for e in plain.examples], encoded)
-    examples = TokenizedSet(columns, [e.record_id for e in plain.examples])
+    examples = TokenizedSet.of(columns, [e.record_id for e in plain.examples])
     if on_prompt:
         examples = WholeSequences(examples)
     policy = engine()

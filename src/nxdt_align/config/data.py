@@ -97,6 +97,9 @@ class DataConfig:
     """(ours) error: stop with a report of all bad records; drop: leave them out and log the report."""
     cache_dir: str | None = field(default=None, metadata=PATH)
     """(ours) Folder of tokens and reference log-probabilities; null: cache in the experiments' folder."""
+    verify_cache: bool = False
+    """(ours) True: hash all of each large data file before its stored tokens are used; False: trust its size,
+    its time of change and a sample of its content."""
     num_workers: int = number(0, at_least=0)
     """Processes that prepare batches; 0: the training process itself. The order is the same."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -12,6 +12,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,8 +34,20 @@ _PART = 2**20
 """Bytes per read of a whole file."""
 
 
-def read_json(path: Path) -> Iterator[RawRecord]:
-    """A .json file may hold lines, and a .jsonl file an array: the first character decides.
+@dataclass(frozen=True)
+class JsonLine:
+    """A line of a file of JSON lines, to be parsed where there is a processor for it."""
+
+    place: str
+    content: bytes
+
+    def parsed(self) -> RawRecord:
+        return _parse_line(self.content, self.place)
+
+
+def read_json(path: Path) -> Iterator[RawRecord | JsonLine]:
+    """A .json file may hold lines, and a .jsonl file an array: the first character decides. Lines come
+    unparsed.
 
     Raises DataError if the whole file is broken; a single bad record is yielded with its ``fault``.
     """
@@ -121,7 +134,7 @@ class _Data:
             )
 
 
-def _read_data(data: _Data) -> Iterator[RawRecord]:
+def _read_data(data: _Data) -> Iterator[RawRecord | JsonLine]:
     path, beginning = data.path, data.beginning()
     told = other_content(beginning)
     if told is not None:
@@ -145,7 +158,7 @@ def _are_lines(data: _Data) -> bool:
         return False
 
 
-def _read_object(data: _Data) -> Iterator[RawRecord]:
+def _read_object(data: _Data) -> Iterator[RawRecord | JsonLine]:
     """A file that is one object: records by prompt, as the DPO reference implementation keeps them
     (``{prompt: {"responses": ..., "pairs": ..., "sft_target": ...}}``), or a single record. Lines if it is
     none."""
@@ -163,13 +176,13 @@ def _read_object(data: _Data) -> Iterator[RawRecord]:
         yield RawRecord(f"{data.path}:1", whole)
 
 
-def _read_lines(data: _Data) -> Iterator[RawRecord]:
+def _read_lines(data: _Data) -> Iterator[RawRecord | JsonLine]:
     for number, line in enumerate(data.lines(), start=1):
         if line is None:
             fault = BadRecord("too long", f"the line has more than {MAX_RECORD:,} bytes")
             yield RawRecord(f"{data.path}:{number}", None, fault)
         elif line:
-            yield _parse_line(line, f"{data.path}:{number}")
+            yield JsonLine(f"{data.path}:{number}", line)
 
 
 def _parse_line(content: bytes, place: str) -> RawRecord:

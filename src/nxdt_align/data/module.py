@@ -3,10 +3,10 @@ Lightning."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from nxdt_align.batch import Batch, Topology
+from nxdt_align.config.fields import is_dotted
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import RowCost, RowPlanner
-from nxdt_align.data.reading import RecordSet, Source, load_records
-from nxdt_align.data.records import DataError, with_mismatched
+from nxdt_align.data.prepared import Settings, is_large, prepared_examples
+from nxdt_align.data.reading import Source, load_records
+from nxdt_align.data.records import BadRecords, DataError, with_mismatched
 from nxdt_align.data.steps import (
     UNPAIRED_ROLES,
     DryRunDataset,
@@ -29,7 +31,8 @@ from nxdt_align.data.steps import (
     dry_run_steps,
     look_up_reference,
 )
-from nxdt_align.data.token_sets import WholeSequences, tokenize_records
+from nxdt_align.data.token_columns import spans
+from nxdt_align.data.token_sets import TokenizedSet, WholeSequences, tokenize_records
 from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.errors import UserError
 
@@ -121,9 +124,22 @@ class ModelAlignmentDataModule(LightningDataModule):
         dpo = self._config.model_alignment_strategy.dpo
         return None if dpo is None else dpo.ld_alpha
 
-    def _records(self, sources: list[Source], split: Split) -> RecordSet:
+    def _examples(self, sources: list[Source], split: Split) -> tuple[TokenizedSet, BadRecords]:
         data, strategy = self._config.data, self._config.model_alignment_strategy
+        # What a function of the user's own reads is not known ahead, KTO pairs each record with another
+        # one's completion, and N records of a file are soon read.
+        by_content = strategy.kto is None and data.dev_choose_samples is None and not _is_own(data.format)
         try:
+            if self._cache_dir is not None and by_content and is_large(sources):
+                return prepared_examples(
+                    sources,
+                    Settings(
+                        strategy.examples, data.format, data.columns, self._tokenization, data.verify_cache
+                    ),
+                    self._cache_dir,
+                    on_bad_record=data.on_bad_record,
+                    seed=self._config.seed,
+                )
             found = load_records(
                 sources,
                 strategy.examples,
@@ -133,20 +149,21 @@ class ModelAlignmentDataModule(LightningDataModule):
                 limit=data.dev_choose_samples,
                 seed=self._config.seed,
             )
-            return found if strategy.kto is None else replace(found, records=with_mismatched(found.records))
+            records = found.records if strategy.kto is None else with_mismatched(found.records)
         except DataError as error:
             raise DataError(f"data.{split}_dir: {error}") from error
+        examples = tokenize_records(
+            *(records, self._tokenization, self._cache_dir),
+            report=found.report,
+            on_bad_record=data.on_bad_record,
+        )
+        return examples, found.report
 
     def _load(self, sources: list[Source], split: Split) -> StepDataset:
         data = self._config.data
-        records = self._records(sources, split)
-        examples = tokenize_records(
-            *(records.records, self._tokenization, self._cache_dir),
-            report=records.report,
-            on_bad_record=data.on_bad_record,
-        )
-        if records.report.total:
-            log.warning("%s", records.report.summary())
+        examples, report = self._examples(sources, split)
+        if report.total:
+            log.warning("%s", report.summary())
         strategy = self._config.model_alignment_strategy
         key = f"model_alignment_strategy.{strategy.objective}.max_prompt_length"
         for told in examples.warnings_of_truncation(self._tokenization.truncation, key):
@@ -191,7 +208,18 @@ class ModelAlignmentDataModule(LightningDataModule):
         return len(self._train_sampler)
 
     def record_ids(self, split: Split) -> list[str]:
-        return list(self.splits[split].examples.record_ids)
+        return self.splits[split].examples.record_ids
+
+    def fingerprint(self, split: Split) -> str:
+        """A hash of the records' ids in their order: 32 hex digits."""
+        examples = self.splits[split].examples
+        # JSON of {"records": the ids, parted by spaces}, made piece by piece; it must never change, or runs
+        # would no longer resume.
+        digest = hashlib.blake2b(b'{"records":"', digest_size=16)
+        for span in spans(len(examples)):
+            digest.update((" " * bool(span.start) + " ".join(examples.ids_of(span))).encode())
+        digest.update(b'"}')
+        return digest.hexdigest()
 
     def first_micro_batches(self, split: Split = "train") -> list[Batch]:
         """This rank's share of the next step."""
@@ -272,6 +300,10 @@ class ModelAlignmentDataModule(LightningDataModule):
         self, batch: list[Batch], device: torch.device, dataloader_idx: int
     ) -> list[Batch]:
         return [b.to(device) for b in batch]
+
+
+def _is_own(format: str | None) -> bool:
+    return format is not None and is_dotted(format)
 
 
 def sources(value: Any) -> list[Source]:

@@ -7,10 +7,10 @@ only predicted, so a sequence takes P - 1 + n positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,23 @@ MAX_BUCKETS = 3
 class Lengths(Protocol):
     """The part of a tokenized set that a plan uses."""
 
+    @property
+    def prompt_lengths(self) -> npt.NDArray[Any]:
+        """(N,) int"""
+
+    @property
+    def response_lengths(self) -> npt.NDArray[Any]:
+        """(N, k) int: k responses per example"""
+
+
+class _SomeLengths(NamedTuple):
     prompt_lengths: npt.NDArray[Any]
-    """(N,) int"""
     response_lengths: npt.NDArray[Any]
-    """(N, k) int: k responses per example"""
+
+
+Indices = Sequence[int] | npt.NDArray[Any]
+Where = npt.NDArray[Any] | slice
+"""Indices of examples, or a span of them."""
 
 
 @dataclass(frozen=True, order=True)
@@ -159,10 +172,10 @@ class RowPlanner:
         self.round_size = round_size
         self._row_cost: RowCost = row_cost or (lambda bucket: bucket.tokens)
         self.responses_per_example = int(lengths.response_lengths.shape[1])
-        self._tokens = example_tokens(lengths, layout, window)
-        self._all_tokens = example_tokens(lengths, "packed")
-        self._responses = example_responses(lengths, layout, with_prompts)
-        longest = int(self._tokens.max())
+        self._lengths, self._with_prompts = lengths, with_prompts
+        self._sampled: list[npt.NDArray[Any]] | None = None
+        # Per span, here and below: what is computed of every example takes no memory per example.
+        longest = max(int(self._tokens(span).max()) for span in self._spans())
         if buckets is not None:
             _check_buckets(buckets, longest, layout, row_multiple, name)
             sizes = tuple(buckets)
@@ -176,11 +189,12 @@ class RowPlanner:
         if fixed_micro_batches:
             self._micro_batches = self._most_micro_batches(examples_per_step)
 
-    def plan(self, examples: Sequence[int], bucket: Bucket | None = None) -> StepPlan:
+    def plan(self, examples: Indices, bucket: Bucket | None = None) -> StepPlan:
         """The rows of a step whose examples are these indices into the data set, in ``bucket`` (which must
         hold them) or in the bucket that costs least: positions, or what the planner was given."""
-        tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
-        fitting = self.fitting(examples) if bucket is None else [bucket]
+        where = np.asarray(examples, np.int64)
+        tokens, responses = self._tokens(where), self._responses(where)
+        fitting = self._fitting(tokens, responses) if bucket is None else [bucket]
         plans = [(self._rows(tokens, responses, fits), fits) for fits in fitting]
         rows, chosen = min(plans, key=lambda p: (len(p[0]) * self._row_cost(p[1]), p[1].tokens))
         if self.ranks > 1 and self.layout != "none":
@@ -191,15 +205,27 @@ class RowPlanner:
                 rows = min((rows, self._dealt(equal, tokens)), key=lambda r: self._busiest(r, tokens))
         return StepPlan(chosen, tuple(rows))
 
-    def fitting(self, examples: Sequence[int]) -> list[Bucket]:
+    def fitting(self, examples: Indices) -> list[Bucket]:
         """The buckets that can hold each of these examples."""
-        tokens, responses = self._tokens[list(examples)], self._responses[list(examples)]
-        return [b for b in self.buckets if b.tokens >= tokens.max() and b.responses >= responses.max()]
+        where = np.asarray(examples, np.int64)
+        return self._fitting(self._tokens(where), self._responses(where))
+
+    def _fitting(self, tokens: npt.NDArray[Any], responses: npt.NDArray[Any]) -> list[Bucket]:
+        longest, most = int(tokens.max()), int(responses.max())
+        return [b for b in self.buckets if b.tokens >= longest and b.responses >= most]
 
     @property
     def examples(self) -> int:
         """Number of examples in the data set."""
-        return len(self._tokens)
+        return len(self._lengths.prompt_lengths)
+
+    def shortest(self) -> int:
+        """The first of the examples that fill the fewest positions."""
+        found: list[tuple[int, int]] = []
+        for span in self._spans():
+            real = self._real_tokens(span)
+            found.append((int(real.min()), int(span.start + real.argmin())))
+        return min(found)[1]
 
     def rows_of_rank(self, plan: StepPlan, rank: int) -> list[list[tuple[int, ...]]]:
         """One rank's micro-batches: lists of rows. Every rank gets the same number."""
@@ -207,10 +233,26 @@ class RowPlanner:
         size = self.micro_batch_size
         return [list(mine[i : i + size]) for i in range(0, len(mine), size)]
 
-    def real_tokens(self, examples: Sequence[int]) -> npt.NDArray[Any]:
+    def real_tokens(self, examples: Indices) -> npt.NDArray[Any]:
         """(n,) positions that each example fills, over all of its rows."""
-        per_row = self._all_tokens if self.layout == "none" else self._tokens
-        return np.asarray(per_row[list(examples)])
+        return self._real_tokens(np.asarray(examples, np.int64))
+
+    # Lengths of the examples at some indices, or in a span of the data set
+
+    def _at(self, where: Where) -> _SomeLengths:
+        return _SomeLengths(self._lengths.prompt_lengths[where], self._lengths.response_lengths[where])
+
+    def _tokens(self, where: Where) -> npt.NDArray[Any]:
+        return example_tokens(self._at(where), self.layout, self.window)
+
+    def _responses(self, where: Where) -> npt.NDArray[Any]:
+        return example_responses(self._at(where), self.layout, self._with_prompts)
+
+    def _real_tokens(self, where: Where) -> npt.NDArray[Any]:
+        return example_tokens(self._at(where), "packed") if self.layout == "none" else self._tokens(where)
+
+    def _spans(self, size: int = 2**16) -> Iterator[slice]:
+        return (slice(begin, begin + size) for begin in range(0, self.examples, size))
 
     def _rows(
         self, tokens: npt.NDArray[Any], responses: npt.NDArray[Any], bucket: Bucket
@@ -255,7 +297,7 @@ class RowPlanner:
         uses."""
         most = dict.fromkeys(self.buckets, 1)
         for step in self._sample_steps(examples_per_step):
-            plan = self.plan(step.tolist())
+            plan = self.plan(step)
             most[plan.bucket] = max(most[plan.bucket], len(plan.rows) // (self.ranks * self.micro_batch_size))
         return most
 
@@ -265,10 +307,10 @@ class RowPlanner:
         The largest must hold the longest example; up to two more are added while each saves at least 2%, as
         each is one more graph to compile.
         """
-        steps = self._sample_steps(examples_per_step)
+        steps = [(self._tokens(s), self._responses(s)) for s in self._sample_steps(examples_per_step)]
         costs = {
-            size: np.array([self._step_cost(step, size) for step in steps])
-            for size in _candidates(largest, int(np.mean([self._tokens[s].sum() for s in steps])), rounding)
+            size: np.array([self._step_cost(*step, size) for step in steps])
+            for size in _candidates(largest, int(np.mean([tokens.sum() for tokens, _ in steps])), rounding)
         }
         chosen = [max(costs)] if largest not in costs else [largest]
         for _ in range(MAX_BUCKETS - 1):
@@ -286,39 +328,46 @@ class RowPlanner:
             chosen.append(best)
         return tuple(sorted(chosen))
 
-    def _step_cost(self, step: npt.NDArray[Any], size: int) -> float:
+    def _step_cost(self, tokens: npt.NDArray[Any], responses: npt.NDArray[Any], size: int) -> float:
         """Of a step in rows of ``size``; infinite if an example does not fit."""
-        tokens = self._tokens[step]
         if tokens.max() > size:
             return float("inf")
-        responses = self._responses[step]
         rows = best_fit(tokens, responses, Room(size, size))
         share = responses.sum() / tokens.sum()
         row = Bucket(size, min(size, _round_up(int(size * share))), self.responses_per_example)
         return float(self._filled_up(len(rows), None) * self._row_cost(row))
 
     def _sample_steps(self, examples_per_step: int, most: int = 200) -> list[npt.NDArray[Any]]:
-        # A fixed seed: buckets must not change with the run's seed, or graphs would be compiled anew.
-        order = np.random.default_rng(0).permutation(len(self._tokens))
-        starts = range(0, len(order), examples_per_step)
-        return [order[i : i + examples_per_step] for i in starts][:most]
+        if self._sampled is None:
+            # A fixed seed: buckets must not change with the run's seed, or graphs would be compiled anew.
+            self._sampled = sample_steps(self.examples, examples_per_step, most)
+        return self._sampled
 
     def _shape(self, size: int, examples_per_step: int) -> Bucket:
         """A bucket's T and R, from the rows of a sample of steps, with some slack."""
         if self.layout == "none":
-            return Bucket(size, min(size, _round_up(int(self._responses.max()))), 1)
-        fits = self._tokens <= size
-        needed = int(self._responses[fits].max(initial=1))
+            most = max(int(self._responses(span).max()) for span in self._spans())
+            return Bucket(size, min(size, _round_up(most)), 1)
+        needed = max(
+            int(self._responses(span)[self._tokens(span) <= size].max(initial=1)) for span in self._spans()
+        )
         most_responses, most_examples = needed, 1
         for step in self._sample_steps(examples_per_step):
-            inside = step[fits[step]]
-            for row in best_fit(self._tokens[inside], self._responses[inside], Room(size, size)):
-                most_responses = max(most_responses, int(self._responses[inside[list(row)]].sum()))
+            tokens, responses = self._tokens(step), self._responses(step)
+            tokens, responses = tokens[tokens <= size], responses[tokens <= size]
+            for row in best_fit(tokens, responses, Room(size, size)):
+                most_responses = max(most_responses, int(responses[list(row)].sum()))
                 most_examples = max(most_examples, len(row))
         # A quarter more than seen: slots cost little, and a row that lacks one stays emptier than it could
         # be.
         examples = -(-most_examples * 5 // 4)
         return Bucket(size, min(size, _round_up(most_responses)), examples * self.responses_per_example)
+
+
+def sample_steps(examples: int, examples_per_step: int, most: int = 200) -> list[npt.NDArray[Any]]:
+    """The indices of up to ``most`` steps of an order that depends on the number of examples alone."""
+    taken = np.random.default_rng(0).permutation(examples)[: most * examples_per_step].copy()
+    return [taken[i : i + examples_per_step] for i in range(0, len(taken), examples_per_step)]
 
 
 def _round_up(value: int, multiple: int = ROUNDING) -> int:

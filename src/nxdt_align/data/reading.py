@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nxdt_align.data.formats import (
     Format,
@@ -24,6 +26,7 @@ from nxdt_align.data.formats import (
     nearest_format,
     read_columns,
 )
+from nxdt_align.data.json_files import JsonLine
 from nxdt_align.data.raw import RawRecord
 from nxdt_align.data.records import (
     BAD_RECORDS_ADVICE,
@@ -38,7 +41,7 @@ from nxdt_align.data.records import (
     excerpt,
     further_keys,
 )
-from nxdt_align.data.sources import read_raw
+from nxdt_align.data.sources import parsed, read_unparsed
 from nxdt_align.messages import NOTICE
 
 log = logging.getLogger(__name__)
@@ -81,6 +84,21 @@ class RecordSet:
     sources without such columns are left out."""
 
 
+@dataclass
+class ReadPart:
+    """What some of a source's rows hold."""
+
+    records: list[Record]
+    unread: Counter[str]
+    """Columns that the format does not read, each with the number of rows that fill it."""
+    rows: int = 0
+    """Rows that are objects."""
+    left_out: int = 0
+    """Rows that give no record without being bad."""
+    texts: int = 0
+    """Records whose prompt is text, not chat messages."""
+
+
 def load_records(
     sources: Sequence[Source],
     kind: Kind,
@@ -111,8 +129,8 @@ def load_records(
     if limit is not None and limit < 1:
         raise DataError(f"data.dev_choose_samples must be at least 1, but is {limit}")
     for source in sources:
-        _check_weight(source)
-    reader = Reader(kind, named_format(format, kind) if format else None, _checked_columns(columns, kind))
+        check_weight(source)
+    reader = Reader(kind, named_format(format, kind) if format else None, checked_columns(columns, kind))
     parts = [reader.read(source.path, limit) for source in sources]
     some_are_good = all(parts)
     if reader.report.total and (on_bad_record == "error" or not some_are_good):
@@ -125,29 +143,35 @@ def load_records(
     )
     unread = {path: counts for path, counts in reader.unread.items() if counts}
     for path, counts in unread.items():
-        _tell_unread(path, counts)
+        tell_unread(path, counts)
     return RecordSet(list(mixed), reader.report, ", ".join(reader.formats), unread)
 
 
-def _check_weight(source: Source) -> None:
+def check_weight(source: Source) -> None:
     weight = source.weight
     if weight is not None and not (math.isfinite(weight) and weight > 0):
         raise DataError(f"{source.path}: the weight of a source must be above 0, but is {weight}")
 
 
 def _weighted(records: list[Record], source: Source, seed: list[int]) -> list[Record]:
-    """All records floor(weight) times, then the rest of the weight as a sample without replacement."""
-    if source.weight is None or not records:
-        return records
+    rows = weighted_rows(len(records), source, seed)
+    return records if rows is None else [records[i] for i in rows.tolist()]
+
+
+def weighted_rows(count: int, source: Source, seed: list[int]) -> npt.NDArray[Any] | None:
+    """Indices of all ``count`` records floor(weight) times, then the rest of the weight as a sample without
+    replacement; None: each once."""
+    if source.weight is None or source.weight == 1 or not count:
+        return None
     whole, part = divmod(source.weight, 1.0)
-    count = round(part * len(records))
-    if not whole and not count:
-        raise DataError(f"{source.path}: weight {source.weight} of {len(records)} records leaves none")
-    drawn = np.random.default_rng(seed).choice(len(records), count, replace=False)
-    return records * int(whole) + [records[i] for i in sorted(drawn.tolist())]
+    sampled = round(part * count)
+    if not whole and not sampled:
+        raise DataError(f"{source.path}: weight {source.weight} of {count} records leaves none")
+    drawn = np.random.default_rng(seed).choice(count, sampled, replace=False)
+    return np.concatenate([np.tile(np.arange(count), int(whole)), np.sort(drawn)])
 
 
-def _checked_columns(columns: Mapping[str, str] | None, kind: Kind) -> dict[str, str]:
+def checked_columns(columns: Mapping[str, str] | None, kind: Kind) -> dict[str, str]:
     known = known_columns(kind)
     for ours in columns or {}:
         if ours not in known:
@@ -171,67 +195,75 @@ class Reader:
 
     def read(self, path: str, limit: int | None) -> list[Record]:
         """The good records of a source, at most ``limit``. Raises DataError if its format is unknown."""
-        rows = self._sound_rows(path)
-        head, format = self._detect(rows, path)
-        records: list[Record] = []
+        rows, format = self.open(path)
+        part = self.convert(rows, format, limit)
+        conclude(path, part, len(part.records), format.leaves_out)
         # A mixture may name a file twice.
-        unread = self.unread[path] = Counter()
+        self.unread[path] = part.unread
+        return part.records
+
+    def open(self, path: str) -> tuple[Iterator[RawRecord | JsonLine], Format]:
+        """The rows of a source, and the format of the first that fits one."""
+        rows = read_unparsed(path)
+        first = next(rows, None)
+        if first is None:
+            raise DataError(f"{path} holds no records; name a file with at least one")
+        rows = chain([first], rows)
+        head, format = self._detect(rows, path)
+        return chain(head, rows), format
+
+    def convert(
+        self, rows: Iterable[RawRecord | JsonLine], format: Format, limit: int | None = None
+    ) -> ReadPart:
+        """The good records of some of a source's rows; bad ones go into the report."""
+        part = ReadPart([], Counter())
         known = read_columns(format, self._kind)
-        taken = left_out = 0
-        for row in chain(head, rows):
-            taken += 1
+        for row in map(parsed, rows):
+            if not self._is_sound(row):
+                continue
+            part.rows += 1
             converted = self._convert(row, format, known)
-            left_out += not converted
+            part.left_out += not converted
             good = [record for each in converted for record in self._check(each, row.place)]
-            records += good
+            part.records += good
             if known is not None:
                 renamed = self._renamed(row.value)
                 read = {*known, "tools"} if any(record.tools for record in good) else known
-                unread.update(key for key in renamed if key not in read and _is_filled(renamed[key]))
-            if limit is not None and len(records) >= limit:
-                records = records[:limit]
+                part.unread.update(key for key in renamed if key not in read and _is_filled(renamed[key]))
+            if limit is not None and len(part.records) >= limit:
+                del part.records[limit:]
                 break
-        if left_out:
-            told = f"{path}: {left_out} of {taken} records are left out: {format.leaves_out}"
-            if left_out == taken:
-                raise DataError(f"{told}; name a function in data.format to take them otherwise")
-            log.log(NOTICE, "%s", told)
-        _tell_mixed(path, records)
-        return records
+        part.texts = sum(isinstance(record.prompt, str) for record in part.records)
+        return part
 
-    def _sound_rows(self, path: str) -> Iterator[RawRecord]:
-        """Rows that are objects; others go into the report. Raises DataError if there is no row."""
-        empty = True
-        for row in read_raw(path):
-            empty = False
-            fault = row.fault
-            if fault is None and not isinstance(row.value, Mapping):
-                kind = type(row.value).__name__
-                fault = BadRecord(
-                    "wrong type", f"a record must be an object, but is {kind} {excerpt(row.value)}"
-                )
-            elif fault is None:
-                fault = _fault_of_keys(row.value)
-            if fault is None:
-                yield row
-            else:
-                self.report.read += 1
-                self.report.add(row.place, fault)
-        if empty:
-            raise DataError(f"{path} holds no records; name a file with at least one")
+    def _is_sound(self, row: RawRecord) -> bool:
+        """Whether a row is an object; one that is not goes into the report."""
+        fault = _fault_of_row(row)
+        if fault is not None:
+            self.report.read += 1
+            self.report.add(row.place, fault)
+        return fault is None
 
-    def _detect(self, rows: Iterator[RawRecord], path: str) -> tuple[list[RawRecord], Format]:
+    def _detect(
+        self, rows: Iterator[RawRecord | JsonLine], path: str
+    ) -> tuple[list[RawRecord | JsonLine], Format]:
         """The rows read so far, and the format of the first that fits one."""
-        head: list[RawRecord] = []
+        head: list[RawRecord | JsonLine] = []
+        sound: list[RawRecord] = []
         format = self._format
-        while format is None and len(head) < ROWS_TO_DETECT:
+        while format is None and len(sound) < ROWS_TO_DETECT:
             row = next(rows, None)
             if row is None:
                 break
             head.append(row)
-            format = detect_format(self._renamed(row.value), self._kind)
+            found = parsed(row)
+            if _fault_of_row(found) is None:
+                sound.append(found)
+                format = detect_format(self._renamed(found.value), self._kind)
         if format is None:
-            raise DataError(self._no_format(path, head))
+            for row in head:
+                self._is_sound(parsed(row))
+            raise DataError(self._no_format(path, sound))
         self.formats[format.name] = None
         return head, format
 
@@ -315,6 +347,15 @@ class Reader:
             self.report.add(place, fault)
 
 
+def _fault_of_row(row: RawRecord) -> BadRecord | None:
+    if row.fault is not None:
+        return row.fault
+    if not isinstance(row.value, Mapping):
+        kind = type(row.value).__name__
+        return BadRecord("wrong type", f"a record must be an object, but is {kind} {excerpt(row.value)}")
+    return _fault_of_keys(row.value)
+
+
 def _fault_of_keys(row: Row) -> BadRecord | None:
     """JSON can hold lone surrogates, which no log or tokenizer takes; values are checked as text."""
     for key in row:
@@ -325,7 +366,7 @@ def _fault_of_keys(row: Row) -> BadRecord | None:
     return None
 
 
-def _tell_unread(path: str, counts: Mapping[str, int]) -> None:
+def tell_unread(path: str, counts: Mapping[str, int]) -> None:
     listed = _listed([f"{column} ({rows})" for column, rows in counts.items()])
     said = "%s: columns that are not read, with the number of records that have them: %s"
     log.log(NOTICE, said, path, listed)
@@ -338,13 +379,19 @@ def _tell_unread(path: str, counts: Mapping[str, int]) -> None:
             )
 
 
-def _tell_mixed(path: str, records: Sequence[Record]) -> None:
-    texts = sum(isinstance(record.prompt, str) for record in records)
-    if 0 < texts < len(records):
+def conclude(path: str, part: ReadPart, good: int, leaves_out: str) -> None:
+    """Say what a whole source with ``good`` records was like. Raises DataError where its format leaves out
+    all of it."""
+    if part.left_out:
+        told = f"{path}: {part.left_out} of {part.rows} records are left out: {leaves_out}"
+        if part.left_out == part.rows:
+            raise DataError(f"{told}; name a function in data.format to take them otherwise")
+        log.log(NOTICE, "%s", told)
+    if 0 < part.texts < good:
         log.warning(
             "%s: the prompts of %d records are text, those of %d are chat messages, and only the latter go "
             "through the chat template: give all of them in one form",
-            *(path, texts, len(records) - texts),
+            *(path, part.texts, good - part.texts),
         )
 
 

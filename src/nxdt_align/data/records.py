@@ -74,6 +74,14 @@ class BadRecords:
         if len(shown) < EXAMPLES_PER_REASON:
             shown.append(f"{place}: {fault.detail}")
 
+    def merge(self, other: BadRecords) -> None:
+        """Add those of records that come after these."""
+        self.read += other.read
+        self.counts.update(other.counts)
+        for reason, examples in other.examples.items():
+            shown = self.examples.setdefault(reason, [])
+            shown += examples[: EXAMPLES_PER_REASON - len(shown)]
+
     def summary(self) -> str:
         """A paragraph with the totals, and for each reason its count and first examples."""
         lines = [f"{self.total} bad of {self.read} records"]

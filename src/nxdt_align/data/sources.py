@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nxdt_align.data.arrow_files import read_arrow, read_parquet, read_saved_folder
-from nxdt_align.data.json_files import read_json
+from nxdt_align.data.json_files import JsonLine, read_json
 from nxdt_align.data.raw import EXTENSIONS, RawRecord
 from nxdt_align.data.records import DataError
 
@@ -22,6 +22,15 @@ def read_raw(path: str) -> Iterator[RawRecord]:
     Raises DataError if there is nothing to read or the whole file is broken; a single bad record is yielded
     with its ``fault``.
     """
+    return map(parsed, read_unparsed(path))
+
+
+def parsed(row: RawRecord | JsonLine) -> RawRecord:
+    return row.parsed() if isinstance(row, JsonLine) else row
+
+
+def read_unparsed(path: str) -> Iterator[RawRecord | JsonLine]:
+    """As ``read_raw``, but JSON lines come as they are."""
     try:
         place = Path(path).expanduser()
         mode = place.stat().st_mode
@@ -58,7 +67,7 @@ def _not_found(path: str) -> str:
     return message
 
 
-def _read_file(path: Path) -> Iterator[RawRecord]:
+def _read_file(path: Path) -> Iterator[RawRecord | JsonLine]:
     name = path.name.lower()
     if not name.endswith(EXTENSIONS):
         raise DataError(f"{path}: unknown file type; a data file ends in one of {', '.join(EXTENSIONS)}")

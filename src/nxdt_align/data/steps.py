@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from nxdt_align.batch import Batch, SlotRole, Topology
 from nxdt_align.data.collate import Collator, GlobalCounts
 from nxdt_align.data.packing import Bucket, Layout, RowPlanner
+from nxdt_align.data.token_columns import distinct
 from nxdt_align.data.token_sets import TokenizedSet
 
 Split = Literal["train", "val"]
@@ -66,7 +67,10 @@ class StepSampler(Sampler[tuple[int, ...]]):
         if not self._shuffle:
             return np.arange(self.examples)
         # A new generator per epoch: a resumed run draws the same order without replaying earlier epochs.
-        return np.random.default_rng([self._seed, epoch]).permutation(self.examples)
+        # Shuffled in place, in half the memory of permutation(), which draws the same order.
+        order = np.arange(self.examples, dtype=np.int32 if self.examples < 2**31 else np.int64)
+        np.random.default_rng([self._seed, epoch]).shuffle(order)
+        return order
 
     def consumed(self, steps: int) -> int:
         """Examples seen in the first ``steps`` steps, over epochs."""
@@ -86,7 +90,7 @@ class StepSampler(Sampler[tuple[int, ...]]):
         order = self.order(epoch)
         for step in range(first, len(self)):
             start = step * self.examples_per_step
-            yield tuple(int(i) for i in order[start : start + self.examples_per_step])
+            yield tuple(order[start : start + self.examples_per_step].tolist())
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,46 @@ class PlannedMicroBatch:
     @property
     def records(self) -> list[int]:
         return [index for row in self.rows for index in row]
+
+
+class ReferencePlan:
+    """The micro-batches of the reference pass: every distinct record once.
+
+    Sorted by length, so that rows fill up. The plan is the same on every rank and after every restart, which
+    makes a resumed pass equal to an uninterrupted one. Rows are planned group by group as they are asked for,
+    so that a plan of millions takes no time before the first and no memory per micro-batch.
+    """
+
+    def __init__(self, examples: TokenizedSet, planner: RowPlanner) -> None:
+        self._planner = planner
+        first, _ = distinct(examples.ids())
+        tokens = examples.prompt_lengths[first] + examples.response_lengths[first].sum(1, dtype=np.int32)
+        self._order = first[np.argsort(-tokens, kind="stable")]
+
+    @property
+    def most_records(self) -> int:
+        """At least the records of any micro-batch; the same whatever is missing."""
+        most = max(bucket.slots // self._planner.responses_per_example for bucket in self._planner.buckets)
+        if self._planner.layout == "none":
+            most = 1
+        return self._planner.micro_batch_size * max(most, 1)
+
+    def __iter__(self) -> Iterator[PlannedMicroBatch]:
+        return self.needed(np.ones(self._planner.examples, np.bool_))
+
+    def needed(self, is_missing: npt.NDArray[np.bool_]) -> Iterator[PlannedMicroBatch]:
+        """The micro-batches with a record that is missing, (N,), whole."""
+        size = self._planner.micro_batch_size
+        for start in range(0, len(self._order), REFERENCE_GROUP):
+            group = self._order[start : start + REFERENCE_GROUP]
+            if not is_missing[group].any():
+                continue
+            plan = self._planner.plan(group)
+            rows = [tuple(group[list(row)].tolist()) for row in plan.rows if row]
+            for i in range(0, len(rows), size):
+                planned = PlannedMicroBatch(plan.bucket, tuple(rows[i : i + size]))
+                if is_missing[planned.records].any():
+                    yield planned
 
 
 class StepDataset(Dataset[list[Batch]]):
@@ -125,39 +169,23 @@ class StepDataset(Dataset[list[Batch]]):
         self._collate = Collator(
             examples, layout, roles, tail_weight, window=planner.window, with_prompts=with_prompts
         )
-        self._response_tokens = examples.response_lengths.sum(1)
 
     def __getitem__(self, indices: Sequence[int]) -> list[Batch]:
         return self.lay_out(indices)
 
     def lay_out(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Batch]:
         """The step's micro-batches in ``bucket``, by default the planner's choice."""
-        counts = GlobalCounts(len(indices), int(self._response_tokens[list(indices)].sum()))
+        tokens = int(self.examples.response_lengths[np.asarray(indices, np.int64)].sum())
+        counts = GlobalCounts(len(indices), tokens)
         plan = self.planner.plan(indices, bucket)
         return [
             self._collate([[indices[i] for i in row] for row in rows], plan.bucket, counts)
             for rows in self.planner.rows_of_rank(plan, self._topology.data_parallel_rank)
         ]
 
-    def reference_plan(self) -> list[PlannedMicroBatch]:
-        """The reference pass: every distinct record once, planned from the whole data set.
-
-        Sorted by length, so that rows fill up. The plan is the same on every rank and after every restart,
-        which makes a resumed pass equal to an uninterrupted one.
-        """
-        # Reversed, so that the first of several equal records stays in the dictionary.
-        first_of = {record: i for i, record in reversed(list(enumerate(self.examples.record_ids)))}
-        order = sorted(first_of.values(), key=lambda i: (-self._tokens(i), i))
-        planned = []
-        for start in range(0, len(order), REFERENCE_GROUP):
-            group = order[start : start + REFERENCE_GROUP]
-            plan = self.planner.plan(group)
-            rows = [tuple(group[i] for i in row) for row in plan.rows if row]
-            size = self.planner.micro_batch_size
-            planned += [
-                PlannedMicroBatch(plan.bucket, tuple(rows[i : i + size])) for i in range(0, len(rows), size)
-            ]
-        return planned
+    def reference_plan(self) -> ReferencePlan:
+        """The reference pass: every distinct record once, planned from the whole data set."""
+        return ReferencePlan(self.examples, self.planner)
 
     def collate_planned(self, planned: PlannedMicroBatch) -> Batch:
         """A micro-batch of ``reference_plan``, padded with empty rows to its static size."""
@@ -165,9 +193,6 @@ class StepDataset(Dataset[list[Batch]]):
         rows = list(planned.rows) + [()] * missing
         # Counts of 1: log-probabilities are not divided by them.
         return self._collate(rows, planned.bucket, GlobalCounts(1, 1))
-
-    def _tokens(self, index: int) -> int:
-        return int(self.examples.prompt_lengths[index] + self.examples.response_lengths[index].sum())
 
 
 def look_up_reference(table: npt.NDArray[Any], batch: Batch) -> Tensor:
@@ -224,7 +249,7 @@ def dry_run_steps(planner: RowPlanner, steps: Iterable[Sequence[int]]) -> list[D
 
 def _idle_buckets(planner: RowPlanner, used: set[Bucket]) -> list[DryRunStep]:
     """The shortest example in each bucket that is not ``used`` and can hold it."""
-    shortest = int(np.argmin(planner.real_tokens(range(planner.examples))))
+    shortest = planner.shortest()
     fitting = planner.fitting([shortest])
     return [
         DryRunStep((shortest,), bucket)

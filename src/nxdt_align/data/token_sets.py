@@ -1,25 +1,32 @@
-"""Tokenized records in a few flat arrays, and their cache on disk by content."""
+"""Tokenized records in their order, and their cache on disk by content."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import chain, pairwise
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecord, BadRecords, DataError, OnBadRecord, Record
+from nxdt_align.data.token_columns import (
+    BROKEN,
+    ID_BYTES,
+    Array,
+    Stream,
+    TokenColumns,
+    TokenFile,
+    as_bytes,
+    map_tokens,
+    spans,
+    write_tokens,
+)
 from nxdt_align.data.tokenize import RULES_VERSION, Encoded, Example, Tokenization, Truncation, changed_id
-from nxdt_align.files import atomic_write, explain
+from nxdt_align.files import explain
 
 log = logging.getLogger(__name__)
 CUT_SHARE, ENOUGH = 0.03, 0.99
@@ -29,35 +36,83 @@ CHUNK = 1000
 
 
 class TokenizedSet:
-    """Tokenized records in their order; records of equal content share their tokens."""
+    """Tokenized records in their order; records of equal content share their tokens.
+
+    Args:
+        parts: the tokens, of one file of the cache or of several.
+        rows: (N,) the record of each example, counted through all parts; None: each record once.
+        desirable: (N,) bool, the labels of labelled completions; None: all are.
+    """
 
     def __init__(
-        self, columns: TokenColumns, record_ids: Sequence[str], desirable: Sequence[bool] | None = None
+        self, parts: Sequence[TokenColumns], rows: Array | None = None, desirable: Array | None = None
     ) -> None:
-        row_of = {record: row for row, record in enumerate(columns.record_ids)}
-        self._columns = columns
-        self._rows = np.array([row_of[record] for record in record_ids], dtype=np.int64)
-        self._desirable = None if desirable is None else list(desirable)
-        changed = {r for r, is_changed in zip(columns.record_ids, columns.changed, strict=True) if is_changed}
-        self.record_ids = [changed_id(r) if r in changed else r for r in record_ids]
-        """The content hash of each record, (N); another for those whose tokens later rules changed."""
-        self.prompt_lengths: npt.NDArray[Any] = np.diff(columns.prompt_offsets)[self._rows]
-        """(N,) int64, tokens."""
-        lengths = np.diff(columns.response_offsets).reshape(len(columns.record_ids), -1)
-        self.response_lengths: npt.NDArray[Any] = lengths[self._rows]
-        """(N, k) int64, tokens; k is 2 for pairs (chosen, rejected), otherwise 1."""
-        self.truncated = int(columns.truncated[self._rows].sum())
+        self._parts = list(parts)
+        self._starts = np.cumsum([0, *(len(part.ids) for part in parts)])
+        self._rows = rows
+        self._desirable = desirable
+        self._count = int(self._starts[-1]) if rows is None else len(rows)
+        self.prompt_lengths: Array = self._column("prompt_lengths")
+        """(N,) int32, tokens."""
+        self.response_lengths: Array = self._column("response_lengths")
+        """(N, k) int32, tokens; k is 2 for pairs (chosen, rejected), otherwise 1."""
+        self.truncated = int(self._column("truncated").sum())
         """Number of truncated examples."""
-        self.identical_after_truncation = int(columns.identical_responses()[self._rows].sum())
+        self.identical_after_truncation = int(self._column("identical").sum())
         """Number of pairs whose chosen and rejected tokens are equal although their texts differ. They are
         kept: their margin is always 0."""
+
+    @classmethod
+    def of(
+        cls, columns: TokenColumns, record_ids: Sequence[str], desirable: Sequence[bool] | None = None
+    ) -> TokenizedSet:
+        """The examples of these records, in this order."""
+        row_of = {each.tobytes().hex(): row for row, each in enumerate(columns.ids)}
+        rows = np.array([row_of[record] for record in record_ids], dtype=np.int64)
+        return cls([columns], rows, None if desirable is None else np.array(desirable, dtype=bool))
+
+    @property
+    def record_ids(self) -> list[str]:
+        """The content hash of each record, (N); another for those whose tokens later rules changed."""
+        return [each for span in spans(len(self)) for each in self.ids_of(span)]
+
+    def ids_of(self, span: slice) -> list[str]:
+        """The ``record_ids`` of a part of the examples."""
+        text = np.ascontiguousarray(self._column("ids", span)).tobytes().hex()
+        found = [text[at : at + 2 * ID_BYTES] for at in range(0, len(text), 2 * ID_BYTES)]
+        for at in np.flatnonzero(self._column("changed", span)).tolist():
+            found[at] = changed_id(found[at])
+        return found
+
+    def ids(self) -> Array:
+        """(N, 16) uint8: ``record_ids`` as bytes."""
+        if not any(part.changed.any() for part in self._parts):
+            return self._column("ids")
+        return np.concatenate([as_bytes(self.ids_of(span)) for span in spans(len(self))])
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the files that it is mapped from, which all processes of a machine share."""
+        return sum(part.path.stat().st_size for part in self._parts if part.path is not None)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes that each process holds."""
+        held = [array for part in self._parts if part.path is None for array in part.arrays().values()]
+        held += [array for array in (self._rows, self._desirable) if array is not None]
+        is_mapped = self._rows is None and len(self._parts) == 1 and self._parts[0].path is not None
+        if not is_mapped:
+            held += [self.prompt_lengths, self.response_lengths]
+        return sum(array.nbytes for array in held)
 
     def ends(self, seq_length: int) -> list[int]:
         """The tokens that responses end with, EOS or a template's end of turn, those cut short at
         ``seq_length`` left out."""
-        whole = self.prompt_lengths[:, None] + self.response_lengths < seq_length
-        stops = self._columns.response_offsets[1:].reshape(len(self._columns.record_ids), -1)[self._rows]
-        return [int(token) for token in np.unique(self._columns.response_tokens[stops - 1][whole])]
+        found: set[int] = set()
+        for span in spans(len(self)):
+            lengths = self._column("prompt_lengths", span)[:, None] + self._column("response_lengths", span)
+            found.update(np.unique(self._column("last_tokens", span)[lengths < seq_length]).tolist())
+        return sorted(found)
 
     def warnings_of_truncation(self, truncation: Truncation, prompt_key: str) -> list[str]:
         """What truncation takes from more than a few examples, and the lengths that would do.
@@ -68,11 +123,10 @@ class TokenizedSet:
         """
         if self.truncated <= CUT_SHARE * len(self):
             return []
-        whole = self._columns.whole_lengths
-        if not len(whole):
+        if any(not len(part.whole_lengths) and part.truncated.any() for part in self._parts):
             cut = f"{prompt_key} and data.seq_length cut {_share(self.truncated, len(self))}"
             return [f"{cut}; by how much, the token cache of an earlier version does not say"]
-        whole = whole[self._rows]
+        whole = self._column("whole_lengths")
         limit, seq_length = truncation.prompt_limit, truncation.seq_length
         prompts = np.minimum(whole[:, 0], limit)
         lengths = prompts + whole[:, 1:].max(1)
@@ -92,14 +146,34 @@ class TokenizedSet:
         return found
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count
 
     def __getitem__(self, index: int) -> Example:
-        row = int(self._rows[index])
-        desirable = True if self._desirable is None else self._desirable[index]
-        return Example(
-            self.record_ids[index], self._columns.prompt(row), self._columns.responses(row), desirable
-        )
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        row = index % self._count if self._rows is None else int(self._rows[index])
+        which = 0 if len(self._parts) == 1 else int(np.searchsorted(self._starts, row, "right")) - 1
+        part, row = self._parts[which], row - int(self._starts[which])
+        desirable = True if self._desirable is None else bool(self._desirable[index])
+        return Example(part.record_id(row), part.prompt(row), part.responses(row), desirable)
+
+    def _column(self, name: str, span: slice | None = None) -> Array:
+        """An array of the parts, by example; of one part whose records occur once each, no copy."""
+        span = span or slice(0, self._count)
+        columns = [
+            part.lengths_before_truncation() if name == "whole_lengths" else getattr(part, name)
+            for part in self._parts
+        ]
+        if len(columns) == 1:
+            only: Array = columns[0]
+            return only[span] if self._rows is None else only[self._rows[span]]
+        rows = np.arange(span.start, span.stop) if self._rows is None else self._rows[span]
+        which = np.searchsorted(self._starts, rows, "right") - 1
+        found = np.empty((len(rows), *columns[0].shape[1:]), columns[0].dtype)
+        for at in np.unique(which).tolist():
+            mine = which == at
+            found[mine] = columns[at][rows[mine] - self._starts[at]]
+        return found
 
 
 def _share(count: int, total: int) -> str:
@@ -113,13 +187,10 @@ class WholeSequences(TokenizedSet):
     """
 
     def __init__(self, examples: TokenizedSet) -> None:
-        self._columns, self._rows = examples._columns, examples._rows
-        self._desirable = examples._desirable
-        self.record_ids = examples.record_ids
-        self.prompt_lengths = np.ones_like(examples.prompt_lengths)
-        self.response_lengths = examples.response_lengths + examples.prompt_lengths[:, None] - 1
-        self.truncated = examples.truncated
-        self.identical_after_truncation = examples.identical_after_truncation
+        super().__init__(examples._parts, examples._rows, examples._desirable)
+        self.response_lengths = self.response_lengths + self.prompt_lengths[:, None] - 1
+        # One number for all: no memory per example.
+        self.prompt_lengths = np.broadcast_to(np.ones(1, np.int32), (len(self),))
 
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
@@ -147,30 +218,39 @@ def tokenize_records(
     if not distinct:
         raise DataError("there are no records to tokenize")
     ids = list(distinct)
-    path = None if cache_dir is None else _cache_of(cache_dir, tokenization, distinct)
-    cached = None if path is None else load_columns(path, ids)
+    as_before = cache_dir is None or all(map(tokenization.as_before, distinct.values()))
+    path = None if cache_dir is None else cache_path(cache_dir, tokenization, as_before, as_bytes(ids))
+    cached = None if path is None else read_tokens(path, ids)
     columns, refused, unread = cached or _encode_all(list(distinct.values()), tokenization)
     if refused:
         _report_refused(records, refused, report or BadRecords(read=len(records)), on_bad_record)
         records = [record for record in records if record.id not in refused]
     assert columns is not None
     if path is not None and cached is None:
-        save_columns(path, columns, refused, unread)
+        save_tokens(path, columns.arrays(), refused, unread)
+    tell_unread_keys(unread)
+    labels = [record.label is not False for record in records]
+    result = TokenizedSet.of(columns, [record.id for record in records], labels)
+    tell_identical(result)
+    return result
+
+
+def tell_unread_keys(unread: Mapping[str, int]) -> None:
     for key, count in unread.items():
         log.warning(
             "`%s`, which %s%d records have, is not read: the chat template's output is the same "
             "without it, and so is training",
             *(key, "" if key == "tools" else "messages of ", count),
         )
-    labels = [record.label is not False for record in records]
-    result = TokenizedSet(columns, [record.id for record in records], labels)
-    if result.identical_after_truncation:
+
+
+def tell_identical(examples: TokenizedSet) -> None:
+    if examples.identical_after_truncation:
         log.warning(
             "%d of %d pairs have the same tokens as chosen and as rejected once truncated and tokenized",
-            result.identical_after_truncation,
-            len(result),
+            examples.identical_after_truncation,
+            len(examples),
         )
-    return result
 
 
 def _encode_all(
@@ -221,169 +301,54 @@ def _file_of(record: Record) -> str:
     return record.source.rpartition(":")[0]
 
 
-# Columns
-
-
-@dataclass(frozen=True)
-class TokenColumns:
-    """U records of k responses each. Tokens are concatenated; ``offsets[i]:offsets[i + 1]`` is the i-th."""
-
-    record_ids: list[str]
-    """(U), content hashes, each once."""
-    prompt_tokens: npt.NDArray[Any]
-    """int32"""
-    prompt_offsets: npt.NDArray[Any]
-    """(U + 1,) int64"""
-    response_tokens: npt.NDArray[Any]
-    """int32"""
-    response_offsets: npt.NDArray[Any]
-    """(U * k + 1,) int64; a record's responses are neighbours."""
-    truncated: npt.NDArray[Any]
-    """(U,) bool"""
-    changed: npt.NDArray[Any]
-    """(U,) bool: an earlier version of the rules gave it other tokens."""
-    whole_lengths: npt.NDArray[Any]
-    """(U, 1 + k) int32: tokens of the prompt and of the responses before truncation. (0, 1 + k) where nothing
-    was truncated, or an earlier version did not note them."""
-
-    @classmethod
-    def of(cls, record_ids: list[str], encoded: Sequence[Encoded]) -> TokenColumns:
-        """The columns of U records of k responses each."""
-        flat = [tokens for each in encoded for tokens in each.responses]
-        cut = any(each.truncated for each in encoded)
-        return cls(
-            record_ids,
-            *_flatten([each.prompt for each in encoded]),
-            *_flatten(flat),
-            truncated=np.array([each.truncated for each in encoded], dtype=bool),
-            changed=np.array([each.changed for each in encoded], dtype=bool),
-            whole_lengths=np.array([each.whole for each in encoded if cut], dtype=np.int32).reshape(
-                -1, 1 + len(encoded[0].responses)
-            ),
-        )
-
-    @property
-    def responses_per_record(self) -> int:
-        return (len(self.response_offsets) - 1) // len(self.record_ids)
-
-    def prompt(self, row: int) -> npt.NDArray[Any]:
-        return self.prompt_tokens[self.prompt_offsets[row] : self.prompt_offsets[row + 1]]
-
-    def responses(self, row: int) -> tuple[npt.NDArray[Any], ...]:
-        k = self.responses_per_record
-        bounds = self.response_offsets[row * k : (row + 1) * k + 1]
-        return tuple(self.response_tokens[a:b] for a, b in pairwise(bounds))
-
-    def identical_responses(self) -> npt.NDArray[Any]:
-        """(U,) bool: the two responses of a pair are the same tokens. False where k is 1."""
-        result = np.zeros(len(self.record_ids), dtype=bool)
-        if self.responses_per_record == 2:
-            lengths = np.diff(self.response_offsets).reshape(-1, 2)
-            for row in np.flatnonzero(lengths[:, 0] == lengths[:, 1]):
-                chosen, rejected = self.responses(int(row))
-                result[row] = np.array_equal(chosen, rejected)
-        return result
-
-    def is_whole(self) -> bool:
-        """Whether the arrays are consistent, which a file on disk may not be."""
-        count = len(self.record_ids)
-        return (
-            count > 0
-            and self.truncated.shape == self.changed.shape == (count,)
-            and len(self.whole_lengths) in (0, count)
-            and self.prompt_offsets.shape == (count + 1,)
-            and self.response_offsets.shape in ((count + 1,), (2 * count + 1,))
-            and _fit(self.prompt_tokens, self.prompt_offsets)
-            and _fit(self.response_tokens, self.response_offsets)
-        )
-
-
-def _flatten(sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
-    np.cumsum([len(tokens) for tokens in sequences], out=offsets[1:])
-    flat = np.fromiter((t for tokens in sequences for t in tokens), dtype=np.int32, count=int(offsets[-1]))
-    return flat, offsets
-
-
-def _fit(tokens: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> bool:
-    kinds = tokens.dtype == np.int32 and tokens.ndim == 1 and offsets.dtype == np.int64
-    return bool(kinds and offsets[0] == 0 and offsets[-1] == len(tokens) and (np.diff(offsets) > 0).all())
-
-
 # The cache
 
-_LATER = ("changed", "whole_lengths")
-"""Arrays that a file has only where they say anything, and that earlier versions did not write."""
-_REFUSED, _UNREAD = "refused", "unread"
 _NO_LONGER_REFUSED = "no common beginning in the chat template"
 """For what earlier versions refused conversations that have tokens now, such as DeepSeek-R1's."""
-"""(R, 3) text, id, reason and detail of each record that has no tokens; (K, 2) text, keys of messages that
-nothing reads and the number of records that have them."""
 
 
-def _cache_of(cache_dir: Path, tokenization: Tokenization, records: Mapping[str, Record]) -> Path:
-    """The cache file of these records. Its name has the rules' version, except where all of them have the
-    same tokens under the first one: what an earlier version cached of those is used, and of no others."""
-    fingerprint = tokenization.fingerprint()
-    if not all(map(tokenization.as_before, records.values())):
-        fingerprint += f" rules {RULES_VERSION}"
-    return cache_path(cache_dir, fingerprint, list(records))
+def cache_path(cache_dir: Path, tokenization: Tokenization, as_before: bool, ids: Array) -> Path:
+    """The cache file of these distinct records, (N, 16) uint8, under this tokenization, named by content
+    only.
 
-
-def cache_path(cache_dir: Path, fingerprint: str, record_ids: Sequence[str]) -> Path:
-    """The cache file of these records under this tokenization, named by content only."""
+    Its name has the rules' version, except where all of them have the same tokens under the first one
+    (``as_before``): what an earlier version cached of those is used, and of no others.
+    """
+    fingerprint = tokenization.fingerprint() + ("" if as_before else f" rules {RULES_VERSION}")
     digest = hashlib.blake2b(fingerprint.encode(), digest_size=16)
-    for record in record_ids:
-        digest.update(b"\n" + record.encode())
+    for span in spans(len(ids)):
+        digest.update(b"\n" + ids[span].tobytes().hex("\n", ID_BYTES).encode())
     return cache_dir / f"tokens-{digest.hexdigest()}.npz"
 
 
-def load_columns(
-    path: Path, record_ids: list[str]
-) -> tuple[TokenColumns, dict[str, BadRecord], Counter[str]] | None:
+def read_tokens(path: Path, record_ids: list[str]) -> TokenFile | None:
     """What ``_encode_all`` found, cached at ``path``; None if there is no file, or, with a warning, if it is
     broken."""
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            values = {f.name: arrays[f.name] for f in fields(TokenColumns) if f.name not in _LATER}
-            values |= {name: arrays.get(name) for name in _LATER}
-            faults, keys = (arrays[n].tolist() if n in arrays else [] for n in (_REFUSED, _UNREAD))
-        ids = values.pop("record_ids").tolist()
-        if values["changed"] is None:
-            values["changed"] = np.zeros(len(ids), dtype=bool)
-        if values["whole_lengths"] is None:
-            values["whole_lengths"] = np.zeros((0, 2), dtype=np.int32)
-        columns = TokenColumns(ids, **values)
-        refused = {record: BadRecord(reason, detail) for record, reason, detail in faults}
-        if any(fault.reason == _NO_LONGER_REFUSED for fault in refused.values()):
+        found = map_tokens(path, trusted=False)
+        if any(fault.reason == _NO_LONGER_REFUSED for fault in found.refused.values()):
             return None
-        if ids == [record for record in record_ids if record not in refused] and columns.is_whole():
-            return columns, refused, Counter({key: int(count) for key, count in keys})
+        wanted = "".join(record for record in record_ids if record not in found.refused)
+        if found.columns.ids.tobytes() == bytes.fromhex(wanted):
+            return found
         reason = "its arrays are inconsistent"
-    # RuntimeError: a header that now asks for a password, or for a method that there is none for.
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except BROKEN as error:
         reason = str(error)
     log.warning("the token cache %s is broken (%s): tokenizing again", path, reason)
     return None
 
 
-def save_columns(
-    path: Path, columns: TokenColumns, refused: Mapping[str, BadRecord], unread: Counter[str]
+def save_tokens(
+    path: Path,
+    arrays: Mapping[str, Array | Stream],
+    refused: Mapping[str, BadRecord],
+    unread: Mapping[str, int],
 ) -> None:
     """Write atomically. Raises DataError if the folder is not writable."""
-    buffer = io.BytesIO()
-    # Both are left out where there is nothing to keep: the file is then what earlier versions wrote and read.
-    values = {f.name: getattr(columns, f.name) for f in fields(columns)}
-    values = {name: value for name, value in values.items() if name not in _LATER or value.any()}
-    if refused:
-        values[_REFUSED] = np.array([(record, f.reason, f.detail) for record, f in refused.items()])
-    if unread:
-        values[_UNREAD] = np.array([(key, str(count)) for key, count in unread.items()])
-    np.savez(buffer, **values)
     try:
-        atomic_write(path, buffer.getvalue())
+        write_tokens(path, arrays, refused, unread)
     except OSError as error:
         raise DataError(
             f"the token cache {path} cannot be written (data.cache_dir): {explain(error)}"

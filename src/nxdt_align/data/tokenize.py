@@ -504,12 +504,32 @@ class Tokenization:
     def _ids(self, texts: list[str]) -> list[Tokens]:
         if not texts:
             return []
+        backend = self._backend
+        if backend is not None:
+            if backend.truncation is not None:
+                backend.no_truncation()
+            if backend.padding is not None:
+                backend.no_padding()
+            backend.encode_special_tokens = self.tokenizer.split_special_tokens
+            # The fast one keeps no offsets, which take half of the time.
+            return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
         # verbose=False: no warning about texts over model_max_length, which are truncated later.
         encoded = self.tokenizer(
             texts, add_special_tokens=False, padding=False, truncation=False, verbose=False
         )
         ids: list[Tokens] = encoded["input_ids"]
         return ids
+
+    @cached_property
+    def _backend(self) -> Any | None:
+        """What the tokenizer only hands texts to; None where it is no fast one, or does more than that."""
+        from transformers import PreTrainedTokenizerFast
+
+        own, plain = type(self.tokenizer), PreTrainedTokenizerFast
+        names = ("__call__", "_encode_plus", "_batch_encode_plus")
+        is_plain = all(getattr(own, name, None) is getattr(plain, name, None) for name in names)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return backend if is_plain and hasattr(backend, "encode_batch_fast") else None
 
     def _close(self, ids: Tokens, response: Response, record: Record) -> Tokens:
         if not isinstance(record.prompt, str):

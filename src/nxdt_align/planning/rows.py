@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nxdt_align.config.data import DataConfig
-from nxdt_align.data.packing import Bucket, Layout, RowPlanner
+from nxdt_align.data.packing import Bucket, Layout, RowPlanner, sample_steps
 from nxdt_align.data.steps import Split, StepDataset
 
 
@@ -44,19 +44,18 @@ class PlanReport:
         most_steps: int = 200,
     ) -> PlanReport:
         """Plan up to ``most_steps`` steps of a shuffled order."""
-        order = np.random.default_rng(0).permutation(examples)
-        steps = [order[i : i + examples_per_step] for i in range(0, examples, examples_per_step)][:most_steps]
+        steps = sample_steps(examples, examples_per_step, most_steps)
         rows_each = planner.responses_per_example if planner.layout == "none" else 1
         rows = empty = positions = tokens = 0
         used = dict.fromkeys(planner.buckets, 0)
         ratios = []
         for step in steps:
-            plan = planner.plan(step.tolist())
+            plan = planner.plan(step)
             used[plan.bucket] += 1
             rows += len(plan.rows) * rows_each
             empty += sum(not row for row in plan.rows) * rows_each
             positions += len(plan.rows) * rows_each * plan.bucket.tokens
-            real = planner.real_tokens(step.tolist())
+            real = planner.real_tokens(step)
             tokens += int(real.sum())
             shares = [
                 sum(int(real[list(row)].sum()) for batch in planner.rows_of_rank(plan, rank) for row in batch)

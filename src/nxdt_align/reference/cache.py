@@ -98,10 +98,17 @@ class ReferenceStore:
         self.description = dict(description or {})
         self.read_only = read_only
         self.ignore_adds = ignore_adds
-        self._values: dict[bytes, FloatArray] = {}
+        self._loaded: dict[bytes, FloatArray] | None = None
         self._pending: list[bytes] = []
         self._next_part = 0
-        self.load()
+
+    @property
+    def _values(self) -> dict[bytes, FloatArray]:
+        """Read when they are first asked for: of many ranks, one asks."""
+        if self._loaded is None:
+            self._loaded = {}
+            self.load()
+        return self._loaded
 
     def __len__(self) -> int:
         """Records with a value, written or buffered."""
@@ -116,7 +123,7 @@ class ReferenceStore:
         """Read all intact parts. Truncated or corrupt ones are ignored with a warning, so that their values
         count as missing; unflushed values are kept."""
         kept = {key: self._values[key] for key in self._pending}
-        self._values = {}
+        self._loaded = {}
         for path in sorted(self.folder.glob("part-*.safetensors")):
             self._next_part = max(self._next_part, _part_number(path) + 1)
             try:

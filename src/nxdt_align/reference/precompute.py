@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -50,23 +50,39 @@ class PassSummary:
         )
 
 
+@runtime_checkable
+class PlanOnDemand(Protocol):
+    """Micro-batches that are planned when they are asked for, so that what is stored costs no planning."""
+
+    @property
+    def most_records(self) -> int:
+        """At least the records of any micro-batch; the same whatever is missing."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def needed(self, is_missing: npt.NDArray[np.bool_]) -> Iterator[Any]:
+        """Those with a record that is missing, (N,), whole."""
+
+
 @dataclass(frozen=True)
 class _Plan(Generic[M]):
     """The planned micro-batches of a data set, the same on every rank."""
 
-    micro_batches: Sequence[M]
+    micro_batches: Sequence[M] | PlanOnDemand
     collate: Callable[[M], Batch]
     records_of: Callable[[M], Sequence[int]]
 
     @property
     def most_records(self) -> int:
         """Maximum records per micro-batch: the static size of the gathered tensor."""
+        if isinstance(self.micro_batches, PlanOnDemand):
+            return self.micro_batches.most_records
         return max((len(self.records_of(m)) for m in self.micro_batches), default=0)
 
 
 def precompute(
     engine: Engine,
-    micro_batches: Sequence[M],
+    micro_batches: Sequence[M] | PlanOnDemand,
     collate: Callable[[M], Batch],
     record_ids: Sequence[str],
     store: ReferenceStore,
@@ -165,7 +181,10 @@ def _agree(engine: Engine, plan: _Plan[M], known: _Known, store: ReferenceStore)
     # All ranks must skip the same micro-batches, or the collectives of _rounds would not match.
     known.values, known.have = engine.broadcast_object((known.values, known.have))
     todo = []
-    for micro_batch in plan.micro_batches:
+    planned = plan.micro_batches
+    if isinstance(planned, PlanOnDemand):
+        planned = list(planned.needed(~known.have[known.distinct]))
+    for micro_batch in planned:
         records = [int(r) for r in plan.records_of(micro_batch)]
         if any(not 0 <= r < len(known.distinct) for r in records):
             raise ValueError(f"a micro-batch has records {records}, but there are {len(known.distinct)}")
@@ -233,7 +252,7 @@ def _column(role: int, width: int) -> int:
 
 def trace_shapes(
     engine: Engine,
-    micro_batches: Sequence[M],
+    micro_batches: Sequence[M] | PlanOnDemand,
     collate: Callable[[M], Batch],
     record_ids: Sequence[str],
     store: ReferenceStore,

@@ -16,6 +16,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import KNOWN_MODELS, DecoderConfig, ModelShape
 from nxdt_align.planning.device_memory import memory_report
+from nxdt_align.planning.host_memory import host_memory
 from nxdt_align.planning.rows import row_reports
 from nxdt_align.planning.workload import device_kind
 from nxdt_align.run import assemble, nxd
@@ -74,10 +75,12 @@ def plan_report(
     rows = row_reports(splits, config.data)
     of = "data" if lengths is None else "data, as --lengths has them"
     data_of = [f"{split} {of}: {report}" for split, report in rows.items()]
+    precomputes = objective.needs_reference and config.model_alignment_strategy.precompute_ref_log_probs
+    host = [] if lengths else [host_memory(splits, config.trainer.devices, keeps_reference=precomputes)]
     notes = (
         [] if unread is None else [f"{unread}: not imported, counted as one that declares nothing; {_FLAG}"]
     )
-    return "\n".join([*settled.notes, *data_of, f"data-parallel ranks: {ranks}", memory, *notes])
+    return "\n".join([*settled.notes, *data_of, f"data-parallel ranks: {ranks}", memory, *host, *notes])
 
 
 def _known_shape(config: Config) -> ModelShape | None:

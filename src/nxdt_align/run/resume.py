@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.errors import SharedError, UserError
 from nxdt_align.files import atomic_write
 from nxdt_align.messages import NOTICE
-from nxdt_align.reference.cache import fingerprint_of
 from nxdt_align.run.contracts import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class RunIdentity:
 
 def identify(
     config: Config,
-    record_ids: Sequence[str],
+    records: str,
     *,
     start: str,
     model: dict[str, Any],
@@ -56,7 +55,7 @@ def identify(
     count.
 
     Args:
-        record_ids: of the training data, in their order.
+        records: fingerprint of the training data's records in their order.
         start: fingerprint of the weights that training starts from.
         model: the model's config.json.
         tokenization: fingerprint of tokenizer, template and truncation.
@@ -64,7 +63,7 @@ def identify(
     """
     parts = {
         "objective": dataclasses.asdict(config.model_alignment_strategy),
-        "data": fingerprint_of({"records": " ".join(record_ids)}),
+        "data": records,
         "tokenization": tokenization,
         "order": [config.seed, config.data.global_batch_size],
         "start": start,

@@ -228,7 +228,7 @@ class Run:
     def _identity(self) -> RunIdentity:
         return identify(
             self.config,
-            self.data.record_ids("train"),
+            self.data.fingerprint("train"),
             start=self._fingerprint(self.start),
             model=self.model_config.to_record(),
             tokenization=self.tokenization.fingerprint(),

@@ -8,7 +8,8 @@ from nxdt_align.batch import Topology
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset
-from nxdt_align.data.token_sets import TokenColumns, TokenizedSet
+from nxdt_align.data.token_columns import TokenColumns
+from nxdt_align.data.token_sets import TokenizedSet
 from nxdt_align.data.tokenize import Encoded
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import ModelShape
@@ -46,7 +47,7 @@ def standing_for_data(
     example = Encoded([0] * lengths[0], [[0] * n for n in lengths[1:]], truncated=False)
     columns = TokenColumns.of(ids, [example] * count)
     planner = RowPlanner(
-        examples := TokenizedSet(columns, ids),
+        examples := TokenizedSet.of(columns, ids),
         config.layout,
         examples_per_step=count,
         seq_length=data.seq_length,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -32,7 +32,7 @@ PREFLIGHT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16:
 class ReferencePlan(Protocol):
     """The part of a tokenized split that the reference pass uses."""
 
-    def reference_plan(self) -> Sequence[Any]: ...
+    def reference_plan(self) -> Any: ...
 
     def collate_planned(self, planned: Any) -> Batch: ...
 
@@ -94,9 +94,12 @@ class ReferencePass(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         splits = list(self._data.splits)
-        ids = [record for split in splits for record in self._data.record_ids(split)]
-        # Rank 0 decides for all: another rank might read the store while it is being written.
-        absent = self._engine.broadcast_object(len(self._store.missing(ids)))
+        absent = 0
+        # Rank 0 decides for all: another rank might read the store while it is being written, and would hold
+        # all of its values.
+        if self._engine.topology.rank == 0:
+            absent = sum(len(self._store.missing(self._data.record_ids(split))) for split in splits)
+        absent = self._engine.broadcast_object(absent)
         use_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
         if absent and not use_policy:
             log.info("loading the reference model %s for %d records", self._origin.source, absent)

@@ -1,0 +1,256 @@
+"""Large data: prepared once, found again, resumed after a kill, and never wrongly used."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_hashes import hashes, make_module, write_sources
+
+from nxdt_align.data import prepared, token_parts
+from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.data.records import DataError
+from nxdt_align.data.tokenize import Tokenization
+from nxdt_align.errors import UserError
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "LARGE", 0)
+    monkeypatch.setattr(token_parts, "RECORDS", 23)
+    write_sources(tmp_path)
+
+
+def made(folder: Path, *overrides: str, sources: str = "@/plain.jsonl") -> ModelAlignmentDataModule:
+    return make_module(folder, sources, *overrides, cache=folder / "cache" / "tokens")
+
+
+def no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever reads or tokenizes a source from now on fails."""
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the stored tokens were not used")
+
+    monkeypatch.setattr(prepared, "make_parts", refuse)
+
+
+def test_what_is_ready_is_found_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under another name, in another time, and behind a weight."""
+    want = hashes(made(tmp_path))
+    no_more(monkeypatch)
+    assert hashes(made(tmp_path)) == want
+    assert hashes(made(tmp_path, "data.verify_cache=True")) == want
+    (tmp_path / "plain.jsonl").rename(tmp_path / "moved.jsonl")
+    os.utime(tmp_path / "moved.jsonl", (1, 1))
+    assert hashes(made(tmp_path, sources="@/moved.jsonl")) == want
+    twice = made(tmp_path, sources="[{path: @/moved.jsonl, weight: 2}]")
+    assert len(twice.splits["train"].examples) == 2 * 162
+
+
+def test_a_source_that_changed_under_its_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is said, and no old token is used. A change that leaves size, time and sample alike needs
+    verify_cache."""
+    old = hashes(made(tmp_path))
+    file = tmp_path / "plain.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    with caplog.at_level(logging.INFO):
+        new = hashes(made(tmp_path))
+    assert new["ids"] != old["ids"] and "has changed since its tokens were stored" in caplog.text
+    content = file.read_text() + json.dumps({"prompt": "a", "chosen": "b", "rejected": "c " * 150_000}) + "\n"
+    file.write_text(content)
+    long = hashes(made(tmp_path))
+    then = file.stat()
+    file.write_text(content.replace("c " * 500, "d " * 500, 1))
+    os.utime(file, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert hashes(made(tmp_path)) == long, "what is trusted"
+    assert hashes(made(tmp_path, "data.verify_cache=True"))["ids"] != long["ids"]
+
+
+def test_another_tokenizer_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path)
+    import data_hashes
+
+    other = data_hashes.make_tokenizer(template=data_hashes.CHATML)
+    other.add_tokens(["colour"])
+    monkeypatch.setattr(data_hashes, "make_tokenizer", lambda **_: other)
+    with_cache = hashes(made(tmp_path))
+    assert with_cache == hashes(make_module(tmp_path, "@/plain.jsonl"))
+
+
+def test_a_store_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = hashes(made(tmp_path))
+    (index,) = (tmp_path / "cache" / "sources").glob("*.json")
+    about = json.loads(index.read_text()) | {"version": 999}
+    index.write_text(json.dumps(about))
+    assert hashes(made(tmp_path)) == want
+    index.write_text("no JSON")
+    assert hashes(made(tmp_path)) == want
+    no_more(monkeypatch)
+    assert hashes(made(tmp_path)) == want
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "rows"])
+def test_a_damaged_store_is_made_anew(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    want = hashes(made(tmp_path))
+    (tokens,) = (tmp_path / "cache" / "tokens").glob("*.npz")
+    (rows,) = (tmp_path / "cache" / "sources").glob("*.rows.npy")
+    content = bytearray(tokens.read_bytes())
+    if damage == "cut":
+        tokens.write_bytes(content[:-1000])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 0xFF
+        tokens.write_bytes(content)
+    else:
+        (tokens if damage == "gone" else rows).unlink()
+    with caplog.at_level(logging.INFO):
+        assert hashes(made(tmp_path)) == want
+    assert "tokenizing again" in caplog.text
+
+
+def test_a_killed_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed with its processes after some parts: these are kept, and the result is the same."""
+    encode = Tokenization.encode
+
+    def slowly(self: Tokenization, records: Any) -> Any:
+        time.sleep(0.2)
+        return encode(self, records)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenization, "encode", slowly)
+        child = FORK.Process(target=made, args=(tmp_path,))
+        child.start()
+        sources = tmp_path / "cache" / "sources"
+        deadline = time.monotonic() + 60
+        while len(list(sources.glob("*.parts/part-*.npz"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    time.sleep(0.5)
+    kept = sorted(sources.glob("*.parts/part-*.npz"))
+    time.sleep(0.5)
+    assert sorted(sources.glob("*.parts/part-*.npz")) == kept, "no process was left behind"
+    assert 3 <= len(kept) < 8
+    kept[0].write_bytes(kept[0].read_bytes()[:-50])  # as if the disk had failed: it is made again
+    submitted: list[Path] = []
+    submit = token_parts.Pool.submit
+
+    def counted(self: Any, path: Path, *rest: Any) -> Any:
+        submitted.append(path)
+        return submit(self, path, *rest)
+
+    monkeypatch.setattr(token_parts.Pool, "submit", counted)
+    found = hashes(made(tmp_path))
+    assert set(submitted) & set(kept) == {kept[0]}
+    assert found == hashes(make_module(tmp_path, "@/plain.jsonl"))
+    assert not list(sources.glob("*.parts"))
+
+
+def _prepare_into(folder: Path, results: Any, tokenized: Any) -> None:
+    encode = Tokenization.encode
+
+    def counted(self: Tokenization, records: Any) -> Any:
+        with tokenized.get_lock():
+            tokenized.value += len(records)
+        return encode(self, records)
+
+    Tokenization.encode = counted  # type: ignore[method-assign]
+    results.put(hashes(made(folder)))
+
+
+def test_two_runs_at_once_share_the_work(tmp_path: Path) -> None:
+    results, tokenized = FORK.Queue(), FORK.Value("i", 0)
+    runs = [FORK.Process(target=_prepare_into, args=(tmp_path, results, tokenized)) for _ in range(3)]
+    for run in runs:
+        run.start()
+    found = [results.get(timeout=120) for _ in runs]
+    for run in runs:
+        run.join()
+    assert found[0] == found[1] == found[2]
+    assert tokenized.value == 162, "each record once"
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While parts are written; then there is room again, and nothing is done twice or wrongly."""
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module in (token_parts, prepared):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "atomic_file", full)
+            with pytest.raises(DataError, match=r"cannot be written \(data\.cache_dir\): the disk is full"):
+                made(tmp_path)
+    assert hashes(made(tmp_path)) == hashes(make_module(tmp_path, "@/plain.jsonl"))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"cannot be written \(data\.cache_dir\): a part of the path is a fi"):
+        made(tmp_path)
+
+
+def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Tokenization, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(DataError, match="a process that tokenizes was killed, probably since the mach"):
+            made(tmp_path)
+    assert len(made(tmp_path).splits["train"].examples) == 162
+
+
+def test_bad_records_stop_the_run_and_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the words of data that are read at once; the next run need not tokenize to say so."""
+    with pytest.raises(UserError) as want:
+        make_module(tmp_path, "@/plain.jsonl", "data.on_bad_record=error")
+    for _ in range(2):
+        with pytest.raises(UserError) as found:
+            made(tmp_path, "data.on_bad_record=error")
+        assert str(found.value) == str(want.value)
+        no_more(monkeypatch)
+    assert len(made(tmp_path).splits["train"].examples) == 162
+
+
+def test_a_source_without_a_usable_record(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3)
+    with pytest.raises(DataError, match=r"data.train_dir: 3 bad of 3 records[\s\S]*a source has no usable"):
+        made(tmp_path, sources="@/bad.jsonl")
+
+
+def test_hundreds_of_files_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is added, or another weight, makes for no tokenization of the others."""
+    lines = (tmp_path / "special.jsonl").read_text().splitlines(keepends=True)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.jsonl").write_text(
+            json.dumps({"prompt": f"{number} a", "chosen": "b", "rejected": "c"}) + "\n" + lines[number % 50]
+        )
+
+    def sources(count: int, weight: float) -> str:
+        listed = (f"{{path: {folder}/{n}.jsonl, weight: {weight}}}" for n in range(count))
+        return f"[{', '.join(listed)}]"
+
+    first = made(tmp_path, sources=sources(59, 0.5))
+    assert len(first.splits["train"].examples) == 59
+    made_now: list[str] = []
+    make_parts = prepared.make_parts
+
+    def counted(*arguments: Any) -> Any:
+        made_now.append(arguments[-1])
+        return make_parts(*arguments)
+
+    monkeypatch.setattr(prepared, "make_parts", counted)
+    second = made(tmp_path, sources=sources(60, 3.0))
+    assert len(second.splits["train"].examples) == 360 and made_now == [f"{folder}/59.jsonl"]
+    assert hashes(second) == hashes(make_module(tmp_path, sources(60, 3.0)))
