@@ -227,3 +227,27 @@ def test_training_goes_on_from_a_runs_adapters(project: Project, whole: Path) ->
     every = scalars(train(project, "from run, all", given, "trainer.max_steps=2"))
     assert first["logps/chosen"][0][1] == pytest.approx(every["logps/chosen"][0][1], abs=1e-3)
     assert first["reduced_train_loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_generate_takes_a_run_of_adapters_and_its_export(
+    project: Project, whole: Path, tmp_path: Path
+) -> None:
+    """Both with the base that they belong to: as the whole model, merged, answers."""
+    import nxdt_align as na
+
+    merged = tmp_path / "merged"
+    assert main(["export", str(whole), str(merged), "--merge", "--quiet"]) == 0
+    answers = [
+        [
+            (row["completion"], row["logprob"])
+            for row in na.generate(
+                *(place, project.root / "val.jsonl"),
+                max_tokens=5,
+                tokenizer=project.root / "tokenizer",
+                backend="transformers",
+                device="cpu",
+            )
+        ]
+        for place in (merged, whole, whole / "hf_export")
+    ]
+    assert answers[0] == answers[1] == answers[2]

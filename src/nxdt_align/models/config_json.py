@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from nxdt_align.models.backend.config import BY_LONGEST_POSITION, TransformersConfig, is_recorded
 from nxdt_align.models.config import (
     Activation,
     DecoderConfig,
@@ -21,7 +22,6 @@ from nxdt_align.models.families.base import FULL, SLIDING
 from nxdt_align.models.fields import Fields
 
 Implementation = Literal["auto", "ours", "transformers"]
-BY_LONGEST_POSITION = ("dynamic", "longrope", "su")
 
 
 def read_config_json(path: str | Path) -> DecoderConfig:
@@ -55,13 +55,9 @@ def model_of(
     Raises ModelConfigError.
     """
     kind = values.get("model_type") or "llama"
-    # As backend.config has it; a Llama needs no import of that.
-    is_recorded = values.get("nxdt_align_implementation") == "transformers"
-    by_us = implementation == "ours" or (implementation == "auto" and kind in FAMILIES and not is_recorded)
-    if by_us:
+    is_covered = kind in FAMILIES and not is_recorded(values)
+    if implementation == "ours" or (implementation == "auto" and is_covered):
         return from_hf_dict(values, where=where)
-    from nxdt_align.models.backend.config import TransformersConfig
-
     return TransformersConfig.of(values, where=where, remote_folder=remote_folder)
 
 

@@ -23,10 +23,11 @@ from nxdt_align.evaluation.transformers_model import TransformersModel
 from nxdt_align.evaluation.vllm_model import VLLMModel
 from nxdt_align.files import atomic_write
 from nxdt_align.messages import NOTICE
-from nxdt_align.run.conversion import DTYPES, Dtype, export
+from nxdt_align.run.conversion import DTYPES, Dtype, convert
 from nxdt_align.run.locate import is_checkpoint, locate
 from nxdt_align.weights.detect import layout_of
 from nxdt_align.weights.hf_writer import CONFIG, holds_tokenizer
+from nxdt_align.weights.peft import is_peft_folder
 
 __all__ = ["CHAT_HELP", "chat", "generate"]
 
@@ -58,7 +59,8 @@ def generate(
     """Let a model answer the prompts of a file.
 
     Args:
-        model: a run's folder, a checkpoint, a Hugging Face folder, NxD Training's shards.
+        model: a run's folder, a checkpoint, a Hugging Face folder, an adapter of PEFT's whose base is on this
+            machine, NxD Training's shards.
         prompts: a file in any format that training reads, with responses, which are left out, or without;
             or a data set's name on the Hub.
         out: a .jsonl file to write, which must not exist.
@@ -123,20 +125,17 @@ def chat(
 
 @contextmanager
 def hf_folder(model: Path) -> Iterator[Path]:
-    """The weights that ``model`` leads to as a folder for transformers: themselves, or an export that is
-    removed afterwards. Raises UserError."""
+    """The weights that ``model`` leads to as a folder for transformers, adapters added in: themselves, or an
+    export that is removed afterwards. Raises UserError."""
     place = locate(model)
-    if (
-        place.is_dir()
-        and not is_checkpoint(place)
-        and layout_of(place) == "hf"
-        and (place / CONFIG).is_file()
-    ):
+    needs_export = is_checkpoint(place) or is_peft_folder(place) or not (place / CONFIG).is_file()
+    if not needs_export and layout_of(place) == "hf":
         yield place
         return
     with tempfile.TemporaryDirectory(prefix="nxdt-align-") as temporary:
         folder = Path(temporary) / "model"
-        export(place, folder, verify=False, quiet=True)
+        # Not ``export``, which writes adapters apart from their model.
+        convert(place, folder, to="hf", verify=False, quiet=True)
         yield folder
 
 

@@ -30,6 +30,7 @@ from nxdt_align.engines.nxd import checkpoint as nxd
 from nxdt_align.errors import UserError
 from nxdt_align.files import TEMPORARY_SUFFIX, atomic_folder
 from nxdt_align.messages import NOTICE
+from nxdt_align.models.backend.config import REMOTE_FOLDER
 from nxdt_align.models.presets import Implementation, ModelShape, model_of, read_model_json
 from nxdt_align.run.hub import fetch_model
 from nxdt_align.run.resume import newest_checkpoint
@@ -177,7 +178,7 @@ def read_shape(
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no model's shape: give its config.json (model.model_config, --config)")
-    folder = values.pop("nxdt_align_remote_code", None)
+    folder = values.pop(REMOTE_FOLDER, None)
     return model_of(
         values, implementation, where=str(file), remote_folder=folder if trust_remote_code else None
     )

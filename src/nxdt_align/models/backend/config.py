@@ -25,6 +25,7 @@ REMOTE_FOLDER = "nxdt_align_remote_code"
 _VOLATILE = ("transformers_version", "_name_or_path", "_attn_implementation", "torch_dtype", "dtype")
 """Keys of ``config.json`` that say nothing about what is computed."""
 BY_LONGEST_POSITION = ("dynamic", "longrope", "su")
+"""Rotary scalings that choose their frequencies by the longest position of a batch."""
 _QUANTISED_BY = {
     "awq": "AutoAWQ",
     "bitsandbytes": "bitsandbytes",
