@@ -82,16 +82,27 @@ def probe(config: TransformersConfig) -> Findings:
                 f"{type(error).__name__}: {_one_line(error)}"
             ) from error
         try:
-            ours = _with_our_attention(config, small)
-            ours.load_state_dict(stock.state_dict())
-            with torch.no_grad():
-                windows, softcaps = _compare(ours, texts, alone)
+            windows, softcaps = _compared(config, small, stock, texts, alone)
         except NotCarriedError as error:
             return Findings(head, str(error))
-        except Exception as error:
-            return Findings(head, f"{type(error).__name__}: {_one_line(error)}")
     layers = _windows_of_layers(windows, sizes, config.hf)
     return Findings(head, None, layers, max(softcaps, default=None))
+
+
+def _compared(
+    config: TransformersConfig, small: Any, stock: Any, texts: Sequence[Tensor], alone: Sequence[Tensor]
+) -> tuple[list[int | None], set[float]]:
+    """``_compare`` of ``stock``'s weights under our attention. Raises NotCarriedError, also for whatever the
+    model's own code meets."""
+    try:
+        ours = _with_our_attention(config, small)
+        ours.load_state_dict(stock.state_dict())
+        with torch.no_grad():
+            return _compare(ours, texts, alone)
+    except NotCarriedError:
+        raise
+    except Exception as error:
+        raise NotCarriedError(f"{type(error).__name__}: {_one_line(error)}") from error
 
 
 def _with_our_attention(config: TransformersConfig, small: Any) -> Any:
