@@ -29,6 +29,7 @@ from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.planning.workload import Formats
 from nxdt_align.training.adamw import AdamWFP32OptState
 from nxdt_align.weights.hf import FreshWeights
+from nxdt_align.weights.peft import AdaptedWeights
 
 DEEP = DecoderConfig(
     vocab_size=2000,
@@ -136,7 +137,8 @@ class Run:
         self.engine = NativeEngine(
             config, DenseAttention(), precision=precision, configure_model=configure, **engine
         )
-        self.engine.load_weights(FreshWeights(config, 0))
+        start, adapters = FreshWeights(config, 0), engine.get("adapters")
+        self.engine.load_weights(start if adapters is None else AdaptedWeights(start, config, adapters, 0))
         self.parameters = [p for _, p in self.engine.named_parameters()]
         self.optimizer = AdamWFP32OptState(self.parameters)
         self.objective = GlobalMeanObjective(DPOLoss(DPOConfig(kl_beta=0.1)), token_statistics=True)

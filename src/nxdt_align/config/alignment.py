@@ -242,6 +242,19 @@ class PEFTConfig:
     merge_sharded_lora: bool = False
     """Save the adapters' shards as one. An exported adapter always is one."""
 
+    def settings(self) -> dict[str, Any]:
+        """As ``models.adapters.adapter_spec`` takes them."""
+        return {
+            "target_modules": self.target_modules,
+            "modules_to_save": self.modules_to_save,
+            "rank": self.lora_rank,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "rslora": self.rslora,
+            "dora": self.dora,
+            "init": self.init,
+        }
+
     def faults(self) -> Iterator[Fault]:
         if self.lora_bias != "none":
             rule = "must be none: the reference is the model with its adapters off, so its biases stay frozen"

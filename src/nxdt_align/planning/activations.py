@@ -5,6 +5,7 @@ docs/memory.md derives the terms; ``workload.py`` has the legend.
 
 from __future__ import annotations
 
+from nxdt_align.planning.adapters import dora_scratch, kept_by_factors, unkept_of_layer
 from nxdt_align.planning.workload import FLOAT, Workload
 
 
@@ -12,13 +13,15 @@ def kept_of_layer(work: Workload) -> int:
     """What a layer keeps for its backward pass."""
     if "full" in work.recompute:
         return work.residual_positions * work.model.hidden_size * work.formats.residual
-    return _norms(work) + _inputs(work) + _attention(work) + _mlp(work)
+    kept = _norms(work) + _inputs(work) + _attention(work) + _mlp(work)
+    return kept - unkept_of_layer(work) + kept_by_factors(work)
 
 
 def _whole_layer(work: Workload) -> int:
     """A layer that recomputes nothing."""
     parts = (_norms(work, whole=True), _inputs(work, whole=True))
-    return sum(parts) + _attention(work, whole=True) + _mlp(work, whole=True)
+    kept = sum(parts) + _attention(work, whole=True) + _mlp(work, whole=True)
+    return kept - unkept_of_layer(work, whole=True) + kept_by_factors(work, whole=True)
 
 
 def _norms(work: Workload, whole: bool = False) -> int:
@@ -130,6 +133,8 @@ def layer_scratch(work: Workload, largest_weight: int) -> int:
     residual = 2 * work.residual_positions * work.model.hidden_size * work.formats.residual
     gathered = work.positions * work.model.hidden_size * size if work.sequence_parallel else 0
     of_weight = largest_weight * max(size, work.formats.weight)
+    if work.adapters is not None:
+        of_weight = dora_scratch(work, largest_weight)  # no gradient
     return residual + gathered + of_weight + max(_in_mlp(work), _in_attention(work))
 
 
@@ -173,4 +178,6 @@ def above_layers(work: Workload, head: int) -> int:
     logits = at_responses * _vocabulary(work) * FLOAT
     kept = hidden * (FLOAT if formats.autocast else formats.activation) + min(work.kept, logits)
     besides = 0 if formats.weight == FLOAT else FLOAT + formats.weight
-    return _norm(work) + kept + min(work.tile, logits) + (head + hidden) * (FLOAT + besides)
+    is_head_trained = work.adapters is None or "lm_head" in work.adapters.saved
+    graded = hidden + (head if is_head_trained else 0)
+    return _norm(work) + kept + min(work.tile, logits) + graded * (FLOAT + besides)

@@ -13,6 +13,7 @@ from nxdt_align.data.packing import Bucket, Layout
 from nxdt_align.models.config import DecoderConfig, ModelShape, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, split_of
 from nxdt_align.planning.activations import above_layers, held_by_model, kept_of_layer, layer_scratch
+from nxdt_align.planning.adapters import factor_count
 from nxdt_align.planning.changes import Change, changed, fitting_changes
 from nxdt_align.planning.model_states import states_report
 from nxdt_align.planning.workload import Workload, device_kind, workload
@@ -154,21 +155,27 @@ def _total(memory: Memory) -> int:
 def _of_stage(work: Workload, stage: int) -> Memory:
     stages = len(work.layers_of_stages)
     counts, formats = _Weights.of(work, stage), work.formats
+    first = sum(work.layers_of_stages[:stage])
+    layers = range(first, first + work.layers_of_stages[stage])
+    trained = factor_count(work, layers, trained=True) if work.adapters is not None else counts.total
+    extra = factor_count(work, layers, trained=False) + (trained if work.adapters is not None else 0)
     # 1F1B: stage i of n starts n - i forward passes before its first backward pass.
     in_flight = min(stages - stage, work.micro_batches)
     held = held_by_model(work) + in_flight * work.layers_of_stages[stage] * kept_of_layer(work)
     scratch = layer_scratch(work, counts.largest)
     if stage == stages - 1:
         scratch = max(scratch, above_layers(work, counts.head))
-    shard = -(-counts.total // work.data_parallel)
+    shard = -(-trained // work.data_parallel)
     # Activations are free before the optimizer's step, so only what exceeds them adds to the peak.
-    scratch = max(scratch, counts.total * formats.float32_copy + shard * formats.shard_gradient - held)
-    weights, gradients, reference = counts.total, counts.total * formats.gradient, counts.total
+    scratch = max(scratch, trained * formats.float32_copy + shard * formats.shard_gradient - held)
+    weights, gradients, reference = counts.total + extra, trained * formats.gradient, counts.total
     if work.fsdp and work.data_parallel > 1:
-        weights, reference = counts.gathered, shard
+        frozen = 0 if work.adapters is None else -(-(counts.total + extra - trained) // work.data_parallel)
+        weights, reference = counts.gathered + frozen, -(-counts.total // work.data_parallel)
         # FSDP2 reduces a layer's whole gradients, in the compute dtype, into the float32 shard.
-        gradients = shard * formats.gradient + counts.gathered * formats.weight
-    optimized = shard if work.zero1 or work.fsdp else counts.total
+        reduced = counts.gathered if work.adapters is None else trained
+        gradients = shard * formats.gradient + reduced * formats.weight
+    optimized = shard if work.zero1 or work.fsdp else trained
     return Memory(
         stage=stage,
         weights=weights * formats.weight + reference * work.reference,

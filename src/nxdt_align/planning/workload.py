@@ -16,6 +16,7 @@ import torch
 from nxdt_align.config.engines import resolve_engine
 from nxdt_align.config.schema import Config, PrecisionConfig
 from nxdt_align.data.packing import Bucket, Layout
+from nxdt_align.models.adapters import AdapterSpec, adapter_spec
 from nxdt_align.models.config import DecoderConfig
 from nxdt_align.models.partition import even_stages
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES, chunk_size
@@ -102,6 +103,8 @@ class Workload:
     """Limit in bytes on the probabilities that ops.logprobs keeps for the backward pass."""
     reference: int = 0
     """Bytes per weight of a frozen reference held beside the policy; 0 for none."""
+    adapters: AdapterSpec | None = None
+    """What is trained instead of the weights, which are frozen then."""
 
     @property
     def layers_of_stages(self) -> tuple[int, ...]:
@@ -186,7 +189,14 @@ def workload(
         tile=tile,
         kept=KEPT_BYTES,
         reference=reference_bytes(config, formats) if needs_reference else 0,
+        adapters=_adapters(config, model),
     )
+
+
+def _adapters(config: Config, model: DecoderConfig) -> AdapterSpec | None:
+    """Raises UserError for those that do not fit the model."""
+    peft = config.model_alignment_strategy.peft
+    return None if peft is None else adapter_spec(model, **peft.settings())
 
 
 def formats_of(config: Config, where: str) -> Formats:
@@ -204,6 +214,8 @@ def reference_bytes(config: Config, formats: Formats) -> int:
     settings = config.model_alignment_strategy
     if settings.precompute_ref_log_probs:
         return 0
+    if settings.peft is not None and settings.reference_model is None:
+        return 0  # the policy with its adapters off
     return {None: formats.weight, "fp32": FLOAT, "bf16": 2}[settings.reference_dtype]
 
 

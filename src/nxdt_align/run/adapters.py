@@ -52,17 +52,7 @@ def spec_of(config: Config, model: ModelShape, start: WeightSource | None = None
             f"model_alignment_strategy.peft: must not be set for a {model.model_type} that transformers "
             "computes: adapters are for this package's own families; leave it out to train every weight"
         )
-    spec = adapter_spec(
-        model,
-        target_modules=peft.target_modules,
-        modules_to_save=peft.modules_to_save,
-        rank=peft.lora_rank,
-        alpha=peft.lora_alpha,
-        dropout=peft.lora_dropout,
-        rslora=peft.rslora,
-        dora=peft.dora,
-        init=peft.init,
-    )
+    spec = adapter_spec(model, **peft.settings())
     if not isinstance(start, MergedWeights):
         return spec
     given = start.adapter.spec
