@@ -127,7 +127,8 @@ class NativeEngine(SpreadEngine):
             return
         reference = replace(self._blueprint, precision=self._reference_precision).build(frozen=True)
         if source is None:
-            copy_weights(self.named_parameters(), reference.named_parameters())
+            held, target = dict(self._all_parameters()), list(reference.named_parameters())
+            copy_weights([(name, held[name]) for name, _ in target], target)
         else:
             fill(reference.named_parameters(), source)
         self._reference = reference.runner
@@ -138,6 +139,10 @@ class NativeEngine(SpreadEngine):
     def _all_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """With the frozen ones, in the order of the model's own where there are none."""
         return [*self._policy.frozen(), *self.named_parameters()]
+
+    def _saved_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Adapters alone; of a whole model what is not trained too, as a router's balancing bias."""
+        return self._all_parameters() if self._policy.switch is None else self.named_parameters()
 
     def _weights_changed(self) -> None:
         self._policy.weights_changed()
@@ -204,7 +209,7 @@ class NativeEngine(SpreadEngine):
             extra = {**extra, LOSS_SCALE: self._loss_scale.state()}
         if self._dropout is not None:
             extra = {**extra, DROPOUT: self._dropout.steps}
-        self._saver.save(directory, self.named_parameters(), optimizer, extra, background=background)
+        self._saver.save(directory, self._saved_parameters(), optimizer, extra, background=background)
 
     def finish_saving(self) -> None:
         self._saver.finish()
@@ -219,7 +224,7 @@ class NativeEngine(SpreadEngine):
 
     def load(self, directory: Path, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         self._saver.finish()
-        extra = checkpoint.load(directory, self.named_parameters(), optimizer)
+        extra = checkpoint.load(directory, self._saved_parameters(), optimizer)
         self._weights_changed()
         if self._loss_scale is not None and LOSS_SCALE in extra:
             self._loss_scale.load_state(extra[LOSS_SCALE])
