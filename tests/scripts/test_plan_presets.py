@@ -10,8 +10,7 @@ import pytest
 from nxdt_align.config.check import find_faults
 from nxdt_align.config.load import load_config
 from nxdt_align.config.start import hub_models
-from nxdt_align.engines.native.model import check_pipeline
-from nxdt_align.engines.native.parallelize import check_sizes
+from nxdt_align.engines.native.model import check_parallel
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.models.presets import KNOWN_MODELS
 from nxdt_align.run import assemble
@@ -39,8 +38,7 @@ def test_a_config_passes_the_checks_of_the_machine(
     if engine == "nxd":
         parallel_of(config, model, "neuron").partition(model)
     else:
-        check_sizes(model, config.distributed_strategy.tensor_model_parallel_size)
-        check_pipeline(model, assemble.parallel(config))
+        check_parallel(model, assemble.parallel(config))
 
 
 def shown() -> list[str]:
