@@ -130,6 +130,8 @@ RESERVED: dict[str, tuple[str, ...]] = {
     "lightning": ("training", "data.module", "run", "api"),
     "pytorch_lightning": (),
     "nemo": ("training",),
+    "nki": (),
+    "nkilib": (),
     "torch_xla": ("engines.nxd", "engines.xla", "neuron.compile"),
     "torch_neuronx": ("engines.nxd", "engines.xla", "neuron.compile"),
     "neuronx_distributed": ("engines.nxd", "neuron.compile"),

@@ -97,6 +97,19 @@ def test_modules_that_tensor_parallel_graphs_cannot_recompute(caplog: pytest.Log
                 compiling(given, torch.device("cuda"), TINY)
 
 
+def test_nki_attention_is_the_neuron_devices() -> None:
+    given = config("auto", "nki")
+    with pytest.raises(
+        UserError, match=r"nki needs trainer.accelerator neuron, but this run's device is cpu; auto"
+    ):
+        attention(given, torch.device("cpu"), TINY)
+    on_neuron = SimpleNamespace(type="neuron")
+    with pytest.raises(UserError, match=r"needs the package nki and nki-library.*attention=dense runs"):
+        attention(given, on_neuron, TINY)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"heads of up to 128 entries, but this model's have 256"):
+        attention(given, on_neuron, replace(TINY, head_dim=256))  # type: ignore[arg-type]
+
+
 def test_layers_that_transformers_computes_are_not_compiled() -> None:
     other = SimpleNamespace(model_type="gpt2")
     assert compiling(config("auto"), torch.device("cuda"), other) is None  # type: ignore[arg-type]

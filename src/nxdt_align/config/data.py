@@ -9,7 +9,7 @@ from typing import Any, Literal
 from nxdt_align.config.fields import AUTO, PATH, number, reads_as
 
 Packing = Literal["none", "packed", "shared_prompt"]
-Attention = Literal["auto", "dense", "blocks", "flex", "causal"]
+Attention = Literal["auto", "dense", "blocks", "flex", "causal", "nki"]
 
 _PAIRS = (
     *("pairs", "fairseq2", "responses", "sharegpt", "orca", "hh", "alpaca", "openai", "torchtune", "swift"),
@@ -82,8 +82,9 @@ class DataConfig:
     attention: Attention = "auto"
     """(ours) Attention kernel for rows. dense: an (S, S) mask, for any device; blocks: one example at a time,
     without padding, for cpu; flex: PyTorch's compiled FlexAttention, for cuda; causal: the device's flash
-    kernel without a mask, for packing none alone; auto: blocks on cpu, flex on cuda, causal on neuron (engine
-    native) where packing is none, else dense. Affects only the speed."""
+    kernel without a mask, for packing none alone; nki: nki-library's flash kernels with each token's bounds,
+    for neuron (engine native), not run on a chip yet; auto: blocks on cpu, flex on cuda, causal on neuron
+    (engine native) where packing is none, else dense. Affects only the speed."""
     format: str | None = None
     """(ours) Format of the records, e.g. pairs, fairseq2, orca, hh, sharegpt; or a custom function,
     module.function, from a record of the file to a mapping with prompt, chosen and rejected; null: detected

@@ -41,6 +41,7 @@ from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
+from nxdt_align.ops.attention_nki import NkiAttention, misfit
 from nxdt_align.own_parts import OwnPartError, find_class, make
 from nxdt_align.planning.step_time import row_cost
 from nxdt_align.planning.workload import device_kind
@@ -278,6 +279,8 @@ def attention(config: Config, where: torch.device, model: ModelShape) -> Attenti
                 f"data.attention: {kind} needs trainer.accelerator {device_type}, but this run's device is "
                 f"{where.type}; {', '.join(fitting)} would work there"
             )
+    if kind == "nki":
+        return _nki_attention(where, model)
     if kind == "blocks":
         return BlockAttention()
     if kind == "causal":
@@ -288,6 +291,19 @@ def attention(config: Config, where: torch.device, model: ModelShape) -> Attenti
             compiled=compiling(config, where, model) is None
         )  # else it is in the layer's graph
     return DenseAttention()
+
+
+def _nki_attention(where: torch.device, model: ModelShape) -> Attention:
+    if where.type != "neuron":
+        raise UserError(
+            f"data.attention: nki needs trainer.accelerator neuron, but this run's device is {where.type}; "
+            "auto or dense would work there"
+        )
+    head_size = model.head_dim if isinstance(model, DecoderConfig) else 0  # else seen at the first batch
+    fault = misfit(head_size, model.attention_softcap)
+    if fault is not None:
+        raise UserError(f"data.attention: nki {fault}; set data.attention=dense")
+    return NkiAttention()
 
 
 def kernel(model: ModelShape, where: torch.device) -> Attention:
@@ -301,8 +317,8 @@ def kernel(model: ModelShape, where: torch.device) -> Attention:
 
 def row_multiple(config: Config, where: torch.device, model: ModelShape) -> int:
     """Row lengths must be multiples of this, for the attention that is chosen for ``where``."""
-    is_causal = _attention_kind(config, where, model) == "causal"
-    return FLASH_MULTIPLE.get(where.type, 1) if is_causal else 1
+    is_flash = _attention_kind(config, where, model) in ("causal", "nki")
+    return FLASH_MULTIPLE.get(where.type, 1) if is_flash else 1
 
 
 def check_attention(config: Config, model: ModelShape) -> None:

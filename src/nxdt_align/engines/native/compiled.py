@@ -104,8 +104,10 @@ def require_own_decoder(config: ModelShape) -> None:
 
 
 def checkpointing_fault(tensor: int, recomputed: Sequence[str]) -> str | None:
-    """Why modules that are recomputed by themselves cannot be in a layer's graph: torch 2.13 keeps the mesh
-    of the layer's DTensors among what backward needs, and then takes it for a tensor. None where they can."""
+    """Why modules that are recomputed by themselves cannot be in a layer's graph; None where they can.
+
+    torch 2.13 keeps the mesh of a layer's DTensors among what backward needs, and then takes it for a tensor.
+    """
     if tensor == 1 or not recomputed:
         return None
     return (
