@@ -82,6 +82,11 @@ class EngineParts(Protocol):
     def checkpoints(self) -> Checkpoints: ...
 
     @property
+    def on_trainium(self) -> bool:
+        """Whether rows are for a NeuronCore."""
+        ...
+
+    @property
     def row_multiple(self) -> int:
         """Tokens that rows have to be a multiple of."""
         ...

@@ -232,7 +232,7 @@ def _steps(
             cache_dir=None,
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,
-            **assemble.row_needs(config, model),
+            **assemble.row_needs(config, model, on_trainium=parts.on_trainium),
             row_multiple=parts.row_multiple,
         )
         dataset = module.splits["train"]
@@ -242,6 +242,7 @@ def _steps(
             model,
             parts.topology,
             lengths,
+            on_trainium=parts.on_trainium,
             row_multiple=parts.row_multiple,
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,

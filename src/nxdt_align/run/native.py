@@ -55,6 +55,10 @@ class NativeParts:
         self.reference_precision = assemble.reference_precision(config)
 
     @property
+    def on_trainium(self) -> bool:
+        return self.device.type == "neuron"
+
+    @property
     def row_multiple(self) -> int:
         return assemble.row_multiple(self._config, self.device, self._model)
 

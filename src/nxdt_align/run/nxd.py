@@ -90,8 +90,12 @@ class NxDParts:
         return compat.start(backend, self._env.rank, self._env.world_size)
 
     @property
+    def on_trainium(self) -> bool:
+        return self.platform.backend == "neuron"
+
+    @property
     def row_multiple(self) -> int:
-        return row_multiple(self._config, self._model) if self.platform.backend == "neuron" else 1
+        return row_multiple(self._config, self._model) if self.on_trainium else 1
 
     def engine(self, adapters: AdapterSpec | None = None) -> Engine:
         assert adapters is None, "the configuration's check refuses them"

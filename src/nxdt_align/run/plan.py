@@ -97,6 +97,7 @@ def _splits(
     topology = Topology(data_parallel_size=config.data_parallel_size)
     fixed, needs = config.trainer.accelerator == "xla", assemble.micro_batch_needs(config)
     on_chip = engine == "nxd" and config.trainer.accelerator in ("auto", "neuron")
+    on_trainium = on_chip or config.trainer.accelerator == "neuron"
     row_multiple = nxd.row_multiple(config, model) if on_chip and isinstance(model, DecoderConfig) else 1
     if lengths is not None:
         require_lengths(config, lengths)
@@ -104,6 +105,7 @@ def _splits(
             *(config, model, topology, lengths),
             with_prompts=with_prompts,
             fixed_micro_batches=fixed,
+            on_trainium=on_trainium,
             row_multiple=row_multiple,
             **needs,
         )
@@ -117,6 +119,6 @@ def _splits(
         with_prompts=with_prompts,
         fixed_micro_batches=fixed,
         **needs,
-        **assemble.row_needs(config, model),
+        **assemble.row_needs(config, model, on_trainium=on_trainium),
         row_multiple=row_multiple,
     ).splits

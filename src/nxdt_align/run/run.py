@@ -111,7 +111,7 @@ class Run:
             with_prompts=self.objective.needs_prompts,
             **assemble.micro_batch_needs(config),
             fixed_micro_batches=mode.fixes_micro_batches(self.parts.device),
-            **assemble.row_needs(config, self.model_config),
+            **assemble.row_needs(config, self.model_config, on_trainium=self.parts.on_trainium),
             row_multiple=self.parts.row_multiple,
         )
         reports = row_reports(self.data.splits, config.data)

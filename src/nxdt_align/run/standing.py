@@ -37,6 +37,7 @@ def standing_for_data(
     *,
     with_prompts: bool,
     fixed_micro_batches: bool,
+    on_trainium: bool,
     row_multiple: int,
     min_micro_batches: int = 1,
     round_size: int = 1,
@@ -58,7 +59,7 @@ def standing_for_data(
         round_size=round_size,
         fixed_micro_batches=fixed_micro_batches,
         with_prompts=with_prompts,
-        **assemble.row_needs(config, model),
+        **assemble.row_needs(config, model, on_trainium=on_trainium),
         row_multiple=row_multiple,
         name="--lengths",
     )
