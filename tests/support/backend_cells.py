@@ -30,6 +30,7 @@ from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.backend.config import TransformersConfig
 from nxdt_align.models.backend.model import StockAttention, TransformersModel
 from nxdt_align.ops.attention import Attention
+from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.assemble import check_engine
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
@@ -183,6 +184,12 @@ def divided(**sizes: int) -> Any:
 def on_nxd(config: TransformersConfig) -> float:
     check_engine(load_config("tiny_llama_DPO_config"), "nxd", RunEnv(), config, RunMode())
     raise AssertionError(f"engine nxd runs a {config.model_type}")
+
+
+def with_adapters(config: TransformersConfig) -> float:
+    lora = "model_alignment_strategy.peft.target_modules=[all-linear]"
+    spec_of(load_config("tiny_llama_DPO_config", [lora]), config)
+    raise AssertionError(f"a {config.model_type} takes adapters")
 
 
 def to_nxdt(config: TransformersConfig) -> float:

@@ -17,6 +17,8 @@ from unittest import mock
 
 import backend_cells as theirs
 import torch
+from adapter_fixture import AdapterCase, lora, peft_oracle
+from adapter_fixture import outcomes as adapted
 from backend_fixture import config_of
 from checkpoint_fixture import run as convert
 from checkpoint_fixture import same_folders
@@ -210,6 +212,22 @@ def native(**spread: Any) -> Callable[[Models], dict[str, float]]:
     return measure
 
 
+def low_rank(models: Models) -> dict[str, float]:
+    """Loss and gradients of every factor, off PEFT's own layers on the plain model."""
+    cases = {
+        name: AdapterCase(shape=config, std=STD, steps=1, spec=lora(config), tensor=2, sequence_parallel=True)
+        for name, config in models.items()
+    }
+    found, off = adapted(cases), {}
+    for name, case in cases.items():
+        want, ranks = peft_oracle(case), found[name]
+        loss = max(abs(rank.loss - want.loss) / max(1.0, want.loss) for rank in ranks)
+        assert loss <= 2e-6, f"{name}: loss {loss:.1e}"
+        gradients = merged([rank.gradients for rank in ranks])
+        off[name] = max(loss, worst(gradients, want.gradients, relative=True)[0])
+    return off
+
+
 def nxd(loss: str, **spread: Any) -> Callable[[Models], dict[str, float]]:
     """Needs neuronx-distributed."""
 
@@ -290,6 +308,14 @@ COLUMNS: dict[str, Column] = {
         "native pp", f"2 stages: {PLAIN}", 2e-5, native(pipeline=2), theirs.each(theirs.divided(pipeline=2))
     ),
     "native fsdp": Column("native fsdp", f"2 ranks: {PLAIN}", 2e-5, native(data=2, fsdp=True), theirs.fsdp),
+    "lora": Column(
+        "LoRA",
+        "2 ranks, sequence parallel: PEFT's layers on the plain model, loss to 2e-6, each factor's gradient to "
+        "2e-5 of its largest",
+        2e-5,
+        low_rank,
+        theirs.each(theirs.with_adapters),
+    ),
     "nxd tp": Column(
         "nxd tp",
         f"2 ranks, sequence parallel: {PLAIN}",
