@@ -93,7 +93,7 @@ def test_plan_says_what_memory_a_device_takes(tmp_path: Path, capsys: pytest.Cap
         ("data.buckets=[8]", r"error: data.buckets: the largest must hold the longest example .* would fit"),
         ("data.buckets=[128,64]", r"data.buckets: must be positive row lengths in ascending order, but is"),
         ("data.packing=padded", r"data.packing: must be one of none, packed, shared_prompt, but is 'padded'"),
-        ("data.attention=flash", r"data.attention: must be one of auto, dense, blocks, flex, causal, but is"),
+        ("data.attention=flash", r"data.attention: must be one of auto, .*, causal, nki, but is"),
     ],
 )
 def test_bad_input_says_what_would_fit(
