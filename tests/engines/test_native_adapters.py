@@ -43,14 +43,7 @@ SPREADS = {
     "pp2 tp2 sp": AdapterCase(pipeline=2, tensor=2, sequence_parallel=True),
 }
 KINDS = {"LoRA": lora(), "rsLoRA": lora(rslora=True), "DoRA": lora(dora=True)}
-DEFAULT = (
-    "alone",
-    "tp4 sp, 2 kv heads",
-    "tp2 dp2 sp zero1",
-    "tp2 dp2 sp fsdp",
-    "pp2 x 2 chunks dp2 fsdp",
-    "pp2 tp2 sp",
-)
+DEFAULT = ("alone", "tp2 sp")
 """Layouts of the default run; LoRA's and DoRA's alone, as rsLoRA is another scale."""
 SAVED = lora(modules_to_save=["embed_tokens", "lm_head", "norm", "input_layernorm"])
 FULL, SELECTIVE = ("full", ()), ("selective", ("CoreAttention", "LlamaMLP", "LlamaRMSNorm"))
@@ -71,8 +64,8 @@ def matrix(names: tuple[str, ...], kinds: tuple[str, ...]) -> dict[str, AdapterC
     return {f"{name}, {kind}": replace(SPREADS[name], spec=KINDS[kind]) for name in names for kind in kinds}
 
 
-CASES = matrix(DEFAULT, ("LoRA", "DoRA")) | VARIANTS
-OTHERS = {name: case for name, case in matrix(tuple(SPREADS), tuple(KINDS)).items() if name not in CASES}
+CASES = matrix(DEFAULT, ("LoRA", "DoRA"))
+OTHERS = matrix(tuple(SPREADS), tuple(KINDS)) | VARIANTS
 
 
 @pytest.fixture(scope="module")

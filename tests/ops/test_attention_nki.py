@@ -3,6 +3,7 @@ against a stand-in that holds its signatures, shapes, dtypes and limits (snapsho
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -177,7 +178,10 @@ def test_rows_and_models_that_no_kernel_takes() -> None:
         attention(*inputs(), context, softcap=50.0)
 
 
-def test_without_its_packages() -> None:
+def test_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Also where another test has put stand-ins of Neuron's packages in their place.
+    for name in ("attention_cte", "attention_bwd"):
+        monkeypatch.setitem(sys.modules, f"nkilib.core.attention.{name}", None)
     with pytest.raises(
         UserError, match=r"needs the package nki and nki-library, but .*brings nki, and neuronx-cc"
     ):
@@ -187,6 +191,8 @@ def test_without_its_packages() -> None:
 def test_under_nkis_simulator() -> None:
     """The library's own kernels where nki can be imported."""
     nki = pytest.importorskip("nki")
+    if getattr(nki, "__file__", None) is None:
+        pytest.skip("nki is a stand-in of another test's")
     attention_nki.LibraryKernels()
     kernel = pytest.importorskip("nkilib.core.attention.attention_cte").attention_cte
     q, k, v = (x.detach()[0].transpose(0, 1).contiguous().numpy() for x in inputs())

@@ -6,6 +6,7 @@ none of the code that packs, gathers, chunks or reduces.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,11 @@ class ExampleSet:
         self.record_ids = [e.record_id for e in self.examples]
         self.prompt_lengths = np.array([len(e.prompt) for e in self.examples])
         self.response_lengths = np.array([[len(r) for r in e.responses] for e in self.examples])
+
+    def ids(self) -> np.ndarray:
+        """As TokenizedSet.ids: (N, 16) uint8, of whatever text the ids are here."""
+        digests = [hashlib.blake2b(name.encode(), digest_size=16).digest() for name in self.record_ids]
+        return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
 
     def __len__(self) -> int:
         return len(self.examples)

@@ -70,7 +70,7 @@ def test_unknown_names_are_refused(name: str) -> None:
 
 def test_our_unknown_names_are_refused() -> None:
     with pytest.raises(
-        UnknownNameError, match=r"the plain model has no weight named 'model.layers.0.mlp.up_proj"
+        UnknownNameError, match=r"the plain Llama has no weight named 'model.layers.0.mlp.up_proj"
     ):
         to_hf("model.layers.0.mlp.up_proj.weight")
 
