@@ -163,6 +163,7 @@ LOW = {
 }
 
 
+@pytest.mark.full
 def test_bf16_has_float32_factors_and_a_bf16_base() -> None:
     _, exact = wanted(KINDS["LoRA"], 1)
     for name, ranks in outcomes(LOW).items():

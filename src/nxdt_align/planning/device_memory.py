@@ -204,7 +204,12 @@ class _Weights:
 
     @classmethod
     def of(cls, work: Workload, stage: int) -> _Weights:
-        sizes = {name: _own_size(work, name, shape) for name, shape in weight_shapes(work.model).items()}
+        # Layers are alike: one of them, and what is outside.
+        sizes = {
+            name: _own_size(work, name, shape)
+            for name, shape in weight_shapes(work.model).items()
+            if not name.startswith("model.layers.") or name.startswith("model.layers.0.")
+        }
         layer = [size for name, size in sizes.items() if name.startswith("model.layers.0.")]
         is_first, is_last = stage == 0, stage == len(work.layers_of_stages) - 1
         embedding = sizes["model.embed_tokens.weight"]
