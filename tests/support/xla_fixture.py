@@ -50,8 +50,8 @@ def zeroing(mark):
     return mark_then_zero
 
 def stub(build):
-    def engine(self):
-        built = build(self)
+    def engine(self, *adapters):
+        built = build(self, *adapters)
         asked = built.response_logps
         built.mark_step = zeroing(built.mark_step)
         built.fetch = lambda values: [0.0] * len(values)
