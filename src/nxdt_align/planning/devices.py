@@ -18,7 +18,6 @@ class Device:
     """A rank's share of a chip, and of what joins it to others."""
 
     name: str
-    cores_per_chip: int
     cores_per_node: int
     memory: int
     """Bytes."""
@@ -50,7 +49,6 @@ class Device:
         is taken to count both directions."""
         return cls(
             name=name,
-            cores_per_chip=cores,
             cores_per_node=cores_per_node,
             memory=memory // cores,
             flops=tflops * TERA / cores,
@@ -88,5 +86,3 @@ DEVICES = {
 SHORT_TRANSFER = 512
 """Bytes: fewer are taken to take as long, as each transfer is a descriptor of its own. An assumption: AWS
 publishes no figure that we found."""
-TUTORIAL_PAIRS_PER_SECOND = 0.63
-"""Measured by AWS: NxDT's tutorial, Llama-3-8B, DPO, one trn1.32xlarge, rows of 4,096 tokens."""
