@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from row_plans import LAYOUTS, FakeLengths, lengths, planner
 
+from nxdt_align.config.load import load_config
 from nxdt_align.data.packing import ROUNDING, Layout, example_tokens
 from nxdt_align.errors import UserError
+from nxdt_align.models.presets import LLAMA3_8B
 from nxdt_align.planning.rows import PlanReport
+from nxdt_align.planning.step_time import RowSeconds
 
 
 def test_places_of_one_pair_in_each_layout() -> None:
@@ -160,3 +165,11 @@ def test_rows_are_a_multiple_of_what_a_kernel_asks_for() -> None:
     assert chosen and all(bucket.tokens % 192 == 0 for bucket in chosen)
     with pytest.raises(UserError, match=r"data\.buckets: must be multiples of 96"):
         planner(lengths(), "packed", row_multiple=96, buckets=[1000])
+
+
+def test_a_plan_goes_to_another_process() -> None:
+    """As to a data loader's workers where they are not forked, also with what rows cost on Trainium."""
+    data, cost = lengths(), RowSeconds(load_config("hf_llama3_8B_DPO_config"), LLAMA3_8B)
+    for row_cost in (None, cost):
+        plans = planner(data, "packed", row_cost=row_cost)
+        assert pickle.loads(pickle.dumps(plans)).plan([3, 1]) == plans.plan([3, 1])

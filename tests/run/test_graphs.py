@@ -18,7 +18,7 @@ from nxdt_align.cli import main
 from nxdt_align.config.load import load_config
 from nxdt_align.data.packing import Bucket
 from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
-from nxdt_align.planning.step_time import row_cost
+from nxdt_align.planning.step_time import RowSeconds
 
 SMALL = replace(
     LLAMA3_8B, vocab_size=2048, hidden_size=512, head_dim=16, intermediate_size=1024, num_hidden_layers=2
@@ -120,7 +120,7 @@ def test_sizes_tell_what_graphs_cost(tmp_path: Path, name: str) -> None:
     (table,) = recorded(given)
     (step,) = table["steps"]
     rows, *bucket = step["shape"]
-    of_graph, of_sizes = sum(step["later"].values()), row_cost(load_config(given[2], given[5:]), TRUE)
+    of_graph, of_sizes = sum(step["later"].values()), RowSeconds(load_config(given[2], given[5:]), TRUE)
     assert rows * of_sizes(Bucket(*bucket)) == pytest.approx(of_graph, rel=0.1)
 
 

@@ -170,7 +170,7 @@ class RowPlanner:
         self.micro_batch_size = micro_batch_size
         self.min_micro_batches = min_micro_batches
         self.round_size = round_size
-        self._row_cost: RowCost = row_cost or (lambda bucket: bucket.tokens)
+        self._row_cost: RowCost = row_cost or _positions
         self.responses_per_example = int(lengths.response_lengths.shape[1])
         self._lengths, self._with_prompts = lengths, with_prompts
         self._sampled: list[npt.NDArray[Any]] | None = None
@@ -368,6 +368,10 @@ def sample_steps(examples: int, examples_per_step: int, most: int = 200) -> list
     """The indices of up to ``most`` steps of an order that depends on the number of examples alone."""
     taken = np.random.default_rng(0).permutation(examples)[: most * examples_per_step].copy()
     return [taken[i : i + examples_per_step] for i in range(0, len(taken), examples_per_step)]
+
+
+def _positions(bucket: Bucket) -> float:
+    return bucket.tokens
 
 
 def _round_up(value: int, multiple: int = ROUNDING) -> int:

@@ -6,27 +6,31 @@ each as ``graph_cost`` prices it. ``workload.py`` has the legend. A test holds i
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 from nxdt_align.config.schema import Config
-from nxdt_align.data.packing import Bucket, RowCost
+from nxdt_align.data.packing import Bucket
 from nxdt_align.models.config import DecoderConfig
 from nxdt_align.planning.devices import DEVICES, Device
 from nxdt_align.planning.graph_cost import Cost, collective_seconds, roofline
 from nxdt_align.planning.workload import FLOAT, Workload, workload
 
 
-def row_cost(config: Config, model: DecoderConfig) -> RowCost:
-    """Seconds of a training row on paper, on the Trainium that ``config`` runs on: trn1 with engine nxd,
-    trn2 with native."""
-    device = DEVICES["trn2" if config.distributed_strategy.engine == "native" else "trn1"]
+class RowSeconds:
+    """What a training row takes on paper, in seconds, on the Trainium that ``config`` runs on: trn1 with
+    engine nxd, trn2 with native. A RowCost that goes to other processes, as a data loader's workers."""
 
-    @cache
-    def seconds(bucket: Bucket) -> float:
-        work = workload(config, model, config.layout, 1, bucket, needs_reference=False)
-        return micro_batch_cost(work, device).seconds / work.rows
+    def __init__(self, config: Config, model: DecoderConfig) -> None:
+        self._config, self._model = config, model
+        self._device = DEVICES["trn2" if config.distributed_strategy.engine == "native" else "trn1"]
+        self._known: dict[Bucket, float] = {}
 
-    return seconds
+    def __call__(self, bucket: Bucket) -> float:
+        if bucket not in self._known:
+            layout = self._config.layout
+            work = workload(self._config, self._model, layout, 1, bucket, needs_reference=False)
+            self._known[bucket] = micro_batch_cost(work, self._device).seconds / work.rows
+        return self._known[bucket]
 
 
 def micro_batch_cost(work: Workload, device: Device) -> Cost:

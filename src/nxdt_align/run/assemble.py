@@ -43,7 +43,7 @@ from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.ops.attention_nki import NkiAttention, misfit
 from nxdt_align.own_parts import OwnPartError, find_class, make
-from nxdt_align.planning.step_time import row_cost
+from nxdt_align.planning.step_time import RowSeconds
 from nxdt_align.run.adapters import open_checkpoint
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.locate import locate, read_shape
@@ -172,7 +172,7 @@ class RowNeeds(TypedDict):
 
 def row_needs(config: Config, model: ModelShape, *, on_trainium: bool) -> RowNeeds:
     """Its windows, and on Trainium what rows cost there; on a CPU and on CUDA padding is what costs."""
-    cost = row_cost(config, model) if on_trainium and isinstance(model, DecoderConfig) else None
+    cost = RowSeconds(config, model) if on_trainium and isinstance(model, DecoderConfig) else None
     return {
         "window": model.sliding_window,
         "only_local": model.layer_types is None,
