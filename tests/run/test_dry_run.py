@@ -20,6 +20,9 @@ from nxdt_align.run.mode import RunMode, report_graphs
 class Compiler:
     """One that has compiled the graphs of these keys, and failed at others."""
 
+    name = "torch_xla"
+    by_micro_batch = False
+
     def __init__(self, *keys: str, failed: int = 0, tells_keys: bool = True) -> None:
         self._graphs = {key: Graph(key, "training step", ((1, 128, 64, 6),)) for key in keys}
         self._failed, self._tells_keys = failed, tells_keys

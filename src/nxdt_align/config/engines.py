@@ -229,6 +229,12 @@ def _runs_on_neuron(config: Config) -> bool:
     return resolve_engine(config, neuron_available()) == "nxd"
 
 
+def may_compile(config: Config) -> bool:
+    """Whether ``distributed_strategy.compile`` may make graphs of native's steps; a CPU has to be told."""
+    chosen = config.distributed_strategy.compile
+    return chosen == "blocks" or (chosen == "auto" and config.trainer.accelerator != "cpu")
+
+
 _OF_ADAPTERS = {
     f"{_PEFT}.load_lora_from_ckpt": "an adapter in exp_manager.resume_from_checkpoint is recognised",
     f"{_PEFT}.save_lora_base": "checkpoints hold adapters alone; the base is where it was",
@@ -259,7 +265,9 @@ _ONLY_WITH: dict[str, Callable[[Config], bool]] = {
         for key in ("master_weights", "fp32_grad_acc", "fp32_grads_cc", "xla_use_bf16", "xla_downcast_bf16")
     },
     "precision.neuron_rt_stochastic_rounding_en": lambda c: c.precision.type == "manual",
-    "exp_manager.fail_on_recompile": lambda c: c.trainer.accelerator == "xla" or _runs_on_neuron(c),
+    "exp_manager.fail_on_recompile": lambda c: (
+        c.trainer.accelerator == "xla" or _runs_on_neuron(c) or may_compile(c)
+    ),
     "model.activations_checkpoint_recompute": lambda c: (
         c.model.activations_checkpoint_granularity == "selective"
     ),

@@ -213,8 +213,8 @@ class ExpManagerConfig:
     """(ours) Before the first step, check that policy and reference agree; stop a new run if they should and
     do not."""
     fail_on_recompile: bool = False
-    """(ours) Stop if a step compiles a graph after the first two steps of its shapes; False only warns. For
-    accelerators that compile steps (neuron, xla)."""
+    """(ours) Stop if a step compiles a graph after the first two steps of its shapes; False only warns. Where
+    steps are compiled: on neuron and xla, and with distributed_strategy.compile."""
 
     def faults(self) -> Iterator[Fault]:
         yield from name_fault("name", self.name)

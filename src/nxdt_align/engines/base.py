@@ -104,7 +104,12 @@ class Graph:
 
 
 class Compiler(Protocol):
-    """What compiles a lazy device's graphs, as far as this process sees it."""
+    """What compiles a run's graphs, as far as this process sees it."""
+
+    name: str
+    """What it is known by."""
+    by_micro_batch: bool
+    """Whether a graph is one of a single micro-batch, however many a step has."""
 
     def begin(self, name: str, micro_batches: Sequence[Batch]) -> None:
         """What is compiled from now on belongs to this."""
@@ -119,7 +124,8 @@ class Compiler(Protocol):
         ...
 
     def begun(self) -> Sequence[tuple[str, Shapes]]:
-        """What ``begin`` was called with, each once, also where nothing new had to be compiled for it."""
+        """What ``begin`` was called with, each once, also where nothing new had to be compiled for it; a
+        micro-batch at a time where graphs are ``by_micro_batch``."""
         ...
 
     def versions(self) -> dict[str, str]:
@@ -139,8 +145,8 @@ class Engine(ABC):
     """Whether the weights that training starts from stay in it, as with adapters: ``load_reference(None)`` is
     then the start at any time, without a second model."""
     compiler: Compiler | None = None
-    """Of a lazy device's graphs. Whoever builds an engine for a run hands it in, before anything is
-    computed."""
+    """Of the graphs of a lazy device, or of compiled steps. Whoever builds an engine for a run hands it in,
+    before anything is computed."""
 
     @abstractmethod
     def load_weights(self, source: WeightSource) -> None:

@@ -66,6 +66,9 @@ class XlaCompiler:
             is compiled.
     """
 
+    name = "torch_xla"
+    by_micro_batch = False
+
     def __init__(self, *, tells_keys: bool) -> None:
         self._graphs: dict[str, Graph] = {}
         self._present: tuple[str, Shapes] = ("weights", ())
@@ -128,6 +131,9 @@ class Tracer:
 
     So a process can record what one rank of many computes, of a model whose weights it could not hold.
     """
+
+    name = "torch_xla"
+    by_micro_batch = False
 
     def __init__(self) -> None:
         self.traced: list[TracedGraph] = []

@@ -29,6 +29,7 @@ from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native import compiled
 from nxdt_align.engines.native.checkpoint import is_checkpoint
 from nxdt_align.engines.native.compiled import Compiling
+from nxdt_align.engines.native.graphs import GraphRecorder
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
@@ -246,7 +247,7 @@ def compiling(config: Config, where: torch.device, model: ModelShape) -> Compili
     compiled.require_torch()
     if where.type == "cpu":
         compiled.require_compiler()
-    return Compiling(COMPILED_DEVICES.get(where.type, "inductor"))
+    return Compiling(COMPILED_DEVICES.get(where.type, "inductor"), recorder=GraphRecorder())
 
 
 def recomputed_alone(config: Config) -> tuple[str, ...]:

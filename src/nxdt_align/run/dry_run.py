@@ -1,7 +1,8 @@
 """``COMPILE=1`` and other dry runs: every graph of the run in a few steps that write nothing.
 
 Under neuron_parallel_compile, graphs are extracted and never executed, so every value is zero: nothing here
-may branch on one. Where there is no Neuron, the graphs are compiled on torch_xla's CPU device and listed in a
+may branch on one. Steps that torch.compile compiles (``distributed_strategy.compile``) fill its backend's
+cache on disk. Where there is neither, the graphs are compiled on torch_xla's CPU device. Both list them in a
 manifest.
 """
 
@@ -20,13 +21,14 @@ from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.engines import xla
-from nxdt_align.engines.base import Compiler, Engine, Graph, Shapes
+from nxdt_align.engines.base import Compiler, Engine, Shapes
+from nxdt_align.engines.ranks import Ranks
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.neuron.compile import Totals, write_manifest
 from nxdt_align.reference.cache import ReferenceStore
 from nxdt_align.reference.precompute import trace_shapes
 from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
-from nxdt_align.run.mode import RunMode
+from nxdt_align.run.mode import RunMode, graphs_of_all
 from nxdt_align.run.places import Places
 from nxdt_align.run.resume import RunFolder, RunIdentity
 from nxdt_align.stop_signals import StopSignals
@@ -58,7 +60,10 @@ class DryRun(RunMode):
         """Nothing is logged."""
 
     def fallback_device(self, config: Config, env: RunEnv) -> torch.device:
-        """torch_xla's CPU device if it can compile this run's graphs, else the CPU."""
+        """The CPU where torch.compile compiles for it; else torch_xla's CPU device if it can compile this
+        run's graphs, else the CPU again."""
+        if config.distributed_strategy.compile == "blocks":
+            return torch.device("cpu")
         if not xla.is_available():
             why = "torch_xla is not installed"
         elif env.world_size > 1:
@@ -156,7 +161,7 @@ class DryRun(RunMode):
 def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
     """Wraps a dry run: prints the totals, and writes the manifest if every graph was compiled.
 
-    Does nothing on Neuron, where neuron_parallel_compile reports, or where nothing is compiled.
+    Does nothing where neuron_parallel_compile reports, or where nothing is compiled. Collective.
     Raises CompileError where a compilation failed or there was none.
     """
     if compiler is None or compiler.graphs() is None:
@@ -164,26 +169,23 @@ def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
         return
     try:
         yield
-    # torch_xla raises a bare RuntimeError for a graph that does not compile; anything else also lands here,
-    # and is re-raised where no compilation failed.
+    # torch_xla raises a bare RuntimeError for a graph that does not compile, torch.compile one of its own;
+    # anything else also lands here, and is re-raised where no compilation failed.
     except RuntimeError as error:
-        totals = _totals(compiler)
-        if totals.failed == 0:
+        begun, compiled = compiler.count(), len(compiler.graphs() or ())
+        if begun == compiled:
             raise
         log.error("%s", error)
-        print(totals, flush=True)
-        totals.require_success("torch_xla")
-    totals = _totals(compiler)
-    print(totals, flush=True)
-    totals.require_success("torch_xla")
-    write_manifest(manifest, _graphs(compiler).values(), compiler.versions(), compiler.begun())
+        _print(Totals(begun, compiled, begun - compiled), compiler)
+    graphs = graphs_of_all(compiler) or {}
+    steps = Ranks().gather(compiler.begun())
+    if Ranks().rank == 0:
+        _print(Totals(len(graphs), len(graphs), 0), compiler)
+        taken = dict.fromkeys(step for of_rank in steps for step in of_rank)
+        write_manifest(manifest, graphs.values(), compiler.versions(), taken)
     log.log(NOTICE, "manifest of the graphs: %s", manifest)
 
 
-def _graphs(compiler: Compiler) -> Mapping[str, Graph]:
-    return compiler.graphs() or {}
-
-
-def _totals(compiler: Compiler) -> Totals:
-    begun, compiled = compiler.count(), len(_graphs(compiler))
-    return Totals(begun, compiled, begun - compiled)
+def _print(totals: Totals, compiler: Compiler) -> None:
+    print(totals, flush=True)
+    totals.require_success(compiler.name)

@@ -16,7 +16,8 @@ from nxdt_align.config.schema import Config
 from nxdt_align.config.start import EXPORT, REPORT_FILE, SETTINGS_FILE
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.tokenize import Tokenization
-from nxdt_align.engines.base import Compiler, Engine, Shapes
+from nxdt_align.engines.base import Compiler, Engine, Graph, Shapes
+from nxdt_align.engines.ranks import Ranks
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write, explain
 from nxdt_align.messages import NOTICE, RunLog
@@ -124,9 +125,11 @@ class RunMode:
         taken = None if compiler is None or compiler.graphs() is None else read_steps(manifest)
         if taken is None:
             return
-        missing = [
-            f"{name} of {_in_words(shapes)}" for name, shapes in planned() if (name, shapes) not in taken
-        ]
+        assert compiler is not None
+        wanted = planned()
+        if compiler.by_micro_batch:
+            wanted = dict.fromkeys((name, (shape,)) for name, shapes in wanted for shape in shapes)
+        missing = [f"{name} of {_in_words(shapes)}" for name, shapes in wanted if (name, shapes) not in taken]
         if not missing:
             return
         message = (
@@ -207,11 +210,18 @@ def _in_words(shapes: Shapes) -> str:
     return f"{len(shapes)} x ({rows} rows of {tokens} tokens, {responses} response tokens, {slots} responses)"
 
 
+def graphs_of_all(compiler: Compiler) -> dict[str, Graph] | None:
+    """Those that any rank has compiled, by their keys; None where the device does not tell them. Collective:
+    ranks can have graphs of their own."""
+    own = compiler.graphs()
+    return None if own is None else {k: graph for found in Ranks().gather(own) for k, graph in found.items()}
+
+
 def report_graphs(compiler: Compiler | None, manifest: Path) -> None:
-    """Log the number of compiled graphs, and warn about each that ``manifest`` does not list."""
+    """Log the number of compiled graphs, and warn about each that ``manifest`` does not list. Collective."""
     if compiler is None:
         return
-    graphs = compiler.graphs()
+    graphs = graphs_of_all(compiler)
     if graphs is None:
         log.log(NOTICE, "graphs: %d compiled or loaded from Neuron's cache", compiler.count())
         return

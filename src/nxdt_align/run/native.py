@@ -91,6 +91,8 @@ class NativeParts:
         )
         if on_xla:
             engine.compiler = xla.compiler()
+        elif self._compiling is not None:
+            engine.compiler = self._compiling.recorder
         return engine
 
     def notes_on(self, folder: Path) -> list[str]:

@@ -20,6 +20,7 @@ from torch._dynamo import exc
 
 from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError, Objective
+from nxdt_align.engines.native.graphs import GraphRecorder
 from nxdt_align.engines.scoring import Scorer
 from nxdt_align.engines.steps import TokenLogps
 from nxdt_align.models.decoder import Decoder, Recomputable
@@ -37,11 +38,12 @@ class Compiling:
     """How parts of a model are compiled.
 
     ``options`` are the backend's. All parts get this one object: TorchNeuron writes into it, and takes parts
-    with other objects for parts with other options.
+    with other objects for parts with other options. ``recorder`` notes each graph that is compiled.
     """
 
     backend: str | Callable[..., Any] = "inductor"
     options: Mapping[str, Any] | None = None
+    recorder: GraphRecorder | None = None
     _made: dict[str, Callable[..., Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def model(self, scorer: Scorer) -> None:
@@ -66,11 +68,12 @@ class Compiling:
         """One compiled function for all callers: each gets graphs that another has had compiled."""
         if name not in self._made:
             make: Any = torch.compile  # typed without the limit
+            recorder = self.recorder
             compiled = make(
                 function,
                 fullgraph=True,
                 dynamic=False,
-                backend=self.backend,
+                backend=self.backend if recorder is None else recorder.noting(name, self.backend),
                 options=self.options,
                 recompile_limit=MOST_GRAPHS,
                 isolate_recompiles=True,
