@@ -38,7 +38,16 @@ def dependencies(pyproject: str) -> dict[str, Requirement]:
 
 @pytest.fixture(scope="module")
 def trn1(repo: Path) -> dict[str, Requirement]:
-    lines = (repo / "requirements_dpo.txt").read_text().splitlines()
+    return required(repo / "requirements_dpo.txt")
+
+
+@pytest.fixture(scope="module")
+def trn2(repo: Path) -> dict[str, Requirement]:
+    return required(repo / "requirements_neuron.txt")
+
+
+def required(file: Path) -> dict[str, Requirement]:
+    lines = file.read_text().splitlines()
     return listed([line for line in lines if line and not line.startswith(("#", "--"))])
 
 
@@ -58,6 +67,20 @@ def test_trn1_node_takes_neuron_packages_by_exact_version_from_their_index(
     assert "--extra-index-url https://pip.repos.neuron.amazonaws.com" in text.splitlines()
     assert trn1.keys() >= NEURON | IMPORTED_BY_NXD
     assert all(str(trn1[name].specifier).startswith("==") for name in NEURON)
+
+
+def test_trn2_node_gets_the_same_and_torchneuron_alone(
+    repo: Path, dependencies: dict[str, Requirement], trn2: dict[str, Requirement]
+) -> None:
+    own = {"torch-neuronx", "neuronx-cc", "nki", "torch"}
+    assert own <= trn2.keys() and not trn2.keys() & {"torch-xla", "neuronx-distributed", "libneuronxla"}
+    ranges = {name: requirement.specifier for name, requirement in trn2.items() if name not in own}
+    assert ranges == {name: wanted.specifier for name, wanted in dependencies.items() if name != "torch"}
+    assert all(str(trn2[name].specifier).startswith("==") for name in own)
+    # The product's releases are named after the torch that they go with.
+    assert str(trn2["torch"].specifier) == "==2.13.0" and "2.13.3.0.1" in trn2["torch-neuronx"].specifier
+    text = (repo / "requirements_neuron.txt").read_text()
+    assert "--extra-index-url https://pip.repos.neuron.amazonaws.com" in text.splitlines()
 
 
 @pytest.mark.parametrize("version", ["2.9.0", "2.9.1", "2.13.0", "2.15.0"])

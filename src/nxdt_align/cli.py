@@ -28,10 +28,11 @@ from nxdt_align.config.check import (
     load_checked,
     with_check,
 )
-from nxdt_align.config.engines import Engine, neuron_available, resolve_engine
+from nxdt_align.config.engines import Engine, resolve_engine
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import copy_preset, presets, read_config, to_yaml
 from nxdt_align.config.loggers import PACKAGES
+from nxdt_align.config.neuron_packages import neuron_available
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import hub_models
 from nxdt_align.errors import SharedError, UserError

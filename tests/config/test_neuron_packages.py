@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
-from nxdt_align.config.engines import (
+from nxdt_align.config.neuron_packages import (
     NEURON_INDEX,
     find_missing_neuron_packages,
+    mixed_products_fault,
     neuron_available,
+    neuron_stack,
+    torch_neuron_fault,
 )
 
 MODULES = {
@@ -32,13 +36,13 @@ class Site:
         for module in MODULES.values():
             monkeypatch.delitem(importlib.sys.modules, module, raising=False)  # type: ignore[attr-defined]
 
-    def install(self, package: str, *, placeholder: bool = False) -> None:
-        info = self.folder / f"{package.replace('-', '_')}-1.0.dist-info"
+    def install(self, package: str, version: str = "1.0", *, placeholder: bool = False) -> None:
+        info = self.folder / f"{package.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         if not placeholder:
             module = self.folder / MODULES[package]
-            module.mkdir()
+            module.mkdir(exist_ok=True)
             (module / "__init__.py").write_text("raise SystemExit('only looked for, never imported')")
         importlib.invalidate_caches()
 
@@ -97,6 +101,73 @@ def test_a_folder_of_the_name_without_code_is_no_package(site: Site) -> None:
     importlib.invalidate_caches()
     assert "placeholder" in str(find_missing_neuron_packages())
     assert not neuron_available()
+
+
+NATIVE, XLA = "2.13.3.0.71", "2.9.0.2.13.26312"
+
+
+@pytest.mark.parametrize(("version", "stack"), [(NATIVE, "native"), ("2.14.3.0.1", "native"), (XLA, "xla")])
+def test_which_of_two_products_is_called_torch_neuronx(site: Site, version: str, stack: str) -> None:
+    """Engine nxd is chosen for PyTorch/XLA's alone, whatever else is there."""
+    site.install("torch-neuronx", version)
+    assert neuron_stack() == stack and not neuron_available()
+    site.install("neuronx-distributed")
+    assert neuron_available() == (stack == "xla")
+
+
+@pytest.mark.parametrize(
+    ("installed", "torch", "python", "said"),
+    [
+        (
+            [],
+            "2.13.0",
+            (3, 12),
+            r"torch-neuronx is not installed: on trn2 .*requirements_neuron.txt; trn1 has",
+        ),
+        (
+            [("torch-neuronx", XLA)],
+            "2.13.0",
+            (3, 12),
+            r"installed \(2.9.0.2.13.26312\) is PyTorch/XLA's, for e",
+        ),
+        (
+            [("torch-neuronx", NATIVE)],
+            "2.13.0+cpu",
+            (3, 11),
+            r"Python 3.12 and later, but this is 3.11: in an",
+        ),
+        (
+            [("torch-neuronx", NATIVE)],
+            "2.15.0",
+            (3, 12),
+            r"2.13.3.0.71 goes with torch 2.13, but torch is 2.15",
+        ),
+        (
+            [("torch-neuronx", NATIVE), ("torch-xla", "2.9.0")],
+            "2.13.0",
+            (3, 12),
+            r"both products .*\(torch-neuronx 2.13.3.0.71, torch-xla\).* or here pip uninstall -y torch-xla",
+        ),
+        (
+            [("torch-neuronx", NATIVE), ("torch-neuronx", XLA)],
+            "2.13.0",
+            (3, 12),
+            r"both products .*torch-neuronx 2.9.0.*or here pip uninstall -y torch-neuronx",
+        ),
+    ],
+)
+def test_why_torch_has_no_neuron_device(
+    site: Site, installed: list[tuple[str, str]], torch: str, python: tuple[int, int], said: str
+) -> None:
+    for package, version in installed:
+        site.install(package, version)
+    assert re.search(said, str(torch_neuron_fault(torch, python))), torch_neuron_fault(torch, python)
+    assert (mixed_products_fault() is not None) == ("both products" in said)
+
+
+def test_nothing_is_wrong_with_the_product_that_fits(site: Site) -> None:
+    site.install("torch-neuronx", NATIVE)
+    assert torch_neuron_fault("2.13.0", (3, 12)) is None and mixed_products_fault() is None
 
 
 def test_the_index_is_that_of_the_requirements(repo: Path) -> None:

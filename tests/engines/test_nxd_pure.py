@@ -87,8 +87,8 @@ def test_a_placeholder_is_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_without_the_packages_says_what_to_install(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nxdt_align.config.engines.has_module", lambda name: False)
-    monkeypatch.setattr("nxdt_align.config.engines._is_installed", lambda package: False)
+    monkeypatch.setattr("nxdt_align.config.neuron_packages.has_module", lambda name: False)
+    monkeypatch.setattr("nxdt_align.config.neuron_packages._versions", lambda package: [])
     config = load("distributed_strategy.engine=nxd", "trainer.accelerator=cpu")
     with pytest.raises(UserError, match="not installed: neuronx-distributed, torch-xla"):
         NxDParts(config, None, TINY, RunMode())  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def test_sizes(load: Load) -> None:
 def test_sizes_that_do_not_fit(
     load: Load, monkeypatch: pytest.MonkeyPatch, overrides: list[str], model: dict[str, Any], fault: str
 ) -> None:
-    monkeypatch.setattr("nxdt_align.config.engines.has_module", lambda name: True)
+    monkeypatch.setattr("nxdt_align.config.neuron_packages.has_module", lambda name: True)
     keys = [f"distributed_strategy.{key}" for key in overrides]
     if "qkv_linear" not in fault:
         keys.append("model.qkv_linear=True")

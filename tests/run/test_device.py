@@ -26,10 +26,11 @@ from nxdt_align.engines import xla
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import TINY
 from nxdt_align.ops.attention import DenseAttention
-from nxdt_align.run.assemble import attention, compiling, device
+from nxdt_align.run.assemble import attention, compiling
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.mode import RunMode
+from nxdt_align.run.processes import device
 
 
 def config(accelerator: Accelerator, attention: Attention = "auto") -> Config:
@@ -130,7 +131,8 @@ moved_to = []
 torch.accelerator.set_device_index = moved_to.append
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
-from nxdt_align.run.assemble import attention, device
+from nxdt_align.run.assemble import attention
+from nxdt_align.run.processes import device
 from nxdt_align.config.schema import Config, TrainerConfig
 from nxdt_align.models.presets import TINY
 from dataclasses import replace
@@ -145,7 +147,7 @@ def test_any_accelerator_goes_the_same_way(accelerator: str, repo: Path) -> None
     """No vendor is asked for. In a process of its own, as a backend has one name for good."""
     command = [sys.executable, "-c", NEURON, accelerator]
     done = subprocess.run(command, capture_output=True, text=True, cwd=repo / "src", check=True)
-    assert done.stdout.split("\n")[0] == "neuron:3 [3] DenseAttention"
+    assert done.stdout.split("\n")[0] == "neuron:3 [] DenseAttention"
 
 
 @pytest.fixture(params=[True, False], ids=["with torch_xla", "without"])

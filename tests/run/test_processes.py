@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nxdt_align.run.assemble import end_processes
+from nxdt_align.run.processes import end_processes
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:

@@ -269,7 +269,7 @@ def tied_head(config: DecoderConfig) -> str:
     stages = "distributed_strategy.pipeline_model_parallel_size=2"
     try:
         # Before it imports neuronx-distributed, so wherever this runs.
-        with mock.patch("nxdt_align.config.engines.has_module", lambda name: True):
+        with mock.patch("nxdt_align.config.neuron_packages.has_module", lambda name: True):
             check(load_config("tiny_llama_DPO_config", (*engine, stages)), config)
     except UserError as error:
         return str(error)

@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxdt_align.config.engines import (
-    Engine,
-    find_engine_faults,
-    neuron_available,
-    notices,
-    resolve_engine,
-)
+from nxdt_align.config.engines import Engine, find_engine_faults, notices, resolve_engine
 from nxdt_align.config.faults import ConfigError, Fault, independent
 from nxdt_align.config.load import read_config
 from nxdt_align.config.loggers import logger_faults
+from nxdt_align.config.neuron_packages import neuron_available
 from nxdt_align.config.paths import path_faults, positions_notice, tokenizer_notice
 from nxdt_align.config.rules import NOTICES, RULES
 from nxdt_align.config.schema import Config

@@ -2,74 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from nxdt_align.config.faults import Fault
 from nxdt_align.config.megatron import megatron_key
+from nxdt_align.config.neuron_packages import neuron_available
 from nxdt_align.config.rules import lookup
 from nxdt_align.config.schema import Config
 
 Engine = Literal["nxd", "native"]
-NEURON_INDEX = "https://pip.repos.neuron.amazonaws.com"
-"""AWS's own package index, as in requirements_dpo.txt."""
-
-
-_CPU_MODE_PACKAGES = {"neuronx-distributed": "neuronx_distributed", "torch-xla": "torch_xla"}
-_NEURON_PACKAGES = {
-    "torch-neuronx": "torch_neuronx",
-    "neuronx-cc": "neuronxcc",
-    "libneuronxla": "libneuronxla",
-    **_CPU_MODE_PACKAGES,
-}
-"""Package -> the module that it provides."""
-
-
-def neuron_available() -> bool:
-    """Whether the real Neuron packages are installed. PyPI's placeholders of these names hold no module."""
-    return all(has_module(name) for name in ("torch_neuronx", "neuronx_distributed"))
-
-
-def find_missing_neuron_packages(cpu_mode: bool = False) -> str | None:
-    """Which packages engine nxd is missing, and what to do; None if it has all of them.
-
-    Args:
-        cpu_mode: NXD_CPU_MODE=1, which needs neither compiler nor runtime.
-    """
-    wanted = _CPU_MODE_PACKAGES if cpu_mode else _NEURON_PACKAGES
-    absent = [package for package, module in wanted.items() if not has_module(module)]
-    if not absent:
-        return None
-    hollow = [package for package in absent if _is_installed(package)]
-    missing = [package for package in absent if package not in hollow]
-    faults = []
-    if missing:
-        faults.append(f"not installed: {', '.join(missing)}")
-    if hollow:
-        faults.append(f"PyPI's empty placeholder is installed instead of the package: {', '.join(hollow)}")
-    remove = f"pip uninstall -y {' '.join(hollow)}, then " if hollow else ""
-    return (
-        f"engine nxd needs packages of AWS Neuron. {'; '.join(faults)}. Install them from AWS's own index "
-        f"({NEURON_INDEX}): {remove}pip install -r requirements_dpo.txt. "
-        "distributed_strategy.engine=native runs without them"
-    )
-
-
-def has_module(name: str) -> bool:
-    """Whether ``name`` can be imported; a folder of that name without code does not count."""
-    spec = importlib.util.find_spec(name)
-    # A namespace package has a spec without an origin: any folder of that name on the path is one.
-    return spec is not None and spec.origin is not None
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def resolve_engine(config: Config, neuron_available: bool) -> Engine:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from nxdt_align.config.engines import has_module
 from nxdt_align.config.faults import Fault, did_you_mean
 from nxdt_align.config.fields import name_fault
+from nxdt_align.config.neuron_packages import has_module
 from nxdt_align.config.rules import lookup
 from nxdt_align.config.schema import Config
 

@@ -73,14 +73,36 @@ class Groups:
     """Ranks that hold other layers, the first stage's first."""
 
 
+_host_group: dist.ProcessGroup | None = None
+
+
+def open_host_group(timeout: timedelta) -> None:
+    """Have values on the host travel over a gloo group of their own from now on, as torch's default group is
+    for a device alone. Collective; ``timeout``: how long a rank waits for the others."""
+    global _host_group
+    _host_group = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """What ``open_host_group`` has opened; None where torch's default group takes tensors on the CPU."""
+    return _host_group
+
+
+def close_host_group() -> None:
+    """Before torch's groups are destroyed."""
+    global _host_group
+    _host_group = None
+
+
 class Ranks:
     """All processes, as they agree over plain values (names, sizes, faults).
 
     Args:
-        group: what they talk over; torch's default where None.
+        group: what they talk over; where None, the host's group if there is one, else torch's default.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        group = _host_group if group is None else group
         is_alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
         self.size = 1 if is_alone else dist.get_world_size()
         self.rank = 0 if is_alone else dist.get_rank()
@@ -132,8 +154,8 @@ class Ranks:
         return int(box)
 
     def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier(group=self.group)
+        """Wait for all others, over the CPU as ``largest``: torch's own barrier looks for an accelerator."""
+        self.largest(0)
 
     @contextmanager
     def together(self, error_type: type[EngineError] = EngineError) -> Iterator[None]:

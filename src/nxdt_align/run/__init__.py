@@ -35,10 +35,10 @@ def train(
 
     Raises UserError for user errors, and Stopped where ``env.signals`` has received a signal.
     """
-    from nxdt_align.run.assemble import end_processes
     from nxdt_align.run.dry_run import DryRun
     from nxdt_align.run.mode import RunMode
     from nxdt_align.run.preconditions import report_lost_ranks
+    from nxdt_align.run.processes import end_processes
     from nxdt_align.run.run import Run
 
     config = checked.config

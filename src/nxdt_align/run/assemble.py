@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback
 
-from nxdt_align.batch import Topology
 from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import model_config_path, tokenizer_of
 from nxdt_align.data.packing import RowCost
 from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
-from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native import compiled
 from nxdt_align.engines.native.checkpoint import is_checkpoint
@@ -55,47 +47,6 @@ from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.peft import MergedWeights, PeftFolder, is_peft_folder
 
 log = logging.getLogger(__name__)
-
-
-def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topology:
-    """Join a process group with ``where``'s default backend, plus gloo for values on the host."""
-    if env.world_size > 1:
-        own = dist.get_default_backend_for_device(where)
-        backend = own if where.type == "cpu" else f"cpu:gloo,{where.type}:{own}"
-        try:
-            dist.init_process_group(backend, timeout=timeout(config))
-        except ValueError as error:
-            raise UserError(
-                f"the {env.world_size} processes (WORLD_SIZE) cannot connect to each other: {error}; start "
-                "with train.sh or torchrun"
-            ) from error
-    parallel = config.distributed_strategy
-    return Topology.of_rank(
-        env.rank,
-        env.world_size,
-        tensor_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_parallel_size=parallel.pipeline_model_parallel_size,
-    )
-
-
-def timeout(config: Config) -> timedelta:
-    """How long a process waits for the others."""
-    return timedelta(minutes=config.distributed_strategy.timeout_minutes)
-
-
-def end_processes() -> None:
-    """Destroy the process group, if there is one, when all its processes are done.
-
-    This ends gloo's threads. One that still releases a tensor while the interpreter shuts down cannot get the
-    GIL and aborts the process ("terminate called without an active exception").
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        return
-    if dist.get_backend() != "xla":  # it has no gloo backend for CPU tensors
-        # A barrier: a rank that leaves early closes connections that others still use.
-        dist.all_reduce(torch.zeros(()))
-    gc.collect()  # a group's threads end with the last reference to it
-    dist.destroy_process_group()
 
 
 def parallel(config: Config) -> Parallel:
@@ -179,42 +130,6 @@ def row_needs(config: Config, model: ModelShape, *, on_trainium: bool) -> RowNee
         "only_local": model.layer_types is None,
         "row_cost": cost,
     }
-
-
-def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
-    """The device of this process; the mode's fallback if there is no accelerator.
-
-    Raises UserError if the chosen accelerator is missing.
-    """
-    chosen = config.trainer.accelerator
-    if chosen == "xla":
-        return _xla_device(env)
-    # The accelerator that torch was built for: CUDA, or one that registers itself, such as TorchNeuron's.
-    present = torch.accelerator.current_accelerator(check_available=True)
-    if chosen in ("cuda", "neuron") and (present is None or present.type != chosen):
-        found = "no accelerator" if present is None else f"{present.type} alone"
-        raise UserError(
-            f"trainer.accelerator: is {chosen}, but torch finds {found}; trainer.accelerator=cpu runs here"
-        )
-    if chosen != "cpu" and present is not None:
-        torch.accelerator.set_device_index(env.local_rank)
-        return torch.device(present.type, env.local_rank)
-    return mode.fallback_device(config, env)
-
-
-def _xla_device(env: RunEnv) -> torch.device:
-    if not xla.is_available():
-        raise UserError(
-            "trainer.accelerator: is xla, but the package torch_xla is not installed; install torch==2.9.0 "
-            "and torch_xla==2.9.0 (make test-xla does, in .venv-xla), or choose trainer.accelerator=cpu"
-        )
-    if env.world_size > 1:
-        raise UserError(
-            f"trainer.accelerator: xla runs in one process here, but there are {env.world_size} "
-            "(WORLD_SIZE), and torch_xla's CPU device has no collectives between processes; set "
-            "trainer.devices=1"
-        )
-    return xla.device()
 
 
 COMPILED_DEVICES = {"cuda": "inductor", "neuron": "neuron"}
@@ -355,11 +270,6 @@ def _attention_kind(config: Config, where: torch.device, model: ModelShape) -> s
     if config.distributed_strategy.compile == "blocks" and where.type == "cpu":
         return "dense"  # blocks' shapes follow the data
     return ATTENTION_OF_DEVICE.get(where.type, "dense")
-
-
-def cluster(env: RunEnv) -> ClusterEnvironment:
-    """Ranks for Lightning, from torchrun or of a single process."""
-    return TorchElasticEnvironment() if env.world_size > 1 else LightningEnvironment()
 
 
 def model_config(config: Config) -> ModelShape:

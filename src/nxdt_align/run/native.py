@@ -18,7 +18,7 @@ from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.decoder import CausalModel
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import FUSED_DEVICES
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, processes
 from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
@@ -26,7 +26,7 @@ from nxdt_align.run.mode import RunMode
 
 def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torch.device:
     """This process's device. Raises UserError if it is not there, or if sizes or the attention do not fit."""
-    device = assemble.device(config, env, mode)
+    device = processes.device(config, env, mode)
     check_parallel(model, assemble.parallel(config))
     if not isinstance(model, DecoderConfig) and device.type not in FUSED_DEVICES:
         raise UserError(
@@ -48,7 +48,7 @@ class NativeParts:
     def __init__(self, config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> None:
         self._config, self._model = config, model
         self.device = check(config, env, model, mode)
-        self.topology = assemble.start_processes(config, env, self.device)
+        self.topology = processes.start_processes(config, env, self.device)
         self.precision = assemble.precision(config)
         self._attention = assemble.attention(config, self.device, model)
         self._compiling = assemble.compiling(config, self.device, model)
@@ -84,7 +84,7 @@ class NativeParts:
             parallel=assemble.parallel(self._config),
             device=self.device,
             configure_model=configure,
-            timeout=assemble.timeout(self._config),
+            timeout=processes.timeout(self._config),
             adapters=adapters,
             seed=self._config.seed,
             compiling=self._compiling,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nxdt_align.config.engines import find_missing_neuron_packages
+from nxdt_align.config.neuron_packages import find_missing_neuron_packages
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.engines import xla

@@ -27,7 +27,7 @@ from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.types import Loss
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.planning.rows import row_reports, summary
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, processes
 from nxdt_align.run.adapters import adapted, export_adapter, record_of, say, spec_of
 from nxdt_align.run.contracts import Result, RunEnv
 from nxdt_align.run.export_check import check_export, trainer_values
@@ -287,7 +287,7 @@ class Run:
         if signals is None or not self.mode.finishes_steps:
             return None
         # Over the host, and apart from what the device's collectives and a save in the background use.
-        ranks = Ranks.apart(assemble.timeout(self.config))
+        ranks = Ranks.apart(processes.timeout(self.config))
         return StopOnSignal(self.engine, signals, ranks.largest)
 
     def _recompile_guard(self) -> list[Callback]:
@@ -365,7 +365,7 @@ class Run:
         warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\(.*sync_dist=True")
         strategy = EngineStrategy(
             self.engine,
-            assemble.cluster(self.env),
+            processes.cluster(self.env),
             {RUN_RECORD: record},
             background=self.config.exp_manager.async_checkpointing,
             finite=self._finite,

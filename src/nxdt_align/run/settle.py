@@ -93,7 +93,7 @@ def _with_hub_shape(config: Config, model: HubModel) -> Config:
 
 
 def _device_kind(config: Config, engine: Engine) -> str:
-    """neuron, cuda, cpu, ...: the type of the device that ``assemble.device`` takes, or engine nxd."""
+    """neuron, cuda, cpu, ...: the type of the device that ``processes.device`` takes, or engine nxd."""
     if engine == "nxd":
         return "neuron"
     if config.trainer.accelerator != "auto":

@@ -1,0 +1,121 @@
+"""This process: its device, and how it joins the others of the run."""
+
+from __future__ import annotations
+
+import gc
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from nxdt_align.batch import Topology
+from nxdt_align.config.neuron_packages import mixed_products_fault, torch_neuron_fault
+from nxdt_align.config.schema import Config
+from nxdt_align.engines import ranks, xla
+from nxdt_align.errors import UserError
+from nxdt_align.run.contracts import RunEnv
+from nxdt_align.run.mode import RunMode
+
+PINNED_BY_GROUP = ("neuron",)
+"""Types of devices whose process group gives a process its core (it must be joined before the device is
+touched), and has no side for the CPU: groups for values on the host are opened apart."""
+
+
+def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
+    """The device of this process; the mode's fallback if there is no accelerator.
+
+    Raises UserError if the chosen accelerator is missing.
+    """
+    chosen = config.trainer.accelerator
+    if chosen == "xla":
+        return _xla_device(env)
+    # The accelerator that torch was built for: CUDA, or one that registers itself, such as TorchNeuron's.
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if chosen in ("cuda", "neuron") and (present is None or present.type != chosen):
+        found = "no accelerator" if present is None else f"{present.type} alone"
+        fault = torch_neuron_fault(torch.__version__) if chosen == "neuron" else None
+        why = "" if fault is None else f": {fault}"
+        raise UserError(
+            f"trainer.accelerator: is {chosen}, but torch finds {found}{why}; trainer.accelerator=cpu runs "
+            "here"
+        )
+    if chosen != "cpu" and present is not None:
+        fault = mixed_products_fault() if present.type == "neuron" else None
+        if fault is not None:
+            raise UserError(f"trainer.accelerator: neuron does not run here, as {fault}")
+        if present.type not in PINNED_BY_GROUP:
+            torch.accelerator.set_device_index(env.local_rank)
+        return torch.device(present.type, env.local_rank)
+    return mode.fallback_device(config, env)
+
+
+def _xla_device(env: RunEnv) -> torch.device:
+    if not xla.is_available():
+        raise UserError(
+            "trainer.accelerator: is xla, but the package torch_xla is not installed; install torch==2.9.0 "
+            "and torch_xla==2.9.0 (make test-xla does, in .venv-xla), or choose trainer.accelerator=cpu"
+        )
+    if env.world_size > 1:
+        raise UserError(
+            f"trainer.accelerator: xla runs in one process here, but there are {env.world_size} "
+            "(WORLD_SIZE), and torch_xla's CPU device has no collectives between processes; set "
+            "trainer.devices=1"
+        )
+    return xla.device()
+
+
+def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topology:
+    """Join a process group with ``where``'s default backend, plus gloo for values on the host."""
+    if env.world_size > 1:
+        own = dist.get_default_backend_for_device(where)
+        has_host = where.type == "cpu" or where.type in PINNED_BY_GROUP
+        try:
+            # Without device_id: DeviceMesh would then split the group, which TorchNeuron's cannot.
+            dist.init_process_group(
+                own if has_host else f"cpu:gloo,{where.type}:{own}", timeout=timeout(config)
+            )
+            if where.type in PINNED_BY_GROUP:
+                ranks.open_host_group(timeout(config))
+        except ValueError as error:
+            raise UserError(
+                f"the {env.world_size} processes (WORLD_SIZE) cannot connect to each other: {error}; start "
+                "with train.sh or torchrun"
+            ) from error
+    if where.type in PINNED_BY_GROUP:
+        torch.accelerator.set_device_index(env.local_rank)
+    parallel = config.distributed_strategy
+    return Topology.of_rank(
+        env.rank,
+        env.world_size,
+        tensor_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_model_parallel_size,
+    )
+
+
+def timeout(config: Config) -> timedelta:
+    """How long a process waits for the others."""
+    return timedelta(minutes=config.distributed_strategy.timeout_minutes)
+
+
+def end_processes() -> None:
+    """Destroy the process group, if there is one, when all its processes are done.
+
+    This ends gloo's threads. One that still releases a tensor while the interpreter shuts down cannot get the
+    GIL and aborts the process ("terminate called without an active exception").
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    if dist.get_backend() != "xla":  # it has no gloo backend for CPU tensors
+        # A barrier: a rank that leaves early closes connections that others still use.
+        dist.all_reduce(torch.zeros(()), group=ranks.host_group())
+    gc.collect()  # a group's threads end with the last reference to it
+    ranks.close_host_group()
+    dist.destroy_process_group()
+
+
+def cluster(env: RunEnv) -> ClusterEnvironment:
+    """Ranks for Lightning, from torchrun or of a single process."""
+    return TorchElasticEnvironment() if env.world_size > 1 else LightningEnvironment()

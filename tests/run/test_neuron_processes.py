@@ -1,0 +1,76 @@
+"""Processes on TorchNeuron's device, with a process group of its name that takes no tensor on the CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+RANK = """
+import sys, types
+from dataclasses import replace
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
+
+torch.utils.rename_privateuse1_backend("neuron")
+torch._register_device_module("neuron", types.SimpleNamespace(is_available=lambda: True))
+moved_to = []
+torch.accelerator.set_device_index = lambda index: moved_to.append((index, dist.is_initialized()))
+dist.Backend.register_backend(
+    "neuron",
+    lambda store, rank, size, timeout: FakeProcessGroup._create_internal(rank, size),
+    devices=["neuron"],
+)
+rank = int(sys.argv[2])
+given = []
+join = dist.init_process_group
+def joined(*arguments, **settings):
+    given.append((arguments, settings))
+    return join(*arguments, init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2, **settings)
+dist.init_process_group = joined
+
+from nxdt_align.config.schema import Config, DistributedStrategyConfig, TrainerConfig
+from nxdt_align.engines.ranks import Ranks
+from nxdt_align.run.contracts import RunEnv
+from nxdt_align.run.mode import RunMode
+from nxdt_align.run.processes import device, end_processes, start_processes
+
+env = RunEnv(rank=rank, world_size=2, local_rank=rank)
+config = replace(
+    Config(),
+    trainer=TrainerConfig(accelerator="neuron"),
+    distributed_strategy=DistributedStrategyConfig(timeout_minutes=2),
+)
+where = device(config, env, RunMode())
+assert moved_to == [], "the group gives a process its core"
+topology = start_processes(config, env, where)
+assert given == [(("neuron",), {"timeout": timedelta(minutes=2)})], given
+assert moved_to == [(rank, True)], moved_to
+ranks = Ranks()
+assert dist.get_backend() == "neuron" and dist.get_backend(ranks.group) == "gloo"
+print(topology.rank, ranks.gather(f"of {rank}"), ranks.broadcast(rank + 7), ranks.largest(rank), flush=True)
+ranks.barrier()
+end_processes()
+assert not dist.is_initialized() and Ranks().group is None
+"""
+
+
+def test_the_devices_group_and_one_for_the_host(tmp_path: Path, repo: Path) -> None:
+    """Values on the host travel over gloo: TorchNeuron's group takes no tensor on the CPU, and an object over
+    it would be a graph of each size."""
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path / "rendezvous"), str(rank)],
+            cwd=repo / "src",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in ranks]
+    for rank, (out, error) in enumerate(said):
+        assert ranks[rank].returncode == 0, error[-3000:]
+        assert out == f"{rank} ['of 0', 'of 1'] 7 1\n"
