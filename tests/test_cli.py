@@ -444,6 +444,25 @@ def test_print_env_trains_nothing_and_needs_no_packages(
     assert "engine native sets none of them" in said.err
 
 
+def test_torch_neurons_runtime_gets_what_it_reads(
+    build: FakeBuild, own_environment: dict[str, str], good: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the compiler's flags, which its own compiler does not take."""
+    own_environment["NEURON_RT_EXEC_TIMEOUT"] = "7"
+    arguments = ["train", "--config-name", good, "distributed_strategy.engine=native", "trainer.lnc=1"]
+    arguments += ["trainer.accelerator=neuron", "precision.type=bf16SR"]
+    assert main([*arguments, "--print-env"]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "export NEURON_LOGICAL_NC_CONFIG=1  # YAML (trainer.lnc)",
+        "export NEURON_RT_EXEC_TIMEOUT=7  # already set",
+        "export NEURON_RT_STOCHASTIC_ROUNDING_EN=1  # YAML (precision.type)",
+    ]
+    assert "sets none" not in said.err
+    assert main(arguments) == 0
+    assert own_environment["NEURON_LOGICAL_NC_CONFIG"] == "1"
+
+
 def test_a_pods_own_disk_is_told_before_the_run(
     build: FakeBuild,
     own_environment: dict[str, str],

@@ -28,7 +28,7 @@ from nxdt_align.config.check import (
     load_checked,
     with_check,
 )
-from nxdt_align.config.engines import Engine, resolve_engine
+from nxdt_align.config.engines import Engine, on_torch_neuron, resolve_engine
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import copy_preset, presets, read_config, to_yaml
 from nxdt_align.config.loggers import PACKAGES
@@ -39,12 +39,14 @@ from nxdt_align.errors import SharedError, UserError
 from nxdt_align.files import explain
 from nxdt_align.messages import show_on_terminal
 from nxdt_align.neuron.environment import (
+    COMPILE_ONLY,
     DOWNCASTS,
     describe,
     missing_from,
     missing_variables,
     neuron_environment,
     replaced,
+    torch_neuron_environment,
 )
 from nxdt_align.redaction import redact
 from nxdt_align.stop_signals import SIGNALS, Stopped, StopSignals
@@ -87,6 +89,8 @@ class Environment:
     compile_only: bool
     train_iters: int | None
     debug: bool
+    compiles_without_device: bool = False
+    """Whether TorchNeuron compiles where there is no device of its own."""
     command: str | None = None
     """The user's, where another program has started this one for it."""
     is_launched: bool = False
@@ -108,6 +112,7 @@ class Environment:
             compile_only=variables.get("COMPILE") == "1",
             train_iters=_number(variables, "TRAIN_ITERS", 1, least=1) if iters else None,
             debug=variables.get("NXDT_ALIGN_DEBUG") == "1",
+            compiles_without_device=variables.get(COMPILE_ONLY) == "1",
             command=variables.get("NXDT_ALIGN_COMMAND"),
             is_launched=LAUNCHED in variables,
             shares_signals=any(name in variables for name in _HANDS_SIGNALS_ON),
@@ -439,6 +444,7 @@ def enter_run(
         world_size=environment.world_size,
         local_rank=environment.local_rank,
         compile_only=environment.compile_only or dry_run,
+        compiles_without_device=environment.compiles_without_device,
         signals=signals if signals.is_installed else None,
         command=command,
     )
@@ -555,9 +561,11 @@ def _missing_variables(config: Config, engine: Engine) -> dict[str, str]:
 
 
 def _wanted_variables(config: Config, engine: Engine) -> dict[str, str]:
-    """Engine native on torch_xla's device must not inherit torch_xla's downcasts either."""
+    """On torch_xla's device engine native must not inherit torch_xla's downcasts either."""
     if engine == "nxd":
         return neuron_environment(config)
+    if on_torch_neuron(config):
+        return torch_neuron_environment(config)
     is_xla = config.trainer.accelerator == "xla"
     return {name: "0" for name in DOWNCASTS if is_xla and name in os.environ}
 
@@ -570,11 +578,12 @@ def _print_env(arguments: argparse.Namespace, environment: Environment) -> int:
     engine = resolve_engine(config, is_for_neuron or neuron_available())
     if engine != resolve_engine(config, neuron_available()):
         _note("this machine has no NeuronCores; these are the variables of one that has")
-    if engine != "nxd":
+    wanted = _wanted_variables(config, engine)
+    if engine != "nxd" and not wanted:
         _note(
             f"engine {engine} sets none of them; distributed_strategy.engine=nxd shows what is set on Neuron"
         )
-    _show("\n".join(describe(os.environ, _wanted_variables(config, engine))))
+    _show("\n".join(describe(os.environ, wanted)))
     return 0
 
 

@@ -223,6 +223,19 @@ model: {activations_checkpoint_recompute: [CoreAttention]}
     assert notices(load(text, *overrides), "native") == []
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "stack", "has_effect"),
+    [("neuron", None, True), ("auto", "native", True), ("auto", None, False), ("cpu", "native", False)],
+)
+def test_keys_of_the_runtime_count_on_torch_neuron(
+    load: Load, monkeypatch: pytest.MonkeyPatch, accelerator: str, stack: str | None, has_effect: bool
+) -> None:
+    monkeypatch.setattr("nxdt_align.config.engines.neuron_stack", lambda: stack)
+    keys = ("trainer.lnc=2", "neuron_rt_exec_timeout=50", f"trainer.accelerator={accelerator}")
+    said = " ".join(notices(load(yamls.TUTORIAL_DPO, *keys), "native"))
+    assert ("trainer.lnc" in said, "neuron_rt_exec_timeout" in said) == (not has_effect,) * 2
+
+
 def test_tables_name_known_keys_only() -> None:
     assert {key for keys in NO_EFFECT.values() for key in keys} <= set(all_keys())
 

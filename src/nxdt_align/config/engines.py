@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from nxdt_align.config.faults import Fault
 from nxdt_align.config.megatron import megatron_key
-from nxdt_align.config.neuron_packages import neuron_available
+from nxdt_align.config.neuron_packages import neuron_available, neuron_stack
 from nxdt_align.config.rules import lookup
 from nxdt_align.config.schema import Config
 
@@ -167,6 +167,16 @@ NO_EFFECT: dict[Engine, tuple[str, ...]] = {
 """Engine -> keys that have no effect on it."""
 
 
+_ON_TORCH_NEURON = ("trainer.lnc", "neuron_rt_exec_timeout", "precision.neuron_rt_stochastic_rounding_en")
+"""Keys without effect on native but on TorchNeuron's device, whose runtime reads them."""
+
+
+def on_torch_neuron(config: Config) -> bool:
+    """Whether engine native runs ``config`` on TorchNeuron's device, as far as packages tell."""
+    chosen = config.trainer.accelerator
+    return chosen == "neuron" or (chosen == "auto" and neuron_stack() == "native")
+
+
 def _runs_on_neuron(config: Config) -> bool:
     return resolve_engine(config, neuron_available()) == "nxd"
 
@@ -224,8 +234,10 @@ _ONLY_WITH: dict[str, Callable[[Config], bool]] = {
 def keys_without_effect(config: Config, engine: Engine) -> list[str]:
     """Keys that the YAML or an override sets and that have no effect on ``engine``."""
 
+    runtimes = _ON_TORCH_NEURON if engine == "native" else ()
+
     def is_idle(path: str) -> bool:
-        if path in NO_EFFECT[engine]:
+        if path in NO_EFFECT[engine] and not (path in runtimes and on_torch_neuron(config)):
             return lookup(config, path) is not None
         condition = _ONLY_WITH.get(path)
         return condition is not None and not condition(config) and lookup(config, path) is not None

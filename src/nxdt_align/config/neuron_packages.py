@@ -51,7 +51,7 @@ def neuron_stack() -> Stack | None:
     return "native" if any(_release(version) > _LAST_OF_XLA for version in versions) else "xla"
 
 
-def torch_neuron_fault(torch_version: str, python: Sequence[int] = sys.version_info) -> str | None:
+def torch_neuron_fault(torch_version: str, python: Sequence[int] = sys.version_info[:2]) -> str | None:
     """Why torch has no device ``neuron`` here, as far as packages tell, and what to do; None if they do not.
 
     Args:

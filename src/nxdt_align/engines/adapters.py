@@ -55,8 +55,12 @@ class Dropout:
         if not self._probability:
             yield
             return
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        # torch.manual_seed below seeds the device's generator, too, where it has one.
+        has_generator = self._device.type not in ("cpu", "xla")
+        with torch.random.fork_rng(
+            [self._device] if has_generator else [],
+            device_type=self._device.type if has_generator else "cuda",
+        ):
             text = f"{self._seed}:{self.steps}:{self._place}".encode()
             torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
             yield

@@ -22,6 +22,13 @@ CACHE = "NEURON_COMPILE_CACHE_URL"
 DEFAULT_CACHE = "/var/tmp/neuron-compile-cache"
 """The Neuron compiler's default cache."""
 
+LOGICAL_CORES = "NEURON_LOGICAL_NC_CONFIG"
+"""Physical NeuronCores that are one device: 1 or 2, on trn2 and trn3."""
+
+COMPILE_ONLY = "TORCH_NEURONX_COMPILE_ONLY"
+"""1: TorchNeuron compiles and runs nothing, also where there is no device; seen in AWS's own sources, and not
+run by us. NEURON_PLATFORM_TARGET_OVERRIDE then says for which chip."""
+
 DOWNCASTS = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
 """Always 0, whatever the user has set. With either, torch_xla silently stores float32 tensors as bf16:
 log-probabilities, master weights, gradient sums, and AdamW's step count, which then stops at 256. With the
@@ -37,6 +44,7 @@ KEYS: dict[str, str] = {
     CACHE: "compiler_cache_url",
     FLAGS: "compiler_flags, precision.type",
     "NEURON_RT_EXEC_TIMEOUT": "neuron_rt_exec_timeout",
+    LOGICAL_CORES: "trainer.lnc",
     "XLA_USE_BF16": "engine nxd",
     "XLA_DOWNCAST_BF16": "engine nxd",
     "NEURON_RT_STOCHASTIC_ROUNDING_EN": "precision.type",
@@ -92,6 +100,17 @@ def neuron_environment(config: Config) -> dict[str, str]:
         # The only difference from NxDT: engine nxd chooses the bf16 tensors itself.
         **dict.fromkeys(DOWNCASTS, "0"),
         "NEURON_RT_STOCHASTIC_ROUNDING_EN": chosen.stochastic_rounding,
+    }
+    return {name: value for name, value in values.items() if value}
+
+
+def torch_neuron_environment(config: Config) -> dict[str, str]:
+    """Variable -> value for engine native on TorchNeuron's device: what its runtime has in common with
+    that of NxDT's stack, and the cores of a device. Compiler flags and caches have other names there."""
+    values = {
+        LOGICAL_CORES: None if config.trainer.lnc is None else str(config.trainer.lnc),
+        "NEURON_RT_EXEC_TIMEOUT": str(config.neuron_rt_exec_timeout),
+        "NEURON_RT_STOCHASTIC_ROUNDING_EN": _format(config.precision).stochastic_rounding,
     }
     return {name: value for name, value in values.items() if value}
 

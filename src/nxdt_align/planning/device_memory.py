@@ -21,8 +21,9 @@ from nxdt_align.planning.workload import Workload, device_kind, workload
 GIB = 2**30
 NEURON_CORE_BYTES = 16 * GIB
 """Device memory of a trn1 NeuronCore: a chip has 32 GiB and two cores."""
-TRN2_CORE_BYTES = 12 * GIB
-"""The same of a physical core of trn2, whose chips have 96 GiB and eight; a logical one is of trainer.lnc."""
+CORE_BYTES = {"trn2": 12 * GIB, "trn3": 18 * GIB}
+"""The same of a physical core of trn2 and trn3, whose chips have eight; a logical one is of trainer.lnc."""
+DEFAULT_LNC = 2
 USABLE = 0.9
 """Fraction of it that a plan may use; the rest is for the graphs' code and the runtime's buffers."""
 
@@ -61,13 +62,16 @@ def memory_report(
     lines = [head, *_table(need)]
     if where != "neuron":
         return "\n".join([*lines, f"    {'total':<18}{_gib(need.total)}"])
-    limit, chip = core_memory(config)
+    (chip, limit), *others = core_memory(config).items()
     fits = need.total <= limit * USABLE
-    verdict = "fits" if fits else "does not fit"
-    lines.append(
-        f"    {'total':<18}{_gib(need.total)} of {limit // GIB} GiB ({chip}, {1 - USABLE:.0%} reserved for "
-        f"graphs and runtime): {verdict}"
-    )
+
+    def verdict(limit: int, chip: str) -> str:
+        said = "fits" if need.total <= limit * USABLE else "does not fit"
+        reserved = f"{1 - USABLE:.0%} reserved for graphs and runtime"
+        return f"of {limit // GIB} GiB ({chip}, {reserved}): {said}"
+
+    lines.append(f"    {'total':<18}{_gib(need.total)} {verdict(limit, chip)}")
+    lines += [f"    {'':<18}{'':>10} {verdict(other, name)}" for name, other in others]
     if fits:
         return "\n".join(lines)
 
@@ -87,10 +91,14 @@ def memory_report(
     return "\n".join(lines)
 
 
-def core_memory(config: Config) -> tuple[int, str]:
-    """Bytes of a NeuronCore, and which it is: of trn2 where ``trainer.lnc`` says how many are one device."""
+def core_memory(config: Config) -> dict[str, int]:
+    """Which NeuronCore -> its bytes: of trn2 and trn3 where ``trainer.lnc`` says how many are one device, and
+    for engine native, which does not run on trn1."""
     cores = config.trainer.lnc
-    return (NEURON_CORE_BYTES, "trn1") if cores is None else (cores * TRN2_CORE_BYTES, f"trn2, lnc {cores}")
+    if cores is None and config.distributed_strategy.engine != "native":
+        return {"trn1": NEURON_CORE_BYTES}
+    cores = cores or DEFAULT_LNC
+    return {f"{chip}, lnc {cores}": cores * size for chip, size in CORE_BYTES.items()}
 
 
 def _table(need: Memory) -> list[str]:

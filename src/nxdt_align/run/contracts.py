@@ -25,6 +25,8 @@ class RunEnv:
     local_rank: int = 0
     compile_only: bool = False
     """Run only the steps of a dry run, which write nothing (``COMPILE=1``)."""
+    compiles_without_device: bool = False
+    """Whether TorchNeuron is told to compile only: a dry run then needs its device to be known, not there."""
     signals: StopSignals | None = None
     """What handles signals; None where they have their usual effect."""
     command: str | None = None

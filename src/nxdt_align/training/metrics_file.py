@@ -76,6 +76,7 @@ class MetricsFile(Logger):
 
 def _memory() -> dict[str, float]:
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB / 2**30
-    if not torch.cuda.is_available():
-        return {HOST_MEMORY: host}
-    return {HOST_MEMORY: host, DEVICE_MEMORY: torch.cuda.max_memory_allocated() / 2**30}
+    device = torch.accelerator.current_accelerator(check_available=True)
+    # Under one name for CUDA and for a device that registers itself, as TorchNeuron's.
+    peak = None if device is None else getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return {HOST_MEMORY: host} if peak is None else {HOST_MEMORY: host, DEVICE_MEMORY: peak() / 2**30}
