@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The same steps of one config on CPU processes and on this machine's accelerator, and how far apart they end: loss and
+# gradient norm at each step, and the weights. What to do first on a machine that nobody has trained on.
+#
+#   CONF_FILE=name [STEPS=20] [PROCESSES=n] examples/parity.sh [key=value ...]
+#
+# CONF_FILE    as for train.sh
+# STEPS        optimizer steps of each run (default 20)
+# PROCESSES    of each run, one per device (default 1)
+# TWIN         accelerator of the second run (default auto: neuron, cuda; cpu where there is none)
+# TOLERANCES   loss, gradient norm and weights, relative, "1e-4 1e-3 1e-3" (default: by precision.type of the config)
+# key=value    overrides for both runs. A model of the real widths with few layers (model.num_layers=2) is enough.
+#
+# Everything goes to parity_run/ in the current folder, which is made afresh each time. Status 1 where they differ.
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
+: "${CONF_FILE:?CONF_FILE must name a config, as for train.sh}"
+export CONF_FILE TRAIN_ITERS=${STEPS:-20}
+python=${NXDT_ALIGN_PYTHON:-python3}
+out=$PWD/parity_run
+
+rm -rf -- "$out"
+run_on() {
+  local accelerator=$1 folder=$2
+  shift 2
+  printf '\n== %s steps on %s, %s process(es)\n' "$TRAIN_ITERS" "$accelerator" "${PROCESSES:-1}"
+  "$here/train.sh" distributed_strategy.engine=native "trainer.accelerator=$accelerator" \
+    "trainer.devices=${PROCESSES:-1}" trainer.num_nodes=1 trainer.log_every_n_steps=1 \
+    exp_manager.log_gradient_norm=True exp_manager.export_hf=True exp_manager.check_export=False \
+    "exp_manager.explicit_log_dir=$folder" "$@"
+}
+run_on cpu "$out/cpu" "$@"
+run_on "${TWIN:-auto}" "$out/twin" "$@"
+printf '\n== %s on cpu against %s\n' "$CONF_FILE" "${TWIN:-auto}"
+# shellcheck disable=SC2086 # three numbers
+PYTHONPATH=$here/../src${PYTHONPATH:+:$PYTHONPATH} "$python" "$here/../scripts/compare_runs.py" \
+  "$out/cpu" "$out/twin" ${TOLERANCES:+--tolerances $TOLERANCES}
