@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from matrix import asked, but_for
 from oracle import assert_gradients_close
 from parallel_fixture import SHAPE, Case, merged, oracle, outcomes, worst
 from parallel_fixture import Outcome as Training
@@ -52,9 +53,16 @@ TRAININGS = {
 }
 
 
+USUAL = (
+    *("pp2, dpo", "pp2 x 2 chunks, orpo", "pp4, dpo", "pp2 dp2 zero1, orpo", "pp2 x 2 chunks dp2 fsdp, orpo"),
+    *("pp2 tp2 sp, orpo", "pp2, tied head, orpo", "pp4, tied head, dpo", "pp2 tp2, tied head, dpo"),
+    "pp2 x 2 chunks dp2 fsdp, tied head, orpo",
+)
+
+
 @pytest.fixture(scope="module")
-def trained() -> dict[str, list[Training]]:
-    return outcomes(TRAININGS)
+def trained(request: pytest.FixtureRequest) -> dict[str, list[Training]]:
+    return outcomes(asked(request, TRAININGS))
 
 
 @cache
@@ -62,7 +70,7 @@ def oracle_of(loss: str, shape: DecoderConfig) -> Training:
     return oracle(Case(loss=loss, shape=shape))
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", but_for(USUAL, TRAININGS))
 def test_as_the_plain_model(trained: dict[str, list[Training]], name: str) -> None:
     """Loss and metrics on every rank, each gradient on its stage's ranks, 5 steps of AdamW. A tied embedding
     is the same on both of its stages to the last bit."""
@@ -117,12 +125,18 @@ SEQUENCES = {
 }
 
 
+STEPPED = (
+    *("changing", "changing x 2 chunks blocks", "empty rows x 2 chunks blocks", "uneven cuts"),
+    *("selective recompute", "bf16, tied head", "changing tp2 sp blocks", "changing x 2 chunks dp2 fsdp"),
+)
+
+
 @pytest.fixture(scope="module")
-def stepped() -> dict[str, list[list[Outcome]]]:
-    return over_ranks(SEQUENCES)
+def stepped(request: pytest.FixtureRequest) -> dict[str, list[list[Outcome]]]:
+    return over_ranks(asked(request, SEQUENCES))
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("name", but_for(STEPPED, SEQUENCES))
 def test_as_one_process_step_after_step(name: str, stepped: dict[str, list[list[Outcome]]]) -> None:
     """The same rows, one micro-batch after the other. bf16 rounds each sum anew: 2^-7 there."""
     case, ranks = SEQUENCES[name].case, stepped[name]
