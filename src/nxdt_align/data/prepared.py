@@ -40,11 +40,8 @@ from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecords, DataError, O
 from nxdt_align.data.source_identity import Stamp
 from nxdt_align.data.token_columns import (
     BROKEN,
-    ID_BYTES,
-    Array,
     Stream,
     TokenColumns,
-    distinct,
     map_tokens,
     size_and_time,
 )
@@ -59,6 +56,7 @@ from nxdt_align.data.token_sets import (
 from nxdt_align.data.tokenize import RULES_VERSION, Tokenization
 from nxdt_align.files import atomic_file, atomic_write, explain, one_at_a_time
 from nxdt_align.messages import NOTICE
+from nxdt_align.record_ids import ID_BYTES, Array, distinct
 
 log = logging.getLogger(__name__)
 LARGE = 2**22

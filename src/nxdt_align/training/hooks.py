@@ -43,7 +43,7 @@ class AlignmentData(Protocol):
     @property
     def splits(self) -> Mapping[Split, ReferencePlan]: ...
 
-    def record_ids(self, split: Split) -> list[str]: ...
+    def ids(self, split: Split) -> npt.NDArray[Any]: ...
 
     def set_reference(self, split: Split, table: npt.NDArray[Any]) -> None: ...
 
@@ -98,7 +98,7 @@ class ReferencePass(Callback):
         # Rank 0 decides for all: another rank might read the store while it is being written, and would hold
         # all of its values.
         if self._engine.topology.rank == 0:
-            absent = sum(len(self._store.missing(self._data.record_ids(split))) for split in splits)
+            absent = sum(len(self._store.missing(self._data.ids(split))) for split in splits)
         absent = self._engine.broadcast_object(absent)
         use_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
         if absent and not use_policy:
@@ -115,7 +115,7 @@ class ReferencePass(Callback):
             self._engine,
             data.reference_plan(),
             data.collate_planned,
-            self._data.record_ids(split),
+            self._data.ids(split),
             self._store,
             records_of=lambda planned: planned.records,
             reference=reference,
