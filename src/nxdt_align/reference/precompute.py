@@ -86,7 +86,7 @@ class PlanOnDemand(Protocol):
 
 
 @dataclass(frozen=True)
-class _Plan(Generic[M]):
+class Plan(Generic[M]):
     """The planned micro-batches of a data set, the same on every rank."""
 
     micro_batches: Sequence[M] | PlanOnDemand
@@ -174,7 +174,7 @@ def compute_missing(
 ) -> PassSummary:
     """As ``precompute``, for the micro-batches of a ``share``; values end up in the store alone."""
     started = time.monotonic()
-    plan = _Plan(micro_batches, collate, records_of)
+    plan = Plan(micro_batches, collate, records_of)
     known = _Known(engine, ids, store)
     reused, is_first = known.count, engine.topology.rank == 0
     works = not known.is_complete
@@ -182,7 +182,7 @@ def compute_missing(
     ran = 0
     with bar, _Writer(store if is_first and works else None, flush_every, flush_seconds) as writer:
         todo = plan.needed(known.is_missing, share) if works else iter(())
-        for owners, values in _rounds(engine, plan, todo, store.width, reference):
+        for owners, values in rounds(engine, plan, todo, store.width, reference):
             fresh_ids, fresh = known.update(owners, values)
             writer.add(fresh_ids, fresh)
             bar.update(len(fresh_ids))
@@ -212,7 +212,7 @@ class _Known:
         own = None
         if engine.topology.rank == 0:
             own = np.packbits(store.stored(ids)[self._first])
-        # All ranks must skip the same micro-batches, or the collectives of _rounds would not match.
+        # All ranks must skip the same micro-batches, or the collectives of rounds would not match.
         bits = engine.broadcast_object(own)
         self.have: Mask = np.unpackbits(bits, count=len(self._first)).astype(np.bool_)
 
@@ -265,8 +265,8 @@ def _shared_table(engine: Engine, ids: Array, store: ReferenceStore) -> FloatArr
     return received
 
 
-def _rounds(
-    engine: Engine, plan: _Plan[M], todo: Iterator[tuple[M, list[int]]], width: int, reference: bool
+def rounds(
+    engine: Engine, plan: Plan[M], todo: Iterator[tuple[M, list[int]]], width: int, reference: bool
 ) -> Iterator[tuple[list[int], FloatArray]]:
     """Run ``todo`` in lockstep, one micro-batch per data-parallel rank per round.
 
@@ -338,7 +338,7 @@ def trace_shapes(
     since extracted graphs are not executed.
     """
     started = time.monotonic()
-    plan = _Plan(micro_batches, collate, records_of)
+    plan = Plan(micro_batches, collate, records_of)
     seen: set[Hashable] = set()
     for micro_batch in plan.micro_batches:
         batch = plan.collate(micro_batch)

@@ -552,6 +552,15 @@ def reference_precision(config: Config) -> Precision:
     return Precision(compute=torch.bfloat16 if chosen == "bf16" else torch.float32)
 
 
+def precision_of_reference(config: Config, engine: EngineName) -> str:
+    """What ``join``'s parts call ``reference_precision``, in words, without joining any process."""
+    if engine == "nxd":
+        from nxdt_align.run.nxd import reference_precision_ahead
+
+        return str(reference_precision_ahead(config))
+    return str(reference_precision(config))
+
+
 def loss(config: Config, engine: EngineName, given: Loss | Callable[..., Any] | None = None) -> Loss:
     """The loss of ``model_alignment_strategy``, or ``given`` instead.
 
