@@ -88,7 +88,8 @@ def prepare(file: Path, folder: Path, step: int) -> None:
     from nxdt_align.batch import Topology
     from nxdt_align.config.load import load_config
     from nxdt_align.data.module import ModelAlignmentDataModule
-    from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
+    from nxdt_align.data.tokenize import Tokenization, Truncation
+    from nxdt_align.data.tokenizer import load_tokenizer
     from nxdt_align.planning.rows import row_reports
 
     config = load_config(

@@ -23,7 +23,8 @@ from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import model_config_path, tokenizer_of
 from nxdt_align.data.packing import RowCost
-from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
+from nxdt_align.data.tokenize import Tokenization, Truncation
+from nxdt_align.data.tokenizer import load_tokenizer
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native import compiled
