@@ -115,12 +115,9 @@ class ReferenceStore:
         self.read_only = read_only
         self.ignore_adds = ignore_adds
         self._pending: list[Part] = []
-        self._damaged: set[Path] = set()
-
-    @property
-    def pending(self) -> int:
+        self.pending = 0
         """Records added since the last flush."""
-        return sum(len(part.ids) for part in self._pending)
+        self._damaged: set[Path] = set()
 
     # Reading
 
@@ -214,6 +211,7 @@ class ReferenceStore:
         require_finite(ids, array)
         if len(ids):
             self._pending.append(Part(np.array(ids), array))
+            self.pending += len(ids)
 
     def prepare(self) -> None:
         """Create the folder and ``store.json``, to detect an unwritable folder before hours of work.
@@ -242,7 +240,7 @@ class ReferenceStore:
         # The random half keeps two runs that share the store from taking the same name.
         name = f"part-{number:05d}-{secrets.token_hex(4)}.safetensors"
         self._write(self.folder / name, part_bytes(Part(ids[first], values[first])))
-        self._pending = []
+        self._pending, self.pending = [], 0
 
     def _write(self, path: Path, data: bytes) -> None:
         try:

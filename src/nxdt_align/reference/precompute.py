@@ -296,29 +296,29 @@ def _gather(engine: Engine, mine: Tensor) -> FloatArray:
 def _values(engine: Engine, batch: Batch, records: Sequence[int], width: int, reference: bool) -> FloatArray:
     """(n, width) float32: the engine's log-probabilities, by record and role."""
     logps = engine.response_logps(batch.to(engine.device), reference=reference).float().cpu().numpy()
-    places: dict[tuple[int, int], float] = {}
-    valid, owner, role = (
-        t.reshape(-1).tolist() for t in (batch.slot_valid, batch.record_index, batch.slot_role)
-    )
-    for at in np.flatnonzero(valid).tolist():
-        places.setdefault((owner[at], _column(role[at], width)), logps.reshape(-1)[at])
-    wanted = {(record, column) for record in records for column in range(width)}
-    if set(places) != wanted:
+    valid, owner, role = (t.numpy().ravel() for t in (batch.slot_valid, batch.record_index, batch.slot_role))
+    slots = np.flatnonzero(valid)
+    owner, column = owner[slots], _columns(role[slots], width)
+    wanted, of_record = np.unique(np.asarray(records), return_inverse=True)
+    place = np.searchsorted(wanted, owner).clip(max=len(wanted) - 1) * width + column
+    if set(owner.tolist()) != set(wanted.tolist()) or len(np.unique(place)) != len(wanted) * width:
         raise ValueError(
-            f"a micro-batch of records {sorted(set(records))} was made into slots of "
-            f"(record, column) {sorted(places)}"
+            f"a micro-batch of records {wanted.tolist()} was made into slots of "
+            f"(record, column) {sorted(zip(owner.tolist(), column.tolist(), strict=True))}"
         )
-    result = np.empty((len(records), width), np.float32)
-    for at, record in enumerate(records):
-        result[at] = [places[record, column] for column in range(width)]
-    return result
+    values = np.empty(len(wanted) * width, np.float32)
+    values[place[::-1]] = logps.ravel()[slots[::-1]]  # of several slots, the first counts
+    found: FloatArray = values.reshape(-1, width)[of_record]
+    return found
 
 
-def _column(role: int, width: int) -> int:
-    column = _COLUMN.get(SlotRole(role))
-    if column is None or column >= width:
-        raise ValueError(f"a {SlotRole(role).name} slot does not fit {width} stored value(s) per record")
-    return column
+def _columns(roles: Array, width: int) -> Array:
+    """The column of the values of slots with these roles."""
+    columns = np.array([_COLUMN[SlotRole(role)] for role in range(len(SlotRole))])[roles]
+    if (columns >= width).any():
+        role = SlotRole(int(roles[columns >= width][0]))
+        raise ValueError(f"a {role.name} slot does not fit {width} stored value(s) per record")
+    return columns
 
 
 def trace_shapes(
