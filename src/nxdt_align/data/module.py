@@ -19,7 +19,8 @@ from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.fields import is_dotted
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import RowCost, RowPlanner
-from nxdt_align.data.prepared import Settings, is_large, prepared_examples
+from nxdt_align.data.preparation import Settings
+from nxdt_align.data.prepared import is_large, prepared_examples
 from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.records import BadRecords, DataError, with_mismatched
 from nxdt_align.data.steps import (
