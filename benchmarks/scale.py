@@ -5,6 +5,8 @@
 Each measurement is a process of its own, from the imports on (which are measured apart): it builds the data
 module of a run, as ``train`` does, and lays out the first step. Memory is peak resident memory, and what the
 process has for itself when the step is there (private pages), over a process that has only imported.
+The reference pass is measured without a model, whose log-probabilities a stand-in makes up: what planning,
+laying out, gathering and storing take of it, and a start that finds all values stored.
 ``--trl`` prepares the same file by `datasets` and TRL's DPOTrainer, cold and from their cache.
 """
 
@@ -82,13 +84,34 @@ def _cpu() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def prepare(file: Path, folder: Path, step: int) -> None:
-    """What a rank does before its first step, but for the model."""
+class StandIn:
+    """An engine of one rank without a model."""
+
+    def __init__(self, topology: Any, device: Any) -> None:
+        self.topology, self.device = topology, device
+
+    def response_logps(self, batch: Any, *, reference: bool = False) -> Any:
+        return -1.0 - batch.record_index.float() % 100
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        """There is no other rank."""
+
+
+def prepare(file: Path, folder: Path, step: int, reference: bool) -> None:
+    """What a rank does before its first step, but for the model. ``reference``: the reference pass, too,
+    or, once it is done, what finds its values."""
     began, cpu = time.perf_counter(), _cpu()
     from nxdt_align.batch import Topology
     from nxdt_align.config.load import load_config
     from nxdt_align.data.module import ModelAlignmentDataModule
-    from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
+    from nxdt_align.data.tokenize import Tokenization, Truncation
+    from nxdt_align.data.tokenizer import load_tokenizer
     from nxdt_align.planning.rows import row_reports
 
     config = load_config(
@@ -112,9 +135,40 @@ def prepare(file: Path, folder: Path, step: int) -> None:
     module.fingerprint("train")
     dataset, sampler = module.splits["train"], module._train_sampler
     steps = sampler.steps(0, step % len(sampler))
-    first = dataset[next(steps)]
-    measured(started, cpu, before, examples=len(dataset.examples), rows=len(first), **imports)
+    more: dict[str, Any] = dict(imports)
+    if reference:
+        more |= reference_values(module, folder)
+    first = module.on_before_batch_transfer(dataset[next(steps)], 0)
+    assert (first[0].reference_logps is not None) == reference
+    measured(started, cpu, before, examples=len(dataset.examples), rows=len(first), **more)
     sys.stdin.readline()  # until the other rank has been measured
+
+
+def reference_values(module: Any, folder: Path) -> dict[str, Any]:
+    """Compute the values that are not stored yet, and hand all of them to the data."""
+    import torch
+
+    from nxdt_align.batch import Topology
+    from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
+    from nxdt_align.reference.precompute import precompute
+
+    made_from = {"values": "made up", "data": module.fingerprint("train")}
+    root = folder / "cache" / "reference"
+    store = ReferenceStore(root, fingerprint_of(made_from), 2, description=made_from)
+    dataset, began = module.splits["train"], time.perf_counter()
+    table, summary = precompute(
+        StandIn(Topology(), torch.device("cpu")),  # type: ignore[arg-type]
+        *(dataset.reference_plan(), dataset.collate_planned, module.ids("train"), store),
+        records_of=lambda planned: planned.records,
+        progress=False,
+    )
+    module.set_reference("train", table)
+    seconds = time.perf_counter() - began
+    return {
+        "reference_s": round(seconds, 2),
+        "records_computed": summary.computed,
+        "records_per_s": round(summary.computed / seconds),
+    }
 
 
 def prepare_by_trl(file: Path, folder: Path) -> None:
@@ -183,13 +237,20 @@ def measure(name: str, count: int, words: tuple[int, int, int], folder: Path, tr
         made = trained_tokenizer(sample, folder)
         made.save_pretrained(folder / "tokenizer")
     title = f"{count:,} pairs, {name}"
-    ours = ("ours", str(file), str(folder))
-    for what, step in (("cold", 0), ("cached", 0), ("cached, mid-epoch", count // 64)):
-        process = child(*ours, str(step))
+    ours, middle = ("ours", str(file), str(folder)), str(count // 64)
+    for what, *arguments in (
+        ("cold", "0"),
+        ("cached", "0"),
+        ("cached, mid-epoch", middle),
+        ("cached, and the reference pass without a model", "0", "reference"),
+        ("cached, values stored", "0", "reference"),
+        ("cached, values stored, mid-epoch", middle, "reference"),
+    ):
+        process = child(*ours, *arguments)
         print(f"{title}, {what}: {result(process)}", flush=True)
-        if what == "cached":
-            other = child(*ours, "0")
-            print(f"{title}, a second rank beside it: {result(other)}", flush=True)
+        if what in ("cached", "cached, values stored"):
+            other = child(*ours, *arguments)
+            print(f"{title}, {what}, a second rank beside it: {result(other)}", flush=True)
             let_go(other)
         let_go(process)
     if trl:
@@ -208,9 +269,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.one:
-        what, file, folder, *step = chosen.one
+        what, file, folder, *more = chosen.one
         if what == "ours":
-            prepare(Path(file), Path(folder), int(step[0]))
+            prepare(Path(file), Path(folder), int(more[0]), "reference" in more)
         else:
             prepare_by_trl(Path(file), Path(folder))
         return

@@ -17,9 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nxdt_align import TORCH, __version__, cli_evaluation
+from nxdt_align import TORCH, __version__, cli_evaluation, cli_reference
 from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.cli_doctor import add_neuron_options, neuron_doctor
+from nxdt_align.cli_reference import add_reference_verb
 from nxdt_align.config.check import (
     CheckedConfig,
     ConfigError,
@@ -63,6 +64,7 @@ Preference alignment of language models from NxD Training's YAML.
   nxdt-align graphs --config-name NAME [key=value ...]   what Trainium would compile, without a Trainium
   nxdt-align train --config-name NAME [key=value ...]    train, in this process
   nxdt-align launch [key=value ...]                      train.sh: as many processes as CONF_FILE asks for
+  nxdt-align reference precompute --config-name NAME     reference values ahead; also inspect, merge, verify
   nxdt-align presets [cp NAME FILE]                      list the configs, or copy one
   nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
   nxdt-align export CHECKPOINT DESTINATION               any checkpoint as a Hugging Face folder
@@ -201,9 +203,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if arguments.verb is None:
         parser.print_help()
         parser.exit(2)
-    needs_config = arguments.verb != "help-keys" and not getattr(arguments, "neuron", False)
+    may_lack_config = getattr(arguments, "neuron", False) or getattr(arguments, "action", None) == "inspect"
+    needs_config = arguments.verb != "help-keys" and not may_lack_config
     if needs_config and hasattr(arguments, "config_name") and arguments.config_name is None:
-        parser.error(f"{arguments.verb} needs --config-name NAME")
+        verb = " ".join(filter(None, (arguments.verb, getattr(arguments, "action", None))))
+        parser.error(f"{verb} needs --config-name NAME")
     return arguments
 
 
@@ -291,6 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_verb(verbs, "processes", "check a configuration and print the processes per node needs")
     add_conversion_verbs(verbs)
+    add_reference_verb(verbs, _add_config)
     cli_evaluation.add_evaluation_verbs(verbs)
     ahead = verbs.add_parser(
         "precompile", help="run neuron_parallel_compile and fail where it did not compile every graph"
@@ -325,6 +330,11 @@ def _add_verb(
     verbs: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
 ) -> argparse.ArgumentParser:
     verb = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+    _add_config(verb)
+    return verb
+
+
+def _add_config(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--config-name", "-cn", metavar="NAME", help="name of a config, with or without .yaml, or a path"
     )
@@ -332,7 +342,6 @@ def _add_verb(
         "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML's values")
-    return verb
 
 
 def _overrides(arguments: argparse.Namespace, environment: Environment) -> list[str]:
@@ -653,6 +662,33 @@ def _inspect(arguments: argparse.Namespace, environment: Environment) -> int:
     return 0
 
 
+def _reference(arguments: argparse.Namespace, environment: Environment) -> int:
+    if arguments.action == "merge":
+        _show(cli_reference.merge(arguments))
+        return 0
+    if arguments.action == "inspect":
+        show_on_terminal(rank=0)
+
+        def read() -> tuple[Config, Engine]:
+            checked = _checked(arguments, environment, None, notify=True)
+            return checked.config, checked.engine
+
+        _show(cli_reference.inspect(arguments, read))
+        return 0
+    speaks = environment.rank == 0
+    with environment.stop_signals() as signals:
+        checked = _checked(arguments, environment, environment.world_size, notify=speaks)
+        command = environment.command or arguments.command
+        env = enter_run(checked, environment, signals, command=command)
+        if arguments.action == "verify":
+            text, agree = cli_reference.verify(arguments, checked, env)
+        else:
+            text, agree = cli_reference.precompute(arguments, checked, env), True
+    if speaks:
+        _show(text)
+    return 0 if agree else 1
+
+
 def _generate(arguments: argparse.Namespace, environment: Environment) -> int:
     show_on_terminal(rank=0)
     return cli_evaluation.generate(arguments, _show)
@@ -730,6 +766,7 @@ _NEED_TORCH = (
     "convert",
     "export",
     "inspect",
+    "reference",
     "generate",
     "chat",
 )
@@ -748,6 +785,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "convert": _convert,
     "export": _convert,
     "inspect": _inspect,
+    "reference": _reference,
     "generate": _generate,
     "chat": _chat,
     "report": _report,

@@ -9,6 +9,8 @@
 # COMPILE       1: compile the run's graphs and stop: dry-run steps of every shape, which write nothing, under
 #               neuron_parallel_compile if installed, else on torch_xla's CPU device if installed (docs/compile.md)
 # TRAIN_ITERS   number of steps, instead of the config's trainer.max_steps
+# REFERENCE     I/N: compute the I-th of N equal shares of the run's reference log-probabilities and stop; 1/1: all of
+#               them (nxdt-align reference precompute)
 # LOG_PATH      folder of the log file (default nemo_experiments/logs; with a node's subfolder under Slurm and MPI)
 # MASTER_ADDR, MASTER_PORT   rendezvous of a job of several nodes (default: the first node, 41000). To keep other
 #               programs off that port, as NxD Training does: sudo sysctl -w net.ipv4.ip_local_reserved_ports=41000
@@ -159,7 +161,11 @@ build_launch() {
     fi
     ((nnodes * processes == 1)) || share_cores "$processes"
   fi
-  launch+=(-m nxdt_align train "${arguments[@]}")
+  if [[ -n $REFERENCE ]]; then
+    launch+=(-m nxdt_align reference precompute --share "$REFERENCE" "${arguments[@]}")
+  else
+    launch+=(-m nxdt_align train "${arguments[@]}")
+  fi
 }
 
 # Without Neuron, the trainer itself compiles the dry-run steps' graphs, on torch_xla's CPU device if installed.
@@ -177,7 +183,7 @@ share_cores() {
 # Prints this script's command, as the user could give it again.
 own_command() {
   local name
-  for name in CONF_FILE TRAIN_ITERS; do
+  for name in CONF_FILE TRAIN_ITERS REFERENCE; do
     [[ -z ${!name:-} ]] || printf '%s=%q ' "$name" "${!name}"
   done
   printf '%q' "$0"
@@ -215,7 +221,9 @@ run_logged() {
 # Threads that wait must sleep: spinning ones make a run several times slower beside any other busy process.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export COMPILE=${COMPILE:-0} TRAIN_ITERS=${TRAIN_ITERS:-}
+REFERENCE=${REFERENCE:-}
 [[ $COMPILE == [01] ]] || fail "COMPILE must be 0 or 1, but is '$COMPILE'"
+[[ $COMPILE == 0 || -z $REFERENCE ]] || fail "COMPILE=1 compiles a training run's graphs, and REFERENCE computes: give one"
 python=$(choose_python)
 [[ -z $checkout ]] || export PYTHONPATH=$checkout/src${PYTHONPATH:+:$PYTHONPATH}
 package=$(find_package)

@@ -12,6 +12,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nxdt_align.data import long_texts
+from nxdt_align.data.long_texts import LongTexts
 from nxdt_align.data.records import BadRecord, Record
 from nxdt_align.data.tokenize import Encoded, Tokenization, Truncation
 
@@ -24,6 +25,10 @@ GPT4O_WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
@@ -34,6 +39,7 @@ def words(pattern: str) -> Any:
 SPLITS: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
     "llama3": lambda: words(LLAMA3_WORDS),
+    "qwen": lambda: words(QWEN_WORDS),
     "gpt4o": lambda: words(GPT4O_WORDS),
     "starcoder": lambda: pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -45,7 +51,7 @@ SPLITS: dict[str, Callable[[], Any]] = {
 def splitting(name: str, **settings: Any) -> PreTrainedTokenizerFast:
     tokenizer = make_tokenizer(**settings)
     tokenizer.backend_tokenizer.pre_tokenizer = SPLITS[name]()
-    if name == "llama3":
+    if name in ("llama3", "qwen"):
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
@@ -103,16 +109,16 @@ def test_the_same_tokens_as_tokenizing_all_and_cutting(
     for at in range(40):
         truncation = Truncation(rng.choice([12, 40]), rng.choice([3, 8]), mode)
         cutting, all_at_once = Tokenization(tokenizer, truncation), Tokenization(tokenizer, truncation)
-        assert cutting._long.splits
-        cutting._long.piece, all_at_once._long.piece = rng.choice([20, 60, 200]), 10**9
+        assert cutting._tokens.long.splits
+        cutting._tokens.long.piece, all_at_once._tokens.long.piece = rng.choice([20, 60, 200]), 10**9
         prompt, *responses = (random_text(rng, rng.choice([5, 100])) for _ in range(3))
         record = Record(
             prompt if at % 2 else [{"role": "user", "content": prompt}], tuple(responses), source="f:1"
         )
         asked: list[str] = []
-        ids = cutting._ids
+        ids = cutting._tokens.ids
         monkeypatch.setattr(
-            cutting, "_ids", lambda texts, ids=ids, asked=asked: asked.extend(texts) or ids(texts)
+            cutting._tokens, "ids", lambda texts, ids=ids, asked=asked: asked.extend(texts) or ids(texts)
         )
         found, wanted = encode(cutting, record), encode(all_at_once, record)
         assert isinstance(found, Encoded) and isinstance(wanted, Encoded)
@@ -122,17 +128,63 @@ def test_the_same_tokens_as_tokenizing_all_and_cutting(
     assert shortened > 5
 
 
+DIGITS = "0123456789\u0661\u0967\uff11\u00b2\u2167"
+SPACES = " \t\n\r\v\f\x85\xa0\u1680\u2003\u2028\u202f\u3000\u200b\u200d\ufeff"
+
+
+def any_text(rng: random.Random) -> str:
+    """Characters of all planes, runs of digits, of white space and of letters of several scripts, words."""
+
+    def character() -> str:
+        most = rng.choice([0x7F, 0x2FF, 0x3000, 0xD7FF, 0x2FFFF])
+        found = chr(rng.randint(0x20, most))
+        return " " if "\ud800" <= found <= "\udfff" else found
+
+    makers: list[Callable[[], str]] = [
+        character,
+        lambda: "".join(
+            rng.choice("0123456789\u0661\u0967\uff11\u00b2\u2167") for _ in range(rng.randint(1, 9))
+        ),
+        lambda: "".join(rng.choice(SPACES) for _ in range(rng.randint(1, 6))),
+        lambda: rng.choice("aZ\u00e9\u01c5\u05d0\u0e01\uac00\u4e00") * rng.randint(1, 12),
+        lambda: rng.choice(
+            [" the", "plus ", "it's", "WE'LL", "don\u2019t", "e\u0301", "\u0345", "a\u0300\u0316"]
+        ),
+        lambda: rng.choice([". ", ", ", "!\n", ":\n\n", "\u3002", "\uff1f", "...", "?!", "_", "--"]),
+    ]
+    return "".join(rng.choice(makers)() for _ in range(rng.randint(1, 120)))
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_pieces_have_the_tokens_of_the_whole(name: str) -> None:
+    """Of any text: all of its pieces', the first ones and the last ones."""
+    rng = random.Random(f"{name} pieces")
+    tokens = Tokenization(splitting(name), Truncation(16, 8))._tokens
+    cuts = 0
+    for _ in range(150):
+        text = any_text(rng)
+        (whole,) = tokens.ids([text])
+        long = LongTexts(tokens._tokenizer, lambda part: tokens.ids([part])[0], rng.choice([4, 30, 10**6]))
+        long.piece = rng.choice([2, 10, 50, 200])
+        first, last = long.first(text), long.last(text)
+        assert first == whole[: len(first)] and last == whole[len(whole) - len(last) :], ascii(text)
+        enough = min(len(whole), long._tokens)
+        assert len(first) >= enough and len(last) >= enough
+        cuts += len(first) < len(whole)
+    assert cuts > 5
+
+
 def test_ten_million_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few pieces of them are tokenized."""
     tokenization = Tokenization(make_tokenizer(template=CHATML), Truncation(256, 128))
     asked: list[str] = []
-    ids = tokenization._ids
+    ids = tokenization._tokens.ids
 
     def remember(texts: list[str]) -> list[list[int]]:
         asked.extend(texts)
         return ids(texts)
 
-    monkeypatch.setattr(tokenization, "_ids", remember)
+    monkeypatch.setattr(tokenization._tokens, "ids", remember)
     long = "What is two plus three? " * 420_000
     for prompt in (long, [{"role": "user", "content": long}]):
         encoded = encode(tokenization, Record(prompt, (long, "two")))
@@ -166,5 +218,5 @@ def test_tokenizers_whose_texts_are_not_cut() -> None:
     replaced.backend_tokenizer.normalizer = normalizers.Replace(" ", "_")
     unsplit.backend_tokenizer.pre_tokenizer = BYTES
     others = [dropout, spaced, replaced, unsplit, make_sentencepiece(template=LLAMA2)]
-    splits = [Tokenization(each, Truncation(64, 32))._long.splits for each in (plain, *others)]
+    splits = [Tokenization(each, Truncation(64, 32))._tokens.long.splits for each in (plain, *others)]
     assert splits == [True, False, False, False, False, False]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from data_hashes import hashes, make_module, write_sources
 
-from nxdt_align.data import prepared, token_parts
+from nxdt_align.data import preparation, prepared, token_parts
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.records import DataError
 from nxdt_align.data.tokenize import Tokenization
@@ -41,7 +41,7 @@ def no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("the stored tokens were not used")
 
-    monkeypatch.setattr(prepared, "make_parts", refuse)
+    monkeypatch.setattr(preparation, "make_parts", refuse)
 
 
 def test_what_is_ready_is_found_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for module in (token_parts, prepared):
+    for module in (token_parts, preparation):
         with monkeypatch.context() as patched:
             patched.setattr(module, "atomic_file", full)
             with pytest.raises(DataError, match=r"cannot be written \(data\.cache_dir\): the disk is full"):
@@ -244,13 +244,13 @@ def test_hundreds_of_files_with_weights(tmp_path: Path, monkeypatch: pytest.Monk
     first = made(tmp_path, sources=sources(59, 0.5))
     assert len(first.splits["train"].examples) == 59
     made_now: list[str] = []
-    make_parts = prepared.make_parts
+    make_parts = preparation.make_parts
 
     def counted(*arguments: Any) -> Any:
         made_now.append(arguments[-1])
         return make_parts(*arguments)
 
-    monkeypatch.setattr(prepared, "make_parts", counted)
+    monkeypatch.setattr(preparation, "make_parts", counted)
     second = made(tmp_path, sources=sources(60, 3.0))
     assert len(second.splits["train"].examples) == 360 and made_now == [f"{folder}/59.jsonl"]
     assert hashes(second) == hashes(make_module(tmp_path, sources(60, 3.0)))

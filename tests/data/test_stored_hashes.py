@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from data_hashes import hashes, make_module, write_sources
 
-from nxdt_align.data import prepared, token_parts
+from nxdt_align.data import preparation, prepared, token_parts
 
 STORED: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "stored_hashes.json").read_text())
 MIXTURE = (
@@ -62,4 +62,4 @@ def test_of_data_prepared_in_parts_too(name: str, tmp_path: Path, monkeypatch: p
         assert hashes(module) == STORED[f"{name} {ranks}"], ranks
         if objective != "kto":
             monkeypatch.setattr(token_parts, "make_parts", None)
-            monkeypatch.setattr(prepared, "make_parts", None)
+            monkeypatch.setattr(preparation, "make_parts", None)

@@ -16,7 +16,8 @@ from nxdt_align.data import token_sets
 from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.records import BadRecords, DataError, Prompt, Record
 from nxdt_align.data.token_sets import TokenizedSet, WholeSequences, tokenize_records
-from nxdt_align.data.tokenize import Example, Tokenization, Truncation, load_tokenizer
+from nxdt_align.data.tokenize import Example, Tokenization, Truncation
+from nxdt_align.data.tokenizer import load_tokenizer
 from nxdt_align.errors import UserError
 
 ROOMY = Truncation(1000, 500)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from fake_engine import Exchange, FakeEngine, MicroBatch, collate, plan, record_ids, records_of
 
 from nxdt_align.reference.cache import ReferenceStore, ReferenceStoreError
-from nxdt_align.reference.precompute import PassSummary, precompute, trace_shapes
+from nxdt_align.reference.precompute import PassSummary, Share, compute_missing, precompute, trace_shapes
 
 COUNT = 20
 REPO = Path(__file__).parents[2]
@@ -146,7 +147,8 @@ def test_sigkill_in_the_middle(tmp_path: Path, whole: np.ndarray) -> None:
 
 def test_damaged_part_is_computed_again(tmp_path: Path, whole: np.ndarray) -> None:
     run(FakeEngine(), store_at(tmp_path))
-    first = min(tmp_path.glob("*/part-*"))
+    shutil.rmtree(next(tmp_path.glob("0f*/tables")))
+    first = min(tmp_path.glob("0f*/part-*"))
     first.write_bytes(first.read_bytes()[:-1])
     engine = FakeEngine()
     with pytest.warns(UserWarning, match="damaged"):
@@ -180,7 +182,7 @@ def test_duplicates_share_the_first_value(tmp_path: Path, broken_off: bool) -> N
 
 def test_plan_with_each_distinct_record_once(tmp_path: Path) -> None:
     """A plan may leave duplicates out: they take the value of the record that is in it."""
-    ids = [*record_ids(6), *record_ids(6)]
+    ids = np.concatenate([record_ids(6), record_ids(6)])
     table, summary = run(FakeEngine(), store_at(tmp_path), plan(6), ids=ids)
     np.testing.assert_array_equal(table[6:], table[:6])
     assert summary.duplicates == 6
@@ -243,8 +245,72 @@ def test_data_parallel_resume_at_another_size(tmp_path: Path, whole: np.ndarray)
 def test_value_that_is_not_finite_stops_every_rank(tmp_path: Path) -> None:
     results, _ = in_ranks(2, lambda e: run(e, store_at(tmp_path, read_only=e.topology.rank > 0)), poison=8)
     for error in results:
-        assert isinstance(error, ReferenceStoreError) and f"record {record_ids(9)[8]}" in str(error)
-    assert store_at(tmp_path).missing(record_ids(COUNT)) == list(range(6, COUNT))
+        assert isinstance(error, ReferenceStoreError) and f"record {8:032x}" in str(error)
+    assert store_at(tmp_path).missing(record_ids(COUNT)).tolist() == list(range(6, COUNT))
+
+
+def test_ranks_that_see_the_store_map_it(tmp_path: Path, whole: np.ndarray) -> None:
+    """Of the values, no rank holds more than what is not written yet."""
+    flushed: list[int] = []
+
+    class Watched(ReferenceStore):
+        def flush(self) -> None:
+            flushed.append(self.pending)
+            super().flush()
+
+    def work(engine: FakeEngine) -> tuple[np.ndarray, PassSummary]:
+        return run(engine, Watched(tmp_path, "0f" * 16, 2, read_only=engine.topology.rank > 0))
+
+    results, _ = in_ranks(2, work)
+    for table, _summary in results:
+        assert isinstance(table, np.memmap)
+        np.testing.assert_array_equal(table, whole)
+    assert max(flushed) <= 6 and sum(flushed) == COUNT
+
+
+def test_plans_are_made_as_the_pass_goes_on(tmp_path: Path) -> None:
+    """A broken-off pass has planned no micro-batch that it did not come to."""
+    planned: list[MicroBatch] = []
+
+    class Planner:
+        most_records = 6
+
+        def __iter__(self) -> Iterator[MicroBatch]:
+            return iter(plan(COUNT))
+
+        def needed(self, is_missing: np.ndarray, share: int = 0, shares: int = 1) -> Iterator[MicroBatch]:
+            for micro_batch in plan(COUNT)[share::shares]:
+                planned.append(micro_batch)
+                yield micro_batch
+
+    with pytest.raises(RuntimeError, match="went away"):
+        run(FakeEngine(fail_after=1), store_at(tmp_path), Planner())  # type: ignore[arg-type]
+    assert len(planned) == 2
+    assert run(FakeEngine(), store_at(tmp_path), Planner())[1].reused == 6  # type: ignore[arg-type]
+
+
+# Shares
+
+
+def test_shares_of_several_machines_are_the_whole_pass(tmp_path: Path, whole: np.ndarray) -> None:
+    """Bit for bit: a share runs micro-batches of the whole data set's plan."""
+
+    def share(index: int, of: int, where: str) -> tuple[FakeEngine, PassSummary]:
+        engine, store = FakeEngine(), store_at(tmp_path / where)
+        arguments = (plan(COUNT), collate, record_ids(COUNT), store)
+        return engine, compute_missing(
+            engine, *arguments, records_of=records_of, share=Share(index, of), progress=False
+        )
+
+    done = [share(i, 3, "shared") for i in range(3)]
+    assert [len(engine.calls) for engine, _ in done] == [2, 1, 1]
+    assert [summary.left for _, summary in done] == [12, 6, 0]
+    assert "12 left to other shares" in str(done[0][1])
+    table, summary = run(FakeEngine(), store_at(tmp_path / "shared"))
+    np.testing.assert_array_equal(table, whole)
+    assert summary.computed == 0
+    engine, summary = share(1, 3, "shared")
+    assert engine.calls == [] and summary.left == 0
 
 
 # Flushing, dry run, faults
@@ -289,7 +355,7 @@ def test_dry_run_is_in_lockstep_and_ignores_values(tmp_path: Path, whole: np.nda
 
 
 def test_record_in_no_micro_batch(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"8 records are in no micro-batch, first {record_ids(13)[12]}"):
+    with pytest.raises(ValueError, match=f"8 records are in no micro-batch, first {12:032x}"):
         run(FakeEngine(), store_at(tmp_path), plan(12))
 
 

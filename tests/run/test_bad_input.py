@@ -30,7 +30,7 @@ from nxdt_align.data.records import record_id
 from nxdt_align.engines.native.checkpoint import NativeCheckpoint, checkpoint_step
 from nxdt_align.engines.native.tensors import write_tensors
 from nxdt_align.named_tensors import summary
-from nxdt_align.reference.cache import _digest
+from nxdt_align.reference.parts import digest_of
 from nxdt_align.run.folder_lock import LOCK, FolderLock
 from nxdt_align.weights.hf import HFFolder
 from nxdt_align.weights.names import to_hf
@@ -527,7 +527,8 @@ def test_tampered_reference_values_stop_before_the_first_step(terminal: Terminal
     (part,) = terminal.experiments.glob("cache/reference/*/part-*.safetensors")
     ids, values = (load_arrays(part)[name] for name in ("ids", "values"))
     values = values + np.float32(1)
-    save_arrays({"ids": ids, "values": values}, part, metadata={"digest": _digest(ids, values)})
+    save_arrays({"ids": ids, "values": values}, part, metadata={"digest": digest_of(ids, values)})
+    shutil.rmtree(part.parent / "tables")
     shown = terminal.fail()
     expect(
         shown,

@@ -113,6 +113,19 @@ def test_number_of_steps_reaches_the_trainer(train: Trainer) -> None:
     assert train(TRAIN_ITERS="3").calls[-1]["env"]["TRAIN_ITERS"] == "3"
 
 
+def test_the_reference_alone(train: Trainer) -> None:
+    """On as many processes as training has."""
+    alone = train("seed=2", REFERENCE="2/4", FAKE_PROCESSES="2")
+    argv = alone.trained
+    at = argv.index("reference")
+    assert argv[:3] == ["-m", "nxdt_align", "workers"]
+    assert argv[at : at + 4] == ["reference", "precompute", "--share", "2/4"] and argv[-1] == "seed=2"
+    assert "--config-name" in argv[at:] and "train" not in argv
+    both = train(REFERENCE="1/1", COMPILE="1")
+    assert both.status == 1 and "COMPILE=1" in both.stderr
+    assert both.calls == alone.calls, "nothing was started"
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [

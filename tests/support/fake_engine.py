@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from nxdt_align.batch import Batch, SlotRole, Topology
 from nxdt_align.engines.base import Engine, Objective, StepOutput, WeightSource
+from nxdt_align.record_ids import Array, as_bytes
 
 MicroBatch = tuple[tuple[int, ...], ...]
 """Rows of records; a row's length in records is its shape."""
 
 
-def record_ids(count: int) -> list[str]:
-    return [f"{i:032x}" for i in range(count)]
+def record_ids(count: int) -> Array:
+    """(count, 16) uint8; as text, the record's number in 32 hex digits."""
+    return as_bytes([f"{i:032x}" for i in range(count)]).copy()
 
 
 def plan(count: int, per_row: int = 3, rows: int = 2) -> list[MicroBatch]:

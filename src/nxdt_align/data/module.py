@@ -19,7 +19,8 @@ from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.fields import is_dotted
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import RowCost, RowPlanner
-from nxdt_align.data.prepared import Settings, is_large, prepared_examples
+from nxdt_align.data.preparation import Settings
+from nxdt_align.data.prepared import is_large, prepared_examples
 from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.records import BadRecords, DataError, with_mismatched
 from nxdt_align.data.steps import (
@@ -31,10 +32,10 @@ from nxdt_align.data.steps import (
     dry_run_steps,
     look_up_reference,
 )
-from nxdt_align.data.token_columns import spans
 from nxdt_align.data.token_sets import TokenizedSet, WholeSequences, tokenize_records
 from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.errors import UserError
+from nxdt_align.record_ids import spans
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,10 @@ class ModelAlignmentDataModule(LightningDataModule):
     def record_ids(self, split: Split) -> list[str]:
         return self.splits[split].examples.record_ids
 
+    def ids(self, split: Split) -> npt.NDArray[Any]:
+        """(N, 16) uint8: ``record_ids`` as bytes, mapped where each record of one source occurs once."""
+        return self.splits[split].examples.ids()
+
     def fingerprint(self, split: Split) -> str:
         """A hash of the records' ids in their order: 32 hex digits."""
         examples = self.splits[split].examples
@@ -247,7 +252,8 @@ class ModelAlignmentDataModule(LightningDataModule):
     # The reference
 
     def set_reference(self, split: Split, table: npt.NDArray[Any]) -> None:
-        """(N, k) float32 log-probs in data-set order; attached to every later batch."""
+        """(N, k) float32 log-probs in data-set order, of which each later batch gets its records'; may be
+        mapped."""
         wanted = self.splits[split].examples.response_lengths.shape
         if table.shape != wanted:
             raise ValueError(f"reference table of {split} must have shape {wanted}, but has {table.shape}")

@@ -342,7 +342,9 @@ class Reader:
         self.report.read += 1
         fault = converted if isinstance(converted, BadRecord) else _fault_of(converted)
         if isinstance(converted, Record) and fault is None:
-            yield replace(converted, source=place)
+            # What dataclasses.replace does in twice the time.
+            prompt, responses, label = converted.prompt, converted.responses, converted.label
+            yield Record(prompt, responses, label, place, converted.tools)
         elif fault is not None:
             self.report.add(place, fault)
 

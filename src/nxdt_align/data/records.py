@@ -159,9 +159,13 @@ def record_id(
     return _digest(_canonical(content))
 
 
+# Made once, as json.dumps would make one for each record. default: further keys may hold what JSON has no
+# type for, such as Arrow's dates.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str)
+
+
 def _canonical(content: object) -> str:
-    # default: further keys may hold what JSON has no type for, such as Arrow's dates.
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return _CANONICAL.encode(content)
 
 
 def _digest(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +20,8 @@ from torch.utils.data import Dataset, Sampler
 from nxdt_align.batch import Batch, SlotRole, Topology
 from nxdt_align.data.collate import Collator, GlobalCounts
 from nxdt_align.data.packing import Bucket, Layout, RowPlanner
-from nxdt_align.data.token_columns import distinct
 from nxdt_align.data.token_sets import TokenizedSet
+from nxdt_align.record_ids import distinct
 
 Split = Literal["train", "val"]
 PAIR_ROLES = (SlotRole.CHOSEN, SlotRole.REJECTED)
@@ -114,10 +115,16 @@ class ReferencePlan:
     """
 
     def __init__(self, examples: TokenizedSet, planner: RowPlanner) -> None:
-        self._planner = planner
+        self._examples, self._planner = examples, planner
+
+    @cached_property
+    def _order(self) -> npt.NDArray[Any]:
+        """Each distinct record's first example, the longest first; not asked for where all is stored."""
+        examples = self._examples
         first, _ = distinct(examples.ids())
         tokens = examples.prompt_lengths[first] + examples.response_lengths[first].sum(1, dtype=np.int32)
-        self._order = first[np.argsort(-tokens, kind="stable")]
+        order: npt.NDArray[Any] = first[np.argsort(-tokens, kind="stable")]
+        return order
 
     @property
     def most_records(self) -> int:
@@ -130,10 +137,15 @@ class ReferencePlan:
     def __iter__(self) -> Iterator[PlannedMicroBatch]:
         return self.needed(np.ones(self._planner.examples, np.bool_))
 
-    def needed(self, is_missing: npt.NDArray[np.bool_]) -> Iterator[PlannedMicroBatch]:
-        """The micro-batches with a record that is missing, (N,), whole."""
+    def needed(
+        self, is_missing: npt.NDArray[np.bool_], share: int = 0, shares: int = 1
+    ) -> Iterator[PlannedMicroBatch]:
+        """The micro-batches with a record that is missing, (N,), whole; of one of ``shares`` equal shares.
+
+        Groups are dealt out in turn, so that each share has its part of the long ones.
+        """
         size = self._planner.micro_batch_size
-        for start in range(0, len(self._order), REFERENCE_GROUP):
+        for start in range(share * REFERENCE_GROUP, len(self._order), shares * REFERENCE_GROUP):
             group = self._order[start : start + REFERENCE_GROUP]
             if not is_missing[group].any():
                 continue
@@ -196,10 +208,12 @@ class StepDataset(Dataset[list[Batch]]):
 
 
 def look_up_reference(table: npt.NDArray[Any], batch: Batch) -> Tensor:
-    """(B, R) float32: each slot's value of ``table``, (N, k) with a column per response."""
+    """(B, R) float32: each slot's value of ``table``, (N, k) with a column per response; the batch is on the
+    host."""
     is_second = (batch.slot_role == SlotRole.REJECTED) | (batch.slot_role == SlotRole.KL)
     column = torch.where(is_second, 1, 0)
-    values = torch.from_numpy(table)[batch.record_index.clamp(min=0), column]
+    # By NumPy: of a mapped table, nothing else is read.
+    values = torch.from_numpy(np.asarray(table[batch.record_index.clamp(min=0).numpy(), column.numpy()]))
     return torch.where(batch.slot_valid, values, 0.0).float()
 
 

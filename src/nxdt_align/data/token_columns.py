@@ -11,21 +11,19 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nxdt_align.data.records import BadRecord
 from nxdt_align.data.tokenize import Encoded, changed_id
 from nxdt_align.files import atomic_file
+from nxdt_align.record_ids import ID_BYTES, Array, as_bytes
 
-Array = npt.NDArray[Any]
-ID_BYTES = 16
 REFUSED, UNREAD = "refused", "unread"
 """(R, 3) text, id, reason and detail of each record that has no tokens; (K, 2) text, keys of messages that
 nothing reads and the number of records that have them."""
@@ -312,33 +310,6 @@ def _mapped_again(path: Path) -> TokenColumns:
 
 def _of_arrays(arrays: Mapping[str, Array]) -> TokenColumns:
     return TokenColumns(path=None, **arrays)
-
-
-def as_bytes(record_ids: Sequence[str]) -> Array:
-    """(N, 16) uint8: ids of 32 hex digits each. Raises ValueError for others."""
-    return np.frombuffer(bytes.fromhex("".join(record_ids)), np.uint8).reshape(-1, ID_BYTES)
-
-
-def distinct(ids: Array) -> tuple[Array, Array | None]:
-    """Ascending indices of the records whose id, (N, 16) uint8, no earlier one has; and of each record the
-    place of its id among them, (N,), None where all differ."""
-    # By half of the hash, which sorts many times faster than all of it.
-    halves = np.ascontiguousarray(ids).view(np.uint64)
-    _, first, inverse = np.unique(halves[:, 0], return_index=True, return_inverse=True)
-    if len(first) == len(ids):
-        return np.arange(len(ids)), None
-    if (halves[:, 1] != halves[first[inverse], 1]).any():
-        whole = np.ascontiguousarray(ids).view("V16").ravel()
-        _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    places = np.empty(len(first), np.int64)
-    places[order] = np.arange(len(first))
-    return first[order], places[inverse]
-
-
-def spans(count: int, size: int = 2**18) -> Iterator[slice]:
-    """``range(count)`` in pieces, so that what is computed over all records stays small."""
-    return (slice(begin, min(begin + size, count)) for begin in range(0, count, size))
 
 
 def size_and_time(path: Path) -> tuple[int, int]:

@@ -29,10 +29,11 @@ from nxdt_align.data.json_files import JsonLine
 from nxdt_align.data.raw import RawRecord
 from nxdt_align.data.reading import Reader
 from nxdt_align.data.records import BadRecord, BadRecords, DataError, Record, content_of
-from nxdt_align.data.token_columns import BROKEN, Array, TokenColumns, as_bytes
+from nxdt_align.data.token_columns import BROKEN, TokenColumns
 from nxdt_align.data.tokenize import Encoded, Tokenization
 from nxdt_align.files import atomic_file, explain
 from nxdt_align.messages import NOTICE
+from nxdt_align.record_ids import Array, as_bytes
 
 log = logging.getLogger(__name__)
 RECORDS, TEXT = 4096, 2**23

@@ -15,18 +15,15 @@ import numpy as np
 from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecord, BadRecords, DataError, OnBadRecord, Record
 from nxdt_align.data.token_columns import (
     BROKEN,
-    ID_BYTES,
-    Array,
     Stream,
     TokenColumns,
     TokenFile,
-    as_bytes,
     map_tokens,
-    spans,
     write_tokens,
 )
 from nxdt_align.data.tokenize import RULES_VERSION, Encoded, Example, Tokenization, Truncation, changed_id
 from nxdt_align.files import explain
+from nxdt_align.record_ids import ID_BYTES, Array, as_bytes, spans
 
 log = logging.getLogger(__name__)
 CUT_SHARE, ENOUGH = 0.03, 0.99

@@ -11,7 +11,7 @@ def host_memory(splits: Mapping[Split, StepDataset], ranks_per_node: int, *, kee
     """In words: what all ranks of a node share, what each has of its own, and what both come to.
 
     Args:
-        keeps_reference: the reference's values are computed before training.
+        keeps_reference: the reference's values are computed before training, and mapped from their file.
     """
     mapped = own = 0
     for dataset in splits.values():
@@ -19,7 +19,7 @@ def host_memory(splits: Mapping[Split, StepDataset], ranks_per_node: int, *, kee
         mapped += examples.mapped_bytes
         own += examples.own_bytes + 4 * len(examples)  # an epoch's order
         if keeps_reference:
-            own += 4 * examples.response_lengths.size
+            mapped += 4 * examples.response_lengths.size
     total = mapped + ranks_per_node * own
     return (
         f"host memory per node for data: {_megabytes(total)}, {_megabytes(mapped)} of it mapped by all "

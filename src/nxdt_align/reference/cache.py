@@ -5,9 +5,11 @@ cannot mix values up. Layout::
 
     <root>/<fingerprint>/store.json                    what the fingerprint was made from
     <root>/<fingerprint>/part-NNNNN-XXXXXXXX.safetensors   ids (n, 16) uint8, values (n, width) float32
+    <root>/<fingerprint>/tables/<data set>.npy         the values of a whole data set, in its order
 
 A part is written once, atomically, with a digest of its content. Parts are only added, under unique names, so
-that two runs can share a store.
+that two runs can share a store. No process holds all values: parts are read one after the other, and tables
+are mapped.
 """
 
 from __future__ import annotations
@@ -15,22 +17,30 @@ from __future__ import annotations
 import json
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as to_safetensors
 
 from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write, explain
+from nxdt_align.record_ids import ID_BYTES, Array, IdIndex, distinct
+from nxdt_align.reference.parts import (
+    DAMAGED,
+    FORMAT,
+    PATTERN,
+    FloatArray,
+    Part,
+    part_bytes,
+    part_number,
+    read_part,
+)
+from nxdt_align.reference.table import AbsentError, find_table, write_table
 
-FloatArray = npt.NDArray[np.float32]
-
-ID_BYTES = 16
-FORMAT = "nxdt-align reference store 1"
+ABOUT = "store.json"
 
 
 class ReferenceStoreError(UserError):
@@ -53,22 +63,28 @@ def fingerprint_of(parts: Mapping[str, str]) -> str:
     return blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
-def require_finite(ids: Sequence[str], values: FloatArray) -> None:
+def require_finite(ids: Array, values: FloatArray) -> None:
     """Raise ReferenceStoreError, naming the record, where a value is NaN or infinite."""
     bad = ~np.isfinite(values).all(1)
     if bad.any():
         first = int(bad.argmax())
         raise ReferenceStoreError(
             f"the reference log-probabilities of {int(bad.sum())} record(s) are not finite, first record "
-            f"{ids[first]}: {values[first].tolist()}. Check the reference's weights and the precision "
-            "(fp32 rules out overflow)"
+            f"{name_of(ids[first])}: {values[first].tolist()}. Check the reference's weights and the "
+            "precision (fp32 rules out overflow)"
         )
+
+
+def name_of(record_id: Array) -> str:
+    """A record's id, (16,) uint8, for a message: 32 hex digits."""
+    return record_id.tobytes().hex()
 
 
 class ReferenceStore:
     """The values of one fingerprint: ``width`` float32 numbers per record, in nats.
 
-    Independent of process groups: one process (rank 0) owns it. ``add`` buffers; ``flush`` writes.
+    Independent of process groups: one process (rank 0) owns it. ``add`` buffers; ``flush`` writes. Ids are
+    arrays, (n, 16) uint8.
 
     Args:
         root: folder of all stores.
@@ -98,49 +114,88 @@ class ReferenceStore:
         self.description = dict(description or {})
         self.read_only = read_only
         self.ignore_adds = ignore_adds
-        self._loaded: dict[bytes, FloatArray] | None = None
-        self._pending: list[bytes] = []
-        self._next_part = 0
-
-    @property
-    def _values(self) -> dict[bytes, FloatArray]:
-        """Read when they are first asked for: of many ranks, one asks."""
-        if self._loaded is None:
-            self._loaded = {}
-            self.load()
-        return self._loaded
-
-    def __len__(self) -> int:
-        """Records with a value, written or buffered."""
-        return len(self._values)
-
-    @property
-    def pending(self) -> int:
+        self._pending: list[Part] = []
+        self.pending = 0
         """Records added since the last flush."""
-        return len(self._pending)
+        self._damaged: set[Path] = set()
 
-    def load(self) -> None:
-        """Read all intact parts. Truncated or corrupt ones are ignored with a warning, so that their values
-        count as missing; unflushed values are kept."""
-        kept = {key: self._values[key] for key in self._pending}
-        self._loaded = {}
-        for path in sorted(self.folder.glob("part-*.safetensors")):
-            self._next_part = max(self._next_part, _part_number(path) + 1)
+    # Reading
+
+    def parts(self) -> Iterator[Part]:
+        """The intact parts one after the other, the oldest first, then what is not flushed. Parts of another
+        width are left out: pairs and single responses may share a fingerprint, never a record. Truncated or
+        corrupt ones are ignored with a warning, so that their values count as missing.
+
+        Raises ReferenceStoreError for a store of a later version.
+        """
+        self._require_known_version()
+        for path in sorted(self.folder.glob(PATTERN)):
             try:
-                ids, values = _read_part(path, self.width)
-            except (SafetensorError, OSError, ValueError) as error:
-                warnings.warn(
-                    f"reference store: {path} is damaged ({error}); its values will be recomputed",
-                    stacklevel=2,
-                )
+                part = read_part(path)
+            except DAMAGED as error:
+                if path not in self._damaged:
+                    self._damaged.add(path)
+                    warnings.warn(
+                        f"reference store: {path} is damaged ({error}); its values will be recomputed",
+                        stacklevel=2,
+                    )
                 continue
-            for key, value in zip(ids, values, strict=True):
-                self._values.setdefault(key, value)
-        for key, value in kept.items():
-            self._values.setdefault(key, value)
+            if part.values.shape[1] == self.width:
+                yield part
+        yield from self._pending
 
-    def add(self, ids: Sequence[str], values: npt.ArrayLike) -> None:
-        """Buffer ``values``, (n, width), for n records. The first value of an id wins.
+    def stored(self, ids: Array) -> npt.NDArray[np.bool_]:
+        """(n,) whether each record has a value."""
+        if find_table(self.folder, ids, self.width) is not None:
+            return np.ones(len(ids), np.bool_)
+        first, places = distinct(ids)
+        index = IdIndex(ids if places is None else ids[first])
+        found = np.zeros(len(first), np.bool_)
+        for part in self.parts():
+            at = index.find(part.ids)
+            found[at[at >= 0]] = True
+        return found if places is None else found[places]
+
+    def missing(self, ids: Array) -> Array:
+        """Ascending positions in ``ids`` of the records without a value."""
+        return np.flatnonzero(~self.stored(ids))
+
+    def values_of(self, ids: Array) -> FloatArray:
+        """(n, width) float32 of a few records, each once; NaN where there is no value."""
+        index, found = IdIndex(ids), np.full((len(ids), self.width), np.nan, np.float32)
+        for part in self.parts():
+            at = index.find(part.ids)
+            new = np.flatnonzero(at >= 0)[::-1]  # the first of a part is written last
+            new = new[np.isnan(found[at[new], 0])]
+            found[at[new]] = part.values[new]
+        return found
+
+    def table(self, ids: Array) -> FloatArray:
+        """(N, width) float32: the value of each record, in the order of ``ids``, mapped from a file that is
+        made where there is none.
+
+        Raises ReferenceStoreError with the count and the first record where any has no value, and where it
+        cannot be written.
+        """
+        table = find_table(self.folder, ids, self.width)
+        if table is not None:
+            return table
+        try:
+            return write_table(self.folder, ids, self.width, self.parts())
+        except AbsentError as error:
+            first = int(error.positions[0])
+            raise ReferenceStoreError(
+                f"{len(error.positions)} of {len(ids)} records have no reference log-probability in "
+                f"{self.folder}, first: record {name_of(ids[first])} at position {first}. Run the reference "
+                "pass again"
+            ) from error
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    # Writing
+
+    def add(self, ids: Array, values: npt.ArrayLike) -> None:
+        """Buffer ``values``, (n, width), for n records. The first value of an id counts.
 
         Raises ReferenceStoreError naming a record whose values are not finite.
         """
@@ -148,14 +203,15 @@ class ReferenceStore:
             if self.ignore_adds:
                 return
             raise RuntimeError(f"the reference store {self.folder} was opened read-only")
-        array = np.asarray(values, dtype=np.float32)
+        array = np.array(values, dtype=np.float32)
         if array.shape != (len(ids), self.width):
             raise ValueError(f"values must have shape ({len(ids)}, {self.width}), but have {array.shape}")
+        if ids.dtype != np.uint8 or ids.shape != (len(ids), ID_BYTES):
+            raise ValueError(f"ids must be (n, {ID_BYTES}) uint8, but are {ids.shape} {ids.dtype}")
         require_finite(ids, array)
-        for key, value in zip(map(_key, ids), array, strict=True):
-            if key not in self._values:
-                self._values[key] = value.copy()
-                self._pending.append(key)
+        if len(ids):
+            self._pending.append(Part(np.array(ids), array))
+            self.pending += len(ids)
 
     def prepare(self) -> None:
         """Create the folder and ``store.json``, to detect an unwritable folder before hours of work.
@@ -164,9 +220,10 @@ class ReferenceStore:
         """
         if self.read_only:
             return
-        about = {"format": FORMAT, "fingerprint_of": self.description}
-        path = self.folder / "store.json"
+        self._require_known_version()
+        path = self.folder / ABOUT
         if not path.exists():
+            about = {"format": FORMAT, "fingerprint_of": self.description}
             self._write(path, json.dumps(about, indent=2, sort_keys=True).encode() + b"\n")
 
     def flush(self) -> None:
@@ -177,83 +234,39 @@ class ReferenceStore:
         if not self._pending:
             return
         self.prepare()
-        ids = np.frombuffer(b"".join(self._pending), np.uint8).reshape(-1, ID_BYTES)
-        values = np.stack([self._values[key] for key in self._pending])
-        metadata = {"format": FORMAT, "digest": _digest(ids, values)}
+        ids, values = (np.concatenate(arrays) for arrays in zip(*self._pending, strict=True))
+        first, _ = distinct(ids)
+        number = 1 + max(map(part_number, self.folder.glob(PATTERN)), default=-1)
         # The random half keeps two runs that share the store from taking the same name.
-        name = f"part-{self._next_part:05d}-{secrets.token_hex(4)}.safetensors"
-        self._write(self.folder / name, to_safetensors({"ids": ids, "values": values}, metadata=metadata))
-        self._next_part += 1
-        self._pending = []
-
-    def missing(self, ids: Sequence[str]) -> list[int]:
-        """Positions in ``ids`` of the records without a value."""
-        return [i for i, record in enumerate(ids) if _key(record) not in self._values]
-
-    def table(self, ids: Sequence[str]) -> FloatArray:
-        """(N, width) float32: the value of each record, in the order of ``ids``.
-
-        Raises ReferenceStoreError with the count and the first record where any has no value.
-        """
-        absent = self.missing(ids)
-        if absent:
-            raise ReferenceStoreError(
-                f"{len(absent)} of {len(ids)} records have no reference log-probability in {self.folder}, "
-                f"first: record {ids[absent[0]]} at position {absent[0]}. Run the reference pass again"
-            )
-        table = np.empty((len(ids), self.width), np.float32)
-        for i, record in enumerate(ids):
-            table[i] = self._values[_key(record)]
-        return table
+        name = f"part-{number:05d}-{secrets.token_hex(4)}.safetensors"
+        self._write(self.folder / name, part_bytes(Part(ids[first], values[first])))
+        self._pending, self.pending = [], 0
 
     def _write(self, path: Path, data: bytes) -> None:
         try:
             atomic_write(path, data)
         except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ReferenceStoreError:
+        return ReferenceStoreError(
+            f"cannot write reference log-probabilities to {self.folder}: {explain(error)}. "
+            "Earlier values are intact, and the next run resumes from them"
+        )
+
+    def _require_known_version(self) -> None:
+        about = read_about(self.folder)
+        if about is not None and about.get("format") != FORMAT:
             raise ReferenceStoreError(
-                f"cannot write reference log-probabilities to {self.folder}: {explain(error)}. "
-                "Earlier values are intact, and the next run resumes from them"
-            ) from error
+                f"{self.folder} is {about.get('format')!r}, but this version reads {FORMAT!r}: use the "
+                "version that wrote it, or choose another data.cache_dir"
+            )
 
 
-def _key(record: str) -> bytes:
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """What ``store.json`` says; None where there is none, or it is damaged: it is for humans alone."""
     try:
-        key = bytes.fromhex(record)
-    except ValueError:
-        key = b""
-    if len(key) != ID_BYTES:
-        raise ValueError(f"a record id is {2 * ID_BYTES} hex digits, but is {record!r}")
-    return key
-
-
-def _part_number(path: Path) -> int:
-    digits = path.name.split("-")[1].split(".")[0]
-    return int(digits) if digits.isdigit() else 0
-
-
-def _digest(ids: npt.NDArray[np.uint8], values: FloatArray) -> str:
-    digest = blake2b(digest_size=16)
-    digest.update(ids.tobytes())
-    digest.update(values.tobytes())
-    return digest.hexdigest()
-
-
-def _read_part(path: Path, width: int) -> tuple[list[bytes], FloatArray]:
-    """Ids and (n, width) values; empty for a part of another width. Raises SafetensorError, OSError or
-    ValueError if the part is damaged."""
-    with safe_open(path, framework="numpy") as file:
-        if set(file.keys()) != {"ids", "values"}:
-            raise ValueError(f"it holds {sorted(file.keys())} instead of ids and values")
-        ids, values = file.get_tensor("ids"), file.get_tensor("values")
-        expected = (file.metadata() or {}).get("digest")
-    if ids.dtype != np.uint8 or ids.shape[1:] != (ID_BYTES,):
-        raise ValueError(f"ids are {ids.dtype} {ids.shape}")
-    if values.dtype != np.float32 or values.ndim != 2 or len(values) != len(ids):
-        raise ValueError(f"values are {values.dtype} {values.shape} for {len(ids)} ids")
-    if _digest(ids, values) != expected:
-        raise ValueError("its content does not match its digest")
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
-    if values.shape[1] != width:  # pairs and single responses may share a fingerprint, never a record
-        return [], values[:0]
-    return [row.tobytes() for row in ids], values
+        about = json.loads((folder / ABOUT).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return about if isinstance(about, dict) and "format" in about else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nxdt_align.config.check import CheckedConfig
 from nxdt_align.config.schema import Config
@@ -18,8 +18,12 @@ if TYPE_CHECKING:
 
     from nxdt_align.losses.types import Loss
     from nxdt_align.run.contracts import Result
+    from nxdt_align.run.mode import RunMode
+    from nxdt_align.run.run import Run
 
-__all__ = ["RunEnv", "train"]
+__all__ = ["RunEnv", "in_run", "train"]
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +41,22 @@ def train(
     """
     from nxdt_align.run.dry_run import DryRun
     from nxdt_align.run.mode import RunMode
+
+    mode = DryRun() if env.compile_only else RunMode()
+    return in_run(checked, env, mode, lambda run: run.fit(), loss=loss, callbacks=callbacks)
+
+
+def in_run(
+    checked: CheckedConfig,
+    env: RunEnv,
+    mode: RunMode,
+    act: Callable[[Run], T],
+    *,
+    loss: Loss | Callable[..., Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> T:
+    """What ``act`` does with the run; its processes end together. Raises as ``train``."""
+    from nxdt_align.run.assemble import end_processes
     from nxdt_align.run.preconditions import report_lost_ranks
     from nxdt_align.run.processes import end_processes
     from nxdt_align.run.run import Run
@@ -45,12 +65,11 @@ def train(
     if env.rank == 0:
         for notice in checked.engine_notices:
             log.log(NOTICE, "notice: %s", notice)
-    mode = DryRun() if env.compile_only else RunMode()
     lost = report_lost_ranks(env.world_size, config.distributed_strategy.timeout_minutes)
     try:
         with RunLog(keeps=env.rank == 0) as run_log, lost:
             run = Run(config, checked.engine, env, mode, run_log, loss=loss, callbacks=callbacks)
-            result = run.fit()
+            result = act(run)
             end_processes()
     except Stopped as stopped:
         if env.rank == 0:

@@ -16,7 +16,8 @@ from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import model_config_path, tokenizer_of
 from nxdt_align.data.packing import RowCost
-from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
+from nxdt_align.data.tokenize import Tokenization, Truncation
+from nxdt_align.data.tokenizer import load_tokenizer
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.engines.native import compiled
 from nxdt_align.engines.native.checkpoint import is_checkpoint
@@ -461,6 +462,15 @@ def reference_precision(config: Config) -> Precision:
     if chosen is None:
         return precision(config)
     return Precision(compute=torch.bfloat16 if chosen == "bf16" else torch.float32)
+
+
+def precision_of_reference(config: Config, engine: EngineName) -> str:
+    """What ``join``'s parts call ``reference_precision``, in words, without joining any process."""
+    if engine == "nxd":
+        from nxdt_align.run.nxd import reference_precision_ahead
+
+        return str(reference_precision_ahead(config))
+    return str(reference_precision(config))
 
 
 def loss(config: Config, engine: EngineName, given: Loss | Callable[..., Any] | None = None) -> Loss:

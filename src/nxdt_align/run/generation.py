@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from nxdt_align.data.reading import Source, load_records
-from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
+from nxdt_align.data.tokenize import Tokenization, Truncation
+from nxdt_align.data.tokenizer import load_tokenizer
 from nxdt_align.errors import UserError
 from nxdt_align.evaluation import vllm_model
 from nxdt_align.evaluation.chat import HELP as CHAT_HELP

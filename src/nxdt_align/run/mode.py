@@ -23,7 +23,8 @@ from nxdt_align.files import atomic_write, explain
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.neuron.compile import read_manifest, read_steps
 from nxdt_align.neuron.monitor import NeuronMonitor
-from nxdt_align.reference.cache import FloatArray, ReferenceStore
+from nxdt_align.reference.cache import ReferenceStore
+from nxdt_align.reference.parts import FloatArray
 from nxdt_align.reference.precompute import PassSummary, precompute
 from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
 from nxdt_align.run.locate import keep_companions

@@ -262,6 +262,11 @@ def reference_precision_of(config: Config, policy: Precision) -> Precision:
     return policy if dtype == policy.compute else Precision(dtype)
 
 
+def reference_precision_ahead(config: Config) -> Precision:
+    """The same, before any process joins."""
+    return reference_precision_of(config, precision_of(config, _backend_of(config)))
+
+
 def save_options_of(config: Config, precision: Precision) -> SaveOptions:
     """The form of checkpoints."""
     settings = config.exp_manager

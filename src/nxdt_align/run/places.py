@@ -44,6 +44,10 @@ class Places:
             _require_writable("exp_manager.explicit_log_dir", self.explicit)
         else:
             _require_writable("exp_manager.exp_dir", self.runs)
+        self.require_writable_cache()
+
+    def require_writable_cache(self) -> None:
+        """The same, of the caches alone."""
         key = "exp_manager.exp_dir" if self._cache_dir is None else "data.cache_dir"
         _require_writable(key, self.tokens.absolute())
 

@@ -14,7 +14,8 @@ from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
-from nxdt_align.data.tokenize import Tokenization, Truncation, load_tokenizer
+from nxdt_align.data.tokenize import Tokenization, Truncation
+from nxdt_align.data.tokenizer import load_tokenizer
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.errors import UserError

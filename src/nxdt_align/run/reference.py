@@ -106,8 +106,7 @@ def reference_callbacks(
         precisions: of policy and reference.
         store: for values computed before training; None computes them at each step.
     """
-    policy_precision, own_precision = precisions
-    alike = own_precision == policy_precision
+    alike = precisions[0] == precisions[1]
     first: Callback = ReferenceDuringTraining(engine, origin, like_policy=alike)
     if store is not None:
         compute = mode.compute_reference
@@ -120,6 +119,21 @@ def reference_callbacks(
         first,
         mode.preflight(engine, data, tolerance, by_intent=not origin.is_start, store=folder),
     ]
+
+
+def require_stored_reference(config: Config, *, needed: bool) -> None:
+    """Raise UserError where a run of ``config`` would read no stored reference values."""
+    strategy = config.model_alignment_strategy
+    if not needed:
+        raise UserError(
+            f"model_alignment_strategy: {strategy.objective} as it is configured needs no reference, so that "
+            "there is nothing to compute ahead"
+        )
+    if not strategy.precompute_ref_log_probs:
+        raise UserError(
+            f"model_alignment_strategy.{strategy.objective}.precompute_ref_log_probs: is False, so that a "
+            "run computes the reference at each step and reads no stored value; set it to True"
+        )
 
 
 def open_store(

@@ -86,15 +86,24 @@ def resume_point(
         if given is not None:
             log.log(NOTICE, "resume_from_checkpoint=%s is not read again: this run started from it", given)
         return run.checkpoint
-    takes_all = given is not None and not config.model.weight_init_only
-    if given is not None and takes_all and checkpoints.is_checkpoint(Path(given)):
-        fault = fault_of(Path(given), checkpoints, engine)
-        if fault is not None:
-            raise SharedError(f"exp_manager.resume_from_checkpoint: {fault}")
+    continued = continued_checkpoint(config, checkpoints, engine)
+    if continued is not None:
         log.log(NOTICE, "resuming from resume_from_checkpoint=%s, optimizer state included", given)
-        return Path(given)
+        return continued
     log.log(NOTICE, "a new run, from %s, in %s", start, run.path)
     return None
+
+
+def continued_checkpoint(config: Config, checkpoints: Checkpoints, engine: Engine) -> Path | None:
+    """Another run's checkpoint that ``exp_manager.resume_from_checkpoint`` goes on from, optimizer state
+    included; None where it gives the weights alone. Raises UserError, on every rank, if that is damaged."""
+    given = config.exp_manager.resume_from_checkpoint
+    if given is None or config.model.weight_init_only or not checkpoints.is_checkpoint(Path(given)):
+        return None
+    fault = fault_of(Path(given), checkpoints, engine)
+    if fault is not None:
+        raise SharedError(f"exp_manager.resume_from_checkpoint: {fault}")
+    return Path(given)
 
 
 def fault_of(checkpoint: Path, checkpoints: Checkpoints, engine: Engine) -> str | None:

@@ -27,6 +27,7 @@ from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.types import Loss
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.planning.rows import row_reports, summary
+from nxdt_align.reference.cache import ReferenceStore
 from nxdt_align.run import assemble, processes
 from nxdt_align.run.adapters import adapted, export_adapter, record_of, say, spec_of
 from nxdt_align.run.contracts import Result, RunEnv
@@ -42,13 +43,21 @@ from nxdt_align.run.reference import (
     open_store,
     origin_record,
     reference_callbacks,
+    require_stored_reference,
 )
-from nxdt_align.run.resume import RUN_RECORD, RunFolder, RunIdentity, identify, newest_checkpoint
+from nxdt_align.run.resume import (
+    RUN_RECORD,
+    RunFolder,
+    RunIdentity,
+    continued_checkpoint,
+    identify,
+    newest_checkpoint,
+)
 from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
 from nxdt_align.training.finite import FiniteCheck
-from nxdt_align.training.hooks import PREFLIGHT_TOLERANCE, FinishRun
+from nxdt_align.training.hooks import PREFLIGHT_TOLERANCE, FinishRun, ReferenceOrigin, ReferencePass
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
 from nxdt_align.training.progress import RunProgress
@@ -257,23 +266,42 @@ class Run:
         if not self.objective.needs_reference:
             return [], {}
         origin = find_origin(self.config, self.model_config, self.start, continued)
-        weights = self._fingerprint(origin.source)
-        store = None
-        if self._keeps_reference:
-            store = open_store(
-                self.config,
-                self.mode,
-                self.places.reference,
-                weights=weights,
-                model=str(self.model_config),
-                tokenization=self.tokenization.fingerprint(),
-                precision=str(self.parts.reference_precision),
-            )
+        store = self._store(origin) if self._keeps_reference else None
         precisions = (self.parts.precision, self.parts.reference_precision)
         callbacks = reference_callbacks(
             self.config, self.mode, self.engine, self.data, origin, precisions, store
         )
-        return callbacks, {ORIGIN: origin_record(origin.source, weights)}
+        return callbacks, {ORIGIN: origin_record(origin.source, self._fingerprint(origin.source))}
+
+    def _store(self, origin: ReferenceOrigin) -> ReferenceStore:
+        """Collective."""
+        return open_store(
+            self.config,
+            self.mode,
+            self.places.reference,
+            weights=self._fingerprint(origin.source),
+            model=str(self.model_config),
+            tokenization=self.tokenization.fingerprint(),
+            precision=str(self.parts.reference_precision),
+        )
+
+    def reference_alone(self) -> tuple[ReferencePass, ReferenceStore, bool]:
+        """Instead of ``fit``: the reference pass that this run would begin with as a new one, its store, and
+        whether the policy is at its start; start weights are loaded. Collective.
+
+        Raises UserError where the objective reads no stored reference.
+        """
+        require_stored_reference(self.config, needed=self.objective.needs_reference)
+        self._require_same_start()
+        continued = continued_checkpoint(self.config, self.parts.checkpoints, self.engine)
+        if continued is None or self._adapters is not None:
+            self.engine.load_weights(adapted(self.config, self.model_config, self.start))
+        self.mode.say_what_is_kept(self.env.signals, None, keeps_reference=True)
+        origin = find_origin(self.config, self.model_config, self.start, continued)
+        store = self._store(origin)
+        alike = self.parts.precision == self.parts.reference_precision
+        own = ReferencePass(self.engine, self.data, store, origin, like_policy=alike)
+        return own, store, continued is None
 
     @property
     def _keeps_reference(self) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy.typing as npt
 import torch
@@ -24,6 +25,7 @@ from nxdt_align.training.stopping import StopOnSignal
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
+T = TypeVar("T")
 
 PREFLIGHT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest |policy - reference| per token, in nats, that identical weights may give in each dtype."""
@@ -43,7 +45,7 @@ class AlignmentData(Protocol):
     @property
     def splits(self) -> Mapping[Split, ReferencePlan]: ...
 
-    def record_ids(self, split: Split) -> list[str]: ...
+    def ids(self, split: Split) -> npt.NDArray[Any]: ...
 
     def set_reference(self, split: Split, table: npt.NDArray[Any]) -> None: ...
 
@@ -93,33 +95,49 @@ class ReferencePass(Callback):
         self._like_policy = like_policy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        splits = list(self._data.splits)
+        with self.model(is_new=trainer.ckpt_path is None) as reference:
+            for split in self._data.splits:
+                self._run(split, reference=reference)
+
+    @contextmanager
+    def model(self, *, is_new: bool, always: bool = False) -> Iterator[bool]:
+        """What the values are computed with is there in the block. Yields whether it is the engine's frozen
+        reference, and not its policy, that is to be asked.
+
+        Args:
+            is_new: the policy is at its start.
+            always: also where no value is missing.
+        """
+        use_policy = self._like_policy and self._origin.is_start and is_new
         absent = 0
-        # Rank 0 decides for all: another rank might read the store while it is being written, and would hold
-        # all of its values.
+        # Rank 0 decides for all: another rank might read the store while it is being written.
         if self._engine.topology.rank == 0:
-            absent = sum(len(self._store.missing(self._data.record_ids(split))) for split in splits)
+            absent = sum(len(self._store.missing(self._data.ids(split))) for split in self._data.splits)
         absent = self._engine.broadcast_object(absent)
-        use_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
-        if absent and not use_policy:
-            log.info("loading the reference model %s for %d records", self._origin.source, absent)
+        if (absent or always) and not use_policy:
+            log.info("loading the reference model %s; %d records have no value", self._origin.source, absent)
             kept = self._origin.kept_by(self._engine)
             self._engine.load_reference(None if kept else self._origin.source)
-        for split in splits:
-            self._run(split, reference=not use_policy)
+        yield not use_policy
         self._engine.drop_reference()
 
-    def _run(self, split: Split, *, reference: bool) -> None:
+    def of_split(self, split: Split, compute: Callable[..., T], *, reference: bool, **more: Any) -> T:
+        """``compute``, such as ``reference.precompute.precompute``, of a split's records, with ``more``
+        arguments; ``reference`` is what ``model`` yields."""
         data = self._data.splits[split]
-        table, summary = self._compute(
+        return compute(
             self._engine,
             data.reference_plan(),
             data.collate_planned,
-            self._data.record_ids(split),
+            self._data.ids(split),
             self._store,
             records_of=lambda planned: planned.records,
             reference=reference,
+            **more,
         )
+
+    def _run(self, split: Split, *, reference: bool) -> None:
+        table, summary = self.of_split(split, self._compute, reference=reference)
         log.info("reference log-probs of %s: %s", split, summary)
         self._data.set_reference(split, table)
 
