@@ -87,6 +87,19 @@ def memory_report(
     return "\n".join(lines)
 
 
+def memory_fault(
+    config: Config, model: DecoderConfig, responses: int, bucket: Bucket, *, needs_reference: bool
+) -> str | None:
+    """Why a NeuronCore's memory does not hold a step in rows of ``bucket``; None where it does."""
+    need = estimate(
+        workload(config, model, config.layout, responses, bucket, needs_reference=needs_reference)
+    ).total
+    limit, chip = core_memory(config)
+    if need <= limit * USABLE:
+        return None
+    return f"takes {_gib(need).strip()} of {limit // GIB} GiB ({chip})"
+
+
 def core_memory(config: Config) -> tuple[int, str]:
     """Bytes of a NeuronCore, and which it is: of trn2 where ``trainer.lnc`` says how many are one device."""
     cores = config.trainer.lnc

@@ -16,6 +16,7 @@ import torch
 from nxdt_align.batch import Batch
 from nxdt_align.config.custom import parts_not_imported
 from nxdt_align.config.schema import Config
+from nxdt_align.data.layouts import LayoutChoice
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.steps import DryRunStep, dry_run_steps
 from nxdt_align.engines import xla
@@ -32,6 +33,7 @@ from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.nxd import NxDParts
+from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
 from nxdt_align.run.standing import require_lengths, standing_for_data
 from nxdt_align.training import optim
@@ -68,13 +70,16 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     _require(config, rank, lengths)
     config = _settled(config)
     model = assemble.decoder_for_nxd(assemble.model_config(config))
+    config = with_possible_layout(config, model)
     env = RunEnv(rank=rank, world_size=config.world_size, compile_only=True)
     parts = _TracedParts(config, env, model, DryRun())
     tracer = xla.start_tracing()
     objective = GlobalMeanObjective(
         assemble.loss(config, "nxd"), token_statistics=config.exp_manager.log_token_statistics
     )
-    data = _steps(config, model, parts, objective, lengths)
+    data, choice = _steps(config, model, parts, objective, lengths)
+    if choice is not None:
+        parts.settle(config := config.with_layout(choice.layout))
     engine = parts.engine()
     engine.compiler = tracer
     _Steps(config, engine, objective, tracer).take([batches[:MICRO_BATCHES] for _, batches in data])
@@ -222,8 +227,10 @@ def _steps(
     parts: NxDParts,
     objective: GlobalMeanObjective,
     lengths: Sequence[int] | None,
-) -> list[tuple[Sequence[int], list[Batch]]]:
-    """A step's examples, and its micro-batches on this rank, in each bucket of the run."""
+) -> tuple[list[tuple[Sequence[int], list[Batch]]], LayoutChoice | None]:
+    """A step's examples, and its micro-batches on this rank, in each bucket of the run; and the choice of the
+    layout, where that is auto."""
+    rows = row_needs(config, "nxd", model, "neuron", needs_reference=objective.needs_reference)
     if lengths is None:
         module = ModelAlignmentDataModule(
             config,
@@ -232,27 +239,22 @@ def _steps(
             cache_dir=None,
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,
-            **assemble.row_needs(config, model, on_trainium=parts.on_trainium),
-            row_multiple=parts.row_multiple,
+            **rows,
         )
-        dataset = module.splits["train"]
+        dataset, choice = module.splits["train"], module.choice
     else:
-        dataset = standing_for_data(
-            config,
-            model,
-            parts.topology,
-            lengths,
-            on_trainium=parts.on_trainium,
-            row_multiple=parts.row_multiple,
+        dataset, choice = standing_for_data(
+            *(config, parts.topology, lengths),
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,
+            **rows,
         )
     first = tuple(range(min(config.data.global_batch_size, len(dataset.examples))))
     visited: dict[Any, DryRunStep] = {}
     for step in dry_run_steps(dataset.planner, [first]):
         bucket = dataset.planner.plan(step.examples, step.bucket).bucket
         visited.setdefault(bucket, step)
-    return [(s.examples, dataset.lay_out(s.examples, bucket)) for bucket, s in visited.items()]
+    return [(s.examples, dataset.lay_out(s.examples, bucket)) for bucket, s in visited.items()], choice
 
 
 class _Steps:
