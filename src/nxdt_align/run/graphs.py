@@ -29,7 +29,7 @@ from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.planning.devices import DEVICES, Device
 from nxdt_align.planning.graph_cost import StepCost
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, native_graphs
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.nxd import NxDParts
@@ -107,7 +107,11 @@ def refuse_own_parts(config: Config, *, with_data: bool) -> None:
 def reports(
     config: Config, rank: int, lengths: Sequence[int] | None, device: Device
 ) -> tuple[list[GraphReport], list[StepCost]]:
-    """What is in each of ``trace``'s graphs, and what a step in each bucket takes on ``device``, on paper."""
+    """What is in each of ``trace``'s graphs, and what a step in each bucket takes on ``device``, on paper. On
+    engine native: of its compiled parts, as torch.compile traces them."""
+    if config.distributed_strategy.engine == "native":
+        _require_rank(config, rank)
+        return native_graphs.reports(config, rank, lengths, device)
     config = _settled(config)
     found = trace(config, rank, lengths)
     low = assemble.precision(config).compute == torch.bfloat16
@@ -171,14 +175,16 @@ def compare(tables: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *(f"finding: {rule}" for rule in sorted(rules))])
 
 
-def _require(config: Config, rank: int, lengths: Sequence[int] | None) -> None:
-    if config.distributed_strategy.engine == "native":
-        raise UserError("graphs: distributed_strategy.engine must be auto or nxd, but is native")
+def _require_rank(config: Config, rank: int) -> None:
     if not 0 <= rank < config.world_size:
         raise UserError(
             f"graphs: --ranks must be from 0 to {config.world_size - 1}, as the run has {config.world_size} "
             f"processes (trainer.devices x trainer.num_nodes), but is {rank}"
         )
+
+
+def _require(config: Config, rank: int, lengths: Sequence[int] | None) -> None:
+    _require_rank(config, rank)
     if config.distributed_strategy.pipeline_model_parallel_size > 1:
         raise UserError(
             "graphs: distributed_strategy.pipeline_model_parallel_size must be 1, as a stage of a pipeline "

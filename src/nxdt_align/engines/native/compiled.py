@@ -10,6 +10,7 @@ checkpointing of whole layers, the optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -62,6 +63,14 @@ class Compiling:
             return objective
         return cast(Objective, _CompiledObjective(objective, self._part("loss", _loss)))
 
+    def backend_of(self, part: str) -> str | Callable[..., Any]:
+        """torch.compile's, for the part of this name."""
+        return self.backend
+
+    def storage(self) -> AbstractContextManager[object]:
+        """Entered where the weights get their memory."""
+        return nullcontext()
+
     def _part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """One compiled function for all callers: each gets graphs that another has had compiled."""
         if name not in self._made:
@@ -70,7 +79,7 @@ class Compiling:
                 function,
                 fullgraph=True,
                 dynamic=False,
-                backend=self.backend,
+                backend=self.backend_of(name),
                 options=self.options,
                 recompile_limit=MOST_GRAPHS,
                 isolate_recompiles=True,
