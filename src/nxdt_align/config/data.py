@@ -61,7 +61,7 @@ class DataConfig:
 
     train_dir: str | tuple[DataSource, ...] = field(default="", metadata=PATH)
     """Training data: .jsonl, .json, .arrow or .parquet (also .gz), or the name of a data set on the
-    Hub; a list of {path, weight} is a mixture. Required."""
+    Hub, owner/name or owner/name:split; a list of {path, weight} is a mixture. Required."""
     val_dir: str | tuple[DataSource, ...] | None = field(default=None, metadata=PATH)
     """Validation data, as train_dir; null for none."""
     dev_choose_samples: int | None = number(None, at_least=1)

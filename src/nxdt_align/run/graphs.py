@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nxdt_align.batch import Batch
-from nxdt_align.config.custom import parts_not_imported
+from nxdt_align.config import custom
 from nxdt_align.config.schema import Config
 from nxdt_align.data.layouts import LayoutChoice
 from nxdt_align.data.module import ModelAlignmentDataModule
@@ -95,13 +95,8 @@ def _settled(config: Config) -> Config:
 
 def refuse_own_parts(config: Config, *, with_data: bool) -> None:
     """Raise UserError where the graphs depend on a part of the user's own that only training may import."""
-    for part in parts_not_imported(config):
-        if part.key == "trainer.callbacks" or (part.key == "data.format" and not with_data):
-            continue
-        raise UserError(
-            f"{part.key}: {part.path} is a part of your own, which a YAML has only training import; "
-            f"--import-own-parts imports it here, as does the override {part.key}={part.path}"
-        )
+    keys = ("model_alignment_strategy.loss", "model.optim.name", *(("data.format",) if with_data else ()))
+    custom.refuse_own_parts(config, keys)
 
 
 def reports(

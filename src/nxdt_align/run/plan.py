@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nxdt_align.batch import Topology
-from nxdt_align.config.custom import parts_not_imported
+from nxdt_align.config.custom import IMPORTS_HERE, parts_not_imported, refuse_own_parts
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import hub_model
 from nxdt_align.data.layouts import LayoutChoice
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.steps import Split, StepDataset
-from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import KNOWN_MODELS, ModelShape
 from nxdt_align.planning.device_memory import memory_report
@@ -24,8 +23,6 @@ from nxdt_align.run import assemble
 from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
 from nxdt_align.run.standing import require_lengths, standing_for_data
-
-_FLAG = "--import-own-parts imports it here"
 
 
 def plan_report(
@@ -50,12 +47,8 @@ def plan_report(
     settled = settle(config, engine, device=device_kind(config), weights=False, shape=known)
     config = settled.config
     closed = {} if import_own_parts else {part.key: part for part in parts_not_imported(config)}
-    if "data.format" in closed and lengths is None:
-        path = closed["data.format"].path
-        raise UserError(
-            f"data.format: {path} is a function of your own, which a YAML has only training import; "
-            f"{_FLAG}, as does the override data.format={path}"
-        )
+    if closed and lengths is None:
+        refuse_own_parts(config, ("data.format",))
     ranks, model = config.data_parallel_size, known or assemble.model_config(config)
     if engine == "nxd":
         model = assemble.decoder_for_nxd(model)
@@ -80,9 +73,8 @@ def plan_report(
     data_of = [f"{split} {of}: {report}" for split, report in rows.items()]
     precomputes = objective.needs_reference and config.model_alignment_strategy.precompute_ref_log_probs
     host = [] if lengths else [host_memory(splits, config.trainer.devices, keeps_reference=precomputes)]
-    notes = (
-        [] if unread is None else [f"{unread}: not imported, counted as one that declares nothing; {_FLAG}"]
-    )
+    told = f"{unread}: not imported, counted as one that declares nothing; {IMPORTS_HERE}"
+    notes = [] if unread is None else [told]
     chosen = [] if choice is None else [str(choice)]
     return "\n".join(
         [*settled.notes, *chosen, *data_of, f"data-parallel ranks: {ranks}", memory, *host, *notes]
