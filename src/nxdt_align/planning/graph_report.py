@@ -344,9 +344,11 @@ def _prices(steps: Sequence[StepCost], device: Device) -> Iterator[str]:
     yield f"a step on paper ({device.name}; a lower or an upper bound, to compare by: docs/graphs.md)"
     for each in steps:
         shape, totals = " x ".join(map(str, each.shape[:2])), each.totals(device)
+        # Of engine native only compiled parts are recorded.
+        optimizer = _ms(each.optimizer.seconds) if each.optimizer.seconds else "left out"
         yield (
             f"  rows of {shape}: {each.micro_batches} micro-batches of {_ms(each.later.seconds)}, optimizer "
-            f"{_ms(each.optimizer.seconds)}: {totals['seconds']:.3f} s for {each.examples} examples, "
+            f"{optimizer}: {totals['seconds']:.3f} s for {each.examples} examples, "
             f"{totals['examples_per_second']:.2f} per second"
         )
         yield (

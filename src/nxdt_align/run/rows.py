@@ -61,10 +61,12 @@ def row_needs(
 
 
 def _on_trainium(config: Config, engine: EngineName) -> Config:
-    """With engine and device as they are, where the configuration leaves them open."""
+    """With engine and device as they are, where the configuration leaves them open: on engine native a
+    logical core of trn2 is two, unless trainer.lnc says another number."""
+    lnc = config.trainer.lnc or (2 if engine == "native" else None)
     return replace(
         config,
-        trainer=replace(config.trainer, accelerator="neuron"),
+        trainer=replace(config.trainer, accelerator="neuron", lnc=lnc),
         distributed_strategy=replace(config.distributed_strategy, engine=engine),
     )
 
