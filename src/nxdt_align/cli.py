@@ -239,8 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     graphs = _add_verb(
         verbs,
         "graphs",
-        "record every graph of engine nxd on a rank of the run, without running it, and say what is in it; "
-        "needs torch_xla and neuronx_distributed, but no Neuron device, weights or other rank",
+        "record every graph of a rank of the run, without running it, and say what is in it; needs no Neuron "
+        "device, weights or other rank, but for engine nxd torch_xla and neuronx_distributed",
     )
     graphs.add_argument(
         "--ranks",
@@ -250,7 +250,9 @@ def _parser() -> argparse.ArgumentParser:
         help="ranks to record, each in a process of its own, and to compare (default: 0)",
     )
     graphs.add_argument(
-        "--device", choices=("trn1", "trn2"), default="trn1", help="whose times are estimated"
+        "--device",
+        choices=("trn1", "trn2"),
+        help="whose times are estimated (default: trn1 on engine nxd, trn2 on native)",
     )
     graphs.add_argument("--json", action="store_true", help="print JSON")
     for verb in (plan, graphs):
@@ -533,7 +535,8 @@ def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
     show_on_terminal(rank=0)
     from nxdt_align.run import graphs
 
-    ranks, lengths, device = arguments.ranks, arguments.lengths, graphs.DEVICES[arguments.device]
+    own = "trn2" if config.distributed_strategy.engine == "native" else "trn1"
+    ranks, lengths, device = arguments.ranks, arguments.lengths, graphs.DEVICES[arguments.device or own]
     if not arguments.import_own_parts:
         graphs.refuse_own_parts(config, with_data=lengths is None)
     if len(ranks) == 1:

@@ -35,7 +35,7 @@ def test_a_key_is_described_with_type_default_and_meaning() -> None:
     assert "model_alignment_strategy.dpo.truncation_mode: keep_start | keep_end = 'keep_start'" in text
     assert "orpo" not in text
     everything = describe_keys()
-    assert "data.packing: none | packed | shared_prompt | null = null" in everything
+    assert "data.packing: none | packed | shared_prompt | null | auto = null" in everything
     assert "data.data_impl" in everything
 
 

@@ -72,10 +72,24 @@ def test_a_wrong_path_is_named(reject: Reject, files: Path, override: str, rule:
 
 
 @pytest.mark.parametrize(
-    "override", ["data.train_dir=Anthropic/hh-rlhf", "data.tokenizer.type=meta-llama/Llama-3.1-8B"]
+    "override",
+    [
+        "data.train_dir=Anthropic/hh-rlhf",
+        "data.train_dir=Anthropic/hh-rlhf:test",
+        "data.train_dir=Anthropic/hh-rlhf:train[:10%]",
+        "data.tokenizer.type=meta-llama/Llama-3.1-8B",
+    ],
 )
 def test_a_name_on_the_hub_is_no_path(load: Load, good: str, override: str) -> None:
     check(load(good, override))
+
+
+@pytest.mark.parametrize("path", ["/no/hh-rlhf:test", "hh.jsonl:test", "weights/hh:test"])
+def test_a_split_of_what_is_no_name_on_the_hub(
+    reject: Reject, files: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    assert "data.train_dir: must be a file or folder that exists" in reject(f"data.train_dir={path}")
 
 
 def test_what_lies_in_a_folder_that_is_here_is_a_path(

@@ -22,7 +22,8 @@ from nxdt_align.ops.attention import CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.run import nxd
-from nxdt_align.run.assemble import attention, row_multiple
+from nxdt_align.run.assemble import attention
+from nxdt_align.run.rows import row_multiple
 
 NEURON: Any = SimpleNamespace(type="neuron")
 """A device that no torch knows without Neuron's own package."""
@@ -45,16 +46,16 @@ def test_a_neuron_device_takes_its_flash_kernel_where_no_mask_is_needed() -> Non
     """Rows of a multiple of 512 tokens, as the kernel asks for."""
     plain = config("auto", "none", 1000)
     chosen = attention(plain, NEURON, TINY)
-    assert isinstance(chosen, CausalAttention) and row_multiple(plain, NEURON, TINY) == 512
+    assert isinstance(chosen, CausalAttention) and row_multiple(plain, "native", TINY, "neuron") == 512
     with pytest.raises(UserError, match="multiple of 512 tokens, but a row has 1000"):
         chosen.prepare(*torch.zeros(2, 1, 1000))
     for packed in (config("auto"), config("auto", "packed")):
         assert isinstance(attention(packed, NEURON, TINY), DenseAttention)
-        assert row_multiple(packed, NEURON, TINY) == 1
+        assert row_multiple(packed, "native", TINY, "neuron") == 1
     assert isinstance(attention(config("auto", "none", 4096), NEURON, MISTRAL), DenseAttention)
     assert isinstance(attention(config("auto", "none", 1024), NEURON, MISTRAL), CausalAttention)
     # Elsewhere rows of any length.
-    assert row_multiple(config("causal", "none"), torch.device("cpu"), TINY) == 1
+    assert row_multiple(config("causal", "none"), "native", TINY, "cpu") == 1
 
 
 class OnNeuron(nxd.NxDParts):
@@ -69,6 +70,10 @@ class OnNeuron(nxd.NxDParts):
 
     def _kernels(self) -> Any:
         return "the compiler's"
+
+
+def rows_of(parts: OnNeuron) -> int:
+    return row_multiple(parts._config, "nxd", parts._model, "neuron")
 
 
 def fused(kind: Attention, packing: Packing | None, **fusions: bool) -> Config:
@@ -86,12 +91,12 @@ def test_engine_nxd_has_flash_for_packed_rows_where_it_is_asked_for() -> None:
         parts = OnNeuron(fused("auto", packing, **both), model)  # type: ignore[arg-type]
         chosen = parts._attention()
         assert isinstance(chosen, IntervalFlashAttention) and chosen._causal is causal
-        assert parts.row_multiple == 512
+        assert rows_of(parts) == 512
     plain = OnNeuron(fused("auto", "none", **both))
-    assert isinstance(plain._attention(), CausalFlashAttention) and plain.row_multiple == 1
+    assert isinstance(plain._attention(), CausalFlashAttention) and rows_of(plain) == 1
     for without in ({"flash_attention": True}, {"flash_attention_packed": True}):
         parts = OnNeuron(fused("auto", "packed", **without))
-        assert isinstance(parts._attention(), DenseAttention) and parts.row_multiple == 1
+        assert isinstance(parts._attention(), DenseAttention) and rows_of(parts) == 1
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_where_the_kernel_cannot_a_mask_is_used_and_told(
     with caplog.at_level(NOTICE):
         assert isinstance(parts._attention(), DenseAttention)
     assert "model.fusions.flash_attention_packed: a mask is used, " in caplog.text and why in caplog.text
-    assert parts.row_multiple == 1
+    assert rows_of(parts) == 1
 
 
 def test_the_layout_is_the_objectives_own_where_the_yaml_says_nothing() -> None:

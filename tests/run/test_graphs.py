@@ -145,9 +145,21 @@ def test_all_ranks_have_the_same_graphs(tmp_path: Path) -> None:
         (("--lengths", "100,200"), "a prompt and of 2 response(s)"),
         (("--lengths", "3000,2000,1"), "at most data.seq_length (4096), but is 3000,2000,1"),
         (("--lengths", "0,1,1"), "1 or more each"),
+        (("distributed_strategy.engine=native", "--ranks", "99"), "--ranks must be from 0 to 31"),
         (
-            ("distributed_strategy.engine=native",),
-            "distributed_strategy.engine must be auto or nxd, but is native",
+            ("distributed_strategy.engine=native", "distributed_strategy.compile=none"),
+            "distributed_strategy.compile must be auto or blocks",
+        ),
+        (
+            ("distributed_strategy.engine=native", "data.attention=flex"),
+            "must be auto, dense, causal or nki on a NeuronCore by engine native, but is flex",
+        ),
+        (
+            (
+                *("distributed_strategy.engine=native", "model.activations_checkpoint_granularity=selective"),
+                "model.activations_checkpoint_recompute=[LlamaMLP]",
+            ),
+            "graph cannot recompute LlamaMLP by itself",
         ),
         (
             (

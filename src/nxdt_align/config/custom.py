@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from nxdt_align.config.fields import is_dotted
 from nxdt_align.config.schema import Config
+from nxdt_align.errors import UserError
+
+IMPORTS_HERE = "--import-own-parts imports it here"
 
 
 @dataclass(frozen=True)
@@ -43,3 +47,13 @@ def _was_overridden(config: Config, key: str) -> bool:
 def parts_not_imported(config: Config) -> list[NamedPart]:
     """Those that only what trains may import, unless the user allows it."""
     return [part for part in named_parts(config) if not part.is_users_word]
+
+
+def refuse_own_parts(config: Config, keys: Collection[str]) -> None:
+    """Raise UserError for a part among ``keys`` that what does not train needs but may not import."""
+    for part in parts_not_imported(config):
+        if part.key in keys:
+            raise UserError(
+                f"{part.key}: {part.path} is a part of your own, which a YAML has only training import; "
+                f"{IMPORTS_HERE}, as does the override {part.key}={part.path}"
+            )

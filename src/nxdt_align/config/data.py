@@ -9,6 +9,8 @@ from typing import Any, Literal
 from nxdt_align.config.fields import AUTO, PATH, number, reads_as
 
 Packing = Literal["none", "packed", "shared_prompt"]
+PACKING = "data.packing"
+"""The key that may stay auto until the data's lengths are known."""
 Attention = Literal["auto", "dense", "blocks", "flex", "causal", "nki"]
 
 _PAIRS = (
@@ -59,7 +61,7 @@ class DataConfig:
 
     train_dir: str | tuple[DataSource, ...] = field(default="", metadata=PATH)
     """Training data: .jsonl, .json, .arrow or .parquet (also .gz), or the name of a data set on the
-    Hub; a list of {path, weight} is a mixture. Required."""
+    Hub, owner/name or owner/name:split; a list of {path, weight} is a mixture. Required."""
     val_dir: str | tuple[DataSource, ...] | None = field(default=None, metadata=PATH)
     """Validation data, as train_dir; null for none."""
     dev_choose_samples: int | None = number(None, at_least=1)
@@ -72,11 +74,13 @@ class DataConfig:
     """Pairs (packing none) or rows (otherwise) per micro-batch."""
     global_batch_size: int = number(8, at_least=1)
     """Pairs per optimizer step over all ranks; for sft and kto, responses."""
-    packing: Packing | None = field(default=None, metadata=reads_as(true="packed", false="none"))
+    packing: Packing | None = field(default=None, metadata={**AUTO, **reads_as(true="packed", false="none")})
     """(ours) Layout of examples in rows. none: a row per response, padded; packed: several responses
     per row, each with its prompt; shared_prompt: packed, chosen and rejected sharing their prompt's tokens;
-    null: shared_prompt, for sft as model_alignment_strategy.sft.packing says. Affects only the speed. True
-    and False, as in NxDT's Megatron YAMLs, mean packed and none."""
+    null: shared_prompt, for sft as model_alignment_strategy.sft.packing says; auto: of those
+    that are possible, the one that takes the least time on paper on Trainium, and elsewhere the fewest
+    tokens, for the data's lengths (docs/packing.md). Affects only the speed. True and False, as in NxDT's
+    Megatron YAMLs, mean packed and none."""
     buckets: tuple[int, ...] | None = None
     """(ours) Row lengths in ascending order, each one compiled graph; null: chosen from the data."""
     attention: Attention = "auto"

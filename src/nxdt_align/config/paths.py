@@ -65,7 +65,7 @@ def _data(path: str, value: str | tuple[DataSource, ...] | None) -> Iterator[Fau
 def _near(missing: Path) -> str:
     """Advice about a missing data file."""
     if not missing.parent.is_dir():
-        hub = "a data set on the Hugging Face Hub is named as owner/name"
+        hub = "a data set on the Hugging Face Hub is named as owner/name, or owner/name:split"
         return f"there is no folder {missing.parent} either" if missing.is_absolute() else hub
     there = sorted(f.name for f in missing.parent.iterdir() if _DATA_FILE.search(f.name))
     near = did_you_mean(missing.name, there)
@@ -73,7 +73,9 @@ def _near(missing: Path) -> str:
 
 
 def _may_be_hub_data(value: str) -> bool:
-    return "/" in value and _may_be_hub_name(value) and not _DATA_FILE.search(value)
+    """``owner/name``, or ``owner/name:split``, where a split may be a part, ``train[:10%]``."""
+    name = value.partition(":")[0]
+    return "/" in name and _may_be_hub_name(name) and not _DATA_FILE.search(value)
 
 
 def _may_be_hub_name(value: str) -> bool:

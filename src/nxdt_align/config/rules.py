@@ -12,7 +12,7 @@ from typing import Any
 from nxdt_align.config.aliases import foreign_advice
 from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.custom import named_parts
-from nxdt_align.config.data import FORMATS, TEMPLATE_ARGUMENTS
+from nxdt_align.config.data import FORMATS, PACKING, TEMPLATE_ARGUMENTS
 from nxdt_align.config.faults import Fault, did_you_mean
 from nxdt_align.config.fields import is_dotted, section_faults
 from nxdt_align.config.objectives import NOTICES as OBJECTIVE_NOTICES
@@ -139,6 +139,8 @@ def _batch_sizes(config: Config) -> Iterator[Fault]:
     data, copies = config.data, config.data_parallel_size
     unit = data.micro_batch_size * copies
     if data.packing in ("packed", "shared_prompt") or unit < 1 or data.global_batch_size < 1:
+        return
+    if PACKING in config.auto:  # which leaves layout none out then
         return
     if data.global_batch_size % unit:
         yield Fault(

@@ -8,6 +8,7 @@ cannot be null, ``null`` in a YAML means the default.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from nxdt_align.config.alignment import (
     SFTConfig,
     TruncationMode,
 )
-from nxdt_align.config.data import DataConfig, DataSource, Packing, TokenizerConfig
+from nxdt_align.config.data import PACKING, DataConfig, DataSource, Packing, TokenizerConfig
 from nxdt_align.config.experiment import CheckpointCallbackConfig, ExpManagerConfig
 from nxdt_align.config.faults import Fault
 from nxdt_align.config.fields import AUTO, INTERNAL, PATH, name_fault, number, reads_as
@@ -260,13 +261,19 @@ class Config:
 
     @property
     def layout(self) -> Packing:
-        """How examples are laid into rows: ``data.packing``, or the objective's default."""
+        """How examples are laid into rows: ``data.packing``, or the objective's default, also where it is
+        auto and not chosen yet."""
         if self.data.packing is not None:
             return self.data.packing
         sft = self.model_alignment_strategy.sft
         if sft is None:
             return "shared_prompt"
         return "packed" if sft.packing else "none"
+
+    def with_layout(self, layout: Packing) -> Config:
+        """With this ``data.packing``, which is then no longer auto."""
+        data = dataclasses.replace(self.data, packing=layout)
+        return dataclasses.replace(self, data=data, auto=self.auto - {PACKING})
 
     @property
     def validates(self) -> bool:

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.fields import is_dotted
 from nxdt_align.config.schema import Config
-from nxdt_align.data.packing import RowCost, RowPlanner
+from nxdt_align.data.layouts import LayoutChoice, LayoutOptions, RowOption
+from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.preparation import Settings
 from nxdt_align.data.prepared import is_large, prepared_examples
 from nxdt_align.data.reading import Source, load_records
@@ -82,8 +83,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         fixed_micro_batches: the same number at every step of a bucket, see RowPlanner.
         window: tokens that the model's local layers see; None for a model without such layers.
         only_local: no layer sees more than the window.
-        row_multiple: see RowPlanner.
-        row_cost: see RowPlanner.
+        layouts: those that rows may have; None: that of ``config``, as a CPU takes it.
     """
 
     def __init__(
@@ -99,8 +99,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         fixed_micro_batches: bool = False,
         window: int | None = None,
         only_local: bool = True,
-        row_multiple: int = 1,
-        row_cost: RowCost | None = None,
+        layouts: LayoutOptions | None = None,
     ) -> None:
         super().__init__()
         self._config = config
@@ -111,8 +110,10 @@ class ModelAlignmentDataModule(LightningDataModule):
         self._round_size = round_size
         self._with_prompts = with_prompts
         self._fixed_micro_batches = fixed_micro_batches
-        self._window, self._only_local, self._row_multiple = window, only_local, row_multiple
-        self._row_cost = row_cost
+        self._window, self._only_local = window, only_local
+        self._layouts = layouts or LayoutOptions([RowOption(config.layout)])
+        self.choice: LayoutChoice | None = None
+        """Of the layout, where there are several options."""
         self._references: dict[Split, npt.NDArray[Any]] = {}
         self.splits: dict[Split, StepDataset] = {"train": self._load(sources(config.data.train_dir), "train")}
         if config.data.val_dir is not None and config.validates:
@@ -161,7 +162,6 @@ class ModelAlignmentDataModule(LightningDataModule):
         return examples, found.report
 
     def _load(self, sources: list[Source], split: Split) -> StepDataset:
-        data = self._config.data
         examples, report = self._examples(sources, split)
         if report.total:
             log.warning("%s", report.summary())
@@ -172,9 +172,29 @@ class ModelAlignmentDataModule(LightningDataModule):
         sft = strategy.sft
         if sft is not None and sft.train_on_prompt:
             examples = WholeSequences(examples)
-        planner = RowPlanner(
+        planner = self._planner(examples, split)
+        roles = None if self._config.model_alignment_strategy.kto is None else UNPAIRED_ROLES
+        return StepDataset(
+            *(examples, planner, planner.layout, self._topology),
+            tail_weight=self._tail_weight,
+            roles=roles,
+            with_prompts=self._with_prompts,
+        )
+
+    def _planner(self, examples: TokenizedSet, split: Split) -> RowPlanner:
+        """Training data choose the layout."""
+        planner, choice = self._layouts.choose(lambda option: self._plan(examples, split, option))
+        if choice is not None:
+            self.choice = choice
+            option = next(each for each in self._layouts.options if each.layout == choice.layout)
+            self._layouts = LayoutOptions([option])
+        return planner
+
+    def _plan(self, examples: TokenizedSet, split: Split, option: RowOption) -> RowPlanner:
+        data = self._config.data
+        return RowPlanner(
             examples,
-            self._config.layout,
+            option.layout,
             examples_per_step=data.global_batch_size,
             seq_length=data.seq_length,
             buckets=data.buckets,
@@ -186,16 +206,9 @@ class ModelAlignmentDataModule(LightningDataModule):
             fixed_micro_batches=self._fixed_micro_batches,
             window=self._window,
             only_local=self._only_local,
-            row_multiple=self._row_multiple,
-            row_cost=self._row_cost,
+            row_multiple=option.row_multiple,
+            row_cost=option.row_cost,
             name=f"data.{split}_dir",
-        )
-        roles = None if self._config.model_alignment_strategy.kto is None else UNPAIRED_ROLES
-        return StepDataset(
-            *(examples, planner, self._config.layout, self._topology),
-            tail_weight=self._tail_weight,
-            roles=roles,
-            with_prompts=self._with_prompts,
         )
 
     # Queries of the run

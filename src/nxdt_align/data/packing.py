@@ -134,8 +134,9 @@ class RowPlanner:
         window: tokens that the model's local layers see; None for a model without such layers.
         only_local: no layer sees more than the window.
         row_multiple: row lengths are multiples of this, as a device's kernel may require.
-        row_cost: by which row lengths are chosen, and of those that hold a step the one that it takes; None:
-            by positions.
+        row_cost: by which row lengths are chosen, and of those that hold a step the one that it takes; rows
+            are then at most ``seq_length`` long, or as long as the longest example. None: by positions, in
+            rows of any length.
         name: name of the data set, for messages.
 
     Raises UserError for buckets that do not hold the data, and for a response that is longer than all that a
@@ -171,6 +172,7 @@ class RowPlanner:
         self.min_micro_batches = min_micro_batches
         self.round_size = round_size
         self._row_cost: RowCost = row_cost or _positions
+        self._examples_per_step = examples_per_step
         self.responses_per_example = int(lengths.response_lengths.shape[1])
         self._lengths, self._with_prompts = lengths, with_prompts
         self._sampled: list[npt.NDArray[Any]] | None = None
@@ -183,7 +185,8 @@ class RowPlanner:
             sizes = (_round_up(seq_length, row_multiple),)
         else:
             rounding = lcm(ROUNDING, row_multiple)
-            sizes = self._choose_buckets(_round_up(longest, rounding), examples_per_step, rounding)
+            most = None if row_cost is None else _round_up(seq_length, rounding)
+            sizes = self._choose_buckets(_round_up(longest, rounding), examples_per_step, rounding, most)
         self.buckets = tuple(self._shape(size, examples_per_step) for size in sizes)
         self._micro_batches: dict[Bucket, int] = {}
         if fixed_micro_batches:
@@ -204,6 +207,25 @@ class RowPlanner:
                 # better.
                 rows = min((rows, self._dealt(equal, tokens)), key=lambda r: self._busiest(r, tokens))
         return StepPlan(chosen, tuple(rows))
+
+    def cost_per_step(self) -> float:
+        """What a rank's rows of a step cost, on average over a sample of steps: positions, or what the
+        planner was given. It does not depend on whether micro-batches are fixed."""
+        rows_each = self.responses_per_example if self.layout == "none" else 1
+        costs = []
+        for step in self._sample_steps(self._examples_per_step):
+            tokens, responses = self._tokens(step), self._responses(step)
+            costs.append(
+                min(
+                    self._filled_up(self._rows_needed(tokens, responses, bucket), None)
+                    * self._row_cost(bucket)
+                    for bucket in self._fitting(tokens, responses)
+                )
+            )
+        return rows_each * float(np.mean(costs)) / self.ranks
+
+    def _rows_needed(self, tokens: npt.NDArray[Any], responses: npt.NDArray[Any], bucket: Bucket) -> int:
+        return len(tokens) if self.layout == "none" else len(best_fit(tokens, responses, self._room(bucket)))
 
     def fitting(self, examples: Indices) -> list[Bucket]:
         """The buckets that can hold each of these examples."""
@@ -301,8 +323,10 @@ class RowPlanner:
             most[plan.bucket] = max(most[plan.bucket], len(plan.rows) // (self.ranks * self.micro_batch_size))
         return most
 
-    def _choose_buckets(self, largest: int, examples_per_step: int, rounding: int) -> tuple[int, ...]:
-        """The row lengths, multiples of ``rounding``, that cost least over a sample of steps.
+    def _choose_buckets(
+        self, largest: int, examples_per_step: int, rounding: int, most: int | None
+    ) -> tuple[int, ...]:
+        """The row lengths, multiples of ``rounding``, that cost least over a sample of steps, up to ``most``.
 
         The largest must hold the longest example; up to two more are added while each saves at least 2%, as
         each is one more graph to compile.
@@ -310,7 +334,9 @@ class RowPlanner:
         steps = [(self._tokens(s), self._responses(s)) for s in self._sample_steps(examples_per_step)]
         costs = {
             size: np.array([self._step_cost(*step, size) for step in steps])
-            for size in _candidates(largest, int(np.mean([tokens.sum() for tokens, _ in steps])), rounding)
+            for size in _candidates(
+                largest, int(np.mean([tokens.sum() for tokens, _ in steps])), rounding, most
+            )
         }
         chosen = [max(costs)] if largest not in costs else [largest]
         for _ in range(MAX_BUCKETS - 1):
@@ -378,9 +404,12 @@ def _round_up(value: int, multiple: int = ROUNDING) -> int:
     return -(-value // multiple) * multiple
 
 
-def _candidates(largest: int, typical_step: int, rounding: int) -> list[int]:
-    """Candidate row lengths: the largest that is needed, and a geometric grid up to a step's size."""
+def _candidates(largest: int, typical_step: int, rounding: int, most: int | None) -> list[int]:
+    """Candidate row lengths: the largest that is needed, and a geometric grid up to a step's size, or to
+    ``most``."""
     top = max(largest, _round_up(typical_step, rounding))
+    if most is not None:
+        top = max(largest, min(top, most))
     grid = {largest}
     size = rounding
     while size <= top:

@@ -116,7 +116,7 @@ def held_by_model(work: Workload) -> int:
     # cos and sin are float32 whatever the model computes in.
     rotary = 2 * work.positions * work.model.head_dim * FLOAT
     # A boolean mask, one byte per query-key pair.
-    mask = 0 if work.attention == "flash" else work.positions * work.tokens
+    mask = 0 if work.attention in ("flash", "intervals") else work.positions * work.tokens
     return rotary + mask + 8 * (3 * work.positions + 3 * work.rows * work.responses)
 
 

@@ -91,6 +91,19 @@ def memory_report(
     return "\n".join(lines)
 
 
+def memory_fault(
+    config: Config, model: DecoderConfig, responses: int, bucket: Bucket, *, needs_reference: bool
+) -> str | None:
+    """Why a NeuronCore's memory does not hold a step in rows of ``bucket``; None where it does."""
+    need = estimate(
+        workload(config, model, config.layout, responses, bucket, needs_reference=needs_reference)
+    ).total
+    (chip, limit), *_ = core_memory(config).items()
+    if need <= limit * USABLE:
+        return None
+    return f"takes {_gib(need).strip()} of {limit // GIB} GiB ({chip})"
+
+
 def core_memory(config: Config) -> dict[str, int]:
     """Which NeuronCore -> its bytes: of trn2 and trn3 where ``trainer.lnc`` says how many are one device, and
     for engine native, which does not run on trn1."""

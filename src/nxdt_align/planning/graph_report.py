@@ -217,7 +217,9 @@ def _slices(pairs: Pairs) -> list[Slices]:
 def _temporaries(pairs: Pairs, most: int = 8) -> list[str]:
     sizes = Counter((i.shape, i.kind) for _, i in pairs if i.kind not in _NO_TEMPORARIES and i.shapes)
     largest = sorted(sizes, key=lambda each: -each[0].nbytes)[:most]
-    return [f"{_bytes(shape.nbytes)} {kind} {shape}, {sizes[shape, kind]} times" for shape, kind in largest]
+    return [
+        f"{size_in_words(shape.nbytes)} {kind} {shape}, {sizes[shape, kind]} times" for shape, kind in largest
+    ]
 
 
 def _unusual(pairs: Pairs) -> dict[str, int]:
@@ -342,9 +344,11 @@ def _prices(steps: Sequence[StepCost], device: Device) -> Iterator[str]:
     yield f"a step on paper ({device.name}; a lower or an upper bound, to compare by: docs/graphs.md)"
     for each in steps:
         shape, totals = " x ".join(map(str, each.shape[:2])), each.totals(device)
+        # Of engine native only compiled parts are recorded.
+        optimizer = _ms(each.optimizer.seconds) if each.optimizer.seconds else "left out"
         yield (
             f"  rows of {shape}: {each.micro_batches} micro-batches of {_ms(each.later.seconds)}, optimizer "
-            f"{_ms(each.optimizer.seconds)}: {totals['seconds']:.3f} s for {each.examples} examples, "
+            f"{optimizer}: {totals['seconds']:.3f} s for {each.examples} examples, "
             f"{totals['examples_per_second']:.2f} per second"
         )
         yield (
@@ -373,11 +377,12 @@ def _table(each: GraphReport, most: int = 6) -> Iterator[str]:
     for product in each.products[:most]:
         yield (
             f"     {product.count:>5} x {product.shape}: {product.flops / 1e9:,.1f} GFLOP, "
-            f"{_bytes(product.nbytes)}"
+            f"{size_in_words(product.nbytes)}"
         )
-    yield f"   collectives   {_bytes(each.collective_bytes)}"
+    yield f"   collectives   {size_in_words(each.collective_bytes)}"
     for c in each.collectives[:most]:
-        yield f"     {c.count:>5} x {c.kind} {c.shape}: {_bytes(c.nbytes)} each, over {c.group_size} ranks"
+        size = size_in_words(c.nbytes)
+        yield f"     {c.count:>5} x {c.kind} {c.shape}: {size} each, over {c.group_size} ranks"
     yield "   gathers and scatters"
     for s in [s for s in each.slices if s.slices > 1][:most]:
         mark = ", SINGLE ELEMENTS" if s.single else ""
@@ -409,7 +414,8 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1000:,.1f} ms"
 
 
-def _bytes(count: int) -> str:
+def size_in_words(count: int) -> str:
+    """Of bytes."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:,.1f} {unit}"

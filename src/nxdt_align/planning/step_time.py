@@ -25,10 +25,16 @@ class RowSeconds:
         self._device = DEVICES["trn2" if config.distributed_strategy.engine == "native" else "trn1"]
         self._known: dict[Bucket, float] = {}
 
+    @property
+    def device(self) -> str:
+        """trn1 or trn2."""
+        return self._device.name
+
     def __call__(self, bucket: Bucket) -> float:
         if bucket not in self._known:
             layout = self._config.layout
-            work = workload(self._config, self._model, layout, 1, bucket, needs_reference=False)
+            responses = 1 if self._config.model_alignment_strategy.sft is not None else 2
+            work = workload(self._config, self._model, layout, responses, bucket, needs_reference=False)
             self._known[bucket] = micro_batch_cost(work, self._device).seconds / work.rows
         return self._known[bucket]
 
@@ -92,9 +98,9 @@ def _attention(work: Workload, device: Device, forward: int) -> Cost:
     """``forward``: times that it is computed."""
     n, H, heads = work.positions, work.model.head_dim, work.heads
     if work.attention != "scores":
-        is_masked, size = work.attention == "masked", work.formats.activation
-        one = n * heads * H * work.tokens * (2 if is_masked else 1)
-        mask = n * heads * work.tokens * size if is_masked else 0
+        size = work.formats.activation
+        one = n * heads * H * work.tokens * (1 if work.attention == "flash" else 2)
+        mask = n * heads * work.tokens * size if work.attention == "masked" else 0
         kernel, nbytes = partial(roofline, peak=device.flops, device=device), 4 * n * heads * H * size
         return kernel(2 * one, nbytes + mask).times(forward) + kernel(5 * one, 2 * nbytes + mask)
     rows = n // work.tokens * heads

@@ -20,12 +20,13 @@ from nxdt_align.models.adapters import AdapterSpec, adapter_spec
 from nxdt_align.models.config import DecoderConfig
 from nxdt_align.models.partition import even_stages
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES, chunk_size
+from nxdt_align.planning.kernels import attention_kind
 
 FLOAT = 4
 """Bytes of a float32."""
-AttentionKind = Literal["flash", "masked", "scores"]
-"""flash: causal, no (S, S) tensor; masked: a fused kernel with an (S, S) mask; scores: an (S, S) softmax in
-float32."""
+AttentionKind = Literal["flash", "intervals", "masked", "scores"]
+"""flash: causal, no (S, S) tensor; intervals: nki-library's kernels with bounds, which compute all scores
+of a row; masked: a fused kernel with an (S, S) mask; scores: an (S, S) softmax in float32."""
 
 _STATES = {
     **dict.fromkeys(("adamw", "adamw_fp32OptState", "adam", "adadelta", "adamax", "rprop"), 2),
@@ -260,6 +261,9 @@ def _sharded_by_nxd(formats: Formats, precision: PrecisionConfig) -> Formats:
 def _attention(config: Config, model: DecoderConfig, where: str, layout: Layout) -> AttentionKind:
     if model.attention_softcap is not None and (where != "cuda" or config.data.attention == "dense"):
         return "scores"  # FlexAttention alone has a kernel that caps
+    if where == "neuron" and resolve_engine(config, neuron_available=True) == "native":
+        kinds: dict[str, AttentionKind] = {"causal": "flash", "nki": "intervals"}
+        return kinds.get(attention_kind(config.with_layout(layout), where, model), "scores")
     if where == "neuron":
         fusions = config.model.fusions
         if not fusions.flash_attention or (layout != "none" and not fusions.flash_attention_packed):

@@ -56,7 +56,6 @@ def in_run(
     callbacks: Sequence[Callback] = (),
 ) -> T:
     """What ``act`` does with the run; its processes end together. Raises as ``train``."""
-    from nxdt_align.run.assemble import end_processes
     from nxdt_align.run.preconditions import report_lost_ranks
     from nxdt_align.run.processes import end_processes
     from nxdt_align.run.run import Run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,7 +14,6 @@ from nxdt_align.config.engines import Engine as EngineName
 from nxdt_align.config.pipeline import cut_layers
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import model_config_path, tokenizer_of
-from nxdt_align.data.packing import RowCost
 from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.data.tokenizer import load_tokenizer
 from nxdt_align.engines.base import WeightSource
@@ -37,7 +35,12 @@ from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.ops.attention_nki import NkiAttention, misfit
 from nxdt_align.own_parts import OwnPartError, find_class, make
-from nxdt_align.planning.step_time import RowSeconds
+from nxdt_align.planning.kernels import (
+    ATTENTION_OF_DEVICE,
+    FLASH_MULTIPLE,
+    attention_kind,
+    why_not_causal,
+)
 from nxdt_align.run.adapters import open_checkpoint
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.locate import locate, read_shape
@@ -115,24 +118,6 @@ def micro_batch_needs(config: Config) -> MicroBatchNeeds:
     return {"min_micro_batches": ranks, "round_size": 1}
 
 
-class RowNeeds(TypedDict):
-    """What the row plan has to know of the model, as arguments of the data module."""
-
-    window: int | None
-    only_local: bool
-    row_cost: RowCost | None
-
-
-def row_needs(config: Config, model: ModelShape, *, on_trainium: bool) -> RowNeeds:
-    """Its windows, and on Trainium what rows cost there; on a CPU and on CUDA padding is what costs."""
-    cost = RowSeconds(config, model) if on_trainium and isinstance(model, DecoderConfig) else None
-    return {
-        "window": model.sliding_window,
-        "only_local": model.layer_types is None,
-        "row_cost": cost,
-    }
-
-
 COMPILED_DEVICES = {"cuda": "inductor", "neuron": "neuron"}
 """Types of devices where ``distributed_strategy.compile: auto`` compiles, and by which backend."""
 
@@ -173,19 +158,13 @@ def recomputed_alone(config: Config) -> tuple[str, ...]:
     return tuple(model.activations_checkpoint_recompute or ()) if is_selective else ()
 
 
-ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
-"""Backends that run on one type of device alone, where they are the default."""
-FLASH_MULTIPLE = {"neuron": 512}
-"""Device type -> row lengths are multiples of this for its flash kernel."""
-
-
 def attention(config: Config, where: torch.device, model: ModelShape) -> Attention:
     """The attention for device ``where``. Raises UserError for one that it or the layout does not support."""
     if refusal_of_layouts(model) is not None:
         from nxdt_align.models.backend.model import StockAttention
 
         return StockAttention()
-    kind = _attention_kind(config, where, model)
+    kind = attention_kind(config, where.type, model)
     for device_type, only in ATTENTION_OF_DEVICE.items():
         if kind == only and where.type != device_type:
             fitting = ["auto", "dense", *filter(None, [ATTENTION_OF_DEVICE.get(where.type)])]
@@ -229,48 +208,11 @@ def kernel(model: ModelShape, where: torch.device) -> Attention:
     return FlexAttention() if where.type == "cuda" else BlockAttention()
 
 
-def row_multiple(config: Config, where: torch.device, model: ModelShape) -> int:
-    """Row lengths must be multiples of this, for the attention that is chosen for ``where``."""
-    is_flash = _attention_kind(config, where, model) in ("causal", "nki")
-    return FLASH_MULTIPLE.get(where.type, 1) if is_flash else 1
-
-
 def check_attention(config: Config, model: ModelShape) -> None:
     """Raises UserError where ``data.attention`` cannot compute the layout, whatever the device."""
     fault = why_not_causal(config, model)
     if config.data.attention == "causal" and fault is not None:
         raise UserError(f"data.attention: causal takes no bounds of what a token sees, {fault}")
-
-
-def why_not_causal(config: Config, model: ModelShape) -> str | None:
-    """What attention needs bounds for, and what would do; None where each token may see all before it."""
-    if config.layout != "none":
-        return (
-            f"which rows of several sequences need, but the layout is {config.layout}: set "
-            "data.packing=none, the one layout that it computes, or data.attention=dense for any layout"
-        )
-    if model.attention_softcap is not None:
-        return (
-            "and this model's capped scores need a backend that caps them: set data.attention=dense, or "
-            "leave it to auto"
-        )
-    window, longest = model.sliding_window, config.data.seq_length
-    if window is not None and window < longest:
-        return (
-            f"which a window needs: sliding_window is {window}, but data.seq_length {longest}; set "
-            f"data.seq_length to {window} at most, or data.attention=dense"
-        )
-    return None
-
-
-def _attention_kind(config: Config, where: torch.device, model: ModelShape) -> str:
-    if config.data.attention != "auto":
-        return config.data.attention
-    if where.type in FLASH_MULTIPLE and config.data.buckets is None and why_not_causal(config, model) is None:
-        return "causal"
-    if config.distributed_strategy.compile == "blocks" and where.type == "cpu":
-        return "dense"  # blocks' shapes follow the data
-    return ATTENTION_OF_DEVICE.get(where.type, "dense")
 
 
 def model_config(config: Config) -> ModelShape:
@@ -302,22 +244,6 @@ def overridden(config: Config, shape: ModelShape) -> ModelShape:
             "computes; leave it out, and change config.json"
         )
     return shape
-
-
-def with_possible_layout(config: Config, model: ModelShape) -> Config:
-    """``config`` with layout none where the model takes no other, as a notice says."""
-    if isinstance(model, DecoderConfig):
-        return config
-    refusal = refusal_of_layouts(model)
-    if refusal is None or config.layout == "none":
-        return config
-    log.log(
-        NOTICE,
-        "data.packing: none, a row for each response, instead of %s, which %s does not take: %s; results are "
-        "the same, steps are slower",
-        *(config.layout, model.model_type, refusal),
-    )
-    return replace(config, data=replace(config.data, packing="none"))
 
 
 def refusal_of_layouts(model: ModelShape) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import Engine
 from nxdt_align.engines.settings import Precision
 from nxdt_align.models.adapters import AdapterSpec
@@ -88,9 +89,8 @@ class EngineParts(Protocol):
         """Whether rows are for a NeuronCore."""
         ...
 
-    @property
-    def row_multiple(self) -> int:
-        """Tokens that rows have to be a multiple of."""
+    def settle(self, config: Config) -> None:
+        """Take the configuration with the layout that the data have chosen, before ``engine``."""
         ...
 
     def engine(self, adapters: AdapterSpec | None = None) -> Engine: ...

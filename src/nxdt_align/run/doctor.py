@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from nxdt_align.config.custom import parts_not_imported
+from nxdt_align.config.custom import refuse_own_parts
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import sources
@@ -64,12 +64,8 @@ def diagnose(config: Config, engine: Engine, *, import_own_parts: bool = False) 
         import_own_parts: import the function that ``data.format`` may name, as train does.
     """
     config = settle(config, engine, device=device_kind(config), weights=False).config
-    own = {part.key: part for part in parts_not_imported(config)}
-    if "data.format" in own and not import_own_parts:
-        raise UserError(
-            f"data.format: {own['data.format'].path} is a function of your own, which only training imports; "
-            "--import-own-parts imports it here"
-        )
+    if not import_own_parts:
+        refuse_own_parts(config, ("data.format",))
     tokenization = assemble.tokenization(config, assemble.model_config(config))
     splits = [_split(config, "train", tokenization)]
     if config.data.val_dir is not None:

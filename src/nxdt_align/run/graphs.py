@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from nxdt_align.batch import Batch
-from nxdt_align.config.custom import parts_not_imported
+from nxdt_align.config import custom
 from nxdt_align.config.schema import Config
+from nxdt_align.data.layouts import LayoutChoice
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.steps import DryRunStep, dry_run_steps
 from nxdt_align.engines import xla
@@ -28,10 +29,11 @@ from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.planning.devices import DEVICES, Device
 from nxdt_align.planning.graph_cost import StepCost
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, native_graphs
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.nxd import NxDParts
+from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
 from nxdt_align.run.standing import require_lengths, standing_for_data
 from nxdt_align.training import optim
@@ -68,13 +70,16 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     _require(config, rank, lengths)
     config = _settled(config)
     model = assemble.decoder_for_nxd(assemble.model_config(config))
+    config = with_possible_layout(config, model)
     env = RunEnv(rank=rank, world_size=config.world_size, compile_only=True)
     parts = _TracedParts(config, env, model, DryRun())
     tracer = xla.start_tracing()
     objective = GlobalMeanObjective(
         assemble.loss(config, "nxd"), token_statistics=config.exp_manager.log_token_statistics
     )
-    data = _steps(config, model, parts, objective, lengths)
+    data, choice = _steps(config, model, parts, objective, lengths)
+    if choice is not None:
+        parts.settle(config := config.with_layout(choice.layout))
     engine = parts.engine()
     engine.compiler = tracer
     _Steps(config, engine, objective, tracer).take([batches[:MICRO_BATCHES] for _, batches in data])
@@ -90,19 +95,18 @@ def _settled(config: Config) -> Config:
 
 def refuse_own_parts(config: Config, *, with_data: bool) -> None:
     """Raise UserError where the graphs depend on a part of the user's own that only training may import."""
-    for part in parts_not_imported(config):
-        if part.key == "trainer.callbacks" or (part.key == "data.format" and not with_data):
-            continue
-        raise UserError(
-            f"{part.key}: {part.path} is a part of your own, which a YAML has only training import; "
-            f"--import-own-parts imports it here, as does the override {part.key}={part.path}"
-        )
+    keys = ("model_alignment_strategy.loss", "model.optim.name", *(("data.format",) if with_data else ()))
+    custom.refuse_own_parts(config, keys)
 
 
 def reports(
     config: Config, rank: int, lengths: Sequence[int] | None, device: Device
 ) -> tuple[list[GraphReport], list[StepCost]]:
-    """What is in each of ``trace``'s graphs, and what a step in each bucket takes on ``device``, on paper."""
+    """What is in each of ``trace``'s graphs, and what a step in each bucket takes on ``device``, on paper. On
+    engine native: of its compiled parts, as torch.compile traces them."""
+    if config.distributed_strategy.engine == "native":
+        _require_rank(config, rank)
+        return native_graphs.reports(config, rank, lengths, device)
     config = _settled(config)
     found = trace(config, rank, lengths)
     low = assemble.precision(config).compute == torch.bfloat16
@@ -166,14 +170,16 @@ def compare(tables: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *(f"finding: {rule}" for rule in sorted(rules))])
 
 
-def _require(config: Config, rank: int, lengths: Sequence[int] | None) -> None:
-    if config.distributed_strategy.engine == "native":
-        raise UserError("graphs: distributed_strategy.engine must be auto or nxd, but is native")
+def _require_rank(config: Config, rank: int) -> None:
     if not 0 <= rank < config.world_size:
         raise UserError(
             f"graphs: --ranks must be from 0 to {config.world_size - 1}, as the run has {config.world_size} "
             f"processes (trainer.devices x trainer.num_nodes), but is {rank}"
         )
+
+
+def _require(config: Config, rank: int, lengths: Sequence[int] | None) -> None:
+    _require_rank(config, rank)
     if config.distributed_strategy.pipeline_model_parallel_size > 1:
         raise UserError(
             "graphs: distributed_strategy.pipeline_model_parallel_size must be 1, as a stage of a pipeline "
@@ -222,8 +228,10 @@ def _steps(
     parts: NxDParts,
     objective: GlobalMeanObjective,
     lengths: Sequence[int] | None,
-) -> list[tuple[Sequence[int], list[Batch]]]:
-    """A step's examples, and its micro-batches on this rank, in each bucket of the run."""
+) -> tuple[list[tuple[Sequence[int], list[Batch]]], LayoutChoice | None]:
+    """A step's examples, and its micro-batches on this rank, in each bucket of the run; and the choice of the
+    layout, where that is auto."""
+    rows = row_needs(config, "nxd", model, "neuron", needs_reference=objective.needs_reference)
     if lengths is None:
         module = ModelAlignmentDataModule(
             config,
@@ -232,27 +240,22 @@ def _steps(
             cache_dir=None,
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,
-            **assemble.row_needs(config, model, on_trainium=parts.on_trainium),
-            row_multiple=parts.row_multiple,
+            **rows,
         )
-        dataset = module.splits["train"]
+        dataset, choice = module.splits["train"], module.choice
     else:
-        dataset = standing_for_data(
-            config,
-            model,
-            parts.topology,
-            lengths,
-            on_trainium=parts.on_trainium,
-            row_multiple=parts.row_multiple,
+        dataset, choice = standing_for_data(
+            *(config, parts.topology, lengths),
             with_prompts=objective.needs_prompts,
             fixed_micro_batches=True,
+            **rows,
         )
     first = tuple(range(min(config.data.global_batch_size, len(dataset.examples))))
     visited: dict[Any, DryRunStep] = {}
     for step in dry_run_steps(dataset.planner, [first]):
         bucket = dataset.planner.plan(step.examples, step.bucket).bucket
         visited.setdefault(bucket, step)
-    return [(s.examples, dataset.lay_out(s.examples, bucket)) for bucket, s in visited.items()]
+    return [(s.examples, dataset.lay_out(s.examples, bucket)) for bucket, s in visited.items()], choice
 
 
 class _Steps:

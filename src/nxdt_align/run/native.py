@@ -50,7 +50,6 @@ class NativeParts:
         self.device = check(config, env, model, mode)
         self.topology = processes.start_processes(config, env, self.device)
         self.precision = assemble.precision(config)
-        self._attention = assemble.attention(config, self.device, model)
         self._compiling = assemble.compiling(config, self.device, model)
         self.reference_precision = assemble.reference_precision(config)
 
@@ -58,9 +57,8 @@ class NativeParts:
     def on_trainium(self) -> bool:
         return self.device.type == "neuron"
 
-    @property
-    def row_multiple(self) -> int:
-        return assemble.row_multiple(self._config, self.device, self._model)
+    def settle(self, config: Config) -> None:
+        self._config = config
 
     def engine(self, adapters: AdapterSpec | None = None) -> Engine:
         model = self._config.model
@@ -77,7 +75,7 @@ class NativeParts:
 
         engine = (XlaEngine if on_xla else NativeEngine)(
             self._model,
-            self._attention,
+            assemble.attention(self._config, self.device, self._model),
             precision=self.precision,
             reference_precision=self.reference_precision,
             topology=self.topology,

@@ -31,7 +31,7 @@ from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
-from nxdt_align.run import assemble
+from nxdt_align.planning.kernels import why_not_causal
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
@@ -93,9 +93,8 @@ class NxDParts:
     def on_trainium(self) -> bool:
         return self.platform.backend == "neuron"
 
-    @property
-    def row_multiple(self) -> int:
-        return row_multiple(self._config, self._model) if self.on_trainium else 1
+    def settle(self, config: Config) -> None:
+        self._config = config
 
     def engine(self, adapters: AdapterSpec | None = None) -> Engine:
         assert adapters is None, "the configuration's check refuses them"
@@ -132,7 +131,7 @@ class NxDParts:
         config, fusions = self._config, self._config.model.fusions
         if not fusions.flash_attention or self.platform.backend != "neuron":
             return DenseAttention()
-        fault = assemble.why_not_causal(config, self._model)
+        fault = why_not_causal(config, self._model)
         if fault is None:
             return CausalFlashAttention(self._kernel(), transpose_inputs=config.model.transpose_nki_inputs)
         if fusions.flash_attention_packed:
@@ -170,7 +169,7 @@ def row_multiple(config: Config, model: DecoderConfig) -> int:
     is_biased = (
         fusions.flash_attention
         and fusions.flash_attention_packed
-        and assemble.why_not_causal(config, model) is not None
+        and why_not_causal(config, model) is not None
         and why_not_biased(config, model) is None
     )
     return BIASED_TILE if is_biased else 1

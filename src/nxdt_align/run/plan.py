@@ -6,24 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nxdt_align.batch import Topology
-from nxdt_align.config.custom import parts_not_imported
+from nxdt_align.config.custom import IMPORTS_HERE, parts_not_imported, refuse_own_parts
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
 from nxdt_align.config.start import hub_model
+from nxdt_align.data.layouts import LayoutChoice
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.steps import Split, StepDataset
-from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.presets import KNOWN_MODELS, DecoderConfig, ModelShape
+from nxdt_align.models.presets import KNOWN_MODELS, ModelShape
 from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.host_memory import host_memory
 from nxdt_align.planning.rows import row_reports
 from nxdt_align.planning.workload import device_kind
-from nxdt_align.run import assemble, nxd
+from nxdt_align.run import assemble
+from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
 from nxdt_align.run.standing import require_lengths, standing_for_data
-
-_FLAG = "--import-own-parts imports it here"
 
 
 def plan_report(
@@ -48,21 +47,18 @@ def plan_report(
     settled = settle(config, engine, device=device_kind(config), weights=False, shape=known)
     config = settled.config
     closed = {} if import_own_parts else {part.key: part for part in parts_not_imported(config)}
-    if "data.format" in closed and lengths is None:
-        path = closed["data.format"].path
-        raise UserError(
-            f"data.format: {path} is a function of your own, which a YAML has only training import; "
-            f"{_FLAG}, as does the override data.format={path}"
-        )
+    if closed and lengths is None:
+        refuse_own_parts(config, ("data.format",))
     ranks, model = config.data_parallel_size, known or assemble.model_config(config)
     if engine == "nxd":
         model = assemble.decoder_for_nxd(model)
-    config = assemble.with_possible_layout(config, model)
+    config = with_possible_layout(config, model)
     assemble.check_attention(config, model)
     unread = closed.get("model_alignment_strategy.loss")
     loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
     objective = GlobalMeanObjective(loss)
-    splits = _splits(config, engine, model, lengths, with_prompts=objective.needs_prompts)
+    splits, choice = _splits(config, engine, model, lengths, objective)
+    config = config if choice is None else config.with_layout(choice.layout)
     planner = splits["train"].planner
     memory = memory_report(
         config,
@@ -77,10 +73,12 @@ def plan_report(
     data_of = [f"{split} {of}: {report}" for split, report in rows.items()]
     precomputes = objective.needs_reference and config.model_alignment_strategy.precompute_ref_log_probs
     host = [] if lengths else [host_memory(splits, config.trainer.devices, keeps_reference=precomputes)]
-    notes = (
-        [] if unread is None else [f"{unread}: not imported, counted as one that declares nothing; {_FLAG}"]
+    told = f"{unread}: not imported, counted as one that declares nothing; {IMPORTS_HERE}"
+    notes = [] if unread is None else [told]
+    chosen = [] if choice is None else [str(choice)]
+    return "\n".join(
+        [*settled.notes, *chosen, *data_of, f"data-parallel ranks: {ranks}", memory, *host, *notes]
     )
-    return "\n".join([*settled.notes, *data_of, f"data-parallel ranks: {ranks}", memory, *host, *notes])
 
 
 def _known_shape(config: Config) -> ModelShape | None:
@@ -92,33 +90,45 @@ def _known_shape(config: Config) -> ModelShape | None:
 
 
 def _splits(
-    config: Config, engine: Engine, model: ModelShape, lengths: Sequence[int] | None, *, with_prompts: bool
-) -> Mapping[Split, StepDataset]:
+    config: Config,
+    engine: Engine,
+    model: ModelShape,
+    lengths: Sequence[int] | None,
+    objective: GlobalMeanObjective,
+) -> tuple[Mapping[Split, StepDataset], LayoutChoice | None]:
+    """The data in rows, and the choice of their layout, where that is auto."""
     topology = Topology(data_parallel_size=config.data_parallel_size)
     fixed, needs = config.trainer.accelerator == "xla", assemble.micro_batch_needs(config)
-    on_chip = engine == "nxd" and config.trainer.accelerator in ("auto", "neuron")
-    on_trainium = on_chip or config.trainer.accelerator == "neuron"
-    row_multiple = nxd.row_multiple(config, model) if on_chip and isinstance(model, DecoderConfig) else 1
+    rows = row_needs(
+        *(config, engine, model, _device_type(config, engine)), needs_reference=objective.needs_reference
+    )
     if lengths is not None:
         require_lengths(config, lengths)
-        standing = standing_for_data(
-            *(config, model, topology, lengths),
-            with_prompts=with_prompts,
+        standing, choice = standing_for_data(
+            *(config, topology, lengths),
+            with_prompts=objective.needs_prompts,
             fixed_micro_batches=fixed,
-            on_trainium=on_trainium,
-            row_multiple=row_multiple,
+            **rows,
             **needs,
         )
-        return {"train": standing}
+        return {"train": standing}, choice
     cache = config.data.cache_dir
-    return ModelAlignmentDataModule(
+    module = ModelAlignmentDataModule(
         config,
         assemble.tokenization(config, model),
         topology,
         cache_dir=None if cache is None else Path(cache) / "tokens",
-        with_prompts=with_prompts,
+        with_prompts=objective.needs_prompts,
         fixed_micro_batches=fixed,
+        **rows,
         **needs,
-        **assemble.row_needs(config, model, on_trainium=on_trainium),
-        row_multiple=row_multiple,
-    ).splits
+    )
+    return module.splits, module.choice
+
+
+def _device_type(config: Config, engine: Engine) -> str:
+    """Of the device that rows are planned for."""
+    chosen = config.trainer.accelerator
+    if chosen == "auto":
+        return "neuron" if engine == "nxd" else "cpu"  # CUDA's rows are the same
+    return chosen

@@ -21,6 +21,7 @@ from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
 from nxdt_align.run.reference import find_origin, open_store, require_stored_reference
+from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.run import Run
 from nxdt_align.run.settle import settle
 from nxdt_align.training.hooks import PREFLIGHT_TOLERANCE
@@ -102,6 +103,7 @@ def completeness(config: Config, engine: Engine, path: Path) -> dict[str, Any]:
     """
     settled = settle(config, engine).config
     model = assemble.model_config(settled)
+    settled = with_possible_layout(settled, model)
     objective = GlobalMeanObjective(assemble.loss(settled, engine))
     require_stored_reference(settled, needed=objective.needs_reference)
     tokenization = assemble.tokenization(settled, model)
@@ -111,7 +113,8 @@ def completeness(config: Config, engine: Engine, path: Path) -> dict[str, Any]:
         Topology(),
         cache_dir=RunMode().token_cache(Places(settled)),
         with_prompts=objective.needs_prompts,
-        **assemble.row_needs(settled, model, on_trainium=False),
+        # Which records there are does not depend on how they are laid out.
+        **row_needs(settled, engine, model, "cpu", needs_reference=objective.needs_reference),
     )
     origin = find_origin(settled, model, assemble.start_weights(settled, model), None)
     stores = find_stores(path)

@@ -24,6 +24,7 @@ from nxdt_align.run import assemble
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
+from nxdt_align.run.rows import with_possible_layout
 from nxdt_align.training import optim
 from nxdt_align.weights.hf import FreshWeights
 
@@ -56,9 +57,10 @@ def require_ready(
     mode.check_places(Places(config))
     mode.check_experiment(config)
     model = assemble.model_config(config)
-    assemble.check_attention(config, model)
     assemble.check_router(config, model)
     with _quietly():  # the run itself says what they have to say
+        config = with_possible_layout(config, model)
+        assemble.check_attention(config, model)
         if config.model_alignment_strategy.loss is None:
             build_loss(config.model_alignment_strategy)
         _check_optimizer(config)

@@ -53,6 +53,7 @@ from nxdt_align.run.resume import (
     identify,
     newest_checkpoint,
 )
+from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
@@ -102,7 +103,7 @@ class Run:
         self._fingerprints: dict[WeightSource, str] = {}
         self._times = StartTimes(enabled=config.exp_manager.enable_recovery_time_instrumentation)
         ready = require_ready(config, engine, env, mode)
-        self.config = config = assemble.with_possible_layout(config, ready.model)
+        self.config = config = with_possible_layout(config, ready.model)
         assemble.say_implementation(config, ready.model)
         self.model_config, self.start, self.tokenization = ready.model, ready.start, ready.tokenization
         self._callbacks = [*assemble.own_callbacks(config), *callbacks]
@@ -120,9 +121,17 @@ class Run:
             with_prompts=self.objective.needs_prompts,
             **assemble.micro_batch_needs(config),
             fixed_micro_batches=mode.fixes_micro_batches(self.parts.device),
-            **assemble.row_needs(config, self.model_config, on_trainium=self.parts.on_trainium),
-            row_multiple=self.parts.row_multiple,
+            **row_needs(
+                *(config, engine, self.model_config),
+                "neuron" if self.parts.on_trainium else self.parts.device.type,
+                needs_reference=self.objective.needs_reference,
+            ),
         )
+        choice = self.data.choice
+        if choice is not None:
+            log.log(NOTICE, "%s", choice.summary)
+            self.config = config = config.with_layout(choice.layout)
+            self.parts.settle(config)
         reports = row_reports(self.data.splits, config.data)
         log.log(NOTICE, "data: %s", summary(reports))
         for split, report in reports.items():

@@ -11,6 +11,7 @@ import torch
 
 from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.check import ConfigError, find_faults
+from nxdt_align.config.data import PACKING
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.load import prompt_limit
 from nxdt_align.config.rules import lookup
@@ -28,7 +29,7 @@ _LENGTH, _PRECISION = "data.seq_length", "precision.type"
 
 @dataclass(frozen=True)
 class Settled:
-    """A configuration that leaves nothing open."""
+    """A configuration that leaves nothing open but ``data.packing``, which needs the data."""
 
     config: Config
     notes: tuple[str, ...] = ()
@@ -54,16 +55,16 @@ def settle(
     contradict.
     """
     found = config if shape is not None else _with_start(config, engine, weights)
-    if not config.auto:
+    if not config.auto - {PACKING}:
         return Settled(found)
     kind, model = device or _device_kind(config, engine), shape or assemble.model_config(found)
     chosen = _with_lengths(_with_precision(found, kind), model)
     faults = [fault for fault in find_faults(chosen, engine=engine) if not fault.is_missing_path]
     if faults:
         raise ConfigError(faults, config.source)
-    values = [f"{key} {lookup(chosen, key)}" for key in sorted(config.auto)]
+    values = [f"{key} {lookup(chosen, key)}" for key in sorted(config.auto - {PACKING})]
     return Settled(
-        dataclasses.replace(chosen, auto=frozenset()),
+        dataclasses.replace(chosen, auto=chosen.auto & {PACKING}),
         (f"chosen for {kind} and this model: {', '.join(values)}",),
     )
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 from nxdt_align.batch import Topology
 from nxdt_align.config.schema import Config
+from nxdt_align.data.layouts import LayoutChoice, LayoutOptions, RowOption
 from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.steps import UNPAIRED_ROLES, StepDataset
 from nxdt_align.data.token_columns import TokenColumns
 from nxdt_align.data.token_sets import TokenizedSet
 from nxdt_align.data.tokenize import Encoded
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import ModelShape
-from nxdt_align.run import assemble
 
 
 def require_lengths(config: Config, lengths: Sequence[int]) -> None:
@@ -31,42 +30,51 @@ def require_lengths(config: Config, lengths: Sequence[int]) -> None:
 
 def standing_for_data(
     config: Config,
-    model: ModelShape,
     topology: Topology,
     lengths: Sequence[int],
     *,
+    window: int | None,
+    only_local: bool,
+    layouts: LayoutOptions,
     with_prompts: bool,
     fixed_micro_batches: bool,
-    on_trainium: bool,
-    row_multiple: int,
     min_micro_batches: int = 1,
     round_size: int = 1,
-) -> StepDataset:
-    """A step's examples, all of these ``lengths``, laid into rows as the data would be; see RowPlanner."""
+) -> tuple[StepDataset, LayoutChoice | None]:
+    """A step's examples, all of these ``lengths``, laid into rows as the data would be, see RowPlanner; and
+    the choice of the layout, where there are several."""
     count, data = config.data.global_batch_size, config.data
     ids = [f"{number:032x}" for number in range(count)]
     example = Encoded([0] * lengths[0], [[0] * n for n in lengths[1:]], truncated=False)
     columns = TokenColumns.of(ids, [example] * count)
-    planner = RowPlanner(
-        examples := TokenizedSet.of(columns, ids),
-        config.layout,
-        examples_per_step=count,
-        seq_length=data.seq_length,
-        buckets=data.buckets,
-        ranks=topology.data_parallel_size,
-        micro_batch_size=data.micro_batch_size,
-        min_micro_batches=min_micro_batches,
-        round_size=round_size,
-        fixed_micro_batches=fixed_micro_batches,
-        with_prompts=with_prompts,
-        **assemble.row_needs(config, model, on_trainium=on_trainium),
-        row_multiple=row_multiple,
-        name="--lengths",
-    )
+    examples = TokenizedSet.of(columns, ids)
+
+    def plan(option: RowOption) -> RowPlanner:
+        return RowPlanner(
+            examples,
+            option.layout,
+            examples_per_step=count,
+            seq_length=data.seq_length,
+            buckets=data.buckets,
+            ranks=topology.data_parallel_size,
+            micro_batch_size=data.micro_batch_size,
+            min_micro_batches=min_micro_batches,
+            round_size=round_size,
+            fixed_micro_batches=fixed_micro_batches,
+            with_prompts=with_prompts,
+            window=window,
+            only_local=only_local,
+            row_multiple=option.row_multiple,
+            row_cost=option.row_cost,
+            name="--lengths",
+        )
+
+    planner, choice = layouts.choose(plan)
     strategy = config.model_alignment_strategy
-    return StepDataset(
-        *(examples, planner, config.layout, topology),
+    dataset = StepDataset(
+        *(examples, planner, planner.layout, topology),
         tail_weight=None if strategy.dpo is None else strategy.dpo.ld_alpha,
         roles=None if strategy.kto is None else UNPAIRED_ROLES,
         with_prompts=with_prompts,
     )
+    return dataset, choice

@@ -10,6 +10,7 @@ checkpointing of whole layers, the optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -64,16 +65,23 @@ class Compiling:
             return objective
         return cast(Objective, _CompiledObjective(objective, self._part("loss", _loss)))
 
+    def backend_of(self, part: str) -> str | Callable[..., Any]:
+        """torch.compile's, for the part of this name."""
+        return self.backend if self.recorder is None else self.recorder.noting(part, self.backend)
+
+    def storage(self) -> AbstractContextManager[object]:
+        """Entered where the weights get their memory."""
+        return nullcontext()
+
     def _part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """One compiled function for all callers: each gets graphs that another has had compiled."""
         if name not in self._made:
             make: Any = torch.compile  # typed without the limit
-            recorder = self.recorder
             compiled = make(
                 function,
                 fullgraph=True,
                 dynamic=False,
-                backend=self.backend if recorder is None else recorder.noting(name, self.backend),
+                backend=self.backend_of(name),
                 options=self.options,
                 recompile_limit=MOST_GRAPHS,
                 isolate_recompiles=True,

@@ -54,6 +54,7 @@ class NativeEngine(SpreadEngine):
         seed: of the adapters' dropout.
         compiling: how parts of a step are compiled; None computes op by op. Wants an attention of static
             shapes.
+        groups: this process among the others, where it has joined them already.
 
     Raises EngineError for sizes of the model that the ranks cannot share, and for a pipeline stage without a
     weight to train.
@@ -74,13 +75,14 @@ class NativeEngine(SpreadEngine):
         adapters: AdapterSpec | None = None,
         seed: int = 0,
         compiling: Compiling | None = None,
+        groups: Groups | None = None,
     ) -> None:
         assert compiling is None or attention.static_shapes
         check_parallel(config, parallel)
         self.topology = topology
         self.device = torch.device(device)
         self.config = config
-        self._groups = Groups.join(
+        self._groups = groups or Groups.join(
             parallel, topology, self.device.type, tied_head=config.tie_word_embeddings, timeout=timeout
         )
         self._compiling = compiling

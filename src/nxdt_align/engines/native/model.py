@@ -4,6 +4,7 @@ that sends micro-batches through it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -165,8 +166,9 @@ class Blueprint:
     def _finish(self, scorer: S, frozen: bool) -> S:
         if self._is_sharded(frozen):
             shard_over_data_ranks(scorer, scorer.decoder, self.groups, self.precision)
-        scorer.to_empty(device=self.device)
-        scorer.decoder.fill_buffers()
+        with nullcontext() if self.compiling is None else self.compiling.storage():
+            scorer.to_empty(device=self.device)
+            scorer.decoder.fill_buffers()
         return scorer
 
     def _decoder(self) -> CausalModel:

@@ -1,0 +1,53 @@
+"""Which attention engine native takes on a device, and what that asks of rows."""
+
+from __future__ import annotations
+
+from nxdt_align.config.schema import Config
+from nxdt_align.models.config import ModelShape
+
+ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
+"""Backends that run on one type of device alone, where they are the default."""
+FLASH_MULTIPLE = {"neuron": 512}
+"""Device type -> row lengths are multiples of this for its flash kernel."""
+
+
+def attention_kind(config: Config, device_type: str, model: ModelShape) -> str:
+    """A value of ``data.attention``; where that is auto, the one that is taken."""
+    if config.data.attention != "auto":
+        return config.data.attention
+    if (
+        device_type in FLASH_MULTIPLE
+        and config.data.buckets is None
+        and why_not_causal(config, model) is None
+    ):
+        return "causal"
+    if config.distributed_strategy.compile == "blocks" and device_type == "cpu":
+        return "dense"  # blocks' shapes follow the data
+    return ATTENTION_OF_DEVICE.get(device_type, "dense")
+
+
+def why_not_causal(config: Config, model: ModelShape) -> str | None:
+    """What attention needs bounds for, and what would do; None where each token may see all before it."""
+    if config.layout != "none":
+        return (
+            f"which rows of several sequences need, but the layout is {config.layout}: set "
+            "data.packing=none, the one layout that it computes, or data.attention=dense for any layout"
+        )
+    if model.attention_softcap is not None:
+        return (
+            "and this model's capped scores need a backend that caps them: set data.attention=dense, or "
+            "leave it to auto"
+        )
+    window, longest = model.sliding_window, config.data.seq_length
+    if window is not None and window < longest:
+        return (
+            f"which a window needs: sliding_window is {window}, but data.seq_length {longest}; set "
+            f"data.seq_length to {window} at most, or data.attention=dense"
+        )
+    return None
+
+
+def flash_multiple(config: Config, device_type: str, model: ModelShape) -> int:
+    """Row lengths must be multiples of this on engine native."""
+    is_flash = attention_kind(config, device_type, model) in ("causal", "nki")
+    return FLASH_MULTIPLE.get(device_type, 1) if is_flash else 1
