@@ -24,11 +24,11 @@ $(XLA_VENV)/.installed: pyproject.toml scripts/make_venv.sh
 	TORCH="torch==2.9.0 torch_xla==2.9.0" scripts/make_venv.sh $(XLA_VENV)
 	@touch $@
 
-demo: $(VENV)/.installed ## warm up a small Llama, align it with DPO, show the gain (in demo_run/); MODEL=qwen3|gemma3|...
-	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh dpo $(MODEL)
+demo: $(VENV)/.installed ## warm up a small Llama, align it with DPO, show the gain (in demo_run/); MODEL=qwen3|gemma3|... PEFT=lora
+	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh dpo "$(MODEL)" $(PEFT)
 
 demo-orpo: $(VENV)/.installed ## the same with ORPO
-	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh orpo $(MODEL)
+	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh orpo "$(MODEL)" $(PEFT)
 
 check: lint ## lint, types and the tests of what changed: under a minute for most changes; BASE=revision
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $$($(BIN)/python scripts/check_changed.py $(BASE))

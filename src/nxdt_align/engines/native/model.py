@@ -28,6 +28,7 @@ from nxdt_align.engines.steps import Runner
 from nxdt_align.models.adapters import AdapterSpec, Switch, add_adapters, use_trained
 from nxdt_align.models.decoder import CausalModel, Decoder
 from nxdt_align.models.presets import DecoderConfig, ModelShape
+from nxdt_align.models.quantized import quantize_base
 from nxdt_align.ops.attention import Attention
 
 S = TypeVar("S", Scorer, StageScorer)
@@ -150,6 +151,9 @@ class Blueprint:
             for parameter in decoder.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(self.precision.compute)
+        if switch is not None and self.adapters is not None and self.adapters.quantize is not None:
+            assert isinstance(decoder, Decoder), "adapters are for our own decoder"
+            quantize_base(decoder, decoder.config, self.adapters)
         if isinstance(decoder, Decoder):
             split_over_tensor_ranks(decoder, self.groups)
             if switch is not None and self.adapters is not None:
