@@ -71,12 +71,13 @@ class NF4Weight(NamedTuple):
         """(O, I) in ``dtype``, a new tensor."""
         ops: Any = torch.ops.bitsandbytes
         scales = ops.dequantize_blockwise(self.scales, self.nested, self.code, NESTED_BLOCK, torch.float32)
-        rows, half = self.packed.shape
+        rows, columns = self.packed.shape[0], 2 * self.packed.shape[1]
+        size = rows * columns
+        # As rows of one block: bitsandbytes 0.50's kernel for CPUs takes wrong scales where blocks cross rows.
+        blocks = [size // BLOCK, BLOCK] if size % BLOCK == 0 else [1, size]
         packed = self.packed.reshape(-1, 1)
-        whole: Tensor = ops.dequantize_4bit(
-            packed, scales + self.offset, BLOCK, "nf4", [rows, 2 * half], dtype
-        )
-        return whole
+        whole: Tensor = ops.dequantize_4bit(packed, scales + self.offset, BLOCK, "nf4", blocks, dtype)
+        return whole.view(rows, columns)
 
 
 def quantized(weight: Tensor) -> dict[str, Tensor]:
@@ -153,5 +154,5 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        whole = NF4Weight(*ctx.saved_tensors).dequantized(gradient.dtype)
-        return (gradient @ whole).to(ctx.dtype), *[None] * len(ctx.saved_tensors)
+        weight = NF4Weight(*ctx.saved_tensors)  # read once, as recomputing gives them out once
+        return (gradient @ weight.dequantized(gradient.dtype)).to(ctx.dtype), *[None] * len(weight)

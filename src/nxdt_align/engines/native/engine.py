@@ -77,7 +77,7 @@ class NativeEngine(SpreadEngine):
         compiling: Compiling | None = None,
     ) -> None:
         assert compiling is None or attention.static_shapes
-        check_parallel(config, parallel)
+        check_parallel(config, parallel, is_quantized=adapters is not None and adapters.quantize is not None)
         self.topology = topology
         self.device = torch.device(device)
         self.config = config

@@ -68,9 +68,19 @@ class RankModel:
             drop_gathered(scorer)
 
 
-def check_parallel(config: ModelShape, parallel: Parallel) -> None:
+def check_parallel(config: ModelShape, parallel: Parallel, *, is_quantized: bool = False) -> None:
     """Raises EngineError for sizes that the model cannot be divided by, and for a pipeline that this torch
-    gets wrong."""
+    gets wrong.
+
+    Args:
+        is_quantized: whether the model's frozen weights are held in 4 bits.
+    """
+    if is_quantized and (parallel.tensor > 1 or parallel.pipeline > 1):
+        raise EngineError(
+            "distributed_strategy: tensor_model_parallel_size and pipeline_model_parallel_size must be 1 with "
+            f"a quantised base, but are {parallel.tensor} and {parallel.pipeline}; "
+            "distributed_strategy.fsdp=full spreads it over all ranks"
+        )
     if not isinstance(config, DecoderConfig):
         _refuse_division(config, parallel)
         return
