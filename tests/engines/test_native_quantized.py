@@ -1,5 +1,5 @@
-"""QLoRA on the native engine: a base in 4 bits, against PEFT on bitsandbytes' own layers and on a plain model of
-the dequantised weights."""
+"""QLoRA on the native engine: a base in 4 bits, against PEFT on bitsandbytes' own layers and on a plain
+model of the dequantised weights."""
 
 from __future__ import annotations
 
@@ -133,8 +133,7 @@ class _FreshMagnitudes(StartedAdapters):
     "name", [name if name == "LoRA" else pytest.param(name, marks=pytest.mark.full) for name in CASES]
 )
 def test_as_peft_on_the_dequantised_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DoRA's magnitudes start as the norms of the rows that there are, whatever those of the unquantised weight
-    are."""
+    """DoRA's magnitudes start as the norms of the rows that there are, not of the unquantised weight's."""
     monkeypatch.setattr(adapter_fixture, "StartedAdapters", _FreshMagnitudes)
     case = CASES[name]
     assert_as(*wanted(case), [run_case(0, case)])

@@ -1,7 +1,8 @@
-"""Weights in 4 bits are bitsandbytes' own, and nothing of 16 or 32 bits is kept of them for the backward pass."""
+"""Weights in 4 bits are bitsandbytes' own, and they alone are kept for the backward pass."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,8 +48,8 @@ def test_values_are_the_librarys_to_the_last_bit(name: str, dtype: torch.dtype) 
     module = linear4bit(whole)
     assert module.weight.quant_state.nested
     state = module.weight.quant_state
-    # As one row: of others that are no whole blocks, version 0.50.2 dequantises wrongly on a CPU, as the bound
-    # on the error below shows without this line.
+    # As one row: of others that are no whole blocks, version 0.50.2 dequantises wrongly on a CPU, as the
+    # bound on the error below shows without this line.
     state.shape = torch.Size((1, whole.numel()))
     want = bitsandbytes.functional.dequantize_4bit(module.weight.data, state).reshape(whole.shape)
     got = nf4.weight_of(parts).dequantized(dtype)
@@ -71,7 +72,7 @@ def test_products_and_gradients_are_those_of_the_dequantised_weight() -> None:
 
 
 def test_4_bits_alone_are_kept_for_the_backward_pass() -> None:
-    """Neither the dequantised weight (96 KiB in float32) nor the input, which only its gradient would need."""
+    """Neither the dequantised weight (96 KiB) nor the input, which only its gradient would need."""
     parts = nf4.weight_of(nf4.quantized(weight(96, 256, torch.float32)))
     kept: dict[int, int] = {}
 
@@ -106,19 +107,15 @@ def test_all_linear_layers_are_quantised_but_those_trained_whole() -> None:
 
 
 def test_a_missing_library_and_other_devices_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="runs on cpu and cuda, .* but this run's device is xla"):
+    with pytest.raises(UserError, match=r"runs on cpu and cuda, .* this run's device is xla"):
         nf4.require_library(torch.device("xla"))
     nf4.require_library(torch.device("cpu"))
-    monkeypatch.setattr(nf4.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"bitsandbytes, which is not installed: pip install 'nxdt-align\[qlora\]'"
-    ):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed: pip install 'nxdt-align\[qlora\]'"):
         nf4.require_library(torch.device("cpu"))
 
 
 def test_rows_of_an_odd_length_are_refused() -> None:
-    from dataclasses import replace
-
     odd = replace(TINY, intermediate_size=47)
-    with pytest.raises(UserError, match="packs two values of a row into a byte, but rows of .*down_proj"):
+    with pytest.raises(UserError, match=r"packs two values of a row into a byte, .*down_proj"):
         adapter_spec(odd, target_modules=["q_proj"], rank=2, alpha=4, quantize="nf4")

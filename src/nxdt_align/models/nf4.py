@@ -73,7 +73,7 @@ class NF4Weight(NamedTuple):
         scales = ops.dequantize_blockwise(self.scales, self.nested, self.code, NESTED_BLOCK, torch.float32)
         rows, columns = self.packed.shape[0], 2 * self.packed.shape[1]
         size = rows * columns
-        # As rows of one block: bitsandbytes 0.50's kernel for CPUs takes wrong scales where blocks cross rows.
+        # As rows of one block: bitsandbytes 0.50 on a CPU takes wrong scales where blocks cross rows.
         blocks = [size // BLOCK, BLOCK] if size % BLOCK == 0 else [1, size]
         packed = self.packed.reshape(-1, 1)
         whole: Tensor = ops.dequantize_4bit(packed, scales + self.offset, BLOCK, "nf4", blocks, dtype)

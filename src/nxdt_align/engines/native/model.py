@@ -77,8 +77,8 @@ def check_parallel(config: ModelShape, parallel: Parallel, *, is_quantized: bool
     """
     if is_quantized and (parallel.tensor > 1 or parallel.pipeline > 1):
         raise EngineError(
-            "distributed_strategy: tensor_model_parallel_size and pipeline_model_parallel_size must be 1 with "
-            f"a quantised base, but are {parallel.tensor} and {parallel.pipeline}; "
+            "distributed_strategy: tensor_model_parallel_size and pipeline_model_parallel_size must be 1 "
+            f"with a quantised base, but are {parallel.tensor} and {parallel.pipeline}; "
             "distributed_strategy.fsdp=full spreads it over all ranks"
         )
     if not isinstance(config, DecoderConfig):
