@@ -103,8 +103,8 @@ def _sizes(work: Workload, path: str) -> tuple[int, int]:
 
 
 def frozen_scratch(work: Workload, largest: int) -> int:
-    """Of a frozen weight that is computed with: its values where it is held in 4 bits; with DoRA, float32 rows
-    of it with its factors, whose norm is taken, and their squares."""
+    """Of a frozen weight that is computed with: its values where it is held in 4 bits; with DoRA, float32
+    rows of it with its factors, whose norm is taken, and their squares."""
     spec = work.adapters
     if spec is None:
         return 0
