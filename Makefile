@@ -45,8 +45,8 @@ chaos: $(VENV)/.installed ## kills, signals, full disks, damage, races and fuzze
 test-xla: $(XLA_VENV)/.installed ## DPO and ORPO on torch_xla's CPU device, and what is compiled (7 GB of packages)
 	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed ## pairs per second against TRL and padded rows; DATA=file MODEL=24m|24m-qwen3|100m|1b STEPS=n
-	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS))
+bench: $(VENV)/.installed ## pairs per second against TRL and padded rows; DATA=file MODEL=24m|24m-qwen3|100m|1b STEPS=n PEFT=lora
+	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS)) $(if $(PEFT),--peft $(PEFT))
 
 bench-objectives: $(VENV)/.installed ## every objective on the demo's data; ONLY="dpo;kto" STEPS=n JOBS=n PAGE=docs/objectives_benchmark.md
 	$(BIN)/python benchmarks/objectives.py $(if $(ONLY),--only "$(ONLY)") $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PAGE),--page $(PAGE))
