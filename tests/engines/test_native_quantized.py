@@ -139,6 +139,13 @@ def test_as_peft_on_the_dequantised_weights(name: str, monkeypatch: pytest.Monke
     assert_as(*wanted(case), [run_case(0, case)])
 
 
+@pytest.mark.full
+def test_compiled_as_op_by_op() -> None:
+    """The dequantised weight is in a layer's graph, which may keep other things for its backward pass."""
+    case = CASES["LoRA"]
+    assert_as(*wanted(case), [run_case(0, replace(case, compiled="aot_eager"))])
+
+
 def test_as_peft_on_the_librarys_layers() -> None:
     """Loss, gradients and the factors after 2 steps."""
     case = replace(CASES["LoRA"], shape=WHOLE_BLOCKS, spec=qlora(shape=WHOLE_BLOCKS))
