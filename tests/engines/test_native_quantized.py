@@ -23,7 +23,8 @@ from parallel_fixture import SHAPE, Outcome, merged, worst
 from torch import Tensor, nn
 
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native.settings import Precision
+from nxdt_align.engines.native.model import check_parallel
+from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.models import nf4
 from nxdt_align.models.adapters import AdapterSpec, quantized_layers
 from nxdt_align.models.decoder import Decoder
@@ -188,6 +189,14 @@ def test_bf16_and_autocast_compute_near_float32() -> None:
             for name, exact in want.gradients.items()
         ]
         assert sorted(errors)[len(errors) // 2] <= 0.06
+
+
+def test_fsdp_wants_a_torch_that_gathers_bytes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nxdt_align.engines.native.model.is_too_old", lambda: True)
+    check_parallel(SHAPE, Parallel(zero1=True), is_quantized=True)
+    check_parallel(SHAPE, Parallel(fsdp=True))
+    with pytest.raises(EngineError, match="fsdp: must be False with a quantised base and torch"):
+        check_parallel(SHAPE, Parallel(fsdp=True), is_quantized=True)
 
 
 @pytest.mark.parametrize("spread", [{"tensor": 2}, {"pipeline": 2}], ids=str)

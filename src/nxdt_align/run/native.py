@@ -37,6 +37,7 @@ def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torc
     assemble.attention(config, device, model)
     spec = spec_of(config, model)
     if spec is not None and spec.quantize is not None:
+        check_parallel(model, assemble.parallel(config), is_quantized=True)
         require_library(device)
     assemble.compiling(config, device, model)
     return device

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native.compiled import Compiling
+from nxdt_align.engines.native.compiled import Compiling, is_too_old
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import (
     check_sizes,
@@ -80,6 +80,12 @@ def check_parallel(config: ModelShape, parallel: Parallel, *, is_quantized: bool
             "distributed_strategy: tensor_model_parallel_size and pipeline_model_parallel_size must be 1 "
             f"with a quantised base, but are {parallel.tensor} and {parallel.pipeline}; "
             "distributed_strategy.fsdp=full spreads it over all ranks"
+        )
+    if is_quantized and parallel.fsdp and is_too_old():
+        # Torch 2.9's FSDP casts bytes to the compute dtype as it gathers them.
+        raise EngineError(
+            f"distributed_strategy.fsdp: must be False with a quantised base and torch {torch.__version__}; "
+            "install torch 2.13, or set distributed_strategy.zero1=True instead"
         )
     if not isinstance(config, DecoderConfig):
         _refuse_division(config, parallel)
