@@ -24,11 +24,11 @@ $(XLA_VENV)/.installed: pyproject.toml scripts/make_venv.sh
 	TORCH="torch==2.9.0 torch_xla==2.9.0" scripts/make_venv.sh $(XLA_VENV)
 	@touch $@
 
-demo: $(VENV)/.installed ## warm up a small Llama, align it with DPO, show the gain (in demo_run/); MODEL=qwen3|gemma3|...
-	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh dpo $(MODEL)
+demo: $(VENV)/.installed ## warm up a small Llama, align it with DPO, show the gain (in demo_run/); MODEL=qwen3|gemma3|... PEFT=lora
+	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh dpo "$(MODEL)" $(PEFT)
 
 demo-orpo: $(VENV)/.installed ## the same with ORPO
-	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh orpo $(MODEL)
+	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh orpo "$(MODEL)" $(PEFT)
 
 check: lint ## lint, types and the tests of what changed: under a minute for most changes; BASE=revision
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $$($(BIN)/python scripts/check_changed.py $(BASE))
@@ -45,8 +45,8 @@ chaos: $(VENV)/.installed ## kills, signals, full disks, damage, races and fuzze
 test-xla: $(XLA_VENV)/.installed ## DPO and ORPO on torch_xla's CPU device, and what is compiled (7 GB of packages)
 	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed ## pairs per second against TRL and padded rows; DATA=file MODEL=24m|24m-qwen3|100m|1b STEPS=n
-	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS))
+bench: $(VENV)/.installed ## pairs per second against TRL and padded rows; DATA=file MODEL=24m|24m-qwen3|100m|1b STEPS=n PEFT=lora
+	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS)) $(if $(PEFT),--peft $(PEFT))
 
 bench-objectives: $(VENV)/.installed ## every objective on the demo's data; ONLY="dpo;kto" STEPS=n JOBS=n PAGE=docs/objectives_benchmark.md
 	$(BIN)/python benchmarks/objectives.py $(if $(ONLY),--only "$(ONLY)") $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PAGE),--page $(PAGE))

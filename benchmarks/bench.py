@@ -1,6 +1,7 @@
 """Pairs per second: our layouts, TRL's DPOTrainer and rows padded to 4,096, interleaved in one run.
 
-    python benchmarks/bench.py [--data FILE] [--model 24m|24m-qwen3|100m|1b] [--steps N] [--out FILE.json]
+    python benchmarks/bench.py [--data FILE] [--model 24m|24m-qwen3|100m|1b] [--steps N] [--peft lora]
+        [--out FILE.json]
 
 Each round gives every contender the same pairs, one optimizer step and one reference pass, and measures
 the machine's matrix-multiply rate beside each. Medians over rounds; ratios are medians of each round's.
@@ -21,7 +22,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from contenders import BY_TRANSFORMERS, NAMES, build
+from contenders import BY_TRANSFORMERS, NAMES, OURS_LORA, TRL_LORA, WITH_LORA, build
 from workload import MODELS, Workload, load_workload
 
 from nxdt_align.data.packing import example_tokens
@@ -108,16 +109,23 @@ def measure(workload: Workload, model: str, steps: int, names: Sequence[str]) ->
                     "trained": len(mine) / train,
                     "precomputed": len(mine) / precompute,
                     "tokens": float(example_tokens(workload.examples, "shared_prompt")[mine].sum()) / train,
-                    "train_share": 3 * flops / train / ((between + after) / 2),
+                    "train_share": _passes(name) * flops / train / ((between + after) / 2),
                     "precompute_share": flops / precompute / ((before + between) / 2),
                 }
             )
         if step == 0:
             _check_losses(first_losses, device)
         print(f"  round {step}/{steps} done", file=sys.stderr, flush=True)
-    ours = rounds[NAMES[0]][1:] if NAMES[0] in rounds else None
-    trl = rounds["trl"][1:] if "trl" in rounds else None
+    ours, trl = (
+        next((rounds[name][1:] for name in wanted if name in rounds), None)
+        for wanted in ((OURS_LORA, NAMES[0]), (TRL_LORA, "trl"))
+    )
     return [_line(workload, model, name, found[1:], ours, trl) for name, found in rounds.items()]
+
+
+def _passes(name: str) -> int:
+    """What a training step does, in forward passes: frozen weights have no gradients of their own."""
+    return 2 if name in (OURS_LORA, TRL_LORA) else 3
 
 
 def _check_losses(losses: dict[str, float], device: torch.device) -> None:
@@ -201,8 +209,8 @@ COLUMNS = (
 
 def table(lines: Sequence[dict[str, object]]) -> str:
     """Markdown. trained, precomputed: pairs per second; tokens: those that carry information, a second, in
-    training; shares: of the matrix-multiply rate; gains: ours with a shared prompt over this line; over_trl:
-    pairs trained per second over TRL's."""
+    training; shares: of the matrix-multiply rate; gains: ours with a shared prompt (and LoRA, where there is
+    some) over this line; over_trl: pairs trained per second over TRL's."""
     rows = [[name for name, _ in COLUMNS], ["---"] * len(COLUMNS)]
     rows += [[form.format(line[name]) if name in line else "" for name, form in COLUMNS] for line in lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -219,6 +227,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="24m", choices=MODELS)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument(
+        "--peft", choices=("lora",), help="ours with LoRA, ours with every weight, and TRL with PEFT"
+    )
+    parser.add_argument(
         "--only", default="", help=f"contenders, separated by commas; {BY_TRANSFORMERS} for 24m-qwen3 alone"
     )
     parser.add_argument(
@@ -227,7 +238,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="tokenizers and tokens")
     parser.add_argument("--out", type=Path, default=Path("build/bench/result.json"))
-    parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices={*NAMES, *WITH_LORA}, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -250,8 +261,9 @@ def main() -> int:
     if arguments.clock == "cpu":
         torch.set_num_threads(1)
     lines: list[dict[str, object]] = []
-    usual = [name for name in NAMES if name != BY_TRANSFORMERS or arguments.model == "24m-qwen3"]
-    names = [name for name in NAMES if name in (arguments.only.split(",") if arguments.only else usual)]
+    every = NAMES if arguments.peft is None else WITH_LORA
+    usual = [name for name in every if name != BY_TRANSFORMERS or arguments.model == "24m-qwen3"]
+    names = [name for name in every if name in (arguments.only.split(",") if arguments.only else usual)]
     for name, path, batch in _workloads(arguments):
         workload = load_workload(Path(name).name, path, batch, arguments.cache)
         if arguments.memory_of:

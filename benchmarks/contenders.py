@@ -20,6 +20,7 @@ from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.models.adapters import ALL_LINEAR, AdapterSpec, adapter_spec
 from nxdt_align.models.backend.config import TransformersConfig
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import DecoderConfig, ModelShape, fresh_weight
@@ -29,10 +30,13 @@ from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.training import optim
 from nxdt_align.weights.hf import FreshWeights
 from nxdt_align.weights.hf_writer import write_hf_folder
+from nxdt_align.weights.peft import AdaptedWeights
 from nxdt_align.weights.transformers_folder import TransformersFolder
 
 BETA, MAX_NORM = 0.1, 1.0
 OPTIMIZER = {"lr": 1e-5, "weight_decay": 0.01}
+RANK, ALPHA = 16, 32
+"""Of adapters on all linear layers of the decoder's layers, without dropout."""
 ROWS_AT_ONCE = 4
 """Our micro_batch_size on a CPU, where padding is left out; 1 on a device that computes it."""
 
@@ -48,6 +52,9 @@ class Contender(Protocol):
 
 
 class Ours:
+    _spec: AdapterSpec | None = None
+    """Of adapters; None where every weight is trained."""
+
     def __init__(
         self, workload: Workload, shape: DecoderConfig, layout: Layout, device: torch.device
     ) -> None:
@@ -78,6 +85,7 @@ class Ours:
             BlockAttention() if on_cpu else FlexAttention(),
             precision=Precision() if on_cpu else Precision(compute=torch.bfloat16),
             device=device,
+            adapters=self._spec,
         )
         self._engine.load_weights(weights)
 
@@ -93,11 +101,22 @@ class Ours:
         place = {index: at for at, index in enumerate(indices)}
         values = torch.zeros(len(indices), 2)
         for batch in self._steps[list(indices)]:
-            logps = self._engine.response_logps(batch.to(self._engine.device)).cpu()
+            on_device = batch.to(self._engine.device)
+            logps = self._engine.response_logps(on_device, reference=self._spec is not None).cpu()
             for row, slot in batch.slot_valid.nonzero().tolist():
                 at = place[int(batch.record_index[row, slot])]
                 values[at, int(batch.slot_role[row, slot])] = logps[row, slot]
         return values
+
+
+class OursWithAdapters(Ours):
+    """LoRA: the reference is the policy with its adapters off."""
+
+    def _make_engine(self, model: ModelShape, weights: WeightSource, device: torch.device) -> None:
+        assert isinstance(model, DecoderConfig)
+        self._spec = adapter_spec(model, target_modules=[ALL_LINEAR], rank=RANK, alpha=ALPHA)
+        super()._make_engine(model, AdaptedWeights(weights, model, self._spec, 0), device)
+        self._engine.load_reference(None)
 
 
 class ByTransformers(Ours):
@@ -120,8 +139,11 @@ class TRL:
     """TRL's DPOTrainer in its own padded batches, given the same tokens: its collator, its training
     step, its reference pass. Gradient checkpointing is off, as it is in ours."""
 
-    def __init__(self, workload: Workload, shape: DecoderConfig, device: torch.device) -> None:
+    def __init__(
+        self, workload: Workload, shape: DecoderConfig, device: torch.device, *, adapters: bool = False
+    ) -> None:
         from datasets import Dataset
+        from peft import LoraConfig
         from transformers import AutoModelForCausalLM
         from trl import DPOConfig, DPOTrainer
 
@@ -147,12 +169,20 @@ class TRL:
                 max_steps=1,
             )
             one = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+            lora = LoraConfig(
+                r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=ALL_LINEAR, task_type="CAUSAL_LM"
+            )
             self._trainer = DPOTrainer(
-                model=model, args=settings, train_dataset=one, processing_class=workload.tokenizer
+                model=model,
+                args=settings,
+                train_dataset=one,
+                processing_class=workload.tokenizer,
+                peft_config=lora if adapters else None,
             )
         # What train() does before its first step, but for the loop.
         self._model = self._trainer.model.to(device)
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), **OPTIMIZER, fused=True)
+        self._trained = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._trained, **OPTIMIZER, fused=True)
         self._trainer.optimizer = self._optimizer
         self._trainer.current_gradient_accumulation_steps = 1
 
@@ -172,7 +202,7 @@ class TRL:
     def train(self, indices: Sequence[int]) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
         loss: Tensor = self._trainer.training_step(self._model, self._inputs(indices))
-        nn.utils.clip_grad_norm_(self._model.parameters(), MAX_NORM)
+        nn.utils.clip_grad_norm_(self._trained, MAX_NORM)
         self._optimizer.step()
         return loss.detach()
 
@@ -238,8 +268,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
 
 
 def build(name: str, workload: Workload, shape: DecoderConfig, device: torch.device) -> Contender:
-    if name == "trl":
-        return TRL(workload, shape, device)
+    if name in ("trl", TRL_LORA):
+        return TRL(workload, shape, device, adapters=name == TRL_LORA)
+    if name == OURS_LORA:
+        return OursWithAdapters(workload, shape, "shared_prompt", device)
     if name == "padded":
         return Padded(workload, shape, device)
     layout: Layout = name.split()[1]  # type: ignore[assignment]
@@ -248,4 +280,7 @@ def build(name: str, workload: Workload, shape: DecoderConfig, device: torch.dev
 
 
 BY_TRANSFORMERS = "transformers shared_prompt"
+OURS_LORA, TRL_LORA = "ours lora", "trl lora"
 NAMES = ("ours shared_prompt", "ours packed", "ours none", BY_TRANSFORMERS, "trl", "padded")
+WITH_LORA = (OURS_LORA, "ours shared_prompt", TRL_LORA)
+"""Adapters, every weight, and TRL's with PEFT's."""

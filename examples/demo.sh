@@ -2,9 +2,10 @@
 # The demo behind "make demo" and "make demo-orpo": warms a small model up on made-up instructions whose
 # answers a program can verify, aligns it, and shows on held-out instructions what that gained.
 #
-#   examples/demo.sh [dpo|orpo] [MODEL]
+#   examples/demo.sh [dpo|orpo] [MODEL] [lora]
 #
 # MODEL is the model's family: llama (the default), mistral, qwen2, qwen3, phi3, olmo2, gemma2, gemma3 (or gemma).
+# lora trains adapters instead of every weight, on the same pairs in the same steps.
 # Everything goes to demo_run/ in the current folder, which is made afresh each time.
 set -euo pipefail
 
@@ -13,10 +14,25 @@ repo=$(dirname -- "$examples")
 objective=${1:-dpo}
 # Part of the experiments' names in the tiny configs.
 export NXDT_DEMO_MODEL=${2:-llama}
+peft=${3:-}
 case $objective in
   dpo | orpo) ;;
   *)
-    echo "usage: demo.sh [dpo|orpo] [MODEL], not '$objective'" >&2
+    echo "usage: demo.sh [dpo|orpo] [MODEL] [lora], not '$objective'" >&2
+    exit 1
+    ;;
+esac
+# Of a small Llama whose every weight takes 2e-5: factors, of which one starts at 0, take a higher one.
+overrides=()
+case $peft in
+  '') ;;
+  lora)
+    adapters=model_alignment_strategy.peft
+    overrides=("$adapters.target_modules=[all-linear]" "$adapters.rank=16" "$adapters.alpha=32" "$adapters.dropout=0"
+      model.optim.lr=1e-4)
+    ;;
+  *)
+    echo "PEFT must be lora, or left out to train every weight, but is '$peft'" >&2
     exit 1
     ;;
 esac
@@ -57,8 +73,8 @@ say "Warming the model up (supervised fine-tuning)"
 CONF_FILE=tiny_llama_SFT_config "$examples/train.sh"
 ln -s "$(experiment_of sft)/hf_export" warmup
 
-say "Aligning it: CONF_FILE=$config examples/train.sh"
-CONF_FILE=$config "$examples/train.sh"
+say "Aligning it: CONF_FILE=$config examples/train.sh${overrides[*]:+ ${overrides[*]}}"
+CONF_FILE=$config "$examples/train.sh" ${overrides[@]+"${overrides[@]}"}
 aligned=$(experiment_of "$objective")
 
 say "What it gained, on held-out instructions"

@@ -54,9 +54,12 @@ class Machine:
     of_kind: tuple[str, ...] = ()
     """Of all presets on such nodes."""
     own: tuple[str, ...] = ()
+    gib: int = H200_GIB
+    """Of a device that is no NeuronCore."""
 
 
 ONE_TRN1, ONE_H200 = Machine("trn1.32xlarge"), Machine("8 x H200", H200)
+ONE_CARD = Machine("one card of 24 GiB", ("trainer.accelerator=cuda",), gib=24)
 
 
 def trn2(tensor: int) -> Machine:
@@ -67,6 +70,8 @@ PRESETS: dict[str, tuple[str, tuple[Machine, ...]]] = {
     "hf_llama3_2_1B_DPO_config": ("512,512,512", (ONE_TRN1, trn2(1), ONE_H200)),
     "hf_mistral_7B_DPO_config": ("512,512,512", (ONE_TRN1, trn2(4), ONE_H200)),
     "hf_qwen3_8B_DPO_config": ("1536,512,512", (ONE_TRN1, trn2(4), ONE_H200)),
+    "hf_llama3_8B_QLoRA_DPO_config": ("1024,512,512", (ONE_CARD,)),
+    "hf_qwen3_8B_QLoRA_DPO_config": ("512,256,256", (ONE_CARD,)),
     "hf_gemma3_12B_DPO_config": ("512,512,512", (ONE_TRN1, trn2(8), ONE_H200)),
     "hf_llama3_1_70B_DPO_config": (
         "1536,512,512",
@@ -102,7 +107,7 @@ def memory_of(text: str, machine: Machine) -> tuple[float, float]:
     found = re.search(r"total +([\d.]+) GiB(?: of (\d+) GiB)?", text)
     if found is None:
         raise SystemExit(f"no total in the plan of {machine.name}:\n{text}")
-    return float(found[1]), float(found[2] or H200_GIB)
+    return float(found[1]), float(found[2] or machine.gib)
 
 
 def row(name: str, lengths: str, machine: Machine) -> str:

@@ -55,6 +55,30 @@ def test_layouts_and_the_padded_baseline_do_the_same_sum(monkeypatch: pytest.Mon
         torch.testing.assert_close(other, logps[0], rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_do_the_same_sum_as_trls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Loss and reference of a fresh adapter are the base's, whose weights a step leaves alone."""
+    pytest.importorskip("peft")
+    import contenders
+    from small_tokenizers import make_tokenizer
+    from workload import Workload
+
+    monkeypatch.setattr(contenders, "SEQ_LENGTH", 64)
+    tokenizer = make_tokenizer()
+    workload = Workload("a test", [], random_examples(4, 1), tokenizer, 4)  # type: ignore[arg-type]
+    shape = replace(TINY, max_position_embeddings=64, vocab_size=max(TINY.vocab_size, len(tokenizer)))
+    losses, logps = [], []
+    for name in contenders.WITH_LORA:
+        contender = contenders.build(name, workload, shape, torch.device("cpu"))
+        logps.append(contender.precompute([2, 0, 3]))
+        losses.append(float(contender.train([2, 0, 3])))
+        assert float(contender.train([2, 0, 3])) != losses[-1], "the optimizer changed nothing"
+        if "lora" in name:
+            assert contender.precompute([2, 0, 3]).equal(logps[-1]), "the base was trained"
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    for other in logps[1:]:
+        torch.testing.assert_close(other, logps[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_run_writes_its_table_and_missing_data_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

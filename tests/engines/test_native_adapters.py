@@ -52,6 +52,7 @@ VARIANTS = {
     "modules to save, norms recomputed": replace(
         SPREADS["tp2 sp"], spec=SAVED, checkpointing=SELECTIVE, steps=2
     ),
+    "compiled": replace(SPREADS["alone"], compiled="aot_eager", steps=2),
     "full checkpointing": replace(SPREADS["tp2 dp2 sp fsdp"], checkpointing=FULL, steps=2),
     "some layers": replace(
         SPREADS["pp2 tp2 sp"], spec=lora(target_modules=["model.layers.[02].*(q|v)_proj", "o_proj"]), steps=2

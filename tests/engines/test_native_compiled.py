@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from adapter_fixture import AdapterCase, lora
 from oracle import ModuleWeights
 from parallel_fixture import (
     LOSSES,
@@ -232,6 +233,35 @@ def test_graphs_follow_from_buckets_and_modes_not_from_depth(tmp_path: Path) -> 
     assert found == {f"{part}, {n}": count for n in (64, 96) for part, count in of_length.items()}
     one = {part: count for part, count in found.items() if part.endswith("64")}
     assert counted(1, (64,), tmp_path / "1") == one
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "DoRA": {"dora": True},
+    "dropout": {"dropout": 0.1},
+    "QLoRA": {"quantize": "nf4"},
+    "modules whole": {"modules_to_save": ["lm_head", "norm", "input_layernorm"]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "LoRA" else pytest.param(name, marks=pytest.mark.full) for name in ADAPTERS]
+)
+def test_layers_with_adapters_share_their_graphs(name: str) -> None:
+    """The first layer's input needs no gradient where the embedding is frozen, which is a graph of its own;
+    all further layers share one. No step after the first adds any."""
+    if name == "QLoRA":
+        pytest.importorskip("bitsandbytes")
+    objective, found = GlobalMeanObjective(LOSSES["dpo"]), []
+    for layers in (2, 4):
+        shape, backend = replace(SHAPE, num_hidden_layers=layers), Counting()
+        case = AdapterCase(shape=shape, spec=lora(shape, **ADAPTERS[name]), compiled=backend, pairs=4)
+        engine, batches = case.engine(0), case.micro_batches(0, case.examples())
+        engine.step(batches, objective)
+        found.append(backend.graphs)
+        engine.step(batches, objective)
+        assert backend.graphs == found[-1]
+    assert found == [8, 8]
 
 
 @pytest.mark.parametrize(

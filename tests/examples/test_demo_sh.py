@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,54 @@ def test_steps(repo: Path, tmp_path: Path, objective: str, model: str) -> None:
         f"-m demo.report --before warmup --after {newest}/hf_export --data data"
         f" --objective {objective} --model {model} --tensorboard {newest} --checkpoint {newest}/checkpoints"
     )
+
+
+def test_lora_trains_adapters_of_the_same_warm_up(repo: Path, tmp_path: Path) -> None:
+    done, calls = run_demo(repo, tmp_path, "dpo", "", "lora")
+    assert done.returncode == 0, done.stderr
+    trained = [call["argv"] for call in calls if "train" in call["argv"]]
+    warm_up, aligned = [[a for a in argv if "peft" in a or "optim" in a] for argv in trained]
+    assert not warm_up
+    assert "model_alignment_strategy.peft.target_modules=[all-linear]" in aligned
+    assert "model.optim.lr=1e-4" in aligned
+    done, _ = run_demo(repo, tmp_path, "dpo", "llama", "prefix")
+    assert done.returncode == 1 and "PEFT must be lora" in done.stderr
+
+
+@pytest.mark.full
+def test_lora_gains_what_training_every_weight_does(repo: Path, tmp_path: Path) -> None:
+    """``make demo PEFT=lora``, whole. Training every weight was seen at 1.000 and 90.6%, adapters at 1.000
+    and 89.4%. On a base in 4 bits the loss after the same steps is that of adapters on the whole one to 2%
+    (seen: 0.6%)."""
+    environment = os.environ | {"NXDT_ALIGN_PYTHON": sys.executable}
+    command = [str(repo / "examples" / "demo.sh"), "dpo", "llama", "lora"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=3600
+    )
+    assert done.returncode == 0, done.stderr
+    after = {
+        name: float(re.search(rf"^{name} .* ([\d.]+)%?$", done.stdout, re.MULTILINE)[1])  # type: ignore[index]
+        for name in ("reward accuracy", "right completions")
+    }
+    assert after["reward accuracy"] >= 0.95
+    assert after["right completions"] >= 80
+    pytest.importorskip("bitsandbytes")
+    demo, peft = tmp_path / "demo_run", "model_alignment_strategy.peft"
+    command = [sys.executable, "-m", "nxdt_align", "train", "--config-path", str(repo / "conf")]
+    command += ["--config-name", "tiny_llama_DPO_config", f"{peft}.target_modules=[all-linear]"]
+    command += [f"{peft}.rank=16", f"{peft}.alpha=32", f"{peft}.dropout=0", "model.optim.lr=1e-4"]
+    environment |= {"NXDT_DEMO_DIR": str(demo), "PYTHONPATH": str(repo / "src")}
+    command += [f"{peft}.quantize_base=nf4", "exp_manager.name=quantised"]
+    done = subprocess.run(command, cwd=demo, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [last_val_loss(demo / "nemo_experiments" / name) for name in ("tiny_llama_DPO", "quantised")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def last_val_loss(experiment: Path) -> float:
+    (metrics,) = experiment.glob("*/metrics.jsonl")
+    rows = map(json.loads, metrics.read_text().splitlines())
+    return [float(row["val_loss"]) for row in rows if "val_loss" in row][-1]
 
 
 def test_alignment_starts_from_the_newest_warm_up(repo: Path, tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def compare(
     if need.masters:
         assert need.masters == run.parameter_bytes()
     trained = 0 if adapters is None else sum(parameter.numel() for parameter in run.parameters)
-    assert need.weights == (parameter_count(config) + trained) * formats.weight
+    if adapters is None or adapters.quantize is None:
+        assert need.weights == (parameter_count(config) + trained) * formats.weight
+    assert need.weights == sum(p.nbytes for _, p in run.engine._policy.named_parameters())
     estimated = need.gradients + need.activations + need.scratch
     assert abs(estimated / measured - 1) <= TOLERANCE, f"estimated {estimated:,}, allocated {measured:,}"
 
@@ -132,6 +134,34 @@ def test_adapters(name: str, kind: str, recompute: tuple[str, ...]) -> None:
         pytest.skip("planned too high, as docs/adapters.md says")
     adapters = adapter_spec(DEEP, **({"rank": 8, "alpha": 16} | ADAPTERS[name]))  # type: ignore[arg-type]
     compare(DEEP, kind, recompute, (2, 256, 64), "masked", adapters)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", [(), ("full",)], ids="+".join)
+def test_a_base_in_4_bits(kind: str, recompute: tuple[str, ...]) -> None:
+    """Its bytes are exact; one weight at a time is dequantised."""
+    pytest.importorskip("bitsandbytes")
+    adapters = adapter_spec(DEEP, target_modules=["all-linear"], rank=8, alpha=16, quantize="nf4")
+    compare(DEEP, kind, recompute, (2, 256, 64), "masked", adapters)
+
+
+def test_llama_3_8b_in_4_bits_fits_a_card_of_24_gib() -> None:
+    """By hand: 6,979,321,856 weights of the layers in half a byte, a byte of scale each 64 and 4 more each
+    16,384, 1,028 for a weight's offset and code; embedding, head and norms in two."""
+    adapters = adapter_spec(LLAMA3_8B, target_modules=["all-linear"], rank=16, alpha=32, quantize="nf4")
+    layers, outside = 6_979_321_856, 2 * 128256 * 4096 + 65 * 4096
+    work = replace(EIGHT_B, attention="flash", tokens=2048, responses=1024, adapters=adapters)
+    need = estimate(work)
+    factors = 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * (4096 + 14336))
+    held = layers // 2 + layers // 64 + layers // 16384 * 4 + 224 * 1028
+    assert need.weights == held + 2 * (outside + factors)
+    assert need.states == 8 * factors
+    assert need.total < 0.9 * 24 * 2**30
+    plain = estimate(replace(work, adapters=replace(adapters, quantize=None)))
+    assert plain.weights == 2 * (layers + outside + factors)
+    assert need.weights < 0.4 * plain.weights
+    shared = estimate(replace(work, fsdp=True, data_parallel=4))
+    assert shared.weights < need.weights
 
 
 # Parallel sizes: one rank of several, whose peers are not there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -251,3 +252,72 @@ def test_generate_takes_a_run_of_adapters_and_its_export(
         for place in (merged, whole, whole / "hf_export")
     ]
     assert answers[0] == answers[1] == answers[2]
+
+
+NF4 = "model_alignment_strategy.peft.quantize_base=nf4"
+PRESENT = [NF4, "exp_manager.export_hf=True"]
+"""What overrides LORA's export, and is the adapter's all the same."""
+
+
+def test_qlora_trains_resumes_and_exports_the_adapter(
+    project: Project, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base in 4 bits is the reference, so that training starts at ln 2, from other values than the whole
+    base's; the adapter fits the unquantised base, into which it can be merged."""
+    pytest.importorskip("bitsandbytes")
+    run = train(project, "qlora", *LORA, *PRESENT)
+    assert "the base stays as it is, in 4 bits (nf4)" in capsys.readouterr().err
+    curves, unquantised = scalars(run), scalars(whole)
+    assert curves["reduced_train_loss"][0][1] == pytest.approx(math.log(2), abs=1e-5)
+    assert curves["reduced_train_loss"][-1][1] < math.log(2) - 0.01
+    for tag in ("reduced_train_loss", "val_loss"):
+        assert curves[tag][-1][1] == pytest.approx(unquantised[tag][-1][1], rel=0.02), tag
+    assert abs(curves["logps/chosen"][0][1] - unquantised["logps/chosen"][0][1]) > 1e-3
+    assert {name.rpartition(".")[2] for name in final_weights(run)} == {"lora_A", "lora_B"}
+    train(project, "qlora broken", *LORA, *PRESENT, "trainer.max_steps=4")
+    assert_same_run(train(project, "qlora broken", *LORA, *PRESENT), run)
+    model, folder = adapted_by_peft(project, run / "hf_export"), project.root / "qlora merged"
+    assert main(["export", "--merge", "--quiet", str(run), str(folder)]) == 0
+    from transformers import LlamaForCausalLM
+
+    assert torch.allclose(logits(LlamaForCausalLM.from_pretrained(folder)), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["exp_manager.export_hf=merged"],
+            "must be adapter with model_alignment_strategy.peft.quantize_base",
+        ),
+        (["exp_manager.export_hf=merged"], "nxdt-align export --merge RUN FOLDER adds a run's adapter"),
+        (["model_alignment_strategy.peft.merge_lora=True"], "peft.merge_lora: must be False with"),
+        (
+            ["distributed_strategy.tensor_model_parallel_size=2", "trainer.devices=2"],
+            "must be 1 with model_alignment_strategy.peft.quantize_base: nf4, whose weights are not split "
+            "over tensor-parallel ranks",
+        ),
+        (
+            ["distributed_strategy.pipeline_model_parallel_size=2", "trainer.devices=2"],
+            "distributed_strategy.fsdp=full spreads the base over all ranks",
+        ),
+        (["model_alignment_strategy.peft.quantize_base=int8"], "quantize_base"),
+    ],
+)
+def test_what_a_base_in_4_bits_cannot_do(
+    project: Project, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert project.train(*LORA, "exp_manager.export_hf=True", NF4, *overrides) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_base_in_4_bits_without_its_library(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+    )
+    base = f"exp_manager.resume_from_checkpoint={project.root}/base"
+    assert project.train(base, *LORA, *PRESENT) == 1
+    assert "pip install 'nxdt-align[qlora]'" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from parallel_fixture import (
 )
 from torch import Tensor, nn
 
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.models.adapters import AdapterSpec, adapter_shapes, adapter_spec
 from nxdt_align.models.decoder import Decoder
@@ -59,6 +60,7 @@ class AdapterCase(Case):
             configure_model=configure,
             adapters=self.spec,
             seed=3,
+            compiling=None if self.compiled is None else Compiling(self.compiled),
         )
         engine.load_weights(StartedAdapters(self.model(0), self.spec))
         if LOSSES[self.loss].needs_reference:

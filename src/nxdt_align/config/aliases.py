@@ -77,6 +77,10 @@ FOREIGN_KEYS = {
     **_named(f"{_ALIGN}.peft.rslora", "use_rslora"),
     **_named(f"{_ALIGN}.peft.dora", "use_dora"),
     **_named(f"{_ALIGN}.peft.init", "init_lora_weights"),
+    **_named(
+        f"{_ALIGN}.peft.quantize_base",
+        "load_in_4bit use_4bit bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant",
+    ),
 }
 """Another library's key, or the end of its path -> our key."""
 

@@ -228,6 +228,10 @@ class PEFTConfig:
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """(ours) Start values of the first factor, as PEFT draws them; the second starts at 0, so that nothing
     changes."""
+    quantize_base: Literal["nf4"] | None = None
+    """(ours) Hold the frozen linear layers in 4 bits, NF4 with double quantisation: QLoRA
+    (https://arxiv.org/abs/2305.14314). Engine native without tensor or pipeline parallel; needs
+    bitsandbytes, pip install 'nxdt-align[qlora]'."""
     modules_to_save: tuple[str, ...] = ()
     """(ours) Modules that are trained whole, as embed_tokens or lm_head; their originals stay for the
     reference."""
@@ -253,6 +257,7 @@ class PEFTConfig:
             "rslora": self.rslora,
             "dora": self.dora,
             "init": self.init,
+            "quantize": self.quantize_base,
         }
 
     def faults(self) -> Iterator[Fault]:

@@ -202,7 +202,8 @@ class ExpManagerConfig:
     """NxDT's: Lightning version of a checkpoint that does not record it. Ours always do."""
     export_hf: bool | Literal["merged", "adapter"] = True
     """(ours) Write the trained model as a Hugging Face folder at the end. With adapters, merged (or True):
-    the model with the adapters added in; adapter: the adapters alone, as PEFT loads them."""
+    the model with the adapters added in; adapter (or True, with peft.quantize_base): the adapters alone, as
+    PEFT loads them."""
     check_export: bool = True
     """(ours) Compare the export's log-probabilities of three records, by transformers, with the trainer's; up
     to 20 GB of weights, where the device compiles no graphs, and not of adapters alone."""

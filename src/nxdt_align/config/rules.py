@@ -327,9 +327,29 @@ def adapters(config: Config) -> Iterator[Fault]:
         rule = f"must be null with {_ALIGN}.peft, whose reference is the policy with its adapters off"
         given = config.model_alignment_strategy.reference_dtype
         yield Fault(f"{_ALIGN}.reference_dtype", rule, given, involves=(f"{_ALIGN}.peft",))
+    if peft.quantize_base is not None:
+        yield from _quantized_base(config, peft.quantize_base)
     if peft.merge_lora and export in ("adapter", False):
         rule = f"must be merged with {_ALIGN}.peft.merge_lora"
         yield Fault("exp_manager.export_hf", rule, export, involves=(f"{_ALIGN}.peft.merge_lora",))
+
+
+def _quantized_base(config: Config, kind: str) -> Iterator[Fault]:
+    path, strategy = f"{_ALIGN}.peft.quantize_base", config.distributed_strategy
+    for name in ("tensor", "pipeline"):
+        key = f"{name}_model_parallel_size"
+        if (size := getattr(strategy, key)) > 1:
+            rule = f"must be 1 with {path}: {kind}, whose weights are not split over {name}-parallel ranks"
+            advice = "distributed_strategy.fsdp=full spreads the base over all ranks"
+            yield Fault(f"distributed_strategy.{key}", rule, size, advice, (path,))
+    merged = {"exp_manager.export_hf": ("merged", "adapter"), f"{_ALIGN}.peft.merge_lora": (True, "False")}
+    for key, (refused, instead) in merged.items():
+        if (value := lookup(config, key)) == refused:
+            rule = f"must be {instead} with {path}: {kind}, as a merged weight would have to be rounded anew"
+            advice = (
+                "nxdt-align export --merge RUN FOLDER adds a run's adapter to the weights that were quantised"
+            )
+            yield Fault(key, rule, value, advice, (path,))
 
 
 RULES: tuple[Rule, ...] = (

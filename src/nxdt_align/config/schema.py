@@ -276,6 +276,14 @@ class Config:
         return dataclasses.replace(self, data=data, auto=self.auto - {PACKING})
 
     @property
+    def exports_adapter(self) -> bool:
+        """Whether the export at the end is of adapters alone: always where the base is quantised, into which
+        none can be merged."""
+        peft, export = self.model_alignment_strategy.peft, self.exp_manager.export_hf
+        is_quantized = peft is not None and peft.quantize_base is not None
+        return export == "adapter" or (is_quantized and export is True)
+
+    @property
     def validates(self) -> bool:
         """Whether the run ever validates."""
         return self.data.val_dir is not None and self.trainer.limit_val_batches != 0

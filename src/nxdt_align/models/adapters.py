@@ -25,9 +25,11 @@ from torch.nn import functional as F
 
 from nxdt_align.errors import UserError
 from nxdt_align.models.config import DecoderConfig, weight_shapes
+from nxdt_align.models.nf4 import NF4Weight, linear
 from nxdt_align.models.sharding import ADAPTER_PARTS, LORA_A, LORA_B, MAGNITUDE, START, TRAINED
 
 Init = Literal["kaiming", "gaussian"]
+Quantization = Literal["nf4"]
 Drop = Callable[[Tensor, float], Tensor]
 
 EXPANDED = {
@@ -62,6 +64,8 @@ class AdapterSpec:
     init: Init = "kaiming"
     from_adapter: bool = False
     """Training starts from an adapter, and the reference is the base with that: its factors are kept."""
+    quantize: Quantization | None = None
+    """How the frozen linear layers are held; None: as they are computed with."""
 
     @property
     def scale(self) -> float:
@@ -93,6 +97,7 @@ def adapter_spec(
     dora: bool = False,
     init: Init = "kaiming",
     from_adapter: bool = False,
+    quantize: Quantization | None = None,
 ) -> AdapterSpec:
     """The adapters of a model of this shape.
 
@@ -107,9 +112,8 @@ def adapter_spec(
     """
     shapes = weight_shapes(config)
     modules = {name.rpartition(".")[0]: shape for name, shape in shapes.items() if name.endswith(".weight")}
-    linear = {path: shape for path, shape in modules.items() if path.startswith("model.layers.")}
-    linear = {path: shape for path, shape in linear.items() if len(shape) == 2}
-    targets = _matching(target_modules, linear, modules, "target_modules")
+    layers = {path: modules[path] for path in _linear_layers(config)}
+    targets = _matching(target_modules, layers, modules, "target_modules")
     saved = _matching(modules_to_save, modules, modules, "modules_to_save")
     both = [_hf_path(path) for path in targets if path in saved]
     if both:
@@ -123,16 +127,36 @@ def adapter_spec(
             "head is tied to it, as merged weights and transformers could not tell the two apart; leave it "
             "out"
         )
-    small = [path for path in targets if rank > min(linear[path])]
+    small = [path for path in targets if rank > min(layers[path])]
     if small:
-        least = min(min(linear[path]) for path in small)
+        least = min(min(layers[path]) for path in small)
         raise UserError(
             f"model_alignment_strategy.peft.lora_rank: must be at most {least}, the smaller side of the "
-            f"weight of {_some([_hf_path(path) for path in small])} ({list(linear[small[0]])}), but is {rank}"
+            f"weight of {_some([_hf_path(path) for path in small])} ({list(layers[small[0]])}), but is {rank}"
         )
     if not targets and not saved:
         raise UserError("model_alignment_strategy.peft.target_modules: must name a layer; it is empty")
-    return AdapterSpec(targets, saved, rank, alpha, dropout, rslora, dora, init, from_adapter)
+    odd = [path for path, shape in layers.items() if shape[1] % 2 and path not in saved]
+    if quantize is not None and odd:
+        raise UserError(
+            f"model_alignment_strategy.peft.quantize_base: {quantize} packs two values of a row into a byte, "
+            f"but rows of {_some([_hf_path(path) for path in odd])} have {layers[odd[0]][1]}; leave it out"
+        )
+    return AdapterSpec(targets, saved, rank, alpha, dropout, rslora, dora, init, from_adapter, quantize)
+
+
+def _linear_layers(config: DecoderConfig) -> list[str]:
+    """Paths of the linear layers of the decoder's layers."""
+    weights = [name for name, shape in weight_shapes(config).items() if len(shape) == 2]
+    return [name.removesuffix(".weight") for name in weights if name.startswith("model.layers.")]
+
+
+def quantized_layers(config: DecoderConfig, spec: AdapterSpec) -> list[str]:
+    """Paths of the linear layers whose frozen weights are quantised: all of the decoder's layers, with an
+    adapter or not, but those trained whole. Embedding and head stay as they are, as in QLoRA."""
+    if spec.quantize is None:
+        return []
+    return [path for path in _linear_layers(config) if path not in spec.saved]
 
 
 def _hf_path(path: str) -> str:
@@ -287,28 +311,39 @@ class AdaptedLinear(nn.Linear):
         magnitude = getattr(self, prefix + MAGNITUDE) if self.spec.dora else None
         return getattr(self, prefix + LORA_A), getattr(self, prefix + LORA_B), magnitude
 
+    def frozen(self) -> Tensor | NF4Weight:
+        """The base's weight."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         factors = self.factors()
         if factors is None:
-            return F.linear(x, self.weight, self.bias)
-        return self.adapted(x, self.weight, self.bias, *factors)
+            return linear(x, self.frozen(), self.bias)
+        return self.adapted(x, self.frozen(), self.bias, *factors)
 
     def adapted(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor | None
+        self,
+        x: Tensor,
+        weight: Tensor | NF4Weight,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor | None,
     ) -> Tensor:
         """With these tensors, a rank's rows of the module's or all of them."""
         scale, drops = self.spec.scale, self.spec.dropout > 0 and self.switch.training
         dropped = self.drop(x, self.spec.dropout) if drops else x
         delta = F.linear(F.linear(dropped, a), b) * scale
         if magnitude is None:
-            return F.linear(x, weight, bias) + delta
+            return linear(x, weight, bias) + delta
         with torch.no_grad():  # a constant of the gradient, as in section 4.3 of the paper
-            rows = weight.float() + scale * (b.float() @ a.float())
+            whole = weight.dequantized(x.dtype) if isinstance(weight, NF4Weight) else weight
+            rows = whole.float() + scale * (b.float() @ a.float())
             norm = rows.pow(2).sum(1).sqrt()
         share = (magnitude / norm).to(x.dtype)
-        plain = F.linear(x, weight)
+        plain = linear(x, weight)
         # The dropped input, where there is one, is what the magnitude's share is of: as PEFT computes it.
-        own = F.linear(dropped, weight) if drops else plain
+        own = linear(dropped, weight) if drops else plain
         result = plain + (share - 1) * own + share * delta
         return result if bias is None else result + bias
 

@@ -5,7 +5,7 @@ docs/memory.md derives the terms; ``workload.py`` has the legend.
 
 from __future__ import annotations
 
-from nxdt_align.planning.adapters import dora_scratch, kept_by_factors, unkept_of_layer
+from nxdt_align.planning.adapters import frozen_scratch, kept_by_factors, unkept_of_layer
 from nxdt_align.planning.workload import FLOAT, Workload
 
 
@@ -134,7 +134,7 @@ def layer_scratch(work: Workload, largest_weight: int) -> int:
     gathered = work.positions * work.model.hidden_size * size if work.sequence_parallel else 0
     of_weight = largest_weight * max(size, work.formats.weight)
     if work.adapters is not None:
-        of_weight = dora_scratch(work, largest_weight)  # no gradient
+        of_weight = frozen_scratch(work, largest_weight)  # no gradient
     return residual + gathered + of_weight + max(_in_mlp(work), _in_attention(work))
 
 

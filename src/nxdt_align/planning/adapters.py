@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from math import prod
 
-from nxdt_align.models.adapters import AdapterSpec, adapter_shapes
+from nxdt_align.models.adapters import AdapterSpec, adapter_shapes, quantized_layers
+from nxdt_align.models.config import weight_shapes
+from nxdt_align.models.nf4 import quantized_shapes
 from nxdt_align.models.sharding import KV_HEADS, split_of
 from nxdt_align.planning.workload import FLOAT, Workload
 
@@ -100,9 +102,35 @@ def _sizes(work: Workload, path: str) -> tuple[int, int]:
     return hidden, (work.heads if path.endswith("q_proj") else work.own_kv_heads) * head
 
 
-def dora_scratch(work: Workload, largest: int) -> int:
-    """float32 rows of a weight with its factors, whose norm is taken, and their squares."""
-    return 3 * largest * FLOAT if work.adapters is not None and work.adapters.dora else 0
+def frozen_scratch(work: Workload, largest: int) -> int:
+    """Of a frozen weight that is computed with: its values where it is held in 4 bits; with DoRA, float32
+    rows of it with its factors, whose norm is taken, and their squares."""
+    spec = work.adapters
+    if spec is None:
+        return 0
+    dequantised = largest * work.formats.activation if spec.quantize is not None else 0
+    return dequantised + (3 * largest * FLOAT if spec.dora else 0)
+
+
+def saved_by_quantizing(work: Workload, layers: range) -> int:
+    """Bytes that the weights in ``layers`` take less for being held in 4 bits, with their scales.
+
+    With FSDP of what a rank holds, whose scales are whole on each, and of the two layers that are gathered.
+    """
+    spec = work.adapters
+    if spec is None or spec.quantize is None:
+        return 0
+    shapes, saved, scales = weight_shapes(work.model), 0, 0
+    for path in quantized_layers(work.model, spec):
+        if int(path.split(".")[2]) in layers:
+            rows, columns = shapes[f"{path}.weight"]
+            sizes = {n: prod(s) * d.itemsize for n, (s, d) in quantized_shapes(rows, columns).items()}
+            packed = sizes.pop("weight")
+            saved += rows * columns * work.formats.weight - packed
+            scales += sum(sizes.values())
+    if work.fsdp and work.data_parallel > 1:
+        saved = saved // work.data_parallel + 2 * saved // len(layers)
+    return saved - scales
 
 
 def _adapts(spec: AdapterSpec, part: str) -> bool:

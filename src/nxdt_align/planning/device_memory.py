@@ -13,7 +13,7 @@ from nxdt_align.data.packing import Bucket, Layout
 from nxdt_align.models.config import DecoderConfig, ModelShape, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, split_of
 from nxdt_align.planning.activations import above_layers, held_by_model, kept_of_layer, layer_scratch
-from nxdt_align.planning.adapters import factor_count
+from nxdt_align.planning.adapters import factor_count, saved_by_quantizing
 from nxdt_align.planning.changes import Change, changed, fitting_changes
 from nxdt_align.planning.model_states import states_report
 from nxdt_align.planning.workload import Workload, device_kind, workload
@@ -199,7 +199,7 @@ def _of_stage(work: Workload, stage: int) -> Memory:
     optimized = shard if work.zero1 or work.fsdp else trained
     return Memory(
         stage=stage,
-        weights=weights * formats.weight + reference * work.reference,
+        weights=weights * formats.weight - saved_by_quantizing(work, layers) + reference * work.reference,
         gradients=gradients,
         masters=optimized * formats.master,
         states=optimized * formats.state,

@@ -71,7 +71,9 @@ def spec_of(config: Config, model: ModelShape, start: WeightSource | None = None
                 f"{path}: must name the layers of the adapter that exp_manager.resume_from_checkpoint names "
                 f"({start.adapter.path}); leave it out, and they are taken from there"
             )
-    return dataclasses.replace(given, dropout=peft.lora_dropout, from_adapter=True)
+    return dataclasses.replace(
+        given, dropout=peft.lora_dropout, from_adapter=True, quantize=peft.quantize_base
+    )
 
 
 def adapted(config: Config, model: ModelShape, start: WeightSource) -> WeightSource:
@@ -89,10 +91,11 @@ def say(config: Config, spec: AdapterSpec, start: WeightSource, *, has_reference
     """What is trained, and what the reference is."""
     whole = f", {len(spec.saved)} modules whole" if spec.saved else ""
     kind = "DoRA" if spec.dora else "rsLoRA" if spec.rslora else "LoRA"
+    base = "the base stays as it is" + (f", in 4 bits ({spec.quantize})" if spec.quantize else "")
     log.log(
         NOTICE,
-        "%s adapters of rank %d, scale %g, on %d layers%s; the base stays as it is",
-        *(kind, spec.rank, spec.scale, len(spec.targets), whole),
+        "%s adapters of rank %d, scale %g, on %d layers%s; %s",
+        *(kind, spec.rank, spec.scale, len(spec.targets), whole, base),
     )
     peft = config.model_alignment_strategy.peft
     if peft is not None and peft.lora_verbose:
@@ -159,7 +162,9 @@ def open_checkpoint(
     if record is None:
         return NativeCheckpoint(checkpoint)
     assert isinstance(model, DecoderConfig), "spec_of refuses others"
-    settings = {field.name: record[field.name] for field in dataclasses.fields(AdapterSpec)}
+    # A record that was written before there was a field has its default.
+    names = [field.name for field in dataclasses.fields(AdapterSpec)]
+    settings = {name: record[name] for name in names if name in record}
     settings |= {key: tuple(settings[key]) for key in ("targets", "saved")}
     adapter = CheckpointAdapter(checkpoint, AdapterSpec(**settings))
     if record["base"] is None:

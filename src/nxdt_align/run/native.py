@@ -16,6 +16,7 @@ from nxdt_align.engines.native.xla_engine import XlaEngine
 from nxdt_align.errors import UserError
 from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.decoder import CausalModel
+from nxdt_align.models.nf4 import require_library
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import FUSED_DEVICES
 from nxdt_align.run import assemble, processes
@@ -34,7 +35,10 @@ def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torc
             f"cuda here, but this run's device is {device.type}: set trainer.accelerator to one of them"
         )
     assemble.attention(config, device, model)
-    spec_of(config, model)
+    spec = spec_of(config, model)
+    if spec is not None and spec.quantize is not None:
+        check_parallel(model, assemble.parallel(config), is_quantized=True)
+        require_library(device)
     assemble.compiling(config, device, model)
     return device
 

@@ -156,5 +156,8 @@ def open_store(
     if dpo is not None and dpo.ld_alpha is not None:
         # Only where it is set, so that stores of runs without it keep their fingerprint.
         made_from["ld_alpha"] = str(dpo.ld_alpha)
+    settings = config.model_alignment_strategy
+    if settings.reference_model is None and settings.peft is not None and settings.peft.quantize_base:
+        made_from["quantized"] = settings.peft.quantize_base  # the policy's base is the reference
     # Two values per record: chosen and rejected, or KTO's completion and the mismatched one.
     return mode.reference_store(folder, fingerprint_of(made_from), 2, made_from)

@@ -61,8 +61,11 @@ def identify(
         tokenization: fingerprint of tokenizer, template and truncation.
         loss: the repr of a loss that a script passed instead of the one in ``config``.
     """
+    objective = dataclasses.asdict(config.model_alignment_strategy)
+    if objective["peft"] is not None and objective["peft"]["quantize_base"] is None:
+        del objective["peft"]["quantize_base"]  # runs from before there was this key go on
     parts = {
-        "objective": dataclasses.asdict(config.model_alignment_strategy),
+        "objective": objective,
         "data": records,
         "tokenization": tokenization,
         "order": [config.seed, config.data.global_batch_size],

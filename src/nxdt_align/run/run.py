@@ -430,7 +430,7 @@ class Run:
 
     def _export(self, folder: Path) -> None:
         """Rank 0 writes one weight at a time; all ranks take part in gathering each."""
-        adapters_alone = self._adapters is not None and self.config.exp_manager.export_hf == "adapter"
+        adapters_alone = self._adapters is not None and self.config.exports_adapter
         # On a lazy device the check would be another graph to compile.
         checks = self.config.exp_manager.check_export and not (self.engine.lazy or adapters_alone)
         values = trainer_values(self.engine, self.data) if checks else []
@@ -457,7 +457,7 @@ class Run:
             raise fault or UserError(told)
 
     def _write_export(self, folder: Path, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        if self._adapters is not None and self.config.exp_manager.export_hf == "adapter":
+        if self._adapters is not None and self.config.exports_adapter:
             export_adapter(folder, self.model_config, self._adapters, weights, self.start)
             return
         write_hf_folder(

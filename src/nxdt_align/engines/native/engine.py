@@ -23,6 +23,7 @@ from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.model import Blueprint, check_parallel
+from nxdt_align.engines.native.quantized_source import QuantizedWeights
 from nxdt_align.engines.native.saving import Saver
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.engines.native.shards import copy_weights, fill, whole_tensors
@@ -30,7 +31,7 @@ from nxdt_align.engines.ranks import Ranks
 from nxdt_align.engines.spread import SpreadEngine
 from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.decoder import CausalModel
-from nxdt_align.models.presets import ModelShape
+from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention
 
 LOSS_SCALE, DROPOUT = "loss_scale", "dropout_steps"
@@ -78,7 +79,7 @@ class NativeEngine(SpreadEngine):
         groups: Groups | None = None,
     ) -> None:
         assert compiling is None or attention.static_shapes
-        check_parallel(config, parallel)
+        check_parallel(config, parallel, is_quantized=adapters is not None and adapters.quantize is not None)
         self.topology = topology
         self.device = torch.device(device)
         self.config = config
@@ -120,6 +121,11 @@ class NativeEngine(SpreadEngine):
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
+        spec = self._blueprint.adapters
+        if spec is not None and spec.quantize is not None:
+            assert isinstance(self.config, DecoderConfig), "adapters are for our own decoder"
+            compute = self._blueprint.precision.compute
+            source = QuantizedWeights(source, self.config, spec, compute, self.device)
         fill(self._all_parameters(), source)
         self._weights_changed()
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nxdt_align.engines.base import EngineError
-from nxdt_align.engines.native.compiled import Compiling
+from nxdt_align.engines.native.compiled import Compiling, is_too_old
 from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.parallelize import (
     check_sizes,
@@ -29,6 +29,7 @@ from nxdt_align.engines.steps import Runner
 from nxdt_align.models.adapters import AdapterSpec, Switch, add_adapters, use_trained
 from nxdt_align.models.decoder import CausalModel, Decoder
 from nxdt_align.models.presets import DecoderConfig, ModelShape
+from nxdt_align.models.quantized import quantize_base
 from nxdt_align.ops.attention import Attention
 
 S = TypeVar("S", Scorer, StageScorer)
@@ -68,9 +69,25 @@ class RankModel:
             drop_gathered(scorer)
 
 
-def check_parallel(config: ModelShape, parallel: Parallel) -> None:
+def check_parallel(config: ModelShape, parallel: Parallel, *, is_quantized: bool = False) -> None:
     """Raises EngineError for sizes that the model cannot be divided by, and for a pipeline that this torch
-    gets wrong."""
+    gets wrong.
+
+    Args:
+        is_quantized: whether the model's frozen weights are held in 4 bits.
+    """
+    if is_quantized and (parallel.tensor > 1 or parallel.pipeline > 1):
+        raise EngineError(
+            "distributed_strategy: tensor_model_parallel_size and pipeline_model_parallel_size must be 1 "
+            f"with a quantised base, but are {parallel.tensor} and {parallel.pipeline}; "
+            "distributed_strategy.fsdp=full spreads it over all ranks"
+        )
+    if is_quantized and parallel.fsdp and is_too_old():
+        # Torch 2.9's FSDP casts bytes to the compute dtype as it gathers them.
+        raise EngineError(
+            f"distributed_strategy.fsdp: must be False with a quantised base and torch {torch.__version__}; "
+            "install torch 2.13, or set distributed_strategy.zero1=True instead"
+        )
     if not isinstance(config, DecoderConfig):
         _refuse_division(config, parallel)
         return
@@ -151,6 +168,9 @@ class Blueprint:
             for parameter in decoder.parameters():
                 if not parameter.requires_grad:
                     parameter.data = parameter.data.to(self.precision.compute)
+        if switch is not None and self.adapters is not None and self.adapters.quantize is not None:
+            assert isinstance(decoder, Decoder), "adapters are for our own decoder"
+            quantize_base(decoder, decoder.config, self.adapters)
         if isinstance(decoder, Decoder):
             split_over_tensor_ranks(decoder, self.groups)
             if switch is not None and self.adapters is not None:

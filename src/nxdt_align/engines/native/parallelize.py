@@ -38,6 +38,7 @@ from nxdt_align.engines.native.mesh import Groups
 from nxdt_align.engines.native.settings import Parallel, Precision
 from nxdt_align.models.adapters import AdaptedLinear
 from nxdt_align.models.decoder import CausalModel, Decoder, RMSNorm
+from nxdt_align.models.nf4 import is_scale
 from nxdt_align.models.partition import EMBEDDING
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.models.sharding import (
@@ -361,7 +362,8 @@ def shard_over_data_ranks(
 
     Parameters stay float32 and are gathered in the compute dtype; gradients are added up and reduced in
     float32, and summed rather than averaged, since losses are shares of a sum. Frozen weights have the
-    compute dtype already. With ``zero1``, which shards what the optimizer has, they stay whole on each rank.
+    compute dtype already, or 4 bits, whose scales stay whole. With ``zero1``, which shards what the optimizer
+    has, they all stay whole on each rank.
     """
     mesh = groups.data_mesh
     assert mesh is not None
@@ -373,7 +375,12 @@ def shard_over_data_ranks(
     )
     reshard = groups.parallel.fsdp
     trains = any(p.requires_grad for p in decoder.parameters())
-    whole = {p for p in decoder.parameters() if not p.requires_grad} if trains and not reshard else None
+    frozen_stay = trains and not reshard
+    whole = {
+        parameter
+        for name, parameter in decoder.named_parameters()
+        if is_scale(name) or (frozen_stay and not parameter.requires_grad)
+    }
     for layer in decoder.layers():
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
