@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from nxdt_align.batch import Batch, TokenStatistic, Topology
+from nxdt_align.engines import xla
 from nxdt_align.engines.steps import Runner, Share, TokenLogps
 from nxdt_align.models.adapters import AdapterSpec, Switch
+
+DROPOUT = "dropout_steps"
+"""Key of a checkpoint's values: Dropout's ``steps``."""
 
 
 class AdapterRunner:
@@ -55,9 +59,11 @@ class Dropout:
         if not self._probability:
             yield
             return
+        text = f"{self._seed}:{self.steps}:{self._place}".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            text = f"{self._seed}:{self.steps}:{self._place}".encode()
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
+        on_device = xla.seeded(seed) if self._device.type == "xla" else nullcontext()
+        with on_device, torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
             yield
         self.steps += 1

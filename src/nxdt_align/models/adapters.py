@@ -297,20 +297,31 @@ class AdaptedLinear(nn.Linear):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor | None
     ) -> Tensor:
         """With these tensors, a rank's rows of the module's or all of them."""
+        if magnitude is None:
+            return self.added(F.linear(x, weight, bias), x, weight, a, b)
+        result = self.added(F.linear(x, weight), x, weight, a, b, magnitude)
+        return result if bias is None else result + bias
+
+    def added(
+        self, plain: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None = None
+    ) -> Tensor:
+        """``plain``, x W', with what these factors add to it."""
         scale, drops = self.spec.scale, self.spec.dropout > 0 and self.switch.training
         dropped = self.drop(x, self.spec.dropout) if drops else x
         delta = F.linear(F.linear(dropped, a), b) * scale
         if magnitude is None:
-            return F.linear(x, weight, bias) + delta
+            return plain + delta
         with torch.no_grad():  # a constant of the gradient, as in section 4.3 of the paper
             rows = weight.float() + scale * (b.float() @ a.float())
-            norm = rows.pow(2).sum(1).sqrt()
+            norm = self.row_squares(rows).sqrt()
         share = (magnitude / norm).to(x.dtype)
-        plain = F.linear(x, weight)
         # The dropped input, where there is one, is what the magnitude's share is of: as PEFT computes it.
         own = F.linear(dropped, weight) if drops else plain
-        result = plain + (share - 1) * own + share * delta
-        return result if bias is None else result + bias
+        return plain + (share - 1) * own + share * delta
+
+    def row_squares(self, rows: Tensor) -> Tensor:
+        """(O, I) -> (O,): an engine sums over the ranks that have other columns."""
+        return rows.pow(2).sum(1)
 
 
 def add_adapters(decoder: nn.Module, spec: AdapterSpec, switch: Switch) -> None:
