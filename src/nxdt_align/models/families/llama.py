@@ -37,6 +37,7 @@ _8B: Mapping[str, Any] = {
 }
 _SIZES: Mapping[str, Mapping[str, Any]] = {
     "meta-llama/Meta-Llama-3-8B": {**_8B, "max_position_embeddings": 8192},
+    "meta-llama/Meta-Llama-3-8B-Instruct": {**_8B, "max_position_embeddings": 8192},
     "meta-llama/Llama-3.1-8B": {**_8B, "max_position_embeddings": 131072, "rope_scaling": _SCALING},
     "meta-llama/Llama-3.1-70B-Instruct": {
         **_LLAMA3,
