@@ -21,7 +21,7 @@ peft = pytest.importorskip("peft")
 
 LORA = (
     *("model_alignment_strategy.peft.target_modules=[all-linear]", "model_alignment_strategy.peft.rank=4"),
-    *("exp_manager.export_hf=adapter", "model.optim.lr=0.02"),
+    *("model_alignment_strategy.peft.alpha=8", "exp_manager.export_hf=adapter", "model.optim.lr=0.02"),
 )
 ONLINE = "model_alignment_strategy.dpo.precompute_ref_log_probs=False"
 NO_DROPOUT = "model_alignment_strategy.peft.dropout=0"
