@@ -338,6 +338,7 @@ def test_known_models_have_the_parameters_that_their_authors_name() -> None:
     counts = {name: round(parameter_count(config) / 1e9, 2) for name, config in KNOWN_MODELS.items()}
     assert counts == {
         "meta-llama/Meta-Llama-3-8B": 8.03,
+        "meta-llama/Meta-Llama-3-8B-Instruct": 8.03,
         "meta-llama/Llama-3.1-8B": 8.03,
         "meta-llama/Llama-3.1-70B-Instruct": 70.55,
         "meta-llama/Llama-3.2-1B-Instruct": 1.24,
