@@ -88,8 +88,9 @@ def test_it_trains_as_the_native_engine_does(project: Project) -> None:
 
 
 LORA = (
-    *(*NXD, "exp_manager.export_hf=adapter", "model_alignment_strategy.peft.target_modules=[all-linear]"),
-    *("model_alignment_strategy.peft.rank=4", "model.activations_checkpoint_granularity=full"),
+    *(*NXD, "exp_manager.export_hf=adapter", "model.activations_checkpoint_granularity=full"),
+    "model_alignment_strategy.peft.target_modules=[q_proj,v_proj,down_proj]",
+    *("model_alignment_strategy.peft.rank=4", "data.buckets=[128]"),
 )
 ONLINE = "model_alignment_strategy.dpo.precompute_ref_log_probs=False"
 
