@@ -18,6 +18,7 @@ from nxdt_align.batch import Batch
 from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.steps import StepDataset
 from nxdt_align.engines.nxd.settings import Precision
+from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.presets import DecoderConfig
 
@@ -201,3 +202,50 @@ def test_as_peft_on_the_plain_model(usual: dict[str, list[Outcome]], name: str) 
 @pytest.mark.parametrize("name", OTHERS)
 def test_as_peft_in_every_layout(others: dict[str, list[Outcome]], name: str) -> None:
     assert_as_peft(OTHERS[name], others[name])
+
+
+DROPOUT = (("dropout", 0.3),)
+
+
+def with_dropout(checkpointing: str | None) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Two steps of a micro-batch on torch_xla's CPU device, without an update between them."""
+    from nxdt_align.engines.nxd import compat
+
+    platform = compat.start("xla")
+    from nxdt_align.engines.nxd.engine import NxDEngine
+    from nxdt_align.engines.nxd.mesh import make_mesh
+    from nxdt_align.engines.nxd.settings import Parallel
+
+    def configure(decoder: Any) -> None:
+        decoder.set_checkpointing(checkpointing, (), platform.recompute())
+
+    case = Adapted(kind=DROPOUT)
+    built = NxDEngine(
+        case.shape,
+        make_mesh(Parallel(qkv="fused"), platform),
+        adapters=case.spec,
+        seed=3,
+        configure_model=configure,
+    )
+    built.load_weights(StartedAdapters(case.plain.model(0), case.spec))
+    built.load_reference(None)
+    batches = [batch.to(built.device) for batch in case.batches(built)[:1]]
+    found = []
+    for _ in range(2):
+        output = built.step(batches, GlobalMeanObjective(LOSSES["dpo"]))
+        built.mark_step()
+        gradients = {n: p.grad.detach().cpu() for n, p in built.named_parameters() if p.grad is not None}
+        found.append((float(output.loss), gradients))
+    return found
+
+
+@pytest.mark.xla
+def test_masks_are_recomputed_alike_on_the_device_and_others_at_the_next_step(tmp_path: Path) -> None:
+    require_nxd()
+    [kept] = run_ranks(1, [(with_dropout, (None,))], tmp_path / "kept", gloo=False)[0]
+    [again] = run_ranks(1, [(with_dropout, ("full",))], tmp_path / "again", gloo=False)[0]
+    for (loss, gradients), (other_loss, others) in zip(kept, again, strict=True):
+        assert loss == pytest.approx(other_loss, abs=TOLERANCE)
+        assert worst(others, gradients, relative=True)[0] <= 1e-5
+    assert abs(kept[0][0] - kept[1][0]) > 1e-6
+    assert all(float(g.abs().max()) > 0 for g in kept[0][1].values())
