@@ -68,6 +68,7 @@ def trn2(tensor: int) -> Machine:
 
 PRESETS: dict[str, tuple[str, tuple[Machine, ...]]] = {
     "hf_llama3_2_1B_DPO_config": ("512,512,512", (ONE_TRN1, trn2(1), ONE_H200)),
+    "hf_llama3_8B_DPO_LoRA_config": ("2048,2048,2048", (ONE_TRN1, ONE_H200)),
     "hf_mistral_7B_DPO_config": ("512,512,512", (ONE_TRN1, trn2(4), ONE_H200)),
     "hf_qwen3_8B_DPO_config": ("1536,512,512", (ONE_TRN1, trn2(4), ONE_H200)),
     "hf_llama3_8B_QLoRA_DPO_config": ("1024,512,512", (ONE_CARD,)),

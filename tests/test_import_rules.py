@@ -48,7 +48,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "engines.steps": ("engines.base", "engines.ranks", "batch"),
     "engines.settings": (),
     "engines.masters": (),
-    "engines.adapters": ("engines.steps", "models", "batch"),
+    "engines.adapters": ("engines.steps", "engines.xla", "models", "batch"),
     "engines.scoring": (
         *("engines.base", "engines.ranks", "engines.settings", "engines.steps"),
         *("models", "ops", "batch"),

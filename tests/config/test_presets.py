@@ -19,6 +19,7 @@ GIVEN = ("exp_manager.resume_from_checkpoint=elsewhere", "data.train_dir=elsewhe
 OBJECTIVES = {
     "DPO": ("dpo", {"loss_type": "sigmoid", "kl_beta": 0.01}),
     "DPO_paper": ("dpo", {"loss_type": "sigmoid", "kl_beta": 0.01}),
+    "DPO_LoRA": ("dpo", {"loss_type": "sigmoid", "kl_beta": 0.1}),
     "cDPO": ("dpo", {"loss_type": "sigmoid", "label_smoothing": 0.1}),
     "IPO": ("dpo", {"loss_type": "ipo", "kl_beta": 0.1}),
     "RSO": ("dpo", {"loss_type": "hinge", "gamma": 0.05, "kl_beta": 0.5}),

@@ -21,8 +21,15 @@ from nxdt_align.config.schema import Config
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.nxd import checkpoint, compat
-from nxdt_align.engines.nxd.settings import Precision, SaveOptions, check_kv_groups
+from nxdt_align.engines.nxd.settings import (
+    Parallel,
+    Precision,
+    SaveOptions,
+    check_adapters,
+    check_kv_groups,
+)
 from nxdt_align.errors import UserError
+from nxdt_align.models.adapters import adapter_spec
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.nxd import (
     NxDParts,
@@ -302,3 +309,32 @@ def test_the_flash_kernel_never_sees_a_downcast_of_0(
     compat._set_environment("neuron")
     assert "XLA_DOWNCAST_BF16" not in os.environ
     assert ("XLA_DOWNCAST_BF16" in caplog.text) is (given == "1")
+
+
+# Adapters
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"modules_to_save": ["model.layers.1.mlp.down_proj"], "target_modules": ["q_proj"]},
+            r"trains embed_tokens, lm_head and norms whole, but model\.layers\.1\.mlp\.down_proj is a part",
+        ),
+        (
+            {"target_modules": ["layers.0.mlp.up_proj"]},
+            "must leave each pipeline stage a weight to train, but stage 1 has none; name layers of all",
+        ),
+    ],
+)
+def test_adapters_that_the_engine_does_not_train(settings: dict[str, Any], message: str) -> None:
+    spec = adapter_spec(TINY, rank=2, alpha=4, **settings)
+    with pytest.raises(EngineError, match=message):
+        check_adapters(Parallel(pipeline=2).partition(TINY, spec))
+
+
+def test_a_stage_trains_what_is_trained_whole_there() -> None:
+    spec = adapter_spec(
+        TINY, rank=2, alpha=4, target_modules=["layers.0.mlp.up_proj"], modules_to_save=["norm"]
+    )
+    check_adapters(Parallel(pipeline=2).partition(TINY, spec))

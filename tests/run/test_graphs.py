@@ -26,6 +26,10 @@ SMALL = replace(
 """Heads that 32 ranks divide, as those of Llama-3-8B."""
 TRUE = replace(LLAMA3_8B, num_hidden_layers=2)
 SHORT, LONG = "100,200,180", "1024,992,992"
+LORA = (
+    *("model_alignment_strategy.peft.target_modules=[all-linear]", "model_alignment_strategy.peft.rank=8"),
+    "model_alignment_strategy.peft.dropout=0.1",
+)
 RUNS: dict[str, tuple[str, ...]] = {
     "DPO": ("hf_llama3_8B_DPO_config",),
     "DPO packed, validated": (
@@ -51,6 +55,12 @@ RUNS: dict[str, tuple[str, ...]] = {
     "DPO discopop, divergence": (
         *("hf_llama3_8B_DPO_config", "model_alignment_strategy.dpo.loss_type=discopop"),
         "model_alignment_strategy.dpo.f_divergence_type=forward_kl",
+    ),
+    "LoRA": ("hf_llama3_8B_DPO_config", *LORA),
+    "LoRA at each step, data parallel": (
+        *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=8"),
+        *("distributed_strategy.kv_replicator=1", "model.fuse_qkv=True", *LORA),
+        "model_alignment_strategy.dpo.precompute_ref_log_probs=False",
     ),
     "data parallel": (
         *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=8"),
@@ -126,10 +136,12 @@ def test_sizes_tell_what_graphs_cost(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.nxd
 @pytest.mark.xla
-def test_all_ranks_have_the_same_graphs(tmp_path: Path) -> None:
-    """The first two had others once: their shares start at token 0, and at a number that is a size, too."""
+@pytest.mark.parametrize("name", ["DPO", "LoRA"])
+def test_all_ranks_have_the_same_graphs(tmp_path: Path, name: str) -> None:
+    """The first two had others once: their shares start at token 0, and at a number that is a size, too. An
+    adapter's ranks draw different parts of one mask."""
     require_nxd()
-    tables = recorded(arguments(tmp_path, SMALL, RUNS["DPO"], SHORT), "--ranks", "0,1,31")
+    tables = recorded(arguments(tmp_path, SMALL, RUNS[name], SHORT), "--ranks", "0,1,31")
     assert [table["rank"] for table in tables] == [0, 1, 31]
     keys = [[graph["key"] for graph in table["graphs"]] for table in tables]
     assert keys[0] == keys[1] == keys[2] and len(keys[0]) > 3

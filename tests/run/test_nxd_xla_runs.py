@@ -6,11 +6,14 @@ As trn1 is set up: bf16, master weights and optimizer states under ZeRO-1, a fil
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from nxd_fixture import require_nxd
+from safetensors.torch import load_file
 from training_fixture import Project, scalars
 from xla_fixture import STEPS, Finished, assert_all_was_compiled_ahead, broken_off, dry_run, make_project, run
 
@@ -82,3 +85,36 @@ def test_it_trains_as_the_native_engine_does(project: Project) -> None:
     for tag, tolerance in (("reduced_train_loss", 1e-5), ("val_loss", 1e-5), ("gradient_norm", 1e-4)):
         wanted = [value for _, value in want[tag]]
         assert [value for _, value in got[tag]] == pytest.approx(wanted, abs=tolerance, rel=tolerance), tag
+
+
+LORA = (
+    *(*NXD, "exp_manager.export_hf=adapter", "model.activations_checkpoint_granularity=full"),
+    "model_alignment_strategy.peft.target_modules=[q_proj,v_proj,down_proj]",
+    *("model_alignment_strategy.peft.rank=4", "data.buckets=[128]"),
+)
+ONLINE = "model_alignment_strategy.dpo.precompute_ref_log_probs=False"
+
+
+@pytest.mark.parametrize(
+    "more", [pytest.param((), marks=pytest.mark.full), (ONLINE,)], ids=["stored", "at each step"]
+)
+def test_adapters_are_compiled_ahead_and_go_on_bit_for_bit(project: Project, more: tuple[str, ...]) -> None:
+    """With dropout, whose masks are drawn on the device and again where layers are recomputed; the reference
+    is the policy with its adapters off."""
+    name = f"adapters {len(more)}"
+    done, files = dry_run(project, f"{name} ahead", *LORA, *more)
+    assert files == [project.root / f"{name} ahead" / "compile" / "run_dpo.json"]
+    assert "Total failed compilations: 0" in done.stdout.splitlines()
+    parts = broken_off(project, f"{name} ahead", *LORA, *more)
+    broken = project.only_run(f"{name} ahead")
+    assert_all_was_compiled_ahead(parts, broken)
+    run(project, f"{name} never", *LORA, *more, f"trainer.max_steps={STEPS}")
+    never = project.only_run(f"{name} never")
+    got, want = scalars(broken), scalars(never)
+    for tag in ("reduced_train_loss", "val_loss", "gradient_norm", "parameter_norm"):
+        assert got[tag] == want[tag], tag
+    assert got["reduced_train_loss"][0][1] == pytest.approx(math.log(2), abs=2e-3)
+    first, second = (load_file(r / "hf_export" / "adapter_model.safetensors") for r in (broken, never))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(float(t.abs().max()) > 0 for key, t in first.items() if "lora_B" in key)

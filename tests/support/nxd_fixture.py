@@ -28,6 +28,7 @@ from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.losses.orpo import ORPOLoss
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.partition import HEAD, Partition, local_tensors
 from nxdt_align.models.presets import DecoderConfig, weight_shapes
@@ -276,14 +277,24 @@ def one_copy(case: Case, ranks: Sequence[Any], copy: int) -> list[Any]:
 
 
 def whole(
-    case: Case, config: DecoderConfig, shards: Sequence[Mapping[str, Tensor]], tolerance: float = 1e-5
+    case: Case,
+    config: DecoderConfig,
+    shards: Sequence[Mapping[str, Tensor]],
+    tolerance: float = 1e-5,
+    adapters: AdapterSpec | None = None,
 ) -> dict[str, Tensor]:
     """Whole tensors under the plain model's names out of each rank's, which must agree where they
-    hold the same. ``shards`` are those of the ranks of one copy of the model, tensor-parallel fastest."""
-    partition = case.parallel.partition(config)
-    found = {name: torch.full(shape, torch.nan) for name, shape in weight_shapes(config).items()}
+    hold the same. ``shards`` are those of the ranks of one copy of the model, tensor-parallel fastest; with
+    ``adapters``, of what those train."""
+    partition = case.parallel.partition(config, adapters)
+    shapes = weight_shapes(config)
+    if adapters is not None:
+        shapes = {name: shape for name, shape in partition.adapter_shapes.items() if adapters.trains(name)}
+    found = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
     for stage in range(case.pp):
         for local, names in local_tensors(partition, stage).items():
+            if adapters is not None and not adapters.trains(local):
+                continue
             if config.tie_word_embeddings and names == [HEAD]:
                 continue  # a parameter of its own in files alone
             for rank in range(case.tp):

@@ -223,8 +223,7 @@ class PEFTConfig:
     """(ours) Scale adapters by lora_alpha / sqrt(lora_rank): rank-stabilised LoRA
     (https://arxiv.org/abs/2312.03732)."""
     dora: bool = False
-    """(ours) Train the norm of each row of a weight too: DoRA (https://arxiv.org/abs/2402.09353). Engine
-    native alone."""
+    """(ours) Train the norm of each row of a weight too: DoRA (https://arxiv.org/abs/2402.09353)."""
     init: Literal["kaiming", "gaussian"] = "kaiming"
     """(ours) Start values of the first factor, as PEFT draws them; the second starts at 0, so that nothing
     changes."""

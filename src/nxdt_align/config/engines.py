@@ -42,11 +42,6 @@ LIMITS: dict[Engine, dict[str, tuple[Any, str]]] = {
         "distributed_strategy.context_parallel_size": (1, "leave it out"),
         "distributed_strategy.fsdp": (False, "distributed_strategy.zero1=True shards the optimizer's state"),
         "model_alignment_strategy.peft.quantize_base": (None, "distributed_strategy.engine=native has it"),
-        "model_alignment_strategy.peft": (
-            None,
-            "distributed_strategy.engine=native has adapters; ~model_alignment_strategy.peft trains every "
-            "weight",
-        ),
     },
 }
 """Engine -> path -> (the only supported value, what to do). Lift a limit by deleting its line."""

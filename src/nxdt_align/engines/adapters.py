@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from nxdt_align.batch import Batch, TokenStatistic, Topology
+from nxdt_align.engines import xla
 from nxdt_align.engines.steps import Runner, Share, TokenLogps
 from nxdt_align.models.adapters import AdapterSpec, Switch
+
+DROPOUT = "dropout_steps"
+"""Key of a checkpoint's values: Dropout's ``steps``."""
 
 
 class AdapterRunner:
@@ -55,13 +59,16 @@ class Dropout:
         if not self._probability:
             yield
             return
+        text = f"{self._seed}:{self.steps}:{self._place}".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+        on_device = xla.seeded(seed) if self._device.type == "xla" else nullcontext()
         # torch.manual_seed below seeds the device's generator, too, where it has one.
         has_generator = self._device.type not in ("cpu", "xla")
-        with torch.random.fork_rng(
+        forked = torch.random.fork_rng(
             [self._device] if has_generator else [],
             device_type=self._device.type if has_generator else "cuda",
-        ):
-            text = f"{self._seed}:{self.steps}:{self._place}".encode()
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1)
+        )
+        with on_device, forked:
+            torch.manual_seed(seed)
             yield
         self.steps += 1

@@ -52,6 +52,22 @@ def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return result
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What is drawn on the device within follows from ``seed``; what is drawn later does not.
+
+    A seed is an input of the graphs, so that another one is no other graph.
+    """
+    from torch_xla.core import xla_model
+
+    before = xla_model.get_rng_state()
+    xla_model.set_rng_state(seed)
+    try:
+        yield
+    finally:
+        xla_model.set_rng_state(before)
+
+
 # Graphs
 
 

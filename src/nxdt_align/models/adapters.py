@@ -331,21 +331,38 @@ class AdaptedLinear(nn.Linear):
         magnitude: Tensor | None,
     ) -> Tensor:
         """With these tensors, a rank's rows of the module's or all of them."""
+        if magnitude is None:
+            return self.added(linear(x, weight, bias), x, weight, a, b)
+        result = self.added(linear(x, weight), x, weight, a, b, magnitude)
+        return result if bias is None else result + bias
+
+    def added(
+        self,
+        plain: Tensor,
+        x: Tensor,
+        weight: Tensor | NF4Weight,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor | None = None,
+    ) -> Tensor:
+        """``plain``, x W', with what these factors add to it."""
         scale, drops = self.spec.scale, self.spec.dropout > 0 and self.switch.training
         dropped = self.drop(x, self.spec.dropout) if drops else x
         delta = F.linear(F.linear(dropped, a), b) * scale
         if magnitude is None:
-            return linear(x, weight, bias) + delta
+            return plain + delta
         with torch.no_grad():  # a constant of the gradient, as in section 4.3 of the paper
             whole = weight.dequantized(x.dtype) if isinstance(weight, NF4Weight) else weight
             rows = whole.float() + scale * (b.float() @ a.float())
-            norm = rows.pow(2).sum(1).sqrt()
+            norm = self.row_squares(rows).sqrt()
         share = (magnitude / norm).to(x.dtype)
-        plain = linear(x, weight)
         # The dropped input, where there is one, is what the magnitude's share is of: as PEFT computes it.
         own = linear(dropped, weight) if drops else plain
-        result = plain + (share - 1) * own + share * delta
-        return result if bias is None else result + bias
+        return plain + (share - 1) * own + share * delta
+
+    def row_squares(self, rows: Tensor) -> Tensor:
+        """(O, I) -> (O,): an engine sums over the ranks that have other columns."""
+        return rows.pow(2).sum(1)
 
 
 def add_adapters(decoder: nn.Module, spec: AdapterSpec, switch: Switch) -> None:

@@ -251,7 +251,9 @@ class DecoderStack(nn.Module):
     def __init__(self, config: DecoderConfig, attend: Attend) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.scaled_embedding = ScaledEmbedding(config) if config.scales_embedding else nn.Identity()
+        self.scaled_embedding: nn.Module = (
+            ScaledEmbedding(config) if config.scales_embedding else nn.Identity()
+        )
         self.rotary_emb = RotaryEmbedding(config)
         self.layers = nn.ModuleList(
             DecoderLayer(config, attend, config.window_of(i)) for i in range(config.num_hidden_layers)

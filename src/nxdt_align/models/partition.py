@@ -16,6 +16,7 @@ from math import ceil
 from typing import Literal, get_args
 
 from nxdt_align.errors import UserError
+from nxdt_align.models.adapters import AdapterSpec, adapter_shapes, is_adapter
 from nxdt_align.models.presets import DecoderConfig, weight_shapes
 from nxdt_align.models.sharding import KV_HEADS, VOCAB, Split, split_of
 
@@ -31,6 +32,7 @@ Range = tuple[int, int]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _LARGEST_TP = 1024
 _shapes = lru_cache(maxsize=8)(weight_shapes)
+_adapter_shapes = lru_cache(maxsize=8)(adapter_shapes)
 
 
 class PartitionError(UserError):
@@ -50,6 +52,8 @@ class Partition:
     """Rows of embedding and head, padded to; None: the next multiple of tp. The rows added are 0."""
     cuts: tuple[int, ...] | None = None
     """Layers after which a stage ends, but for the last stage's; None: as NxD cuts by itself."""
+    adapters: AdapterSpec | None = None
+    """Of a model that has some beside its weights."""
 
     def __post_init__(self) -> None:
         faults = [*_size_faults(self), *(_head_faults(self) if self.tp > 0 < self.kv_multiplier else ())]
@@ -69,7 +73,8 @@ class Partition:
         """The pipeline stages that hold the weight ``name``; a tied embedding is in the first and last."""
         if name.startswith("model.layers."):
             return [bisect_left(self.stage_ends, int(name.split(".")[2]))]
-        return [0] if name == EMBEDDING else [self.pp - 1]
+        is_embedding = name.rpartition(".")[0] == EMBEDDING.rpartition(".")[0]
+        return [0] if is_embedding else [self.pp - 1]
 
     def ranges(self, name: str, rank: int) -> tuple[int, list[Range]]:
         """The dimension along which ``name`` is cut, and what ``rank`` holds of it, in its order.
@@ -85,9 +90,14 @@ class Partition:
         size = whole[split.dim] // self.tp
         return split.dim, [(rank * size, (rank + 1) * size)]
 
+    @property
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor that the adapters add, whole."""
+        return {} if self.adapters is None else _adapter_shapes(self.config, self.adapters)
+
     def whole_shape(self, name: str) -> tuple[int, ...]:
         """The shape of the whole weight, vocabulary padded."""
-        shape = weight_shape(self.config, name)
+        shape = self.adapter_shapes[name] if is_adapter(name) else weight_shape(self.config, name)
         return (self.padded_vocab, *shape[1:]) if split_of(name) == VOCAB else shape
 
     def local_shape(self, name: str) -> tuple[int, ...]:
@@ -169,11 +179,15 @@ def local_names(qkv: QKV, name: str) -> str:
 
 
 def local_tensors(partition: Partition, stage: int) -> dict[str, list[str]]:
-    """NxD's names on a stage, and the plain model's weights stacked on dimension 0 in each, in order."""
+    """NxD's names on a stage, and the plain model's weights stacked on dimension 0 in each, in order.
+
+    An adapter's tensors, which come first, keep the plain model's names.
+    """
     names = list(weight_shapes(partition.config))
     if partition.config.tie_word_embeddings:
         names.append(HEAD)
-    found: dict[str, list[str]] = {}
+    added = partition.adapter_shapes
+    found = {name: [name] for name in added if stage in partition.stage_of(name)}
     for name in names:
         if stage in partition.stage_of(name):
             found.setdefault(local_names(partition.qkv, name), []).append(name)

@@ -70,6 +70,8 @@ rank); DoRA's norms of rows, (outputs,); what stands before the name of a weight
 before that of a factor that the reference keeps."""
 ADAPTER_PARTS = (LORA_A, LORA_B, MAGNITUDE, f"{TRAINED}weight", f"{TRAINED}bias")
 
+_FACTORS = (LORA_A, LORA_B, MAGNITUDE)
+
 _LAYER = re.compile(r"^model\.layers\.\d+\.")
 
 
@@ -85,3 +87,8 @@ def split_of(name: str) -> Split:
     split = split_of(f"{path}.weight")
     across = 1 if part == LORA_A else 0
     return split if split.dim == across else REPLICATED
+
+
+def is_factor(name: str) -> bool:
+    """Whether ``name`` is an adapter's tensor beside a linear layer's weight, which stays frozen."""
+    return name.rpartition(".")[2].removeprefix(START) in _FACTORS

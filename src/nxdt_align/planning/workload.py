@@ -179,7 +179,8 @@ def workload(
         tensor_parallel=tensor,
         kv_heads=_kv_heads(config, model, where),
         sequence_parallel=strategy.sequence_parallel and tensor > 1,
-        keeps_gathered=where != "neuron",
+        # Factors keep the input that they are multiplied with.
+        keeps_gathered=where != "neuron" or config.model_alignment_strategy.peft is not None,
         context_parallel=strategy.context_parallel_size,
         stages=_stages(config, model, stages),
         # At least 2: from the second micro-batch on, gradients of the first are held too (the peak).

@@ -11,15 +11,19 @@ from typing import Any
 from torch import Tensor
 
 from nxdt_align.config.schema import Config
-from nxdt_align.engines.native.checkpoint import NativeCheckpoint, read_extra
+from nxdt_align.engines.native import checkpoint as native_checkpoint
+from nxdt_align.engines.native.checkpoint import NativeCheckpoint
+from nxdt_align.engines.nxd import checkpoint as nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
 from nxdt_align.models.adapters import AdapterSpec, adapter_spec, is_adapter
+from nxdt_align.models.partition import Partition
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.named_tensors import WeightSource
 from nxdt_align.run.resume import RUN_RECORD
 from nxdt_align.weights.hf import FreshWeights
-from nxdt_align.weights.peft import AdaptedWeights, MergedWeights, write_peft_folder
+from nxdt_align.weights.nxdt_adapters import ShardedAdapter
+from nxdt_align.weights.peft import AdaptedWeights, Adapter, MergedWeights, write_peft_folder
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +127,7 @@ def record_of(spec: AdapterSpec | None, start: WeightSource) -> dict[str, Any]:
 
 
 class CheckpointAdapter:
-    """The adapters in a checkpoint of a run."""
+    """The adapters in a checkpoint of a run on engine native."""
 
     def __init__(self, path: Path, spec: AdapterSpec) -> None:
         self.path, self.spec = path, spec
@@ -137,21 +141,29 @@ class CheckpointAdapter:
 
 
 def adapter_record(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint of engine native says of its adapters; None where it holds a whole model."""
+    """What a checkpoint of either engine says of its adapters; None where it holds a whole model."""
+    if nxd_checkpoint.is_checkpoint(checkpoint):
+        return _record(nxd_checkpoint.read_extra(checkpoint))
     if not all(map(is_adapter, NativeCheckpoint(checkpoint).names())):
         return None
-    found = read_extra(checkpoint).get(RUN_RECORD, {}).get(RECORD)
-    if not isinstance(found, dict):
+    found = _record(native_checkpoint.read_extra(checkpoint))
+    if found is None:
         raise UserError(
             f"checkpoint {checkpoint} holds adapters and does not say of which model; take another"
         )
     return found
 
 
+def _record(extra: dict[str, Any]) -> dict[str, Any] | None:
+    found = extra.get(RUN_RECORD, {}).get(RECORD)
+    return found if isinstance(found, dict) else None
+
+
 def open_checkpoint(
     checkpoint: Path, model: ModelShape, open_base: Callable[[Path], WeightSource]
 ) -> WeightSource:
-    """A checkpoint of engine native as a whole model's weights: its own, or its base's with its adapters.
+    """A checkpoint of engine native as a whole model's weights, its own, or its base's with its adapters; or
+    one of engine nxd that holds adapters.
 
     Args:
         open_base: opens the base's folder.
@@ -162,11 +174,7 @@ def open_checkpoint(
     if record is None:
         return NativeCheckpoint(checkpoint)
     assert isinstance(model, DecoderConfig), "spec_of refuses others"
-    # A record that was written before there was a field has its default.
-    names = [field.name for field in dataclasses.fields(AdapterSpec)]
-    settings = {name: record[name] for name in names if name in record}
-    settings |= {key: tuple(settings[key]) for key in ("targets", "saved")}
-    adapter = CheckpointAdapter(checkpoint, AdapterSpec(**settings))
+    adapter = _adapter(checkpoint, model, record)
     if record["base"] is None:
         return MergedWeights(FreshWeights(model, record["base_seed"]), adapter)
     base = Path(record["base"])
@@ -176,6 +184,28 @@ def open_checkpoint(
             "not exist any more; put it back"
         )
     return MergedWeights(open_base(base), adapter)
+
+
+def _adapter(checkpoint: Path, model: DecoderConfig, record: dict[str, Any]) -> Adapter:
+    # A record that was written before there was a field has its default.
+    names = [field.name for field in dataclasses.fields(AdapterSpec)]
+    settings = {name: record[name] for name in names if name in record}
+    settings |= {key: tuple(settings[key]) for key in ("targets", "saved")}
+    spec = AdapterSpec(**settings)
+    if not nxd_checkpoint.is_checkpoint(checkpoint):
+        return CheckpointAdapter(checkpoint, spec)
+    sizes = nxd_checkpoint.sizes_of(checkpoint)
+    cuts = sizes[nxd_checkpoint.CUTS]
+    partition = Partition(
+        model,
+        sizes["tensor"],
+        sizes["pipeline"],
+        sizes["kv_multiplier"],
+        sizes["qkv"],
+        cuts=None if cuts is None else tuple(cuts),
+        adapters=spec,
+    )
+    return ShardedAdapter(checkpoint, partition)
 
 
 # The export

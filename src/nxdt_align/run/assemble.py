@@ -22,6 +22,7 @@ from nxdt_align.engines.native.checkpoint import is_checkpoint
 from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.graphs import GraphRecorder
 from nxdt_align.engines.native.settings import Parallel, Precision
+from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
 from nxdt_align.losses.objective import build_loss
@@ -41,7 +42,7 @@ from nxdt_align.planning.kernels import (
     attention_kind,
     why_not_causal,
 )
-from nxdt_align.run.adapters import open_checkpoint
+from nxdt_align.run.adapters import adapter_record, open_checkpoint
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.locate import locate, read_shape
 from nxdt_align.run.mode import RunMode
@@ -313,7 +314,7 @@ def weights_at(folder: Path, model: ModelShape, key: str) -> WeightSource:
         folder = locate(folder)
         if not folder.is_dir():
             raise UserError(f"must be a folder of weights, but {folder} is a file")
-        if is_checkpoint(folder):
+        if is_checkpoint(folder) or (is_nxd_checkpoint(folder) and adapter_record(folder) is not None):
             return open_checkpoint(folder, model, lambda base: weights_at(base, model, "the adapters' base"))
         weights = _foreign_weights(folder, model)
     except UserError as error:

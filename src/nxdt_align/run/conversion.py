@@ -196,7 +196,7 @@ def export(
             folder, and None is returned.
     """
     place = locate(Path(checkpoint))
-    record = adapter_record(place) if is_checkpoint(place) else None
+    record = adapter_record(place) if is_checkpoint(place) or is_nxd_checkpoint(place) else None
     if merge and record is None and not is_peft_folder(place):
         raise UserError(
             f"--merge: adds adapters to their model, but {place} holds a whole model; leave it out"
@@ -301,7 +301,7 @@ def open_weights(
         raise UserError(
             f"no {IDENTITY_FILE} above {path} says what model it is of: give its config.json with --config"
         )
-    if is_of_nxd:
+    if is_of_nxd and adapter_record(path) is None:
         assert isinstance(config, DecoderConfig), "engine nxd trains no other"
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=first_replica)
         return sharded, sharded.config

@@ -30,6 +30,7 @@ from nxdt_align.planning.devices import DEVICES, Device
 from nxdt_align.planning.graph_cost import StepCost
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
 from nxdt_align.run import assemble, native_graphs
+from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.nxd import NxDParts
@@ -80,7 +81,7 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     data, choice = _steps(config, model, parts, objective, lengths)
     if choice is not None:
         parts.settle(config := config.with_layout(choice.layout))
-    engine = parts.engine()
+    engine = parts.engine(spec_of(config, model))
     engine.compiler = tracer
     _Steps(config, engine, objective, tracer).take([batches[:MICRO_BATCHES] for _, batches in data])
     distinct: dict[str, xla.TracedGraph] = {}

@@ -23,7 +23,13 @@ from nxdt_align.engines.nxd.flash import (
     nki_kernel,
     nki_kernels,
 )
-from nxdt_align.engines.nxd.settings import Parallel, Precision, SaveOptions, StaggeredLoad
+from nxdt_align.engines.nxd.settings import (
+    Parallel,
+    Precision,
+    SaveOptions,
+    StaggeredLoad,
+    check_adapters,
+)
 from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
 from nxdt_align.models.adapters import AdapterSpec
@@ -32,6 +38,7 @@ from nxdt_align.models.partition import QKV, PartitionError
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.planning.kernels import why_not_causal
+from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
@@ -40,8 +47,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def check(config: Config, model: DecoderConfig) -> None:
-    """Raise UserError if NxD is not there, or if layout, precision or attention are not its."""
-    _layout(config, model, _backend_of(config))
+    """Raise UserError if NxD is not there, or if layout, precision, attention or adapters are not its."""
+    parallel, _ = _layout(config, model, _backend_of(config))
+    check_adapters(parallel.partition(model, spec_of(config, model)))
 
 
 def _backend_of(config: Config) -> compat.Backend:
@@ -97,9 +105,10 @@ class NxDParts:
         self._config = config
 
     def engine(self, adapters: AdapterSpec | None = None) -> Engine:
-        assert adapters is None, "the configuration's check refuses them"
         from nxdt_align.engines.nxd.engine import NxDEngine
 
+        # Again, as an adapter that training starts from settles them.
+        check_adapters(self.mesh.parallel.partition(self._model, adapters))
         # As in NxDT, which staggers loading only with a pipeline.
         trainer, is_piped = self._config.trainer, self.mesh.parallel.pipeline > 1
         at_once = trainer.sequential_move_factor if is_piped else None
@@ -112,6 +121,8 @@ class NxDParts:
             save_options=save_options_of(self._config, self.precision),
             configure_model=self._configure,
             staggered=StaggeredLoad(self._env.local_rank, trainer.devices, at_once),
+            adapters=adapters,
+            seed=self._config.seed,
         )
         engine.compiler = self._compiler
         return engine

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nxdt_align.batch import Batch, Topology
 from nxdt_align.engines import steps
-from nxdt_align.engines.adapters import AdapterRunner, Dropout
+from nxdt_align.engines.adapters import DROPOUT, AdapterRunner, Dropout
 from nxdt_align.engines.base import EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.checkpoint_folder import CheckpointError
 from nxdt_align.engines.masters import MasterWeights
@@ -34,8 +34,8 @@ from nxdt_align.models.decoder import CausalModel
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention
 
-LOSS_SCALE, DROPOUT = "loss_scale", "dropout_steps"
-"""Keys of a checkpoint's values."""
+LOSS_SCALE = "loss_scale"
+"""Key of a checkpoint's values."""
 
 
 class NativeEngine(SpreadEngine):

@@ -60,6 +60,15 @@ def read_extra(path: Path) -> dict[str, Any]:
     return SUMMARY.plain(Path(path), extra)
 
 
+def sizes_of(path: Path) -> dict[str, Any]:
+    """How the ranks that wrote a checkpoint held its model: SIZES. Raises CheckpointError."""
+    found = {CUTS: None, **SUMMARY.require_whole(Path(path))["parallel"]}
+    missing = [key for key in SIZES if key not in found]
+    if missing:
+        raise damaged(path, f"{SUMMARY.name} does not say {', '.join(missing)}")
+    return found
+
+
 def description(extra: Mapping[str, Any], sizes: Mapping[str, Any], has_optimizer: bool) -> dict[str, Any]:
     """What the summary says of a checkpoint; ``global_step`` of ``extra`` is its step."""
     return {"step": int(extra.get("global_step", 0)), "has_optimizer": has_optimizer, "parallel": dict(sizes)}

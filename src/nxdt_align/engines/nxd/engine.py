@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from nxdt_align.batch import Batch
 from nxdt_align.engines import steps, xla
+from nxdt_align.engines.adapters import DROPOUT, AdapterRunner, Dropout
 from nxdt_align.engines.base import Objective, StepOutput, WeightSource
 from nxdt_align.engines.masters import MasterWeights
+from nxdt_align.engines.nxd.adapters import adapt
 from nxdt_align.engines.nxd.layers import parallelize
 from nxdt_align.engines.nxd.mesh import Mesh
 from nxdt_align.engines.nxd.pipeline import PipelineRunner
@@ -23,6 +25,7 @@ from nxdt_align.engines.nxd.shards import Shards
 from nxdt_align.engines.nxd.zero import ShardedOptimizer
 from nxdt_align.engines.scoring import DecoderScorer, WholeRunner
 from nxdt_align.engines.spread import SpreadEngine
+from nxdt_align.models.adapters import AdapterSpec, Switch, use_trained
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
@@ -43,6 +46,8 @@ class NxDEngine(SpreadEngine):
         save_options: the form of checkpoints.
         configure_model: called with each decoder that is built, before it is spread.
         staggered: ranks that load weights at the same time.
+        adapters: what is trained instead of the model's weights, which then stay as they are loaded.
+        seed: of the adapters' dropout.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class NxDEngine(SpreadEngine):
         save_options: SaveOptions = SaveOptions(),  # noqa: B008 (frozen)
         configure_model: Callable[[Decoder], None] = lambda model: None,
         staggered: StaggeredLoad = StaggeredLoad(),  # noqa: B008 (frozen)
+        adapters: AdapterSpec | None = None,
+        seed: int = 0,
     ) -> None:
         self.config = config
         self.device = mesh.platform.device
@@ -67,9 +74,15 @@ class NxDEngine(SpreadEngine):
         self._precision = precision
         self._reference_precision = reference_precision or precision
         self._configure, self._staggered = configure_model, staggered
-        self._shards = Shards(config, mesh.parallel, mesh.groups)
-        self._policy = self._build(precision.compute)
-        self._runner = self._runner_of(self._policy)
+        self._shards = Shards(config, mesh.parallel, mesh.groups, adapters)
+        self._switch = None if adapters is None else Switch()
+        self._policy = self._build(precision.compute, self._shards, self._switch)
+        self._plain_runner = self._runner = self._runner_of(self._policy)
+        self._dropout: Dropout | None = None
+        if adapters is not None and self._switch is not None:
+            self.keeps_start = True
+            self._dropout = Dropout(adapters, seed, self.topology, self.device)
+            self._runner = AdapterRunner(self._plain_runner, self._switch, on=True)
         # ZeRO-1 keeps float32 weights itself, this rank's rows of them.
         has_masters = precision.masters and not mesh.parallel.zero1
         self._masters = (
@@ -81,15 +94,23 @@ class NxDEngine(SpreadEngine):
         self._mesh = mesh
         self._checkpoints = Checkpoints(mesh, save_options, self._shards.partition.stage_ends)
 
-    def _build(self, dtype: torch.dtype) -> DecoderScorer:
-        """A model without values: each rank then fills its shares only."""
+    def _build(self, dtype: torch.dtype, shards: Shards, switch: Switch | None = None) -> DecoderScorer:
+        """A model without values: each rank then fills its shares only.
+
+        Args:
+            switch: of the adapters that ``shards`` has.
+        """
         with torch.device("meta"):
             decoder = Decoder(self.config, self._attention)
         self._configure(decoder)
         decoder = decoder.to(dtype=dtype)
         parallelize(decoder, self._parallel, dtype, cpu_mode=self._platform.backend == "cpu")
-        self._shards.materialize(decoder, self.device)
-        self._shards.mark(decoder)
+        spec = shards.partition.adapters
+        if spec is not None and switch is not None:
+            adapt(decoder, shards.partition, spec, switch)
+            use_trained(decoder, spec, switch)
+        shards.materialize(decoder, self.device)
+        shards.mark(decoder)
         # Not NxD's from_parallel_logits_to_logprobs, which keeps all logits and loses bf16's last digits.
         return DecoderScorer(decoder, self._attention, self._parallel, self._groups.tensor)
 
@@ -101,22 +122,33 @@ class NxDEngine(SpreadEngine):
         return PipelineRunner(scorer, local, self._shards.partition.stage_ends, self._groups, self._platform)
 
     def _weights(self) -> list[tuple[str, nn.Parameter]]:
-        """What is computed with, which master weights stand above."""
-        return self._shards.named_parameters(self._policy.decoder)
+        """What is computed with and trained, which master weights stand above."""
+        return [(n, p) for n, p in self._shards.named_parameters(self._policy.decoder) if p.requires_grad]
+
+    def _all_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """With the frozen ones."""
+        held = self._shards.named_parameters(self._policy.decoder)
+        return [*((n, p) for n, p in held if not p.requires_grad), *self.named_parameters()]
 
     # Weights
 
     def load_weights(self, source: WeightSource) -> None:
-        self._staggered.take(lambda: self._shards.fill(self.named_parameters(), source), self._ranks)
+        self._staggered.take(lambda: self._shards.fill(self._all_parameters(), source), self._ranks)
         self._weights_changed()
 
     def load_reference(self, source: WeightSource | None) -> None:
-        reference = self._build(self._reference_precision.compute)
+        if source is None and self._switch is not None:
+            self._reference = AdapterRunner(self._plain_runner, self._switch, on=False)
+            return
+        shards = self._shards
+        if self._switch is not None:
+            shards = Shards(self.config, self._parallel, self._groups)
+        reference = self._build(self._reference_precision.compute, shards)
         reference.requires_grad_(False)
         self._reference = self._runner_of(reference)
-        parameters = self._shards.named_parameters(reference.decoder)
+        parameters = shards.named_parameters(reference.decoder)
         if source is not None:
-            self._staggered.take(lambda: self._shards.fill(parameters, source), self._ranks)
+            self._staggered.take(lambda: shards.fill(parameters, source), self._ranks)
             return
         _copy(self.named_parameters(), parameters)
 
@@ -124,7 +156,7 @@ class NxDEngine(SpreadEngine):
         return list(self._masters.named_parameters()) if self._masters is not None else self._weights()
 
     def whole_parameters(self, *, trainable: bool = False) -> Iterator[tuple[str, Tensor]]:
-        return self._shards.whole(self.named_parameters())
+        return self._shards.whole(self._all_parameters(), trainable=trainable)
 
     def adopt_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if not self._parallel.zero1:
@@ -151,7 +183,8 @@ class NxDEngine(SpreadEngine):
             self._sharded.zero_grad(set_to_none=True)
         self._sync_from_masters()
         batches = steps.with_reference(self._reference, micro_batches, objective)
-        output = steps.forward_and_backward(self._runner, self._data, batches, objective)
+        with nullcontext() if self._dropout is None else self._dropout.seeded():
+            output = steps.forward_and_backward(self._runner, self._data, batches, objective)
         self._finish_gradients()
         self._stale = True  # the optimizer's step comes next
         return output
@@ -213,6 +246,8 @@ class NxDEngine(SpreadEngine):
         *,
         background: bool = False,
     ) -> None:
+        if self._dropout is not None:
+            extra = {**extra, DROPOUT: self._dropout.steps}
         self._checkpoints.save(directory, self.named_parameters(), optimizer, extra, background=background)
 
     def finish_saving(self) -> None:
@@ -228,6 +263,8 @@ class NxDEngine(SpreadEngine):
         with nullcontext() if optimizer is None else xla.state_as_computed(optimizer):
             extra = self._checkpoints.load(directory, self.named_parameters(), optimizer)
             self._weights_changed()
+        if self._dropout is not None:
+            self._dropout.steps = int(extra.get(DROPOUT, 0))
         return extra
 
 

@@ -7,6 +7,8 @@ hidden. Under sequence parallel what comes in is (P, B, D), NxD's layout; what g
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch.nn import functional as F
 from nxdt_align.models.presets import DecoderConfig
 
 QKVs = tuple[Tensor, Tensor, Tensor]
+Term = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(product, input, weight) -> the product with what an adapter adds."""
 
 
 class SwapFirstTwo(torch.autograd.Function):
@@ -76,7 +80,11 @@ class SharedKVProjection(GQAQKVColumnParallelLinear):  # type: ignore[misc]
             self._make_biases(dtype, fused)
         if cpu_mode:
             # NxD's own reduces through XLA here, which is wrong without XLA devices.
-            self._forward_impl = project_in_cpu_mode
+            self._forward_impl = project
+
+    def add_terms(self, terms: Sequence[Term | None]) -> None:
+        """Of adapters of q, k and v. The layer's own weights must be frozen."""
+        self._forward_impl = partial(project, terms=terms)
 
     def _make_biases(self, dtype: torch.dtype, fused: bool) -> None:
         queries, keys = self.q_output_size_per_partition, self.kv_output_size_per_partition
@@ -88,7 +96,17 @@ class SharedKVProjection(GQAQKVColumnParallelLinear):  # type: ignore[misc]
         return batch_first(super().forward(x), self.sequence_parallel_enabled)
 
 
-def project_in_cpu_mode(
+def whole_input(x: Tensor, *, sequence_parallel: bool) -> Tensor:
+    """What every rank multiplies its outputs' weights with; its gradient is the sum of all ranks'."""
+    whole: Tensor
+    if sequence_parallel:
+        whole = mappings.gather_from_sequence_parallel_region(x)
+    else:
+        whole = mappings.copy_to_tensor_model_parallel_region(x)
+    return whole
+
+
+def project(
     *,
     input: Tensor,
     weight_q: Tensor | None,
@@ -98,24 +116,26 @@ def project_in_cpu_mode(
     sequence_parallel_enabled: bool,
     output_size_q: int,
     output_size_kv: int,
+    terms: Sequence[Term | None] = (None, None, None),
     **_: object,
 ) -> QKVs:
-    """What the layer computes, with reductions that go through gloo.
+    """What the layer computes, with NxD's reductions, which go through gloo in CPU mode; and ``terms``.
 
     The weights of shared heads take part as copies: their gradients are summed over the ranks that
     hold the same heads. Each rank then adds its own share to the input's gradient.
     """
-    if sequence_parallel_enabled:
-        whole = mappings.gather_from_sequence_parallel_region(input)
-    else:
-        whole = mappings.copy_to_tensor_model_parallel_region(input)
+    whole = whole_input(input, sequence_parallel=sequence_parallel_enabled)
     if weight_qkv is not None:
         sizes = [output_size_q, output_size_kv, output_size_kv]
         weight_q, weight_k, weight_v = torch.split(weight_qkv, sizes)
     assert weight_q is not None and weight_k is not None and weight_v is not None
     group = parallel_state.get_kv_shared_group()
     shared = (mappings.copy_to_tensor_model_parallel_region(w, group) for w in (weight_k, weight_v))
-    q, k, v = (F.linear(whole, weight) for weight in (weight_q, *shared))
+    weights = (weight_q, *shared)
+    q, k, v = (
+        F.linear(whole, weight) if term is None else term(F.linear(whole, weight), whole, weight)
+        for weight, term in zip(weights, terms, strict=True)
+    )
     return q, k, v
 
 

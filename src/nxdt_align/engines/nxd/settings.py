@@ -10,6 +10,7 @@ import torch
 from nxdt_align.engines import settings
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.ranks import Ranks
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.partition import QKV, Partition
 from nxdt_align.models.presets import DecoderConfig
 
@@ -22,10 +23,16 @@ class Parallel(settings.Parallel):
     """Ranks that hold the same kv heads."""
     qkv: QKV = "split"
 
-    def partition(self, config: DecoderConfig) -> Partition:
+    def partition(self, config: DecoderConfig, adapters: AdapterSpec | None = None) -> Partition:
         """A model spread so. Raises PartitionError for sizes that do not go together."""
         return Partition(
-            config, self.tensor, self.pipeline, self.kv_multiplier, self.qkv, cuts=self.pipeline_cuts
+            config,
+            self.tensor,
+            self.pipeline,
+            self.kv_multiplier,
+            self.qkv,
+            cuts=self.pipeline_cuts,
+            adapters=adapters,
         )
 
 
@@ -74,6 +81,29 @@ def check_kv_groups(
             f"but its tensor-parallel groups are {list(map(list, tensor_groups))}: gradients of other heads "
             "would be summed. Choose another distributed_strategy.tensor_model_parallel_size, or "
             "kv_replicator=1"
+        )
+
+
+def check_adapters(partition: Partition) -> None:
+    """Raise EngineError for adapters that this engine does not train, of a model that is spread so: linear
+    layers that are trained whole, and a pipeline stage without a weight to train."""
+    spec, peft = partition.adapters, "model_alignment_strategy.peft"
+    if spec is None:
+        return
+    linear = [path for path in spec.saved if path.startswith("model.layers.") and not path.endswith("norm")]
+    if linear:
+        raise EngineError(
+            f"{peft}.modules_to_save: engine nxd trains embed_tokens, lm_head and norms whole, but "
+            f"{linear[0]} is a part of one of neuronx-distributed's layers; name it in "
+            f"{peft}.target_modules, or set distributed_strategy.engine=native, which trains it whole"
+        )
+    stages = {stage for n in partition.adapter_shapes if spec.trains(n) for stage in partition.stage_of(n)}
+    without = [stage for stage in range(partition.pp) if stage not in stages]
+    if without:
+        raise EngineError(
+            f"{peft}.target_modules: must leave each pipeline stage a weight to train, but stage "
+            f"{without[0]} has none; name layers of all stages, or set "
+            "distributed_strategy.pipeline_model_parallel_size=1"
         )
 
 

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import EngineError, WeightSource
 from nxdt_align.engines.checkpoint_folder import require_same_shapes
+from nxdt_align.engines.nxd.adapters import plain_name
 from nxdt_align.engines.nxd.layers import mark
 from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.engines.ranks import Group, Groups
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.partition import Partition, local_tensors
 from nxdt_align.models.presets import DecoderConfig, weight_shapes
-from nxdt_align.models.sharding import EACH_HEAD, KV_HEADS, split_of
+from nxdt_align.models.sharding import EACH_HEAD, KV_HEADS, is_factor, split_of
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,14 @@ class WeightRows:
 class Shards:
     """One rank's parameters, under NxD's names."""
 
-    def __init__(self, config: DecoderConfig, parallel: Parallel, groups: Groups) -> None:
-        self.partition = parallel.partition(config)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        parallel: Parallel,
+        groups: Groups,
+        adapters: AdapterSpec | None = None,
+    ) -> None:
+        self.partition = parallel.partition(config, adapters)
         _check_vocabulary(self.partition)
         self._parallel = parallel
         self._groups = groups
@@ -57,9 +65,10 @@ class Shards:
 
     def named_parameters(self, decoder: Decoder) -> list[tuple[str, nn.Parameter]]:
         """This stage's, under NxD's names, which are the modules' own but for separate q, k and v."""
+        every = ((plain_name(name), parameter) for name, parameter in decoder.named_parameters())
         named = (
             (name.replace(".qkv_proj.", ".") if name not in self._parts else name, parameter)
-            for name, parameter in decoder.named_parameters()
+            for name, parameter in every
         )
         return [(name, parameter) for name, parameter in named if name in self._parts]
 
@@ -84,7 +93,7 @@ class Shards:
 
         Raises EngineError naming every missing, surplus or misshapen tensor.
         """
-        require_same_shapes(source, weight_shapes(self.partition.config))
+        require_same_shapes(source, weight_shapes(self.partition.config) | self.partition.adapter_shapes)
         for local, parameter in parameters:
             with xla.filling({local: parameter}) as filled:
                 for part in self._parts[local]:
@@ -101,19 +110,33 @@ class Shards:
         return torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0]
 
     @torch.no_grad()
-    def whole(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor]]:
-        """Whole weights under the plain model's names, on the CPU, on the first rank alone. Every rank
-        iterates to the end."""
+    def whole(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], *, trainable: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights under the plain model's names, on the CPU, on the first rank alone, an adapter's
+        before its module's. Every rank iterates to the end.
+
+        Args:
+            trainable: those that adapters train alone.
+        """
         is_first = torch.distributed.get_rank() == 0
-        held = dict(parameters)
-        like = next(iter(held.values()))
+        spec, held = self.partition.adapters, dict(parameters)
+        # Masters of what is trained are float32, what is frozen beside them is not.
+        like = {self._trains(name): parameter for name, parameter in held.items()}
         for stage in range(self._parallel.pipeline):
             for local, names in local_tensors(self.partition, stage).items():
+                is_trained = self._trains(local)
+                if trainable and spec is not None and not is_trained:
+                    continue
                 for part in self._stacked(names):
-                    share = self._from(stage, held.get(local), part, like)
+                    share = self._from(stage, held.get(local), part, like[is_trained])
                     shares = self._groups.tensor.gather(share)
                     if is_first:
                         yield part.name, self._put_together(part.name, shares.cpu())
+
+    def _trains(self, local: str) -> bool:
+        spec = self.partition.adapters
+        return spec is None or spec.trains(local)
 
     def _from(self, stage: int, parameter: nn.Parameter | None, part: WeightRows, like: Tensor) -> Tensor:
         """A stage's share of a plain weight, on the same rank of every stage; ``like`` has its dtype."""
@@ -173,28 +196,29 @@ class Shards:
         return total.sqrt()
 
     def partial_gradients(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[Tensor]:
-        """Gradients of which each tensor-parallel rank has a part: those of the norms of heads, and under
-        sequence parallel of all that sees other tokens on each rank."""
+        """Gradients of which each tensor-parallel rank has a part: those of the norms of heads, of factors
+        beside a weight that is split, and under sequence parallel of all that sees other tokens on each
+        rank."""
         found = []
         for local, parameter in parameters:
             split, gradient = split_of(self._parts[local][0].name), _gradient(parameter)
-            is_partial = split.replicated and (split == EACH_HEAD or self._parallel.sequence_parallel)
-            if is_partial and gradient is not None:
+            sees_part = split == EACH_HEAD or self._parallel.sequence_parallel or is_factor(local)
+            if split.replicated and sees_part and gradient is not None:
                 found.append(gradient)
         return found
 
     @torch.no_grad()
     def sum_copies(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Give copies of kv heads the gradients of all of them together, of biases and norms: NxD's layers
-        see to those of matrices alone."""
+        """Give copies of kv heads the gradients of all of them together, of biases, norms and adapters: NxD's
+        layers see to those of its own matrices alone."""
         if self._parallel.kv_multiplier == 1:
             return
         shares = []
         for local, parameter in parameters:
             gradient = _gradient(parameter)
             for part in self._parts[local]:
-                is_vector = len(self.partition.whole_shape(part.name)) == 1
-                if is_vector and split_of(part.name) == KV_HEADS and gradient is not None:
+                is_ours = len(self.partition.whole_shape(part.name)) == 1 or is_factor(part.name)
+                if is_ours and split_of(part.name) == KV_HEADS and gradient is not None:
                     shares.append((part.name, part.of(gradient)))
         # One tensor of all heads each, in which every rank adds its own.
         wholes = [share.new_zeros(self.partition.whole_shape(name)) for name, share in shares]
@@ -207,7 +231,7 @@ class Shards:
                 own.copy_(there)
 
     def _places(self, name: str, share: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of this rank's heads, in its share of a vector and in the whole."""
+        """Views of this rank's heads, in its share of a tensor and in the whole."""
         row = 0
         for start, stop in self.partition.ranges(name, self._groups.tensor.rank)[1]:
             yield share[row : row + stop - start], whole[start:stop]
