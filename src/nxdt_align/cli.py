@@ -66,6 +66,7 @@ Preference alignment of language models from NxD Training's YAML.
   nxdt-align inspect PATH                                describe a checkpoint
   nxdt-align generate MODEL --prompts FILE               let a run, checkpoint or export answer prompts
   nxdt-align chat MODEL                                  talk to it
+  nxdt-align compare BEFORE AFTER --data FILE            two models on the same records, side by side
   nxdt-align report RUN [RUN ...]                        what runs did: curves, settings, a verdict in words
   nxdt-align doctor --neuron [--config-name NAME ...]    an archive for whoever is to find a fault on a node
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
@@ -648,6 +649,11 @@ def _generate(arguments: argparse.Namespace, environment: Environment) -> int:
     return cli_evaluation.generate(arguments, _show)
 
 
+def _compare(arguments: argparse.Namespace, environment: Environment) -> int:
+    show_on_terminal(rank=0)
+    return cli_evaluation.compare(arguments, _show)
+
+
 def _report(arguments: argparse.Namespace, environment: Environment) -> int:
     show_on_terminal(rank=0)
     return cli_evaluation.report(arguments, _show)
@@ -721,6 +727,7 @@ _NEED_TORCH = (
     "export",
     "inspect",
     "generate",
+    "compare",
     "chat",
 )
 _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
@@ -739,6 +746,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "export": _convert,
     "inspect": _inspect,
     "generate": _generate,
+    "compare": _compare,
     "chat": _chat,
     "report": _report,
 }

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nxdt_align import __version__
 from nxdt_align.evaluation.curves import Curves, read_curves
+from nxdt_align.evaluation.page import page_environment
 from nxdt_align.evaluation.plots import COLOURS, Line, plot
 from nxdt_align.evaluation.settings import Settings, differing, read_settings
 from nxdt_align.evaluation.verdict import (
@@ -155,24 +155,20 @@ def to_dict(runs: Sequence[RunReport]) -> dict[str, Any]:
 
 def render(runs: Sequence[RunReport]) -> str:
     """The page."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = _number
     objectives = list(dict.fromkeys(run.objective for run in runs))
     plots = _plots_of_one(runs[0]) if len(runs) == 1 else _plots_of_several(runs, len(objectives) == 1)
-    return environment.get_template(_TEMPLATE).render(
-        runs=runs,
-        objectives=[name or "unknown" for name in objectives],
-        plots=[Markup(svg) for svg in plots if svg],
-        colours=COLOURS,
-        differing=differing([run.settings for run in runs]) if len(runs) > 1 else {},
-        labels=[(name, label) for name, label in _METRICS if any(run.curves[name] for run in runs)],
-        version=__version__,
+    return (
+        page_environment()
+        .get_template(_TEMPLATE)
+        .render(
+            runs=runs,
+            objectives=[name or "unknown" for name in objectives],
+            plots=[Markup(svg) for svg in plots if svg],
+            colours=COLOURS,
+            differing=differing([run.settings for run in runs]) if len(runs) > 1 else {},
+            labels=[(name, label) for name, label in _METRICS if any(run.curves[name] for run in runs)],
+            version=__version__,
+        )
     )
 
 
@@ -229,9 +225,3 @@ def _said(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     data = dict.fromkeys(said for _, said in entries if _DATA.match(said))
     warnings = dict.fromkeys(said for level, said in entries if level in ("WARNING", "ERROR"))
     return tuple(data), tuple(list(warnings)[:_MOST_WARNINGS])
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)
