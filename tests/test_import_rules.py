@@ -23,7 +23,7 @@ FOUNDATION = (
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.settings", "engines.steps", "engines.masters", "engines.spread"),
     *("engines.ranks", "engines.scoring", "engines.checkpoint_folder", "engines.digests"),
-    *("engines.async_save", "engines.xla", "engines.adapters"),
+    *("engines.async_save", "engines.xla", "engines.adapters", "engines.greedy"),
 )
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
@@ -54,8 +54,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "engines.spread": (
         *("engines.base", "engines.masters", "engines.ranks", "engines.steps", "engines.xla"),
-        "batch",
+        *("engines.greedy", "batch"),
     ),
+    "engines.greedy": ("batch",),
     "engines.digests": (),
     "engines.checkpoint_folder": ("engines.base", "engines.digests", "engines.ranks", "named_tensors"),
     "engines.async_save": ("engines.ranks", "engines.checkpoint_folder"),

@@ -49,6 +49,7 @@ class DryRun(RunMode):
     compute_reference = staticmethod(trace_shapes)
     preflight = _PreflightGraphs
     checks_values = False
+    makes_samples = False
     finishes_steps = False
 
     def check_places(self, places: Places) -> None:

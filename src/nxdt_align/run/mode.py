@@ -46,6 +46,8 @@ class RunMode:
     preflight: type[Preflight] = Preflight
     checks_values: bool = True
     """Whether values that are not finite stop the run."""
+    makes_samples: bool = True
+    """Whether the policy answers prompts during evaluation, where the configuration says so."""
     finishes_steps: bool = True
     """Whether a signal waits for the end of the step, which is then saved."""
 

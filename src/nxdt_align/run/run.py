@@ -44,6 +44,7 @@ from nxdt_align.run.reference import (
     reference_callbacks,
 )
 from nxdt_align.run.resume import RUN_RECORD, RunFolder, RunIdentity, identify, newest_checkpoint
+from nxdt_align.run.samples import sample_callbacks
 from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
@@ -166,6 +167,7 @@ class Run:
                 *reference,
                 *self._recompile_guard(),
                 *self._progress(),
+                *self._samples(run),
                 FinishRun(
                     self.engine, self._export, export, self._finite, self.parts.precision.compute, stop
                 ),
@@ -293,6 +295,20 @@ class Run:
     def _recompile_guard(self) -> list[Callback]:
         compiler, stop = self.engine.compiler, self.config.exp_manager.fail_on_recompile
         return [] if compiler is None else [RecompileGuard(compiler.count, stop=stop)]
+
+    def _samples(self, run: RunFolder) -> list[Callback]:
+        if not self.mode.makes_samples:
+            return []
+        return sample_callbacks(
+            self.config,
+            self.engine,
+            self.data,
+            self.tokenization,
+            self._generation,
+            self.model_config,
+            row_multiple=self.parts.row_multiple,
+            folder=run.path,
+        )
 
     def _progress(self) -> list[Callback]:
         if not self.config.trainer.enable_progress_bar:

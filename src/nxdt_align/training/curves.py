@@ -42,6 +42,10 @@ class Curves(TensorBoardLogger):
     def log_hyperparams(self, *arguments: Any, **settings: Any) -> None:
         self._attempt(lambda: super(Curves, self).log_hyperparams(*arguments, **settings))
 
+    def write_text(self, name: str, markdown: str, step: int) -> None:
+        """Show ``markdown`` under ``name``, as of ``step``."""
+        self._attempt(lambda: self.experiment.add_text(name, markdown, step), step)
+
     def save(self) -> None:
         self._attempt(super().save)
 
