@@ -198,6 +198,9 @@ class ExpManagerConfig:
     """Log the parameters' L2 norm."""
     log_gradient_norm: bool = True
     """Log the gradients' L2 norm before clipping."""
+    log_step_phases: bool = False
+    """(ours) Log seconds per step of waiting for data, forward and backward pass, optimizer, and metrics, as
+    time/data, ...; the device is waited for after each. run.log has their shares without that, too."""
     log_token_statistics: bool = True
     """Log TRL's statistics of the responses' tokens: logits/chosen, logits/rejected, entropy and
     mean_token_accuracy."""

@@ -127,6 +127,9 @@ class DryRun(RunMode):
     def monitors(self, config: Config, env: RunEnv) -> list[Callback]:
         return []
 
+    def profilers(self, config: Config, env: RunEnv, run: RunFolder, device: torch.device) -> list[Callback]:
+        return []
+
     def export_folder(self, config: Config, run: RunFolder) -> Path | None:
         return None
 

@@ -168,6 +168,7 @@ class Run:
                 *self._recompile_guard(),
                 *self._progress(),
                 *self._samples(run),
+                *self.mode.profilers(self.config, self.env, run, self.engine.device),
                 FinishRun(
                     self.engine, self._export, export, self._finite, self.parts.precision.compute, stop
                 ),
@@ -330,6 +331,8 @@ class Run:
             log_every_n_steps=config.trainer.log_every_n_steps,
             log_parameter_norm=config.exp_manager.log_parameter_norm,
             log_gradient_norm=config.exp_manager.log_gradient_norm,
+            log_step_phases=config.exp_manager.log_step_phases,
+            detect_anomaly=config.trainer.detect_anomaly,
         )
         plan = OptimizerPlan(
             build=lambda engine: engine.adopt_optimizer(
@@ -393,6 +396,7 @@ class Run:
             num_nodes=settings.num_nodes,
             **self.mode.extent(self.config),
             log_every_n_steps=settings.log_every_n_steps,
+            detect_anomaly=settings.detect_anomaly,
             enable_progress_bar=settings.enable_progress_bar,
             enable_model_summary=False,
             enable_checkpointing=False,  # exp_manager adds its own callback and loggers

@@ -1,12 +1,32 @@
-"""Texts and tables in the loggers that show any: TensorBoard, W&B, MLflow."""
+"""Settings, texts and tables in the loggers that show any: TensorBoard, W&B, MLflow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from nxdt_align.training.curves import Curves
+
+
+def write_settings(
+    loggers: Sequence[Logger], settings: Mapping[str, Any], given: Mapping[str, Any], yaml: str
+) -> None:
+    """Log a run's settings before its first step. Of rank 0 alone.
+
+    Args:
+        settings: all of them, dotted key -> value.
+        given: those that are not at their defaults, which TensorBoard gets: its table has a column for each.
+        yaml: the resolved YAML, as text for those that show any.
+    """
+    for logger in loggers:
+        if isinstance(logger, Curves):
+            logger.write_settings(given)
+            logger.write_layout()
+        else:
+            logger.log_hyperparams(dict(settings))
+    write_text(loggers, "config", f"```yaml\n{yaml}```", 0)
 
 
 def write_text(loggers: Sequence[Logger], name: str, markdown: str, step: int) -> None:
