@@ -123,7 +123,7 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
     "arguments of the W&B logger": (
-        ("exp_manager.create_wandb_logger=True", "exp_manager.wandb_logger_kwargs={projct: x}"),
+        ("exp_manager.create_wandb_logger=True", "exp_manager.wandb_logger_kwargs={{projct: x}}"),
         (
             "exp_manager.wandb_logger_kwargs.projct: is not an argument of the wandb logger",
             "did you mean project?",

@@ -63,7 +63,8 @@ class Curves(TensorBoardLogger):
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
 
         def write() -> None:
-            for summary in hparams(plain, dict.fromkeys(JUDGED_BY, 0.0)):
+            summaries = hparams(plain, dict.fromkeys(JUDGED_BY, 0.0))  # type: ignore[no-untyped-call]
+            for summary in summaries:
                 self.experiment._get_file_writer().add_summary(summary)
 
         self._attempt(write)

@@ -35,7 +35,7 @@ class ProfileSteps(Callback):
         self._config, self._folder, self._rank = config, folder / "profile", rank
         own = _OF_DEVICE.get(device.type)
         self._activities = [ProfilerActivity.CPU]
-        if own is not None and own in supported_activities():
+        if own is not None and own in supported_activities():  # type: ignore[no-untyped-call]
             self._activities.append(own)
         elif device.type != "cpu":
             log.log(NOTICE, "trainer.profiler: torch's profiler sees the host alone on %s", device.type)
