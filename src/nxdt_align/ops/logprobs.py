@@ -290,7 +290,8 @@ class _TiledLogps(torch.autograd.Function):
             for tile in _parts(vocabulary, columns):
                 placed = _labels_in(labels[part], tile, shard)
                 logits = _logits(hidden[part], head[tile], _part_of(bias, tile), form)
-                exps, top = scan.add(logits, *placed, shard.start + tile.start)
+                first = 0 if scan.best is None else shard.start + tile.start
+                exps, top = scan.add(logits, *placed, first)
                 if exps.nbytes <= room:
                     kept[part.start, tile.start] = exps, top
                     room -= exps.nbytes
