@@ -9,7 +9,7 @@ PYTHON ?=
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 export TORCH PIP_ARGS PYTHON
 
-.PHONY: help demo demo-orpo check test test-full chaos test-xla bench bench-objectives lint clean
+.PHONY: help demo demo-orpo check test test-full chaos test-xla bench bench-objectives bench-verdicts lint clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -50,6 +50,9 @@ bench: $(VENV)/.installed ## pairs per second against TRL and padded rows; DATA=
 
 bench-objectives: $(VENV)/.installed ## every objective on the demo's data; ONLY="dpo;kto" STEPS=n JOBS=n PAGE=docs/objectives_benchmark.md
 	$(BIN)/python benchmarks/objectives.py $(if $(ONLY),--only "$(ONLY)") $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PAGE),--page $(PAGE))
+
+bench-verdicts: $(VENV)/.installed ## precision and recall of the report's rules on 51 runs made to show them; ONLY="noise" JOBS=n PAGE=docs/verdicts_benchmark.md
+	PYTHONPATH=src:examples:benchmarks $(BIN)/python benchmarks/verdicts.py $(if $(ONLY),--only "$(ONLY)") $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PAGE),--page $(PAGE))
 
 lint: $(VENV)/.installed ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff check .

@@ -74,7 +74,7 @@ def make_data(bench: Bench) -> None:
 def warmup_config(bench: Bench) -> Any:
     config = OmegaConf.load(CONF / "tiny_llama_SFT_config.yaml")
     config.model.optim.sched.warmup_steps = max(1, bench.warmup_steps // 20)
-    return _with_places(config, bench.warmup, bench.warmup_steps, looks=1)
+    return with_places(config, bench.warmup, bench.warmup_steps, looks=1)
 
 
 def config_of(entry: Entry, bench: Bench) -> Any:
@@ -88,10 +88,11 @@ def config_of(entry: Entry, bench: Bench) -> Any:
         config.data.global_batch_size *= 2  # completions: as many as its pairs have
         for key, split in (("train_dir", "train"), ("val_dir", "heldout")):
             config.data[key] = str(bench.demo / "data" / f"unpaired_{split}.jsonl")
-    return _with_places(config, bench.place(entry), bench.steps, POINTS)
+    return with_places(config, bench.place(entry), bench.steps, POINTS)
 
 
-def _with_places(config: Any, folder: Path, steps: int, looks: int) -> Any:
+def with_places(config: Any, folder: Path, steps: int, looks: int) -> Any:
+    """``config`` with so many steps, looked at so often, whose run is in ``folder``."""
     every = max(1, steps // looks)
     config.trainer.max_steps = steps
     config.trainer.val_check_interval = every

@@ -169,3 +169,14 @@ def test_explain_says_what_to_do() -> None:
     assert "writable" in explain(OSError(errno.EACCES, "Permission denied"))
     assert "read-only" in explain(OSError(errno.EROFS, "Read-only file system"))
     assert "strange" in explain(OSError(errno.EXDEV, "strange"))
+
+
+def test_lines_are_appended_behind_whole_lines(tmp_path: Path) -> None:
+    """Also behind one that a kill has cut."""
+    file = tmp_path / "lines.jsonl"
+    for lines in (["one"], ["two", "drei \u00fc"]):
+        files.append_lines(file, lines)
+    assert file.read_text(encoding="utf-8") == "one\ntwo\ndrei \u00fc\n"
+    file.write_bytes(file.read_bytes() + b"cu")
+    files.append_lines(file, ["three"])
+    assert file.read_text(encoding="utf-8").splitlines()[-2:] == ["cu", "three"]

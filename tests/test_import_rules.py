@@ -23,7 +23,7 @@ FOUNDATION = (
 SHARED_BY_ENGINES = (
     *("engines.base", "engines.settings", "engines.steps", "engines.masters", "engines.spread"),
     *("engines.ranks", "engines.scoring", "engines.checkpoint_folder", "engines.digests"),
-    *("engines.async_save", "engines.xla", "engines.adapters"),
+    *("engines.async_save", "engines.xla", "engines.adapters", "engines.greedy"),
 )
 
 # Importer -> imported, beside itself and the foundation. The longest prefix of a module's name counts.
@@ -55,8 +55,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "engines.spread": (
         *("engines.base", "engines.masters", "engines.ranks", "engines.steps", "engines.xla"),
-        "batch",
+        *("engines.greedy", "batch"),
     ),
+    "engines.greedy": ("batch",),
     "engines.digests": (),
     "engines.checkpoint_folder": ("engines.base", "engines.digests", "engines.ranks", "named_tensors"),
     "engines.async_save": ("engines.ranks", "engines.checkpoint_folder"),
@@ -81,13 +82,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("reference", "training", "weights", "neuron", "evaluation"),
     ),
     "cli": (
-        *("run", "config", "cli_conversion", "cli_doctor", "cli_evaluation", "cli_reference"),
+        *("run", "config", "cli_conversion", "cli_doctor", "cli_evaluation", "cli_reference", "cli_sweep"),
         *("neuron.environment", "neuron.compile", "neuron.node"),
     ),
     "cli_conversion": (),
     "cli_doctor": ("run", "config", "neuron.bundle"),
     "cli_evaluation": ("run",),
     "cli_reference": ("run", "config", "reference"),
+    "cli_sweep": ("run", "config"),
     "api": ("cli", "config", "losses", "run"),
     "__main__": ("cli",),
     "": ("api", "losses", "run"),
@@ -122,6 +124,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "cli_doctor": (),
     "cli_evaluation": (),
     "cli_reference": (),
+    "cli_sweep": (),
     "neuron.bundle": (),
     "neuron.compile": (),
     "neuron.environment": (),

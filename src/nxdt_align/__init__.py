@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nxdt_align.losses import ResponseLogps as ResponseLogps
     from nxdt_align.losses import SFTLoss as SFTLoss
     from nxdt_align.losses import SimPOLoss as SimPOLoss
+    from nxdt_align.run.comparison import compare as compare
     from nxdt_align.run.contracts import Result as Result
     from nxdt_align.run.conversion import convert as convert
     from nxdt_align.run.conversion import export as export
@@ -44,6 +45,7 @@ _PLACES = {
     **dict.fromkeys(("load_config", "train"), "api"),
     **dict.fromkeys(("DPOLoss", "ORPOLoss", "CPOLoss", "SimPOLoss", "KTOLoss", "SFTLoss"), "losses"),
     "ResponseLogps": "losses",
+    "compare": "run.comparison",
     "Result": "run.contracts",
     **dict.fromkeys(("convert", "export"), "run.conversion"),
     "generate": "run.generation",

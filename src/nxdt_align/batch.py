@@ -23,11 +23,12 @@ IGNORE_LABEL = -100
 INT32_DEVICES = ("neuron", "xla")
 """Types of devices that compute with 32-bit integers, whatever they are given."""
 
-TokenStatistic = Literal["collisions", "entropy", "mean_logit", "is_top1", "logits"]
+TokenStatistic = Literal["collisions", "entropy", "mean_logit", "is_top1", "top1", "logits"]
 """What else can be read off the logits while they are there, a value per position, float32, without gradient:
 log of the summed squared probabilities (WPO), the distribution's entropy in nats, the mean of the logits over
-the vocabulary, and whether the label has the largest logit (1 or 0). Or the logits themselves, with gradient,
-a vocabulary per position, where an engine has them whole."""
+the vocabulary, whether the label has the largest logit (1 or 0), and the token that has it (the first of
+equal ones; its id is exact up to 2**24). Or the logits themselves, with gradient, a vocabulary per position,
+where an engine has them whole."""
 
 TOKEN_STATISTICS: tuple[TokenStatistic, ...] = ("entropy", "mean_logit", "is_top1")
 """What is logged of the responses' tokens on request; no loss reads it."""

@@ -21,6 +21,7 @@ from nxdt_align import TORCH, __version__, cli_evaluation, cli_reference
 from nxdt_align.cli_conversion import add_conversion_verbs, conversion_options
 from nxdt_align.cli_doctor import add_neuron_options, neuron_doctor
 from nxdt_align.cli_reference import add_reference_verb
+from nxdt_align.cli_sweep import add_sweep_options, sweep
 from nxdt_align.config.check import (
     CheckedConfig,
     ConfigError,
@@ -65,12 +66,14 @@ Preference alignment of language models from NxD Training's YAML.
   nxdt-align train --config-name NAME [key=value ...]    train, in this process
   nxdt-align launch [key=value ...]                      train.sh: as many processes as CONF_FILE asks for
   nxdt-align reference precompute --config-name NAME     reference values ahead; also inspect, merge, verify
+  nxdt-align sweep --config-name NAME key=a,b ...        one run per combination of values, and a report
   nxdt-align presets [cp NAME FILE]                      list the configs, or copy one
   nxdt-align convert SOURCE DESTINATION [--tp N ...]     Hugging Face <-> NxD Training, checked
   nxdt-align export CHECKPOINT DESTINATION               any checkpoint as a Hugging Face folder
   nxdt-align inspect PATH                                describe a checkpoint
   nxdt-align generate MODEL --prompts FILE               let a run, checkpoint or export answer prompts
   nxdt-align chat MODEL                                  talk to it
+  nxdt-align compare BEFORE AFTER --data FILE            two models on the same records, side by side
   nxdt-align report RUN [RUN ...]                        what runs did: curves, settings, a verdict in words
   nxdt-align doctor --neuron [--config-name NAME ...]    an archive for whoever is to find a fault on a node
   nxdt-align --help-keys [SECTION]                       every key: type, default, meaning
@@ -285,6 +288,14 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_argument("--path", action="store_true", help="print the path of train.sh and stop")
     launch.add_argument("--print-env", action="store_true", help="as train.sh --print-env")
     launch.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the YAML's values")
+    add_sweep_options(
+        _add_verb(
+            verbs,
+            "sweep",
+            "train once for each combination of the values that keys have, key=a,b, in a folder each, and "
+            "write the report of all; what is finished is not run again",
+        )
+    )
     listing = verbs.add_parser("presets", help="list the configs, one line each, or copy one")
     listing.add_argument(
         "copy",
@@ -611,6 +622,11 @@ def _launch(arguments: argparse.Namespace, environment: Environment) -> int:
     os.execvp("bash", ["bash", script, *options, *arguments.overrides])
 
 
+def _sweep(arguments: argparse.Namespace, environment: Environment) -> int:
+    show_on_terminal(rank=0)
+    return sweep(arguments, os.environ, _overrides(arguments, environment)[len(arguments.overrides) :], _show)
+
+
 def _precompile(arguments: argparse.Namespace, environment: Environment) -> int:
     from nxdt_align.neuron.compile import precompile
 
@@ -697,6 +713,11 @@ def _generate(arguments: argparse.Namespace, environment: Environment) -> int:
     return cli_evaluation.generate(arguments, _show)
 
 
+def _compare(arguments: argparse.Namespace, environment: Environment) -> int:
+    show_on_terminal(rank=0)
+    return cli_evaluation.compare(arguments, _show)
+
+
 def _report(arguments: argparse.Namespace, environment: Environment) -> int:
     show_on_terminal(rank=0)
     return cli_evaluation.report(arguments, _show)
@@ -765,12 +786,14 @@ _NEED_TORCH = (
     "doctor",
     "graphs",
     "train",
+    "sweep",
     "workers",
     "convert",
     "export",
     "inspect",
     "reference",
     "generate",
+    "compare",
     "chat",
 )
 _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
@@ -780,6 +803,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "graphs": _graphs,
     "train": _train,
     "launch": _launch,
+    "sweep": _sweep,
     "processes": _processes,
     "precompile": _precompile,
     "workers": _workers,
@@ -790,6 +814,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace, Environment], int]] = {
     "inspect": _inspect,
     "reference": _reference,
     "generate": _generate,
+    "compare": _compare,
     "chat": _chat,
     "report": _report,
 }

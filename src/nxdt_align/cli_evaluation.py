@@ -1,4 +1,4 @@
-"""Arguments of generate, chat and report, and what they print."""
+"""Arguments of generate, chat, compare and report, and what they print."""
 
 from __future__ import annotations
 
@@ -24,18 +24,31 @@ def add_evaluation_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentPars
         help="in any format that training reads, responses or none; or a data set's name on the Hub",
     )
     add("--out", type=Path, metavar="FILE", help="a new .jsonl to write instead of printing")
-    add("--format", metavar="NAME", help="of the prompts, as data.format (default: by their keys)")
-    add("--limit", type=int, metavar="N", help="the first N prompts alone")
-    add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
-    add(
-        "--backend",
-        choices=("auto", "vllm", "transformers"),
-        default="auto",
-        help="auto: vLLM where it and an accelerator are there, else transformers",
-    )
-    add("--tp", dest="tensor_parallel", type=int, default=1, metavar="N", help="devices, for vLLM")
+    _add_many(generate, "of the prompts")
     chat = _add(verbs, "chat", "talk to a model, with its chat template")
     chat.add_argument("--system", metavar="TEXT", help="the conversation's system message")
+    compare = verbs.add_parser(
+        "compare",
+        help="the same prompts through two models side by side: answers, scores, implicit rewards",
+        allow_abbrev=False,
+    )
+    add = compare.add_argument
+    add("before", type=Path, metavar="BEFORE", help="a run, a checkpoint or export of one, weights")
+    add("after", type=Path, metavar="AFTER", help="another")
+    add("--data", required=True, metavar="FILE", help="pairs, single responses or prompts, in any format")
+    add("--out", type=Path, metavar="FILE", help="the page (default: compare.html), its JSON beside it")
+    add("--json", action="store_true", help="print the JSON, and write nothing")
+    add(
+        "--score",
+        default="auto",
+        metavar="NAME",
+        help="exact, gsm8k, none, or the dotted path of a function (completion, record) -> number "
+        "(default: by the data's answers)",
+    )
+    add(
+        "--beta", type=float, metavar="B", help="of implicit rewards (default: that of AFTER's run, else 0.1)"
+    )
+    _add_many(compare, "of the data")
     report = verbs.add_parser(
         "report",
         help="write the page of a run, or of several side by side: curves, settings, a verdict in words",
@@ -49,7 +62,7 @@ def add_evaluation_verbs(verbs: argparse._SubParsersAction[argparse.ArgumentPars
         help="the page (default: report.html in the run's folder; of several runs, in the current one)",
     )
     report.add_argument("--json", action="store_true", help="print the same as JSON, and write nothing")
-    for verb, tokens in ((generate, 256), (chat, 1024)):
+    for verb, tokens in ((generate, 256), (compare, 256), (chat, 1024)):
         _add_common(verb, tokens)
 
 
@@ -61,6 +74,21 @@ def _add(
         "model", type=Path, metavar="MODEL", help="a run, a checkpoint or export of one, a folder of weights"
     )
     return verb
+
+
+def _add_many(verb: argparse.ArgumentParser, of: str) -> None:
+    """Of verbs that answer a whole file."""
+    add = verb.add_argument
+    add("--format", metavar="NAME", help=f"{of}, as data.format (default: by their keys)")
+    add("--limit", type=int, metavar="N", help="the first N records alone")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    add(
+        "--backend",
+        choices=("auto", "vllm", "transformers"),
+        default="auto",
+        help="auto: vLLM where it and an accelerator are there, else transformers",
+    )
+    add("--tp", dest="tensor_parallel", type=int, default=1, metavar="N", help="devices, for vLLM")
 
 
 def _add_common(verb: argparse.ArgumentParser, tokens: int) -> None:
@@ -76,7 +104,7 @@ def _add_common(verb: argparse.ArgumentParser, tokens: int) -> None:
         "--chat-template-kwargs",
         type=_variables,
         metavar="JSON",
-        help="variables of the chat template, as data.chat_template_kwargs: '{\"enable_thinking\": false}'",
+        help="variables of the chat template: '{\"enable_thinking\": false}' (default: the model's run's)",
     )
 
 
@@ -101,6 +129,19 @@ def generate(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
     rows = generation.generate(**options(arguments))
     if arguments.out is None:
         show("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return 0
+
+
+def compare(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
+    from nxdt_align.run import comparison
+
+    given = options(arguments)
+    if given.pop("json"):
+        show(json.dumps(comparison.compare(**given | {"out": None}), indent=2, ensure_ascii=False))
+        return 0
+    page = given["out"] = given["out"] or Path("compare.html")
+    found = comparison.compare(**given)
+    show(f"{found['verdict']}\ncomparison: {page}")
     return 0
 
 

@@ -17,10 +17,10 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 try:
     import fcntl
@@ -64,6 +64,20 @@ def unwritable(folder: Path) -> str | None:
     if not place.is_dir():
         return f", where {place} is a file"
     return None if os.access(place, os.W_OK | os.X_OK) else f", and {place} is not writable"
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append ``lines`` to a text file, whatever ends the process afterwards; a line that a kill has cut stays
+    one of its own. Raises OSError."""
+    with open(path, "ab+") as file:
+        if file.tell() and not _ends_a_line(file):
+            file.write(b"\n")
+        file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:

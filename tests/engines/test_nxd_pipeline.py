@@ -34,7 +34,7 @@ from nxdt_align.ops.logprobs import token_logps
 from nxdt_align.weights.nxdt import NxDTFolder
 
 pytestmark = pytest.mark.nxd
-STATISTICS: tuple[TokenStatistic, ...] = ("collisions", "entropy", "mean_logit", "is_top1")
+STATISTICS: tuple[TokenStatistic, ...] = ("collisions", "entropy", "mean_logit", "is_top1", "top1")
 CASE, CUT = Case(pp=2), Case(pp=2, cuts=(1,))
 THREE_LAYERS = replace(CONFIG, num_hidden_layers=3)
 SIZES = [(3, 2), (7, 3), (8, 3), (32, 6), (4, 4)]

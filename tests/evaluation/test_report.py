@@ -7,11 +7,11 @@ import re
 import shutil
 import struct
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 from torch.utils.tensorboard import SummaryWriter
 from training_fixture import Project
 
@@ -31,27 +31,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     assert project.train("trainer.max_steps=4") == 0
     assert project.train("trainer.max_steps=8", report) == 0
     return project
-
-
-class Page(HTMLParser):
-    """Tags that are open, and every attribute."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.attributes: list[tuple[str, str | None]] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    handle_startendtag = handle_starttag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def read(file: Path) -> Page:

@@ -111,6 +111,11 @@ SHOW: list[tuple[str, dict[str, Curve]]] = [
     ("learning rate too high", {"logps__chosen_per_token": line(-2.0, -6.0)}),
     ("learning rate too high", {"gradient_norm": Curve(tuple(STEPS), (2.0,) * 25 + (90.0,) * 15)}),
     ("nothing learnt", STILL),
+    # Seen at a learning rate of 1e-9: margins of 1e-5 nats have a sign, too.
+    (
+        "nothing learnt",
+        {**STILL, "rewards__accuracies": line(0.5, 0.97), "rewards__margins": line(1e-7, 3e-5)},
+    ),
     (
         "data noise",
         {

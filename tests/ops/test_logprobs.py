@@ -14,7 +14,7 @@ from nxdt_align.batch import IGNORE_LABEL, TokenStatistic
 from nxdt_align.ops import logprobs
 from nxdt_align.ops.logprobs import VocabShard, token_logps
 
-ALL_STATISTICS: tuple[TokenStatistic, ...] = ("collisions", "entropy", "mean_logit", "is_top1")
+ALL_STATISTICS: tuple[TokenStatistic, ...] = ("collisions", "entropy", "mean_logit", "is_top1", "top1")
 
 
 def whole(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
@@ -83,6 +83,7 @@ def read_off(hidden: Tensor, head: Tensor, labels: Tensor) -> dict[TokenStatisti
         "entropy": -(logps.exp() * logps).sum(-1),
         "mean_logit": logits.mean(-1),
         "is_top1": (logits.argmax(-1) == labels).double(),
+        "top1": logits.argmax(-1).double(),
     }
 
 

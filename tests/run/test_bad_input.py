@@ -119,6 +119,14 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "'nxdt-align[wandb]', or set exp_manager.create_wandb_logger=False",
             "exp_manager.create_mlflow_logger: needs the package mlflow",
             "exp_manager.wandb_logger_kwargs: must have a name or a project",
+            "exp_manager.mlflow_logger_kwargs: must have an experiment_name",
+        ),
+    ),
+    "arguments of the W&B logger": (
+        ("exp_manager.create_wandb_logger=True", "exp_manager.wandb_logger_kwargs={{projct: x}}"),
+        (
+            "exp_manager.wandb_logger_kwargs.projct: is not an argument of the wandb logger",
+            "did you mean project?",
         ),
     ),
     "seed": (("seed=-1",), ("seed: must be at least 0, but is -1",)),

@@ -135,6 +135,9 @@ class FakeEngine(Engine):
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         raise NotImplementedError
 
+    def greedy(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+        raise NotImplementedError
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return []
 

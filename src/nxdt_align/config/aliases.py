@@ -56,6 +56,7 @@ FOREIGN_KEYS = {
     **_named("trainer.gradient_clip_val", "max_grad_norm max_gradient_norm clip_grad_norm"),
     **_named("trainer.log_every_n_steps", "logging_steps"),
     **_named("trainer.val_check_interval", "eval_steps eval_every validate_every_n_steps"),
+    **_named("exp_manager.sample_during_eval.prompts", "n_eval_model_samples sample_during_eval"),
     **_named("exp_manager.exp_dir", "output_dir run_dir local_dirs"),
     **_named("exp_manager.name", "run_name exp_name"),
     **_named(f"{_CHECKPOINTS}.every_n_train_steps", "save_steps checkpoint_every_n_steps"),

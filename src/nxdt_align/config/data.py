@@ -17,7 +17,7 @@ _PAIRS = (
     *("pairs", "fairseq2", "responses", "sharegpt", "orca", "hh", "alpaca", "openai", "torchtune", "swift"),
     *("shp", "stack_exchange", "nectar", "ultrafeedback", "common_beginning"),
 )
-_SINGLE = ("input_output", "messages")
+_SINGLE = ("input_output", "messages", "question_answer")
 TEMPLATE_ARGUMENTS = frozenset(
     (
         *("messages", "conversation", "conversations", "tools", "documents", "chat_template", "tokenize"),

@@ -90,6 +90,21 @@ def _is_duration(value: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """(ours) Answers to fixed validation prompts from the policy as it trains."""
+
+    prompts: int = number(0, at_least=0, at_most=1000)
+    """Number of prompts, the first different ones of the validation data; 0: no samples."""
+    every_n_validations: int = number(1, at_least=1)
+    """Validations between two samplings; before the first step there is always one, in a new run."""
+    max_tokens: int = number(64, at_least=1)
+    """New tokens per prompt. Each takes a whole forward pass over all prompts."""
+    temperature: float = number(0.0, at_least=0)
+    """0 takes the likeliest token; above 0, tokens are drawn from logits divided by it (with one
+    tensor-parallel rank and pipeline stage), by random numbers apart from the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpManagerConfig:
     """The experiment's folder, loggers and checkpoints, and what training resumes from."""
 
@@ -183,6 +198,9 @@ class ExpManagerConfig:
     """Log the parameters' L2 norm."""
     log_gradient_norm: bool = True
     """Log the gradients' L2 norm before clipping."""
+    log_step_phases: bool = False
+    """(ours) Log seconds per step of waiting for data, forward and backward pass, optimizer, and metrics, as
+    time/data, ...; the device is waited for after each. run.log has their shares without that, too."""
     log_token_statistics: bool = True
     """Log TRL's statistics of the responses' tokens: logits/chosen, logits/rejected, entropy and
     mean_token_accuracy."""
@@ -210,6 +228,7 @@ class ExpManagerConfig:
     report: bool = True
     """(ours) At the end, write report.html and report.json into the run's folder: curves, settings and a
     verdict in words."""
+    sample_during_eval: SampleConfig = field(default_factory=SampleConfig)
     preflight: bool = True
     """(ours) Before the first step, check that policy and reference agree; stop a new run if they should and
     do not."""

@@ -43,6 +43,13 @@ SUMMARY_WRITER: dict[str, tuple[tuple[type, ...], str]] = {
     "flush_secs": ((int, float), "a number"),
 }
 """Setting of the TensorBoard logger -> its types, and what they are called."""
+WANDB = (
+    *("name", "project", "entity", "group", "job_type", "tags", "notes", "id", "save_dir", "dir", "offline"),
+    *("log_model", "prefix", "checkpoint_name", "experiment", "anonymous", "config", "mode", "resume"),
+    *("config_exclude_keys", "config_include_keys", "allow_val_change", "force", "reinit", "resume_from"),
+    *("fork_from", "save_code", "tensorboard", "sync_tensorboard", "monitor_gym", "settings"),
+)
+"""Arguments of Lightning's WandbLogger and, through it, of wandb.init."""
 _IN_A_NAME = ("prefix", "sub_dir", "comment", "filename_suffix")
 
 
@@ -65,11 +72,28 @@ def logger_faults(config: Config) -> Iterator[Fault]:
                 f"must have a name or a project with exp_manager.create_{name}_logger",
                 advice=f"e.g. {key}={{project: alignment}}",
             )
+    mlflow = config.exp_manager.mlflow_logger_kwargs
+    if config.exp_manager.create_mlflow_logger and not {"experiment_name", "run_id"} & set(mlflow):
+        key = "exp_manager.mlflow_logger_kwargs"
+        rule = "must have an experiment_name with exp_manager.create_mlflow_logger"
+        yield Fault(key, rule, advice=f"e.g. {key}={{experiment_name: alignment}}")
+    if config.exp_manager.create_wandb_logger:
+        yield from _unknown_names("wandb", config.exp_manager.wandb_logger_kwargs or {}, WANDB)
     yield from _summary_writer(config.exp_manager.summary_writer_kwargs or {})
     for file in config.exp_manager.files_to_copy or ():
         if not Path(file).is_file():
             rule = "must be files that exist"
             yield Fault("exp_manager.files_to_copy", rule, file, is_missing_path=True)
+
+
+def _unknown_names(logger: str, given: Mapping[str, object], known: tuple[str, ...]) -> Iterator[Fault]:
+    """Which its package would refuse, or not read, when training starts."""
+    for name, value in given.items():
+        if name not in known:
+            key = f"exp_manager.{logger}_logger_kwargs.{name}"
+            near = did_you_mean(name, known)
+            advice = f"{near} There are: {', '.join(known)}".strip()
+            yield Fault(key, f"is not an argument of the {logger} logger", value, advice)
 
 
 def _summary_writer(given: Mapping[str, object]) -> Iterator[Fault]:

@@ -352,9 +352,25 @@ def _quantized_base(config: Config, kind: str) -> Iterator[Fault]:
             yield Fault(key, rule, value, advice, (path,))
 
 
+def samples(config: Config) -> Iterator[Fault]:
+    """Tokens are drawn from whole logits, which a rank has only by itself."""
+    settings, parallel = config.exp_manager.sample_during_eval, config.distributed_strategy
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if settings.prompts and settings.temperature > 0 and ranks > 1:
+        key = "exp_manager.sample_during_eval.temperature"
+        involves = tuple(
+            f"{_STRATEGY}.{name}_model_parallel_size"
+            for name in ("tensor", "pipeline")
+            if lookup(config, f"{_STRATEGY}.{name}_model_parallel_size") > 1
+        )
+        rule = f"must be 0 with {' and '.join(involves)} above 1, as no rank has all logits"
+        yield Fault(key, rule, settings.temperature, involves=involves)
+
+
 RULES: tuple[Rule, ...] = (
     *(values, fixed, required, objective, model_source, parallel_sizes, pipeline),
     *(lengths, trainer, checkpoint_choice, optimizer, scheduler, own_parts, template_variables, adapters),
+    samples,
 )
 
 
@@ -367,6 +383,12 @@ def validation_is_off(config: Config) -> Iterator[str]:
             f"trainer.limit_val_batches is {config.trainer.limit_val_batches}: validation is off, "
             "data.val_dir is not read, and no reference log-probabilities are computed for it"
         )
+
+
+def samples_without_validation(config: Config) -> Iterator[str]:
+    if config.exp_manager.sample_during_eval.prompts and not config.validates:
+        key = "exp_manager.sample_during_eval"
+        yield f"{key}: no samples, as the run does not validate; set data.val_dir"
 
 
 def validation_before_checkpoints(config: Config) -> Iterator[str]:
@@ -392,5 +414,11 @@ def settings_without_effect(config: Config) -> Iterator[str]:
 
 
 NOTICES: tuple[Callable[[Config], Iterator[str]], ...] = (
-    *(validation_is_off, validation_before_checkpoints, *OBJECTIVE_NOTICES, settings_without_effect),
+    *(
+        validation_is_off,
+        samples_without_validation,
+        validation_before_checkpoints,
+        *OBJECTIVE_NOTICES,
+        settings_without_effect,
+    ),
 )

@@ -44,6 +44,7 @@ __all__ = [
     "Packing",
     "PrecisionConfig",
     "PrecisionType",
+    "ProfilerConfig",
     "SFTConfig",
     "SchedConfig",
     "TokenizerConfig",
@@ -75,6 +76,28 @@ class OwnPart:
     """Dotted path, module.name; modules of the current folder are found first."""
     settings: Mapping[str, Any] | None = None
     """Keyword arguments of the class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfilerConfig:
+    """(ours) torch.profiler over a few training steps; {} takes the defaults. Each cycle is one trace."""
+
+    wait: int = number(2, at_least=0)
+    """Steps of a cycle that are left out: the first ones allocate and compile."""
+    warmup: int = number(1, at_least=0)
+    """Steps after those that are profiled and dropped."""
+    active: int = number(3, at_least=1)
+    """Steps after those that are in the trace."""
+    repeat: int = number(1, at_least=0)
+    """Cycles; 0: until training ends."""
+    record_shapes: bool = False
+    """Record the shapes of operators' inputs."""
+    profile_memory: bool = False
+    """Record what is allocated."""
+    with_stack: bool = False
+    """Record where in the source an operator was called."""
+    all_ranks: bool = False
+    """Profile every process, not the first alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +146,11 @@ class TrainerConfig:
     callbacks: tuple[OwnPart, ...] | None = None
     """(ours) Custom Lightning callbacks: a list of dotted paths, or of {path, settings}. They are imported
     when training starts and called after this package's callbacks."""
+    profiler: ProfilerConfig | None = None
+    """Traces of a few steps, in profile/ of the run's folder, for Perfetto."""
+    detect_anomaly: bool = False
+    """Stop at the first backward function that gives NaN, naming it and the forward call that it belongs to
+    (torch's anomaly mode); steps become much slower."""
     logger: bool | None = None
     """Lightning's logger; exp_manager creates the loggers instead."""
     enable_checkpointing: bool | None = None

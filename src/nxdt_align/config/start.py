@@ -23,6 +23,8 @@ SETTINGS_FILE = "config.yaml"
 """In a run's folder: its settings, defaults and overrides included, as ``nxdt-align config`` prints them."""
 METRICS_FILE, EVENT_FILES = "metrics.jsonl", "events.out.tfevents.*"
 """In a run's folder: the values that it logged, as JSON lines and in TensorBoard's files."""
+SAMPLES_FILE = "samples.jsonl"
+"""In a run's folder: what the policy answered during evaluation."""
 REPORT_FILE = "report.html"
 CHECKPOINTS, EXPORT, FOR_EXPORT = "checkpoints", "hf_export", "for_export"
 """Folders in that of a run: its checkpoints, the policy for transformers, and what a checkpoint's export has

@@ -137,6 +137,7 @@ _SINGLE = (
     Format("messages", ("messages",), from_messages, optional=("system",)),
     Format("messages", ("conversations",), from_messages, optional=("system",)),
     Format("alpaca", ("instruction", "output"), from_alpaca_response, optional=_OF_ALPACA),
+    Format("question_answer", ("question", "answer"), from_columns("question", "answer")),
 )
 RESPONSE_FORMATS = (
     Format("prompt_response", ("prompt", "response"), from_columns("prompt", "response")),
@@ -167,6 +168,7 @@ UNPAIRED_FORMATS = (
 _READS_PROMPT: Mapping[str, Convert] = {
     **dict.fromkeys(("prompt_response", "prompt_completion", "responses"), column_prompt("prompt")),
     "input_output": column_prompt("input"),
+    "question_answer": column_prompt("question"),
     "messages": prompt_of_messages,
     "alpaca": alpaca_prompt,
 }

@@ -154,6 +154,10 @@ class TokenizedSet:
         desirable = True if self._desirable is None else bool(self._desirable[index])
         return Example(part.record_id(row), part.prompt(row), part.responses(row), desirable)
 
+    def apart(self, index: int) -> Example:
+        """The example, prompt and responses apart, whatever counts as response in training."""
+        return TokenizedSet.__getitem__(self, index)
+
     def _column(self, name: str, span: slice | None = None) -> Array:
         """An array of the parts, by example; of one part whose records occur once each, no copy."""
         span = span or slice(0, self._count)

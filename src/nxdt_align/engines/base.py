@@ -8,7 +8,7 @@ an objective is handed in with each call.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -173,6 +173,24 @@ class Engine(ABC):
     def response_logps(self, batch: Batch, *, reference: bool = False) -> Tensor:
         """Each slot's sum of token log-probabilities without gradients: (B, R) float32, this rank's
         rows. ``reference`` asks the frozen reference instead of the policy."""
+
+    @abstractmethod
+    def greedy(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        length: int,
+        max_tokens: int,
+        ends: Collection[int],
+        draw: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[list[int]]:
+        """The policy's likeliest token behind each prompt, again and again, up to one of ``ends`` (included)
+        or ``max_tokens``; on every rank, all of which have the same prompts. For evaluation: forward passes
+        over rows of one static shape, (prompts, ``length``), which longest prompt and completion fit into.
+
+        ``draw`` chooses from logits, (prompts, V) float32 on the CPU, instead; rank 0's choice counts. Raises
+        EngineError for it where no rank has them whole.
+        """
 
     @abstractmethod
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:

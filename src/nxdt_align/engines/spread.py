@@ -3,7 +3,7 @@ its master weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from nxdt_align.batch import Batch
 from nxdt_align.engines import steps, xla
 from nxdt_align.engines.base import Engine, Objective, StepOutput
+from nxdt_align.engines.greedy import continue_prompts
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.ranks import Group, Ranks
 
@@ -50,6 +51,34 @@ class SpreadEngine(Engine):
         self._computes("log-probabilities without gradients", [batch])
         self._sync_from_masters()
         return steps.slot_logps(self._reference if reference else self._runner, [batch])[0]
+
+    def greedy(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        length: int,
+        max_tokens: int,
+        ends: Collection[int],
+        draw: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[list[int]]:
+        self._sync_from_masters()
+
+        def next_tokens(rows: Batch) -> list[int]:
+            batch = rows.to(self.device)
+            self._computes("tokens of completions", [batch])
+            (found,) = self._runner.forward([batch], wanted=("top1",) if draw is None else ("logits",))
+            if draw is None:
+                chosen = found.statistics[0][:, 0].long()
+            else:
+                assert found.logits is not None
+                chosen = draw(found.logits[:, 0].float().cpu())
+            # One rank's, so that all stop together whatever a device's last digits are.
+            tokens: list[int] = self._ranks.broadcast(chosen.tolist())
+            return tokens
+
+        return continue_prompts(
+            prompts, length=length, max_tokens=max_tokens, ends=ends, next_tokens=next_tokens
+        )
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:
         """On a lazy device without a graph of its own, where ``mark_step`` came before."""

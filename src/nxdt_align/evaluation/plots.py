@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ _STYLE: Any = {
     "font.size": 9,
     "svg.hashsalt": "nxdt-align",  # the same ids for the same plot
 }
+_BINS = 24
 _MOST_POINTS = 600
 """Of a curve; a longer one is thinned out, as no more can be seen."""
 
@@ -56,15 +57,46 @@ def plot(title: str, lines: Sequence[Line], name: str) -> str:
                 marker="o" if len(steps) <= 12 else None,
                 markersize=3,
             )
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#d0d7de", linewidth=0.6)
+        _dress(axes, title)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
         if len(shown) > 1 or shown[0].label:
             axes.legend(frameon=False, fontsize=8)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return _embedded(text.getvalue(), title, name)
+        return _embedded(_svg(figure), title, name)
+
+
+def histogram(title: str, values: Mapping[str, Sequence[float]], name: str) -> str:
+    """An SVG element with how often values occur, of several sets over each other by their labels.
+
+    ``name``: as for ``plot``.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        axes = figure.subplots()
+        for colour, label in zip(COLOURS, values, strict=False):
+            bins = _bins([each for of_set in values.values() for each in of_set])
+            axes.hist(values[label], bins=bins, color=colour, alpha=0.55, label=label)
+        _dress(axes, title)
+        if len(values) > 1:
+            axes.legend(frameon=False, fontsize=8)
+        return _embedded(_svg(figure), title, name)
+
+
+def _bins(values: Sequence[float]) -> list[float]:
+    low, high = min(values), max(values)
+    width = (high - low or 1.0) / _BINS
+    return [low + width * at for at in range(_BINS + 1)]
+
+
+def _dress(axes: Any, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#d0d7de", linewidth=0.6)
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
 
 
 def _thinned(curve: Curve) -> tuple[list[int], list[float]]:

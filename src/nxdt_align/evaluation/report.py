@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nxdt_align import __version__
+from nxdt_align.config.start import SAMPLES_FILE
 from nxdt_align.evaluation.curves import Curves, read_curves
+from nxdt_align.evaluation.page import page_environment
 from nxdt_align.evaluation.plots import COLOURS, Line, plot
 from nxdt_align.evaluation.settings import Settings, differing, read_settings
 from nxdt_align.evaluation.verdict import (
@@ -83,6 +84,10 @@ _METRICS = (
 )
 
 
+Sample = Mapping[str, Any]
+_OF_A_SAMPLE = ("step", "prompt", "answer", "before", "completion", "finish_reason", "tokens")
+
+
 @dataclass(frozen=True)
 class RunReport:
     """What is known of one run."""
@@ -96,6 +101,8 @@ class RunReport:
     data: tuple[str, ...]
     """What its log says of its data."""
     warnings: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    """What the policy answered last during evaluation."""
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -124,6 +131,7 @@ class RunReport:
             },
             "data": list(self.data),
             "warnings": list(self.warnings),
+            "samples": [dict(sample) for sample in self.samples],
             "notes": list(self.curves.notes),
         }
 
@@ -133,7 +141,22 @@ def read_run(folder: Path, name: str) -> RunReport:
     curves, settings = read_curves(folder), read_settings(folder)
     data, warnings = _said(folder / LOG_FILE)
     verdict = judge(curves, settings)
-    return RunReport(name, folder, objective_of(settings), curves, settings, verdict, data, warnings)
+    samples = read_samples(folder / SAMPLES_FILE)
+    return RunReport(name, folder, objective_of(settings), curves, settings, verdict, data, warnings, samples)
+
+
+def read_samples(file: Path) -> tuple[Sample, ...]:
+    """The newest line of each prompt, in the order of prompts; cut or damaged lines are passed over."""
+    newest: dict[int, Sample] = {}
+    if not file.is_file():
+        return ()
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            newest[int(row["index"])] = {key: row[key] for key in _OF_A_SAMPLE}
+        except (ValueError, LookupError, TypeError):
+            continue
+    return tuple(newest[index] for index in sorted(newest))
 
 
 def write_reports(folders: Sequence[Path], out: Path) -> list[Verdict]:
@@ -155,24 +178,20 @@ def to_dict(runs: Sequence[RunReport]) -> dict[str, Any]:
 
 def render(runs: Sequence[RunReport]) -> str:
     """The page."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = _number
     objectives = list(dict.fromkeys(run.objective for run in runs))
     plots = _plots_of_one(runs[0]) if len(runs) == 1 else _plots_of_several(runs, len(objectives) == 1)
-    return environment.get_template(_TEMPLATE).render(
-        runs=runs,
-        objectives=[name or "unknown" for name in objectives],
-        plots=[Markup(svg) for svg in plots if svg],
-        colours=COLOURS,
-        differing=differing([run.settings for run in runs]) if len(runs) > 1 else {},
-        labels=[(name, label) for name, label in _METRICS if any(run.curves[name] for run in runs)],
-        version=__version__,
+    return (
+        page_environment()
+        .get_template(_TEMPLATE)
+        .render(
+            runs=runs,
+            objectives=[name or "unknown" for name in objectives],
+            plots=[Markup(svg) for svg in plots if svg],
+            colours=COLOURS,
+            differing=differing([run.settings for run in runs]) if len(runs) > 1 else {},
+            labels=[(name, label) for name, label in _METRICS if any(run.curves[name] for run in runs)],
+            version=__version__,
+        )
     )
 
 
@@ -229,9 +248,3 @@ def _said(file: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     data = dict.fromkeys(said for _, said in entries if _DATA.match(said))
     warnings = dict.fromkeys(said for level, said in entries if level in ("WARNING", "ERROR"))
     return tuple(data), tuple(list(warnings)[:_MOST_WARNINGS])
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)

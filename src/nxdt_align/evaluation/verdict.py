@@ -298,7 +298,7 @@ def nothing_learnt(curves: Curves, settings: Settings) -> Finding | None:
     if len(loss.steps) < 2 * _LEAST_STEPS:
         return None
     fall = (loss.mean(0, 0.25) - loss.mean(0.75, 1)) / max(abs(loss.mean(0, 0.25)), 1e-9)
-    moved = accuracy and accuracy.mean(0.75, 1) >= 0.65
+    moved = accuracy and accuracy.mean(0.75, 1) >= 0.65 and _margin_moved(curves, settings)
     if abs(fall) >= 0.02 or moved or _policy_moved(curves, settings):
         return None
     reached = f", reward accuracy {accuracy.mean(0.75, 1):.0%}" if accuracy else ""
@@ -316,6 +316,16 @@ def nothing_learnt(curves: Curves, settings: Settings) -> Finding | None:
         ),
         "by definition: loss and rewards at their starting values",
     )
+
+
+_MARGIN_NATS = 0.1
+
+
+def _margin_moved(curves: Curves, settings: Settings) -> bool:
+    """Whether accuracy counts: at the smallest learning rate it is high at once, as margins of 1e-5 have a
+    sign, too."""
+    margin = curves[MARGIN]
+    return not margin or abs(margin.mean(0.75, 1) - _start(margin)) / _beta(settings) > _MARGIN_NATS
 
 
 def _policy_moved(curves: Curves, settings: Settings) -> bool:

@@ -183,14 +183,19 @@ class _Scan:
         self.wanted = wanted
         self.top = torch.full((positions,), float("-inf"), device=device)
         self.norm, self.target, self.squares, self.weighted = torch.zeros(4, positions, device=device)
+        # Made where it is wanted alone, so that graphs of steps are what they are without it.
+        self.best = torch.zeros(positions, dtype=torch.int64, device=device) if "top1" in wanted else None
+        """Token of the largest logit so far."""
         self.total = torch.zeros(positions, device=device)
         """Sum of the logits, where ``sums`` is set."""
         self.sums = False
 
-    def add(self, logits: Tensor, column: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a tile, (C, W), whose storage may be written to. Returns exp(logits - its own top), and that
-        top."""
+    def add(self, logits: Tensor, column: Tensor, held: Tensor, first: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Take a tile, (C, W), whose storage may be written to and whose first token is ``first``. Returns
+        exp(logits - its own top), and that top."""
         tile_top = logits.amax(-1)
+        if self.best is not None:
+            self.best = torch.where(tile_top > self.top, logits.argmax(-1) + first, self.best)
         picked = logits.gather(1, column[:, None]).squeeze(1)
         self.target = torch.where(held, picked, self.target)
         if self.sums:
@@ -225,6 +230,10 @@ class _Scan:
             statistics["entropy"] = log_norm - shard.reduce_sum(self.weighted * shift) / norm
         if "is_top1" in self.wanted:
             statistics["is_top1"] = (target >= top).float()
+        if self.best is not None:
+            # The least token of those that have the largest logit, by a maximum.
+            found = torch.where(self.top >= top, -self.best.float(), float("-inf"))
+            statistics["top1"] = -shard.reduce_max(found)
         return log_norm, target, statistics
 
     def mean(self, rows: int, shard: VocabShard) -> Tensor:
@@ -281,7 +290,8 @@ class _TiledLogps(torch.autograd.Function):
             for tile in _parts(vocabulary, columns):
                 placed = _labels_in(labels[part], tile, shard)
                 logits = _logits(hidden[part], head[tile], _part_of(bias, tile), form)
-                exps, top = scan.add(logits, *placed)
+                first = 0 if scan.best is None else shard.start + tile.start
+                exps, top = scan.add(logits, *placed, first)
                 if exps.nbytes <= room:
                     kept[part.start, tile.start] = exps, top
                     room -= exps.nbytes

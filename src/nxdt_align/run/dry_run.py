@@ -51,6 +51,7 @@ class DryRun(RunMode):
     compute_reference = staticmethod(trace_shapes)
     preflight = _PreflightGraphs
     checks_values = False
+    makes_samples = False
     finishes_steps = False
 
     def check_places(self, places: Places) -> None:
@@ -129,6 +130,9 @@ class DryRun(RunMode):
         """Nothing: this compiles them."""
 
     def monitors(self, config: Config, env: RunEnv) -> list[Callback]:
+        return []
+
+    def profilers(self, config: Config, env: RunEnv, run: RunFolder, device: torch.device) -> list[Callback]:
         return []
 
     def export_folder(self, config: Config, run: RunFolder) -> Path | None:

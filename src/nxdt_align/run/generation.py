@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import yaml
 
+from nxdt_align.config.start import SETTINGS_FILE, follow, run_folder
 from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.data.tokenizer import load_tokenizer
@@ -77,7 +79,8 @@ def generate(
         dtype: of weights and activations; None: the weights' own, on a CPU float32.
         tokenizer: a folder; None: that of the model.
         tensor_parallel: devices that share the model, for vLLM.
-        chat_template_kwargs: variables of the chat template, as ``data.chat_template_kwargs``.
+        chat_template_kwargs: variables of the chat template, as ``data.chat_template_kwargs``; None: those of
+            the run that the model is of, if any.
 
     Returns a row per prompt: ``prompt``, ``completion``, ``finish_reason`` (``stop`` or ``length``),
     ``logprob`` (natural, of the whole completion at temperature 1), ``completion_tokens``,
@@ -90,8 +93,8 @@ def generate(
         raise UserError(f"{out} exists already: remove it, or choose another file")
     records = load_records([Source(str(prompts))], "prompt", format=format, limit=limit).records
     with hf_folder(Path(model)) as folder:
-        tokenization = _tokenization(folder, tokenizer, chat_template_kwargs)
-        made = _model(folder, backend, device, dtype, tensor_parallel)
+        tokenization = open_tokenization(folder, tokenizer, chat_template_kwargs, model)
+        made = open_generator(folder, backend, device, dtype, tensor_parallel)
         rows = complete(records, tokenization, made, sampling)
     if out is not None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -118,8 +121,8 @@ def chat(
     """A conversation: ``evaluation.chat.converse`` explains ``ask`` and ``show``, ``generate`` the rest."""
     sampling = Sampling(temperature, top_p, max_tokens, 1, seed)
     with hf_folder(Path(model)) as folder:
-        tokenization = _tokenization(folder, tokenizer, chat_template_kwargs)
-        made = TransformersModel(folder, _device(device), None if dtype is None else DTYPES[dtype])
+        tokenization = open_tokenization(folder, tokenizer, chat_template_kwargs, model)
+        made = TransformersModel(folder, device_of(device), None if dtype is None else DTYPES[dtype])
         torch.manual_seed(seed)
         converse(made, tokenization, sampling, system=system, ask=ask, show=show)
 
@@ -140,22 +143,55 @@ def hf_folder(model: Path) -> Iterator[Path]:
         yield folder
 
 
-def _tokenization(
-    folder: Path, tokenizer: str | Path | None, chat_template_kwargs: Mapping[str, Any] | None
+def open_tokenization(
+    folder: Path,
+    tokenizer: str | Path | None,
+    chat_template_kwargs: Mapping[str, Any] | None,
+    model: str | Path,
 ) -> Tokenization:
+    """Of ``model``, whose weights ``folder`` holds; None takes the model's tokenizer, and the chat template's
+    variables of the run that the model is of. Raises UserError."""
     if tokenizer is None and not holds_tokenizer(folder):
         raise UserError("the model's folder has no tokenizer: give a folder that has it with --tokenizer DIR")
     made = load_tokenizer(str(folder if tokenizer is None else tokenizer))
-    # Prompts are cut by the model's positions, see ``complete``; responses there are none.
-    return Tokenization(made, Truncation(Limits.of(folder).positions or 2**20), chat_template_kwargs)
+    variables = chat_template_kwargs
+    if variables is None:
+        variables = variables_of_run(Path(model))
+        if variables:
+            said = "chat template: with the run's data.chat_template_kwargs, %s"
+            log.log(NOTICE, said, json.dumps(variables))
+    # Prompts to be answered are cut by the model's positions, see ``complete``.
+    return Tokenization(made, Truncation(Limits.of(folder).positions or 2**20), variables)
 
 
-def _model(
+def variables_of_run(model: Path) -> dict[str, Any] | None:
+    """``data.chat_template_kwargs`` of the run that ``model`` is or is in; None where there is none."""
+    variables = settings_of_run(model).get("data", {}).get("chat_template_kwargs")
+    return dict(variables) if variables else None
+
+
+def settings_of_run(model: Path) -> dict[str, Any]:
+    """The YAML of the run that ``model`` is or is in; empty where there is none. Raises UserError where it
+    cannot be read."""
+    run = run_folder(follow(model.expanduser()))
+    if run is None or not (run / SETTINGS_FILE).is_file():
+        return {}
+    try:
+        return dict(yaml.safe_load((run / SETTINGS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{run / SETTINGS_FILE} cannot be read: {' '.join(str(error).split())}; restore it, or remove it "
+            "and give what it says of chats with --chat-template-kwargs"
+        ) from error
+
+
+def open_generator(
     folder: Path, backend: Backend, device: str | None, dtype: Dtype | None, tensor_parallel: int
 ) -> Generator:
+    """What ``generate`` lets answer; its arguments are explained there. Raises UserError."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, but is {dtype!r}")
-    where = _device(device)
+    where = device_of(device)
     if backend == "vllm" or (backend == "auto" and where.type != "cpu" and vllm_model.is_installed()):
         name = None if dtype is None else _VLLM_DTYPES[dtype]
         return VLLMModel(folder, tensor_parallel=tensor_parallel, dtype=name)
@@ -166,7 +202,8 @@ def _model(
     return TransformersModel(folder, where, None if dtype is None else DTYPES[dtype])
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of this name; None: an accelerator if there is one. Raises UserError."""
     present = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
         return present or torch.device("cpu")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer
 
 from nxdt_align.config.load import to_yaml
@@ -19,6 +20,7 @@ from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.engines.base import Compiler, Engine, Graph, Shapes
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.errors import UserError
+from nxdt_align.evaluation.settings import flat
 from nxdt_align.files import atomic_write, explain
 from nxdt_align.messages import NOTICE, RunLog
 from nxdt_align.neuron.compile import read_manifest, read_steps
@@ -36,6 +38,8 @@ from nxdt_align.training.experiment import start_experiment
 from nxdt_align.training.experiment_check import check_experiment
 from nxdt_align.training.hooks import Preflight
 from nxdt_align.training.monitors import DeviceMonitor
+from nxdt_align.training.profile import ProfileSteps
+from nxdt_align.training.texts import write_settings
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ class RunMode:
     preflight: type[Preflight] = Preflight
     checks_values: bool = True
     """Whether values that are not finite stop the run."""
+    makes_samples: bool = True
+    """Whether the policy answers prompts during evaluation, where the configuration says so."""
     finishes_steps: bool = True
     """Whether a signal waits for the end of the step, which is then saved."""
 
@@ -154,6 +160,13 @@ class RunMode:
             return []
         return [DeviceMonitor(NeuronMonitor(), config.trainer.log_every_n_steps)]
 
+    def profilers(self, config: Config, env: RunEnv, run: RunFolder, device: torch.device) -> list[Callback]:
+        """What writes traces of steps into the run's folder."""
+        settings = config.trainer.profiler
+        if settings is None or (env.rank != 0 and not settings.all_ranks):
+            return []
+        return [ProfileSteps(settings, run.path, env.rank, device)]
+
     def export_folder(self, config: Config, run: RunFolder) -> Path | None:
         """Destination of the final export; None for no export."""
         return run.path / EXPORT if config.exp_manager.export_hf else None
@@ -168,8 +181,12 @@ class RunMode:
         """Set up folder, loggers and checkpoint callback; ``step``: of the run's own checkpoint, if any."""
         start_experiment(trainer, config.exp_manager, run.path, resumed_step=step)
         if trainer.is_global_zero:
+            text = to_yaml(config)
             write_identity(run.path, identity.digest, identity.parts)
-            atomic_write(run.path / SETTINGS_FILE, to_yaml(config).encode())
+            atomic_write(run.path / SETTINGS_FILE, text.encode())
+            settings = flat(yaml.safe_load(text))
+            given = {key: value for key, value in settings.items() if key in config.given}
+            write_settings(trainer.loggers, settings, given, text)
 
     def keep_companions(
         self, run: RunFolder, tokenization: Tokenization, generation: Mapping[str, Any]

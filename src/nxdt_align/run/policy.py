@@ -55,33 +55,38 @@ class Policy:
         Returns sums and token counts, float32 on the CPU, without gradients, for any loss of pairs. Raises
         UserError if a token is not in the model's vocabulary.
         """
-        examples = [pairs[index] for index in range(len(pairs))]
-        largest = max(int(ids.max()) for pair in examples for ids in (pair.prompt, *pair.responses))
+        sums = self.response_sums(pairs, batch_size)
+        counts = torch.as_tensor(pairs.response_lengths, dtype=torch.float32)
+        return ResponseLogps.of_pairs(sums[:, 0], sums[:, 1], counts[:, 0], counts[:, 1])
+
+    def response_sums(self, records: TokenizedSet, batch_size: int = 8) -> torch.Tensor:
+        """As ``logps``, of records with one response or two: (records, responses) float32 on the CPU."""
+        examples = [records[index] for index in range(len(records))]
+        largest = max(int(ids.max()) for each in examples for ids in (each.prompt, *each.responses))
         if largest >= self.config.vocab_size:
             raise UserError(
-                f"a pair has the token {largest}, but {self._name} has a vocabulary of "
+                f"a record has the token {largest}, but {self._name} has a vocabulary of "
                 f"{self.config.vocab_size}: the tokenizer and the model do not belong together"
             )
-        longest = int((pairs.prompt_lengths + pairs.response_lengths.max(1)).max())
-        # Rows must hold the longest pair, prompt and both responses.
+        longest = int((records.prompt_lengths + records.response_lengths.max(1)).max())
+        # Rows must hold the longest record, prompt and all responses.
         planner = RowPlanner(
-            pairs,
+            records,
             self._layout,
             examples_per_step=batch_size,
             seq_length=longest,
             window=self.config.sliding_window,
             only_local=self.config.layer_types is None,
         )
-        rows = StepDataset(pairs, planner, self._layout, Topology())
-        sums = torch.zeros(len(pairs), 2)
-        for start in range(0, len(pairs), batch_size):
-            for batch in rows[range(start, min(start + batch_size, len(pairs)))]:
+        rows = StepDataset(records, planner, self._layout, Topology())
+        sums = torch.zeros(len(records), len(examples[0].responses))
+        for start in range(0, len(records), batch_size):
+            for batch in rows[range(start, min(start + batch_size, len(records)))]:
                 values = self._engine.response_logps(batch.to(self._engine.device)).cpu()
                 column = torch.where(batch.slot_role == SlotRole.REJECTED, 1, 0)
                 there = batch.slot_valid
                 sums[batch.record_index[there], column[there]] = values[there]
-        counts = torch.as_tensor(pairs.response_lengths, dtype=torch.float32)
-        return ResponseLogps.of_pairs(sums[:, 0], sums[:, 1], counts[:, 0], counts[:, 1])
+        return sums
 
 
 def load_policy(

@@ -54,6 +54,7 @@ from nxdt_align.run.resume import (
     newest_checkpoint,
 )
 from nxdt_align.run.rows import row_needs, with_possible_layout
+from nxdt_align.run.samples import sample_callbacks
 from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
@@ -184,6 +185,8 @@ class Run:
                 *reference,
                 *self._recompile_guard(),
                 *self._progress(),
+                *self._samples(run),
+                *self.mode.profilers(self.config, self.env, run, self.engine.device),
                 FinishRun(
                     self.engine, self._export, export, self._finite, self.parts.precision.compute, stop
                 ),
@@ -331,6 +334,20 @@ class Run:
         compiler, stop = self.engine.compiler, self.config.exp_manager.fail_on_recompile
         return [] if compiler is None else [RecompileGuard(compiler.count, stop=stop)]
 
+    def _samples(self, run: RunFolder) -> list[Callback]:
+        if not self.mode.makes_samples:
+            return []
+        return sample_callbacks(
+            self.config,
+            self.engine,
+            self.data,
+            self.tokenization,
+            self._generation,
+            self.model_config,
+            row_multiple=self.parts.row_multiple,
+            folder=run.path,
+        )
+
     def _progress(self) -> list[Callback]:
         if not self.config.trainer.enable_progress_bar:
             return []
@@ -351,6 +368,8 @@ class Run:
             log_every_n_steps=config.trainer.log_every_n_steps,
             log_parameter_norm=config.exp_manager.log_parameter_norm,
             log_gradient_norm=config.exp_manager.log_gradient_norm,
+            log_step_phases=config.exp_manager.log_step_phases,
+            detect_anomaly=config.trainer.detect_anomaly,
         )
         plan = OptimizerPlan(
             build=lambda engine: engine.adopt_optimizer(
@@ -414,6 +433,7 @@ class Run:
             num_nodes=settings.num_nodes,
             **self.mode.extent(self.config),
             log_every_n_steps=settings.log_every_n_steps,
+            detect_anomaly=settings.detect_anomaly,
             enable_progress_bar=settings.enable_progress_bar,
             enable_model_summary=False,
             enable_checkpointing=False,  # exp_manager adds its own callback and loggers

@@ -20,6 +20,20 @@ from nxdt_align.files import explain
 log = logging.getLogger(__name__)
 
 
+FIRST_CHARTS: Mapping[str, tuple[str, ...]] = {
+    "loss": ("reduced_train_loss", "val_loss"),
+    "reward accuracy": ("rewards/accuracies", "val_rewards/accuracies"),
+    "reward margin": ("rewards/margins", "val_rewards/margins"),
+    "log-probability of chosen and rejected responses": ("logps/chosen", "logps/rejected"),
+    "log-probability per token": ("logps/chosen_per_token", "logps/rejected_per_token"),
+    "rewards": ("rewards/chosen", "rewards/rejected"),
+    "gradient norm": ("gradient_norm",),
+    "learning rate": ("lr",),
+}
+"""Of TensorBoard's custom scalars: title -> metrics over each other."""
+JUDGED_BY = ("reduced_train_loss", "val_loss", "val_rewards/accuracies", "val_rewards/margins")
+
+
 class Curves(TensorBoardLogger):
     """Lightning's logger, which stops with one warning where its file cannot be written."""
 
@@ -36,11 +50,36 @@ class Curves(TensorBoardLogger):
             self._stop(error)
             return _DummyExperiment()
 
+    def log_hyperparams(self, *arguments: Any, **settings: Any) -> None:
+        self._attempt(lambda: super(Curves, self).log_hyperparams(*arguments, **settings))
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Show ``settings`` under HParams, beside the newest values of what a run is judged by.
+
+        Not by Lightning's method, which logs values of these metrics, too: there are none yet.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+
+        def write() -> None:
+            summaries = hparams(plain, dict.fromkeys(JUDGED_BY, 0.0))  # type: ignore[no-untyped-call]
+            for summary in summaries:
+                self.experiment._get_file_writer().add_summary(summary)
+
+        self._attempt(write)
+
+    def write_layout(self) -> None:
+        """Group what one looks at first, under Custom scalars."""
+        charts = {title: ["Multiline", list(names)] for title, names in FIRST_CHARTS.items()}
+        self._attempt(lambda: self.experiment.add_custom_scalars({"Alignment": charts}))
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._attempt(lambda: super(Curves, self).log_metrics(metrics, step), step)
 
-    def log_hyperparams(self, *arguments: Any, **settings: Any) -> None:
-        self._attempt(lambda: super(Curves, self).log_hyperparams(*arguments, **settings))
+    def write_text(self, name: str, markdown: str, step: int) -> None:
+        """Show ``markdown`` under ``name``, as of ``step``."""
+        self._attempt(lambda: self.experiment.add_text(name, markdown, step), step)
 
     def save(self) -> None:
         self._attempt(super().save)

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_align.config.experiment import ExpManagerConfig
-from nxdt_align.config.start import EVENT_FILES, METRICS_FILE
+from nxdt_align.config.start import EVENT_FILES, METRICS_FILE, SAMPLES_FILE
 from nxdt_align.errors import UserError
 from nxdt_align.messages import LOG_FILE
 from nxdt_align.training.curves import Curves, keep_logging
@@ -127,5 +127,6 @@ def _keep_events_in_place(folder: Path, before: set[Path]) -> None:
     """Move TensorBoard files and our log back from run_N, where NeMo puts a resumed run's earlier files, so
     that the run stays one curve."""
     for moved in set(folder.glob("run_*")) - before:
-        for file in (*moved.glob(EVENT_FILES), *moved.glob(LOG_FILE), *moved.glob(METRICS_FILE)):
-            shutil.move(str(file), str(folder / file.name))
+        for name in (EVENT_FILES, LOG_FILE, METRICS_FILE, SAMPLES_FILE):
+            for file in moved.glob(name):
+                shutil.move(str(file), str(folder / file.name))

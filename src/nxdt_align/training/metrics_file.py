@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from nxdt_align.config.start import METRICS_FILE
-from nxdt_align.files import explain
+from nxdt_align.files import append_lines, explain
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,7 @@ class MetricsFile(Logger):
         if self._has_stopped:
             return
         try:
-            # Opened for each line: a line is whole on the disk when the step ends, whatever ends the process.
-            with open(self._file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            append_lines(self._file, [json.dumps(values)])
         except OSError as error:
             self._has_stopped = True
             log.warning("%s cannot be written: %s; training goes on without it", self._file, explain(error))

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from nxdt_align.batch import Batch
 from nxdt_align.engines.base import Engine, Objective, StepOutput
+from nxdt_align.errors import UserError
 from nxdt_align.training.finite import FiniteCheck
+from nxdt_align.training.phases import Phases
 from nxdt_align.training.resumed import ResumedSchedule, overridden
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class TrainingSettings:
     log_every_n_steps: int
     log_parameter_norm: bool
     log_gradient_norm: bool
+    log_step_phases: bool = False
+    detect_anomaly: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,7 @@ class AlignmentModule(LightningModule):
         self._resumed: ResumedSchedule | None = None
         self._groups: list[dict[str, Any]] = []
         self._throughput = Throughput()
+        self._phases = Phases(self._settle if settings.log_step_phases else None)
         self._validation = WeightedMeans()
         self._step: _Step | None = None
         self._numbers: dict[str, float] | None = None
@@ -129,22 +134,48 @@ class AlignmentModule(LightningModule):
         if self._resumed is not None:
             self._continue_schedule(self._resumed)
         self._throughput.restart()
+        self._phases.wait()
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
-        output = self.engine.step(self._on_device(batch), self._objective)
-        gradient_norm = self.engine.clip_gradients(self._settings.gradient_clip_val)
-        optimizer = self._optimizer
-        # Before the scheduler's step: the rate that this step used.
-        learning_rate = optimizer.param_groups[0]["lr"]
-        # A step that the engine skips (see EngineStrategy.optimizer_step) counts too: its data are consumed.
-        optimizer.step()
-        scheduler: Any = self.lr_schedulers()
-        if scheduler is not None and not self.engine.skips_step:
-            scheduler.step()
-        norms = self._norms(gradient_norm)
-        self.engine.mark_step()
-        self._keep_for_check(output, gradient_norm)
-        self._log_step(output, norms, learning_rate)
+        self._phases.begin_step()
+        with self._phases.during("forward_backward"):
+            output = self._forward_and_backward(batch)
+        with self._phases.during("optimizer"):
+            gradient_norm = self.engine.clip_gradients(self._settings.gradient_clip_val)
+            optimizer = self._optimizer
+            # Before the scheduler's step: the rate that this step used.
+            learning_rate = optimizer.param_groups[0]["lr"]
+            # A step that the engine skips (see EngineStrategy.optimizer_step) counts too: its data are
+            # consumed.
+            optimizer.step()
+            scheduler: Any = self.lr_schedulers()
+            if scheduler is not None and not self.engine.skips_step:
+                scheduler.step()
+            norms = self._norms(gradient_norm)
+            self.engine.mark_step()
+        with self._phases.during("metrics"):
+            self._keep_for_check(output, gradient_norm)
+            self._log_step(output, norms, learning_rate)
+
+    def _forward_and_backward(self, batch: list[Batch]) -> StepOutput:
+        try:
+            return self.engine.step(self._on_device(batch), self._objective)
+        except RuntimeError as error:
+            if not (self._settings.detect_anomaly and "returned nan values" in str(error)):
+                raise
+            raise UserError(
+                f"trainer.detect_anomaly: step {self.global_step + 1}: {error} The forward call that it "
+                "belongs to is in the warning above. Lower model.optim.lr, or set trainer.gradient_clip_val "
+                "or precision.type=fp32"
+            ) from error
+
+    def _settle(self) -> None:
+        """Wait for the device. A lazy one has nothing to wait for within a step, which is one graph."""
+        if self.engine.device.type not in ("cpu", "xla", "meta"):
+            torch.accelerator.synchronize(self.engine.device)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._phases.wait()
 
     @property
     def _optimizer(self) -> Any:
@@ -161,6 +192,9 @@ class AlignmentModule(LightningModule):
     def on_train_end(self) -> None:
         """The steps after the last logged one; a save checks them itself."""
         self._check_steps()
+        summary = self._phases.summary()
+        if summary:
+            log.info("%s", summary)
 
     def _check_steps(self) -> None:
         if self._finite is not None:
@@ -201,7 +235,13 @@ class AlignmentModule(LightningModule):
         """Of what ``step_metrics`` returns."""
         if self._step is None:
             return set()
-        names = {*HOST_METRICS, "reduced_train_loss", *self._step.output.metrics, *self._step.norms}
+        names = {
+            *HOST_METRICS,
+            *self._phase_metrics(),
+            "reduced_train_loss",
+            *self._step.output.metrics,
+            *self._step.norms,
+        }
         return names | ({"parameter_norm"} if self._settings.log_parameter_norm else set())
 
     def step_metrics(self) -> dict[str, float]:
@@ -226,7 +266,13 @@ class AlignmentModule(LightningModule):
         numbers["consumed_samples"] = float(self._consumed_samples(step))
         numbers["throughput"] = of.throughput
         numbers["throughput_peak"] = self._throughput.peak
-        return numbers
+        return numbers | self._phase_metrics()
+
+    def _phase_metrics(self) -> dict[str, float]:
+        """Seconds of the newest step's phases; of metrics those of the step before."""
+        if not self._settings.log_step_phases:
+            return {}
+        return {f"time/{phase}": seconds for phase, seconds in self._phases.newest.items()}
 
     def _fetch_and_check(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values on the host, () float32 each, in one transfer with what ``finite`` checks of the steps
@@ -309,6 +355,7 @@ class AlignmentModule(LightningModule):
 
     def on_validation_end(self) -> None:
         self._throughput.restart()
+        self._phases.wait()
 
 
 # Measures other than the loss

@@ -1,0 +1,189 @@
+"""Two models on one file: ``compare`` is public. What is compared and shown is in evaluation/compare.py."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nxdt_align.config.alignment import OBJECTIVES
+from nxdt_align.config.fields import is_dotted
+from nxdt_align.data.formats import Kind, detect_format, format_names
+from nxdt_align.data.reading import ROWS_TO_DETECT, Source, load_records
+from nxdt_align.data.records import Record, content_of
+from nxdt_align.data.sources import read_raw
+from nxdt_align.data.token_sets import tokenize_records
+from nxdt_align.errors import UserError
+from nxdt_align.evaluation.compare import Answer, Compared, Comparison, write_comparison
+from nxdt_align.evaluation.generate import Sampling, complete
+from nxdt_align.evaluation.scorers import Score, choose_scorer, scored
+from nxdt_align.run.conversion import DTYPES, Dtype
+from nxdt_align.run.generation import (
+    Backend,
+    device_of,
+    hf_folder,
+    open_generator,
+    open_tokenization,
+    settings_of_run,
+    variables_of_run,
+)
+from nxdt_align.run.policy import load_policy
+from nxdt_align.weights.hf_writer import CONFIG
+
+__all__ = ["compare"]
+
+_KINDS: tuple[Kind, ...] = ("pair", "response", "prompt")
+"""The first that a file's records fit is taken."""
+DEFAULT_BETA = 0.1
+
+
+def compare(
+    before: str | Path,
+    after: str | Path,
+    data: str | Path,
+    *,
+    out: str | Path | None = None,
+    score: str = "auto",
+    beta: float | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_tokens: int = 256,
+    batch_size: int = 8,
+    seed: int = 0,
+    format: str | None = None,
+    limit: int | None = None,
+    backend: Backend = "auto",
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    tokenizer: str | Path | None = None,
+    tensor_parallel: int = 1,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What two models make of the same records: their answers, and by how much the log-probabilities of the
+    data's responses differ.
+
+    Args:
+        before, after: as ``generate`` takes a model.
+        data: a file of pairs, of single responses or of prompts, in any format that training reads.
+        out: a page (.html) to write, with the same as JSON beside it; replaced if it is there.
+        score: ``exact``, ``gsm8k``, ``none``, the dotted path of a function (completion, record) -> number,
+            or ``auto``, see ``evaluation.scorers.choose_scorer``.
+        beta: scale of the implicit rewards; None: that of the run that ``after`` is of, else 0.1.
+        chat_template_kwargs: of both models; None: those of the run that each is of, else of ``after``'s.
+
+    The others are those of ``generate``. Both models answer in turn, so that one is in memory at a time.
+
+    Returns ``before``, ``after``, ``data``, ``beta``, ``scorer``, ``verdict``, ``summary`` and ``records``,
+    as the JSON has them. Raises UserError.
+    """
+    page = None if out is None else Path(out)
+    if page is not None and page.suffix != ".html":
+        raise UserError(f"out: must end in .html, as its JSON takes the same name, but is {page}")
+    sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
+    scale = _beta(Path(after)) if beta is None else beta
+    if not scale > 0:
+        raise UserError(f"beta: must be above 0, but is {scale}")
+    records = load_records([Source(str(data))], _kind(str(data), format), format=format, limit=limit).records
+    texts = [tuple(content_of(response) for response in record.responses) for record in records]
+    scorer, judge = choose_scorer(score, [each[0] if each else None for each in texts])
+    answers = []
+    for name, model in (("before", Path(before)), ("after", Path(after))):
+        variables = chat_template_kwargs
+        if variables is None:
+            variables = variables_of_run(model) or variables_of_run(Path(after))
+        with hf_folder(model) as folder:
+            tokenization = open_tokenization(folder, tokenizer, variables, model)
+            made = open_generator(folder, backend, device, dtype, tensor_parallel)
+            rows = complete(records, tokenization, made, sampling)
+            del made
+            _free_memory()
+            logps: list[tuple[float, ...]] = [()] * len(records)
+            if records[0].responses:
+                policy = load_policy(folder, device=device_of(device), dtype=_dtype(folder, device, dtype))
+                tokens = tokenize_records(records, tokenization, None)
+                logps = [tuple(each) for each in policy.response_sums(tokens, batch_size).tolist()]
+                del policy
+                _free_memory()
+        answers.append(_answers(name, records, texts, rows, logps, scorer, judge))
+    found = Comparison(
+        str(before),
+        str(after),
+        str(data),
+        scale,
+        scorer,
+        tuple(
+            Compared(record.source, record.prompt, of_record, first, second, scale)
+            for record, of_record, first, second in zip(records, texts, *answers, strict=True)
+        ),
+    )
+    if page is not None:
+        write_comparison(found, page)
+    return found.to_dict()
+
+
+def _answers(
+    name: str,
+    records: Sequence[Record],
+    texts: Sequence[tuple[str, ...]],
+    rows: Sequence[Mapping[str, Any]],
+    logps: Sequence[tuple[float, ...]],
+    scorer: str,
+    judge: Score | None,
+) -> list[Answer]:
+    found = []
+    for record, of_record, row, sums in zip(records, texts, rows, logps, strict=True):
+        told = {
+            "prompt": record.prompt,
+            "answer": of_record[0] if of_record else None,
+            "rejected": of_record[1] if len(of_record) == 2 else None,
+            "source": record.source,
+        }
+        score = None if judge is None else scored(scorer, judge, row["completion"], told, name)
+        tokens, reason = row["completion_tokens"], row["finish_reason"]
+        found.append(Answer(row["completion"], tokens, reason, sums, score))
+    return found
+
+
+def _kind(data: str, format: str | None) -> Kind:
+    """The richest kind that the file's records fit. Raises DataError."""
+    if format is not None:
+        fitting = [kind for kind in _KINDS if format in format_names(kind)]
+        return "pair" if is_dotted(format) or not fitting else fitting[0]
+    head = [row.value for row in islice(read_raw(data), ROWS_TO_DETECT) if isinstance(row.value, dict)]
+    for kind in _KINDS:
+        if any(detect_format(row, kind) for row in head):
+            return kind
+    return "prompt"  # whose reader says what is wrong
+
+
+def _beta(model: Path) -> float:
+    strategy = settings_of_run(model).get("model_alignment_strategy", {})
+    for name in OBJECTIVES:
+        section = strategy.get(name) or {}
+        for key in ("kl_beta", "beta"):
+            if isinstance(section.get(key), int | float):
+                return float(section[key])
+    return DEFAULT_BETA
+
+
+def _dtype(folder: Path, device: str | None, dtype: Dtype | None) -> torch.dtype:
+    """Of weights and activations, as the models that answer have it."""
+    if dtype is not None:
+        return DTYPES[dtype]
+    if device_of(device).type == "cpu":
+        return torch.float32
+    shape = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    found = getattr(torch, str(shape.get("dtype") or shape.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _free_memory() -> None:
+    """Of a model that is no longer needed, before the next is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,139 @@
+"""Samples during evaluation: what the policy answers is what transformers' greedy search gives of the export,
+and the run is the same without them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixture import TIMES, Project, scalars
+
+import nxdt_align as na
+from nxdt_align.cli import main
+from nxdt_align.config.check import find_faults
+from nxdt_align.evaluation.report import read_samples
+
+GIVEN = (
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=2",
+    "model.optim.sched=null",
+    "model.optim.lr=1e-2",
+)
+SAMPLES = ("exp_manager.sample_during_eval.prompts=3", "exp_manager.sample_during_eval.max_tokens=5")
+KEY = "exp_manager.sample_during_eval"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A run with samples and one without."""
+    project = Project.create(tmp_path_factory.mktemp("samples"))
+    report = ("exp_manager.report=True", f"{KEY}.every_n_validations=3")
+    for name, more in (("with", (*SAMPLES, *report)), ("without", ())):
+        folder = f"exp_manager.explicit_log_dir={project.root / name}"
+        assert project.train(folder, *GIVEN, *more) == 0
+    return project
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_those_of_the_export(project: Project) -> None:
+    """Of the prompts of the validation data, before the first step and after validation 3, step 6."""
+    rows = lines(project.root / "with")
+    assert [(row["step"], row["validation"], row["index"]) for row in rows] == [
+        *((0, 0, index) for index in range(3)),
+        *((6, 3, index) for index in range(3)),
+    ]
+    data = [json.loads(line) for line in (project.root / "val.jsonl").read_text().splitlines()]
+    export = project.root / "with" / "hf_export"
+    told = na.generate(export, project.root / "val.jsonl", max_tokens=5, limit=3, device="cpu")
+    for before, after, record, row in zip(rows[:3], rows[3:], data, told, strict=False):
+        assert after["prompt"] == record["prompt"] and after["answer"].strip() == record["chosen"]
+        assert after["completion"] == row["completion"] and after["tokens"] == row["completion_tokens"]
+        assert after["finish_reason"] == row["finish_reason"]
+        assert before["before"] is None and after["before"] == before["completion"]
+    assert [row["completion"] for row in rows[:3]] != [row["completion"] for row in rows[3:]]
+
+
+def same(one: Path, other: Path) -> None:
+    """Every weight and every logged value, bit for bit."""
+    first, second = (load_file(run / "hf_export" / "model.safetensors") for run in (one, other))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    curves, others = scalars(one), scalars(other)
+    assert curves.keys() == others.keys()
+    assert all(curves[name] == others[name] for name in curves if name not in TIMES)
+
+
+def test_the_run_is_the_same_without_them(project: Project) -> None:
+    same(project.root / "with", project.root / "without")
+    assert not (project.root / "without" / "samples.jsonl").exists()
+
+
+@pytest.mark.full
+def test_drawn_answers_differ_and_change_nothing(project: Project) -> None:
+    folder = f"exp_manager.explicit_log_dir={project.root / 'drawn'}"
+    assert project.train(folder, *GIVEN, *SAMPLES, f"{KEY}.temperature=1.5") == 0
+    same(project.root / "drawn", project.root / "without")
+    rows = lines(project.root / "drawn")
+    assert [row["step"] for row in rows[::3]] == [0, 2, 4, 6]
+    assert len({tuple(row["completion"] for row in rows[at : at + 3]) for at in range(0, 12, 3)}) > 1
+
+
+def test_they_are_shown(project: Project) -> None:
+    """In the report, and as text in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = project.root / "with"
+    (found,) = json.loads((run / "report.json").read_text())["runs"]
+    assert [s["completion"] for s in found["samples"]] == [r["completion"] for r in lines(run)[3:]]
+    page = (run / "report.html").read_text()
+    assert "at step 6" in page and "before training" in page
+    events = EventAccumulator(str(run)).Reload()
+    texts = events.Tensors("samples/text_summary")
+    assert [event.step for event in texts] == [0, 6]
+    text = texts[1].tensor_proto.string_val[0].decode()
+    assert text.startswith("| prompt | before training | now | the data's answer |\n| --- |")
+    assert lines(run)[3]["prompt"] in text
+
+
+def test_a_resumed_run_remembers(project: Project) -> None:
+    """The first answers and the count of validations, from the file, whose last line a kill has cut."""
+    run = project.root / "with"
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 6, "val')
+    folder = f"exp_manager.explicit_log_dir={run}"
+    more = ("trainer.max_steps=12", *GIVEN[1:], *SAMPLES, f"{KEY}.every_n_validations=3")
+    assert project.train(folder, *more) == 0
+    *earlier, cut, first, second, third = (run / "samples.jsonl").read_text().splitlines()
+    later, rows = (
+        [json.loads(line) for line in (first, second, third)],
+        [json.loads(line) for line in earlier],
+    )
+    assert cut == '{"step": 6, "val' and len(rows) == 6
+    assert [(row["step"], row["validation"]) for row in later] == [(12, 6)] * 3
+    assert [row["before"] for row in later] == [row["completion"] for row in rows[:3]]
+    assert {sample["step"] for sample in read_samples(run / "samples.jsonl")} == {12}
+
+
+def test_faults_and_notices(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    def faults(*overrides: str) -> list[str]:
+        config = na.load_config(project.root / "conf" / "run.yaml", *SAMPLES, *overrides)
+        return [str(fault) for fault in find_faults(config)]
+
+    parallel = ("trainer.devices=2", "distributed_strategy.tensor_model_parallel_size=2")
+    assert faults(f"{KEY}.temperature=0.5") == [] and faults(*parallel) == []
+    (fault,) = faults(f"{KEY}.temperature=0.5", *parallel)
+    assert "temperature: must be 0 with distributed_strategy.tensor_model_parallel_size above 1" in fault
+    (fault,) = faults(f"{KEY}.prompts=-1")
+    assert f"{KEY}.prompts" in fault
+    arguments = project.arguments(f"exp_manager.explicit_log_dir={project.root / 'x'}", *SAMPLES)
+    assert main([*arguments, f"{KEY}.max_tokens=256"]) == 1
+    assert f"{KEY}.max_tokens: must be below the model's 256 positions" in capsys.readouterr().err
+    assert main(["config", *arguments[1:], "data.val_dir=null"]) == 0
+    assert main([*arguments, "data.val_dir=null", "trainer.max_steps=1"]) == 0
+    assert "no samples, as the run does not validate" in capsys.readouterr().err
