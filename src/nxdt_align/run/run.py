@@ -53,7 +53,7 @@ from nxdt_align.run.resume import (
     identify,
     newest_checkpoint,
 )
-from nxdt_align.run.rows import row_needs, with_possible_layout
+from nxdt_align.run.rows import row_multiple, row_needs, with_possible_layout
 from nxdt_align.run.samples import sample_callbacks
 from nxdt_align.run.settle import settle
 from nxdt_align.training import optim
@@ -114,6 +114,7 @@ class Run:
         self.parts = assemble.join(config, engine, env, self.model_config, mode)
         self._times.done("processes joined")
         self.topology = self.parts.topology
+        device_type = "neuron" if self.parts.on_trainium else self.parts.device.type
         self.data = ModelAlignmentDataModule(
             config,
             self.tokenization,
@@ -123,8 +124,7 @@ class Run:
             **assemble.micro_batch_needs(config),
             fixed_micro_batches=mode.fixes_micro_batches(self.parts.device),
             **row_needs(
-                *(config, engine, self.model_config),
-                "neuron" if self.parts.on_trainium else self.parts.device.type,
+                *(config, engine, self.model_config, device_type),
                 needs_reference=self.objective.needs_reference,
             ),
         )
@@ -133,6 +133,7 @@ class Run:
             log.log(NOTICE, "%s", choice.summary)
             self.config = config = config.with_layout(choice.layout)
             self.parts.settle(config)
+        self._row_multiple = row_multiple(config, engine, self.model_config, device_type)
         reports = row_reports(self.data.splits, config.data)
         log.log(NOTICE, "data: %s", summary(reports))
         for split, report in reports.items():
@@ -344,7 +345,7 @@ class Run:
             self.tokenization,
             self._generation,
             self.model_config,
-            row_multiple=self.parts.row_multiple,
+            row_multiple=self._row_multiple,
             folder=run.path,
         )
 

@@ -47,10 +47,10 @@ def sample_callbacks(
     settings = config.exp_manager.sample_during_eval
     if not settings.prompts or not config.validates:
         return []
-    if engine.lazy:
+    if engine.lazy or engine.compiler is not None:
         log.log(
             NOTICE,
-            "%s: no samples are made on a device that compiles each shape of rows into a graph; "
+            "%s: no samples are made where each shape of rows is compiled into a graph; "
             "nxdt-align generate answers prompts with a checkpoint or the export",
             _KEY,
         )
