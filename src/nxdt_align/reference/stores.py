@@ -173,7 +173,7 @@ def _merge_width(
     """Records in the destination afterwards; added; known before."""
     target = ReferenceStore(into.parent, into.name, width, description=made_from)
     ids, values, places = _all_of([into, *stores], width)
-    own = sum(len(part.ids) for part in target.parts())
+    own = places[0][1]  # as they were read: a run may add parts meanwhile
     first, at = distinct(ids)
     if at is not None:
         _require_agreement(ids, values, first[at], places, tolerance)
