@@ -56,6 +56,11 @@ def sweep(
     found = combinations(given, lambda key: key_by_name(key, objective))
     if variables.get("COMPILE") == "1":
         raise UserError("COMPILE=1 is for one run at a time: nxdt-align launch compiles ahead of a sweep")
+    if variables.get("REFERENCE"):
+        raise UserError(
+            "REFERENCE: train.sh would compute reference values instead of each run; unset it, or give it to "
+            "nxdt-align launch ahead of a sweep"
+        )
     if config.exp_manager.explicit_log_dir is not None:
         raise UserError(f"{_FOLDER}: is a folder for one run; --out names that of a sweep")
     out = (arguments.out or _default_folder(config)).absolute()

@@ -88,6 +88,10 @@ def test_what_is_refused_before_a_run(
     assert main(command(project, "kl_beta=1,2")) == 1
     assert "COMPILE=1 is for one run at a time" in capsys.readouterr().err
     monkeypatch.delenv("COMPILE")
+    monkeypatch.setenv("REFERENCE", "1/1")
+    assert main(command(project, "kl_beta=1,2")) == 1
+    assert "REFERENCE: train.sh would compute reference values" in capsys.readouterr().err
+    monkeypatch.delenv("REFERENCE")
     assert main(command(project, "--list", "kl_beta=1,2", "model.optim.lr=1e-3,1e-4")) == 0
     assert capsys.readouterr().out.splitlines()[:2] == ["kl_beta=1,lr=0.001", "kl_beta=1,lr=0.0001"]
     assert not (tmp_path / "experiments").exists()
