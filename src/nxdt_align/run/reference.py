@@ -158,6 +158,8 @@ def open_store(
         made_from["ld_alpha"] = str(dpo.ld_alpha)
     settings = config.model_alignment_strategy
     if settings.reference_model is None and settings.peft is not None and settings.peft.quantize_base:
-        made_from["quantized"] = settings.peft.quantize_base  # the policy's base is the reference
+        # The policy's base is the reference, of which modules that are trained whole are not quantised.
+        whole = ", ".join(sorted(settings.peft.modules_to_save))
+        made_from["quantized"] = settings.peft.quantize_base + (f" but {whole}" if whole else "")
     # Two values per record: chosen and rejected, or KTO's completion and the mismatched one.
     return mode.reference_store(folder, fingerprint_of(made_from), 2, made_from)
