@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -117,6 +116,8 @@ class _Launcher:
     _child: subprocess.Popen[bytes] | None = None
 
     def start(self, run: SweepRun) -> int | None:
+        if self.received:  # between two runs
+            return None
         script = Path(__file__).resolve().with_name("train.sh")
         own = {
             "CONF_FILE": str(self.config),
@@ -150,4 +151,4 @@ class _Launcher:
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
         if self._child is not None:
-            os.kill(self._child.pid, number)
+            self._child.send_signal(number)  # nothing where it has just ended
