@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -109,6 +110,7 @@ def compare(
                 logps = [tuple(each) for each in policy.response_sums(tokens, batch_size).tolist()]
                 del policy
                 _free_memory()
+                _require_finite(logps, records, model)
         answers.append(_answers(name, records, texts, rows, logps, scorer, judge))
     found = Comparison(
         str(before),
@@ -124,6 +126,16 @@ def compare(
     if page is not None:
         write_comparison(found, page)
     return found.to_dict()
+
+
+def _require_finite(logps: Sequence[tuple[float, ...]], records: Sequence[Record], model: Path) -> None:
+    bad = [record for record, each in zip(records, logps, strict=True) if not all(map(math.isfinite, each))]
+    if bad:
+        raise UserError(
+            f"{model}: its log-probabilities are not finite on {len(bad)} of {len(records)} records, first "
+            f"{bad[0].source}; its weights are damaged, or overflow in their dtype, which --dtype fp32 rules "
+            "out"
+        )
 
 
 def _answers(
