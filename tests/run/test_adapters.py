@@ -290,16 +290,18 @@ def test_qlora_trains_resumes_and_exports_the_adapter(
 
 
 def test_stored_values_are_of_one_set_of_quantised_layers(project: Project) -> None:
-    """A layer that is trained whole is not quantised, so that the base is another reference. Stores of other
-    runs keep their fingerprint."""
+    """A layer that is trained whole is not quantised, nor is an adapter beside its base: the reference is
+    another. Stores of other runs keep their fingerprint."""
 
-    def store_of(*overrides: str) -> dict[str, str]:
+    def store_of(*overrides: str, has_adapter: bool = False) -> dict[str, str]:
         config = read_config("run", [*LORA, *overrides], project.root / "conf")[0]
-        names = ("weights", "model", "tokenization", "precision")
-        return open_store(config, RunMode(), project.root, **dict.fromkeys(names, "x")).description
+        names = dict.fromkeys(("weights", "model", "tokenization", "precision"), "x")
+        return open_store(config, RunMode(), project.root, **names, has_adapter=has_adapter).description
 
     assert "quantized" not in store_of()
+    assert store_of() == store_of(has_adapter=True)
     assert store_of(NF4)["quantized"] == "nf4"
+    assert store_of(NF4, has_adapter=True)["quantized"] == "nf4 beside an adapter"
     saved = "model_alignment_strategy.peft.modules_to_save"
     assert store_of(NF4, f"{saved}=[o_proj,lm_head]")["quantized"] == "nf4 but lm_head, o_proj"
     assert "quantized" not in store_of(f"{saved}=[o_proj]")

@@ -67,7 +67,7 @@ from nxdt_align.training.stopping import StopOnSignal
 from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
 from nxdt_align.weights.generation import generation_json, note_unused_sampling
 from nxdt_align.weights.hf_writer import write_hf_folder
-from nxdt_align.weights.peft import merged
+from nxdt_align.weights.peft import MergedWeights, merged
 
 log = logging.getLogger(__name__)
 
@@ -303,6 +303,7 @@ class Run:
             model=str(self.model_config),
             tokenization=self.tokenization.fingerprint(),
             precision=str(self.parts.reference_precision),
+            has_adapter=isinstance(origin.source, MergedWeights),
         )
 
     def reference_alone(self) -> tuple[ReferencePass, ReferenceStore, bool]:
