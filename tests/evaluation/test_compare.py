@@ -99,6 +99,8 @@ def test_the_command(project: Project, tmp_path: Path, capsys: pytest.CaptureFix
     assert [f.name for f in sorted(tmp_path.iterdir())] == ["both.html", "both.json"]
     assert main([*command, "--out", str(tmp_path / "x.txt")]) == 1
     assert "out: must end in .html" in capsys.readouterr().err
+    assert main([*command, "--out", str(out / "x.html")]) == 1
+    assert f"x.html cannot be written, where {out} is a file" in capsys.readouterr().err
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

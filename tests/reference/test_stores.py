@@ -94,6 +94,9 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty is no reference store: it holds no store\.json"):
         merge([tmp_path / "empty"], tmp_path / "all")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written to, where .*/file is a file; make it writable"):
+        merge([one.folder], tmp_path / "file" / "all")
     about = one.folder / "store.json"
     text = about.read_text()
     about.write_text("{")

@@ -23,6 +23,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.evaluation.compare import Answer, Compared, Comparison, write_comparison
 from nxdt_align.evaluation.generate import Sampling, complete
 from nxdt_align.evaluation.scorers import Score, choose_scorer, scored
+from nxdt_align.files import CHOOSE_ANOTHER, unwritable
 from nxdt_align.run.conversion import DTYPES, Dtype
 from nxdt_align.run.generation import (
     Backend,
@@ -85,6 +86,9 @@ def compare(
     page = None if out is None else Path(out)
     if page is not None and page.suffix != ".html":
         raise UserError(f"out: must end in .html, as its JSON takes the same name, but is {page}")
+    problem = None if page is None else unwritable(page.absolute().parent)
+    if problem is not None:
+        raise UserError(f"out: {page} cannot be written{problem}; {CHOOSE_ANOTHER}")
     sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
     scale = _beta(Path(after)) if beta is None else beta
     if not scale > 0:
