@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def curve_difference(first: list[tuple[int, float]], second: list[tuple[int, flo
     if steps != others:
         raise NotComparable(f"one run has logged the steps {steps}, the other {others}")
     return max(
-        (abs(a - b) / max(abs(a), 1e-12), f"step {step}")
+        (_finite(abs(a - b) / max(abs(a), 1e-12)), f"step {step}")
         for (step, a), (_, b) in zip(first, second, strict=True)
     )
 
@@ -70,8 +71,13 @@ def weight_difference(first: Path, second: Path) -> tuple[float, str]:
             a, b = one.get_tensor(name).float(), other.get_tensor(name).float()
         if a.shape != b.shape:
             raise NotComparable(f"{name} is {tuple(a.shape)} in one export and {tuple(b.shape)} in the other")
-        worst = max(worst, (float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)), name))
+        worst = max(worst, (_finite(float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))), name))
     return worst
+
+
+def _finite(difference: float) -> float:
+    """NaN as infinity: it compares with nothing, so that a maximum would pass over it."""
+    return math.inf if math.isnan(difference) else difference
 
 
 def _files(run: Path) -> dict[str, Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -56,6 +55,11 @@ def sweep(
     found = combinations(given, lambda key: key_by_name(key, objective))
     if variables.get("COMPILE") == "1":
         raise UserError("COMPILE=1 is for one run at a time: nxdt-align launch compiles ahead of a sweep")
+    if variables.get("REFERENCE"):
+        raise UserError(
+            "REFERENCE: train.sh would compute reference values instead of each run; unset it, or give it to "
+            "nxdt-align launch ahead of a sweep"
+        )
     if config.exp_manager.explicit_log_dir is not None:
         raise UserError(f"{_FOLDER}: is a folder for one run; --out names that of a sweep")
     out = (arguments.out or _default_folder(config)).absolute()
@@ -112,6 +116,8 @@ class _Launcher:
     _child: subprocess.Popen[bytes] | None = None
 
     def start(self, run: SweepRun) -> int | None:
+        if self.received:  # between two runs
+            return None
         script = Path(__file__).resolve().with_name("train.sh")
         own = {
             "CONF_FILE": str(self.config),
@@ -145,4 +151,4 @@ class _Launcher:
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
         if self._child is not None:
-            os.kill(self._child.pid, number)
+            self._child.send_signal(number)  # nothing where it has just ended

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from config_checks import check
+from lightning.pytorch.loggers import WandbLogger
 
 from nxdt_align.config.check import ConfigError, load_checked
+from nxdt_align.config.loggers import WANDB
 from nxdt_align.config.schema import Config
 
 Load = Callable[..., Config]
@@ -269,3 +272,8 @@ def test_settings_of_another_optimizer_are_noticed_and_left_out(load: Load, good
 def test_a_reference_for_an_objective_without_one_is_noticed(load: Load, good: str) -> None:
     config = load(good, f"~{ALIGN}.dpo", f"{ALIGN}.orpo.beta=0.1", f"{ALIGN}.reference_model=/somewhere")
     assert check(config) == [f"{ALIGN}.reference_model has no effect: orpo has no reference"]
+
+
+def test_every_argument_of_the_wandb_logger_is_known() -> None:
+    own = inspect.signature(WandbLogger.__init__).parameters.values()
+    assert {each.name for each in own if each.kind is not each.VAR_KEYWORD} - {"self"} <= set(WANDB)

@@ -4,12 +4,15 @@ told with their record, and the page needs nothing else."""
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from html_page import Page
+from safetensors.torch import load_file, save_file
 from small_tokenizers import CHATML, make_tokenizer
 from training_fixture import Project
 
@@ -96,6 +99,8 @@ def test_the_command(project: Project, tmp_path: Path, capsys: pytest.CaptureFix
     assert [f.name for f in sorted(tmp_path.iterdir())] == ["both.html", "both.json"]
     assert main([*command, "--out", str(tmp_path / "x.txt")]) == 1
     assert "out: must end in .html" in capsys.readouterr().err
+    assert main([*command, "--out", str(out / "x.html")]) == 1
+    assert f"x.html cannot be written, where {out} is a file" in capsys.readouterr().err
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -118,6 +123,18 @@ def test_single_responses_and_prompts(project: Project, tmp_path: Path) -> None:
         UserError, match="score: exact compares with the data's answers, but 2 of 2 records have"
     ):
         compare(project, prompts, score="exact")
+
+
+def test_a_model_whose_values_are_not_finite(project: Project, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(exports(project)[1], broken)
+    (file,) = broken.glob("*.safetensors")
+    weights = load_file(file)
+    name = "model.norm.weight"
+    save_file({**weights, name: weights[name] * math.nan}, file, {"format": "pt"})
+    given: dict[str, Any] = {"max_tokens": 1, "device": "cpu", "limit": 2}
+    with pytest.raises(UserError, match=r"broken: .* not finite on 2 of 2 records, first .*train.jsonl:1;"):
+        na.compare(exports(project)[0], broken, project.root / "train.jsonl", **given)
 
 
 def test_a_scorer_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fake_engine import record_ids
 
 from nxdt_align.errors import UserError
+from nxdt_align.reference import stores
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
 from nxdt_align.reference.stores import examine, find_stores, merge, words
 
@@ -92,6 +94,9 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty is no reference store: it holds no store\.json"):
         merge([tmp_path / "empty"], tmp_path / "all")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written to, where .*/file is a file; make it writable"):
+        merge([one.folder], tmp_path / "file" / "all")
     about = one.folder / "store.json"
     text = about.read_text()
     about.write_text("{")
@@ -106,6 +111,21 @@ def test_what_cannot_be_merged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"damaged parts \({part.name}: .*copy it again"):
         merge([one.folder], tmp_path / "all")
     assert not (tmp_path / "all").exists()
+
+
+def test_a_run_that_adds_values_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between reading the destination and writing to it: every record of the source still gets there."""
+    one, into = store_with(tmp_path / "a", [0, 1]), store_with(tmp_path / "all", [5])
+    read = stores._all_of
+
+    def read_then_written_to(*given: Any) -> Any:
+        found = read(*given)
+        store_with(tmp_path / "all", [6, 7, 8])
+        return found
+
+    monkeypatch.setattr(stores, "_all_of", read_then_written_to)
+    assert merge([one.folder], into.folder).added == 2
+    assert into.stored(record_ids(9)[[0, 1, 5, 6, 7, 8]]).all()
 
 
 def test_a_damaged_destination_gets_its_records_again(tmp_path: Path) -> None:

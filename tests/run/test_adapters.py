@@ -14,6 +14,9 @@ import torch
 from training_fixture import Project, assert_same_run, final_weights, scalars
 
 from nxdt_align.cli import main
+from nxdt_align.config.load import read_config
+from nxdt_align.run.mode import RunMode
+from nxdt_align.run.reference import open_store
 
 peft = pytest.importorskip("peft")
 
@@ -219,6 +222,9 @@ def test_bad_adapters_are_refused_with_what_would_do(
     says("alpha_pattern must be {}", given)
     with_optimizer = (f"exp_manager.resume_from_checkpoint={whole}", "model.weight_init_only=False")
     says("must be True with model_alignment_strategy.peft", *LORA, *with_optimizer)
+    of_config = ["--config-path", str(project.root / "conf"), "--config-name", "run"]
+    assert main(["reference", "precompute", *of_config, *LORA, *with_optimizer]) == 1
+    assert "must be True with model_alignment_strategy.peft" in capsys.readouterr().err
 
 
 def test_training_goes_on_from_a_runs_adapters(project: Project, whole: Path) -> None:
@@ -281,6 +287,24 @@ def test_qlora_trains_resumes_and_exports_the_adapter(
     from transformers import LlamaForCausalLM
 
     assert torch.allclose(logits(LlamaForCausalLM.from_pretrained(folder)), logits(model), atol=1e-5)
+
+
+def test_stored_values_are_of_one_set_of_quantised_layers(project: Project) -> None:
+    """A layer that is trained whole is not quantised, nor is an adapter beside its base: the reference is
+    another. Stores of other runs keep their fingerprint."""
+
+    def store_of(*overrides: str, has_adapter: bool = False) -> dict[str, str]:
+        config = read_config("run", [*LORA, *overrides], project.root / "conf")[0]
+        names = dict.fromkeys(("weights", "model", "tokenization", "precision"), "x")
+        return open_store(config, RunMode(), project.root, **names, has_adapter=has_adapter).description
+
+    assert "quantized" not in store_of()
+    assert store_of() == store_of(has_adapter=True)
+    assert store_of(NF4)["quantized"] == "nf4"
+    assert store_of(NF4, has_adapter=True)["quantized"] == "nf4 beside an adapter"
+    saved = "model_alignment_strategy.peft.modules_to_save"
+    assert store_of(NF4, f"{saved}=[o_proj,lm_head]")["quantized"] == "nf4 but lm_head, o_proj"
+    assert "quantized" not in store_of(f"{saved}=[o_proj]")
 
 
 @pytest.mark.parametrize(

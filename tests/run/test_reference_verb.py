@@ -113,6 +113,11 @@ def test_verify(project: Project, ahead: Path, tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert "they agree to 0 nats per token (tolerance 0.0001)" in said
     assert "0 of 300 records have no value" in said
+    shutil.copytree(ahead, tmp_path / "tables")
+    for part in (tmp_path / "tables").glob("reference/*/part-*"):
+        part.unlink()
+    assert reference(project, "verify", cache_at(tmp_path / "tables")) == 0
+    assert "they agree to 0 nats per token" in capsys.readouterr().out
     shutil.copytree(ahead, tmp_path / "other")
     tampered(tmp_path / "other", 1.0)
     assert reference(project, "verify", cache_at(tmp_path / "other"), "--records=9", "--json") == 1

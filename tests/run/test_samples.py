@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import nxdt_align as na
 from nxdt_align.cli import main
 from nxdt_align.config.check import find_faults
 from nxdt_align.evaluation.report import read_samples
+from nxdt_align.run.samples import sample_callbacks
 
 GIVEN = (
     "trainer.max_steps=6",
@@ -137,3 +139,18 @@ def test_faults_and_notices(project: Project, capsys: pytest.CaptureFixture[str]
     assert main(["config", *arguments[1:], "data.val_dir=null"]) == 0
     assert main([*arguments, "data.val_dir=null", "trainer.max_steps=1"]) == 0
     assert "no samples, as the run does not validate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lazy", "told"),
+    [(True, "a graph; nxdt-align generate"), (False, "distributed_strategy.compile=none makes")],
+)
+def test_none_are_made_where_steps_are_compiled(
+    project: Project, caplog: pytest.LogCaptureFixture, lazy: bool, told: str
+) -> None:
+    config: Any = na.load_config(project.root / "conf" / "run.yaml", *SAMPLES)
+    engine: Any = SimpleNamespace(lazy=lazy, compiler=object())
+    none: Any = None
+    caplog.set_level("INFO", logger="nxdt_align")
+    assert sample_callbacks(config, engine, none, none, {}, none, row_multiple=1, folder=project.root) == []
+    assert told in caplog.text

@@ -88,6 +88,10 @@ def test_what_is_refused_before_a_run(
     assert main(command(project, "kl_beta=1,2")) == 1
     assert "COMPILE=1 is for one run at a time" in capsys.readouterr().err
     monkeypatch.delenv("COMPILE")
+    monkeypatch.setenv("REFERENCE", "1/1")
+    assert main(command(project, "kl_beta=1,2")) == 1
+    assert "REFERENCE: train.sh would compute reference values" in capsys.readouterr().err
+    monkeypatch.delenv("REFERENCE")
     assert main(command(project, "--list", "kl_beta=1,2", "model.optim.lr=1e-3,1e-4")) == 0
     assert capsys.readouterr().out.splitlines()[:2] == ["kl_beta=1,lr=0.001", "kl_beta=1,lr=0.0001"]
     assert not (tmp_path / "experiments").exists()
@@ -109,6 +113,13 @@ def test_a_signal_reaches_the_run_and_ends_the_sweep(
     assert signal.getsignal(signal.SIGTERM) == before
     state = json.loads((tmp_path / "experiments" / "sweeps" / "run" / "sweep.json").read_text())["runs"]
     assert {label: known["status"] for label, known in state.items()} == {"kl_beta=1": None}
+    # One that came between two runs.
+    script.write_text("touch $LOG_PATH.started\n")
+    launcher = cli_sweep._Launcher(script, tmp_path, {"PATH": os.environ["PATH"]})
+    (tmp_path / "logs").mkdir()
+    assert launcher.start(runs("first")[0]) == 0 and (tmp_path / "logs" / "first.started").exists()
+    launcher.received.append(signal.SIGTERM)
+    assert launcher.start(runs("next")[0]) is None and not (tmp_path / "logs" / "next.started").exists()
 
 
 @pytest.mark.full

@@ -43,6 +43,14 @@ def test_what_is_apart_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[st
         capsys.readouterr()
 
 
+@pytest.mark.parametrize("name", ["loss", "norm", "weight"])
+def test_what_is_no_number_is_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    first, other = run(tmp_path / "a"), run(tmp_path / "nan", **{name: float("nan")})  # type: ignore[arg-type]
+    for runs in ([first, other], [other, first]):
+        assert main([*map(str, runs)]) == 1
+        assert capsys.readouterr().out.count(": NO") == 1
+
+
 def test_runs_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = run(tmp_path / "a")
     empty = tmp_path / "empty"

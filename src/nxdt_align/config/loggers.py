@@ -45,9 +45,9 @@ SUMMARY_WRITER: dict[str, tuple[tuple[type, ...], str]] = {
 """Setting of the TensorBoard logger -> its types, and what they are called."""
 WANDB = (
     *("name", "project", "entity", "group", "job_type", "tags", "notes", "id", "save_dir", "dir", "offline"),
-    *("log_model", "prefix", "checkpoint_name", "experiment", "anonymous", "config", "mode", "resume"),
-    *("config_exclude_keys", "config_include_keys", "allow_val_change", "force", "reinit", "resume_from"),
-    *("fork_from", "save_code", "tensorboard", "sync_tensorboard", "monitor_gym", "settings"),
+    *("version", "log_model", "prefix", "checkpoint_name", "experiment", "anonymous", "config", "mode"),
+    *("resume", "config_exclude_keys", "config_include_keys", "allow_val_change", "force", "reinit"),
+    *("resume_from", "fork_from", "save_code", "tensorboard", "sync_tensorboard", "monitor_gym", "settings"),
 )
 """Arguments of Lightning's WandbLogger and, through it, of wandb.init."""
 _IN_A_NAME = ("prefix", "sub_dir", "comment", "filename_suffix")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nxdt_align.config.data import PACKING
 from nxdt_align.data.packing import Bucket, Layout, RowCost, RowPlanner
 from nxdt_align.errors import UserError
 
-KEY = "data.packing"
 Unit = Literal["positions", "seconds"]
 
 
@@ -96,14 +96,14 @@ class LayoutChoice:
         """In one line."""
         others = [layout for layout in self.prices if layout != self.layout]
         prices = ", ".join(f"{layout} {self._price(layout)}" for layout in others)
-        told = f"{KEY}: auto is {self.layout}, {self._price(self.layout)} {self._measure}"
+        told = f"{PACKING}: auto is {self.layout}, {self._price(self.layout)} {self._measure}"
         told += f"; {prices}" if prices else ""
         faults = [f"{layout} does not fit memory" for layout in self.too_large]
         faults += [f"not {layout}: {why}" for layout, why in self.refused.items()]
         return "; ".join([told, *faults])
 
     def __str__(self) -> str:
-        lines = [f"{KEY}: auto is {self.layout}, the cheapest {self._measure}"]
+        lines = [f"{PACKING}: auto is {self.layout}, the cheapest {self._measure}"]
         for layout in sorted(self.prices, key=lambda layout: self.prices[layout]):
             more = self.prices[layout] / self.prices[self.layout]
             fault = f"; {self.too_large[layout]}" if layout in self.too_large else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nxdt_align.files import one_at_a_time
+from nxdt_align.files import CHOOSE_ANOTHER, one_at_a_time, unwritable
 from nxdt_align.record_ids import Array, distinct, spans
 from nxdt_align.reference.cache import ABOUT, ReferenceStore, ReferenceStoreError, name_of, read_about
 from nxdt_align.reference.parts import DAMAGED, FORMAT, PATTERN, FloatArray, read_part
@@ -123,6 +123,9 @@ def merge(sources: Sequence[Path], destination: Path, *, tolerance: float = TOLE
     for each in (*stores, *([into] if _is_store(into) else [])):
         _require_same(stores[0], each)
     made_from = dict((read_about(stores[0]) or {}).get("fingerprint_of", {}))
+    problem = unwritable(into)
+    if problem is not None:
+        raise ReferenceStoreError(f"{into} cannot be written to{problem}; {CHOOSE_ANOTHER}")
     with one_at_a_time(into.parent / f".{into.name}.merge-lock"):
         widths = sorted({width for store in (*stores, into) for width in examine(store).records})
         counts = [_merge_width(stores, into, width, made_from, tolerance) for width in widths]
@@ -173,7 +176,7 @@ def _merge_width(
     """Records in the destination afterwards; added; known before."""
     target = ReferenceStore(into.parent, into.name, width, description=made_from)
     ids, values, places = _all_of([into, *stores], width)
-    own = sum(len(part.ids) for part in target.parts())
+    own = places[0][1]  # as they were read: a run may add parts meanwhile
     first, at = distinct(ids)
     if at is not None:
         _require_agreement(ids, values, first[at], places, tolerance)

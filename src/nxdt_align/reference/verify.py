@@ -13,6 +13,7 @@ from nxdt_align.record_ids import Array, distinct
 from nxdt_align.reference.cache import ReferenceStore, name_of
 from nxdt_align.reference.parts import FloatArray
 from nxdt_align.reference.precompute import M, Mask, Plan, PlanOnDemand, rounds
+from nxdt_align.reference.table import find_table
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def _compared(
     kept, _ = distinct(ids[records])
     records, now = records[kept], np.concatenate(values)[kept]
     then = store.values_of(ids[records])
+    if np.isnan(then).any() and (table := find_table(store.folder, ids, store.width)) is not None:
+        then = np.where(np.isnan(then), table[records], then)  # of a part that is gone: training reads this
     is_there = ~np.isnan(then[:, 0])
     difference = np.abs(now - then)[is_there] / np.maximum(tokens[records][is_there], 1)
     worst = np.where(np.isfinite(difference), difference, np.inf).max(1)

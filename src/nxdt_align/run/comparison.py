@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.evaluation.compare import Answer, Compared, Comparison, write_comparison
 from nxdt_align.evaluation.generate import Sampling, complete
 from nxdt_align.evaluation.scorers import Score, choose_scorer, scored
+from nxdt_align.files import CHOOSE_ANOTHER, unwritable
 from nxdt_align.run.conversion import DTYPES, Dtype
 from nxdt_align.run.generation import (
     Backend,
@@ -84,6 +86,9 @@ def compare(
     page = None if out is None else Path(out)
     if page is not None and page.suffix != ".html":
         raise UserError(f"out: must end in .html, as its JSON takes the same name, but is {page}")
+    problem = None if page is None else unwritable(page.absolute().parent)
+    if problem is not None:
+        raise UserError(f"out: {page} cannot be written{problem}; {CHOOSE_ANOTHER}")
     sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
     scale = _beta(Path(after)) if beta is None else beta
     if not scale > 0:
@@ -109,6 +114,7 @@ def compare(
                 logps = [tuple(each) for each in policy.response_sums(tokens, batch_size).tolist()]
                 del policy
                 _free_memory()
+                _require_finite(logps, records, model)
         answers.append(_answers(name, records, texts, rows, logps, scorer, judge))
     found = Comparison(
         str(before),
@@ -124,6 +130,16 @@ def compare(
     if page is not None:
         write_comparison(found, page)
     return found.to_dict()
+
+
+def _require_finite(logps: Sequence[tuple[float, ...]], records: Sequence[Record], model: Path) -> None:
+    bad = [record for record, each in zip(records, logps, strict=True) if not all(map(math.isfinite, each))]
+    if bad:
+        raise UserError(
+            f"{model}: its log-probabilities are not finite on {len(bad)} of {len(records)} records, first "
+            f"{bad[0].source}; its weights are damaged, or overflow in their dtype, which --dtype fp32 rules "
+            "out"
+        )
 
 
 def _answers(

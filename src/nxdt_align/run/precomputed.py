@@ -25,6 +25,7 @@ from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.run import Run
 from nxdt_align.run.settle import settle
 from nxdt_align.training.hooks import PREFLIGHT_TOLERANCE
+from nxdt_align.weights.peft import MergedWeights
 
 
 class ReferenceAlone(RunMode):
@@ -126,6 +127,7 @@ def completeness(config: Config, engine: Engine, path: Path) -> dict[str, Any]:
         model=str(model),
         tokenization=tokenization.fingerprint(),
         precision=assemble.precision_of_reference(settled, engine),
+        has_adapter=isinstance(origin.source, MergedWeights),
     )
     return {
         "fingerprint": store.folder.name,

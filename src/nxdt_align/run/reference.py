@@ -145,11 +145,13 @@ def open_store(
     model: str,
     tokenization: str,
     precision: str,
+    has_adapter: bool,
 ) -> ReferenceStore:
     """The store of the values of a reference with these ``weights``.
 
     The keyword arguments form the store's fingerprint, so that no value is used for another model, tokenizer,
-    truncation or precision.
+    truncation or precision. ``has_adapter``: the weights are a base's with an adapter added in, beside which
+    that base is quantised where it is.
     """
     made_from = {"weights": weights, "model": model, "tokenization": tokenization, "precision": precision}
     dpo = config.model_alignment_strategy.dpo
@@ -158,6 +160,9 @@ def open_store(
         made_from["ld_alpha"] = str(dpo.ld_alpha)
     settings = config.model_alignment_strategy
     if settings.reference_model is None and settings.peft is not None and settings.peft.quantize_base:
-        made_from["quantized"] = settings.peft.quantize_base  # the policy's base is the reference
+        # The policy's base is the reference, of which modules that are trained whole are not quantised.
+        whole = ", ".join(sorted(settings.peft.modules_to_save))
+        beside = " beside an adapter" if has_adapter else ""
+        made_from["quantized"] = settings.peft.quantize_base + beside + (f" but {whole}" if whole else "")
     # Two values per record: chosen and rejected, or KTO's completion and the mismatched one.
     return mode.reference_store(folder, fingerprint_of(made_from), 2, made_from)

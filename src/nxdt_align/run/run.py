@@ -67,7 +67,7 @@ from nxdt_align.training.stopping import StopOnSignal
 from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
 from nxdt_align.weights.generation import generation_json, note_unused_sampling
 from nxdt_align.weights.hf_writer import write_hf_folder
-from nxdt_align.weights.peft import merged
+from nxdt_align.weights.peft import MergedWeights, merged
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +162,9 @@ class Run:
         found = self.mode.find_run(self.config, self.places, identity, checkpoints, self.engine)
         run = held.enter_context(found)
         resumed = self.mode.resume_point(self.config, run, checkpoints, self.start, self.engine)
+        continued = None if resumed == run.checkpoint else resumed
         if self._adapters is not None:
-            if resumed is not None and resumed != run.checkpoint:
-                raise UserError(
-                    f"model.weight_init_only: must be True with model_alignment_strategy.peft, as {resumed} "
-                    "is another run's checkpoint: adapters start from its weights, not from its optimizer"
-                )
+            self._require_weights_alone(continued)
             needed = self.objective.needs_reference
             say(self.config, self._adapters, self.start, has_reference=needed)
         if resumed is None or self._adapters is not None:
@@ -177,7 +174,7 @@ class Run:
         self._note_what_is_read(run)
         self.mode.say_what_is_kept(self.env.signals, run.checkpoint, self._keeps_reference)
         stop = self._stop_on_signal()
-        reference, record = self._reference(None if resumed == run.checkpoint else resumed)
+        reference, record = self._reference(continued)
         export = self.mode.export_folder(self.config, run)
         with as_user_error(), quiet_event_writers():
             callbacks = [
@@ -238,6 +235,16 @@ class Run:
                 f"and {own}: name one of them, or wait until the run that writes them ends"
             )
 
+    @staticmethod
+    def _require_weights_alone(continued: Path | None) -> None:
+        """Raise UserError for adapters where ``continued``, another run's checkpoint, gives its optimizer
+        too."""
+        if continued is not None:
+            raise UserError(
+                f"model.weight_init_only: must be True with model_alignment_strategy.peft, as {continued} "
+                "is another run's checkpoint: adapters start from its weights, not from its optimizer"
+            )
+
     def _generation_config(self) -> dict[str, Any]:
         """What the start's folder says, and the tokens that the training data's responses end with."""
         start, model = self.config.exp_manager.resume_from_checkpoint, self.config.model.model_config
@@ -296,6 +303,7 @@ class Run:
             model=str(self.model_config),
             tokenization=self.tokenization.fingerprint(),
             precision=str(self.parts.reference_precision),
+            has_adapter=isinstance(origin.source, MergedWeights),
         )
 
     def reference_alone(self) -> tuple[ReferencePass, ReferenceStore, bool]:
@@ -307,7 +315,9 @@ class Run:
         require_stored_reference(self.config, needed=self.objective.needs_reference)
         self._require_same_start()
         continued = continued_checkpoint(self.config, self.parts.checkpoints, self.engine)
-        if continued is None or self._adapters is not None:
+        if self._adapters is not None:
+            self._require_weights_alone(continued)
+        if continued is None:
             self.engine.load_weights(adapted(self.config, self.model_config, self.start))
         self.mode.say_what_is_kept(self.env.signals, None, keeps_reference=True)
         origin = find_origin(self.config, self.model_config, self.start, continued)

@@ -50,9 +50,9 @@ def sample_callbacks(
     if engine.lazy or engine.compiler is not None:
         log.log(
             NOTICE,
-            "%s: no samples are made where each shape of rows is compiled into a graph; "
-            "nxdt-align generate answers prompts with a checkpoint or the export",
-            _KEY,
+            "%s: no samples are made where each shape of rows is compiled into a graph; %snxdt-align "
+            "generate answers prompts with a checkpoint or the export",
+            *(_KEY, "" if engine.lazy else "distributed_strategy.compile=none makes them; "),
         )
         return []
     positions = model.max_position_embeddings
