@@ -9,7 +9,7 @@ PYTHON ?=
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 export TORCH PIP_ARGS PYTHON
 
-.PHONY: help demo demo-orpo check test test-full chaos test-xla bench bench-objectives bench-verdicts lint clean
+.PHONY: help demo demo-orpo check test test-full chaos test-xla bench bench-objectives bench-verdicts docs lint clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -53,6 +53,14 @@ bench-objectives: $(VENV)/.installed ## every objective on the demo's data; ONLY
 
 bench-verdicts: $(VENV)/.installed ## precision and recall of the report's rules on 51 runs made to show them; ONLY="noise" JOBS=n PAGE=docs/verdicts_benchmark.md
 	PYTHONPATH=src:examples:benchmarks $(BIN)/python benchmarks/verdicts.py $(if $(ONLY),--only "$(ONLY)") $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PAGE),--page $(PAGE))
+
+# Nothing of the package is imported for the site, but .venv is where its test looks for MkDocs.
+$(VENV)/.docs: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) --editable ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs ## the pages of docs/ as a site with search, in build/site; python -m http.server -d build/site shows it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
 
 lint: $(VENV)/.installed ## ruff, mypy --strict, shellcheck
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def tests_of(file: str) -> Iterator[str]:
     """Test files and folders that a change of ``file`` asks for."""
     path = Path(file)
     top = path.parts[0]
-    if file.endswith(".md"):
+    if file.endswith(".md") or file == "mkdocs.yml":
         yield DOCUMENTS
     elif top == "tests":
         is_test = path.name.startswith("test_") and (REPO / path).is_file()

@@ -12,7 +12,7 @@ from training_fixture import Project
 from nxdt_align.cli import main
 
 RUN = re.compile(r"^<!-- run -->\n```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = ["generation.md", "compare.md", "sweep.md", "report.md", "doctor.md", "reference.md"]
+PAGES = ["index.md", "generation.md", "compare.md", "sweep.md", "report.md", "doctor.md", "reference.md"]
 
 
 @pytest.fixture(scope="module")

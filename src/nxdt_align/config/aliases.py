@@ -94,7 +94,7 @@ _OBJECTIVE = (
     f"the objective is a section, {_ALIGN}.dpo, orpo, cpo, simpo, kto or sft; {_DPO}.loss_type is a "
     "form of dpo"
 )
-_FOREIGN_ADVICE = {
+FOREIGN_ADVICE = {
     **_named(
         _BATCH, "gradient_accumulation_steps grad_accumulation grad_accumulation.num_batches batch_size"
     ),
@@ -131,7 +131,7 @@ def foreign_key(path: str) -> str | None:
 
 def foreign_advice(path: str) -> str:
     """What to write instead of another library's key; empty for a path that no other library has."""
-    advice = _longest_end(_FOREIGN_ADVICE, path)
+    advice = _longest_end(FOREIGN_ADVICE, path)
     key = foreign_key(path)
     return advice or (f"here it is {key}" if key else "")
 
@@ -142,7 +142,7 @@ def _longest_end(table: dict[str, str], path: str) -> str | None:
     return next((table[end] for end in ends if end in table), None)
 
 
-_LOSS_TYPES = {
+LOSS_TYPES = {
     "sft": f"{_DPO}.nll_scale adds that term to any loss_type",
     "rso": f"use loss_type hinge with {_DPO}.gamma",
     "slic": "use loss_type hinge",
@@ -151,8 +151,9 @@ _LOSS_TYPES = {
     "kto_pair": f"{_ALIGN}.kto takes labelled completions",
     **{name: f"use {_ALIGN}.{name} instead of dpo" for name in ("orpo", "cpo", "simpo", "kto")},
 }
+"""Another library's loss type, in lower case -> what to do."""
 
 
 def loss_type_advice(path: str, value: object) -> str:
     """Our equivalent of another library's loss type; empty for other keys and unknown types."""
-    return _LOSS_TYPES.get(str(value).lower(), "") if path == f"{_DPO}.loss_type" else ""
+    return LOSS_TYPES.get(str(value).lower(), "") if path == f"{_DPO}.loss_type" else ""

@@ -70,7 +70,8 @@ def compare(
     data's responses differ.
 
     Args:
-        before, after: as ``generate`` takes a model.
+        before: as ``generate`` takes a model.
+        after: the same.
         data: a file of pairs, of single responses or of prompts, in any format that training reads.
         out: a page (.html) to write, with the same as JSON beside it; replaced if it is there.
         score: ``exact``, ``gsm8k``, ``none``, the dotted path of a function (completion, record) -> number,

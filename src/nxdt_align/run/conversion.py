@@ -78,12 +78,14 @@ def convert(
             whole weights ``nxdt``, a run's checkpoint ``nxdt`` where sizes of shards are stated and else
             ``hf``.
         config: config.json of the model, where the source has none.
-        tp, pp: tensor- and pipeline-parallel size of the shards written. None: those of the shards read, or
-            1. Where shards are read and none written, this and all that follows up to ``xser`` is checked
-            against them.
+        tp: tensor-parallel size of the shards written. None: that of the shards read, or 1. Where shards are
+            read and none written, this and all that follows up to ``xser`` is checked against them.
+        pp: pipeline-parallel size, in the same way.
         pipeline_cuts: layers after which a stage ends, as ``model.pipeline_cuts``. None: even stages.
         kv_multiplier: copies of each kv head. None: as few as fit ``tp``.
-        qkv_linear, fuse_qkv, coalesce_qkv: the attention layer, as NxD Training's settings of these names.
+        qkv_linear: the attention layer, as NxD Training's setting of this name.
+        fuse_qkv: the same.
+        coalesce_qkv: the same.
         vocab: rows to pad the vocabulary to. None: the next multiple of ``tp``.
         xser: one file per tensor, as ``save_xser`` writes.
         dtype: cast the weights to it. None keeps each weight's dtype.
@@ -95,7 +97,9 @@ def convert(
         verify: read back what was written, and compare.
         workers: threads. None: 4.
         quiet: no progress bar.
-        load_xser, direction, n_layers: what NxD's converter must be told about the source; only checked.
+        load_xser: what NxD's converter must be told about the source; only checked.
+        direction: the same.
+        n_layers: the same.
 
     Returns counts, bytes, seconds, and the weights with NaN.
 
