@@ -95,6 +95,10 @@ def test_manifest_says_hash_name_and_shapes(tmp_path: Path) -> None:
     earlier = {key: value for key, value in json.loads(path.read_text()).items() if key != "steps"}
     path.write_text(json.dumps(earlier))
     assert read_steps(path) is None and read_manifest(path) == {"17"}
+    # Another compiler's hashes say nothing of this one's graphs.
+    write_manifest(path, [SomeGraph("17")], {}, steps, compiler="torch.compile")
+    assert read_steps(path) is None and read_manifest(path) is None
+    assert read_steps(path, "torch.compile") == set(steps)
     assert [file.name for file in path.parent.iterdir()] == ["run_dpo.json"]
 
 

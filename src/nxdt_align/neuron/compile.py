@@ -18,6 +18,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.files import atomic_write
 
 FORMAT = "nxdt-align graph manifest 1"
+XLA = "torch_xla"
 SHAPE = ["rows", "tokens", "response tokens", "responses"]
 """The meaning of the numbers of a micro-batch's shape."""
 _TOTAL = re.compile(r"Total (graphs|successful compilations|failed compilations): *(\d+)")
@@ -127,53 +128,67 @@ Step = tuple[str, tuple[tuple[int, ...], ...]]
 
 
 def write_manifest(
-    path: Path, graphs: Iterable[Graph], about: Mapping[str, str], steps: Iterable[Step] = ()
+    path: Path,
+    graphs: Iterable[Graph],
+    about: Mapping[str, str],
+    steps: Iterable[Step] = (),
+    *,
+    compiler: str = XLA,
 ) -> None:
     """Write hash, name and shapes of each graph as JSON, atomically.
 
     Args:
         about: what they belong to.
         steps: those that were taken, also where a step needed no graph beyond those of others.
+        compiler: what compiled them; the hashes of others are not comparable.
     """
     entries = [
         {"hash": graph.key, "name": graph.name, "shapes": [list(shape) for shape in graph.shapes]}
         for graph in graphs
     ]
     taken = [{"name": name, "shapes": shapes} for name, shapes in steps]
-    content = {"format": FORMAT, **about, "shape": SHAPE, "graphs": entries, "steps": taken}
+    content = {
+        "format": FORMAT,
+        "compiler": compiler,
+        **about,
+        "shape": SHAPE,
+        "graphs": entries,
+        "steps": taken,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def read_manifest(path: Path) -> set[str] | None:
-    """The hashes of a manifest's graphs; None where there is no file. Raises CompileError for any other
-    file."""
-    return _read(path, lambda content: {str(entry["hash"]) for entry in content["graphs"]})
+def read_manifest(path: Path, compiler: str = XLA) -> set[str] | None:
+    """The hashes of a manifest's graphs; None where there is no file, or one of another compiler's graphs.
+    Raises CompileError for any other file."""
+    return _read(path, compiler, lambda content: {str(entry["hash"]) for entry in content["graphs"]})
 
 
-def read_steps(path: Path) -> set[Step] | None:
-    """The steps that a manifest's graphs are enough for; None where there is no file, or one of an earlier
-    version. Raises CompileError for any other file."""
+def read_steps(path: Path, compiler: str = XLA) -> set[Step] | None:
+    """The steps that a manifest's graphs are enough for; None where there is no file, or one of another
+    compiler's graphs, or of an earlier version. Raises CompileError for any other file."""
 
     def steps_of(content: Any) -> set[Step] | None:
         if "steps" not in content:
             return None
         return {(str(step["name"]), tuple(map(tuple, step["shapes"]))) for step in content["steps"]}
 
-    return _read(path, steps_of)
+    return _read(path, compiler, steps_of)
 
 
 T = TypeVar("T")
 
 
-def _read(path: Path, part: Callable[[Any], T]) -> T | None:
+def _read(path: Path, compiler: str, part: Callable[[Any], T]) -> T | None:
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r}")
-        return part(content)
+        # The first manifests did not say, as there was one compiler.
+        return part(content) if content.get("compiler", XLA) == compiler else None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CompileError(
             f"{path} is not a manifest of compiled graphs ({error}); remove it, or rewrite it with COMPILE=1"

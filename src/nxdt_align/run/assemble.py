@@ -132,6 +132,9 @@ def compiling(config: Config, where: torch.device, model: ModelShape) -> Compili
         return None
     if chosen == "auto" and not isinstance(model, DecoderConfig):
         return None
+    peft = config.model_alignment_strategy.peft
+    if chosen == "auto" and peft is not None and peft.quantize_base is not None:
+        return None  # no card has run it compiled yet; blocks compiles it
     compiled.require_own_decoder(model)
     fault = compiled.checkpointing_fault(
         config.distributed_strategy.tensor_model_parallel_size, recomputed_alone(config)

@@ -180,16 +180,17 @@ def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
         if begun == compiled:
             raise
         log.error("%s", error)
-        _print(Totals(begun, compiled, begun - compiled), compiler)
-    graphs = graphs_of_all(compiler) or {}
-    steps = Ranks().gather(compiler.begun())
-    if Ranks().rank == 0:
-        _print(Totals(len(graphs), len(graphs), 0), compiler)
-        taken = dict.fromkeys(step for of_rank in steps for step in of_rank)
-        write_manifest(manifest, graphs.values(), compiler.versions(), taken)
-    log.log(NOTICE, "manifest of the graphs: %s", manifest)
-
-
-def _print(totals: Totals, compiler: Compiler) -> None:
-    print(totals, flush=True)
+        totals = Totals(begun, compiled, begun - compiled)
+        print(totals, flush=True)
+        totals.require_success(compiler.name)
+    graphs, ranks = graphs_of_all(compiler) or {}, Ranks()
+    steps = ranks.gather(compiler.begun())
+    totals = Totals(len(graphs), len(graphs), 0)
+    if ranks.rank == 0:
+        print(totals, flush=True)
     totals.require_success(compiler.name)
+    if ranks.rank == 0:
+        taken = dict.fromkeys(step for of_rank in steps for step in of_rank)
+        versions = compiler.versions()
+        write_manifest(manifest, graphs.values(), versions, taken, compiler=compiler.name)
+    log.log(NOTICE, "manifest of the graphs: %s", manifest)

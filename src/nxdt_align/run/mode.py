@@ -129,7 +129,7 @@ class RunMode:
             planned: names of graphs and the shapes of their steps' micro-batches; called where it is needed.
             stop: raise UserError instead.
         """
-        taken = None if compiler is None or compiler.graphs() is None else read_steps(manifest)
+        taken = None if compiler is None or compiler.graphs() is None else read_steps(manifest, compiler.name)
         if taken is None:
             return
         assert compiler is not None
@@ -243,7 +243,7 @@ def report_graphs(compiler: Compiler | None, manifest: Path) -> None:
     if graphs is None:
         log.log(NOTICE, "graphs: %d compiled or loaded from Neuron's cache", compiler.count())
         return
-    known = read_manifest(manifest)
+    known = read_manifest(manifest, compiler.name)
     if known is None:
         log.log(NOTICE, "graphs: %d compiled; COMPILE=1 would list them in %s", len(graphs), manifest)
         return
