@@ -69,6 +69,7 @@ def small_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
     return lambda *arguments: objectives.main([*common, *arguments])
 
 
+@pytest.mark.full
 def test_two_objectives_make_a_table_a_file_and_a_picture(
     small_main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

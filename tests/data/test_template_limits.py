@@ -97,7 +97,7 @@ def test_memory_that_earlier_records_took_is_not_this_ones(monkeypatch: pytest.M
     monkeypatch.setattr(rendering, "MEMORY", 2**27)
     big = "two plus three. " * 1_000_000
     records = [Record([{"role": "user", "content": f"{i}{big}"}], ("two",)) for i in range(9)]
-    found = tokenization(CHATML)._render(records)
+    found = tokenization(CHATML)._texts.render(records)
     assert len(found) == 9 and not any(isinstance(each, BadRecord) for each in found)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from training_fixture import Project
 
 import nxdt_align as na
@@ -44,6 +45,7 @@ def test_readme(repo: Path, tmp_path: Path) -> None:
     assert list(tmp_path.glob("again/dpo/*/hf_export/model.safetensors"))
 
 
+@pytest.mark.full
 def test_notebook(repo: Path, tmp_path: Path) -> None:
     """Its cells in order; the last line of each is what a notebook would show."""
     notebook = json.loads((repo / "examples" / "quickstart.ipynb").read_text())

@@ -136,6 +136,7 @@ DROPOUTS = {
 }
 
 
+@pytest.mark.full
 def test_dropout_is_that_of_one_process_over_tensor_parallel_ranks_and_is_recomputed_alike() -> None:
     """A mask of divided inputs is cut from the whole; the same seed gives the same steps. What other layouts
     draw differs, and leaves evaluation and reference alone."""

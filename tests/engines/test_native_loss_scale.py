@@ -157,6 +157,7 @@ def test_an_overflow_is_skipped_and_training_goes_on(loss: str) -> None:
     assert_recovers(course)
 
 
+@pytest.mark.full
 def test_all_ranks_skip_the_same_steps() -> None:
     names = ["dp2", "dp2 fsdp", "tp2 sp", "pp2"]
     ranks = run_parallel(2, run_overflowing, [SPREADS[name] for name in names])

@@ -102,10 +102,9 @@ CASES = {**MAIN, **VARIANTS, **COUPLED, **LOW, **COPIED}
 
 
 USUAL = (
-    *("tp2, dpo", "tp2 sp, orpo", "tp4 sp, 2 kv heads, dpo", "dp4, dpo", "dp4 zero1, orpo", "dp4 fsdp, dpo"),
-    *("tp2 dp2 sp, orpo", "tp2 dp2 sp zero1, dpo", "tp2 dp2 sp fsdp, dpo", "packed", "padded"),
-    *("rows without padding, 1 kv head per rank", "rows that tp does not divide", "tied head"),
-    *("ranks without an example, fsdp, tp", "selective checkpointing"),
+    *("tp2, dpo", "tp4 sp, 2 kv heads, dpo", "dp4 zero1, orpo", "tp2 dp2 sp, orpo", "tp2 dp2 sp fsdp, dpo"),
+    *("rows without padding, 1 kv head per rank", "rows that tp does not divide"),
+    *("ranks without an example, fsdp, tp", "selective checkpointing", "tied head, no fsdp"),
 )
 
 
@@ -149,7 +148,7 @@ def test_a_loss_that_couples_examples(found: dict[str, list[Outcome]], name: str
     assert_as(found[name], run_case(0, CASES[name].alone))
 
 
-@pytest.mark.parametrize("name", but_for(("bf16, 1 kv head per rank", "bf16 fsdp", "autocast"), LOW))
+@pytest.mark.parametrize("name", but_for(("bf16, 1 kv head per rank", "autocast"), LOW))
 def test_low_precision_as_in_one_process(found: dict[str, list[Outcome]], name: str) -> None:
     ranks, want = found[name], run_case(0, CASES[name].alone)
     for got in ranks:
@@ -163,7 +162,7 @@ def test_low_precision_as_in_one_process(found: dict[str, list[Outcome]], name: 
         assert error <= BF16_GRADIENT_TOLERANCE, f"{parameter}: {error:.3f}"
 
 
-@pytest.mark.parametrize("name", COPIED)
+@pytest.mark.parametrize("name", but_for(["copied reference, zero1, bf16"], COPIED))
 def test_a_copied_reference_stays_where_the_policy_started(
     found: dict[str, list[Outcome]], name: str
 ) -> None:

@@ -79,6 +79,7 @@ def test_a_run_and_itself(project: Project) -> None:
     assert found["summary"]["win_rate"]["low"] == 0.5
 
 
+@pytest.mark.full
 def test_the_command(project: Project, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A page without scripts or addresses, the same as JSON, and ``--json`` which writes nothing."""
     out = tmp_path / "both.html"

@@ -86,6 +86,7 @@ def test_ld_dpo_weighs_policy_and_reference_alike(layout: Layout) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.full
 def test_two_processes_and_a_resume_train_as_one_run(repo: Path, tmp_path: Path) -> None:
     """BCO's running mean comes back from the checkpoint; sorting is over both processes' pairs."""
     project = Project.create(tmp_path)

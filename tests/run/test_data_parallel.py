@@ -13,6 +13,7 @@ from training_fixture import Project, final_weights, scalars, train_sh
 from nxdt_align.weights.hf import HFFolder
 
 
+@pytest.mark.full
 def test_two_processes_train_as_one(repo: Path, tmp_path: Path) -> None:
     """The loss is a mean over the global batch, the gradient a sum over ranks: 2e-5 on every curve,
     5e-5 on every weight after 8 AdamW steps. The reference pass, validation and resume run too."""

@@ -101,6 +101,7 @@ def test_errors_of_other_kinds_stay_what_they_are() -> None:
         raise RuntimeError("timed out")
 
 
+@pytest.mark.full
 def test_train_sh_ends_when_a_process_is_killed(repo: Path, tmp_path: Path) -> None:
     project = Project.create(tmp_path)
     log = tmp_path / "log"

@@ -61,6 +61,7 @@ def named(table: dict[str, Any], part: str) -> dict[str, Any]:
     return dict(found)
 
 
+@pytest.mark.full
 def test_parts_of_a_step_with_a_mask(tmp_path: Path) -> None:
     """Tensor parallel 2 with sequence parallel; one graph per part, however many layers; the products of a
     layer counted by hand: rows of S tokens, D = 64, 4 of 8 heads of 8, F = 128 / 2."""

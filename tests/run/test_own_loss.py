@@ -150,6 +150,7 @@ def test_one_that_reads_logits(
     assert_gradients_close(got, gradients(wanted, model), GRADIENT_TOLERANCE)
 
 
+@pytest.mark.full
 def test_one_that_reads_logits_from_the_command_line(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_the_plan_counts_the_rows_that_only_a_schedule_needs(
     assert "empty" not in capsys.readouterr().out, "fewer micro-batches than ranks are one round"
 
 
+@pytest.mark.full
 def test_a_tied_head_over_two_stages(repo: Path, tmp_path: Path) -> None:
     """The export is what one process exports, to 5e-5, and transformers opens it: one weight, tied."""
     project = Project.create(tmp_path)

@@ -143,7 +143,9 @@ class CheckpointAdapter:
 def adapter_record(checkpoint: Path) -> dict[str, Any] | None:
     """What a checkpoint of either engine says of its adapters; None where it holds a whole model."""
     if nxd_checkpoint.is_checkpoint(checkpoint):
-        return _record(nxd_checkpoint.read_extra(checkpoint))
+        # Weights alone, as someone has kept them, are a whole model's.
+        has_extra = (checkpoint / nxd_checkpoint.EXTRA).is_file()
+        return _record(nxd_checkpoint.read_extra(checkpoint)) if has_extra else None
     if not all(map(is_adapter, NativeCheckpoint(checkpoint).names())):
         return None
     found = _record(native_checkpoint.read_extra(checkpoint))

@@ -63,9 +63,12 @@ class Curves(TensorBoardLogger):
         plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
 
         def write() -> None:
+            writer = self.experiment
+            if self._has_stopped:  # as its file could not be opened
+                return
             summaries = hparams(plain, dict.fromkeys(JUDGED_BY, 0.0))  # type: ignore[no-untyped-call]
             for summary in summaries:
-                self.experiment._get_file_writer().add_summary(summary)
+                writer._get_file_writer().add_summary(summary)
 
         self._attempt(write)
 
