@@ -97,6 +97,7 @@ def test_presets_and_config(installed: Installed, tmp_path: Path) -> None:
     assert shown.returncode == 0 and "name: tiny_llama_DPO" in shown.stdout, shown.stderr
 
 
+@pytest.mark.full
 def test_it_trains(installed: Installed, tmp_path: Path) -> None:
     """One of its own configs, on the user's files."""
     project = Project.create(tmp_path)

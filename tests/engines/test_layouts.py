@@ -40,7 +40,7 @@ from nxdt_align.weights.hf import FreshWeights
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.full), 3])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_dpo(layout: Layout, case: str, micro: int, attention: str) -> None:
     examples = random_examples(7, seed=len(case), **CASES[case])
@@ -68,7 +68,7 @@ def test_dpo(layout: Layout, case: str, micro: int, attention: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("micro", [pytest.param(1, marks=pytest.mark.full), 3])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_orpo(layout: Layout, case: str, micro: int, attention: str) -> None:
     examples = random_examples(7, seed=len(case), **CASES[case])

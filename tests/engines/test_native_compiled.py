@@ -123,6 +123,7 @@ def count_graphs(rank: int, world: int, case: Case, layers: Sequence[int]) -> li
     return found
 
 
+@pytest.mark.full
 def test_tensor_parallel_layers_share_a_graph() -> None:
     """More ranks than key-value heads, norms of heads, sequence parallel: as many graphs as without."""
     shape = replace(SHAPE, num_key_value_heads=1, qk_norm="head", model_type="qwen3")

@@ -109,6 +109,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_single_responses_and_prompts(project: Project, tmp_path: Path) -> None:
     """Of gsm8k's own columns the answer has a reward and a score; prompts alone have neither, and a scorer
     that needs an answer says so."""

@@ -44,6 +44,7 @@ def test_one_process(name: str, found: dict[str, Any]) -> None:
     assert_golden(found[name], golden(name)["one process"], name)
 
 
+@pytest.mark.full
 def test_two_processes(tmp_path: Path) -> None:
     found = two_processes(copy_project(tmp_path), list(RUNS))
     for name in RUNS:

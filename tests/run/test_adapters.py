@@ -160,6 +160,7 @@ def test_modules_to_save_are_trained_whole_and_exported(project: Project) -> Non
     assert torch.allclose(logits(model), logits(adapted_by_peft(project, run / "hf_export")), atol=1e-5)
 
 
+@pytest.mark.full
 def test_bf16_and_dora(project: Project) -> None:
     """Masters of the factors alone; the base is rounded, as the policy's weights are."""
     dora = "model_alignment_strategy.peft.dora=True"

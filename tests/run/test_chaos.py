@@ -32,8 +32,10 @@ def in_words(value: object) -> str:
     return value.name if isinstance(value, (Kind, signal.Signals)) else str(value)
 
 
+USUAL = ("before the run has a folder", "first checkpoint, half", "export, whole, without its name")
+assert set(USUAL) <= set(NAMED)
 KILLS = [
-    *((ALONE, 0, name) for name in NAMED),
+    *(pytest.param(ALONE, 0, name, marks=() if name in USUAL else pytest.mark.full) for name in NAMED),
     (ASYNC, 0, "second checkpoint, whole, without its name"),
     (TWO, 0, "first checkpoint, half"),
     (TWO, 1, "reference pass, between two parts"),

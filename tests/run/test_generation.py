@@ -53,6 +53,7 @@ def answer(folder: Path, words: str) -> str:
     return str(tokenizer.decode(made[0, ids.shape[1] :]))
 
 
+@pytest.mark.full
 def test_an_export_stops_after_the_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Eos of config and tokenizer is </s>, the template's turns end with <|eot|>: generation stops at both.
     The start's settings stay as they are, also those that transformers itself would not save."""

@@ -283,6 +283,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.full
 def test_a_second_signal_ends_at_once(project: Project, tmp_path: Path, repo: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SLOW, *project.arguments(f"exp_manager.exp_dir={tmp_path}")],

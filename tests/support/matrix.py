@@ -18,6 +18,11 @@ def but_for(usual: Collection[str], names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in usual else pytest.mark.full) for name in names]
 
 
+def seeds(count: int, *, usual: int) -> list[Any]:
+    """That many seeds of random cases as parameters, all but the first marked ``full``."""
+    return [pytest.param(seed, marks=() if seed < usual else pytest.mark.full) for seed in range(count)]
+
+
 def asked(request: pytest.FixtureRequest, cases: Mapping[str, T]) -> dict[str, T]:
     """Those that the tests of this file are called with (as ``name``) in this session, for a fixture that
     computes all at once."""

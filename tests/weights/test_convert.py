@@ -26,6 +26,7 @@ from checkpoint_fixture import (
     run,
     same_folders,
 )
+from matrix import seeds
 from torch import Tensor
 
 from nxdt_align.errors import UserError
@@ -44,7 +45,7 @@ from nxdt_align.weights.tensor_files import read_index
 # There and back
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", seeds(24, usual=10))
 def test_there_and_back_is_the_identity(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     config = random_config(rng)
@@ -150,7 +151,7 @@ def test_of_shards_to_shards_cuts_stay_with_their_number(
     same_folders(tmp_path / "hf", tmp_path / "back")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", seeds(6, usual=2))
 def test_any_kind_by_way_of_any_others(seed: int, tmp_path: Path) -> None:
     """Hugging Face -> shards -> other shards -> our own -> shards -> Hugging Face, at random sizes, with a
     vocabulary that is padded otherwise in each, and in one dtype that holds all values of the first."""
