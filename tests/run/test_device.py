@@ -50,6 +50,20 @@ def test_an_accelerator_that_is_not_here(accelerator: Accelerator, monkeypatch: 
         device(config(accelerator), RunEnv(), RunMode())
 
 
+def test_only_neuron_is_compiled_for_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that was built for CUDA names it where there is no card, too."""
+
+    def known(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", known)
+    monkeypatch.setattr("nxdt_align.engines.xla.is_available", lambda: False)
+    env = RunEnv(compile_only=True, compiles_without_device=True)
+    assert device(config("auto"), env, DryRun()).type == "cpu"
+    with pytest.raises(UserError, match="is cuda, but torch finds no accelerator"):
+        device(config("cuda"), env, DryRun())
+
+
 @pytest.mark.parametrize(
     ("chosen", "where", "backend"),
     [

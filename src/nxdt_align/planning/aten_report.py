@@ -17,6 +17,7 @@ from nxdt_align.planning.graph_report import (
     GraphReport,
     Product,
     Slices,
+    Traced,
     size_in_words,
 )
 from nxdt_align.planning.hlo import Shape
@@ -60,15 +61,9 @@ class TracedOp(Protocol):
     def ranks(self) -> Sequence[int]: ...
 
 
-class TracedOps(Protocol):
+class TracedOps(Traced, Protocol):
     """A graph as engine native recorded it."""
 
-    @property
-    def key(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def shapes(self) -> Sequence[Sequence[int]]: ...
     @property
     def ops(self) -> Sequence[TracedOp]: ...
     @property

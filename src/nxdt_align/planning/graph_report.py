@@ -35,8 +35,8 @@ WIDE_SHARE = 0.01
 _NO_TEMPORARIES = ("parameter", "tuple", "get-tuple-element", "constant", "bitcast", "opt-barrier")
 
 
-class TracedGraph(Protocol):
-    """A graph as an engine recorded it."""
+class Traced(Protocol):
+    """A graph as either engine recorded it."""
 
     @property
     def key(self) -> str: ...
@@ -44,6 +44,11 @@ class TracedGraph(Protocol):
     def name(self) -> str: ...
     @property
     def shapes(self) -> Sequence[Sequence[int]]: ...
+
+
+class TracedGraph(Traced, Protocol):
+    """A graph as engine nxd recorded it."""
+
     @property
     def hlo(self) -> str: ...
 

@@ -33,8 +33,10 @@ def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
     if chosen == "xla":
         return _xla_device(env)
     # The accelerator that torch was built for: CUDA, or one that registers itself, such as TorchNeuron's.
-    without = env.compile_only and env.compiles_without_device
-    present = torch.accelerator.current_accelerator(check_available=not without)
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if present is None and env.compile_only and env.compiles_without_device:
+        known = torch.accelerator.current_accelerator()
+        present = known if known is not None and known.type == "neuron" else None
     if chosen in ("cuda", "neuron") and (present is None or present.type != chosen):
         found = "no accelerator" if present is None else f"{present.type} alone"
         fault = torch_neuron_fault(torch.__version__) if chosen == "neuron" else None
