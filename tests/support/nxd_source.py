@@ -14,7 +14,9 @@ STUBS = Path(__file__).parent / "nxd_stubs"
 
 def supply_neuron_only_modules() -> None:
     """Placeholders for AWS's packages, and for a tracer that transformers 5 no longer has and NxD uses
-    for transformers' own models alone."""
+    for transformers' own models alone; nothing where its source is not there to need them."""
+    if importlib.util.find_spec("neuronx_distributed") is None:
+        return
     if importlib.util.find_spec("torch_neuronx") is None and STUBS.is_dir():
         sys.path.append(str(STUBS))
     if importlib.util.find_spec("transformers") is None or "transformers.utils.fx" in sys.modules:
