@@ -16,7 +16,7 @@ from oracle import (
     plain_model,
     random_examples,
 )
-from training_fixture import Project, final_weights, scalars, train_sh
+from training_fixture import Project, final_weights, scalars
 
 from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.data.packing import Layout
@@ -87,7 +87,7 @@ def test_ld_dpo_weighs_policy_and_reference_alike(layout: Layout) -> None:
 
 
 @pytest.mark.full
-def test_two_processes_and_a_resume_train_as_one_run(repo: Path, tmp_path: Path) -> None:
+def test_two_processes_and_a_resume_train_as_one_run(tmp_path: Path) -> None:
     """BCO's running mean comes back from the checkpoint; sorting is over both processes' pairs."""
     project = Project.create(tmp_path)
     loss = (
@@ -97,8 +97,8 @@ def test_two_processes_and_a_resume_train_as_one_run(repo: Path, tmp_path: Path)
     )
     assert project.train(f"exp_manager.exp_dir={tmp_path}/one", *loss) == 0
     two = (f"exp_manager.exp_dir={tmp_path}/two", "trainer.devices=2", "exp_manager.seconds_to_sleep=0.1")
-    train_sh(repo, project, *two, *loss, "trainer.max_steps=4")
-    train_sh(repo, project, *two, *loss)
+    project.train_spread(2, *two, *loss, "trainer.max_steps=4")
+    project.train_spread(2, *two, *loss)
     got, want = scalars(project.only_run("two")), scalars(project.only_run("one"))
     assert [step for step, _ in got["reduced_train_loss"]] == list(range(1, 7))
     for tag in ("reduced_train_loss", "rewards/margins", "gradient_norm", "val_loss"):

@@ -12,7 +12,7 @@ import torch
 from layouts import ATTENTIONS, GRADIENT_TOLERANCE, LAYOUTS, LOSS_TOLERANCE, dataset, engine
 from oracle import assert_gradients_close, gradients, pair_logps, plain_model, random_examples
 from torch import Tensor
-from training_fixture import Project, scalars, train_sh, write_labelled
+from training_fixture import Project, scalars, write_labelled
 
 from nxdt_align.cli import main
 from nxdt_align.data.packing import Layout
@@ -152,7 +152,7 @@ def test_one_that_reads_logits(
 
 @pytest.mark.full
 def test_one_that_reads_logits_from_the_command_line(
-    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In one process, in two that share weights and data, and refused where the vocabulary is divided."""
     project = Project.create(tmp_path)
@@ -165,7 +165,7 @@ def test_one_that_reads_logits_from_the_command_line(
     likelihood = math.log(json.loads((tmp_path / "config.json").read_text())["vocab_size"])
     assert losses == pytest.approx([1.5 * likelihood**2 + likelihood] * 3, rel=0.05)
     divided = ("trainer.devices=2", "distributed_strategy.fsdp=full", "exp_manager.seconds_to_sleep=0.1")
-    train_sh(repo, project, f"exp_manager.exp_dir={tmp_path}/divided", *own, *divided)
+    project.train_spread(2, f"exp_manager.exp_dir={tmp_path}/divided", *own, *divided)
     curves = scalars(project.only_run("own")), scalars(project.only_run("divided"))
     for tag in ("reduced_train_loss", "gradient_norm", "val_loss"):
         want, got = ([value for _, value in curve[tag]] for curve in curves)

@@ -1,14 +1,12 @@
-"""The model spread over two processes under torchrun, through train.sh, against one process: the same
+"""The model spread over two processes, as torchrun starts them, against one process: the same
 curves, weights and export, across a resume."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from matrix import but_for
 from safetensors.torch import load_file
-from training_fixture import Project, final_weights, scalars, train_sh
+from training_fixture import Project, final_weights, scalars
 
 SPREADS = {
     "tensor and sequence parallel": ("tensor_model_parallel_size=2", "sequence_parallel=True"),
@@ -34,12 +32,12 @@ def common(project: Project, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", but_for(["tensor and sequence parallel"], SPREADS))
-def test_as_one_process(repo: Path, one: Project, name: str) -> None:
+def test_as_one_process(one: Project, name: str) -> None:
     """2e-5 on every curve, 5e-5 on every weight after 8 AdamW steps, four of them before a restart."""
     folder = name.replace(" ", "_")
     spread = ["trainer.devices=2", *(f"distributed_strategy.{key}" for key in SPREADS[name])]
-    train_sh(repo, one, *common(one, folder), *spread, "trainer.max_steps=4")
-    train_sh(repo, one, *common(one, folder), *spread)
+    one.train_spread(2, *common(one, folder), *spread, "trainer.max_steps=4")
+    one.train_spread(2, *common(one, folder), *spread)
     run, alone = one.only_run(folder), one.only_run("one")
     got, want = scalars(run), scalars(alone)
     assert [step for step, _ in got["reduced_train_loss"]] == list(range(1, 9))

@@ -1,4 +1,4 @@
-"""Layers on two processes under torchrun, through train.sh, against one: the same curves and weights."""
+"""Layers on two processes, as torchrun starts them, against one: the same curves and weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training_fixture import Project, final_weights, scalars, train_sh
+from training_fixture import Project, final_weights, scalars
 from transformers import AutoModelForCausalLM
 
 from nxdt_align.cli import main
@@ -16,15 +16,15 @@ STAGES = "distributed_strategy.pipeline_model_parallel_size=2"
 CHUNKS = "distributed_strategy.virtual_pipeline_model_parallel_size=2"
 
 
-def test_two_stages_train_as_one_process(repo: Path, tmp_path: Path) -> None:
+def test_two_stages_train_as_one_process(tmp_path: Path) -> None:
     """The reference pass, validation, clipping, norms, and a resume: 2e-5 on every curve, 5e-5 on every
     weight after 8 AdamW steps."""
     project = Project.create(tmp_path)
     logged = ("exp_manager.log_parameter_norm=True", "exp_manager.log_gradient_norm=True")
     assert project.train(f"exp_manager.exp_dir={tmp_path}/one", *logged) == 0
     two = (f"exp_manager.exp_dir={tmp_path}/two", "trainer.devices=2", STAGES, *logged)
-    train_sh(repo, project, *two, "exp_manager.seconds_to_sleep=0.1", "trainer.max_steps=4")
-    train_sh(repo, project, *two, "exp_manager.seconds_to_sleep=0.1")
+    project.train_spread(2, *two, "exp_manager.seconds_to_sleep=0.1", "trainer.max_steps=4")
+    project.train_spread(2, *two, "exp_manager.seconds_to_sleep=0.1")
     got, want = scalars(project.only_run("two")), scalars(project.only_run("one"))
     assert [step for step, _ in got["reduced_train_loss"]] == list(range(1, 9))
     norms = ("gradient_norm", "parameter_norm")
@@ -58,14 +58,14 @@ def test_the_plan_counts_the_rows_that_only_a_schedule_needs(
 
 
 @pytest.mark.full
-def test_a_tied_head_over_two_stages(repo: Path, tmp_path: Path) -> None:
+def test_a_tied_head_over_two_stages(tmp_path: Path) -> None:
     """The export is what one process exports, to 5e-5, and transformers opens it: one weight, tied."""
     project = Project.create(tmp_path)
     shape = tmp_path / "config.json"
     shape.write_text(shape.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     steps = ("trainer.max_steps=2", "trainer.limit_val_batches=0")
     assert project.train(f"exp_manager.exp_dir={tmp_path}/one", *steps) == 0
-    train_sh(repo, project, f"exp_manager.exp_dir={tmp_path}/two", "trainer.devices=2", STAGES, *steps)
+    project.train_spread(2, f"exp_manager.exp_dir={tmp_path}/two", "trainer.devices=2", STAGES, *steps)
     runs = [project.only_run(name) for name in ("one", "two")]
     one, two = (load_file(run / "hf_export" / "model.safetensors") for run in runs)
     assert one.keys() == two.keys() and "lm_head.weight" not in two

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -69,6 +70,67 @@ def _run(world: int, function: Callable[..., Any], arguments: Sequence[Any]) -> 
                 raise RankCrash(f"rank {rank} was ended by {signal.Signals(-process.exitcode).name}")
         results = [_result(folder, rank) for rank in range(world)]
     return results
+
+
+def run_command(world: int, arguments: Sequence[str], folder: Path) -> str:
+    """What the command line says in ``world`` processes, started in ``folder`` with the variables that
+    torchrun sets, standard output and error of all ranks. Every rank must end well.
+
+    train.sh and torchrun themselves are tested where they are what matters: each process that they start
+    imports everything anew, which takes longer than the small run that is asked for.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as name:
+        logs = [Path(name) / f"{rank}.log" for rank in range(world)]
+        processes = [
+            context.Process(target=_command, args=(log, rank, world, store.port, arguments, folder))
+            for rank, log in enumerate(logs)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + TIMEOUT
+        while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
+            if any(p.exitcode for p in processes):  # the others would wait for it
+                break
+            time.sleep(0.02)
+        for process in processes:
+            if any(p.exitcode for p in processes) or time.monotonic() >= deadline:
+                process.kill()
+            process.join()
+        said = "".join(log.read_text() for log in logs if log.exists())
+    assert [p.exitcode for p in processes] == [0] * world, said[-6000:]
+    return said
+
+
+def _command(log: Path, rank: int, world: int, port: int, arguments: Sequence[str], folder: Path) -> None:
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
+    from nxdt_align.cli import main
+
+    with log.open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ |= {
+        **{name: str(rank) for name in ("RANK", "LOCAL_RANK", "ROLE_RANK")},
+        **{name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE")},
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    rank_zero_only.rank = rank  # it reads the variable when Lightning is imported, in the server
+    status = main(list(arguments))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # what a plain exit waits for is not under test
 
 
 def _rank(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from rank_processes import run_command
 from small_tokenizers import make_tokenizer
 
 from nxdt_align.cli import main
@@ -170,6 +171,11 @@ class Project:
         """The command line's exit status."""
         self.await_next_second(self.root)
         return main(self.arguments(*overrides))
+
+    def train_spread(self, world: int, *overrides: str) -> str:
+        """What ``world`` processes say of a run that must end well, as torchrun starts them."""
+        self.await_next_second(self.root)
+        return run_command(world, self.arguments(*overrides), self.root)
 
     @staticmethod
     def await_next_second(root: Path) -> None:
