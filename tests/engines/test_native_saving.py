@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from native_checkpoint_fixture import content, parameters, trained, write
+from rank_processes import run_forked
 
 from nxdt_align.engines.native.checkpoint import checkpoint_step
 from nxdt_align.engines.native.saving import save
@@ -72,25 +73,13 @@ except CheckpointError as error:
 """
 
 
-def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPO / "src")}
-    return subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs file size limits")
 def test_write_that_really_fails_in_the_middle(written: Path) -> None:
     """The kernel refuses the bytes past a limit, as a full disk does."""
     before = content(written.parent)
-    done = run_script(FILE_LIMIT, str(written))
-    assert (
-        done.returncode == 1 and f"told: cannot write checkpoint {written}: a file is larger" in done.stderr
-    )
+    ended = run_forked(1, str(written), script=FILE_LIMIT)
+    assert ended.statuses == [1]
+    assert f"told: cannot write checkpoint {written}: a file is larger" in ended.said[0]
     assert content(written.parent) == before
 
 
@@ -128,7 +117,7 @@ def test_sigkill_while_writing(written: Path) -> None:
 # Several ranks
 
 RANK = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -136,7 +125,7 @@ from torch import nn
 from nxdt_align.engines.native.checkpoint import load
 from nxdt_align.engines.native.saving import save
 from nxdt_align.engines.checkpoint_folder import CheckpointError
-folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", world_size=2, rank=rank)
 named = [("weight", nn.Parameter(torch.arange(4.0)))]
 try:
@@ -153,14 +142,5 @@ dist.destroy_process_group()
 
 
 def test_two_ranks_write_one_and_fail_together(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPO / "src")}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [p.wait(timeout=600) for p in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_forked(2, str(tmp_path), script=RANK).well()
     assert checkpoint_step(tmp_path / "good") == 2 and not (tmp_path / "bad").exists()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import torch
+from rank_processes import run_forked
 
 from nxdt_align.config.data import Attention, DataConfig
 from nxdt_align.config.model import ModelConfig
@@ -160,12 +158,11 @@ print(found, moved_to, type(attention(config, found, TINY)).__name__)
 
 
 @pytest.mark.parametrize(("accelerator", "is_here"), [("auto", True), ("neuron", True), ("neuron", False)])
-def test_any_accelerator_goes_the_same_way(accelerator: str, is_here: bool, repo: Path) -> None:
+def test_any_accelerator_goes_the_same_way(accelerator: str, is_here: bool) -> None:
     """No vendor is asked for. In a process of its own, as a backend has one name for good. Where TorchNeuron
     only compiles, a dry run needs no device."""
-    command = [sys.executable, "-c", NEURON, accelerator, "here" if is_here else "not here"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=repo / "src", check=True)
-    assert done.stdout.split("\n")[0] == "neuron:3 [] DenseAttention"
+    said = run_forked(1, accelerator, "here" if is_here else "not here", script=NEURON).well()
+    assert said.split("\n")[0] == "neuron:3 [] DenseAttention"
 
 
 @pytest.fixture(params=[True, False], ids=["with torch_xla", "without"])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from matrix import but_for
+from rank_processes import run_forked
 from training_fixture import Project, final_weights
 
 from nxdt_align.engines.native.engine import NativeEngine
@@ -196,23 +194,11 @@ def test_all_ranks_stop(project: Project, layout: str, tmp_path: Path) -> None:
         "tensor": ["distributed_strategy.tensor_model_parallel_size=2"],
         "pipeline": ["distributed_strategy.pipeline_model_parallel_size=2"],
     }[layout]
-    script = Path(__file__).parent.parent / "support" / "spoiled_rank.py"
+    script = (Path(__file__).parent.parent / "support" / "spoiled_rank.py").read_text()
     overrides = [f"exp_manager.exp_dir={tmp_path}/experiments", "trainer.devices=2", *sizes]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    done = subprocess.run(
-        [sys.executable, *command, *project.arguments(*overrides)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode != 0
-    assert "the model is not finite at step 4" in done.stderr, done.stderr[-3000:]
-    assert "(on rank 1)" in done.stderr
+    ended = run_forked(2, *project.arguments(*overrides), script=script)
+    said = "".join(ended.said)
+    assert all(ended.statuses) and "the model is not finite at step 4" in said, said[-3000:]
+    assert "(on rank 1)" in said
     (run,) = (tmp_path / "experiments" / "run").glob("20*")
     assert checkpoints(run) == ["run--step=2"] and not (run / "hf_export").exists()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+from rank_processes import run_forked
+
 RANK = """
-import sys, types
+import os, sys, types
 from dataclasses import replace
 from datetime import timedelta
 import torch
@@ -23,7 +23,7 @@ dist.Backend.register_backend(
     lambda store, rank, size, timeout: FakeProcessGroup._create_internal(rank, size),
     devices=["neuron"],
 )
-rank = int(sys.argv[2])
+rank = int(os.environ["RANK"])
 given = []
 join = dist.init_process_group
 def joined(*arguments, **settings):
@@ -57,20 +57,9 @@ assert not dist.is_initialized() and Ranks().group is None
 """
 
 
-def test_the_devices_group_and_one_for_the_host(tmp_path: Path, repo: Path) -> None:
+def test_the_devices_group_and_one_for_the_host(tmp_path: Path) -> None:
     """Values on the host travel over gloo: TorchNeuron's group takes no tensor on the CPU, and an object over
     it would be a graph of each size."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path / "rendezvous"), str(rank)],
-            cwd=repo / "src",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=300) for process in ranks]
-    for rank, (out, error) in enumerate(said):
-        assert ranks[rank].returncode == 0, error[-3000:]
-        assert out == f"{rank} ['of 0', 'of 1'] 7 1\n"
+    ended = run_forked(2, str(tmp_path / "rendezvous"), script=RANK)
+    ended.well()
+    assert ended.said == [f"{rank} ['of 0', 'of 1'] 7 1\n" for rank in range(2)]

@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,26 @@ def _run(world: int, function: Callable[..., Any], arguments: Sequence[Any]) -> 
     return results
 
 
-def run_command(world: int, arguments: Sequence[str], folder: Path) -> str:
-    """What the command line says in ``world`` processes, started in ``folder`` with the variables that
-    torchrun sets, standard output and error of all ranks. Every rank must end well.
+@dataclass(frozen=True)
+class Ended:
+    """Exit statuses per rank, and what each has written to standard output and error."""
 
-    train.sh and torchrun themselves are tested where they are what matters: each process that they start
-    imports everything anew, which takes longer than the small run that is asked for.
+    statuses: list[int]
+    said: list[str]
+
+    def well(self) -> str:
+        """All that was said, where every rank ended well; else AssertionError with it."""
+        said = "".join(self.said)
+        assert not any(self.statuses), f"{self.statuses}: {said[-6000:]}"
+        return said
+
+
+def run_forked(world: int, *arguments: str, script: str | None = None, folder: Path | None = None) -> Ended:
+    """The command line, or the Python text ``script``, in ``world`` processes that are started in ``folder``
+    with the variables that torchrun sets. As one fails the others are killed, as torchrun does.
+
+    A process that is started anew imports everything anew, which takes longer than a small run: that is kept
+    for tests of train.sh, of torchrun, and of the start itself.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -85,26 +100,29 @@ def run_command(world: int, arguments: Sequence[str], folder: Path) -> str:
     with tempfile.TemporaryDirectory() as name:
         logs = [Path(name) / f"{rank}.log" for rank in range(world)]
         processes = [
-            context.Process(target=_command, args=(log, rank, world, store.port, arguments, folder))
+            context.Process(target=_forked, args=(log, rank, world, store.port, arguments, script, folder))
             for rank, log in enumerate(logs)
         ]
         for process in processes:
             process.start()
         deadline = time.monotonic() + TIMEOUT
-        while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
-            if any(p.exitcode for p in processes):  # the others would wait for it
-                break
+        while any(p.is_alive() for p in processes):
+            if any(p.exitcode for p in processes) or time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
             time.sleep(0.02)
-        for process in processes:
-            if any(p.exitcode for p in processes) or time.monotonic() >= deadline:
-                process.kill()
-            process.join()
-        said = "".join(log.read_text() for log in logs if log.exists())
-    assert [p.exitcode for p in processes] == [0] * world, said[-6000:]
-    return said
+        return Ended([int(p.exitcode or 0) for p in processes], [log.read_text() for log in logs])
 
 
-def _command(log: Path, rank: int, world: int, port: int, arguments: Sequence[str], folder: Path) -> None:
+def _forked(
+    log: Path,
+    rank: int,
+    world: int,
+    port: int,
+    arguments: Sequence[str],
+    script: str | None,
+    folder: Path | None,
+) -> None:
     from lightning_utilities.core.rank_zero import rank_zero_only
 
     from nxdt_align.cli import main
@@ -112,25 +130,39 @@ def _command(log: Path, rank: int, world: int, port: int, arguments: Sequence[st
     with log.open("wb") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    os.environ |= {
-        **{name: str(rank) for name in ("RANK", "LOCAL_RANK", "ROLE_RANK")},
-        **{name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE")},
-        "GROUP_RANK": "0",
-        "GROUP_WORLD_SIZE": "1",
-        "TORCHELASTIC_RUN_ID": "none",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_MAX_RESTARTS": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-    os.chdir(folder)
+    if world > 1:
+        os.environ |= {
+            **{name: str(rank) for name in ("RANK", "LOCAL_RANK", "ROLE_RANK")},
+            **{name: str(world) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE")},
+            **dict.fromkeys(("GROUP_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"), "0"),
+            "GROUP_WORLD_SIZE": "1",
+            "TORCHELASTIC_RUN_ID": "none",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+    if folder is not None:
+        os.chdir(folder)
     torch.set_num_threads(1)
     rank_zero_only.rank = rank  # it reads the variable when Lightning is imported, in the server
-    status = main(list(arguments))
+    status: Any = 0
+    try:
+        if script is None:
+            status = main(list(arguments))
+        else:
+            sys.argv = ["-c", *arguments]
+            exec(compile(script, "script", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # what a plain exit waits for is not under test
+    os._exit(status or 0)  # what a plain exit waits for is not under test
 
 
 def _rank(

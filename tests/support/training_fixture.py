@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import yaml
-from rank_processes import run_command
+from rank_processes import run_forked
 from small_tokenizers import make_tokenizer
 
 from nxdt_align.cli import main
@@ -175,7 +175,7 @@ class Project:
     def train_spread(self, world: int, *overrides: str) -> str:
         """What ``world`` processes say of a run that must end well, as torchrun starts them."""
         self.await_next_second(self.root)
-        return run_command(world, self.arguments(*overrides), self.root)
+        return run_forked(world, *self.arguments(*overrides), folder=self.root).well()
 
     @staticmethod
     def await_next_second(root: Path) -> None:
