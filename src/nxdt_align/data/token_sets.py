@@ -96,7 +96,8 @@ class TokenizedSet:
     def own_bytes(self) -> int:
         """Bytes that each process holds."""
         held = [array for part in self._parts if part.path is None for array in part.arrays().values()]
-        held += [array for array in (self._rows, self._desirable) if array is not None]
+        listed = (self._rows, self._desirable)
+        held += [array for array in listed if array is not None and not isinstance(array, np.memmap)]
         is_mapped = self._rows is None and len(self._parts) == 1 and self._parts[0].path is not None
         if not is_mapped:
             held += [self.prompt_lengths, self.response_lengths]
