@@ -1,4 +1,4 @@
-"""KTO's mismatched completions: each record gets the one of another record, from which KTO estimates its KL term.
+"""KTO's mismatched completions: each record gets another one's, from which KTO estimates its KL term.
 
 TRL rotates completions by one inside batches; here it is the whole data set, so that the pairing, and with it
 a stored reference value, does not depend on the batch size. Completions of the same prompt and equal ones are

@@ -253,7 +253,8 @@ def write_mismatched(
     got: Array,
     others: Mapping[int, Response],
 ) -> None:
-    """The tokens of a block's records, each beside the completion that it gets; see ``_Pairing.of_records``."""
+    """The tokens of a block's records, each beside the completion that it gets; see
+    ``_Pairing.of_records``."""
     reader = Reader(job.kind, job.format, job.columns)
     found = reader.convert(block, format)
     records, pairs = found.records, []
