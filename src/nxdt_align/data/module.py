@@ -236,7 +236,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         # would no longer resume.
         digest = hashlib.blake2b(b'{"records":"', digest_size=16)
         for span in spans(len(examples)):
-            digest.update((" " * bool(span.start) + " ".join(examples.ids_of(span))).encode())
+            digest.update((" " * bool(span.start) + examples.text_of_ids(span)).encode())
         digest.update(b'"}')
         return digest.hexdigest()
 

@@ -75,11 +75,18 @@ class TokenizedSet:
 
     def ids_of(self, span: slice) -> list[str]:
         """The ``record_ids`` of a part of the examples."""
-        text = np.ascontiguousarray(self._column("ids", span)).tobytes().hex()
-        found = [text[at : at + 2 * ID_BYTES] for at in range(0, len(text), 2 * ID_BYTES)]
-        for at in np.flatnonzero(self._column("changed", span)).tolist():
+        return self.text_of_ids(span).split()
+
+    def text_of_ids(self, span: slice) -> str:
+        """``ids_of``, parted by spaces."""
+        text = self._column("ids", span).tobytes().hex(" ", ID_BYTES)
+        changed = np.flatnonzero(self._column("changed", span))
+        if not len(changed):
+            return text
+        found = text.split()
+        for at in changed.tolist():
             found[at] = changed_id(found[at])
-        return found
+        return " ".join(found)
 
     def ids(self) -> Array:
         """(N, 16) uint8: ``record_ids`` as bytes."""
