@@ -121,14 +121,20 @@ def test_another_tokenizer_of_the_same_name(tmp_path: Path, monkeypatch: pytest.
     assert with_cache == hashes(make_module(tmp_path, "@/plain.jsonl"))
 
 
-def test_a_store_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once."""
+    caplog.set_level(logging.INFO)
     want = hashes(made(tmp_path))
     (index,) = (tmp_path / "cache" / "sources").glob("*.json")
     about = json.loads(index.read_text()) | {"version": 999}
     index.write_text(json.dumps(about))
     assert hashes(made(tmp_path)) == want
+    assert caplog.text.count("is of another version of nxdt-align") == 1
     index.write_text("no JSON")
     assert hashes(made(tmp_path)) == want
+    assert caplog.text.count("is damaged") == 1
     no_more(monkeypatch)
     assert hashes(made(tmp_path)) == want
 

@@ -140,7 +140,7 @@ class Preparation(ABC, Generic[W]):
         if stamp is None:
             return None
         own = self._index(stamp.path)
-        about = _read_index(own)
+        about = _read_index(own, quiet)
         if about is not None and self._is_same(stamp, about):
             return self._open(own, about)
         if about is not None and not quiet:
@@ -155,7 +155,10 @@ class Preparation(ABC, Generic[W]):
     @cached_property
     def _by_sample(self) -> dict[str, Path]:
         """What leads to each known source, by the sample of its content."""
-        found = {index: _read_index(index) for index in sorted(self._folder.glob(f"{self._digest}-*.json"))}
+        found = {
+            index: _read_index(index, quiet=True)
+            for index in sorted(self._folder.glob(f"{self._digest}-*.json"))
+        }
         return {about["source"]["sample"]: index for index, about in found.items() if about is not None}
 
     def _is_same(self, stamp: Stamp, about: Mapping[str, Any]) -> bool:
@@ -327,15 +330,18 @@ def _holds(path: Path, ids: Array) -> bool:
         return False
 
 
-def _read_index(path: Path) -> dict[str, Any] | None:
+def _read_index(path: Path, quiet: bool = False) -> dict[str, Any] | None:
     """None if there is none of this version, or it is damaged."""
     try:
         about: dict[str, Any] = json.loads(path.read_bytes())
+        if about["version"] != VERSION and not quiet:
+            log.log(NOTICE, "%s is of another version of nxdt-align: its source is read again", path)
         return about if about["version"] == VERSION else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        log.warning("%s is damaged (%s): its source is read again", path, error)
+        if not quiet:
+            log.warning("%s is damaged (%s): its source is read again", path, error)
         return None
 
 

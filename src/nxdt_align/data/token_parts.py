@@ -246,14 +246,16 @@ def write_tokens_of(
     refused: dict[str, BadRecord] = {}
     unread: Counter[str] = Counter()
     good = np.ones(len(wanted), np.bool_)
-    at = 0
+    as_before, at = True, 0
     for records in _together(wanted):
         kept: list[tuple[str, Encoded]] = []
         for record, encoded in zip(records, tokenization.encode(records), strict=True):
             if isinstance(encoded, BadRecord):
                 report.add(record.source, encoded)
                 refused[record.id], good[at] = encoded, False
+                as_before = as_before and tokenization.as_before(record)
             else:
+                as_before = as_before and encoded.as_before
                 kept.append((record.id, encoded))
                 unread.update(encoded.unread)
             at += 1
@@ -262,7 +264,7 @@ def write_tokens_of(
     about = {
         "refused": {record: [fault.reason, fault.detail] for record, fault in refused.items()},
         "unread_keys": unread,
-        "as_before": all(map(tokenization.as_before, wanted)),
+        "as_before": as_before,
         "records": len(wanted),
         "tokenized": int(good.sum()),
     }
