@@ -1,12 +1,13 @@
 """Preparing preference data at scale: time and memory per process, cold and from the cache.
 
-    python benchmarks/scale.py [--sizes 10000 200000 1000000] [--folder FOLDER] [--trl]
+    python benchmarks/scale.py [--sizes 10000 200000 1000000] [--folder FOLDER] [--kto] [--trl]
 
 Each measurement is a process of its own, from the imports on (which are measured apart): it builds the data
 module of a run, as ``train`` does, and lays out the first step. Memory is peak resident memory, and what the
 process has for itself when the step is there (private pages), over a process that has only imported.
 The reference pass is measured without a model, whose log-probabilities a stand-in makes up: what planning,
 laying out, gathering and storing take of it, and a start that finds all values stored.
+``--kto`` takes each pair as two labelled completions, each beside another prompt's.
 ``--trl`` prepares the same file by `datasets` and TRL's DPOTrainer, cold and from their cache.
 """
 
@@ -29,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 TOKENS = {"132 tokens": (34, 34, 30), "short": (8, 5, 5)}
 """Words per prompt, chosen and rejected, on average."""
 YAML = "tiny_llama_DPO_config"
+KTO = ("~model_alignment_strategy.dpo", "model_alignment_strategy.kto.beta=0.1", "data.packing=packed")
 
 
 def write_pairs(path: Path, count: int, words: tuple[int, int, int]) -> None:
@@ -103,7 +105,7 @@ class StandIn:
         """There is no other rank."""
 
 
-def prepare(file: Path, folder: Path, step: int, reference: bool) -> None:
+def prepare(file: Path, folder: Path, step: int, reference: bool, kto: bool) -> None:
     """What a rank does before its first step, but for the model. ``reference``: the reference pass, too,
     or, once it is done, what finds its values."""
     began, cpu = time.perf_counter(), _cpu()
@@ -120,6 +122,7 @@ def prepare(file: Path, folder: Path, step: int, reference: bool) -> None:
             f"data.train_dir={file}",
             "data.val_dir=null",
             *("data.global_batch_size=32", "data.micro_batch_size=1", "data.seq_length=1024"),
+            *(KTO if kto else ()),
         ],
     )
     tokenization = Tokenization(load_tokenizer(str(folder / "tokenizer")), Truncation(1024, 512))
@@ -225,10 +228,10 @@ def let_go(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def measure(name: str, count: int, words: tuple[int, int, int], folder: Path, trl: bool) -> None:
+def measure(name: str, count: int, folder: Path, kto: bool, trl: bool) -> None:
     file = folder / f"{name.split()[0]}-{count}.jsonl"
     if not file.exists():
-        write_pairs(file, count, words)
+        write_pairs(file, count, TOKENS[name])
     if not (folder / "tokenizer").exists():
         from workload import trained_tokenizer
 
@@ -236,8 +239,8 @@ def measure(name: str, count: int, words: tuple[int, int, int], folder: Path, tr
         write_pairs(sample, 5000, TOKENS["132 tokens"])
         made = trained_tokenizer(sample, folder)
         made.save_pretrained(folder / "tokenizer")
-    title = f"{count:,} pairs, {name}"
-    ours, middle = ("ours", str(file), str(folder)), str(count // 64)
+    title = f"{count:,} pairs, {name}{', as labelled completions' * kto}"
+    ours, middle = ("kto" if kto else "ours", str(file), str(folder)), str(count // 64)
     for what, *arguments in (
         ("cold", "0"),
         ("cached", "0"),
@@ -265,13 +268,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 200_000, 1_000_000])
     parser.add_argument("--kinds", nargs="+", choices=TOKENS, default=list(TOKENS))
     parser.add_argument("--folder", type=Path, help="keep data and caches here")
+    parser.add_argument("--kto", action="store_true", help="labelled completions")
     parser.add_argument("--trl", action="store_true", help="also by datasets and TRL")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.one:
         what, file, folder, *more = chosen.one
-        if what == "ours":
-            prepare(Path(file), Path(folder), int(more[0]), "reference" in more)
+        if what != "trl":
+            prepare(Path(file), Path(folder), int(more[0]), "reference" in more, what == "kto")
         else:
             prepare_by_trl(Path(file), Path(folder))
         return
@@ -280,7 +284,7 @@ def main(arguments: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for kind in chosen.kinds:
             for size in chosen.sizes:
-                measure(kind, size, TOKENS[kind], folder, chosen.trl)
+                measure(kind, size, folder, chosen.kto, chosen.trl)
 
 
 if __name__ == "__main__":

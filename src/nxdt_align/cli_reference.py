@@ -53,6 +53,12 @@ def add_reference_verb(
         metavar="T",
         help="by which values of a record may differ, of the larger one (default: 1e-6)",
     )
+    merge.add_argument(
+        "--precision",
+        metavar="TEXT",
+        help="store the values under this precision, as reference inspect shows that of a configuration, "
+        "whatever it was computed in: the other engine's, which gives the same values; it is taken on trust",
+    )
     verify = _add(
         actions,
         "verify",
@@ -162,6 +168,11 @@ def _of_completeness(against: dict[str, Any] | None, path: Path) -> Iterator[str
     if not against["is_there"]:
         yield f"  which is not in {path}; it is made from"
         yield from (f"  {name}: {value}" for name, value in against["made_from"].items())
+        for store in against["in_other_precision"]:
+            yield (
+                f"  {store} tells its precision in the other engine's words: reference merge --precision "
+                f"'{against['made_from']['precision']}' takes its values over, on trust"
+            )
     for split, each in against["splits"].items():
         missing = f"{each['missing']:,} of {each['records']:,} records have no value"
         yield f"  {split}: {missing if each['missing'] else 'complete'} ({each['records']:,} records)"
@@ -174,7 +185,7 @@ def merge(arguments: argparse.Namespace) -> str:
     from nxdt_align.reference.stores import merge as merge_stores
 
     *sources, destination = arguments.paths
-    done = merge_stores(sources, destination, tolerance=arguments.tolerance)
+    done = merge_stores(sources, destination, tolerance=arguments.tolerance, precision=arguments.precision)
     if arguments.json:
         return json.dumps(vars(done) | {"path": str(done.path)}, indent=2)
     return (

@@ -21,11 +21,12 @@ def as_bytes(record_ids: Sequence[str]) -> Array:
 def distinct(ids: Array) -> tuple[Array, Array | None]:
     """Ascending indices of the records whose id, (N, 16) uint8, no earlier one has; and of each record the
     place of its id among them, (N,), None where all differ."""
-    # By half of the hash, which sorts many times faster than all of it.
+    # By half of the hash, which sorts many times faster than all of it; without places, faster still.
     halves = np.ascontiguousarray(ids).view(np.uint64)
-    _, first, inverse = np.unique(halves[:, 0], return_index=True, return_inverse=True)
-    if len(first) == len(ids):
+    ascending = np.sort(halves[:, 0])
+    if (ascending[1:] != ascending[:-1]).all():
         return np.arange(len(ids)), None
+    _, first, inverse = np.unique(halves[:, 0], return_index=True, return_inverse=True)
     if (halves[:, 1] != halves[first[inverse], 1]).any():
         whole = np.ascontiguousarray(ids).view("V16").ravel()
         _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from data_hashes import hashes, make_module, write_sources
+from data_hashes import OF_OBJECTIVE, hashes, make_module, write_sources
 
-from nxdt_align.data import preparation, prepared, token_parts
+from nxdt_align.data import mismatched_parts, preparation, prepared, token_parts
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.records import DataError
 from nxdt_align.data.tokenize import Tokenization
@@ -41,7 +42,8 @@ def no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("the stored tokens were not used")
 
-    monkeypatch.setattr(preparation, "make_parts", refuse)
+    for each in (preparation, mismatched_parts):
+        monkeypatch.setattr(each, "make_parts", refuse)
 
 
 def test_what_is_ready_is_found_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +57,37 @@ def test_what_is_ready_is_found_without_reading(tmp_path: Path, monkeypatch: pyt
     assert hashes(made(tmp_path, sources="@/moved.jsonl")) == want
     twice = made(tmp_path, sources="[{path: @/moved.jsonl, weight: 2}]")
     assert len(twice.splits["train"].examples) == 2 * 162
+
+
+MIXTURE = "[{path: @/chats.jsonl, weight: 0.5}, {path: @/plain.jsonl, weight: 1.5}, @/special.jsonl]"
+
+
+def test_labelled_completions_of_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each beside another one's completion, as when all of them are held; mapped, and found again."""
+    rows = [
+        {
+            "prompt": "a" if i < 60 else f"{i} {i % 7}",
+            "completion": f"{'x' if i % 3 else i} so",
+            "label": i % 2,
+        }
+        for i in range(140)
+    ]
+    (tmp_path / "special.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kto = OF_OBJECTIVE["kto"]
+    want = hashes(make_module(tmp_path, MIXTURE, *kto, layout="packed"))
+    for _ in range(2):
+        module = made(tmp_path, *kto, "data.packing=packed", sources=MIXTURE)
+        assert hashes(module) == want
+        examples = module.splits["train"].examples
+        assert examples._parts[0].path is not None and isinstance(examples._desirable, np.memmap)
+        no_more(monkeypatch)
+
+
+def test_a_completion_that_finds_no_other_prompts(tmp_path: Path) -> None:
+    rows = [{"prompt": p, "completion": c, "label": True} for p, c in ("ax", "ay", "bx")]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"data.train_dir: .*few.jsonl:1: KTO needs another prompt's comp"):
+        made(tmp_path, *OF_OBJECTIVE["kto"], sources="@/few.jsonl")
 
 
 def test_a_source_that_changed_under_its_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -88,14 +121,20 @@ def test_another_tokenizer_of_the_same_name(tmp_path: Path, monkeypatch: pytest.
     assert with_cache == hashes(make_module(tmp_path, "@/plain.jsonl"))
 
 
-def test_a_store_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once."""
+    caplog.set_level(logging.INFO)
     want = hashes(made(tmp_path))
     (index,) = (tmp_path / "cache" / "sources").glob("*.json")
     about = json.loads(index.read_text()) | {"version": 999}
     index.write_text(json.dumps(about))
     assert hashes(made(tmp_path)) == want
+    assert caplog.text.count("is of another version of nxdt-align") == 1
     index.write_text("no JSON")
     assert hashes(made(tmp_path)) == want
+    assert caplog.text.count("is damaged") == 1
     no_more(monkeypatch)
     assert hashes(made(tmp_path)) == want
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from data_hashes import hashes, make_module, write_sources
 
-from nxdt_align.data import preparation, prepared, token_parts
+from nxdt_align.data import mismatched_parts, preparation, prepared, token_parts
 
 STORED: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "stored_hashes.json").read_text())
 MIXTURE = (
@@ -60,6 +60,5 @@ def test_of_data_prepared_in_parts_too(name: str, tmp_path: Path, monkeypatch: p
             cache=tmp_path / "c" / "tokens",
         )
         assert hashes(module) == STORED[f"{name} {ranks}"], ranks
-        if objective != "kto":
-            monkeypatch.setattr(token_parts, "make_parts", None)
-            monkeypatch.setattr(preparation, "make_parts", None)
+        for each in (token_parts, preparation, mismatched_parts):
+            monkeypatch.setattr(each, "make_parts", None)

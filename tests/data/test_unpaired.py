@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from nxdt_align.data import mismatched as mismatched_module
+from nxdt_align.data.mismatched import NoCandidateError, mismatched, with_mismatched
 from nxdt_align.data.reading import Source, load_records
-from nxdt_align.data.records import DataError, Record, with_mismatched
+from nxdt_align.data.records import DataError, Record
 
 
 def load(tmp_path: Path, rows: Sequence[dict[str, Any]], **settings: Any) -> list[Record]:
@@ -70,8 +73,9 @@ def test_a_record_that_finds_no_other_prompts_completion_is_named(
         with_mismatched(records)
 
 
-def test_the_search_is_short_however_long_a_run_of_one_prompt_is() -> None:
-    """Against the search through all records before each, on draws with few prompts and completions."""
+def test_the_search_is_short_however_long_a_run_of_one_prompt_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the search through all records before each, on draws with few prompts and completions; of
+    records that are held and of those that are not."""
 
     def by_search(records: list[Record], i: int) -> object:
         before = (records[i - k] for k in range(1, len(records)))
@@ -88,11 +92,20 @@ def test_the_search_is_short_however_long_a_run_of_one_prompt_is() -> None:
             prompt = rng.choice([words, [{"role": "user", "content": words}]])
             records.append(Record(prompt, (completion,), True))
         wanted = [by_search(records, i) for i in range(len(records))]
+        codes = [
+            np.unique([json.dumps(value) for value in values], return_inverse=True)[1]
+            for values in ([r.prompt for r in records], [r.responses[0] for r in records])
+        ]
+        monkeypatch.setattr(mismatched_module, "_ROUNDS", rng.choice([1, 2, 64]))
         if None in wanted:
             with pytest.raises(DataError, match="another prompt's completion"):
                 with_mismatched(records)
+            with pytest.raises(NoCandidateError) as error:
+                mismatched(*codes)
+            assert error.value.position == wanted.index(None)
         else:
             assert [record.responses[1] for record in with_mismatched(records)] == wanted
+            assert [records[i].responses[0] for i in mismatched(*codes)] == wanted
     run = [Record("a", (str(i),), True) for i in range(20_000)]
     begun = time.process_time()
     mixed = with_mismatched([*run, Record("b", ("x",), True)])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from fake_engine import Exchange, FakeEngine, MicroBatch, collate, plan, record_ids, records_of
 
+from nxdt_align.batch import Batch
 from nxdt_align.reference.cache import ReferenceStore, ReferenceStoreError
 from nxdt_align.reference.precompute import PassSummary, Share, compute_missing, precompute, trace_shapes
 
@@ -215,6 +216,21 @@ def in_ranks(
     return results, engines
 
 
+@pytest.mark.parametrize("fails", ["stored", "prepare", "flush", "table"])
+def test_an_error_of_the_store_is_every_ranks(
+    tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the others would wait for rank 0 until their collective's time is out."""
+
+    def refuse(*_: Any) -> Any:
+        raise ReferenceStoreError("cannot write: the disk is full")
+
+    monkeypatch.setattr(ReferenceStore, fails, refuse)
+    results, _ = in_ranks(2, lambda engine: run(engine, store_at(tmp_path), flush_every=10**6))
+    assert [type(each) for each in results] == [ReferenceStoreError] * 2
+    assert [str(each) for each in results] == ["cannot write: the disk is full"] * 2
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_data_parallel_is_in_lockstep_and_equal(tmp_path: Path, whole: np.ndarray, ranks: int) -> None:
     """4 micro-batches on 3 ranks: two rounds; in the last, two ranks run one for nothing."""
@@ -278,6 +294,9 @@ def test_plans_are_made_as_the_pass_goes_on(tmp_path: Path) -> None:
         def __iter__(self) -> Iterator[MicroBatch]:
             return iter(plan(COUNT))
 
+        def one_of_each_shape(self) -> Iterator[MicroBatch]:
+            return iter(plan(COUNT)[:1])
+
         def needed(self, is_missing: np.ndarray, share: int = 0, shares: int = 1) -> Iterator[MicroBatch]:
             for micro_batch in plan(COUNT)[share::shares]:
                 planned.append(micro_batch)
@@ -287,6 +306,14 @@ def test_plans_are_made_as_the_pass_goes_on(tmp_path: Path) -> None:
         run(FakeEngine(fail_after=1), store_at(tmp_path), Planner())  # type: ignore[arg-type]
     assert len(planned) == 2
     assert run(FakeEngine(), store_at(tmp_path), Planner())[1].reused == 6  # type: ignore[arg-type]
+    made: list[MicroBatch] = []
+
+    def noted(micro_batch: MicroBatch) -> Batch:
+        made.append(micro_batch)
+        return collate(micro_batch)
+
+    trace_shapes(FakeEngine(), Planner(), noted, record_ids(COUNT), store_at(tmp_path), records_of=records_of)
+    assert made == plan(COUNT)[:1]
 
 
 # Shares

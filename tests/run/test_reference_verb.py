@@ -99,6 +99,29 @@ def test_inspect(project: Project, ahead: Path, capsys: pytest.CaptureFixture[st
     assert "train: 300 of 300 records have no value" in said
 
 
+def test_values_of_the_other_engine(
+    project: Project, ahead: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Found where nothing of NxD is installed, and taken over on request, which is noted; no other number
+    format is."""
+    nxd = "distributed_strategy.engine=nxd"
+    assert reference(project, "inspect", ahead, nxd, "--json") == 0
+    against = json.loads(capsys.readouterr().out)["against"]
+    assert not against["is_there"] and len(against["in_other_precision"]) == 1
+    assert reference(project, "inspect", ahead, nxd) == 0
+    precision = against["made_from"]["precision"]
+    assert f"reference merge --precision '{precision}' takes its values over" in capsys.readouterr().out
+    merge = ("reference", "merge", f"{ahead}/reference", f"{tmp_path}/reference", "--precision")
+    for _ in range(2):
+        assert main([*merge, precision]) == 0
+    assert reference(project, "inspect", tmp_path, nxd) == 0
+    said = capsys.readouterr().out
+    assert "train: complete (300 records)" in said
+    assert "taken on trust: values that were computed in Precision(compute=torch.float32, autocast=F" in said
+    assert main([*merge, "Precision(compute=torch.bfloat16, masters=True)"]) == 1
+    assert "another number format than Precision(compute=torch.bfloat16" in capsys.readouterr().err
+
+
 def tampered(cache: Path, by: float) -> None:
     """Whole files of values that are off by so much."""
     for part in cache.glob("reference/*/part-*"):

@@ -78,5 +78,6 @@ def level(tokens: Counts, responses: Counts, room: Room, count: int) -> list[tup
 
 
 def _longest_first(tokens: Counts, responses: Counts) -> Iterator[tuple[int, tuple[int, int]]]:
-    for i in np.argsort(-tokens, kind="stable").tolist():
-        yield i, (int(tokens[i]), int(responses[i]))
+    order = np.argsort(-tokens, kind="stable")
+    needs = zip(tokens[order].tolist(), responses[order].tolist(), strict=True)
+    return zip(order.tolist(), needs, strict=True)

@@ -51,7 +51,7 @@ def from_pairs(row: Row) -> list[Record]:
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, Mapping) else value
+    return [value] if not isinstance(value, str) and isinstance(value, Mapping) else value
 
 
 def _from_conversations(prompt: Any, chosen: list[Message], rejected: list[Message]) -> Record:

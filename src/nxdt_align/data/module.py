@@ -19,11 +19,12 @@ from nxdt_align.batch import Batch, Topology
 from nxdt_align.config.fields import is_dotted
 from nxdt_align.config.schema import Config
 from nxdt_align.data.layouts import LayoutChoice, LayoutOptions, RowOption
+from nxdt_align.data.mismatched import with_mismatched
 from nxdt_align.data.packing import RowPlanner
 from nxdt_align.data.preparation import Settings
-from nxdt_align.data.prepared import is_large, prepared_examples
+from nxdt_align.data.prepared import is_large, prepared_examples, prepared_mismatched
 from nxdt_align.data.reading import Source, load_records
-from nxdt_align.data.records import BadRecords, DataError, with_mismatched
+from nxdt_align.data.records import BadRecords, DataError
 from nxdt_align.data.steps import (
     UNPAIRED_ROLES,
     DryRunDataset,
@@ -128,12 +129,12 @@ class ModelAlignmentDataModule(LightningDataModule):
 
     def _examples(self, sources: list[Source], split: Split) -> tuple[TokenizedSet, BadRecords]:
         data, strategy = self._config.data, self._config.model_alignment_strategy
-        # What a function of the user's own reads is not known ahead, KTO pairs each record with another
-        # one's completion, and N records of a file are soon read.
-        by_content = strategy.kto is None and data.dev_choose_samples is None and not _is_own(data.format)
+        # What a function of the user's own reads is not known ahead, and N records of a file are soon read.
+        by_content = data.dev_choose_samples is None and not _is_own(data.format)
         try:
             if self._cache_dir is not None and by_content and is_large(sources):
-                return prepared_examples(
+                prepare = prepared_examples if strategy.kto is None else prepared_mismatched
+                return prepare(
                     sources,
                     Settings(
                         strategy.examples, data.format, data.columns, self._tokenization, data.verify_cache
@@ -235,7 +236,7 @@ class ModelAlignmentDataModule(LightningDataModule):
         # would no longer resume.
         digest = hashlib.blake2b(b'{"records":"', digest_size=16)
         for span in spans(len(examples)):
-            digest.update((" " * bool(span.start) + " ".join(examples.ids_of(span))).encode())
+            digest.update((" " * bool(span.start) + examples.text_of_ids(span)).encode())
         digest.update(b'"}')
         return digest.hexdigest()
 

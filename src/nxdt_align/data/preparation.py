@@ -1,10 +1,12 @@
-"""Sources and their files of tokens: which is whose, and making those that are missing.
+"""Sources and their files of tokens: which is whose, and making those that are missing. KTO's are of a whole
+mixture, see mismatched_parts.py.
 
 Layout of ``data.cache_dir``, beside the stores that small data have, too::
 
     tokens/tokens-<content>.npz         a source's tokens, named by the contents of its records
     sources/<settings>-<path>.json      what the source was like, and its file of tokens
     sources/<settings>-<path>.rows.npy  the record of each of its examples, where some are equal or unusable
+    sources/<settings>-<path>.labels.npy  whether each of its examples is desirable, of labelled completions
     sources/<settings>-<...>.parts/     parts of a source that is being prepared
 """
 
@@ -14,16 +16,17 @@ import hashlib
 import json
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from nxdt_align.data.formats import Kind, named_format
+from nxdt_align.data.formats import Format, Kind, named_format
 from nxdt_align.data.joined_parts import joined
 from nxdt_align.data.reading import NONE_USABLE_ADVICE, Reader, ReadPart, checked_columns, conclude
 from nxdt_align.data.records import BadRecords, DataError
@@ -67,6 +70,8 @@ class Ready:
     rows: Array | None
     """(M,) of each converted record its row of ``columns``, -1 if it has no tokens; None: each its own."""
     about: Mapping[str, Any]
+    labels: Array | None = None
+    """(M,) bool, of labelled completions."""
 
     @property
     def report(self) -> BadRecords:
@@ -74,18 +79,30 @@ class Ready:
         return BadRecords(read, Counter(counts), {reason: list(e) for reason, e in examples.items()})
 
 
-class Preparation:
-    """Of sources that are read in one way, in one folder of caches."""
+W = TypeVar("W", bound=Hashable)
+"""What one file of tokens is of: the path of a source, or a mixture of several."""
+
+
+class Preparation(ABC, Generic[W]):
+    """Of what is read in one way, in one folder of caches."""
 
     def __init__(self, settings: Settings, cache_dir: Path) -> None:
-        self._settings, self._tokens = settings, cache_dir
+        self.settings, self.tokens = settings, cache_dir
         self._folder = cache_dir.parent / "sources"
         self._digest = settings.digest()
 
-    def ready(self, paths: Sequence[str]) -> dict[str, Ready]:
-        """Each source's tokens, made where they are not there; by one process at a time."""
-        found = {path: self._look_up(path) for path in paths}
-        missing = [path for path, each in found.items() if each is None]
+    @abstractmethod
+    def stamp_of(self, what: W) -> Stamp | None:
+        """None for what is no file or folder here. Raises OSError."""
+
+    @abstractmethod
+    def make_tokens(self, what: W, stamp: Stamp, folder: Path, job: Job, pool: Pool) -> Prepared:
+        """Make the parts in ``folder``. Raises DataError."""
+
+    def ready(self, wanted: Sequence[W]) -> dict[W, Ready]:
+        """The tokens of each, made where they are not there; by one process at a time."""
+        found = {what: self._look_up(what) for what in wanted}
+        missing = [what for what, each in found.items() if each is None]
         if missing:
             try:
                 with one_at_a_time(self._folder / f"{self._digest}.lock", _say_waiting):
@@ -94,18 +111,18 @@ class Preparation:
                 raise DataError(
                     f"{self._folder} cannot be written (data.cache_dir): {explain(error)}"
                 ) from error
-        return {path: each for path, each in found.items() if each is not None}
+        return {what: each for what, each in found.items() if each is not None}
 
-    def _prepare(self, paths: Sequence[str]) -> dict[str, Ready]:
-        settings = self._settings
+    def _prepare(self, wanted: Sequence[W]) -> dict[W, Ready]:
+        settings = self.settings
         named = None if settings.format is None else named_format(settings.format, settings.kind)
         columns = checked_columns(settings.columns, settings.kind)
         job = Job(settings.kind, named, columns, settings.tokenization)
-        found: dict[str, Ready] = {}
+        found: dict[W, Ready] = {}
         with Pool(job) as pool:
-            for path in paths:
+            for what in wanted:
                 # Another process may have prepared it while this one waited.
-                found[path] = self._look_up(path, quiet=True) or self._make(path, job, pool)
+                found[what] = self._look_up(what, quiet=True) or self._make(what, job, pool)
         return found
 
     # What is there
@@ -114,20 +131,20 @@ class Preparation:
         name = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=8).hexdigest()
         return self._folder / f"{self._digest}-{name}.json"
 
-    def _look_up(self, path: str, quiet: bool = False) -> Ready | None:
-        """The source's tokens, if they are stored and it is as it was."""
+    def _look_up(self, what: W, quiet: bool = False) -> Ready | None:
+        """Its tokens, if they are stored and it is as it was."""
         try:
-            stamp = Stamp.of(path)
+            stamp = self.stamp_of(what)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise DataError(f"{what} cannot be read: {error.strerror or error}") from error
         if stamp is None:
             return None
         own = self._index(stamp.path)
-        about = _read_index(own)
+        about = _read_index(own, quiet)
         if about is not None and self._is_same(stamp, about):
             return self._open(own, about)
         if about is not None and not quiet:
-            log.log(NOTICE, "%s has changed since its tokens were stored: tokenizing it again", path)
+            log.log(NOTICE, "%s has changed since its tokens were stored: tokenizing it again", what)
         # Perhaps it was moved, or is a copy: then all of the content decides.
         other = None if quiet else self._by_sample.get(stamp.sample)
         about = None if other in (None, own) else _read_index(other)
@@ -138,28 +155,35 @@ class Preparation:
     @cached_property
     def _by_sample(self) -> dict[str, Path]:
         """What leads to each known source, by the sample of its content."""
-        found = {index: _read_index(index) for index in sorted(self._folder.glob(f"{self._digest}-*.json"))}
+        found = {
+            index: _read_index(index, quiet=True)
+            for index in sorted(self._folder.glob(f"{self._digest}-*.json"))
+        }
         return {about["source"]["sample"]: index for index, about in found.items() if about is not None}
 
     def _is_same(self, stamp: Stamp, about: Mapping[str, Any]) -> bool:
         then = about["source"]
         if (then["size"], then["sample"]) != (stamp.size, stamp.sample):
             return False
-        if then["time"] == stamp.time and not self._settings.verify:
+        if then["time"] == stamp.time and not self.settings.verify:
             return True
         return bool(about["whole"] == stamp.whole)
 
     def _open(self, index: Path, about: Mapping[str, Any]) -> Ready | None:
-        path = self._tokens / str(about["tokens"])
+        path = self.tokens / str(about["tokens"])
         try:
             trusted = list(size_and_time(path)) == about["tokens_as_written"]
             columns = map_tokens(path, trusted=trusted).columns
-            rows = None
-            if about["rows_file"]:
-                rows = np.load(index.with_suffix(".rows.npy"), mmap_mode="r", allow_pickle=False)
-            if len(columns.ids) != about["distinct"] or (rows is not None and len(rows) != about["records"]):
+            rows, labels = (
+                np.load(index.with_suffix(f".{name}.npy"), mmap_mode="r", allow_pickle=False)
+                if about.get(f"{name}_file")
+                else None
+                for name in ("rows", "labels")
+            )
+            counts = [len(each) for each in (rows, labels) if each is not None]
+            if len(columns.ids) != about["distinct"] or any(n != about["records"] for n in counts):
                 raise ValueError("it holds another number of records than was written")
-            return Ready(columns, rows, about)
+            return Ready(columns, rows, about, labels)
         except FileNotFoundError:
             log.log(NOTICE, "the token cache %s is gone: tokenizing again", path)
         except BROKEN as error:
@@ -168,12 +192,10 @@ class Preparation:
 
     # Making it
 
-    def _make(self, path: str, job: Job, pool: Pool) -> Ready:
-        stamp = Stamp.of(path)
+    def _make(self, what: W, job: Job, pool: Pool) -> Ready:
+        stamp = self.stamp_of(what)
         if stamp is None:
-            raise DataError(f"data file {path} does not exist")
-        reader = Reader(job.kind, job.format, dict(job.columns))
-        rows, format = reader.open(path)
+            raise DataError(f"data file {what} does not exist")
         index = self._index(stamp.path)
         content = hashlib.blake2b(digest_size=8)
         content.update(json.dumps([stamp.as_dict(), RECORDS, TEXT]).encode())
@@ -181,71 +203,113 @@ class Preparation:
         for other in self._folder.glob(f"{index.stem}.*.parts"):
             if other != folder:  # of the source as it was when another preparation was killed
                 shutil.rmtree(other, ignore_errors=True)
-        log.log(NOTICE, "%s: tokenizing %s bytes of data into %s", path, f"{stamp.size:,}", self._tokens)
-        parts = list(make_parts(folder, rows, format, job, pool, path))
-        if Stamp.of(path) != stamp:
-            raise DataError(f"{path} was changed while it was read; start again when nothing writes to it")
-        report = BadRecords()
-        for part in parts:
-            report.merge(part.report)
-        _require_usable(path, parts, report)
-        about = self._write(index, path, parts, report, format.leaves_out, format.name, stamp)
+        log.log(NOTICE, "%s: tokenizing %s bytes of data into %s", what, f"{stamp.size:,}", self.tokens)
+        made = self.make_tokens(what, stamp, folder, job, pool)
+        if self.stamp_of(what) != stamp:
+            raise DataError(f"{what} was changed while it was read; start again when nothing writes to it")
+        about = self._write(index, made, stamp)
         shutil.rmtree(folder, ignore_errors=True)
         found = self._open(index, about)
         assert found is not None
         return found
 
-    def _write(
-        self,
-        index: Path,
-        path: str,
-        parts: Sequence[Part],
-        report: BadRecords,
-        leaves_out: str,
-        format: str,
-        stamp: Stamp,
-    ) -> dict[str, Any]:
+    def _write(self, index: Path, made: Prepared, stamp: Stamp) -> dict[str, Any]:
         """Join the parts into the file of tokens, and write what leads to it."""
+        parts = made.parts
         all_ids = np.concatenate([part.array("all_ids") for part in parts])
         good = np.concatenate([part.array("good") for part in parts])
         first, places = distinct(all_ids)
         as_before = all(part.as_before for part in parts)
-        name = cache_path(self._tokens, self._settings.tokenization, as_before, all_ids[first])
+        name = cache_path(self.tokens, self.settings.tokenization, as_before, all_ids[first])
         refused = {record: fault for part in parts for record, fault in part.refused.items()}
         unread = sum((part.unread_keys for part in parts), Counter[str]())
         keeps = np.zeros(len(all_ids), np.bool_)
         keeps[first] = good[first]
         if not _holds(name, all_ids[keeps]):
             save_tokens(name, joined(parts, keeps), refused, unread)
-        has_rows = places is not None or not good.all()
-        if has_rows:
+        rows = None
+        if places is not None or not good.all():
             row_of = np.where(good[first], np.cumsum(good[first]) - 1, -1)
             rows = row_of if places is None else row_of[places]
-            with atomic_file(index.with_suffix(".rows.npy")) as file:
-                np.save(file, rows.astype(np.int64))
+        rows, labels = made.in_order(rows)
+        for kept, what, kind in ((rows, "rows", np.int64), (labels, "labels", np.bool_)):
+            if kept is not None:
+                with atomic_file(index.with_suffix(f".{what}.npy")) as file:
+                    np.save(file, kept.astype(kind, copy=False))
         about = {
             "version": VERSION,
             "source": stamp.as_dict(),
             "whole": stamp.whole,
             "tokens": name.name,
             "tokens_as_written": list(size_and_time(name)),
-            "rows_file": has_rows,
-            "records": len(all_ids),
+            "rows_file": rows is not None,
+            "labels_file": labels is not None,
+            "records": len(all_ids) if rows is None else len(rows),
             "distinct": int(keeps.sum()),
-            "format": format,
-            "rows": sum(part.rows for part in parts),
-            "left_out": sum(part.left_out for part in parts),
-            "leaves_out": leaves_out,
-            "texts": sum(part.texts for part in parts),
-            "unread": sum((part.unread for part in parts), Counter[str]()),
             "unread_keys": unread,
-            "report": [report.read, report.counts, report.examples],
+            **made.about,
         }
         atomic_write(index, json.dumps(about, indent=1).encode())
         return about
 
 
-def _require_usable(path: str, parts: Sequence[Part], report: BadRecords) -> None:
+@dataclass(frozen=True)
+class Prepared:
+    """What the tokens are put together from."""
+
+    parts: Sequence[Part]
+    about: Mapping[str, Any]
+    """What is kept beside them, in JSON's types."""
+    examples: Array | None = None
+    """(M,) of each example the place of its record among those of the parts; None: each record is one."""
+    labels: Array | None = None
+    """(M,) bool, of labelled completions."""
+
+    def in_order(self, rows: Array | None) -> tuple[Array | None, Array | None]:
+        """Rows of the tokens and labels by example, those included that have no tokens; ``rows``: by record,
+        None: each record its own."""
+        if self.examples is None:
+            return rows, self.labels
+        is_all = len(self.examples) == sum(part.records for part in self.parts)
+        if rows is None and is_all and (np.diff(self.examples) == 1).all():
+            return None, self.labels
+        return (self.examples if rows is None else rows[self.examples]), self.labels
+
+
+def told_of(parts: Sequence[Part], format: Format) -> dict[str, Any]:
+    """What a source's parts say of its rows."""
+    return {
+        "rows": sum(part.rows for part in parts),
+        "left_out": sum(part.left_out for part in parts),
+        "leaves_out": format.leaves_out,
+        "texts": sum(part.texts for part in parts),
+        "unread": sum((part.unread for part in parts), Counter[str]()),
+    }
+
+
+class PreparedSources(Preparation[str]):
+    """Each source by itself, by its path."""
+
+    def stamp_of(self, what: str) -> Stamp | None:
+        return Stamp.of(what)
+
+    def make_tokens(self, what: str, stamp: Stamp, folder: Path, job: Job, pool: Pool) -> Prepared:
+        rows, format = Reader(job.kind, job.format, dict(job.columns)).open(what)
+        parts = list(make_parts(folder, rows, format, job, pool, what))
+        report = merged(part.report for part in parts)
+        require_usable(what, parts, report)
+        told = {"format": format.name, "report": [report.read, report.counts, report.examples]}
+        return Prepared(parts, told_of(parts, format) | told)
+
+
+def merged(reports: Iterable[BadRecords]) -> BadRecords:
+    whole = BadRecords()
+    for each in reports:
+        whole.merge(each)
+    return whole
+
+
+def require_usable(path: str, parts: Sequence[Part], report: BadRecords) -> None:
     if any(part.tokenized for part in parts):
         return
     if not any(part.records for part in parts):
@@ -266,15 +330,18 @@ def _holds(path: Path, ids: Array) -> bool:
         return False
 
 
-def _read_index(path: Path) -> dict[str, Any] | None:
+def _read_index(path: Path, quiet: bool = False) -> dict[str, Any] | None:
     """None if there is none of this version, or it is damaged."""
     try:
         about: dict[str, Any] = json.loads(path.read_bytes())
+        if about["version"] != VERSION and not quiet:
+            log.log(NOTICE, "%s is of another version of nxdt-align: its source is read again", path)
         return about if about["version"] == VERSION else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
-        log.warning("%s is damaged (%s): its source is read again", path, error)
+        if not quiet:
+            log.warning("%s is damaged (%s): its source is read again", path, error)
         return None
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nxdt_align.data.preparation import Preparation, Ready, Settings
+from nxdt_align.data.mismatched_parts import Mixture, PreparedMixture
+from nxdt_align.data.preparation import PreparedSources, Ready, Settings
 from nxdt_align.data.reading import ReadPart, Source, check_weight, conclude, tell_unread, weighted_rows
 from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecords, DataError, OnBadRecord
 from nxdt_align.data.source_identity import Stamp
@@ -48,7 +50,7 @@ def prepared_examples(
     """
     for source in sources:
         check_weight(source)
-    ready = Preparation(settings, cache_dir).ready(list({source.path: None for source in sources}))
+    ready = PreparedSources(settings, cache_dir).ready(list({source.path: None for source in sources}))
     report = BadRecords()
     parts, rows, start = [], [], 0
     for index, source in enumerate(sources):
@@ -57,13 +59,39 @@ def prepared_examples(
         parts.append(found.columns)
         rows.append(_rows_of(found, source, [seed, index], start))
         start += len(found.columns.ids)
-    _tell(ready)
+    _tell({path: found.about for path, found in ready.items()}, [each.about for each in ready.values()])
     if report.total and on_bad_record == "error":
         raise DataError(f"{report.summary()}\n{BAD_RECORDS_ADVICE}")
     ordered = None if all(each is None for each in rows) else _concatenated(rows, parts)
     examples = TokenizedSet(parts, ordered)
     tell_identical(examples)
     return examples, report
+
+
+def prepared_mismatched(
+    sources: Sequence[Source],
+    settings: Settings,
+    cache_dir: Path,
+    *,
+    on_bad_record: OnBadRecord,
+    seed: int,
+) -> tuple[TokenizedSet, BadRecords]:
+    """As ``prepared_examples``, of labelled completions that each get another one, as ``with_mismatched``
+    gives it. They are prepared anew where a source is added or has another weight."""
+    for source in sources:
+        check_weight(source)
+    mixture = Mixture(tuple(sources), seed)
+    found = PreparedMixture(settings, cache_dir).ready([mixture])[mixture]
+    _tell(found.about["sources"], [found.about])
+    if found.report.total and on_bad_record == "error":
+        raise DataError(f"{found.report.summary()}\n{BAD_RECORDS_ADVICE}")
+    rows, labels = found.rows, found.labels
+    if rows is not None and (rows < 0).any():
+        assert labels is not None
+        rows, labels = rows[rows >= 0], labels[rows >= 0]
+    examples = TokenizedSet([found.columns], rows, labels)
+    tell_identical(examples)
+    return examples, found.report
 
 
 def _rows_of(found: Ready, source: Source, seed: list[int], start: int) -> Array | None:
@@ -85,13 +113,14 @@ def _concatenated(rows: Sequence[Array | None], parts: Sequence[TokenColumns]) -
     return np.concatenate(whole).astype(np.int32 if starts[-1] < 2**31 else np.int64)
 
 
-def _tell(ready: Mapping[str, Ready]) -> None:
-    keys: Counter[str] = Counter()
-    for path, found in ready.items():
-        about = found.about
+def _tell(sources: Mapping[str, Mapping[str, Any]], tokens: Sequence[Mapping[str, Any]]) -> None:
+    """What is kept beside the tokens of sources that a user should know."""
+    for path, about in sources.items():
         part = ReadPart([], Counter(about["unread"]), about["rows"], about["left_out"], about["texts"])
         conclude(path, part, about["records"], about["leaves_out"])
         if part.unread:
             tell_unread(path, part.unread)
+    keys: Counter[str] = Counter()
+    for about in tokens:
         keys.update(about["unread_keys"])
     tell_unread_keys(keys)

@@ -226,8 +226,8 @@ class Reader:
             part.left_out += not converted
             good = [record for each in converted for record in self._check(each, row.place)]
             part.records += good
-            if known is not None:
-                renamed = self._renamed(row.value)
+            # Most files have no other columns: what comes next is for those that do.
+            if known is not None and not (renamed := self._renamed(row.value)).keys() <= known:
                 read = {*known, "tools"} if any(record.tools for record in good) else known
                 part.unread.update(key for key in renamed if key not in read and _is_filled(renamed[key]))
             if limit is not None and len(part.records) >= limit:
@@ -316,7 +316,9 @@ class Reader:
     def _refuse_half_of_alpaca(self, row: Row, known: frozenset[str]) -> None:
         """Alpaca's ``instruction`` and ``input`` are one prompt: neither is trained on without the other, as
         it would be where ``data.columns`` or ``data.format`` names but one."""
-        filled = [column for column in ("instruction", "input") if _is_filled(row.get(column))]
+        if "instruction" not in row or "input" not in row:
+            return
+        filled = [column for column in ("instruction", "input") if _is_filled(row[column])]
         lost = [column for column in filled if not self._is_read(column, known)]
         if len(filled) == 2 and len(lost) == 1:
             (read,) = set(filled) - set(lost)
@@ -352,7 +354,8 @@ class Reader:
 def _fault_of_row(row: RawRecord) -> BadRecord | None:
     if row.fault is not None:
         return row.fault
-    if not isinstance(row.value, Mapping):
+    # The first is a comparison, the second a search through Python's abstract classes.
+    if type(row.value) is not dict and not isinstance(row.value, Mapping):
         kind = type(row.value).__name__
         return BadRecord("wrong type", f"a record must be an object, but is {kind} {excerpt(row.value)}")
     return _fault_of_keys(row.value)
@@ -361,6 +364,8 @@ def _fault_of_row(row: RawRecord) -> BadRecord | None:
 def _fault_of_keys(row: Row) -> BadRecord | None:
     """JSON can hold lone surrogates, which no log or tokenizer takes; values are checked as text."""
     for key in row:
+        if key.isascii():
+            continue
         try:
             key.encode()
         except UnicodeEncodeError:
@@ -409,9 +414,11 @@ def _listed(names: Collection[str]) -> str:
 
 def _is_filled(value: object) -> bool:
     """Whether a column says anything: Arrow writes nulls, and others empty values, where a row has none."""
+    if value is None:
+        return False
     if isinstance(value, str):
         return bool(value.strip())
-    return bool(value) if isinstance(value, list | Mapping) else value is not None
+    return bool(value) if isinstance(value, list | Mapping) else True
 
 
 def _fault_of(record: Record) -> BadRecord | None:

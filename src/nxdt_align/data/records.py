@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -103,7 +103,7 @@ class Record:
 
     prompt: Prompt
     responses: tuple[Response, ...]
-    """(chosen, rejected) of a pair, (response,), or (completion,) with a label, to which ``with_mismatched``
+    """(chosen, rejected) of a pair, (response,), or (completion,) with a label, to which mismatched.py
     adds another prompt's; none of a prompt that is to be answered."""
     label: bool | None = None
     """Whether a labelled completion is desirable; None for pairs and single responses."""
@@ -123,7 +123,7 @@ class Record:
         if not mismatched:
             return own
         other = mismatched[0]
-        return _digest(own + (other if isinstance(other, str) else _canonical(other)))
+        return _digest(own + (other if isinstance(other, str) else canonical(other)))
 
     @property
     def further_keys(self) -> list[str]:
@@ -156,7 +156,7 @@ def record_id(
         content["label"] = label
     if tools is not None:
         content["tools"] = tools
-    return _digest(_canonical(content))
+    return _digest(canonical(content))
 
 
 # Made once, as json.dumps would make one for each record. default: further keys may hold what JSON has no
@@ -164,60 +164,13 @@ def record_id(
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=str)
 
 
-def _canonical(content: object) -> str:
+def canonical(content: object) -> str:
+    """JSON that is the same for equal content."""
     return _CANONICAL.encode(content)
 
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def with_mismatched(records: Sequence[Record]) -> list[Record]:
-    """The records, each with the completion of the one before it (the first: the last one's).
-
-    TRL rotates completions by one inside batches; here it is the whole data set, so that the pairing, and
-    with it a stored reference value, does not depend on the batch size. Skips completions of the same prompt
-    and equal ones. Raises DataError if a record has no candidate.
-    """
-    latest = _Latest()
-    for record in records:
-        latest.add(record)
-    found: list[Record] = []
-    for record in records:
-        before = latest.other_than(record.prompt, record.responses[0])
-        if before is None:
-            raise DataError(
-                f"{record.source}: KTO needs another prompt's completion beside each, but no other prompt of "
-                "the data has another completion; its KL term is estimated from such pairs"
-            )
-        found.append(replace(record, responses=(*record.responses, before.responses[0])))
-        latest.add(record)
-    return found
-
-
-class _Latest:
-    """The latest of the records added so far that has neither a given prompt nor a given completion, found
-    without a search: five of them answer every such question.
-
-    The last one, unless the question has its prompt or its completion. If it has the prompt: the latest of
-    another prompt, or, if that has the completion asked for, the latest of neither; and so with the
-    completion.
-    """
-
-    def __init__(self) -> None:
-        self._kept: list[Record] = []
-        """The latest first."""
-
-    def other_than(self, prompt: Prompt | None, completion: Response | None) -> Record | None:
-        """None: whatever it is."""
-        return next((r for r in self._kept if r.prompt != prompt and r.responses[0] != completion), None)
-
-    def add(self, record: Record) -> None:
-        prompt, completion = record.prompt, record.responses[0]
-        kept = [self.other_than(prompt, None), self.other_than(None, completion)]
-        kept.append(kept[0] and self.other_than(prompt, kept[0].responses[0]))
-        kept.append(kept[1] and self.other_than(kept[1].prompt, completion))
-        self._kept = [record, *(r for r in self._kept if any(r is each for each in kept))]
 
 
 # Values

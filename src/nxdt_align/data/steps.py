@@ -137,6 +137,16 @@ class ReferencePlan:
     def __iter__(self) -> Iterator[PlannedMicroBatch]:
         return self.needed(np.ones(self._planner.examples, np.bool_))
 
+    def one_of_each_shape(self) -> Iterator[PlannedMicroBatch]:
+        """The first micro-batch of each bucket that one has: its rows are always as many."""
+        seen: set[Bucket] = set()
+        for planned in self:
+            if planned.bucket not in seen:
+                seen.add(planned.bucket)
+                yield planned
+            if len(seen) == len(self._planner.buckets):
+                return
+
     def needed(
         self, is_missing: npt.NDArray[np.bool_], share: int = 0, shares: int = 1
     ) -> Iterator[PlannedMicroBatch]:

@@ -14,20 +14,20 @@ import signal
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from nxdt_align.data.formats import FORMATS, Format, Kind
 from nxdt_align.data.json_files import JsonLine
 from nxdt_align.data.raw import RawRecord
-from nxdt_align.data.reading import Reader
+from nxdt_align.data.reading import Reader, ReadPart
 from nxdt_align.data.records import BadRecord, BadRecords, DataError, Record, content_of
 from nxdt_align.data.token_columns import BROKEN, TokenColumns
 from nxdt_align.data.tokenize import Encoded, Tokenization
@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Part:
-    """What a part's file says beside its tokens."""
+    """What a part's file says beside its arrays."""
 
     path: Path
     rows: int
@@ -77,26 +77,45 @@ class Part:
     records: int
     """Converted, those included that have no tokens."""
     tokenized: int
+    """Of a part without tokens, all that are converted."""
 
     def array(self, name: str) -> Array:
-        """One array: ``all_ids`` (records, 16) and ``good`` (records,), or one of TokenColumns."""
+        """One array: ``all_ids`` (records, 16) and ``good`` (records,), one of TokenColumns, or what else
+        its maker has put there."""
         with np.load(self.path, allow_pickle=False) as arrays:
             found: Array = arrays[name]
         return found
 
 
+class Maker(Protocol):
+    """Writes a part's file from a block of rows, in a process of the pool. Raises DataError."""
+
+    def __call__(self, path: Path, block: list[Row], format: Format, job: Job, *more: Any) -> None: ...
+
+
 def make_parts(
-    folder: Path, rows: Iterable[Row], format: Format, job: Job, pool: Pool, name: str
+    folder: Path,
+    rows: Iterable[Row],
+    format: Format,
+    job: Job,
+    pool: Pool,
+    name: str,
+    make: Maker | None = None,
+    more: Callable[[int], tuple[Any, ...]] = lambda number: (),
 ) -> Iterator[Part]:
     """The parts of a source in their order, made where ``folder`` does not hold them yet.
+
+    Args:
+        make: what makes them; by default ``write_part``.
+        more: what it is handed beside each block, by the block's number.
 
     Raises DataError where the folder cannot be written, or a process is killed.
     """
     which = -1 if job.format is not None else FORMATS[job.kind].index(format)
     waiting: list[Part | Future[Path]] = []
-    for number, block in enumerate(_blocks(rows)):
+    for number, block in enumerate(blocks(rows)):
         path = folder / f"part-{number:06d}.npz"
-        waiting.append(_read_part(path) or pool.submit(path, block, which))
+        waiting.append(_read_part(path) or pool.submit(path, block, which, make or write_part, more(number)))
         while len(waiting) > pool.most_waiting:
             yield _done(waiting.pop(0), name)
     for each in waiting:
@@ -119,7 +138,8 @@ def _done(part: Part | Future[Path], name: str) -> Part:
     return found
 
 
-def _blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows of each part."""
     block: list[Row] = []
     size = 0
     for row in rows:
@@ -145,14 +165,16 @@ class Pool:
         self.most_waiting = 2 * self._processes
         self._said, self._parts = time.monotonic(), 0
 
-    def submit(self, path: Path, block: list[Row], which: int) -> Future[Path]:
+    def submit(
+        self, path: Path, block: list[Row], which: int, make: Maker, more: tuple[Any, ...]
+    ) -> Future[Path]:
         if self._executor is None:
             self._executor = self._start()
         self._parts += 1
         if time.monotonic() - self._said > _SAID_EVERY:
             self._said = time.monotonic()
             log.log(NOTICE, "data: %s rows are being tokenized", f"{self._parts * RECORDS:,}")
-        return self._executor.submit(_make_part, path, block, which)
+        return self._executor.submit(_make_part, path, block, which, make, more)
 
     def _start(self) -> ProcessPoolExecutor:
         # Forked: nothing is imported or read again, and tokenizer and formats are shared. What is forked
@@ -197,10 +219,10 @@ def _begin(job: Job, parent: int) -> None:
         os._exit(1)
 
 
-def _make_part(path: Path, block: list[Row], which: int) -> Path:
+def _make_part(path: Path, block: list[Row], which: int, make: Maker, more: tuple[Any, ...]) -> Path:
     assert _job is not None
     format = _job.format or FORMATS[_job.kind][which]
-    write_part(path, block, format, _job)
+    make(path, block, format, _job, *more)
     gc.collect()
     return path
 
@@ -212,44 +234,61 @@ def write_part(path: Path, block: list[Row], format: Format, job: Job) -> None:
     """Convert and tokenize rows into a file. Raises DataError."""
     reader = Reader(job.kind, job.format, job.columns)
     found = reader.convert(block, format)
+    write_tokens_of(path, found.records, found, reader.report, job.tokenization)
+
+
+def write_tokens_of(
+    path: Path, wanted: list[Record], found: ReadPart, report: BadRecords, tokenization: Tokenization
+) -> None:
+    """Tokenize ``wanted`` records into a part's file that tells of the rows of ``found``, whose bad ones are
+    in ``report``. Raises DataError."""
     columns: list[TokenColumns] = []
     refused: dict[str, BadRecord] = {}
     unread: Counter[str] = Counter()
-    good = np.ones(len(found.records), np.bool_)
-    at = 0
-    for records in _together(found.records):
+    good = np.ones(len(wanted), np.bool_)
+    as_before, at = True, 0
+    for records in _together(wanted):
         kept: list[tuple[str, Encoded]] = []
-        for record, encoded in zip(records, job.tokenization.encode(records), strict=True):
+        for record, encoded in zip(records, tokenization.encode(records), strict=True):
             if isinstance(encoded, BadRecord):
-                reader.report.add(record.source, encoded)
+                report.add(record.source, encoded)
                 refused[record.id], good[at] = encoded, False
+                as_before = as_before and tokenization.as_before(record)
             else:
+                as_before = as_before and encoded.as_before
                 kept.append((record.id, encoded))
                 unread.update(encoded.unread)
             at += 1
         if kept:
             columns.append(TokenColumns.of([each for each, _ in kept], [each for _, each in kept]))
     about = {
+        "refused": {record: [fault.reason, fault.detail] for record, fault in refused.items()},
+        "unread_keys": unread,
+        "as_before": as_before,
+        "records": len(wanted),
+        "tokenized": int(good.sum()),
+    }
+    arrays = _joined(columns) if columns else {}
+    arrays |= {"all_ids": as_bytes([record.id for record in wanted]), "good": good}
+    write_arrays(path, arrays, found, report, about)
+
+
+def write_arrays(
+    path: Path, arrays: dict[str, Array], found: ReadPart, report: BadRecords, more: dict[str, Any]
+) -> None:
+    """A part's file, with ``more`` to say than what ``found`` and ``report`` do. Raises DataError."""
+    about = {
         "rows": found.rows,
         "left_out": found.left_out,
         "texts": found.texts,
         "unread": found.unread,
-        "report": [reader.report.read, reader.report.counts, reader.report.examples],
-        "refused": {record: [fault.reason, fault.detail] for record, fault in refused.items()},
-        "unread_keys": unread,
-        "as_before": all(map(job.tokenization.as_before, found.records)),
-        "records": len(found.records),
-        "tokenized": int(good.sum()),
+        "report": [report.read, report.counts, report.examples],
+        **more,
     }
-    arrays = _joined(columns) if columns else {}
-    arrays |= {
-        "all_ids": as_bytes([record.id for record in found.records]),
-        "good": good,
-        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
-    }
+    content = np.frombuffer(json.dumps(about).encode(), np.uint8)
     try:
         with atomic_file(path) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **arrays, about=content)  # type: ignore[arg-type]
     except OSError as error:
         raise DataError(
             f"the token cache {path} cannot be written (data.cache_dir): {explain(error)}"

@@ -75,11 +75,18 @@ class TokenizedSet:
 
     def ids_of(self, span: slice) -> list[str]:
         """The ``record_ids`` of a part of the examples."""
-        text = np.ascontiguousarray(self._column("ids", span)).tobytes().hex()
-        found = [text[at : at + 2 * ID_BYTES] for at in range(0, len(text), 2 * ID_BYTES)]
-        for at in np.flatnonzero(self._column("changed", span)).tolist():
+        return self.text_of_ids(span).split()
+
+    def text_of_ids(self, span: slice) -> str:
+        """``ids_of``, parted by spaces."""
+        text = self._column("ids", span).tobytes().hex(" ", ID_BYTES)
+        changed = np.flatnonzero(self._column("changed", span))
+        if not len(changed):
+            return text
+        found = text.split()
+        for at in changed.tolist():
             found[at] = changed_id(found[at])
-        return found
+        return " ".join(found)
 
     def ids(self) -> Array:
         """(N, 16) uint8: ``record_ids`` as bytes."""
@@ -96,7 +103,8 @@ class TokenizedSet:
     def own_bytes(self) -> int:
         """Bytes that each process holds."""
         held = [array for part in self._parts if part.path is None for array in part.arrays().values()]
-        held += [array for array in (self._rows, self._desirable) if array is not None]
+        listed = (self._rows, self._desirable)
+        held += [array for array in listed if array is not None and not isinstance(array, np.memmap)]
         is_mapped = self._rows is None and len(self._parts) == 1 and self._parts[0].path is not None
         if not is_mapped:
             held += [self.prompt_lengths, self.response_lengths]

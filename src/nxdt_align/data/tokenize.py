@@ -59,6 +59,8 @@ class Encoded(NamedTuple):
     whole: tuple[int, ...] = ()
     """Tokens of the prompt and of each response before truncation; of a very long text at least
     ``seq_length`` of them."""
+    as_before: bool = False
+    """What ``Tokenization.as_before`` says."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,9 @@ class Tokenization:
             found = f"the tokenizer makes no token of the prompt {excerpt(record.prompt)}"
             return BadRecord("prompt without tokens", found)
         changed = before is not now and self._closed(record, before)[:2] != (prompt, responses)
-        return Encoded(prompt, responses, cut, rendered.unread, changed, whole)
+        is_text = isinstance(record.prompt, str)
+        as_before = is_text and rendered.before is None and not self._tokens.are_joined(rendered.texts)
+        return Encoded(prompt, responses, cut, rendered.unread, changed, whole, as_before)
 
     def _closed(self, record: Record, parts: Parts) -> tuple[Tokens, list[Tokens], bool, tuple[int, ...]]:
         """Prompt and responses with BOS and EOS, truncated; whether anything was cut; the lengths before. The

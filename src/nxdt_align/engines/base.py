@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,27 @@ from nxdt_align.named_tensors import WeightSource as WeightSource  # a part of t
 
 class EngineError(UserError):
     """The engine cannot do what the configuration or a file asks; the message says what would work."""
+
+
+@contextmanager
+def together(
+    gather: Callable[[str | None], list[str | None]], error_type: type[UserError] = EngineError
+) -> Iterator[None]:
+    """Every rank's block succeeds, or every rank raises: its own error, or else an ``error_type`` with the
+    words of the first rank that failed. The block itself must not talk to other ranks.
+
+    Args:
+        gather: every rank's value, on every rank, in the order of the ranks; over the host.
+    """
+    try:
+        yield
+    except Exception as error:
+        # The others are told before it is raised; else they would wait for this rank for ever.
+        gather(str(error) or type(error).__name__)
+        raise
+    fault = next((fault for fault in gather(None) if fault is not None), None)
+    if fault is not None:
+        raise error_type(fault)
 
 
 class Objective(Protocol):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nxdt_align.engines.base import EngineError
+from nxdt_align.engines.base import EngineError, together
 
 T = TypeVar("T")
 Reduction = Literal["sum", "max"]
@@ -159,15 +159,6 @@ class Ranks:
 
     @contextmanager
     def together(self, error_type: type[EngineError] = EngineError) -> Iterator[None]:
-        """Every rank's block succeeds, or every rank raises: its own error, or else an ``error_type`` with
-        the words of the first rank that failed. The block itself must not talk to other ranks."""
-        try:
+        """See ``engines.base.together``."""
+        with together(self.gather, error_type):
             yield
-        except Exception as error:
-            # The others are told before it is raised; else they would wait for this rank for ever.
-            self.gather(str(error) or type(error).__name__)
-            raise
-        faults: list[str | None] = self.gather(None)
-        fault = next((fault for fault in faults if fault is not None), None)
-        if fault is not None:
-            raise error_type(fault)

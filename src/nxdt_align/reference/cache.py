@@ -145,7 +145,8 @@ class ReferenceStore:
         yield from self._pending
 
     def stored(self, ids: Array) -> npt.NDArray[np.bool_]:
-        """(n,) whether each record has a value."""
+        """(n,) whether each record has a value. Raises ReferenceStoreError for a store of a later version."""
+        self._require_known_version()
         if find_table(self.folder, ids, self.width) is not None:
             return np.ones(len(ids), np.bool_)
         first, places = distinct(ids)
@@ -174,9 +175,10 @@ class ReferenceStore:
         """(N, width) float32: the value of each record, in the order of ``ids``, mapped from a file that is
         made where there is none.
 
-        Raises ReferenceStoreError with the count and the first record where any has no value, and where it
-        cannot be written.
+        Raises ReferenceStoreError with the count and the first record where any has no value, where it cannot
+        be written, and for a store of a later version.
         """
+        self._require_known_version()
         table = find_table(self.folder, ids, self.width)
         if table is not None:
             return table

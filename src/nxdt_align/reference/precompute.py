@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from nxdt_align.batch import Batch, SlotRole
-from nxdt_align.engines.base import Engine
+from nxdt_align.engines.base import Engine, together
 from nxdt_align.record_ids import Array, distinct, spans
-from nxdt_align.reference.cache import ReferenceStore, name_of, require_finite
+from nxdt_align.reference.cache import ReferenceStore, ReferenceStoreError, name_of, require_finite
 from nxdt_align.reference.parts import FloatArray
 from nxdt_align.reference.table import find_table
 
@@ -79,6 +79,9 @@ class PlanOnDemand(Protocol):
         """At least the records of any micro-batch; the same whatever is missing."""
 
     def __iter__(self) -> Iterator[Any]: ...
+
+    def one_of_each_shape(self) -> Iterator[Any]:
+        """The first of each static shape."""
 
     def needed(self, is_missing: Mask, share: int = 0, shares: int = 1) -> Iterator[Any]:
         """Those of a share with a record that is missing, (N,), whole. A micro-batch is in one share, which
@@ -144,7 +147,8 @@ def precompute(
         reference: use the engine's frozen reference instead of its policy.
 
     Raises:
-        ReferenceStoreError: a value is not finite (on every rank), or cannot be written (rank 0).
+        ReferenceStoreError: a value is not finite, or the store cannot be read, prepared or completed (on
+            every rank), or a part cannot be written meanwhile (rank 0).
         ValueError: a planned record is out of range, or a record is in no micro-batch.
     """
     summary = compute_missing(
@@ -180,13 +184,20 @@ def compute_missing(
     works = not known.is_complete
     bar = _progress_bar(len(known.have), reused, shown=progress and is_first and works)
     ran = 0
-    with bar, _Writer(store if is_first and works else None, flush_every, flush_seconds) as writer:
+    writer = _Writer(store if is_first and works else None, flush_every, flush_seconds)
+    if works:
+        with together(engine.gather_objects, ReferenceStoreError):
+            writer.prepare()
+    with bar, writer:
         todo = plan.needed(known.is_missing, share) if works else iter(())
         for owners, values in rounds(engine, plan, todo, store.width, reference):
             fresh_ids, fresh = known.update(owners, values)
             writer.add(fresh_ids, fresh)
             bar.update(len(fresh_ids))
             ran += 1
+        if works:
+            with together(engine.gather_objects, ReferenceStoreError):
+                writer.flush()
     left = len(known.have) - known.count
     if left and share.of == 1:
         at = int((~known.have).argmax())
@@ -210,8 +221,9 @@ class _Known:
         self._ids = ids
         self._first, self._places = distinct(ids)
         own = None
-        if engine.topology.rank == 0:
-            own = np.packbits(store.stored(ids)[self._first])
+        with together(engine.gather_objects, ReferenceStoreError):
+            if engine.topology.rank == 0:
+                own = np.packbits(store.stored(ids)[self._first])
         # All ranks must skip the same micro-batches, or the collectives of rounds would not match.
         bits = engine.broadcast_object(own)
         self.have: Mask = np.unpackbits(bits, count=len(self._first)).astype(np.bool_)
@@ -249,8 +261,10 @@ class _Known:
 def _shared_table(engine: Engine, ids: Array, store: ReferenceStore) -> FloatArray:
     """The whole table on every rank: the file that rank 0 has or makes, or, where another rank does not see
     that, its content."""
-    table = store.table(ids) if engine.topology.rank == 0 else None
-    engine.barrier()
+    table = None
+    with together(engine.gather_objects, ReferenceStoreError):
+        if engine.topology.rank == 0:
+            table = store.table(ids)
     if table is None:
         table = find_table(store.folder, ids, store.width)
     lacks = table is None
@@ -340,7 +354,10 @@ def trace_shapes(
     started = time.monotonic()
     plan = Plan(micro_batches, collate, records_of)
     seen: set[Hashable] = set()
-    for micro_batch in plan.micro_batches:
+    wanted: Iterable[M] = micro_batches
+    if isinstance(micro_batches, PlanOnDemand):
+        wanted = micro_batches.one_of_each_shape()  # no other micro-batch is made
+    for micro_batch in wanted:
         batch = plan.collate(micro_batch)
         shape = _shape(batch)
         if shape not in seen:
@@ -368,9 +385,15 @@ class _Writer:
         self._every, self._seconds = flush_every, flush_seconds
         self._flushed = time.monotonic()
 
-    def __enter__(self) -> _Writer:
+    def prepare(self) -> None:
         if self._store is not None:
             self._store.prepare()
+
+    def flush(self) -> None:
+        if self._store is not None:
+            self._store.flush()
+
+    def __enter__(self) -> _Writer:
         return self
 
     def add(self, ids: Array, values: FloatArray) -> None:
@@ -383,8 +406,7 @@ class _Writer:
             self._flushed = time.monotonic()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._store is not None:
-            self._store.flush()
+        self.flush()
 
 
 def _progress_bar(total: int, done: int, *, shown: bool) -> Any:

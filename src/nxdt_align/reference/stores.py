@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from nxdt_align.files import CHOOSE_ANOTHER, one_at_a_time, unwritable
+from nxdt_align.files import CHOOSE_ANOTHER, atomic_write, explain, one_at_a_time, unwritable
 from nxdt_align.record_ids import Array, distinct, spans
-from nxdt_align.reference.cache import ABOUT, ReferenceStore, ReferenceStoreError, name_of, read_about
+from nxdt_align.reference.cache import (
+    ABOUT,
+    ReferenceStore,
+    ReferenceStoreError,
+    fingerprint_of,
+    name_of,
+    read_about,
+)
 from nxdt_align.reference.parts import DAMAGED, FORMAT, PATTERN, FloatArray, read_part
 from nxdt_align.reference.table import FOLDER
 
 TOLERANCE = 1e-6
 """By which two values of a record may differ: of the larger one, and at least of 1 nat."""
+PRECISION, TAKEN_OVER = "precision", "precisions_taken_over"
+"""In ``store.json``: a part of what a fingerprint is made from; what other ones values were computed in."""
 _NAMED = 5
 """Records that an error names."""
+
+
+_ADVICE = (
+    "where both are known to give the same values, reference merge --precision TEXT takes them over, and "
+    "reference verify compares"
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class StoreReport:
     """Names of parts that cannot be read, and why."""
     tables: int = 0
     """Data sets whose values are in a file of their own."""
+    taken_over: tuple[str, ...] = ()
+    """Precisions in which values were computed that stand under the one in ``made_from``."""
 
     @property
     def fingerprint(self) -> str:
@@ -85,7 +104,25 @@ def examine(store: Path) -> StoreReport:
         size,
         tuple(damaged),
         len(list((store / FOLDER).glob("*.npy"))),
+        tuple(map(str, about.get(TAKEN_OVER, ()))),
     )
+
+
+def other_precision_alone(store: Path, made_from: Mapping[str, str]) -> bool:
+    """Whether a store's values were computed from what ``made_from`` names, in the same number format, that
+    is told in other words."""
+    own: dict[str, str] = dict((read_about(store) or {}).get("fingerprint_of", {}))
+    mine, theirs = own.get(PRECISION, ""), made_from.get(PRECISION, "")
+    return (
+        mine != theirs and own | {PRECISION: theirs} == made_from and _format_in(mine) == _format_in(theirs)
+    )
+
+
+def _format_in(precision: str) -> str:
+    """What the model computes in: the engines tell it in the same words, and beside it what no
+    log-probability passes through, such as master weights."""
+    found = re.search(r"\bcompute=([\w.]+)", precision)
+    return "autocast" if "autocast=True" in precision else found.group(1) if found else precision
 
 
 # Merging
@@ -104,7 +141,9 @@ class Merged:
     """Records of the sources that the destination, or an earlier source, had."""
 
 
-def merge(sources: Sequence[Path], destination: Path, *, tolerance: float = TOLERANCE) -> Merged:
+def merge(
+    sources: Sequence[Path], destination: Path, *, tolerance: float = TOLERANCE, precision: str | None = None
+) -> Merged:
     """Add what the sources hold to a store.
 
     Where several have a record, the value of the destination counts, then that of the first source.
@@ -113,22 +152,41 @@ def merge(sources: Sequence[Path], destination: Path, *, tolerance: float = TOLE
         sources: stores, or folders that lead to one, see ``find_stores``.
         destination: a store, or the folder that stores are in; it is made where there is none.
         tolerance: see ``TOLERANCE``.
+        precision: under which the values are to stand, as a fingerprint has it, though the sources tell it
+            in other words; that they are what is computed in it is taken on trust, and noted in the
+            destination. None: the sources'.
 
     Raises ReferenceStoreError, and changes nothing, where the fingerprints differ, with what differs; where
     values of a record conflict, with the records; where a source has damaged parts; and where the destination
     cannot be written.
     """
     stores = [_only_store(source) for source in sources]
-    into = destination if _is_store(destination) else destination / stores[0].name
-    for each in (*stores, *([into] if _is_store(into) else [])):
+    for each in stores:
         _require_same(stores[0], each)
-    made_from = dict((read_about(stores[0]) or {}).get("fingerprint_of", {}))
+    about = read_about(stores[0]) or {}
+    made_from: dict[str, str] = dict(about["fingerprint_of"])
+    taken_over: set[str] = set().union(*((read_about(each) or {}).get(TAKEN_OVER, ()) for each in stores))
+    name = stores[0].name
+    if precision is not None and precision != made_from.get(PRECISION):
+        own = made_from.get(PRECISION, "")
+        if _format_in(own) != _format_in(precision):
+            raise ReferenceStoreError(
+                f"--precision: the values of {stores[0]} were computed in {own}, which is another "
+                f"number format than {precision}: compute them again with reference precompute"
+            )
+        taken_over.add(own)
+        made_from[PRECISION] = precision
+        name = fingerprint_of(made_from)
+    into = destination if _is_store(destination) else destination / name
+    if _is_store(into):
+        _require_same(stores[0], into, made_from, name)
     problem = unwritable(into)
     if problem is not None:
         raise ReferenceStoreError(f"{into} cannot be written to{problem}; {CHOOSE_ANOTHER}")
     with one_at_a_time(into.parent / f".{into.name}.merge-lock"):
         widths = sorted({width for store in (*stores, into) for width in examine(store).records})
         counts = [_merge_width(stores, into, width, made_from, tolerance) for width in widths]
+        _note(into, taken_over)
     records, added, known = (sum(count[at] for count in counts) for at in range(3))
     return Merged(into, len(stores), records, added, known)
 
@@ -149,24 +207,39 @@ def _only_store(source: Path) -> Path:
     return found[0]
 
 
-def _require_same(one: Path, other: Path) -> None:
-    """Raise ReferenceStoreError where two stores are of other inputs, with what differs."""
+def _note(store: Path, taken_over: set[str]) -> None:
+    about = read_about(store) or {}
+    known = set(about.get(TAKEN_OVER, ()))
+    if taken_over <= known:
+        return
+    text = json.dumps(about | {TAKEN_OVER: sorted(known | taken_over)}, indent=2, sort_keys=True)
+    try:
+        atomic_write(store / ABOUT, text.encode() + b"\n")
+    except OSError as error:
+        raise ReferenceStoreError(f"{store / ABOUT} cannot be written: {explain(error)}") from error
+
+
+def _require_same(
+    one: Path, other: Path, made_from: Mapping[str, str] | None = None, name: str | None = None
+) -> None:
+    """Raise ReferenceStoreError where two stores are of other inputs, with what differs. ``made_from`` and
+    ``name``: those that the values of ``one`` are to have, where they are others than its own."""
     about, theirs = read_about(one), read_about(other)
     for store, found in ((one, about), (other, theirs)):
         if found is None or found.get("format") != FORMAT:
             what = f"has no {ABOUT} that can be read" if found is None else f"is {found.get('format')!r}"
             raise ReferenceStoreError(f"{store} {what}: what its values were computed from is unknown")
     assert about is not None and theirs is not None
-    mine, yours = about["fingerprint_of"], theirs["fingerprint_of"]
-    if mine != yours or one.name != other.name:
+    mine, yours = made_from or about["fingerprint_of"], theirs["fingerprint_of"]
+    if mine != yours or (name or one.name) != other.name:
         differing = [
             f"{name}: {mine.get(name, 'none')} and {yours.get(name, 'none')}"
             for name in sorted({*mine, *yours})
             if mine.get(name) != yours.get(name)
-        ] or [f"fingerprint: {one.name} and {other.name}"]
+        ] or [f"fingerprint: {name or one.name} and {other.name}"]
         raise ReferenceStoreError(
             f"{one} and {other} do not go together: their values were computed from other inputs "
-            f"({'; '.join(differing)})"
+            f"({'; '.join(differing)})" + (f"; {_ADVICE}" if other_precision_alone(one, yours) else "")
         )
 
 
@@ -235,6 +308,8 @@ def words(report: StoreReport) -> Iterator[str]:
     yield f"store {report.path}"
     for name, value in report.made_from.items():
         yield f"  {name}: {value}"
+    for precision in report.taken_over:
+        yield f"  taken on trust: values that were computed in {precision}; see reference verify"
     if report.format is None:
         yield f"  {ABOUT} is missing or damaged: what the values were computed from is unknown"
     elif report.format != FORMAT:

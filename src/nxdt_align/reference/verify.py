@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from nxdt_align.batch import Batch
-from nxdt_align.engines.base import Engine
+from nxdt_align.engines.base import Engine, together
 from nxdt_align.record_ids import Array, distinct
-from nxdt_align.reference.cache import ReferenceStore, name_of
+from nxdt_align.reference.cache import ReferenceStore, ReferenceStoreError, name_of
 from nxdt_align.reference.parts import FloatArray
 from nxdt_align.reference.precompute import M, Mask, Plan, PlanOnDemand, rounds
 from nxdt_align.reference.table import find_table
@@ -55,14 +55,20 @@ def verify(
     plan = Plan(micro_batches, collate, records_of)
     first, _ = distinct(ids)
     is_first = engine.topology.rank == 0
-    drawn = _drawn(store.stored(ids), first, sample, plan.most_records, seed) if is_first else None
+    drawn = None
+    with together(engine.gather_objects, ReferenceStoreError):
+        if is_first:
+            drawn = _drawn(store.stored(ids), first, sample, plan.most_records, seed)
     wanted, missing = engine.broadcast_object(drawn)
     owners: list[int] = []
     values: list[FloatArray] = []
     for records, found in rounds(engine, plan, plan.needed(wanted), store.width, reference):
         owners += records
         values.append(found)
-    own = _compared(store, ids, owners, values, tokens) if is_first else None
+    own = None
+    with together(engine.gather_objects, ReferenceStoreError):
+        if is_first:
+            own = _compared(store, ids, owners, values, tokens)
     compared, worst, worst_record = engine.broadcast_object(own)
     return Verified(len(first), missing, compared, worst, worst_record)
 

@@ -273,8 +273,8 @@ def reference_precision_of(config: Config, policy: Precision) -> Precision:
 
 
 def reference_precision_ahead(config: Config) -> Precision:
-    """The same, before any process joins."""
-    return reference_precision_of(config, precision_of(config, _backend_of(config)))
+    """The same, before any process joins, and on a machine without NxD."""
+    return reference_precision_of(config, precision_of(config, compat.backend_of(config.trainer.accelerator)))
 
 
 def save_options_of(config: Config, precision: Precision) -> SaveOptions:

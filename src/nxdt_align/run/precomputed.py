@@ -11,10 +11,12 @@ from nxdt_align.config.check import CheckedConfig
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.engines.base import together
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
+from nxdt_align.reference.cache import ReferenceStoreError
 from nxdt_align.reference.precompute import PassSummary, Share, compute_missing
-from nxdt_align.reference.stores import StoreReport, examine, find_stores
+from nxdt_align.reference.stores import StoreReport, examine, find_stores, other_precision_alone
 from nxdt_align.reference.verify import Verified, verify
 from nxdt_align.run import assemble, in_run
 from nxdt_align.run.contracts import RunEnv
@@ -51,8 +53,11 @@ def precompute_ahead(checked: CheckedConfig, env: RunEnv, share: Share = Share()
         with own.model(is_new=is_new) as reference:
             for split in run.data.splits:
                 found[split] = own.of_split(split, compute_missing, reference=reference, share=share)
-                if not found[split].left and run.topology.rank == 0:
-                    store.table(run.data.ids(split))  # which training then maps
+                if found[split].left:
+                    continue
+                with together(run.engine.gather_objects, ReferenceStoreError):
+                    if run.topology.rank == 0:
+                        store.table(run.data.ids(split))  # which training then maps
         return {"store": str(store.folder), "splits": {split: asdict(done) for split, done in found.items()}}
 
     return in_run(checked, env, ReferenceAlone(), act)
@@ -99,8 +104,9 @@ def completeness(config: Config, engine: Engine, path: Path) -> dict[str, Any]:
     """How much of what a run of ``config`` would read is in the stores at ``path``: builds no engine, reads
     data and start weights.
 
-    Returns plain values: the wanted fingerprint and what it is made from, whether such a store is there, and
-    of each split the records and those without a value.
+    Returns plain values: the wanted fingerprint and what it is made from, whether such a store is there, the
+    stores there that tell the same number format in other words, and of each split the records and those
+    without a value.
     """
     settled = settle(config, engine).config
     model = assemble.model_config(settled)
@@ -133,6 +139,11 @@ def completeness(config: Config, engine: Engine, path: Path) -> dict[str, Any]:
         "fingerprint": store.folder.name,
         "made_from": dict(store.description),
         "is_there": store.folder in stores,
+        "in_other_precision": [
+            str(each)
+            for each in stores
+            if each != store.folder and other_precision_alone(each, store.description)
+        ],
         "splits": {
             split: {"records": len(data.ids(split)), "missing": len(store.missing(data.ids(split)))}
             for split in data.splits

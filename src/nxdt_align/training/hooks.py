@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nxdt_align.batch import Batch
-from nxdt_align.engines.base import Engine, WeightSource
+from nxdt_align.engines.base import Engine, WeightSource, together
 from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
-from nxdt_align.reference.cache import ReferenceStore
+from nxdt_align.reference.cache import ReferenceStore, ReferenceStoreError
 from nxdt_align.reference.precompute import PassSummary, precompute
 from nxdt_align.training.finite import FiniteCheck
 from nxdt_align.training.stopping import StopOnSignal
@@ -111,8 +111,9 @@ class ReferencePass(Callback):
         use_policy = self._like_policy and self._origin.is_start and is_new
         absent = 0
         # Rank 0 decides for all: another rank might read the store while it is being written.
-        if self._engine.topology.rank == 0:
-            absent = sum(len(self._store.missing(self._data.ids(split))) for split in self._data.splits)
+        with together(self._engine.gather_objects, ReferenceStoreError):
+            if self._engine.topology.rank == 0:
+                absent = sum(len(self._store.missing(self._data.ids(split))) for split in self._data.splits)
         absent = self._engine.broadcast_object(absent)
         if (absent or always) and not use_policy:
             log.info("loading the reference model %s; %d records have no value", self._origin.source, absent)
