@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from unittest.mock import Mock
 
 import adapter_fixture
 import pytest
@@ -138,6 +139,14 @@ def test_as_peft_on_the_dequantised_weights(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(adapter_fixture, "StartedAdapters", _FreshMagnitudes)
     case = CASES[name]
     assert_as(*wanted(case), [run_case(0, case)])
+
+
+def test_a_layer_is_quantised_once_for_its_weight_and_its_magnitude(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Mock(wraps=nf4.quantized)
+    monkeypatch.setattr(nf4, "quantized", calls)
+    spec = qlora(dora=True)
+    AdapterCase(spec=spec).engine(0)
+    assert calls.call_count == len(quantized_layers(SHAPE, spec))
 
 
 @pytest.mark.full

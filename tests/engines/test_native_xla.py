@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_fixture import StartedAdapters, lora
 from oracle import (
     TINY,
     ExampleSet,
@@ -66,7 +67,8 @@ def to_device(batches: Sequence[Batch]) -> list[Batch]:
 def engine(on_xla: bool, precision: Precision = Precision(), **settings: Any) -> NativeEngine:  # noqa: B008
     cls, device = (XlaEngine, xla.device()) if on_xla else (NativeEngine, torch.device("cpu"))
     built = cls(TINY, DenseAttention(), precision=precision, device=device, **settings)
-    built.load_weights(ModuleWeights(plain_model(0)))
+    start, adapters = plain_model(0), settings.get("adapters")
+    built.load_weights(ModuleWeights(start) if adapters is None else StartedAdapters(start, adapters))
     built.load_reference(ModuleWeights(plain_model(1)))
     return built
 
@@ -102,6 +104,28 @@ def test_loss_and_gradients_are_the_oracles(name: str, layout: Layout) -> None:
     assert_gradients_close(gradients_of(policy), truth, TOLERANCE)
     exact = torch.stack([g.norm() for g in truth.values()]).norm()
     assert total_norm == pytest.approx(float(exact), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("recomputed", [("full",), ("selective", ["LlamaMLP", "LlamaRMSNorm"])], ids=str)
+def test_adapters_get_their_gradients_where_the_first_layers_input_needs_none(recomputed: Any) -> None:
+    """Of a frozen embedding. Against a CPU's, where nothing is recomputed."""
+    (batches,) = steps(random_examples(7, seed=4), "shared_prompt", 7, micro=2)
+    spec = lora(TINY, target_modules=["down_proj"])
+
+    def configure(decoder: Decoder) -> None:
+        decoder.set_checkpointing(*recomputed, recompute=xla.recompute)
+
+    found = []
+    for policy in (engine(True, adapters=spec, configure_model=configure), engine(False, adapters=spec)):
+        given = to_device(batches) if policy.lazy else batches
+        output = policy.step(given, GlobalMeanObjective(OBJECTIVES["dpo"]))
+        policy.mark_step()
+        (loss,) = policy.fetch([output.loss])
+        found.append((loss, gradients_of(policy)))
+    (loss, got), (wanted, truth) = found
+    assert loss == pytest.approx(wanted, abs=TOLERANCE)
+    assert len(truth) == 2 * len(spec.targets) == 4
+    assert_gradients_close(got, truth, TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "full checkpointing"])

@@ -96,22 +96,12 @@ ONLINE = "model_alignment_strategy.dpo.precompute_ref_log_probs=False"
 
 
 @pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param((), marks=pytest.mark.full),
-        pytest.param(
-            (ONLINE,),
-            marks=pytest.mark.xfail(
-                reason="the first step after a resume is one graph more than the dry run compiles",
-                strict=True,
-            ),
-        ),
-    ],
-    ids=["stored", "at each step"],
+    "more", [pytest.param((), marks=pytest.mark.full), (ONLINE,)], ids=["stored", "at each step"]
 )
 def test_adapters_are_compiled_ahead_and_go_on_bit_for_bit(project: Project, more: tuple[str, ...]) -> None:
     """With dropout, whose masks are drawn on the device and again where layers are recomputed; the reference
-    is the policy with its adapters off."""
+    is the policy with its adapters off. The first step after the resume has other numbers of micro-batches
+    than the run's first, and at each step the reference's graphs come before those of its gradients."""
     name = f"adapters {len(more)}"
     done, files = dry_run(project, f"{name} ahead", *LORA, *more)
     assert files == [project.root / f"{name} ahead" / "compile" / "run_dpo.json"]

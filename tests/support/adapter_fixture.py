@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -133,10 +134,11 @@ def peft_model(case: AdapterCase) -> tuple[Decoder, dict[str, nn.Parameter]]:
     return model, found
 
 
-def peft_oracle(case: AdapterCase) -> Outcome:
+def peft_oracle(case: AdapterCase, dtype: torch.dtype = torch.float32) -> Outcome:
     """``parallel_fixture.oracle`` with PEFT's model; the reference is the plain one."""
-    examples, reference = case.examples().examples, case.model(0)
+    examples, reference = case.examples().examples, case.model(0).to(dtype)
     model, trained = peft_model(case)
+    model.to(dtype)
     names, parameters = list(trained), list(trained.values())
     optimizer = adamw(parameters)
     outcome: Outcome | None = None
@@ -156,14 +158,25 @@ def peft_oracle(case: AdapterCase) -> Outcome:
     return outcome
 
 
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Inside, what computes in float32 whatever its dtype is does so in float64."""
+    with (
+        mock.patch.object(Tensor, "float", Tensor.double),
+        mock.patch.object(torch, "float32", torch.float64),
+    ):
+        yield
+
+
+def exact_oracle(case: AdapterCase) -> Outcome:
+    """``peft_oracle`` in float64."""
+    with in_float64():
+        return peft_oracle(case, torch.float64)
+
+
 def exact_gradients(case: AdapterCase) -> dict[str, Tensor]:
-    """PEFT's in float64, also where a Llama computes in float32 whatever its dtype."""
-    model, trained = peft_model(case)
-    model.double()
-    with mock.patch.object(Tensor, "float", Tensor.double):
-        loss = oracle_loss(case.loss, model, case.model(0).double(), case.examples().examples)
-        found = torch.autograd.grad(loss, list(trained.values()))
-    return dict(zip(trained, found, strict=True))
+    """The first step's, of ``exact_oracle``."""
+    return exact_oracle(replace(case, steps=1)).gradients
 
 
 def run_cases(rank: int, world: int, cases: Sequence[AdapterCase]) -> list[Outcome]:

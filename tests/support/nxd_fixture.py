@@ -290,7 +290,8 @@ def whole(
     shapes = weight_shapes(config)
     if adapters is not None:
         shapes = {name: shape for name, shape in partition.adapter_shapes.items() if adapters.trains(name)}
-    found = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    dtype = next(iter(shards[0].values())).dtype
+    found = {name: torch.full(shape, torch.nan, dtype=dtype) for name, shape in shapes.items()}
     for stage in range(case.pp):
         for local, names in local_tensors(partition, stage).items():
             if adapters is not None and not adapters.trains(local):

@@ -45,9 +45,16 @@ def sync() -> None:
 
 def recompute(function: Callable[..., Tensor], *args: Any) -> Tensor:
     """A Recompute: torch's own knows no XLA, and without this one's barrier the compiler would merge what
-    is recomputed with what was computed before."""
+    is recomputed with what was computed before.
+
+    It is reentrant: where no input wants a gradient, the trained weights within would get none. Their first
+    input then does, as the first tensor of the backward pass.
+    """
     from torch_xla.utils.checkpoint import checkpoint
 
+    if not any(isinstance(each, Tensor) and each.requires_grad for each in args):
+        first, *others = args
+        args = (first.detach().requires_grad_(True), *others)
     result: Tensor = checkpoint(function, *args, preserve_rng_state=False)
     return result
 

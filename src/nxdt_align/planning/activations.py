@@ -5,7 +5,12 @@ docs/memory.md derives the terms; ``workload.py`` has the legend.
 
 from __future__ import annotations
 
-from nxdt_align.planning.adapters import frozen_scratch, kept_by_factors, unkept_of_layer
+from nxdt_align.planning.adapters import (
+    dequantised_weight,
+    kept_by_factors,
+    norms_scratch,
+    unkept_of_layer,
+)
 from nxdt_align.planning.workload import FLOAT, Workload
 
 
@@ -128,26 +133,32 @@ def _vocabulary(work: Workload) -> int:
 
 
 def layer_scratch(work: Workload, largest_weight: int) -> int:
-    """The backward pass of one layer: what it recomputes, and gradients."""
+    """The backward pass of one layer: what it recomputes, and gradients; or a forward pass, before those."""
     size = work.formats.activation
     residual = 2 * work.residual_positions * work.model.hidden_size * work.formats.residual
     gathered = work.positions * work.model.hidden_size * size if work.sequence_parallel else 0
     of_weight = largest_weight * max(size, work.formats.weight)
     if work.adapters is not None:
-        of_weight = frozen_scratch(work, largest_weight)  # no gradient
-    return residual + gathered + of_weight + max(_in_mlp(work), _in_attention(work))
+        of_weight = dequantised_weight(work, largest_weight)  # no gradient
+    backward = max(_in_mlp(work), _in_attention(work))
+    forward = _recomputed(work) + norms_scratch(work, largest_weight)
+    return residual + gathered + of_weight + max(backward, forward)
+
+
+def _recomputed(work: Workload) -> int:
+    """The largest part of a layer that is recomputed at once, attention's kernel aside."""
+    recomputed = {
+        "full": _whole_layer(work),
+        "LlamaMLP": _mlp(work, whole=True) + kept_by_factors(work, whole=True) - kept_by_factors(work),
+        "LlamaRMSNorm": _norm(work, whole=True),
+        "ActivationMultiplyMLP": work.positions * work.width * work.formats.activation,
+    }
+    return max((recomputed.get(name, 0) for name in work.recompute), default=0)
 
 
 def _in_mlp(work: Workload) -> int:
     """Two gradients, of the factors of gate * up: the product's own gradient reuses its memory."""
-    recomputed = {
-        "full": _whole_layer(work),
-        "LlamaMLP": _mlp(work, whole=True),
-        "LlamaRMSNorm": _norm(work, whole=True),
-        "ActivationMultiplyMLP": work.positions * work.width * work.formats.activation,
-    }
-    here = max((recomputed.get(name, 0) for name in work.recompute), default=0)
-    return here + 2 * work.positions * work.width * work.formats.activation
+    return _recomputed(work) + 2 * work.positions * work.width * work.formats.activation
 
 
 def _in_attention(work: Workload) -> int:

@@ -102,14 +102,16 @@ def _sizes(work: Workload, path: str) -> tuple[int, int]:
     return hidden, (work.heads if path.endswith("q_proj") else work.own_kv_heads) * head
 
 
-def frozen_scratch(work: Workload, largest: int) -> int:
-    """Of a frozen weight that is computed with: its values where it is held in 4 bits; with DoRA, float32
-    rows of it with its factors, whose norm is taken, and their squares."""
-    spec = work.adapters
-    if spec is None:
-        return 0
-    dequantised = largest * work.formats.activation if spec.quantize is not None else 0
-    return dequantised + (3 * largest * FLOAT if spec.dora else 0)
+def dequantised_weight(work: Workload, largest: int) -> int:
+    """Of a frozen weight that is computed with: its values, where it is held in 4 bits."""
+    is_quantised = work.adapters is not None and work.adapters.quantize is not None
+    return largest * work.formats.activation if is_quantised else 0
+
+
+def norms_scratch(work: Workload, largest: int) -> int:
+    """Of DoRA's forward pass: float32 rows of a weight with its factors, whose norm is taken, and their
+    squares."""
+    return 3 * largest * FLOAT if work.adapters is not None and work.adapters.dora else 0
 
 
 def saved_by_quantizing(work: Workload, layers: range) -> int:

@@ -35,6 +35,8 @@ class QuantizedWeights(WeightSource):
             self._shapes |= {f"{path}.{part}": found for part, found in parts.items()}
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
         """The layer that was read last, as its tensors are read one after the other."""
+        self._magnitudes: dict[str, Tensor] = {}
+        """DoRA's, of each layer that was quantised: they are read when all weights have been."""
         self.path = source.path
 
     def __str__(self) -> str:
@@ -54,10 +56,9 @@ class QuantizedWeights(WeightSource):
         if name in self._shapes:
             return self._quantized(path)[part]
         if part == MAGNITUDE and path in self._paths and not self._spec.from_adapter:
-            # Of the rows that there are: what adds an adapter must not change the base.
-            whole = nf4.weight_of(self._quantized(path)).dequantized(self._dtype)
-            norm: Tensor = torch.linalg.vector_norm(whole.float(), dim=1)
-            return norm
+            if path not in self._magnitudes:
+                self._quantized(path)
+            return self._magnitudes[path]
         return self._source.read(name)
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
@@ -70,4 +71,8 @@ class QuantizedWeights(WeightSource):
         if self._last[0] != path:
             weight = self._source.read(f"{path}.weight").to(self._device, self._dtype)
             self._last = path, nf4.quantized(weight)
+            if self._spec.dora and path in self._spec.targets:
+                # Of the rows that there are: what adds an adapter must not change the base.
+                whole = nf4.weight_of(self._last[1]).dequantized(self._dtype)
+                self._magnitudes[path] = torch.linalg.vector_norm(whole.float(), dim=1)
         return self._last[1]

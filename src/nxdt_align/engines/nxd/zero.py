@@ -55,6 +55,20 @@ class ShardedOptimizer(NeuronZero1Optimizer):  # type: ignore[misc]
             self.base_optimizer.register_step_pre_hook(hook)
         for hook in after:
             self.base_optimizer.register_step_post_hook(hook)
+        if self.use_grad_acc_hook:
+            self._make_sums()
+
+    def _make_sums(self) -> None:
+        """The sums of gradients in the optimizer's dtype, which torch_xla makes in the first backward pass.
+
+        A later step sets them to zero in whatever graph is its first, such as a micro-batch of the reference:
+        so would a process's first step be of other graphs than all others, whose numbers of micro-batches a
+        resumed run need not start with.
+        """
+        for group, shards in zip(self.param_groups, self.base_optimizer.param_groups, strict=True):
+            for parameter, shard in zip(group["params"], shards["params"], strict=True):
+                zeros = torch.zeros(parameter.shape, dtype=self.optimizer_dtype)
+                parameter.main_grad = shard.main_grad = zeros.to(self.device)
 
     @torch.no_grad()
     def reduce(self) -> None:
