@@ -11,7 +11,11 @@ import pytest
 from nxdt_align.errors import UserError
 from nxdt_align.run.workers import _with_port, take_port
 
-TAKE = "import sys; from nxdt_align.run.workers import take_port; print(take_port([int(p) for p in sys.argv[1:]]))"
+TAKE = """
+import sys
+from nxdt_align.run.workers import take_port
+print(take_port([int(port) for port in sys.argv[1:]]))
+"""
 
 
 def free_ports(count: int) -> list[int]:
@@ -33,7 +37,7 @@ def test_runs_that_look_at_once_take_different_ports() -> None:
             [sys.executable, "-c", TAKE, *map(str, ports)], capture_output=True, text=True, check=True
         )
         assert int(other.stdout) == ports[2]
-        with pytest.raises(UserError, match="MASTER_PORT: none of .* is free"):
+        with pytest.raises(UserError, match=r"MASTER_PORT: none of .* is free"):
             take_port(ports[:2])
 
 

@@ -258,6 +258,12 @@ class _Transfers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """What autograd keeps for the backward pass, in Python's hands: a pipeline's forward pass ends with a
+    graph, whose results these are. Not a result itself, which would keep itself alive."""
+    return tensor if tensor.is_leaf else tensor.data
+
+
 _tracer: Tracer | None = None
 
 
@@ -270,6 +276,7 @@ def start_tracing() -> Tracer:
     if _tracer is None:
         _tracer = Tracer()
         _Transfers(_tracer).__enter__()  # type: ignore[no-untyped-call]
+        torch.autograd.graph.saved_tensors_hooks(_kept, lambda tensor: tensor).__enter__()  # type: ignore[no-untyped-call]
         # NxD and torch_xla's ZeRO-1 end graphs by either name.
         torch_xla.sync = xla_model.mark_step = _tracer.sync
     return _tracer

@@ -66,8 +66,8 @@ def local_disk_notice(folder: Path, mounts: str, variables: Mapping[str, str]) -
 
 
 def needed_ports(variables: Mapping[str, str], nodes: int, processes: int) -> list[int]:
-    """Ports that the first node has to have free: the rendezvous of the processes (torchrun tells each which),
-    and of the runtime's collectives."""
+    """Ports that the first node has to have free: the processes' rendezvous (torchrun tells each which), and
+    the runtime's collectives."""
     ports = []
     if nodes > 1 or processes > 1:
         given = variables.get("MASTER_PORT", "")

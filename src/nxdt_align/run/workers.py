@@ -79,8 +79,8 @@ def take_port(ports: Sequence[int]) -> int:
             _taken.append(name)
             return port
     raise UserError(
-        f"MASTER_PORT: none of {ports[0]} to {ports[-1]} is free, where the processes of this run would meet; "
-        "set it to a port that is"
+        f"MASTER_PORT: none of {ports[0]} to {ports[-1]} is free, where the processes of this run would "
+        "meet; set it to a port that is"
     )
 
 
