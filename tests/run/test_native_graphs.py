@@ -191,6 +191,11 @@ class GraphOf:
         (Op("aten.nonzero.default", [("int32", (3, 1))]), "data-dependent", "aten.nonzero.default"),
         (Op("aten._scaled_mm.default", [("bfloat16", (3, 1))]), "fallback", "_scaled_mm"),
         (Op("aten.cumsum.default", [("float32", (3,))]), "unknown", "aten.cumsum.default"),
+        (
+            Op("aten.native_dropout_backward.default", [("bfloat16", (3, 1))]),
+            "fallback",
+            "native_dropout_backward",
+        ),
         (Op("mine.kernel.default", [("float32", (3,))]), "unknown", "mine.kernel.default"),
         (
             Op("aten.slice.Tensor", [("bfloat16", (512, 256))], [("bfloat16", (512, 512))], is_strided=True),

@@ -223,9 +223,11 @@ def _findings(
     for target in dict.fromkeys(op.target for op in ops):
         status = status_of(target)
         if status in _ADVICE:
-            yield Finding(status, target, _ADVICE[status], cost=0)
+            advice = _DROPOUT if name_of(target).startswith("native_dropout") else _ADVICE[status]
+            yield Finding(status, target, advice, cost=0)
 
 
+_DROPOUT = "model_alignment_strategy.peft.lora_dropout=0 needs none"
 _ADVICE = {
     "data-dependent": "no graph has shapes that follow from values: use a mask, or nonzero_static",
     "fallback": "it runs on the host, or stops the run: use other operators",
