@@ -82,10 +82,11 @@ class XlaCompiler:
             is compiled.
     """
 
-    name = "torch_xla"
     by_micro_batch = False
 
     def __init__(self, *, tells_keys: bool) -> None:
+        # What was compiled on a CPU says nothing of Neuron's cache.
+        self.name = "torch_xla" if tells_keys else "neuronx-cc"
         self._graphs: dict[str, Graph] = {}
         self._present: tuple[str, Shapes] = ("weights", ())
         self._begun: dict[tuple[str, Shapes], None] = {}
