@@ -12,8 +12,9 @@
 # REFERENCE     I/N: compute the I-th of N equal shares of the run's reference log-probabilities and stop; 1/1: all of
 #               them (nxdt-align reference precompute)
 # LOG_PATH      folder of the log file (default nemo_experiments/logs; with a node's subfolder under Slurm and MPI)
-# MASTER_ADDR, MASTER_PORT   rendezvous of a job of several nodes (default: the first node, 41000). To keep other
-#               programs off that port, as NxD Training does: sudo sysctl -w net.ipv4.ip_local_reserved_ports=41000
+# MASTER_ADDR, MASTER_PORT   rendezvous of a job of several nodes (default: the first node, 41000); on one node the
+#               default is the first of 41000 to 41031 that is free. To keep other programs off these ports, as NxD
+#               Training does off 41000: sudo sysctl -w net.ipv4.ip_local_reserved_ports=41000-41031
 #               (a run on Neuron names the ports that it needs and that are not reserved)
 # NXDT_ALIGN_PYTHON          interpreter (default: of the active environment, then of .venv, then python3)
 # key=value     overrides of the config, e.g. trainer.max_steps=100
@@ -156,8 +157,9 @@ build_launch() {
       launch+=(-m nxdt_align workers torchrun --nproc_per_node "$processes" --nnodes "$nnodes" --node_rank "$node_rank"
         --master_addr "$master_addr" --master_port "${MASTER_PORT:-41000}")
     elif ((processes > 1)); then
-      # A port of its own, so that two runs on one machine do not meet.
-      launch+=(-m nxdt_align workers torchrun --standalone --local_addr localhost --nproc_per_node "$processes")
+      # A port of its own, so that two runs on one machine do not meet; of few, so that they can be reserved.
+      launch+=(-m nxdt_align workers torchrun --nproc_per_node "$processes" --local_addr localhost
+        --master_addr localhost --master_port "${MASTER_PORT:-41000-41031}")
     fi
     ((nnodes * processes == 1)) || share_cores "$processes"
   fi

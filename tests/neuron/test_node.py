@@ -54,7 +54,7 @@ def test_what_is_mounted_last_counts_and_nothing_is_guessed() -> None:
 
 def test_the_ports_that_a_run_needs() -> None:
     assert needed_ports({}, nodes=1, processes=1) == []
-    assert needed_ports({}, nodes=1, processes=32) == [62182]
+    assert needed_ports({}, nodes=1, processes=32) == [41000, 62182]
     given = {"MASTER_PORT": "29500", "NEURON_RT_ROOT_COMM_ID": "[fe80::1]:48620"}
     assert needed_ports(given, nodes=4, processes=128) == [29500, 48620]
     assert needed_ports({}, nodes=2, processes=64) == [41000, 62182]

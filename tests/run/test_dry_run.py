@@ -20,10 +20,10 @@ from nxdt_align.run.mode import RunMode, report_graphs
 class Compiler:
     """One that has compiled the graphs of these keys, and failed at others."""
 
-    name = "torch_xla"
     by_micro_batch = False
 
     def __init__(self, *keys: str, failed: int = 0, tells_keys: bool = True) -> None:
+        self.name = "torch_xla" if tells_keys else "neuronx-cc"
         self._graphs = {key: Graph(key, "training step", ((1, 128, 64, 6),)) for key in keys}
         self._failed, self._tells_keys = failed, tells_keys
 
@@ -100,12 +100,13 @@ def test_a_run_names_graphs_outside_the_manifest(tmp_path: Path, caplog: pytest.
     assert "graph 1," not in caplog.text
 
 
+@pytest.mark.parametrize("tells_keys", [True, False], ids=["hashes", "Neuron"])
 @pytest.mark.parametrize("stop", [False, True])
 def test_rows_that_were_not_compiled_are_named_before_step_1(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, stop: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stop: bool, tells_keys: bool
 ) -> None:
     manifest, known, other = tmp_path / "m.json", ((1, 128, 64, 6),), ((1, 256, 64, 6),) * 2
-    mode, compiler = RunMode(), Compiler("1")
+    mode, compiler = RunMode(), Compiler("1", tells_keys=tells_keys)
 
     def check(*planned: tuple[str, Any]) -> None:
         mode.require_compiled(compiler, manifest, lambda: planned, stop=stop)
@@ -122,6 +123,9 @@ def test_rows_that_were_not_compiled_are_named_before_step_1(
     assert "training step of 2 x (1 rows of 256 tokens, 64 response tokens, 6 responses)" in said
     assert "(1 rows of 128" not in said
     DryRun().require_compiled(compiler, manifest, lambda: [("training step", other)], stop=True)
+    # A manifest of a CPU's graphs says nothing of Neuron's, nor the other way round.
+    elsewhere = Compiler("1", tells_keys=not tells_keys)
+    mode.require_compiled(elsewhere, manifest, lambda: [("training step", other)], stop=True)
 
 
 @pytest.mark.parametrize("compiler", [None, Compiler("1", tells_keys=False)], ids=["no graphs", "Neuron"])
@@ -131,11 +135,15 @@ def test_where_this_process_has_no_list_of_graphs(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """neuron_parallel_compile prints totals of its own, which ours must not follow."""
+    """neuron_parallel_compile prints totals of its own, which ours must not follow; the manifest then lists
+    steps alone."""
     caplog.set_level(logging.INFO)
     manifest = tmp_path / "m.json"
     with compiling(compiler, manifest):
         pass
     report_graphs(compiler, manifest)
-    assert capsys.readouterr().out == "" and not manifest.exists()
+    assert capsys.readouterr().out == "" and manifest.exists() is (compiler is not None)
+    if compiler is not None:
+        content = json.loads(manifest.read_text())
+        assert content["graphs"] == [] and len(content["steps"]) == 2
     assert ("graphs: 1 compiled or loaded from Neuron's cache" in caplog.text) == (compiler is not None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from nxdt_align.cli import main
 from nxdt_align.config.load import load_config
 from nxdt_align.data.packing import Bucket
 from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
+from nxdt_align.planning.graph_cost import Cost, StepCost
 from nxdt_align.planning.step_time import RowSeconds
+from nxdt_align.run.graphs import _parts_of_step
 
 SMALL = replace(
     LLAMA3_8B, vocab_size=2048, hidden_size=512, head_dim=16, intermediate_size=1024, num_hidden_layers=2
@@ -61,6 +64,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=8"),
         *("distributed_strategy.kv_replicator=1", "model.fuse_qkv=True", *LORA),
         "model_alignment_strategy.dpo.precompute_ref_log_probs=False",
+    ),
+    "DPO, a pipeline": (
+        *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=16"),
+        *("distributed_strategy.kv_replicator=2", "distributed_strategy.pipeline_model_parallel_size=2"),
     ),
     "data parallel": (
         *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=8"),
@@ -147,6 +154,59 @@ def test_all_ranks_have_the_same_graphs(tmp_path: Path, name: str) -> None:
     assert keys[0] == keys[1] == keys[2] and len(keys[0]) > 3
 
 
+@pytest.mark.nxd
+@pytest.mark.xla
+@pytest.mark.full
+def test_a_pipelines_stages(tmp_path: Path) -> None:
+    """Ranks of a stage have the same graphs; what a stage sends is what the next receives, hidden states of
+    (S / tp, B, D) in bf16, by all-gathers over two ranks; the products of both, counted by hand, are those of
+    the same model without a pipeline."""
+    require_nxd()
+    tables = recorded(arguments(tmp_path, SMALL, RUNS["DPO, a pipeline"], SHORT), "--ranks", "0,1,16,17")
+    keys = [{graph["key"] for graph in table["graphs"]} for table in tables]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+    for table in tables:
+        assert_none_found(table)
+        sent = {
+            collective["shape"]
+            for graph in table["graphs"]
+            for collective in graph["collectives"]
+            if collective["group_size"] == 2 and collective["kind"] == "all-gather"
+        }
+        rows, tokens = table["steps"][0]["shape"][:2]
+        assert sent == {f"bf16[{2 * tokens // 16},{rows},{SMALL.hidden_size}]"}
+    whole = (
+        *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=16"),
+        *("distributed_strategy.kv_replicator=2", "trainer.devices=16"),
+    )
+    (alone,) = recorded(arguments(tmp_path, SMALL, whole, SHORT))
+    steps = [table["steps"][0] for table in (tables[0], tables[2], alone)]
+    assert steps[0]["micro_batches"] == steps[2]["micro_batches"] > 2
+    assert steps[0]["flops"] + steps[1]["flops"] == steps[2]["flops"]
+
+
+class Counted(SimpleNamespace):
+    """A graph, as far as a step is added up of it."""
+
+
+def test_what_a_step_runs_for_each_micro_batch() -> None:
+    """Of a stage: receive r, forward f, backward b (the first micro-batch's: a), and a sum s, over 3 of the
+    micro-batches, in the order of 1F1B. Without a pipeline: a pass of the reference, then one of training."""
+    graphs = {key: Counted(key=key) for key in "rfabscq"}
+    run = [graphs[key] for key in ["r", "f", "r", "f", "a", "r", "f", "b", "b", "s"]]
+    first, later = _parts_of_step(run, 3, 2)  # type: ignore[arg-type]
+    assert ["".join(sorted(g.key for g in part)) for part in (first, later)] == ["afrs", "bfr"]
+    first, later = _parts_of_step([graphs[key] for key in "qqab"], 2, 1)  # type: ignore[arg-type]
+    assert ["".join(g.key for g in part) for part in (first, later)] == ["qa", "qb"]
+
+
+def test_a_pipeline_waits_while_it_fills() -> None:
+    """4 micro-batches over 3 stages: 1F1B takes as long as 4 + 2 of them."""
+    one = Cost(products=0.1)
+    step = StepCost((1, 8, 4, 2), 4, 8, one, one, Cost(memory=0.01), flops=0, stages=3)
+    assert step.cost.seconds == pytest.approx(0.61) and step.waiting.seconds == pytest.approx(0.2)
+
+
 # Refusals
 
 
@@ -172,16 +232,6 @@ def test_all_ranks_have_the_same_graphs(tmp_path: Path, name: str) -> None:
                 "model.activations_checkpoint_recompute=[LlamaMLP]",
             ),
             "graph cannot recompute LlamaMLP by itself",
-        ),
-        (
-            (
-                *(
-                    "distributed_strategy.tensor_model_parallel_size=16",
-                    "distributed_strategy.kv_replicator=2",
-                ),
-                "distributed_strategy.pipeline_model_parallel_size=2",
-            ),
-            "pipeline_model_parallel_size must be 1",
         ),
     ],
 )

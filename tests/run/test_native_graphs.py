@@ -119,6 +119,37 @@ def test_a_pipelines_parts_are_those_of_one_stage(tmp_path: Path) -> None:
     whole = recorded(tmp_path, SMALL, "40,20,20")
     staged = recorded(tmp_path, SMALL, "40,20,20", "distributed_strategy.pipeline_model_parallel_size=2")
     assert {g["key"] for g in whole["graphs"]} == {g["key"] for g in staged["graphs"]}
+    (step,), (of_stage,) = whole["steps"], staged["steps"]
+    # Of two stages the second has one of the layers, and the head.
+    assert of_stage["stages"] == 2 and of_stage["later"]["products"] < step["later"]["products"]
+
+
+@pytest.mark.full
+def test_adapters_leave_the_base_without_weight_gradients(tmp_path: Path) -> None:
+    """One product per frozen weight in the backward pass, of its input's gradient, and none in the layer's
+    first, whose input is the frozen embedding's; counted by hand for layer 2: D = 64, F = 128, 8 heads of 8,
+    2 of keys and values, rank 8 on q_proj alone, rows of S tokens."""
+    lora = [
+        f"model_alignment_strategy.peft.{each}"
+        for each in ("target_modules=[q_proj]", "lora_rank=8", "lora_dropout=0")
+    ]
+    model = replace(SMALL, num_attention_heads=8, num_key_value_heads=2)
+    table = recorded(
+        *(tmp_path, model, "40,20,20", "data.packing=packed", "data.buckets=[256]"),
+        *(
+            "distributed_strategy.tensor_model_parallel_size=1",
+            "model.activations_checkpoint_granularity=null",
+        ),
+        *lora,
+    )
+    S, D, K, F, r = 256, 64, 2 * 8, 128, 8
+    weights = 2 * D * D + 2 * D * K + 3 * D * F
+    scores, factors = 4 * S * S * D, 2 * S * r * (D + D)
+    layers = [g for g in table["graphs"] if g["name"].startswith("layer, backward")]
+    flops = sorted(sum(product["flops"] for product in layer["products"]) for layer in layers)
+    assert flops[-1] == 2 * S * weights + 2 * scores + 2 * factors
+    assert len(flops) == 2 and flops[0] < flops[1]
+    assert any(g["name"].startswith("embedding, without gradients") for g in table["graphs"])
 
 
 # What is found, on graphs written by hand
@@ -160,6 +191,11 @@ class GraphOf:
         (Op("aten.nonzero.default", [("int32", (3, 1))]), "data-dependent", "aten.nonzero.default"),
         (Op("aten._scaled_mm.default", [("bfloat16", (3, 1))]), "fallback", "_scaled_mm"),
         (Op("aten.cumsum.default", [("float32", (3,))]), "unknown", "aten.cumsum.default"),
+        (
+            Op("aten.native_dropout_backward.default", [("bfloat16", (3, 1))]),
+            "fallback",
+            "native_dropout_backward",
+        ),
         (Op("mine.kernel.default", [("float32", (3,))]), "unknown", "mine.kernel.default"),
         (
             Op("aten.slice.Tensor", [("bfloat16", (512, 256))], [("bfloat16", (512, 512))], is_strided=True),

@@ -89,10 +89,11 @@ class XlaCompiler:
             is compiled.
     """
 
-    name = "torch_xla"
     by_micro_batch = False
 
     def __init__(self, *, tells_keys: bool) -> None:
+        # What was compiled on a CPU says nothing of Neuron's cache.
+        self.name = "torch_xla" if tells_keys else "neuronx-cc"
         self._graphs: dict[str, Graph] = {}
         self._present: tuple[str, Shapes] = ("weights", ())
         self._begun: dict[tuple[str, Shapes], None] = {}
@@ -265,6 +266,12 @@ class _Transfers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _kept(tensor: Tensor) -> Tensor:
+    """What autograd keeps for the backward pass, in Python's hands: a pipeline's forward pass ends with a
+    graph, whose results these are. Not a result itself, which would keep itself alive."""
+    return tensor if tensor.is_leaf else tensor.data
+
+
 _tracer: Tracer | None = None
 
 
@@ -277,6 +284,7 @@ def start_tracing() -> Tracer:
     if _tracer is None:
         _tracer = Tracer()
         _Transfers(_tracer).__enter__()  # type: ignore[no-untyped-call]
+        torch.autograd.graph.saved_tensors_hooks(_kept, lambda tensor: tensor).__enter__()  # type: ignore[no-untyped-call]
         # NxD and torch_xla's ZeRO-1 end graphs by either name.
         torch_xla.sync = xla_model.mark_step = _tracer.sync
     return _tracer

@@ -14,7 +14,7 @@ LOCAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 ROOT_PORT = 62182
 """Of the runtime's collectives, where NEURON_RT_ROOT_COMM_ID names no other (torch_xla, _internal/neuron)."""
 MASTER_PORT = 41000
-"""Of train.sh, as of NxD Training's."""
+"""Of train.sh, as of NxD Training's; on one node the first of some."""
 _SHARED = re.compile(
     r"nfs4?|lustre|efs|ceph|glusterfs|beegfs|gpfs|wekafs|cifs|smb3|9p|virtiofs|orangefs|pvfs2|afs"
     r"|fuse\.(?!overlayfs|fuse-overlayfs|lxcfs|ecryptfs).*"
@@ -66,10 +66,10 @@ def local_disk_notice(folder: Path, mounts: str, variables: Mapping[str, str]) -
 
 
 def needed_ports(variables: Mapping[str, str], nodes: int, processes: int) -> list[int]:
-    """Ports that the first node has to have free: the rendezvous of several nodes, and of the runtime's
-    collectives. One node's torchrun takes any that is free."""
+    """Ports that the first node has to have free: the processes' rendezvous (torchrun tells each which), and
+    the runtime's collectives."""
     ports = []
-    if nodes > 1:
+    if nodes > 1 or processes > 1:
         given = variables.get("MASTER_PORT", "")
         ports.append(int(given) if given.isdecimal() else MASTER_PORT)
     if processes > 1:

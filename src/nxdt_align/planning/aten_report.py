@@ -4,9 +4,10 @@ take. ``graph_report`` has the forms, ``operators`` what is known of each operat
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from nxdt_align.planning.around_graphs import around
 from nxdt_align.planning.devices import SHORT_TRANSFER, Device
 from nxdt_align.planning.graph_cost import Cost, StepCost, collective_seconds, roofline
 from nxdt_align.planning.graph_report import (
@@ -33,6 +34,7 @@ from nxdt_align.planning.operators import (
     name_of,
     status_of,
 )
+from nxdt_align.planning.workload import Workload
 
 _DTYPES = {
     "bool": "pred",
@@ -221,9 +223,11 @@ def _findings(
     for target in dict.fromkeys(op.target for op in ops):
         status = status_of(target)
         if status in _ADVICE:
-            yield Finding(status, target, _ADVICE[status], cost=0)
+            advice = _DROPOUT if name_of(target).startswith("native_dropout") else _ADVICE[status]
+            yield Finding(status, target, advice, cost=0)
 
 
+_DROPOUT = "model_alignment_strategy.peft.lora_dropout=0 needs none"
 _ADVICE = {
     "data-dependent": "no graph has shapes that follow from values: use a mask, or nonzero_static",
     "fallback": "it runs on the host, or stops the run: use other operators",
@@ -294,26 +298,52 @@ def _cost(op: _Op, device: Device) -> Cost:
 def step_on_paper(
     graphs: Sequence[TracedOps],
     made: Mapping[str, GraphReport],
+    work: Workload,
+    device: Device,
     *,
-    step: str,
+    steps: Collection[str],
     micro_batches: int,
     examples: int,
+    clips: bool,
+    chunks: int,
 ) -> StepCost:
-    """A step whose graphs were recorded over one micro-batch. What lies around the graphs, as FSDP's gathers,
-    sums over data-parallel ranks and the optimizer, is left out.
+    """A step whose graphs were recorded over one micro-batch of the whole model, with what lies around them:
+    of the pipeline's stage that takes longest.
 
     Args:
         graphs: recorded in the step, with how often each was run.
         made: their reports, by key.
+        work: the sizes of the step.
+        steps: what counts as the step: its training, and a reference's pass that is part of it.
+        clips, chunks: see ``around_graphs``.
     """
-    run = [(made[graph.key], graph.executions.get(step, 0)) for graph in graphs]
-    cost = sum((each.cost.times(count) for each, count in run), Cost())
-    return StepCost(
-        shape=tuple(graphs[0].shapes[0]),
-        micro_batches=micro_batches,
-        examples=examples,
-        first=cost,
-        later=cost,
-        optimizer=Cost(),
-        flops=sum(each.flops * count for each, count in run) * micro_batches,
-    )
+
+    def of_stage(stage: int) -> StepCost:
+        shares = _shares(work, stage)
+        run = [
+            (made[graph.key], graph.executions.get(step, 0) * shares[graph.name.partition(",")[0]])
+            for graph in graphs
+            for step in steps
+        ]
+        extra = around(work, stage, device, clips=clips, reference_passes=len(steps) - 1, chunks=chunks)
+        later = sum((each.cost.times(count) for each, count in run), extra.micro_batch)
+        return StepCost(
+            shape=tuple(graphs[0].shapes[0]),
+            micro_batches=micro_batches,
+            examples=examples,
+            first=later + extra.once,
+            later=later,
+            optimizer=extra.optimizer,
+            flops=round(sum(each.flops * count for each, count in run) * micro_batches),
+            stages=len(work.layers_of_stages),
+            chunks=chunks,
+        )
+
+    return max(map(of_stage, range(len(work.layers_of_stages))), key=lambda step: step.cost.seconds)
+
+
+def _shares(work: Workload, stage: int) -> dict[str, float]:
+    """Part of the model -> how much of it the stage has."""
+    is_last = float(stage == len(work.layers_of_stages) - 1)
+    layers = work.layers_of_stages[stage] / work.model.num_hidden_layers
+    return {"embedding": float(stage == 0), "layer": layers, "head": is_last, "loss": is_last}

@@ -175,7 +175,7 @@ def _total(memory: Memory) -> int:
 
 def _of_stage(work: Workload, stage: int) -> Memory:
     stages = len(work.layers_of_stages)
-    counts, formats = _Weights.of(work, stage), work.formats
+    counts, formats = StageWeights.of(work, stage), work.formats
     first = sum(work.layers_of_stages[:stage])
     layers = range(first, first + work.layers_of_stages[stage])
     trained = factor_count(work, layers, trained=True) if work.adapters is not None else counts.total
@@ -212,7 +212,7 @@ def _of_stage(work: Workload, stage: int) -> Memory:
 
 
 @dataclass(frozen=True)
-class _Weights:
+class StageWeights:
     """Parameter counts of a stage on one tensor-parallel rank."""
 
     layer: int
@@ -224,7 +224,7 @@ class _Weights:
     head: int
 
     @classmethod
-    def of(cls, work: Workload, stage: int) -> _Weights:
+    def of(cls, work: Workload, stage: int) -> StageWeights:
         # Layers are alike: one of them, and what is outside.
         sizes = {
             name: _own_size(work, name, shape)

@@ -59,7 +59,7 @@ class Cost:
             self.collectives + other.collectives,
         )
 
-    def times(self, count: int) -> Cost:
+    def times(self, count: float) -> Cost:
         return Cost(self.products * count, self.memory * count, self.collectives * count)
 
 
@@ -79,10 +79,20 @@ class StepCost:
     optimizer: Cost
     flops: int
     """Of all products of the step."""
+    stages: int = 1
+    """Of the pipeline, each taken to be as slow as this rank's."""
+    chunks: int = 1
+    """Shares of the layers per rank, in the interleaved schedule."""
+
+    @property
+    def waiting(self) -> Cost:
+        """While the pipeline fills and empties (1F1B), this stage waits for a micro-batch on each other, of
+        one chunk."""
+        return self.later.times((self.stages - 1) / self.chunks)
 
     @property
     def cost(self) -> Cost:
-        return self.first + self.later.times(self.micro_batches - 1) + self.optimizer
+        return self.first + self.later.times(self.micro_batches - 1) + self.waiting + self.optimizer
 
     def totals(self, device: Device) -> dict[str, float]:
         """Seconds, examples per second, the shares of each part, and of the device's rate in bf16."""

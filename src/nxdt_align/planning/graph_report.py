@@ -349,13 +349,13 @@ def _prices(steps: Sequence[StepCost], device: Device) -> Iterator[str]:
     yield f"a step on paper ({device.name}; a lower or an upper bound, to compare by: docs/graphs.md)"
     for each in steps:
         shape, totals = " x ".join(map(str, each.shape[:2])), each.totals(device)
-        # Of engine native only compiled parts are recorded.
-        optimizer = _ms(each.optimizer.seconds) if each.optimizer.seconds else "left out"
         yield (
             f"  rows of {shape}: {each.micro_batches} micro-batches of {_ms(each.later.seconds)}, optimizer "
-            f"{optimizer}: {totals['seconds']:.3f} s for {each.examples} examples, "
+            f"{_ms(each.optimizer.seconds)}: {totals['seconds']:.3f} s for {each.examples} examples, "
             f"{totals['examples_per_second']:.2f} per second"
         )
+        if each.stages > 1:
+            yield f"    of which it waits for the other stages {_ms(each.waiting.seconds)}"
         yield (
             f"    {totals['products']:.0%} products, {totals['memory']:.0%} memory, "
             f"{totals['collectives']:.0%} collectives; {totals['peak']:.0%} of the bf16 rate"

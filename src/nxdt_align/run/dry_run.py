@@ -24,7 +24,7 @@ from nxdt_align.engines import xla
 from nxdt_align.engines.base import Compiler, Engine, Shapes
 from nxdt_align.engines.ranks import Ranks
 from nxdt_align.messages import NOTICE, RunLog
-from nxdt_align.neuron.compile import Totals, write_manifest
+from nxdt_align.neuron.compile import Graph, Totals, write_manifest
 from nxdt_align.reference.cache import ReferenceStore
 from nxdt_align.reference.precompute import trace_shapes
 from nxdt_align.run.contracts import Checkpoints, Result, RunEnv
@@ -165,11 +165,17 @@ class DryRun(RunMode):
 def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
     """Wraps a dry run: prints the totals, and writes the manifest if every graph was compiled.
 
-    Does nothing where neuron_parallel_compile reports, or where nothing is compiled. Collective.
-    Raises CompileError where a compilation failed or there was none.
+    Where neuron_parallel_compile reports, the manifest lists the steps alone, and the totals are its. Does
+    nothing where nothing is compiled. Collective. Raises CompileError where a compilation failed or there
+    was none.
     """
-    if compiler is None or compiler.graphs() is None:
+    if compiler is None:
         yield
+        return
+    if compiler.graphs() is None:
+        yield
+        # Every rank takes the same steps; and Neuron's default group gathers no plain values.
+        _list(compiler, manifest, [], [compiler.begun()])
         return
     try:
         yield
@@ -183,14 +189,20 @@ def compiling(compiler: Compiler | None, manifest: Path) -> Iterator[None]:
         totals = Totals(begun, compiled, begun - compiled)
         print(totals, flush=True)
         totals.require_success(compiler.name)
-    graphs, ranks = graphs_of_all(compiler) or {}, Ranks()
-    steps = ranks.gather(compiler.begun())
+    graphs = graphs_of_all(compiler) or {}
     totals = Totals(len(graphs), len(graphs), 0)
-    if ranks.rank == 0:
+    if Ranks().rank == 0:
         print(totals, flush=True)
     totals.require_success(compiler.name)
-    if ranks.rank == 0:
+    _list(compiler, manifest, graphs.values(), Ranks().gather(compiler.begun()))
+
+
+def _list(
+    compiler: Compiler, manifest: Path, graphs: Iterable[Graph], steps: Iterable[Iterable[tuple[str, Shapes]]]
+) -> None:
+    """Write the manifest: these graphs, and the steps of each rank."""
+    if Ranks().rank == 0:
         taken = dict.fromkeys(step for of_rank in steps for step in of_rank)
         versions = compiler.versions()
-        write_manifest(manifest, graphs.values(), versions, taken, compiler=compiler.name)
+        write_manifest(manifest, graphs, versions, taken, compiler=compiler.name)
     log.log(NOTICE, "manifest of the graphs: %s", manifest)

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +21,14 @@ from nxdt_align.data.layouts import LayoutChoice
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.steps import DryRunStep, dry_run_steps
 from nxdt_align.engines import xla
-from nxdt_align.engines.base import Engine
+from nxdt_align.engines.base import Engine, Shapes
 from nxdt_align.engines.nxd import compat
 from nxdt_align.engines.nxd.flash import BiasedKernels, Kernel, TracedKernels, traced_kernel
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.planning.devices import DEVICES, Device
-from nxdt_align.planning.graph_cost import StepCost
+from nxdt_align.planning.graph_cost import Cost, StepCost
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
 from nxdt_align.run import assemble, native_graphs
 from nxdt_align.run.adapters import spec_of
@@ -41,8 +42,9 @@ from nxdt_align.training import optim
 
 __all__ = ["DEVICES", "compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
 
-MICRO_BATCHES = 2
-"""Of a step that are recorded: the second adds to gradients that are there, and so do all after it."""
+MICRO_BATCHES = 1
+"""Of a step that are recorded, beyond as many as the pipeline has stages: each stage then meets a micro-batch
+whose gradients are the first, and one that adds to what is there, as all after it do."""
 _STEP = "training step"
 
 
@@ -83,7 +85,8 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
         parts.settle(config := config.with_layout(choice.layout))
     engine = parts.engine(spec_of(config, model))
     engine.compiler = tracer
-    _Steps(config, engine, objective, tracer).take([batches[:MICRO_BATCHES] for _, batches in data])
+    most = config.distributed_strategy.pipeline_model_parallel_size + MICRO_BATCHES
+    _Steps(config, engine, objective, tracer).take([batches[:most] for _, batches in data])
     distinct: dict[str, xla.TracedGraph] = {}
     for graph in tracer.traced:
         distinct.setdefault(graph.key, graph)
@@ -112,29 +115,59 @@ def reports(
     found = trace(config, rank, lengths)
     low = assemble.precision(config).compute == torch.bfloat16
     made = {graph.key: report(graph, device, low_precision=low) for graph in found.graphs}
-    return list(made.values()), _steps_on_paper(found, made)
+    stages = config.distributed_strategy.pipeline_model_parallel_size
+    return list(made.values()), _steps_on_paper(found, made, stages)
 
 
-def _steps_on_paper(found: Traced, made: Mapping[str, GraphReport]) -> list[StepCost]:
+def _steps_on_paper(found: Traced, made: Mapping[str, GraphReport], stages: int) -> list[StepCost]:
     """Of the last step that was recorded in each bucket: its optimizer has states already."""
     steps: list[StepCost] = []
     for shapes in dict.fromkeys(graph.shapes for graph in found.executed if graph.name == _STEP):
         count, examples = found.steps[len(steps)]
-        run = [made[g.key] for g in found.executed if g.name == _STEP and g.shapes == shapes]
+        run = _last_step(found.executed, shapes)
         optimizer = [made[g.key] for g in found.executed if g.name == "optimizer" and g.shapes == shapes][-1]
-        first, later = run[-len(shapes)], run[-1]
+        first, later = _parts_of_step([made[g.key] for g in run], len(shapes), stages)
         steps.append(
             StepCost(
                 shape=tuple(shapes[0]),
                 micro_batches=count,
                 examples=examples,
-                first=first.cost,
-                later=later.cost,
+                first=sum((each.cost for each in first), Cost()),
+                later=sum((each.cost for each in later), Cost()),
                 optimizer=optimizer.cost,
-                flops=first.flops + later.flops * (count - 1),
+                flops=sum(each.flops for each in first) + sum(each.flops for each in later) * (count - 1),
+                stages=stages,
             )
         )
     return steps
+
+
+def _last_step(executed: Sequence[xla.TracedGraph], shapes: Shapes) -> list[xla.TracedGraph]:
+    """The graphs of forward and backward passes in the last step of these shapes."""
+    found: list[xla.TracedGraph] = []
+    for graph in (each for each in executed if each.shapes == shapes):
+        if graph.name == _STEP:
+            found.append(graph)
+        elif found and graph.name == "optimizer":
+            last, found = found, []
+    return last
+
+
+def _parts_of_step(
+    run: Sequence[GraphReport], micro_batches: int, stages: int
+) -> tuple[list[GraphReport], list[GraphReport]]:
+    """What a step runs for its first micro-batch, with what it runs once, and for each later one."""
+    if stages == 1:
+        # Each pass, as of a reference that is asked at each step, has a graph per micro-batch.
+        of_passes = run[-(len(run) // micro_batches * micro_batches) :]
+        return list(of_passes[::micro_batches]), list(of_passes[1::micro_batches])
+    # Of a pipeline each pass, send and receipt is a graph of its own, run again for each micro-batch; but for
+    # the backward pass of the first, and what sums up the step.
+    times, graphs = Counter(each.key for each in run), {each.key: each for each in run}
+    again = {key: round(count / micro_batches) for key, count in times.items()}
+    once = {key: count - again[key] * (micro_batches - 1) for key, count in times.items()}
+    first, later = ([graphs[key] for key, n in each.items() for _ in range(n)] for each in (once, again))
+    return first, later
 
 
 def of_ranks(arguments: Sequence[str], ranks: Sequence[int]) -> list[dict[str, Any]]:
@@ -154,7 +187,7 @@ def of_ranks(arguments: Sequence[str], ranks: Sequence[int]) -> list[dict[str, A
 
 
 def compare(tables: Sequence[Mapping[str, Any]]) -> str:
-    """Which ranks have which graphs, in lines."""
+    """Which ranks have which graphs, and whose step is the longest on paper, in lines."""
     ranks_of: dict[tuple[str, str], list[int]] = {}
     for table in tables:
         for graph in table["graphs"]:
@@ -167,6 +200,13 @@ def compare(tables: Sequence[Mapping[str, Any]]) -> str:
     for (key, name), ranks in ranks_of.items():
         whose = "all" if ranks == everyone else "rank " + ", ".join(map(str, ranks))
         lines.append(f"  {name}: {whose} (hash {key})")
+    for same in zip(*(table["steps"] for table in tables), strict=True):
+        rank, slowest = max(zip(everyone, same, strict=True), key=lambda of_rank: of_rank[1]["seconds"])
+        lines.append(
+            f"a step on paper, rows of {slowest['shape'][0]} x {slowest['shape'][1]}: "
+            f"{slowest['seconds']:.3f} s for {slowest['examples']} examples, "
+            f"{slowest['examples_per_second']:.2f} per second, by the slowest of these ranks ({rank})"
+        )
     rules = {f["rule"] + ": " + f["what"] for t in tables for g in t["graphs"] for f in g["findings"]}
     return "\n".join([*lines, *(f"finding: {rule}" for rule in sorted(rules))])
 
@@ -181,12 +221,6 @@ def _require_rank(config: Config, rank: int) -> None:
 
 def _require(config: Config, rank: int, lengths: Sequence[int] | None) -> None:
     _require_rank(config, rank)
-    if config.distributed_strategy.pipeline_model_parallel_size > 1:
-        raise UserError(
-            "graphs: distributed_strategy.pipeline_model_parallel_size must be 1, as a stage of a pipeline "
-            "asks the others for shapes, and they are not there; but is "
-            f"{config.distributed_strategy.pipeline_model_parallel_size}"
-        )
     if lengths is not None:
         require_lengths(config, lengths)
     for package, advice in _NEEDED.items():

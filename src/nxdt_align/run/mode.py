@@ -129,7 +129,7 @@ class RunMode:
             planned: names of graphs and the shapes of their steps' micro-batches; called where it is needed.
             stop: raise UserError instead.
         """
-        taken = None if compiler is None or compiler.graphs() is None else read_steps(manifest, compiler.name)
+        taken = None if compiler is None else read_steps(manifest, compiler.name)
         if taken is None:
             return
         assert compiler is not None

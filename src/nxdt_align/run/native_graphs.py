@@ -25,12 +25,14 @@ from nxdt_align.planning.devices import Device
 from nxdt_align.planning.graph_cost import StepCost
 from nxdt_align.planning.graph_report import GraphReport
 from nxdt_align.planning.kernels import FLASH_MULTIPLE, attention_kind
+from nxdt_align.planning.workload import workload
 from nxdt_align.run import assemble
+from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
 from nxdt_align.run.standing import require_lengths, standing_for_data
 
-STEP = "training step"
+STEP, REFERENCE = "training step", "log-probabilities without gradients"
 
 
 def settled(config: Config) -> Config:
@@ -46,7 +48,8 @@ def reports(
     config: Config, rank: int, lengths: Sequence[int] | None, device: Device
 ) -> tuple[list[GraphReport], list[StepCost]]:
     """What is in each graph of the compiled parts on ``rank``, and what a step in the first bucket takes on
-    ``device``, on paper. A pipeline's stages compute the same parts, which are recorded once.
+    ``device``, on paper. A pipeline's stages compute the same parts, which are recorded once; the step is
+    that of the slowest stage.
 
     Raises UserError for what training would refuse.
     """
@@ -88,6 +91,7 @@ def reports(
     config = config if choice is None else config.with_layout(choice.layout)
     examples = range(min(config.data.global_batch_size, len(dataset.examples)))
     micro_batches = dataset.lay_out(examples)
+    asks = objective.needs_reference and not config.model_alignment_strategy.precompute_ref_log_probs
 
     compiling = traced.RecordedCompiling()
     recorder = compiling.tracer
@@ -106,8 +110,18 @@ def reports(
         engine.step([batch], objective)
     low = assemble.precision(config).compute == torch.bfloat16
     made = {graph.key: report(graph, device, low_precision=low) for graph in recorder.traced}
+    work = workload(
+        *(config, model, config.layout, dataset.planner.responses_per_example),
+        dataset.planner.plan(examples).bucket,
+        needs_reference=objective.needs_reference,
+    )
     step = step_on_paper(
-        recorder.traced, made, step=STEP, micro_batches=len(micro_batches), examples=len(examples)
+        *(recorder.traced, made, work, device),
+        steps=(STEP, REFERENCE) if asks else (STEP,),
+        micro_batches=len(micro_batches),
+        examples=len(examples),
+        clips=config.trainer.gradient_clip_val is not None,
+        chunks=config.distributed_strategy.virtual_pipeline_model_parallel_size,
     )
     return list(made.values()), [step]
 
@@ -121,11 +135,6 @@ def _require(config: Config, model: DecoderConfig) -> None:
             "graphs: distributed_strategy.compile must be auto or blocks, as steps that run op by op have no "
             "graphs, but is none"
         )
-    if config.model_alignment_strategy.peft is not None:
-        raise UserError(
-            "graphs: model_alignment_strategy.peft must not be set on engine native, whose adapters are not "
-            "recorded yet; ~model_alignment_strategy.peft records the whole model's graphs"
-        )
     fault = checkpointing_fault(
         config.distributed_strategy.tensor_model_parallel_size, assemble.recomputed_alone(config)
     )
@@ -136,7 +145,7 @@ def _require(config: Config, model: DecoderConfig) -> None:
 def _engine(
     config: Config, model: DecoderConfig, compiling: traced.RecordedCompiling, topology: Topology
 ) -> NativeEngine:
-    # What shards weights over data-parallel ranks stays outside of the graphs.
+    # What shards weights over data-parallel ranks stays outside of the graphs (planning/around_graphs.py).
     parallel = replace(
         assemble.parallel(config), pipeline=1, virtual_pipeline=1, pipeline_cuts=None, zero1=False, fsdp=False
     )
@@ -156,6 +165,8 @@ def _engine(
         parallel=parallel,
         device=traced.DEVICE,
         configure_model=configure,
+        adapters=spec_of(config, model),
+        seed=config.seed,
         compiling=compiling,
         groups=Groups.join(parallel, topology, traced.DEVICE, tied_head=model.tie_word_embeddings),
     )

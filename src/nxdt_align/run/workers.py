@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,9 +17,12 @@ from types import FrameType
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from nxdt_align.errors import UserError
 from nxdt_align.stop_signals import status
 
 HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+PORT = "--master_port"
+_taken: list[socket.socket] = []
 REPEATS = 1.0
 """Seconds within which another signal counts as the same: it may come from the system, which sends it to
 every process of a job, and from train.sh."""
@@ -27,12 +31,15 @@ every process of a job, and from train.sh."""
 def launch_workers(arguments: Sequence[str], *, debug: bool = False) -> int:
     """Run torchrun with its ``arguments``; returns the exit status.
 
+    A range of ports after ``--master_port`` stands for the first that is free (``take_port``).
+
     ``debug``: show the traceback of what torchrun itself raises.
 
     A signal goes to every worker, which ends when its step is saved, however long that takes: torchrun itself
     would kill it after 30 seconds. A second one kills them. The status is then 128 + the signal's number, and
     otherwise that of the first worker that failed.
     """
+    arguments = _with_port(arguments)
     launcher = _Launcher(debug)
     for number in HANDED_ON:
         signal.signal(number, launcher.hand_on)
@@ -41,6 +48,40 @@ def launch_workers(arguments: Sequence[str], *, debug: bool = False) -> int:
     thread.start()
     thread.join()
     return launcher.status
+
+
+def _with_port(arguments: Sequence[str]) -> list[str]:
+    """torchrun's ``arguments`` with a port of its own in the place of a range of them."""
+    given = list(arguments)
+    if PORT in given:
+        at = given.index(PORT) + 1
+        first, _, last = given[at].partition("-")
+        if first.isdecimal() and last.isdecimal():
+            given[at] = str(take_port(range(int(first), int(last) + 1)))
+    return given
+
+
+def take_port(ports: Sequence[int]) -> int:
+    """The first of ``ports`` that is free on this machine, and that no other run has taken since it looked.
+
+    Raises UserError where there is none.
+    """
+    for port in ports:
+        # A name that one process at a time has, until it ends: the port itself is torchrun's to open.
+        name = socket.socket(socket.AF_UNIX)
+        try:
+            name.bind(f"\0nxdt-align rendezvous {port}")
+            with socket.create_server(("", port)):
+                pass
+        except OSError:
+            name.close()
+        else:
+            _taken.append(name)
+            return port
+    raise UserError(
+        f"MASTER_PORT: none of {ports[0]} to {ports[-1]} is free, where the processes of this run would "
+        "meet; set it to a port that is"
+    )
 
 
 class _Launcher:

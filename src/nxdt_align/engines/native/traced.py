@@ -200,6 +200,12 @@ def start_tracing(rank: int, world: int) -> None:
             def get_amp_supported_dtype(self) -> list[torch.dtype]:
                 return [torch.bfloat16, torch.float16]
 
+            def get_rng_state(self, device: object = None) -> Tensor:
+                return torch.zeros(16, dtype=torch.uint8)
+
+            def set_rng_state(self, state: Tensor, device: object = None) -> None:
+                """Nothing is drawn."""
+
         backend_registration._setup_privateuseone_for_python_backend(DEVICE, backend_module=Module())
     if world > 1 and not dist.is_initialized():
         from torch.testing._internal.distributed.fake_pg import FakeStore

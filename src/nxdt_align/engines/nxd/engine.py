@@ -119,7 +119,8 @@ class NxDEngine(SpreadEngine):
             # A graph per micro-batch.
             return WholeRunner(scorer, self._platform.mark_step)
         local = [parameter for _, parameter in self._shards.named_parameters(scorer.decoder)]
-        return PipelineRunner(scorer, local, self._shards.partition.stage_ends, self._groups, self._platform)
+        ends = self._shards.partition.stage_ends
+        return PipelineRunner(scorer, local, ends, self._parallel, self._groups, self._platform)
 
     def _weights(self) -> list[tuple[str, nn.Parameter]]:
         """What is computed with and trained, which master weights stand above."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nxdt_align.batch import Batch, TokenStatistic
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.nxd.compat import Platform
+from nxdt_align.engines.nxd.settings import Parallel
 from nxdt_align.engines.ranks import Groups
 from nxdt_align.engines.scoring import DecoderScorer, refuse_logits
 from nxdt_align.engines.steps import Share, TokenLogps
@@ -110,6 +111,7 @@ class PipelineRunner:
         scorer: over a decoder whose other stages' weights are on the meta device.
         local: this stage's weights.
         stage_ends: the numbers of the stages' last layers, but for the last stage's.
+        parallel: how the model is spread.
     """
 
     def __init__(
@@ -117,10 +119,12 @@ class PipelineRunner:
         scorer: DecoderScorer,
         local: Sequence[nn.Parameter],
         stage_ends: Sequence[int],
+        parallel: Parallel,
         groups: Groups,
         platform: Platform,
     ) -> None:
         self._scorer, self._groups, self._platform = scorer, groups, platform
+        self._parallel = parallel
         self._staged = StagedScorer(scorer, stage_ends)
         self._cuts = [f"decoder.model.layers.{number}" for number in stage_ends]
         self._local = {id(parameter) for parameter in local}
@@ -167,7 +171,23 @@ class PipelineRunner:
         key = (count, rows, tokens)
         if key not in self._models:
             self._models[key] = self._cut(count)
+            if self._platform.alone:
+                self._say_what_comes(self._models[key], rows // count, tokens)
         return self._models[key]
+
+    def _say_what_comes(self, model: NxDPPModel, rows: int, tokens: int) -> None:
+        """What the stage before tells of the hidden states that it will send, where it is not there."""
+        scattered = self._parallel.sequence_parallel
+        shape = (tokens // self._parallel.tensor, rows) if scattered else (rows, tokens)
+        trained = [parameter for parameter in model.local_parameters() if parameter.requires_grad]
+        head = self._scorer.head
+        hidden = torch.empty(
+            (*shape, head.shape[1]), dtype=head.dtype, device="meta", requires_grad=bool(trained)
+        )
+        form, _, metadata = model.serialization_manager.serialize(hidden)
+        for received in model.stage_id_to_IO_input_names[self._groups.pipeline.rank].values():
+            received.obj, received.metadata = form, metadata
+        model.shape_traced, model.tracing = True, False
 
     def _cut(self, count: int) -> NxDPPModel:
         body = self._scorer.decoder.model
