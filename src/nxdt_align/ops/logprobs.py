@@ -143,7 +143,8 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, form: _Form) -> T
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """(M, K) @ (K, N), float32. Low-precision operands are multiplied with float32 accumulation and result."""
+    """(M, K) @ (K, N), float32. Low-precision operands are multiplied with float32 accumulation and
+    result."""
     if left.dtype == torch.float32 and right.dtype == torch.float32:
         return left @ right
     if left.device.type == "cuda":
