@@ -42,7 +42,8 @@ Path("model_config.json").write_text(json.dumps(LLAMA3_2_1B.to_hf_dict() | token
 fi
 strategy=distributed_strategy
 CONF_FILE=hf_llama3_2_1B_DPO_config TRAIN_ITERS=${STEPS:-200} "$examples/train.sh" \
-  name=one_card "trainer.accelerator=${ACCELERATOR:-cuda}" trainer.devices=1 trainer.max_epochs=-1 trainer.log_every_n_steps=1 \
+  name=one_card "trainer.accelerator=${ACCELERATOR:-cuda}" trainer.devices=1 trainer.max_epochs=-1 \
+  trainer.log_every_n_steps=1 \
   $strategy.engine=native $strategy.tensor_model_parallel_size=1 $strategy.sequence_parallel=False $strategy.zero1=False \
   exp_manager.resume_from_checkpoint=null exp_manager.export_hf=True "exp_manager.explicit_log_dir=$out/run" \
   model.activations_checkpoint_granularity=null "model.model_config=$out/model_config.json" \

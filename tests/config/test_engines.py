@@ -261,8 +261,9 @@ def test_tables_name_known_keys_only() -> None:
         (
             "native",
             ["data.attention=blocks"],
-            "data.attention: must be another with distributed_strategy.compile blocks, which compiles "
-            "static shapes, but is 'blocks'; those of data.attention=blocks follow the data",
+            "data.attention: must be auto, dense, causal, flex or nki with distributed_strategy.compile "
+            "blocks, which compiles static shapes, but is 'blocks'; those of data.attention=blocks follow "
+            "the data",
         ),
         (
             "native",

@@ -86,7 +86,8 @@ def _compile_faults(config: Config, engine: Engine) -> Iterator[Fault]:
         rule = "must be auto or none with trainer.accelerator xla, where steps are graphs anyway"
         yield Fault(path, rule, "blocks", involves=("trainer.accelerator",))
     if data.attention == "blocks":
-        rule = "must be another with distributed_strategy.compile blocks, which compiles static shapes"
+        kinds = "auto, dense, causal, flex or nki"
+        rule = f"must be {kinds} with distributed_strategy.compile blocks, which compiles static shapes"
         advice = "those of data.attention=blocks follow the data"
         yield Fault("data.attention", rule, "blocks", advice, (path,))
 
