@@ -9,7 +9,7 @@ PYTHON ?=
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 export TORCH PIP_ARGS PYTHON
 
-.PHONY: help demo demo-orpo check test test-full chaos test-xla bench bench-objectives bench-verdicts docs lint clean
+.PHONY: help demo demo-orpo check test test-full chaos test-xla test-cuda bench bench-objectives bench-verdicts docs lint clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -45,8 +45,12 @@ chaos: $(VENV)/.installed ## kills, signals, full disks, damage, races and fuzze
 test-xla: $(XLA_VENV)/.installed ## DPO and ORPO on torch_xla's CPU device, and what is compiled (7 GB of packages)
 	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed ## pairs per second against TRL and padded rows; DATA=file MODEL=24m|24m-qwen3|100m|1b STEPS=n PEFT=lora
-	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS)) $(if $(PEFT),--peft $(PEFT))
+test-cuda: $(VENV)/.installed ## on a card: steps, kernels, adapters, compiled, and a short run to its end
+	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit(f"make test-cuda: torch {torch.__version__} finds no CUDA card")'
+	$(BIN)/python -m pytest -m cuda tests/cuda
+
+bench: $(VENV)/.installed ## pairs per second against TRL and padded rows; DATA=file MODEL=24m|24m-qwen3|100m|1b|8b STEPS=n BATCH=n PEFT=lora
+	$(BIN)/python benchmarks/bench.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL)) $(if $(STEPS),--steps $(STEPS)) $(if $(BATCH),--batch $(BATCH)) $(if $(PEFT),--peft $(PEFT))
 
 bench-objectives: $(VENV)/.installed ## every objective on the demo's data; ONLY="dpo;kto" STEPS=n JOBS=n PAGE=docs/objectives_benchmark.md
 	$(BIN)/python benchmarks/objectives.py $(if $(ONLY),--only "$(ONLY)") $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PAGE),--page $(PAGE))

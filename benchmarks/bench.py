@@ -1,7 +1,7 @@
 """Pairs per second: our layouts, TRL's DPOTrainer and rows padded to 4,096, interleaved in one run.
 
-    python benchmarks/bench.py [--data FILE] [--model 24m|24m-qwen3|100m|1b] [--steps N] [--peft lora]
-        [--out FILE.json]
+    python benchmarks/bench.py [--data FILE] [--model 24m|24m-qwen3|100m|1b|8b] [--batch N] [--steps N]
+        [--peft lora] [--out FILE.json]
 
 Each round gives every contender the same pairs, one optimizer step and one reference pass, and measures
 the machine's matrix-multiply rate beside each. Medians over rounds; ratios are medians of each round's.
@@ -22,12 +22,22 @@ from statistics import median
 
 import numpy as np
 import torch
-from contenders import BY_TRANSFORMERS, NAMES, OURS_LORA, TRL_LORA, WITH_LORA, build
+from contenders import (
+    BY_TRANSFORMERS,
+    NAMES,
+    ON_A_CARD,
+    OURS_LORA,
+    TRL_LORA,
+    WITH_LORA,
+    build,
+    trl_settings,
+)
 from workload import MODELS, Workload, load_workload
 
 from nxdt_align.data.packing import example_tokens
 from nxdt_align.files import atomic_write
 from nxdt_align.models.presets import DecoderConfig, parameter_count
+from nxdt_align.planning.devices import card_flops
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1] / "shared" / "data"
@@ -84,16 +94,41 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     return clock() - start
 
 
+TRAINED_BYTES = 18
+"""Of a weight that is trained in bf16: itself, float32 master, gradient and AdamW's two states."""
+
+
+def memory_fault(model: str, names: Sequence[str], memory: int) -> str | None:
+    """Why ``names`` do not fit a card of ``memory`` bytes, by their weights and states alone, and what to do;
+    None where they may."""
+    parameters, gib = parameter_count(MODELS[model]), 2**30
+    sizes = [2 if name in (OURS_LORA, TRL_LORA) else TRAINED_BYTES for name in names]
+    need = sum(sizes) * parameters
+    if need <= memory:
+        return None
+    alone = max(sizes) * parameters <= memory
+    advice = (
+        f"--only {names[0]!r} measures one of them" if alone else "PEFT=lora (--peft lora) trains adapters"
+    )
+    return (
+        f"{' and '.join(names)} of {model} take {need / gib:.0f} GiB for weights and states alone, but the "
+        f"card has {memory / gib:.0f}; {advice}"
+    )
+
+
 def measure(workload: Workload, model: str, steps: int, names: Sequence[str]) -> list[dict[str, object]]:
-    """One line a contender: medians over ``steps`` rounds after one that is not counted."""
+    """One line a contender: medians over ``steps`` rounds, none of which is the first or compiled a graph."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = MODELS[model]
+    rate = card_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     contenders = {name: build(name, workload, shape, device) for name in names}
     order = np.random.default_rng(1).permutation(len(workload.examples))
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for step in range(steps + 1):
+    counted, step = 0, 0
+    while counted < steps:
         pairs = np.roll(order, -step * workload.batch_size)[: workload.batch_size].tolist()
-        first_losses = {}
+        first_losses, before_round = {}, sum(c.graphs() for c in contenders.values())
+        found: dict[str, dict[str, float]] = {}
         for name, contender in contenders.items():
             mine = pairs[:PADDED_PAIRS] if name == "padded" else pairs
             flops = forward_flops(workload, shape, mine)
@@ -104,23 +139,32 @@ def measure(workload: Workload, model: str, steps: int, names: Sequence[str]) ->
             train = _timed(lambda c=contender, p=mine, out=losses: out.append(c.train(p)), device)  # type: ignore[misc]
             after = matmul_rate(device)
             first_losses[name] = float(losses[0])
-            rounds[name].append(
-                {
-                    "trained": len(mine) / train,
-                    "precomputed": len(mine) / precompute,
-                    "tokens": float(example_tokens(workload.examples, "shared_prompt")[mine].sum()) / train,
-                    "train_share": _passes(name) * flops / train / ((between + after) / 2),
-                    "precompute_share": flops / precompute / ((before + between) / 2),
-                }
-            )
+            found[name] = {
+                "trained": len(mine) / train,
+                "precomputed": len(mine) / precompute,
+                "tokens": float(example_tokens(workload.examples, "shared_prompt")[mine].sum()) / train,
+                "train_share": _passes(name) * flops / train / ((between + after) / 2),
+                "precompute_share": flops / precompute / ((before + between) / 2),
+            }
+            if rate is not None:
+                found[name]["mfu"] = _passes(name) * flops / train / rate
         if step == 0:
             _check_losses(first_losses, device)
-        print(f"  round {step}/{steps} done", file=sys.stderr, flush=True)
+        elif sum(c.graphs() for c in contenders.values()) == before_round:
+            counted += 1
+            for name, values in found.items():
+                rounds[name].append(values)
+        step += 1
+        print(f"  round {counted}/{steps} done", file=sys.stderr, flush=True)
+        if step > 10 * (steps + 1):
+            raise SystemExit(
+                f"after {step} rounds graphs are still compiled: the rows' lengths keep changing"
+            )
     ours, trl = (
-        next((rounds[name][1:] for name in wanted if name in rounds), None)
+        next((rounds[name] for name in wanted if name in rounds), None)
         for wanted in ((OURS_LORA, NAMES[0]), (TRL_LORA, "trl"))
     )
-    return [_line(workload, model, name, found[1:], ours, trl) for name, found in rounds.items()]
+    return [_line(workload, model, name, values, ours, trl) for name, values in rounds.items()]
 
 
 def _passes(name: str) -> int:
@@ -200,6 +244,7 @@ COLUMNS = (
     ("tokens", "{:,.0f}"),
     ("train_share", "{:.0%}"),
     ("precompute_share", "{:.0%}"),
+    ("mfu", "{:.0%}"),
     ("peak_mib", "{:,.0f}"),
     ("trained_gain", "{:.1f}x"),
     ("precomputed_gain", "{:.1f}x"),
@@ -209,8 +254,9 @@ COLUMNS = (
 
 def table(lines: Sequence[dict[str, object]]) -> str:
     """Markdown. trained, precomputed: pairs per second; tokens: those that carry information, a second, in
-    training; shares: of the matrix-multiply rate; gains: ours with a shared prompt (and LoRA, where there is
-    some) over this line; over_trl: pairs trained per second over TRL's."""
+    training; shares: of the measured matrix-multiply rate; mfu: of the card's rate on its data sheet; gains:
+    ours with a shared prompt (and LoRA, where there is some) over this line; over_trl: pairs trained per
+    second over TRL's."""
     rows = [[name for name, _ in COLUMNS], ["---"] * len(COLUMNS)]
     rows += [[form.format(line[name]) if name in line else "" for name, form in COLUMNS] for line in lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -263,7 +309,12 @@ def main() -> int:
     lines: list[dict[str, object]] = []
     every = NAMES if arguments.peft is None else WITH_LORA
     usual = [name for name in every if name != BY_TRANSFORMERS or arguments.model == "24m-qwen3"]
+    usual = [name for name in usual if name in ON_A_CARD or not torch.cuda.is_available()]
     names = [name for name in every if name in (arguments.only.split(",") if arguments.only else usual)]
+    if torch.cuda.is_available() and not arguments.memory_of:
+        fault = memory_fault(arguments.model, names, torch.cuda.mem_get_info()[1])
+        if fault is not None:
+            raise SystemExit(fault)
     for name, path, batch in _workloads(arguments):
         workload = load_workload(Path(name).name, path, batch, arguments.cache)
         if arguments.memory_of:
@@ -285,6 +336,8 @@ def main() -> int:
         "steps": arguments.steps,
         "parameters": parameter_count(MODELS[arguments.model]),
         "matmul_flops_a_second": matmul_rate(device),
+        "card_flops_a_second": card_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None,
+        "trl": trl_settings(device),
     }
     print(table(lines))
     print(json.dumps(setting))

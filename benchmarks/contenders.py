@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +17,9 @@ from nxdt_align.batch import Topology
 from nxdt_align.config.alignment import DPOConfig
 from nxdt_align.data.packing import Layout, RowPlanner
 from nxdt_align.data.steps import StepDataset
+from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.graphs import GraphRecorder
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
@@ -50,10 +53,15 @@ class Contender(Protocol):
         """(n, 2): log-probs of chosen and rejected, without gradients."""
         ...
 
+    def graphs(self) -> int:
+        """How many graphs have been compiled so far; a step that compiles one is no measure of speed."""
+        ...
+
 
 class Ours:
     _spec: AdapterSpec | None = None
     """Of adapters; None where every weight is trained."""
+    _compiling: Compiling | None = None
 
     def __init__(
         self, workload: Workload, shape: DecoderConfig, layout: Layout, device: torch.device
@@ -79,15 +87,23 @@ class Ours:
         return shape, FreshWeights(shape, 0)
 
     def _make_engine(self, model: ModelShape, weights: WeightSource, device: torch.device) -> None:
+        """As a run on that device has it with every key left to auto."""
         on_cpu = device.type == "cpu"
+        if not on_cpu and isinstance(model, DecoderConfig):
+            self._compiling = Compiling("inductor", recorder=GraphRecorder())
         self._engine = NativeEngine(
             model,
-            BlockAttention() if on_cpu else FlexAttention(),
+            BlockAttention() if on_cpu else FlexAttention(compiled=self._compiling is None),
             precision=Precision() if on_cpu else Precision(compute=torch.bfloat16),
             device=device,
             adapters=self._spec,
+            compiling=self._compiling,
         )
         self._engine.load_weights(weights)
+
+    def graphs(self) -> int:
+        recorder = None if self._compiling is None else self._compiling.recorder
+        return 0 if recorder is None else recorder.count()
 
     def train(self, indices: Sequence[int]) -> Tensor:
         batches = [b.to(self._engine.device) for b in self._steps[list(indices)]]
@@ -129,15 +145,28 @@ class ByTransformers(Ours):
         return model, TransformersFolder(folder / "model", model)
 
 
-def _write_fresh(folder: Path, shape: DecoderConfig) -> None:
+def _write_fresh(folder: Path, shape: DecoderConfig, dtype: torch.dtype = torch.float32) -> None:
     source = FreshWeights(shape, 0)
     named = ((name, source.read(name)) for name in source.names())
-    write_hf_folder(folder, shape, named, tokenizer_dir=None, dtype=torch.float32)
+    write_hf_folder(folder, shape, named, tokenizer_dir=None, dtype=dtype)
+
+
+def trl_settings(device: torch.device) -> dict[str, Any]:
+    """TRL's fastest on ``device`` of what is installed; what it computes is the same. Its padding_free is
+    switched off in 1.16, and a fused head is its default."""
+    if device.type == "cpu":
+        return {"attn_implementation": "sdpa", "use_liger_kernel": False}
+    flash = importlib.util.find_spec("flash_attn") is not None
+    return {
+        "attn_implementation": "flash_attention_2" if flash else "sdpa",
+        "use_liger_kernel": importlib.util.find_spec("liger_kernel") is not None,
+    }
 
 
 class TRL:
     """TRL's DPOTrainer in its own padded batches, given the same tokens: its collator, its training
-    step, its reference pass. Gradient checkpointing is off, as it is in ours."""
+    step, its reference pass. Gradient checkpointing is off, as it is in ours; on a card bf16 by autocast over
+    float32 weights, or over a frozen base in bf16."""
 
     def __init__(
         self, workload: Workload, shape: DecoderConfig, device: torch.device, *, adapters: bool = False
@@ -149,11 +178,12 @@ class TRL:
 
         self._examples = workload.examples
         self._device = device
-        on_cpu = device.type == "cpu"
+        on_cpu, chosen = device.type == "cpu", trl_settings(device)
+        dtype = torch.float32 if on_cpu or not adapters else torch.bfloat16
         with tempfile.TemporaryDirectory() as folder:
-            _write_fresh(Path(folder) / "model", shape)
+            _write_fresh(Path(folder) / "model", shape, dtype)
             model = AutoModelForCausalLM.from_pretrained(
-                Path(folder) / "model", dtype=torch.float32, attn_implementation="sdpa"
+                Path(folder) / "model", dtype=dtype, attn_implementation=chosen["attn_implementation"]
             )
             settings = DPOConfig(
                 output_dir=str(Path(folder) / "out"),
@@ -164,6 +194,7 @@ class TRL:
                 beta=BETA,
                 use_cpu=on_cpu,
                 bf16=not on_cpu,
+                use_liger_kernel=chosen["use_liger_kernel"],
                 report_to=[],
                 disable_tqdm=True,
                 max_steps=1,
@@ -180,7 +211,12 @@ class TRL:
                 peft_config=lora if adapters else None,
             )
         # What train() does before its first step, but for the loop.
-        self._model = self._trainer.model.to(device)
+        if chosen["use_liger_kernel"]:
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(self._trainer.model, self._trainer.args.liger_kernel_config)
+        # accelerate wraps forward in autocast; nothing else in a training step asks for bf16.
+        self._model = self._trainer.accelerator.prepare_model(self._trainer.model.to(device))
         self._trained = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, **OPTIMIZER, fused=True)
         self._trainer.optimizer = self._optimizer
@@ -210,6 +246,9 @@ class TRL:
         self._model.eval()
         inputs = {k: v for k, v in self._inputs(indices).items() if not k.startswith("ref_")}
         return torch.stack(self._trainer.compute_ref_log_probs(self._model, inputs), 1).float().cpu()
+
+    def graphs(self) -> int:
+        return 0
 
 
 class Padded:
@@ -241,6 +280,9 @@ class Padded:
     @torch.no_grad()
     def precompute(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([self._logps(index) for index in indices]).float().cpu()
+
+    def graphs(self) -> int:
+        return 0
 
     def _logps(self, index: int) -> Tensor:
         """(2,): both responses of a pair, in one forward pass of two rows."""
@@ -284,3 +326,5 @@ OURS_LORA, TRL_LORA = "ours lora", "trl lora"
 NAMES = ("ours shared_prompt", "ours packed", "ours none", BY_TRANSFORMERS, "trl", "padded")
 WITH_LORA = (OURS_LORA, "ours shared_prompt", TRL_LORA)
 """Adapters, every weight, and TRL's with PEFT's."""
+ON_A_CARD = {"ours shared_prompt", "trl", OURS_LORA, TRL_LORA}
+"""What a card compares if nothing else is asked for: all contenders are in its memory at once."""

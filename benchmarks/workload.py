@@ -16,7 +16,7 @@ from nxdt_align.data.reading import Source, load_records
 from nxdt_align.data.records import Record
 from nxdt_align.data.token_sets import TokenizedSet, tokenize_records
 from nxdt_align.data.tokenize import Tokenization, Truncation
-from nxdt_align.models.presets import LLAMA3_2_1B, DecoderConfig
+from nxdt_align.models.presets import LLAMA3_2_1B, LLAMA3_8B, DecoderConfig
 
 VOCABULARY = 32000
 SEQ_LENGTH, MAX_PROMPT = 4096, 2048
@@ -60,6 +60,7 @@ MODELS = {
         max_position_embeddings=SEQ_LENGTH,
     ),
     "1b": replace(LLAMA3_2_1B, max_position_embeddings=SEQ_LENGTH, rope_scaling=None),
+    "8b": replace(LLAMA3_8B, max_position_embeddings=SEQ_LENGTH),
 }
 
 

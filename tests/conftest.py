@@ -29,3 +29,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real preference pairs are not here ({folder})")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))

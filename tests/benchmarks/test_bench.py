@@ -101,3 +101,56 @@ def test_a_run_writes_its_table_and_missing_data_is_said(
     monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "nowhere.jsonl")])
     assert bench.main() == 1
     assert "is not here" in capsys.readouterr().out
+
+
+def test_a_model_that_no_card_holds_is_refused_with_what_would_fit() -> None:
+    from bench import memory_fault
+
+    gib = 2**30
+    both = ["ours shared_prompt", "trl"]
+    assert memory_fault("1b", both, 139 * gib) is None
+    assert "1b take 41 GiB for weights and states alone, but the card has 24; --only 'ours sh" in str(
+        memory_fault("1b", both, 24 * gib)
+    )
+    assert "8b take 269 GiB" in str(memory_fault("8b", both, 139 * gib))
+    assert str(memory_fault("8b", both, 80 * gib)).endswith("PEFT=lora (--peft lora) trains adapters")
+    assert memory_fault("8b", ["ours lora", "trl lora"], 80 * gib) is None
+
+
+def test_trl_in_bf16_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its training step asks for no autocast: accelerate's preparing of the model does."""
+    import contenders
+    from small_tokenizers import make_tokenizer
+    from workload import Workload
+
+    monkeypatch.setattr(contenders, "SEQ_LENGTH", 64)
+    tokenizer = make_tokenizer()
+    workload = Workload("a test", [], random_examples(2, 1), tokenizer, 2)  # type: ignore[arg-type]
+    shape = replace(TINY, max_position_embeddings=64, vocab_size=max(TINY.vocab_size, len(tokenizer)))
+
+    import trl
+
+    given = trl.DPOConfig
+    monkeypatch.setattr(trl, "DPOConfig", lambda **settings: given(**{**settings, "bf16": True}))
+    trainer, seen = contenders.TRL(workload, shape, torch.device("cpu")), set()
+    layer = next(m for m in trainer._model.modules() if type(m).__name__ == "LlamaMLP")
+    layer.down_proj.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    trainer.train([0, 1])
+    assert seen == {torch.bfloat16}
+    trainer.precompute([0, 1])
+    assert seen == {torch.bfloat16}
+
+
+def test_the_rate_of_a_card_is_found_by_its_name() -> None:
+    from nxdt_align.planning.devices import card_flops
+
+    rates = {
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA H100 NVL": 835,
+        "NVIDIA H200": 989,
+        "NVIDIA L40S": 362,
+    }
+    assert {name: card_flops(name) for name in rates} == {name: r * 1e12 for name, r in rates.items()}
+    assert card_flops("NVIDIA H200 MIG 1g.18gb") is card_flops("Tesla T4") is None

@@ -63,6 +63,11 @@ def test_limits_of_the_native_engine(load: Load, override: str, rule: str) -> No
             ("trainer.accelerator=xla",),
             "precision.type: must not be fp16 with trainer.accelerator xla; precision.type=mixed_precision",
         ),
+        (
+            "native",
+            ("trainer.accelerator=neuron",),
+            "precision.type: must not be fp16 on TorchNeuron's device, of which AWS documents bf16 and fp32",
+        ),
     ],
 )
 def test_fp16_is_the_native_engines_and_in_no_graph(
@@ -256,14 +261,16 @@ def test_tables_name_known_keys_only() -> None:
         (
             "native",
             ["data.attention=blocks"],
-            "data.attention: must be auto or dense with distributed_strategy.compile blocks, which compiles "
-            "static shapes, but is 'blocks'; those of data.attention=blocks follow the data",
+            "data.attention: must be auto, dense, causal, flex or nki with distributed_strategy.compile "
+            "blocks, which compiles static shapes, but is 'blocks'; those of data.attention=blocks follow "
+            "the data",
         ),
         (
             "native",
             [f"data.buckets={list(range(64, 64 * 34, 64))}"],
             "data.buckets: must be 32 row lengths at most with distributed_strategy.compile blocks, which "
-            "compiles graphs of each, but is 33; leave it out to have few chosen",
+            "compiles graphs of each, but is 33; leave it out to have few chosen, or set "
+            "distributed_strategy.compile=none",
         ),
     ],
 )
@@ -276,3 +283,7 @@ def test_what_compiled_steps_cannot_do(load: Load, engine: Engine, overrides: li
 
 def test_compiled_steps_on_native(load: Load) -> None:
     engine_faults(load("", "distributed_strategy.compile=blocks", "data.buckets=[64, 128]"), "native")
+    many = f"data.buckets={list(range(64, 64 * 34, 64))}"
+    engine_faults(load("", many, "trainer.accelerator=cpu"), "native")
+    with pytest.raises(ConfigError, match=r"must be 32 row lengths at most with .*compile auto, which"):
+        engine_faults(load("", many, "trainer.accelerator=cuda"), "native")

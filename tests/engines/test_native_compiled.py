@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from adapter_fixture import AdapterCase, lora
+from matrix import asked
 from oracle import ModuleWeights
 from parallel_fixture import (
     LOSSES,
@@ -77,10 +78,6 @@ SPREADS = {
 }
 
 
-def as_compiled(cases: dict[str, Case], backend: str) -> dict[str, Case]:
-    return {name: replace(case, compiled=backend) for name, case in cases.items()}
-
-
 @cache
 def wanted(loss: str, steps: int, shape: DecoderConfig, pairs: int) -> Outcome:
     return oracle(Case(loss=loss, steps=steps, shape=shape, pairs=pairs))
@@ -133,8 +130,9 @@ def test_tensor_parallel_layers_share_a_graph() -> None:
 
 
 @pytest.fixture(scope="module")
-def spread() -> dict[str, list[Outcome]]:
-    return outcomes(as_compiled(SPREADS, "aot_eager"))
+def spread(request: pytest.FixtureRequest) -> dict[str, list[Outcome]]:
+    cases = asked(request, SPREADS)
+    return outcomes({name: replace(case, compiled="aot_eager") for name, case in cases.items()})
 
 
 @pytest.mark.full
@@ -192,7 +190,12 @@ def batches_of(length: int) -> list[Batch]:
     return Case(buckets=(length,)).micro_batches(0, examples_of(4, 3))
 
 
-def train_and_validate(engine: NativeEngine, lengths: Sequence[int], folder: Path) -> Iterator[str]:
+def train_and_validate(
+    engine: NativeEngine,
+    lengths: Sequence[int],
+    folder: Path,
+    batches_of: Callable[[int], list[Batch]] = batches_of,
+) -> Iterator[str]:
     """All that a run does, said after each part."""
     objective = GlobalMeanObjective(LOSSES["dpo"])
     engine.load_reference(None)
@@ -234,6 +237,56 @@ def test_graphs_follow_from_buckets_and_modes_not_from_depth(tmp_path: Path) -> 
     assert found == {f"{part}, {n}": count for n in (64, 96) for part, count in of_length.items()}
     one = {part: count for part, count in found.items() if part.endswith("64")}
     assert counted(1, (64,), tmp_path / "1") == one
+
+
+RANKS: dict[str, Case] = {
+    "tp2 sp": Case(tensor=2, sequence_parallel=True),
+    "dp2 fsdp": Case(data=2, fsdp=True),
+    "dp2 fsdp, full checkpointing": Case(data=2, fsdp=True, checkpointing=FULL),
+    "dp2 zero1, selective checkpointing": Case(data=2, zero1=True, checkpointing=SELECTIVE),
+    "tp2 sp, full checkpointing": Case(tensor=2, sequence_parallel=True, checkpointing=FULL),
+    "pp2": Case(pipeline=2),
+    "pp2, full checkpointing": Case(pipeline=2, checkpointing=FULL),
+    "pp2 x 2 chunks": Case(pipeline=2, virtual_pipeline=2),
+    "LoRA, dp2 fsdp": AdapterCase(data=2, fsdp=True),
+    "LoRA, tp2 sp": AdapterCase(tensor=2, sequence_parallel=True),
+    "LoRA, pp2": AdapterCase(pipeline=2),
+}
+LENGTHS = (64, 96)
+
+
+def count_parts(rank: int, world: int, case: Case, folder: Path) -> list[dict[str, int]]:
+    """For ``run_parallel``: graphs that each part of a run adds; then of twice the layers, one row length."""
+    found = []
+    for layers, lengths in ((4, LENGTHS), (8, LENGTHS[:1])):
+        backend, counts, before = Counting(), {}, 0
+        sized = replace(case, shape=replace(case.shape, num_hidden_layers=layers), compiled=backend, pairs=4)
+
+        def batches(length: int, sized: Case = sized) -> list[Batch]:
+            return replace(sized, buckets=(length,)).micro_batches(rank, examples_of(4, 3))
+
+        engine = sized.engine(rank)
+        for part in train_and_validate(engine, lengths, folder / str(layers), batches):
+            if backend.graphs > before:
+                counts[part], before = backend.graphs - before, backend.graphs
+        found.append(counts)
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_compile_at_the_first_step_of_a_bucket_alone(name: str, tmp_path: Path) -> None:
+    """On each rank: as many graphs with twice the layers, and none over a second round of each length, its
+    validation and a resume."""
+    firsts = {f"{part}, {n}" for part in ("reference pass", "training 0", "validation 0") for n in LENGTHS}
+    for few, deep in run_parallel(2, count_parts, RANKS[name], tmp_path):
+        assert few.keys() <= firsts
+        of_length = [
+            {part.rpartition(",")[0]: count for part, count in few.items() if part.endswith(f", {n}")}
+            for n in LENGTHS
+        ]
+        assert of_length[0] == of_length[1]
+        assert of_length[0] == {part.rpartition(",")[0]: count for part, count in deep.items()}
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {

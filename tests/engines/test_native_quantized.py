@@ -4,7 +4,6 @@ model of the dequantised weights."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,11 +12,12 @@ import pytest
 import torch
 from adapter_fixture import (
     AdapterCase,
+    Dequantized,
     StartedAdapters,
     exact_gradients,
-    lora,
     outcomes,
     peft_oracle,
+    qlora,
     run_case,
 )
 from parallel_fixture import SHAPE, Outcome, merged, worst
@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.model import check_parallel
 from nxdt_align.engines.native.settings import Parallel, Precision
-from nxdt_align.models import nf4
-from nxdt_align.models.adapters import AdapterSpec, quantized_layers
+from nxdt_align.models.adapters import quantized_layers
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.sharding import MAGNITUDE
 
@@ -39,33 +38,6 @@ TOLERANCE = 1e-6
 WEIGHT_TOLERANCE = 1e-5
 LIBRARY_TOLERANCE = 1e-5
 """Of factors' gradients, where the library computes in float32 too."""
-
-
-def qlora(**settings: Any) -> AdapterSpec:
-    return lora(quantize="nf4", **settings)
-
-
-@cache
-def dequantized(spec: AdapterSpec, seed: int) -> dict[str, Tensor]:
-    """Of each quantised layer's weight, the values that its 4 bits stand for."""
-    case = AdapterCase(spec=spec)
-    held = dict(case.model(seed).named_parameters())
-    paths = quantized_layers(case.shape, spec)
-    parts = {path: nf4.weight_of(nf4.quantized(held[f"{path}.weight"].detach())) for path in paths}
-    return {path: part.dequantized(torch.float32) for path, part in parts.items()}
-
-
-@dataclass(frozen=True)
-class Dequantized(AdapterCase):
-    """The plain model with these values."""
-
-    def model(self, seed: int) -> Decoder:
-        model = super().model(seed)
-        held = dict(model.named_parameters())
-        with torch.no_grad():
-            for path, weight in dequantized(self.spec, seed).items():
-                held[f"{path}.weight"].copy_(weight)
-        return model
 
 
 @dataclass(frozen=True)

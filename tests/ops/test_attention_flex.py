@@ -1,5 +1,5 @@
-"""FlexAttention's mask and values. Off CUDA torch runs it forward alone, and uncompiled: see test_layouts.py
-for the kernel itself, which needs CUDA."""
+"""FlexAttention's mask and values. Off CUDA torch runs it forward alone, and uncompiled: tests/cuda
+has the kernel itself."""
 
 from __future__ import annotations
 

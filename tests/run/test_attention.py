@@ -22,7 +22,7 @@ from nxdt_align.ops.attention import CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.run import nxd
-from nxdt_align.run.assemble import attention
+from nxdt_align.run.computing import attention
 from nxdt_align.run.rows import row_multiple
 
 NEURON: Any = SimpleNamespace(type="neuron")

@@ -12,7 +12,7 @@ import torch
 from training_fixture import Project
 
 from nxdt_align.engines.native import compiled
-from nxdt_align.run import assemble
+from nxdt_align.run import computing
 
 BLOCKS = (
     *("distributed_strategy.compile=blocks", "data.attention=dense", "data.buckets=[128,256]"),
@@ -37,7 +37,7 @@ def test_a_dry_run_compiles_every_graph_of_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The graphs that every backend gets; ``aot_eager`` runs them op by op, where inductor compiles C++."""
-    monkeypatch.setitem(assemble.COMPILED_DEVICES, "cpu", "aot_eager")
+    monkeypatch.setitem(computing.COMPILED_DEVICES, "cpu", "aot_eager")
     monkeypatch.setattr(compiled, "require_compiler", lambda: None)
     caplog.set_level(logging.INFO)
     project = Project.create(tmp_path)

@@ -24,7 +24,7 @@ from nxdt_align.engines import xla
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import TINY
 from nxdt_align.ops.attention import DenseAttention
-from nxdt_align.run.assemble import attention, compiling
+from nxdt_align.run.computing import attention, compiling, say_choices
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.mode import RunMode
@@ -85,11 +85,16 @@ def test_what_compiles_a_step(
         assert isinstance(attention(given, torch.device("cpu"), TINY), DenseAttention)
 
 
+CUDA = torch.device("cuda")
+
+
 def test_auto_compiles_nothing_with_an_old_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("nxdt_align.engines.native.compiled.is_too_old", lambda: True)
-    assert compiling(config("auto"), torch.device("cuda"), TINY) is None
+    assert compiling(config("auto"), CUDA, TINY) is None
+    assert not caplog.messages, "attention asks too, and a notice is for once"
+    say_choices(config("auto"), CUDA, TINY)
     assert "compile: auto is none, as torch" in caplog.text
 
 
@@ -103,11 +108,21 @@ def test_modules_that_tensor_parallel_graphs_cannot_recompute(caplog: pytest.Log
             ),
         )
         if chosen == "auto":
-            assert compiling(given, torch.device("cuda"), TINY) is None
+            assert compiling(given, CUDA, TINY) is None
+            say_choices(given, CUDA, TINY)
             assert "compile: auto is none, as with tensor parallel" in caplog.text
         else:
             with pytest.raises(UserError, match=r"recompute LlamaMLP by itself .*, or .*compile=none"):
-                compiling(given, torch.device("cuda"), TINY)
+                compiling(given, CUDA, TINY)
+
+
+def test_stochastic_rounding_is_said_as_it_is_on_each_device(caplog: pytest.LogCaptureFixture) -> None:
+    """The variable itself: tests/neuron/test_environment.py."""
+    given = replace(config("auto"), precision=PrecisionConfig(type="bf16SR"))
+    for kind, said in (("cpu", "needs Neuron hardware; fp32 master"), ("neuron", "_EN=1); AWS does not say")):
+        caplog.clear()
+        say_choices(given, SimpleNamespace(type=kind), TINY)  # type: ignore[arg-type]
+        assert caplog.text.count(said) == caplog.text.count("NOTICE") == 1
 
 
 def test_nki_attention_is_the_neuron_devices() -> None:
@@ -125,12 +140,12 @@ def test_nki_attention_is_the_neuron_devices() -> None:
 
 def test_layers_that_transformers_computes_are_not_compiled() -> None:
     other = SimpleNamespace(model_type="gpt2")
-    assert compiling(config("auto"), torch.device("cuda"), other) is None  # type: ignore[arg-type]
+    assert compiling(config("auto"), CUDA, other) is None  # type: ignore[arg-type]
     given = replace(config("auto"), distributed_strategy=DistributedStrategyConfig(compile="blocks"))
     with pytest.raises(
         UserError, match=r"compile: blocks compiles .* computes this gpt2; set .*compile=none"
     ):
-        compiling(given, torch.device("cuda"), other)  # type: ignore[arg-type]
+        compiling(given, CUDA, other)  # type: ignore[arg-type]
 
 
 NEURON = """
@@ -145,7 +160,7 @@ torch.accelerator.set_device_index = moved_to.append
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.mode import RunMode
-from nxdt_align.run.assemble import attention
+from nxdt_align.run.computing import attention
 from nxdt_align.run.processes import device
 from nxdt_align.config.schema import Config, TrainerConfig
 from nxdt_align.models.presets import TINY

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.engine import NativeEngine
-from nxdt_align.models.adapters import AdapterSpec, adapter_shapes, adapter_spec
+from nxdt_align.models import nf4
+from nxdt_align.models.adapters import AdapterSpec, adapter_shapes, adapter_spec, quantized_layers
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.models.sharding import MAGNITUDE, START, TRAINED
@@ -58,6 +60,7 @@ class AdapterCase(Case):
             precision=self.precision,
             topology=self.topology(rank),
             parallel=self.parallel,
+            device=self.device,
             configure_model=configure,
             adapters=self.spec,
             seed=3,
@@ -100,6 +103,40 @@ class StartedAdapters(WeightSource):
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
         return self.read(name)[tuple(region)]
+
+
+# A base in 4 bits
+
+
+def qlora(shape: DecoderConfig = SHAPE, **settings: Any) -> AdapterSpec:
+    return lora(shape, quantize="nf4", **settings)
+
+
+@cache
+def dequantized(case: AdapterCase, seed: int) -> dict[str, Tensor]:
+    """Of each quantised layer's weight, the values that its 4 bits stand for: those of the case's device."""
+    held = dict(case.model(seed).named_parameters())
+    paths = quantized_layers(case.shape, case.spec)
+    weights = {path: held[f"{path}.weight"].detach().to(case.device) for path in paths}
+    parts = {path: nf4.weight_of(nf4.quantized(weight)) for path, weight in weights.items()}
+    return {path: part.dequantized(torch.float32).cpu() for path, part in parts.items()}
+
+
+@dataclass(frozen=True)
+class Dequantized(AdapterCase):
+    """The plain model with these values."""
+
+    def model(self, seed: int) -> Decoder:
+        model = super().model(seed)
+        held = dict(model.named_parameters())
+        plain = AdapterCase(spec=self.spec, shape=self.shape, device=self.device)
+        with torch.no_grad():
+            for path, weight in dequantized(plain, seed).items():
+                held[f"{path}.weight"].copy_(weight)
+        return model
+
+
+# What PEFT makes of it
 
 
 def peft_model(case: AdapterCase) -> tuple[Decoder, dict[str, nn.Parameter]]:

@@ -39,6 +39,7 @@ from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
+from nxdt_align.ops.attention_flex import FlexAttention
 
 SHAPE = DecoderConfig(
     vocab_size=64,
@@ -56,7 +57,12 @@ LOSSES: dict[str, Loss] = {
     "orpo": ORPOLoss(ORPOConfig(beta=BETA)),
     "aot": DPOLoss(DPOConfig(kl_beta=BETA, loss_type=("aot",))),
 }
-ATTENTIONS: dict[str, Attention] = {"dense": DenseAttention(), "blocks": BlockAttention()}
+ATTENTIONS: dict[str, Attention] = {
+    "dense": DenseAttention(),
+    "blocks": BlockAttention(),
+    "flex": FlexAttention(),
+    "flex, in the layer's graph": FlexAttention(compiled=False),
+}
 
 
 # Model and data
@@ -115,6 +121,8 @@ class Case:
     """Instead of random tokens."""
     compiled: str | Callable[..., Any] | None = None
     """torch.compile's backend."""
+    device: str = "cpu"
+    """Of the engine and its batches; what comes out is on the CPU."""
 
     @property
     def world(self) -> int:
@@ -167,7 +175,8 @@ class Case:
             only_local=self.shape.layer_types is None,
         )
         dataset = StepDataset(examples, planner, self.layout, self.topology(rank))  # type: ignore[arg-type]
-        return dataset[tuple(range(len(examples)))]
+        batches = dataset[tuple(range(len(examples)))]
+        return batches if self.device == "cpu" else [batch.to(torch.device(self.device)) for batch in batches]
 
     def engine(self, rank: int) -> NativeEngine:
         """With policy 0 and, where the loss wants it, reference 1."""
@@ -182,6 +191,7 @@ class Case:
             precision=self.precision,
             topology=self.topology(rank),
             parallel=self.parallel,
+            device=self.device,
             configure_model=configure,
             compiling=None if self.compiled is None else Compiling(self.compiled),
         )
@@ -225,7 +235,7 @@ def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
 
 def whole(tensor: Tensor) -> Tensor:
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().clone()
+    return full.detach().clone().cpu()
 
 
 def train(
@@ -243,7 +253,7 @@ def train(
     for batch in batches:
         policy = engine.response_logps(batch)
         base = engine.response_logps(batch, reference=True) if loss.needs_reference else policy
-        logps.append((batch.record_index, policy, base))
+        logps.append((batch.record_index.cpu(), policy.cpu(), base.cpu()))
     parameter_norm = engine.parameter_norm()
     optimizer = adamw([p for _, p in engine.named_parameters()])
     outcome: Outcome | None = None

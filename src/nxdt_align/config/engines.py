@@ -69,7 +69,16 @@ MOST_BUCKETS = 32
 def _compile_faults(config: Config, engine: Engine) -> Iterator[Fault]:
     """``blocks`` where steps are graphs already, and what no graph of static shapes takes."""
     path, data = "distributed_strategy.compile", config.data
-    if config.distributed_strategy.compile != "blocks":
+    chosen = config.distributed_strategy.compile
+    on_card = chosen == "auto" and engine == "native" and config.trainer.accelerator in ("cuda", "neuron")
+    count = len(data.buckets or ())
+    if (chosen == "blocks" or on_card) and count > MOST_BUCKETS:
+        rule = (
+            f"must be {MOST_BUCKETS} row lengths at most with {path} {chosen}, which compiles graphs of each"
+        )
+        advice = f"leave it out to have few chosen, or set {path}=none"
+        yield Fault("data.buckets", f"{rule}, but is {count}", advice=advice, involves=(path,))
+    if chosen != "blocks":
         return
     if engine == "nxd":
         yield Fault(path, "must be auto or none on engine nxd, whose steps are graphs anyway", "blocks")
@@ -77,18 +86,15 @@ def _compile_faults(config: Config, engine: Engine) -> Iterator[Fault]:
         rule = "must be auto or none with trainer.accelerator xla, where steps are graphs anyway"
         yield Fault(path, rule, "blocks", involves=("trainer.accelerator",))
     if data.attention == "blocks":
-        rule = "must be auto or dense with distributed_strategy.compile blocks, which compiles static shapes"
+        kinds = "auto, dense, causal, flex or nki"
+        rule = f"must be {kinds} with distributed_strategy.compile blocks, which compiles static shapes"
         advice = "those of data.attention=blocks follow the data"
         yield Fault("data.attention", rule, "blocks", advice, (path,))
-    count = len(data.buckets or ())
-    if count > MOST_BUCKETS:
-        rule = f"must be {MOST_BUCKETS} row lengths at most with {path} blocks, which compiles graphs of each"
-        advice = "leave it out to have few chosen"
-        yield Fault("data.buckets", f"{rule}, but is {count}", advice=advice, involves=(path,))
 
 
 def _fp16_faults(config: Config, engine: Engine) -> Iterator[Fault]:
-    """fp16 needs a dynamic loss scale, whose decision to skip a step cannot be in a compiled graph."""
+    """fp16 needs a dynamic loss scale, whose decision to skip a step cannot be in a compiled graph; and the
+    Neuron stack has no setting for it."""
     if config.precision.type != "fp16":
         return
     # bf16 has float32's exponent range, so gradients neither overflow nor underflow.
@@ -97,6 +103,9 @@ def _fp16_faults(config: Config, engine: Engine) -> Iterator[Fault]:
         yield Fault("precision.type", "must not be fp16 on engine nxd", advice=advice)
     elif config.trainer.accelerator == "xla":
         rule = "must not be fp16 with trainer.accelerator xla"
+        yield Fault("precision.type", rule, advice=advice, involves=("trainer.accelerator",))
+    elif on_torch_neuron(config):
+        rule = "must not be fp16 on TorchNeuron's device, of which AWS documents bf16 and fp32 training alone"
         yield Fault("precision.type", rule, advice=advice, involves=("trainer.accelerator",))
 
 

@@ -133,7 +133,7 @@ class _Form:
 
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, form: _Form) -> Tensor:
     """(C, W) float32."""
-    logits = _products(hidden, head)
+    logits = _product(hidden, head.T)
     if bias is not None:
         logits = logits.add_(bias)
     if form.scale != 1:
@@ -142,15 +142,16 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, form: _Form) -> T
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
-def _products(hidden: Tensor, head: Tensor) -> Tensor:
-    """(C, W) float32. Low-precision operands are multiplied with float32 accumulation and result."""
-    if hidden.dtype == torch.float32 and head.dtype == torch.float32:
-        return hidden @ head.T
-    if hidden.device.type == "cuda":
-        return torch.mm(hidden, head.T, out_dtype=torch.float32)
-    if hidden.device.type == "cpu":
-        return hidden.float() @ head.float().T
-    return (hidden @ head.T).float()
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """(M, K) @ (K, N), float32. Low-precision operands are multiplied with float32 accumulation and
+    result."""
+    if left.dtype == torch.float32 and right.dtype == torch.float32:
+        return left @ right
+    if left.device.type == "cuda":
+        return torch.mm(left, right, out_dtype=torch.float32)
+    if left.device.type == "cpu":
+        return left.float() @ right.float()
+    return (left @ right).float()
 
 
 def _labels_in(labels: Tensor, part: slice, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -371,4 +372,4 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if right.dtype == torch.float32 or right.device.type == "cpu":
         total.addmm_(left, right.float())
     else:
-        total += (left.to(right.dtype) @ right).float()
+        total += _product(left.to(right.dtype), right)

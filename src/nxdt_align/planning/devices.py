@@ -1,4 +1,4 @@
-"""What Trainium's cores can do, on paper: the constants of every estimate of time.
+"""What Trainium's cores can do, on paper: the constants of every estimate of time; and cards' rates.
 
 Sources, AWS's architecture pages (aws-neuron-sdk, ``about-neuron/arch/neuron-hardware``): trn1-arch,
 trainium, trn2-arch, and trainium2, which compares both chips, also their links. A rank is a logical
@@ -7,6 +7,7 @@ NeuronCore, which of trn2 is two physical ones (``LNC=2``, the default).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -86,3 +87,25 @@ DEVICES = {
 SHORT_TRANSFER = 512
 """Bytes: fewer are taken to take as long, as each transfer is a descriptor of its own. An assumption: AWS
 publishes no figure that we found."""
+
+# Cards, whose steps are measured against their rate and not estimated
+
+CARDS = {
+    "A100": 312 * TERA,
+    "H100 NVL": 835 * TERA,
+    "H100 PCIe": 756 * TERA,
+    "H100": 989 * TERA,
+    "H200": 989 * TERA,
+    "B200": 2250 * TERA,
+    "L40S": 362 * TERA,
+}
+"""Words of a card's name, as CUDA has it -> operations per second of dense products in bf16, of NVIDIA's data
+sheets (where these count sparsity, half of what they say); the first whose words are all there counts."""
+
+
+def card_flops(name: str) -> float | None:
+    """The rate of the card that CUDA calls ``name``; None for others than CARDS, and for a part of one."""
+    words = set(re.split(r"[ -]", name))
+    if "MIG" in words:
+        return None
+    return next((rate for card, rate in CARDS.items() if set(card.split()) <= words), None)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from lightning.pytorch import Callback
 
 from nxdt_align.config.engines import Engine as EngineName
@@ -17,11 +16,8 @@ from nxdt_align.config.start import model_config_path, tokenizer_of
 from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.data.tokenizer import load_tokenizer
 from nxdt_align.engines.base import WeightSource
-from nxdt_align.engines.native import compiled
 from nxdt_align.engines.native.checkpoint import is_checkpoint
-from nxdt_align.engines.native.compiled import Compiling
-from nxdt_align.engines.native.graphs import GraphRecorder
-from nxdt_align.engines.native.settings import Parallel, Precision
+from nxdt_align.engines.native.settings import Parallel
 from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.losses.custom import CustomLoss, given_loss, load_loss
@@ -31,17 +27,7 @@ from nxdt_align.messages import NOTICE
 from nxdt_align.models.decoder import no_router
 from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import DecoderConfig, ModelShape
-from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
-from nxdt_align.ops.attention_blocks import BlockAttention
-from nxdt_align.ops.attention_flex import FlexAttention
-from nxdt_align.ops.attention_nki import NkiAttention, misfit
 from nxdt_align.own_parts import OwnPartError, find_class, make
-from nxdt_align.planning.kernels import (
-    ATTENTION_OF_DEVICE,
-    FLASH_MULTIPLE,
-    attention_kind,
-    why_not_causal,
-)
 from nxdt_align.run.adapters import adapter_record, open_checkpoint
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.locate import locate, read_shape
@@ -117,106 +103,6 @@ def micro_batch_needs(config: Config) -> MicroBatchNeeds:
         return {"min_micro_batches": 1, "round_size": ranks}
     # With fewer micro-batches than stages, torch's 1F1B schedule raises.
     return {"min_micro_batches": ranks, "round_size": 1}
-
-
-COMPILED_DEVICES = {"cuda": "inductor", "neuron": "neuron"}
-"""Types of devices where ``distributed_strategy.compile: auto`` compiles, and by which backend."""
-
-
-def compiling(config: Config, where: torch.device, model: ModelShape) -> Compiling | None:
-    """How steps are compiled on device ``where``; None op by op. Raises UserError where they cannot be."""
-    chosen = config.distributed_strategy.compile
-    if chosen == "none" or (chosen == "auto" and where.type not in COMPILED_DEVICES):
-        return None
-    if where.type == "xla":  # of a dry run, whose steps are graphs there
-        return None
-    if chosen == "auto" and not isinstance(model, DecoderConfig):
-        return None
-    peft = config.model_alignment_strategy.peft
-    if chosen == "auto" and peft is not None and peft.quantize_base is not None:
-        return None  # no card has run it compiled yet; blocks compiles it
-    compiled.require_own_decoder(model)
-    fault = compiled.checkpointing_fault(
-        config.distributed_strategy.tensor_model_parallel_size, recomputed_alone(config)
-    )
-    if fault is not None:
-        if chosen == "blocks":
-            raise UserError(f"{compiled.KEY}: {fault}, or {compiled.KEY}=none")
-        log.log(NOTICE, "%s: auto is none, as %s", compiled.KEY, fault)
-        return None
-    if chosen == "auto" and compiled.is_too_old():
-        log.log(
-            NOTICE, "distributed_strategy.compile: auto is none, as torch %s is too old", torch.__version__
-        )
-        return None
-    compiled.require_torch()
-    if where.type == "cpu":
-        compiled.require_compiler()
-    return Compiling(COMPILED_DEVICES.get(where.type, "inductor"), recorder=GraphRecorder())
-
-
-def recomputed_alone(config: Config) -> tuple[str, ...]:
-    """Names of the modules that are recomputed by themselves in the backward pass."""
-    model = config.model
-    is_selective = model.activations_checkpoint_granularity == "selective"
-    return tuple(model.activations_checkpoint_recompute or ()) if is_selective else ()
-
-
-def attention(config: Config, where: torch.device, model: ModelShape) -> Attention:
-    """The attention for device ``where``. Raises UserError for one that it or the layout does not support."""
-    if refusal_of_layouts(model) is not None:
-        from nxdt_align.models.backend.model import StockAttention
-
-        return StockAttention()
-    kind = attention_kind(config, where.type, model)
-    for device_type, only in ATTENTION_OF_DEVICE.items():
-        if kind == only and where.type != device_type:
-            fitting = ["auto", "dense", *filter(None, [ATTENTION_OF_DEVICE.get(where.type)])]
-            raise UserError(
-                f"data.attention: {kind} needs trainer.accelerator {device_type}, but this run's device is "
-                f"{where.type}; {', '.join(fitting)} would work there"
-            )
-    if kind == "nki":
-        return _nki_attention(where, model)
-    if kind == "blocks":
-        return BlockAttention()
-    if kind == "causal":
-        check_attention(config, model)
-        return CausalAttention(FLASH_MULTIPLE.get(where.type, 1))
-    if kind == "flex":
-        return FlexAttention(
-            compiled=compiling(config, where, model) is None
-        )  # else it is in the layer's graph
-    return DenseAttention()
-
-
-def _nki_attention(where: torch.device, model: ModelShape) -> Attention:
-    if where.type != "neuron":
-        raise UserError(
-            f"data.attention: nki needs trainer.accelerator neuron, but this run's device is {where.type}; "
-            "auto or dense would work there"
-        )
-    head_size = model.head_dim if isinstance(model, DecoderConfig) else 0  # else seen at the first batch
-    fault = misfit(head_size, model.attention_softcap)
-    if fault is not None:
-        raise UserError(f"data.attention: nki {fault}; set data.attention=dense")
-    return NkiAttention()
-
-
-def kernel(model: ModelShape, where: torch.device) -> Attention:
-    """The attention that a model takes on ``where``, a CPU or a CUDA device, whatever rows it is given."""
-    if refusal_of_layouts(model) is not None:
-        from nxdt_align.models.backend.model import StockAttention
-
-        return StockAttention()
-    return FlexAttention() if where.type == "cuda" else BlockAttention()
-
-
-def check_attention(config: Config, model: ModelShape) -> None:
-    """Raises UserError where ``data.attention`` cannot compute the layout, whatever the device."""
-    fault = why_not_causal(config, model)
-    if config.data.attention == "causal" and fault is not None:
-        raise UserError(f"data.attention: causal takes no bounds of what a token sees, {fault}")
 
 
 def model_config(config: Config) -> ModelShape:
@@ -367,40 +253,6 @@ def tokenization(config: Config, model: ModelShape) -> Tokenization:
         Truncation(config.data.seq_length, strategy.max_prompt_length, strategy.truncation_mode),
         config.data.chat_template_kwargs,
     )
-
-
-def precision(config: Config) -> Precision:
-    """The closest equivalent of ``precision.type`` on other devices; logs any difference."""
-    kind, settings = config.precision.type, config.precision
-    is_low = settings.xla_use_bf16 == "1" or settings.xla_downcast_bf16 == "1"
-    if kind == "fp32" or (kind == "manual" and not is_low):
-        return Precision()
-    if kind == "autocast":
-        log.info("precision.type autocast: fp32 weights, operations as torch.autocast chooses for bf16")
-        return Precision(autocast=True)
-    if kind == "fp16":
-        return Precision(compute=torch.float16)
-    log.info("precision.type %s: bf16 weights and activations, fp32 master weights and gradients", kind)
-    if "SR" in kind or (kind == "manual" and not settings.master_weights):
-        log.log(NOTICE, "stochastic rounding needs Neuron hardware; fp32 master weights are used instead")
-    return Precision(compute=torch.bfloat16)
-
-
-def reference_precision(config: Config) -> Precision:
-    """The frozen reference's precision: ``reference_dtype``, or the policy's."""
-    chosen = config.model_alignment_strategy.reference_dtype
-    if chosen is None:
-        return precision(config)
-    return Precision(compute=torch.bfloat16 if chosen == "bf16" else torch.float32)
-
-
-def precision_of_reference(config: Config, engine: EngineName) -> str:
-    """What ``join``'s parts call ``reference_precision``, in words, without joining any process."""
-    if engine == "nxd":
-        from nxdt_align.run.nxd import reference_precision_ahead
-
-        return str(reference_precision_ahead(config))
-    return str(reference_precision(config))
 
 
 def loss(config: Config, engine: EngineName, given: Loss | Callable[..., Any] | None = None) -> Loss:

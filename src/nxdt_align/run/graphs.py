@@ -30,7 +30,7 @@ from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.planning.devices import DEVICES, Device
 from nxdt_align.planning.graph_cost import Cost, StepCost
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
-from nxdt_align.run import assemble, native_graphs
+from nxdt_align.run import assemble, computing, native_graphs
 from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
@@ -113,7 +113,7 @@ def reports(
         return native_graphs.reports(config, rank, lengths, device)
     config = _settled(config)
     found = trace(config, rank, lengths)
-    low = assemble.precision(config).compute == torch.bfloat16
+    low = computing.precision(config).compute == torch.bfloat16
     made = {graph.key: report(graph, device, low_precision=low) for graph in found.graphs}
     stages = config.distributed_strategy.pipeline_model_parallel_size
     return list(made.values()), _steps_on_paper(found, made, stages)

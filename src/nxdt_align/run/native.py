@@ -19,7 +19,7 @@ from nxdt_align.models.decoder import CausalModel
 from nxdt_align.models.nf4 import require_library
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import FUSED_DEVICES
-from nxdt_align.run import assemble, processes
+from nxdt_align.run import assemble, computing, processes
 from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
@@ -34,12 +34,12 @@ def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torc
             f"trainer.accelerator: a {model.model_type} is computed by transformers, which runs on cpu and "
             f"cuda here, but this run's device is {device.type}: set trainer.accelerator to one of them"
         )
-    assemble.attention(config, device, model)
+    computing.attention(config, device, model)
     spec = spec_of(config, model)
     if spec is not None and spec.quantize is not None:
         check_parallel(model, assemble.parallel(config), is_quantized=True)
         require_library(device)
-    assemble.compiling(config, device, model)
+    computing.compiling(config, device, model)
     return device
 
 
@@ -53,9 +53,10 @@ class NativeParts:
         self._config, self._model = config, model
         self.device = check(config, env, model, mode)
         self.topology = processes.start_processes(config, env, self.device)
-        self.precision = assemble.precision(config)
-        self._compiling = assemble.compiling(config, self.device, model)
-        self.reference_precision = assemble.reference_precision(config)
+        self.precision = computing.precision(config)
+        self._compiling = computing.compiling(config, self.device, model)
+        computing.say_choices(config, self.device, model)
+        self.reference_precision = computing.reference_precision(config)
 
     @property
     def on_trainium(self) -> bool:
@@ -79,7 +80,7 @@ class NativeParts:
 
         engine = (XlaEngine if on_xla else NativeEngine)(
             self._model,
-            assemble.attention(self._config, self.device, self._model),
+            computing.attention(self._config, self.device, self._model),
             precision=self.precision,
             reference_precision=self.reference_precision,
             topology=self.topology,

@@ -26,7 +26,7 @@ from nxdt_align.planning.graph_cost import StepCost
 from nxdt_align.planning.graph_report import GraphReport
 from nxdt_align.planning.kernels import FLASH_MULTIPLE, attention_kind
 from nxdt_align.planning.workload import workload
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, computing
 from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
@@ -108,7 +108,7 @@ def reports(
         if objective.needs_reference:
             batch = batch.with_reference(engine.response_logps(batch, reference=True))
         engine.step([batch], objective)
-    low = assemble.precision(config).compute == torch.bfloat16
+    low = computing.precision(config).compute == torch.bfloat16
     made = {graph.key: report(graph, device, low_precision=low) for graph in recorder.traced}
     work = workload(
         *(config, model, config.layout, dataset.planner.responses_per_example),
@@ -128,7 +128,7 @@ def reports(
 
 def _require(config: Config, model: DecoderConfig) -> None:
     check_parallel(model, assemble.parallel(config))
-    assemble.check_attention(config, model)
+    computing.check_attention(config, model)
     _check_attention(config, model)
     if config.distributed_strategy.compile == "none":
         raise UserError(
@@ -136,7 +136,7 @@ def _require(config: Config, model: DecoderConfig) -> None:
             "graphs, but is none"
         )
     fault = checkpointing_fault(
-        config.distributed_strategy.tensor_model_parallel_size, assemble.recomputed_alone(config)
+        config.distributed_strategy.tensor_model_parallel_size, computing.recomputed_alone(config)
     )
     if fault is not None:
         raise UserError(f"graphs: distributed_strategy.compile: {fault}")
@@ -159,8 +159,8 @@ def _engine(
     engine = NativeEngine(
         model,
         _attention(config, model),
-        precision=assemble.precision(config),
-        reference_precision=assemble.reference_precision(config),
+        precision=computing.precision(config),
+        reference_precision=computing.reference_precision(config),
         topology=topology,
         parallel=parallel,
         device=traced.DEVICE,

@@ -19,7 +19,7 @@ from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.host_memory import host_memory
 from nxdt_align.planning.rows import row_reports
 from nxdt_align.planning.workload import device_kind
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, computing
 from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
 from nxdt_align.run.standing import require_lengths, standing_for_data
@@ -53,7 +53,7 @@ def plan_report(
     if engine == "nxd":
         model = assemble.decoder_for_nxd(model)
     config = with_possible_layout(config, model)
-    assemble.check_attention(config, model)
+    computing.check_attention(config, model)
     unread = closed.get("model_alignment_strategy.loss")
     loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
     objective = GlobalMeanObjective(loss)

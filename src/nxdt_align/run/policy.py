@@ -21,7 +21,7 @@ from nxdt_align.engines.native.settings import Precision
 from nxdt_align.errors import UserError
 from nxdt_align.losses.types import ResponseLogps
 from nxdt_align.models.presets import ModelShape
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, computing
 from nxdt_align.run.conversion import open_weights
 from nxdt_align.run.locate import locate
 
@@ -104,7 +104,7 @@ def load_policy(
     place = locate(Path(folder))
     source, config = open_weights(place)
     where = torch.device(device)
-    attention = assemble.kernel(config, where)
+    attention = computing.kernel(config, where)
     engine = NativeEngine(config, attention, precision=Precision(compute=dtype), device=where)
     engine.load_weights(source)
     return Policy(engine, str(place))

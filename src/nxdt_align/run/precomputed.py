@@ -18,7 +18,7 @@ from nxdt_align.reference.cache import ReferenceStoreError
 from nxdt_align.reference.precompute import PassSummary, Share, compute_missing
 from nxdt_align.reference.stores import StoreReport, examine, find_stores, other_precision_alone
 from nxdt_align.reference.verify import Verified, verify
-from nxdt_align.run import assemble, in_run
+from nxdt_align.run import assemble, computing, in_run
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
@@ -132,7 +132,7 @@ def completeness(config: Config, engine: Engine, path: Path) -> dict[str, Any]:
         weights=origin.source.fingerprint(),
         model=str(model),
         tokenization=tokenization.fingerprint(),
-        precision=assemble.precision_of_reference(settled, engine),
+        precision=computing.precision_of_reference(settled, engine),
         has_adapter=isinstance(origin.source, MergedWeights),
     )
     return {

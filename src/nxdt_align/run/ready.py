@@ -20,7 +20,7 @@ from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.losses.objective import build_loss
 from nxdt_align.models.presets import ModelShape
-from nxdt_align.run import assemble
+from nxdt_align.run import assemble, computing
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.places import Places
@@ -60,7 +60,7 @@ def require_ready(
     assemble.check_router(config, model)
     with _quietly():  # the run itself says what they have to say
         config = with_possible_layout(config, model)
-        assemble.check_attention(config, model)
+        computing.check_attention(config, model)
         if config.model_alignment_strategy.loss is None:
             build_loss(config.model_alignment_strategy)
         _check_optimizer(config)
