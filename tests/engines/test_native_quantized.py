@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.model import check_parallel
 from nxdt_align.engines.native.settings import Parallel, Precision
+from nxdt_align.models import nf4
 from nxdt_align.models.adapters import quantized_layers
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.sharding import MAGNITUDE
