@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_fixture import AdapterCase, StartedAdapters, exact_gradients, lora, peft_oracle
+from adapter_fixture import AdapterCase, exact_gradients, lora, peft_oracle, started
 from nxd_fixture import Case, engine, one_copy, require_nxd, run_ranks, whole
 from parallel_fixture import LOSSES, SHAPE, Outcome, train, worst
 
@@ -74,7 +74,7 @@ class Adapted:
             configure_model=configure,
             precision=precision,
         )
-        built.load_weights(StartedAdapters(self.plain.model(0), self.spec))
+        built.load_weights(started(self.plain.model(0), self.spec))
         built.load_reference(None)
         return built
 
@@ -227,7 +227,7 @@ def with_dropout(checkpointing: str | None) -> list[tuple[float, dict[str, torch
         seed=3,
         configure_model=configure,
     )
-    built.load_weights(StartedAdapters(case.plain.model(0), case.spec))
+    built.load_weights(started(case.plain.model(0), case.spec))
     built.load_reference(None)
     batches = [batch.to(built.device) for batch in case.batches(built)[:1]]
     found = []
