@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backend_adapters import BackendCase, exact_gradients, peft_oracle, run_cases
+from backend_fixture import config_of
 from parallel_fixture import Outcome, merged, worst
 from rank_processes import run_parallel
 
@@ -20,7 +21,7 @@ WEIGHT_TOLERANCE = 1e-5
 """After 5 AdamW steps with active clipping."""
 KINDS = {"LoRA": (), "rsLoRA": (("rslora", True),), "DoRA": (("dora", True),)}
 CASES = {
-    f"{name}, {kind}": BackendCase(name, settings, steps=5)
+    f"{name}, {kind}": BackendCase(config_of(name), settings, steps=5)
     for name in ("gpt2", "phi")
     for kind, settings in KINDS.items()
 }
@@ -51,12 +52,18 @@ def test_as_peft_in_transformers_own_model(name: str) -> None:
 
 SAVED = (("modules_to_save", ("ln_f", "h.1.ln_1", "wpe")), ("target_modules", ("c_attn", "mlp.c_proj")))
 SPREADS = {
-    "gpt2, modules to save, zero1": BackendCase("gpt2", SAVED, data=2, kind="zero1", steps=2),
-    "phi, DoRA, fsdp": BackendCase("phi", KINDS["DoRA"], data=2, kind="fsdp", checkpointing="full", steps=2),
-    "gpt2, DoRA, data parallel": BackendCase("gpt2", KINDS["DoRA"], data=2, steps=2),
-    "gpt2, modules to save, fsdp": BackendCase("gpt2", SAVED, data=2, kind="fsdp", steps=2),
+    "gpt2, modules to save, zero1": BackendCase(config_of("gpt2"), SAVED, data=2, kind="zero1", steps=2),
+    "phi, DoRA, fsdp": BackendCase(
+        config_of("phi"), KINDS["DoRA"], data=2, kind="fsdp", checkpointing="full", steps=2
+    ),
+    "gpt2, DoRA, data parallel": BackendCase(config_of("gpt2"), KINDS["DoRA"], data=2, steps=2),
+    "gpt2, modules to save, fsdp": BackendCase(config_of("gpt2"), SAVED, data=2, kind="fsdp", steps=2),
     "glm, modules to save, fsdp": BackendCase(
-        "glm", (("modules_to_save", ("lm_head", "embed_tokens", "norm")),), data=2, kind="fsdp", steps=2
+        config_of("glm"),
+        (("modules_to_save", ("lm_head", "embed_tokens", "norm")),),
+        data=2,
+        kind="fsdp",
+        steps=2,
     ),
 }
 
@@ -71,7 +78,7 @@ def test_as_peft_over_two_ranks() -> None:
 @pytest.mark.parametrize("name", ["gpt2", "deepseek_v3"])
 def test_bf16_has_float32_factors_and_a_bf16_base(name: str) -> None:
     """What transformers keeps in float32, a router's balancing bias, stays so, and is not trained."""
-    case = BackendCase(name, precision=Precision(compute=torch.bfloat16))
+    case = BackendCase(config_of(name), precision=Precision(compute=torch.bfloat16))
     engine = case.engine()
     kept = case.config.float32_weights
     assert {p.dtype for n, p in engine._policy.frozen() if n not in kept} == {torch.bfloat16}

@@ -124,10 +124,11 @@ def with_pefts_layers(
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
         use_rslora=spec.rslora,
         use_dora=spec.dora,
-        target_modules=list(spec.targets),
+        target_modules=[f"model.{path}" for path in spec.targets],
         fan_in_fan_out=bool(spec.transposed),
     )
-    inject_adapter_in_model(settings, model)
+    # In a module without a config, by which PEFT would take some names for those of a model's experts.
+    inject_adapter_in_model(settings, nn.ModuleDict({"model": model}))
     modules, found = dict(model.named_modules()), {}
     with torch.no_grad():
         for path in spec.targets:

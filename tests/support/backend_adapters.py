@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from adapter_fixture import StartedAdapters, lora, with_pefts_layers
-from backend_fixture import StateDict, config_of, dpo_loss, drawn
+from backend_fixture import StateDict, dpo_loss, drawn
 from layouts import ATTENTIONS
 from parallel_fixture import BETA, CLIP, LOSSES, Outcome, adamw, examples_of, train
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ PAIRS = 6
 class BackendCase:
     """A model of ``backend_fixture`` with adapters."""
 
-    name: str
+    config: TransformersConfig
     settings: tuple[tuple[str, Any], ...] = ()
     """Of the adapters, beside ``lora``'s."""
     data: int = 1
@@ -39,10 +39,6 @@ class BackendCase:
     steps: int = 1
     checkpointing: str | None = None
     precision: Precision = field(default_factory=Precision)
-
-    @property
-    def config(self) -> TransformersConfig:
-        return config_of(self.name)
 
     @property
     def spec(self) -> AdapterSpec:

@@ -38,6 +38,17 @@ EXPANDED = {
 }
 """NxDT's names of what is one layer there; here each projection has factors of its own."""
 ALL_LINEAR = "all-linear"
+_ELSEWHERE = {
+    "output_proj": "o_proj",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+}
+"""torchtune's and Meta's names of layers -> transformers'."""
 _INNER = re.compile(r"\.(qkv_proj|gate_up_proj)(?=\.)")
 TRAINABLE = ("weight", "bias")
 """Parameters of a module that is trained whole."""
@@ -129,12 +140,12 @@ def adapter_spec(
             f"{linear.embedding.rpartition('.')[2]} for a model whose head is tied to it, as merged weights "
             "and transformers could not tell the two apart; leave it out"
         )
-    small = [path for path in targets if rank > min(layers[path])]
-    if small:
-        least = min(min(layers[path]) for path in small)
+    least = min((min(layers[path]) for path in targets), default=rank)
+    if rank > least:
+        small = [path for path in targets if min(layers[path]) == least]
         raise UserError(
             f"model_alignment_strategy.peft.lora_rank: must be at most {least}, the smaller side of the "
-            f"weight of {_some([_hf_path(path) for path in small])} ({list(layers[small[0]])}), but is {rank}"
+            f"weight of {_some([_hf_path(path) for path in small])}, but is {rank}"
         )
     if not targets and not saved:
         raise UserError("model_alignment_strategy.peft.target_modules: must name a layer; it is empty")
@@ -217,9 +228,11 @@ def _nothing(
             f"{where}: {text} ({_some(others, 1)}) is {what}; leave it out, and it stays as it is. "
             f"{there}{alternative}"
         )
-    more = f", {', '.join(_meant(among))}, and {ALL_LINEAR}" if is_target else ""
+    meant = _ELSEWHERE.get(text)
+    hint = f"; did you mean {meant}?" if meant in names else ""
+    more = f"{''.join(f', {name}' for name in _meant(among))}, and {ALL_LINEAR}" if is_target else ""
     return UserError(
-        f"{where}: {text!r} names no module of this model. {there}{more}; a pattern "
+        f"{where}: {text!r} names no module of this model{hint or '.'} {there}{more}; a pattern "
         f"must match a whole path, as {_hf_path(among[0])}"
     )
 

@@ -12,6 +12,7 @@ from typing import Literal
 from nxdt_align.models.presets import (
     DecoderConfig,
     ModelShape,
+    load_config_json,
     read_config_json,
     read_model_json,
     weight_shapes,
@@ -105,6 +106,12 @@ def base_folder(path: Path) -> Path:
         raise WeightsError(
             f"{path} is a PEFT adapter (LORA, base model {said or 'unknown'}), whose base is no folder on "
             f"this machine: set base_model_name_or_path in {path / ADAPTER} to the base model's folder"
+        )
+    if (found / "config.json").is_file() and "quantization_config" in load_config_json(found)[1]:
+        raise WeightsError(
+            f"{path} is a PEFT adapter whose base {found} is quantised, and what is added to such weights "
+            f"would have to be rounded anew: set base_model_name_or_path in {path / ADAPTER} to the folder "
+            "of the unquantised model, which it is merged into and trained on with"
         )
     return found
 

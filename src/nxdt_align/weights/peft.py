@@ -32,6 +32,7 @@ from nxdt_align.weights.tensor_files import open_tensor_file
 SETTINGS = "adapter_config.json"
 TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
+_MERGE = "an adapter of a head or an embedding is not read: merge it with PEFT, and give that folder"
 _THEIRS = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
 _OF_OTHERS: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -147,6 +148,9 @@ class PeftFolder:
                 f"{self.path} has {SETTINGS} but neither of {', '.join(TENSORS)}; copy it again"
             )
         self._file: NamedTensors = open_tensor_file(file)
+        wrapped = [name.removeprefix(_PREFIX) for name in self._file.names() if ".base_layer." in name]
+        if wrapped:
+            raise WeightsError(f"{file} has {', '.join(summary(wrapped))} beside its factors; {_MERGE}")
         try:
             self._names = {ours(name, config): name for name in self._file.names()}
         except UnknownNameError as error:
@@ -170,8 +174,9 @@ class PeftFolder:
         others = sorted(_hf_module(path, self._config) for path in factors - linear.sizes.keys())
         if others:
             raise WeightsError(
-                f"{file} has factors of {', '.join(summary(others))}, no linear layer that gets an adapter "
-                "here; merge it with PEFT, and give that folder"
+                f"{file} has factors of {', '.join(summary(others))}, but a {self._config.model_type} has no "
+                f"such linear layer below its head: base_model_name_or_path in {SETTINGS} must lead to the "
+                f"model that it was trained on; {_MERGE}"
             )
         spec = AdapterSpec(
             targets=tuple(path for path in linear.sizes if path in factors),
