@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_fixture import StartedAdapters, lora
+from adapter_fixture import lora, started
 from oracle import (
     TINY,
     ExampleSet,
@@ -68,7 +68,7 @@ def engine(on_xla: bool, precision: Precision = Precision(), **settings: Any) ->
     cls, device = (XlaEngine, xla.device()) if on_xla else (NativeEngine, torch.device("cpu"))
     built = cls(TINY, DenseAttention(), precision=precision, device=device, **settings)
     start, adapters = plain_model(0), settings.get("adapters")
-    built.load_weights(ModuleWeights(start) if adapters is None else StartedAdapters(start, adapters))
+    built.load_weights(ModuleWeights(start) if adapters is None else started(start, adapters))
     built.load_reference(ModuleWeights(plain_model(1)))
     return built
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from adapter_fixture import (
     AdapterCase,
-    StartedAdapters,
     exact_gradients,
     exact_oracle,
     in_float64,
     lora,
     peft_oracle,
+    started,
 )
 from nxd_fixture import Case, engine, one_copy, require_nxd, run_ranks, whole
 from parallel_fixture import LOSSES, SHAPE, Outcome, train, worst
@@ -84,7 +84,7 @@ class Adapted:
             configure_model=configure,
             precision=Precision(self.dtype),
         )
-        built.load_weights(StartedAdapters(self.plain.model(0), self.spec))
+        built.load_weights(started(self.plain.model(0), self.spec))
         built.load_reference(None)
         return built
 
@@ -241,7 +241,7 @@ def with_dropout(checkpointing: str | None) -> list[tuple[float, dict[str, torch
         seed=3,
         configure_model=configure,
     )
-    built.load_weights(StartedAdapters(case.plain.model(0), case.spec))
+    built.load_weights(started(case.plain.model(0), case.spec))
     built.load_reference(None)
     batches = [batch.to(built.device) for batch in case.batches(built)[:1]]
     found = []

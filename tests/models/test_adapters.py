@@ -44,7 +44,7 @@ def test_a_pattern_may_choose_layers() -> None:
     [
         (
             {"target_modules": ["wq"]},
-            "'wq' names no module of this model. There are: down_proj, gate_proj, k_proj",
+            "'wq' names no module of this model; did you mean q_proj? There are: down_proj, gate_proj",
         ),
         ({"target_modules": ["("]}, "'(' names no module"),
         ({"target_modules": ["lm_head"]}, "modules_to_save=[lm_head] trains it whole"),

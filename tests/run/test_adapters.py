@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training_fixture import Project, assert_same_run, final_weights, scalars
 
 from nxdt_align.cli import main
@@ -221,6 +222,26 @@ def test_bad_adapters_are_refused_with_what_would_do(
     says("peft_type must be LORA", given)
     rewritten(alpha_pattern={"q_proj": 2})
     says("alpha_pattern must be {}", given)
+    quantised = tmp_path / "quantised"
+    shutil.copytree(project.root / "base", quantised)
+    of_base = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(of_base | {"quantization_config": {}}))
+    rewritten(base_model_name_or_path=str(quantised))
+    says("to the folder of the unquantised model", given)
+    assert main(["export", "--merge", str(other), str(tmp_path / "merged")]) == 1
+    assert "would have to be rounded anew" in capsys.readouterr().err
+    rewritten()
+    tensors = load_file(other / "adapter_model.safetensors")
+    for name in ("lm_head.base_layer.weight", "lm_head.lora_A.weight", "h.0.attn.c_attn.lora_A.weight"):
+        odd = tensors | {f"base_model.model.{name}": torch.ones(4, 32)}
+        save_file(odd, other / "adapter_model.safetensors")
+        says(
+            "no weight named" if name.startswith("h.") else "merge it with PEFT, and give that folder", given
+        )
+    save_file(tensors, other / "adapter_model.safetensors")
+    says("did you mean o_proj?", base, f"{key}.target_modules=[output_proj]")
+    says("target_modules names the layers: q_proj", base, f"{key}.apply_lora_to_mlp=True")
+    says("did you mean model_alignment_strategy.peft.lora_bias?", base, f"{key}.bias=none")
     with_optimizer = (f"exp_manager.resume_from_checkpoint={whole}", "model.weight_init_only=False")
     says("must be True with model_alignment_strategy.peft", *LORA, *with_optimizer)
     of_config = ["--config-path", str(project.root / "conf"), "--config-name", "run"]

@@ -13,10 +13,13 @@ from small_tokenizers import make_tokenizer
 from training_fixture import Project, scalars
 
 from nxdt_align.cli import main
+from nxdt_align.errors import UserError
+from nxdt_align.models.adapters import adapter_spec
 from nxdt_align.models.backend.config import TransformersConfig
 from nxdt_align.models.config import ModelConfigError
 from nxdt_align.models.presets import DecoderConfig, model_of
 from nxdt_align.run.conversion import convert
+from nxdt_align.weights.peft import require_peft_names
 
 
 def start(root: Path, name: str, **changes: Any) -> tuple[Project, list[str]]:
@@ -84,8 +87,6 @@ def test_an_unknown_rope_type_of_our_own_family_is_named() -> None:
 
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_a_model_that_is_not_causal_is_refused(name: str) -> None:
-    from nxdt_align.errors import UserError
-
     if name == "mpnet":
         with pytest.raises(ModelConfigError, match="mpnet is no causal model that the installed"):
             model_of({"model_type": "mpnet"}, "transformers")
@@ -130,6 +131,9 @@ def test_a_model_that_takes_no_layout_trains_on_one_response_per_row(
     assert losses[0] == pytest.approx(0.6931, abs=1e-4)
 
 
+PEFT = "model_alignment_strategy.peft"
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -138,6 +142,13 @@ def test_a_model_that_takes_no_layout_trains_on_one_response_per_row(
         ("model.router_aux_loss_coef=0.1", "has no balancing loss of a router; set it to 0"),
         ("model.implementation=ours", "`model_type` must be one of llama"),
         ("model.implementation=theirs", "model.implementation"),
+        (f"{PEFT}.quantize_base=nf4", "peft.quantize_base: must not be set for a gpt2 that transformers"),
+        (f"{PEFT}.target_modules=[q_proj]", "There are: c_attn, c_fc, c_proj, and all-linear; a pattern"),
+        (
+            f"{PEFT}.rank=64",
+            "must be at most 32, the smaller side of the weight of transformer.h.0.attn.c_attn",
+        ),
+        (f"{PEFT}.modules_to_save=[wte]", "must not name wte for a model whose head is tied to it"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -146,6 +157,27 @@ def test_settings_that_do_not_fit_are_refused(
     project, given = start(tmp_path, "gpt2")
     assert project.train(*given, more) != 0
     assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_experts_have_no_adapters() -> None:
+    """They are one tensor of three dimensions; what is a linear layer of its own may have one."""
+    config = config_of("mixtral")
+    for name in ("experts", "gate_up_proj", "model.layers.0.mlp.experts.down_proj"):
+        with pytest.raises(
+            UserError, match=f"{name} .*is no linear layer of one weight.*There are: k_proj, o_"
+        ):
+            adapter_spec(config, target_modules=[name], rank=2, alpha=4)
+    with pytest.raises(UserError, match=r"modules_to_save=\[gate\] trains it whole"):
+        adapter_spec(config, target_modules=["gate"], rank=2, alpha=4)
+    deepseek = config_of("deepseek_v3")
+    spec = adapter_spec(deepseek, target_modules=["all-linear"], rank=2, alpha=4)
+    assert "model.layers.1.mlp.shared_experts.up_proj" in spec.targets
+    with pytest.raises(
+        UserError, match="PEFT takes down_proj, gate_proj, up_proj of a deepseek_v3 for its exp"
+    ):
+        require_peft_names(deepseek, spec, "export")
+    # A router that is called as a linear layer and is none.
+    assert not any("router" in path for path in config_of("llama4").linear_layers().sizes)
 
 
 def test_a_config_that_contradicts_its_weights_is_refused(
@@ -159,8 +191,6 @@ def test_a_config_that_contradicts_its_weights_is_refused(
 
 
 def test_shards_of_nxd_are_not_written(tmp_path: Path) -> None:
-    from nxdt_align.errors import UserError
-
     _, _ = start(tmp_path, "gpt2")
     with pytest.raises(UserError, match="--to nxdt: NxD has no gpt2, which transformers computes"):
         convert(tmp_path / "start", tmp_path / "shards", to="nxdt", quiet=True)
@@ -178,6 +208,9 @@ def test_plan_says_what_it_knows(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["plan", *arguments, *given]) == 0
     said = capsys.readouterr().out
     assert "for a gpt2 of" in said and "activations, which are not estimated" in said
+    assert main(["plan", *arguments, *given, f"{PEFT}.rank=2"]) == 0
+    # 2 layers of 2 (32 + 96) + 2 (32 + 32) + 2 (32 + 48) + 2 (48 + 32) values.
+    assert f"frozen weights and {2 * (256 + 128 + 160 + 160):,} of adapters" in capsys.readouterr().out
 
 
 CODE = """

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.models import nf4
-from nxdt_align.models.adapters import AdapterSpec, adapter_shapes, adapter_spec, quantized_layers
+from nxdt_align.models.adapters import AdapterSpec, adapter_shapes, adapter_spec, quantized_layers, row_norms
 from nxdt_align.models.decoder import Decoder
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.models.sharding import MAGNITUDE, START, TRAINED
 from nxdt_align.named_tensors import WeightSource
 
@@ -38,7 +38,7 @@ NOISE = 0.05
 """Standard deviation of the factors."""
 
 
-def lora(shape: DecoderConfig = SHAPE, **settings: Any) -> AdapterSpec:
+def lora(shape: ModelShape = SHAPE, **settings: Any) -> AdapterSpec:
     given = {"target_modules": ["all-linear"], "rank": 4, "alpha": 8.0} | settings
     return adapter_spec(shape, **given)  # type: ignore[arg-type]
 
@@ -66,19 +66,23 @@ class AdapterCase(Case):
             seed=3,
             compiling=None if self.compiled is None else Compiling(self.compiled),
         )
-        engine.load_weights(StartedAdapters(self.model(0), self.spec))
+        engine.load_weights(started(self.model(0), self.spec))
         if LOSSES[self.loss].needs_reference:
             engine.load_reference(None)
         return engine
 
 
+def started(model: Decoder, spec: AdapterSpec) -> StartedAdapters:
+    """Of the plain model."""
+    return StartedAdapters(ModuleWeights(model), model.config, spec)
+
+
 class StartedAdapters(WeightSource):
     """A plain model, and adapters that have been trained a while: no factor is 0."""
 
-    def __init__(self, model: Decoder, spec: AdapterSpec) -> None:
-        self._base = ModuleWeights(model)
-        self.shapes = adapter_shapes(model.config, spec)
-        self._std = 0.02
+    def __init__(self, base: WeightSource, config: ModelShape, spec: AdapterSpec) -> None:
+        self._base, self._transposed = base, spec.transposed
+        self.shapes = adapter_shapes(config, spec)
 
     def names(self) -> list[str]:
         return [*self._base.names(), *self.shapes]
@@ -98,7 +102,8 @@ class StartedAdapters(WeightSource):
         generator = torch.Generator().manual_seed(sum(name.encode()))
         noise = torch.randn(self.shapes[name], generator=generator)
         if part.removeprefix(START) == MAGNITUDE:
-            return torch.linalg.vector_norm(self._base.read(f"{path}.weight"), dim=1) * (1 + 0.1 * noise)
+            norms = row_norms(self._base.read(f"{path}.weight"), transposed=path in self._transposed)
+            return norms * (1 + 0.1 * noise)
         return noise * NOISE
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
@@ -108,7 +113,7 @@ class StartedAdapters(WeightSource):
 # A base in 4 bits
 
 
-def qlora(shape: DecoderConfig = SHAPE, **settings: Any) -> AdapterSpec:
+def qlora(shape: ModelShape = SHAPE, **settings: Any) -> AdapterSpec:
     return lora(shape, quantize="nf4", **settings)
 
 
@@ -142,18 +147,26 @@ class Dequantized(AdapterCase):
 def peft_model(case: AdapterCase) -> tuple[Decoder, dict[str, nn.Parameter]]:
     """The plain model with PEFT's own layers in it, filled with the same values, and its trained parameters
     by our names."""
+    model = case.model(0)
+    return model, with_pefts_layers(model, started(model, case.spec), case.spec)
+
+
+def with_pefts_layers(
+    model: nn.Module, source: StartedAdapters, spec: AdapterSpec
+) -> dict[str, nn.Parameter]:
+    """Put PEFT's own layers into ``model``; its trained parameters by our names."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    spec, model = case.spec, case.model(0)
-    source = StartedAdapters(model, spec)
     settings = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # type: ignore[arg-type]
         use_rslora=spec.rslora,
         use_dora=spec.dora,
-        target_modules=list(spec.targets),
+        target_modules=[f"model.{path}" for path in spec.targets],
+        fan_in_fan_out=bool(spec.transposed),
     )
-    inject_adapter_in_model(settings, model)
+    # In a module without a config, by which PEFT would take some names for those of a model's experts.
+    inject_adapter_in_model(settings, nn.ModuleDict({"model": model}))
     modules, found = dict(model.named_modules()), {}
     with torch.no_grad():
         for path in spec.targets:
@@ -168,7 +181,7 @@ def peft_model(case: AdapterCase) -> tuple[Decoder, dict[str, nn.Parameter]]:
             for name, parameter in modules[path].named_parameters(recurse=False):
                 parameter.requires_grad_(True)
                 found[f"{path}.{TRAINED}{name}"] = parameter
-    return model, found
+    return found
 
 
 def peft_oracle(case: AdapterCase, dtype: torch.dtype = torch.float32) -> Outcome:

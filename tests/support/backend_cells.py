@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from backend_adapters import BackendCase, peft_oracle
 from backend_fixture import StateDict, dpo_loss, drawn
 from checkpoint_fixture import run as convert
 from layouts import ATTENTIONS, LAYOUTS
@@ -30,7 +31,6 @@ from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.backend.config import TransformersConfig
 from nxdt_align.models.backend.model import StockAttention, TransformersModel
 from nxdt_align.ops.attention import Attention
-from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.assemble import check_engine
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
@@ -187,9 +187,15 @@ def on_nxd(config: TransformersConfig) -> float:
 
 
 def with_adapters(config: TransformersConfig) -> float:
-    lora = "model_alignment_strategy.peft.target_modules=[all-linear]"
-    spec_of(load_config("tiny_llama_DPO_config", [lora]), config)
-    raise AssertionError(f"a {config.model_type} takes adapters")
+    """Loss and gradients of every factor, off PEFT's own layers in transformers' own model."""
+    case = BackendCase(config)
+    got, want = case.run(), peft_oracle(case)
+    loss = abs(got.loss - want.loss) / max(1.0, want.loss)
+    assert loss <= 2e-6, f"loss {loss:.1e}"
+    # Of an expert that no token reaches, one has no gradient and the other zeros.
+    reached = {name: g for name, g in want.gradients.items() if g.abs().max() > 0}
+    assert set(want.gradients) == set(case.started(drawn(config)).shapes)
+    return max(loss, worst({name: got.gradients[name] for name in reached}, reached, relative=True)[0])
 
 
 def to_nxdt(config: TransformersConfig) -> float:

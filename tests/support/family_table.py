@@ -310,8 +310,8 @@ COLUMNS: dict[str, Column] = {
     "native fsdp": Column("native fsdp", f"2 ranks: {PLAIN}", 2e-5, native(data=2, fsdp=True), theirs.fsdp),
     "lora": Column(
         "LoRA",
-        "2 ranks, sequence parallel: PEFT's layers on the plain model, loss to 2e-6, each factor's "
-        "gradient to 2e-5 of its largest",
+        "2 ranks, sequence parallel, or one process where transformers computes the model: PEFT's layers on "
+        "the plain model, loss to 2e-6, each factor's gradient to 2e-5 of its largest",
         2e-5,
         low_rank,
         theirs.each(theirs.with_adapters),

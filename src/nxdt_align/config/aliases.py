@@ -75,6 +75,7 @@ FOREIGN_KEYS = {
     **_named(f"{_ALIGN}.peft.lora_dropout", "lora_dropout"),
     **_named(f"{_ALIGN}.peft.target_modules", "lora_target_modules target_modules"),
     **_named(f"{_ALIGN}.peft.modules_to_save", "lora_modules_to_save modules_to_save"),
+    **_named(f"{_ALIGN}.peft.lora_bias", "peft.bias"),
     **_named(f"{_ALIGN}.peft.rslora", "use_rslora"),
     **_named(f"{_ALIGN}.peft.dora", "use_dora"),
     **_named(f"{_ALIGN}.peft.init", "init_lora_weights"),
@@ -107,6 +108,19 @@ FOREIGN_ADVICE = {
         f"{_ALIGN}.peft.modules_to_save=[lm_head] trains the head",
         "lora_attn_modules apply_lora_to_mlp apply_lora_to_output",
     ),
+    **_named(
+        f"{_ALIGN}.peft.target_modules takes patterns for whole paths, as model.layers.[0-7].*.q_proj",
+        "layers_to_transform layers_pattern exclude_modules",
+    ),
+    **_named(
+        f"{_ALIGN}.peft.lora_rank and lora_alpha are those of all layers; leave it out",
+        "rank_pattern alpha_pattern",
+    ),
+    **_named("adapters are of linear layers alone; leave it out", "target_parameters"),
+    **_named(
+        "it follows from the model; leave it out", "fan_in_fan_out peft_type task_type peft.inference_mode"
+    ),
+    **_named(f"{_ALIGN}.peft.quantize_base: nf4 holds the base in 4 bits", "use_qlora load_in_8bit"),
     **_named(f"a section {_ALIGN}.peft trains adapters, without one every weight is trained", "use_peft"),
     **_named(
         f"data.seq_length bounds prompt and response together, {_DPO}.max_prompt_length the prompt",
@@ -129,9 +143,14 @@ def foreign_key(path: str) -> str | None:
     return _longest_end(FOREIGN_KEYS, path)
 
 
+def advice_without_key(path: str) -> str:
+    """What to write instead of another library's key where no single one of ours is the same; else empty."""
+    return _longest_end(FOREIGN_ADVICE, path) or ""
+
+
 def foreign_advice(path: str) -> str:
     """What to write instead of another library's key; empty for a path that no other library has."""
-    advice = _longest_end(FOREIGN_ADVICE, path)
+    advice = advice_without_key(path)
     key = foreign_key(path)
     return advice or (f"here it is {key}" if key else "")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from nxdt_align.config.aliases import FOREIGN_SECTIONS, foreign_advice, loss_type_advice
+from nxdt_align.config.aliases import FOREIGN_SECTIONS, advice_without_key, foreign_advice, loss_type_advice
 from nxdt_align.config.faults import Fault, nearest, show
 from nxdt_align.config.keys import alternatives, hints_of, key_fields, nearest_key, section_type, type_name
 from nxdt_align.config.megatron import megatron_key
@@ -126,7 +126,8 @@ def _unknown(path: str, value: Any) -> list[Fault]:
     near = nearest_key(path)
     # Another library's name may also be one of ours in this section: dpo.beta is dpo.kl_beta.
     is_near = near is not None and near.rpartition(".")[0] == path.rpartition(".")[0]
-    advice = "" if is_near else foreign_advice(path)
+    # But what is known of it goes before a name here that is alike: peft.apply_lora_to_mlp is no lora_alpha.
+    advice = advice_without_key(path) if is_near else foreign_advice(path)
     return [Fault(path, "is not a known key", advice=advice or (f"did you mean {near}?" if near else ""))]
 
 

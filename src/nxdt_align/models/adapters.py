@@ -13,18 +13,18 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nxdt_align.errors import UserError
-from nxdt_align.models.config import DecoderConfig, weight_shapes
+from nxdt_align.models.config import LinearLayers, ModelShape, weight_shapes
 from nxdt_align.models.nf4 import NF4Weight, linear
 from nxdt_align.models.sharding import ADAPTER_PARTS, LORA_A, LORA_B, MAGNITUDE, START, TRAINED
 
@@ -38,8 +38,20 @@ EXPANDED = {
 }
 """NxDT's names of what is one layer there; here each projection has factors of its own."""
 ALL_LINEAR = "all-linear"
+_ELSEWHERE = {
+    "output_proj": "o_proj",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+}
+"""torchtune's and Meta's names of layers -> transformers'."""
 _INNER = re.compile(r"\.(qkv_proj|gate_up_proj)(?=\.)")
-_EMBEDDING = "model.embed_tokens"
+TRAINABLE = ("weight", "bias")
+"""Parameters of a module that is trained whole."""
 _SWITCH = "trained_switch"
 """Attribute of a module that is trained whole."""
 
@@ -66,6 +78,8 @@ class AdapterSpec:
     """Training starts from an adapter, and the reference is the base with that: its factors are kept."""
     quantize: Quantization | None = None
     """How the frozen linear layers are held; None: as they are computed with."""
+    transposed: tuple[str, ...] = ()
+    """Targets whose weight is (I, O)."""
 
     @property
     def scale(self) -> float:
@@ -86,7 +100,7 @@ def is_adapter(name: str) -> bool:
 
 
 def adapter_spec(
-    config: DecoderConfig,
+    config: ModelShape,
     *,
     target_modules: Sequence[str],
     modules_to_save: Sequence[str] = (),
@@ -110,29 +124,28 @@ def adapter_spec(
     Raises UserError for a name that no module has (the names that there are follow), a rank above a weight's
     size, and modules that are both or cannot be either.
     """
-    shapes = weight_shapes(config)
-    modules = {name.rpartition(".")[0]: shape for name, shape in shapes.items() if name.endswith(".weight")}
-    layers = {path: modules[path] for path in _linear_layers(config)}
-    targets = _matching(target_modules, layers, modules, "target_modules")
-    saved = _matching(modules_to_save, modules, modules, "modules_to_save")
+    shapes, linear = weight_shapes(config), config.linear_layers()
+    layers = linear.sizes
+    targets = _matching(target_modules, list(layers), linear, shapes, "target_modules")
+    saved = _matching(modules_to_save, linear.modules, linear, shapes, "modules_to_save")
     both = [_hf_path(path) for path in targets if path in saved]
     if both:
         raise UserError(
             f"model_alignment_strategy.peft.modules_to_save: {_some(both)} is in target_modules too; a "
             "module is either trained whole or has an adapter"
         )
-    if config.tie_word_embeddings and _EMBEDDING in saved:
+    if config.tie_word_embeddings and linear.embedding in saved:
         raise UserError(
-            "model_alignment_strategy.peft.modules_to_save: must not name embed_tokens for a model whose "
-            "head is tied to it, as merged weights and transformers could not tell the two apart; leave it "
-            "out"
+            "model_alignment_strategy.peft.modules_to_save: must not name "
+            f"{linear.embedding.rpartition('.')[2]} for a model whose head is tied to it, as merged weights "
+            "and transformers could not tell the two apart; leave it out"
         )
-    small = [path for path in targets if rank > min(layers[path])]
-    if small:
-        least = min(min(layers[path]) for path in small)
+    least = min((min(layers[path]) for path in targets), default=rank)
+    if rank > least:
+        small = [path for path in targets if min(layers[path]) == least]
         raise UserError(
             f"model_alignment_strategy.peft.lora_rank: must be at most {least}, the smaller side of the "
-            f"weight of {_some([_hf_path(path) for path in small])} ({list(layers[small[0]])}), but is {rank}"
+            f"weight of {_some([_hf_path(path) for path in small])}, but is {rank}"
         )
     if not targets and not saved:
         raise UserError("model_alignment_strategy.peft.target_modules: must name a layer; it is empty")
@@ -142,21 +155,18 @@ def adapter_spec(
             f"model_alignment_strategy.peft.quantize_base: {quantize} packs two values of a row into a byte, "
             f"but rows of {_some([_hf_path(path) for path in odd])} have {layers[odd[0]][1]}; leave it out"
         )
-    return AdapterSpec(targets, saved, rank, alpha, dropout, rslora, dora, init, from_adapter, quantize)
+    return AdapterSpec(
+        *(targets, saved, rank, alpha, dropout, rslora, dora, init, from_adapter, quantize),
+        transposed=tuple(path for path in targets if path in linear.transposed),
+    )
 
 
-def _linear_layers(config: DecoderConfig) -> list[str]:
-    """Paths of the linear layers of the decoder's layers."""
-    weights = [name for name, shape in weight_shapes(config).items() if len(shape) == 2]
-    return [name.removesuffix(".weight") for name in weights if name.startswith("model.layers.")]
-
-
-def quantized_layers(config: DecoderConfig, spec: AdapterSpec) -> list[str]:
+def quantized_layers(config: ModelShape, spec: AdapterSpec) -> list[str]:
     """Paths of the linear layers whose frozen weights are quantised: all of the decoder's layers, with an
     adapter or not, but those trained whole. Embedding and head stay as they are, as in QLoRA."""
     if spec.quantize is None:
         return []
-    return [path for path in _linear_layers(config) if path not in spec.saved]
+    return [path for path in config.linear_layers().sizes if path not in spec.saved]
 
 
 def _hf_path(path: str) -> str:
@@ -165,20 +175,28 @@ def _hf_path(path: str) -> str:
 
 
 def _matching(
-    wanted: Sequence[str], among: dict[str, tuple[int, ...]], modules: dict[str, tuple[int, ...]], key: str
+    wanted: Sequence[str],
+    among: Sequence[str],
+    linear: LinearLayers,
+    weights: Mapping[str, object],
+    key: str,
 ) -> tuple[str, ...]:
     found: set[str] = set()
     for text in wanted:
         if text == ALL_LINEAR and key == "target_modules":
             found |= set(among)
             continue
-        names = EXPANDED.get(text, (text,))
-        matches = {path for path in among if any(_is_named(_hf_path(path), name) for name in names)}
+        matches = _named(text, among)
+        if not matches and not _named(text, list(weights)):
+            matches = {path for name in EXPANDED.get(text, ()) for path in _named(name, among)}
         if not matches:
-            others = any(_is_named(_hf_path(path), name) for path in modules for name in names)
-            raise _nothing(text, among, key, is_module=others)
+            raise _nothing(text, among, linear, weights, key)
         found |= matches
     return tuple(path for path in among if path in found)
+
+
+def _named(text: str, paths: Sequence[str]) -> set[str]:
+    return {path for path in paths if _is_named(_hf_path(path), text)}
 
 
 def _is_named(path: str, name: str) -> bool:
@@ -190,19 +208,38 @@ def _is_named(path: str, name: str) -> bool:
         return False
 
 
-def _nothing(text: str, among: dict[str, tuple[int, ...]], key: str, *, is_module: bool) -> UserError:
+def _nothing(
+    text: str, among: Sequence[str], linear: LinearLayers, weights: Mapping[str, object], key: str
+) -> UserError:
     names = sorted({path.rpartition(".")[2] for path in among})
-    where = f"model_alignment_strategy.peft.{key}"
-    if is_module:
+    where, there = f"model_alignment_strategy.peft.{key}", f"There are: {', '.join(names)}"
+    is_target = key == "target_modules"
+    expanded = EXPANDED.get(text, (text,))
+    if is_target and any(_named(name, linear.modules) for name in expanded):
         return UserError(
             f"{where}: {text} is no linear layer of the decoder's layers and gets no adapter; "
-            f"modules_to_save=[{text}] trains it whole. There are: {', '.join(names)}, and {ALL_LINEAR}"
+            f"modules_to_save=[{text}] trains it whole. {there}, and {ALL_LINEAR}"
         )
-    more = f", {', '.join(EXPANDED)}, and {ALL_LINEAR}" if key == "target_modules" else ""
+    others = [name for name in weights if _named(text, [name, name.rpartition(".")[0]])]
+    if others:
+        what = "no linear layer of one weight and gets no adapter" if is_target else "not trained whole"
+        alternative = f", and {ALL_LINEAR}" if is_target else ""
+        return UserError(
+            f"{where}: {text} ({_some(others, 1)}) is {what}; leave it out, and it stays as it is. "
+            f"{there}{alternative}"
+        )
+    meant = _ELSEWHERE.get(text)
+    hint = f"; did you mean {meant}?" if meant in names else ""
+    more = f"{''.join(f', {name}' for name in _meant(among))}, and {ALL_LINEAR}" if is_target else ""
     return UserError(
-        f"{where}: {text!r} names no module of this model. There are: {', '.join(names)}{more}; a pattern "
-        f"must match a whole path, as {_hf_path(next(iter(among)))}"
+        f"{where}: {text!r} names no module of this model{hint or '.'} {there}{more}; a pattern "
+        f"must match a whole path, as {_hf_path(among[0])}"
     )
+
+
+def _meant(among: Sequence[str]) -> list[str]:
+    """Of NxDT's names those that mean layers that are there."""
+    return [name for name, parts in EXPANDED.items() if any(_named(part, among) for part in parts)]
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:
@@ -213,12 +250,12 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 # Their tensors
 
 
-def adapter_shapes(config: DecoderConfig, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(config: ModelShape, spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that the adapters add, with its whole shape."""
-    shapes = weight_shapes(config)
+    shapes, sizes = weight_shapes(config), config.linear_layers().sizes
     found: dict[str, tuple[int, ...]] = {}
     for path in spec.targets:
-        rows, columns = shapes[f"{path}.weight"]
+        rows, columns = sizes[path]
         own: dict[str, tuple[int, ...]] = {LORA_A: (spec.rank, columns), LORA_B: (rows, spec.rank)}
         if spec.dora:
             own[MAGNITUDE] = (rows,)
@@ -226,7 +263,7 @@ def adapter_shapes(config: DecoderConfig, spec: AdapterSpec) -> dict[str, tuple[
         if spec.from_adapter:
             found |= {f"{path}.{START}{name}": shape for name, shape in own.items()}
     for path in spec.saved:
-        for what in ("weight", "bias"):
+        for what in TRAINABLE:
             if f"{path}.{what}" in shapes:
                 found[f"{path}.{TRAINED}{what}"] = shapes[f"{path}.{what}"]
     return found
@@ -246,13 +283,31 @@ def fresh_factor(name: str, shape: Sequence[int], spec: AdapterSpec, seed: int) 
     return factor.uniform_(-bound, bound, generator=generator)
 
 
-def merged_weight(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float) -> Tensor:
-    """(O, I) float32: the weight that computes what ``weight`` does with its adapter."""
-    merged: Tensor = weight.float() + scale * (b.float() @ a.float())
-    if magnitude is None:
-        return merged
-    norm: Tensor = torch.linalg.vector_norm(merged, dim=1)
-    return merged * (magnitude.float() / norm)[:, None]
+def merged_weight(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor | None,
+    scale: float,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """(O, I) float32: the weight that computes what ``weight`` does with its adapter.
+
+    Args:
+        transposed: ``weight`` is (I, O), and so is what is returned.
+    """
+    rows = weight.float().T if transposed else weight.float()
+    merged: Tensor = rows + scale * (b.float() @ a.float())
+    if magnitude is not None:
+        merged = merged * (magnitude.float() / row_norms(merged))[:, None]
+    return merged.T.contiguous() if transposed else merged
+
+
+def row_norms(weight: Tensor, *, transposed: bool = False) -> Tensor:
+    """(O,) float32 of a weight (O, I); ``transposed``: (I, O)."""
+    norms: Tensor = torch.linalg.vector_norm(weight.float(), dim=0 if transposed else 1)
+    return norms
 
 
 # In a decoder
@@ -283,9 +338,12 @@ class AdaptedLinear(nn.Linear):
     name for the frozen one of the reference.
     """
 
-    def __init__(self, base: nn.Linear, spec: AdapterSpec, switch: Switch) -> None:
+    is_transposed = False
+
+    def __init__(self, base: Any, spec: AdapterSpec, switch: Switch) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        shape = base.weight.shape
+        self.out_features, self.in_features = reversed(shape) if self.is_transposed else shape
         self.weight, self.bias = base.weight, base.bias
         self.spec, self.switch = spec, switch
         self.drop: Drop = F.dropout
@@ -365,19 +423,35 @@ class AdaptedLinear(nn.Linear):
         return rows.pow(2).sum(1)
 
 
+class AdaptedConv1D(AdaptedLinear):
+    """The same of a layer whose weight is (I, O)."""
+
+    is_transposed = True
+
+    def frozen(self) -> Tensor:
+        return self.weight.T
+
+
 def add_adapters(decoder: nn.Module, spec: AdapterSpec, switch: Switch) -> None:
     """Give ``decoder``, whole or some of its layers, the adapters that belong to what is there; freezes all
-    else. Its values are not looked at."""
+    else. Its values are not looked at.
+
+    Args:
+        decoder: the module in which the spec's paths are.
+    """
     decoder.requires_grad_(False)
     modules = dict(decoder.named_modules())
     for path in spec.targets:
         module = modules.get(path)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or path in spec.transposed:
             parent, _, name = path.rpartition(".")
-            setattr(modules[parent], name, AdaptedLinear(module, spec, switch))
+            kind = AdaptedConv1D if path in spec.transposed else AdaptedLinear
+            setattr(modules[parent], name, kind(module, spec, switch))
     for path in spec.saved:
         if path in modules:
             for name, parameter in list(modules[path].named_parameters(recurse=False)):
+                if name not in TRAINABLE:
+                    continue
                 trained = nn.Parameter(torch.empty_like(parameter), requires_grad=True)
                 modules[path].register_parameter(TRAINED + name, trained)
 
@@ -399,23 +473,30 @@ def use_trained(decoder: nn.Module, spec: AdapterSpec, switch: Switch) -> None:
 
 
 def _with_trained(
-    module: nn.Module, function: Callable[..., Tensor], switch: Switch, *args: Tensor
-) -> Tensor:
+    module: nn.Module, function: Callable[..., Any], switch: Switch, *args: Any, **kwargs: Any
+) -> Any:
     held = module._parameters
     names = [name for name in held if f"{TRAINED}{name}" in held]
     if not switch.on:
-        return function(*args)
+        return function(*args, **kwargs)
     frozen = {name: held[name] for name in names}
     held.update({name: held[f"{TRAINED}{name}"] for name in names})
     try:
-        return function(*args)
+        return function(*args, **kwargs)
     finally:
         held.update(frozen)
 
 
-def weight_in_use(module: nn.Module) -> Tensor:
-    """``module.weight``, or what is trained in its place and counts now."""
+def in_use(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter ``name`` of ``module``, or what is trained in its place and counts now; None where there
+    is none."""
     switch = getattr(module, _SWITCH, None)
     is_trained = switch is not None and switch.on
-    chosen: Tensor = getattr(module, f"{TRAINED}weight" if is_trained else "weight")
+    return getattr(module, f"{TRAINED}{name}" if is_trained else name, None)
+
+
+def weight_in_use(module: nn.Module) -> Tensor:
+    """``in_use`` of its weight."""
+    chosen = in_use(module, "weight")
+    assert chosen is not None
     return chosen

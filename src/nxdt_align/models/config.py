@@ -57,6 +57,21 @@ class ModelShape(Protocol):
     def to_hf_dict(self) -> dict[str, Any]: ...
     def to_record(self) -> dict[str, Any]: ...
     def weight_shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def linear_layers(self) -> LinearLayers: ...
+
+
+@dataclass(frozen=True)
+class LinearLayers:
+    """A model's linear layers that may have adapters, and what of it can be trained whole beside them."""
+
+    sizes: Mapping[str, tuple[int, int]]
+    """Path -> outputs and inputs, in the model's order; without the head."""
+    modules: tuple[str, ...]
+    """Paths of the modules that can be trained whole, in the model's order."""
+    embedding: str
+    """Path of the input embedding, which is the head's weight, too, where that is tied."""
+    transposed: frozenset[str] = frozenset()
+    """Those whose weight is (inputs, outputs), as of GPT-2's Conv1D."""
 
 
 class ModelConfigError(UserError):
@@ -211,6 +226,14 @@ class DecoderConfig:
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """``weight_shapes`` of it."""
         return _decoder_shapes(self)
+
+    def linear_layers(self) -> LinearLayers:
+        """Those of the decoder's layers."""
+        shapes = _decoder_shapes(self).items()
+        weights = {name.removesuffix(".weight"): shape for name, shape in shapes if name.endswith(".weight")}
+        layers = {path: shape for path, shape in weights.items() if path.startswith("model.layers.")}
+        sizes = {path: (shape[0], shape[1]) for path, shape in layers.items() if len(shape) == 2}
+        return LinearLayers(sizes, tuple(weights), "model.embed_tokens")
 
     def to_hf_dict(self) -> dict[str, Any]:
         """A ``config.json`` that transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters) read."""

@@ -343,6 +343,11 @@ class CausalModel(nn.Module):
         """What ``forward`` takes as context, of rows whose tokens see these keys, (B, S) int32 each."""
         raise NotImplementedError
 
+    @property
+    def tree(self) -> nn.Module:
+        """The module in which the weights' names are paths."""
+        return self
+
     def fill_buffers(self) -> None:
         """Give what is computed from the configuration its values, after ``to_empty``."""
 

@@ -16,8 +16,8 @@ import torch
 from nxdt_align.config.engines import resolve_engine
 from nxdt_align.config.schema import Config, PrecisionConfig
 from nxdt_align.data.packing import Bucket, Layout
-from nxdt_align.models.adapters import AdapterSpec, adapter_spec
-from nxdt_align.models.config import DecoderConfig
+from nxdt_align.models.adapters import ALL_LINEAR, AdapterSpec, adapter_spec
+from nxdt_align.models.config import DecoderConfig, ModelShape
 from nxdt_align.models.partition import even_stages
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES, chunk_size
 from nxdt_align.planning.kernels import attention_kind
@@ -191,14 +191,22 @@ def workload(
         tile=tile,
         kept=KEPT_BYTES,
         reference=reference_bytes(config, formats) if needs_reference else 0,
-        adapters=_adapters(config, model),
+        adapters=adapters_of(config, model),
     )
 
 
-def _adapters(config: Config, model: DecoderConfig) -> AdapterSpec | None:
-    """Raises UserError for those that do not fit the model."""
+TARGETS = "model_alignment_strategy.peft.target_modules"
+
+
+def adapters_of(config: Config, model: ModelShape) -> AdapterSpec | None:
+    """Those of the configuration. Raises UserError for those that do not fit the model."""
     peft = config.model_alignment_strategy.peft
-    return None if peft is None else adapter_spec(model, **peft.settings())
+    if peft is None:
+        return None
+    settings = peft.settings()
+    if not isinstance(model, DecoderConfig) and TARGETS not in config.given:
+        settings["target_modules"] = (ALL_LINEAR,)  # NxDT's default names layers of this package's families
+    return adapter_spec(model, **settings)
 
 
 def formats_of(config: Config, where: str) -> Formats:

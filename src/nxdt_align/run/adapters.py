@@ -16,14 +16,22 @@ from nxdt_align.engines.native.checkpoint import NativeCheckpoint
 from nxdt_align.engines.nxd import checkpoint as nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
-from nxdt_align.models.adapters import AdapterSpec, adapter_spec, is_adapter
+from nxdt_align.models.adapters import AdapterSpec, is_adapter
 from nxdt_align.models.partition import Partition
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.named_tensors import WeightSource
+from nxdt_align.planning.workload import adapters_of
 from nxdt_align.run.resume import RUN_RECORD
+from nxdt_align.weights.detect import fresh_weights
 from nxdt_align.weights.hf import FreshWeights
 from nxdt_align.weights.nxdt_adapters import ShardedAdapter
-from nxdt_align.weights.peft import AdaptedWeights, Adapter, MergedWeights, write_peft_folder
+from nxdt_align.weights.peft import (
+    AdaptedWeights,
+    Adapter,
+    MergedWeights,
+    require_peft_names,
+    write_peft_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +59,26 @@ def spec_of(config: Config, model: ModelShape, start: WeightSource | None = None
     peft = config.model_alignment_strategy.peft
     if peft is None:
         return None
-    if not isinstance(model, DecoderConfig):
+    if peft.quantize_base is not None and not isinstance(model, DecoderConfig):
         raise UserError(
-            f"model_alignment_strategy.peft: must not be set for a {model.model_type} that transformers "
-            "computes: adapters are for this package's own families; leave it out to train every weight"
+            f"model_alignment_strategy.peft.quantize_base: must not be set for a {model.model_type} that "
+            "transformers computes: a base in 4 bits is of this package's own families; leave it out, and "
+            "LoRA, rsLoRA and DoRA train beside a base as it is, which distributed_strategy.fsdp: True "
+            "divides over all ranks"
         )
-    spec = adapter_spec(model, **peft.settings())
-    if not isinstance(start, MergedWeights):
-        return spec
+    spec = adapters_of(config, model)
+    assert spec is not None
+    if isinstance(start, MergedWeights):
+        spec = _settled(config, spec, start)
+    if config.exports_adapter:
+        # Now, and not once the training is done.
+        require_peft_names(model, spec, "exp_manager.export_hf: adapter")
+    return spec
+
+
+def _settled(config: Config, spec: AdapterSpec, start: MergedWeights) -> AdapterSpec:
+    """That of the adapter that training starts from. Raises UserError where the configuration says
+    otherwise."""
     given = start.adapter.spec
     for key, field in _OF_START.items():
         path = f"model_alignment_strategy.peft.{key}"
@@ -75,9 +95,7 @@ def spec_of(config: Config, model: ModelShape, start: WeightSource | None = None
                 f"{path}: must name the layers of the adapter that exp_manager.resume_from_checkpoint names "
                 f"({start.adapter.path}); leave it out, and they are taken from there"
             )
-    return dataclasses.replace(
-        given, dropout=peft.lora_dropout, from_adapter=True, quantize=peft.quantize_base
-    )
+    return dataclasses.replace(given, dropout=spec.dropout, from_adapter=True, quantize=spec.quantize)
 
 
 def adapted(config: Config, model: ModelShape, start: WeightSource) -> WeightSource:
@@ -85,7 +103,6 @@ def adapted(config: Config, model: ModelShape, start: WeightSource) -> WeightSou
     spec = spec_of(config, model, start)
     if spec is None:
         return start
-    assert isinstance(model, DecoderConfig), "spec_of refuses others"
     if isinstance(start, MergedWeights):
         return AdaptedWeights(start.base, model, spec, config.seed, start.adapter)
     return AdaptedWeights(start, model, spec, config.seed)
@@ -175,10 +192,9 @@ def open_checkpoint(
     record = adapter_record(checkpoint)
     if record is None:
         return NativeCheckpoint(checkpoint)
-    assert isinstance(model, DecoderConfig), "spec_of refuses others"
     adapter = _adapter(checkpoint, model, record)
     if record["base"] is None:
-        return MergedWeights(FreshWeights(model, record["base_seed"]), adapter)
+        return MergedWeights(fresh_weights(model, record["base_seed"]), adapter)
     base = Path(record["base"])
     if not base.is_dir():
         raise UserError(
@@ -188,16 +204,17 @@ def open_checkpoint(
     return MergedWeights(open_base(base), adapter)
 
 
-def _adapter(checkpoint: Path, model: DecoderConfig, record: dict[str, Any]) -> Adapter:
+def _adapter(checkpoint: Path, model: ModelShape, record: dict[str, Any]) -> Adapter:
     # A record that was written before there was a field has its default.
     names = [field.name for field in dataclasses.fields(AdapterSpec)]
     settings = {name: record[name] for name in names if name in record}
-    settings |= {key: tuple(settings[key]) for key in ("targets", "saved")}
+    settings |= {key: tuple(value) for key, value in settings.items() if isinstance(value, list)}
     spec = AdapterSpec(**settings)
     if not nxd_checkpoint.is_checkpoint(checkpoint):
         return CheckpointAdapter(checkpoint, spec)
     sizes = nxd_checkpoint.sizes_of(checkpoint)
     cuts = sizes[nxd_checkpoint.CUTS]
+    assert isinstance(model, DecoderConfig), "engine nxd trains no other"
     partition = Partition(
         model,
         sizes["tensor"],
@@ -221,7 +238,6 @@ def export_adapter(
     start: WeightSource,
 ) -> None:
     """Write PEFT's folder from what an engine trained."""
-    assert isinstance(model, DecoderConfig), "spec_of refuses others"
     base = start.base if isinstance(start, MergedWeights) else start
     write_peft_folder(
         folder, model, spec, weights, base=None if base.path is None else str(base.path.absolute())

@@ -32,8 +32,14 @@ from nxdt_align.run.adapters import adapter_record, open_checkpoint
 from nxdt_align.run.contracts import EngineParts, RunEnv
 from nxdt_align.run.locate import locate, read_shape
 from nxdt_align.run.mode import RunMode
-from nxdt_align.weights.detect import base_folder, check_weights, holds_weights, layout_of, open_folder
-from nxdt_align.weights.hf import FreshWeights
+from nxdt_align.weights.detect import (
+    base_folder,
+    check_weights,
+    fresh_weights,
+    holds_weights,
+    layout_of,
+    open_folder,
+)
 from nxdt_align.weights.nxdt import NxDTFolder
 from nxdt_align.weights.peft import MergedWeights, PeftFolder, is_peft_folder
 
@@ -185,17 +191,6 @@ def start_weights(config: Config, model: ModelShape) -> WeightSource:
     return weights_at(Path(given), model, "exp_manager.resume_from_checkpoint")
 
 
-def fresh_weights(model: ModelShape, seed: int) -> WeightSource:
-    """Random initial weights."""
-    if isinstance(model, DecoderConfig):
-        return FreshWeights(model, seed)
-    from nxdt_align.models.backend.config import TransformersConfig
-    from nxdt_align.weights.transformers_folder import FreshTransformers
-
-    assert isinstance(model, TransformersConfig)
-    return FreshTransformers(model, seed)
-
-
 def weights_at(folder: Path, model: ModelShape, key: str) -> WeightSource:
     """A reader for any kind of weights that ``folder``, the value of ``key``, leads to."""
     weights: WeightSource
@@ -214,11 +209,6 @@ def weights_at(folder: Path, model: ModelShape, key: str) -> WeightSource:
 def _foreign_weights(folder: Path, model: ModelShape) -> WeightSource:
     """Weights from other tools: NxD's shards, a Hugging Face folder, or an adapter of PEFT's on one."""
     if is_peft_folder(folder) and not holds_weights(folder):
-        if not isinstance(model, DecoderConfig):
-            raise UserError(
-                f"{folder} is a PEFT adapter, which is read for this package's own families, but a "
-                f"{model.model_type} is computed by transformers: merge it with PEFT, and give that folder"
-            )
         base = _foreign_weights(base_folder(folder), model)
         return MergedWeights(base, PeftFolder(folder, model))
     layout = layout_of(folder)

@@ -29,6 +29,7 @@ from nxdt_align.training.hooks import (
     ReferenceOrigin,
     ReferencePass,
 )
+from nxdt_align.weights.detect import fresh_weights
 from nxdt_align.weights.hf import FreshWeights
 
 ORIGIN = "reference_origin"
@@ -73,7 +74,7 @@ def origin_record(source: WeightSource, fingerprint: str) -> dict[str, Any]:
 
 def _recorded(record: dict[str, Any], model: ModelShape, checkpoint: Path | None) -> WeightSource:
     if record["path"] is None:
-        return assemble.fresh_weights(model, record["seed"])
+        return fresh_weights(model, record["seed"])
     folder = Path(record["path"])
     if not folder.is_dir():
         raise _lost(checkpoint, folder, "does not exist")

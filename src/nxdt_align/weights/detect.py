@@ -12,6 +12,7 @@ from typing import Literal
 from nxdt_align.models.presets import (
     DecoderConfig,
     ModelShape,
+    load_config_json,
     read_config_json,
     read_model_json,
     weight_shapes,
@@ -19,7 +20,7 @@ from nxdt_align.models.presets import (
 from nxdt_align.named_tensors import WeightSource, require_fit
 from nxdt_align.weights.digests import require_unchanged
 from nxdt_align.weights.extents import WeightsError
-from nxdt_align.weights.hf import WEIGHT_FILES, HFFolder
+from nxdt_align.weights.hf import WEIGHT_FILES, FreshWeights, HFFolder
 from nxdt_align.weights.meta import PARAMS, MetaFolder, is_meta_folder
 from nxdt_align.weights.names import UnknownNameError, parts_of, to_hf
 from nxdt_align.weights.nxdt import NxDTFolder
@@ -89,15 +90,10 @@ def _refuse_adapter(path: Path) -> None:
     )
 
 
-def open_adapter(path: Path) -> tuple[MergedWeights, DecoderConfig]:
+def open_adapter(path: Path) -> tuple[MergedWeights, ModelShape]:
     """A PEFT folder and its base model, which must be a folder on this machine. Raises WeightsError."""
     base = base_folder(path)
     weights, config = open_source(base)
-    if not isinstance(config, DecoderConfig):
-        raise WeightsError(
-            f"{path} is a PEFT adapter of a {config.model_type}, which transformers computes, and is read "
-            "for this package's own families alone: merge it with PEFT, and give that folder"
-        )
     return MergedWeights(weights, PeftFolder(path, config)), config
 
 
@@ -110,6 +106,12 @@ def base_folder(path: Path) -> Path:
         raise WeightsError(
             f"{path} is a PEFT adapter (LORA, base model {said or 'unknown'}), whose base is no folder on "
             f"this machine: set base_model_name_or_path in {path / ADAPTER} to the base model's folder"
+        )
+    if (found / "config.json").is_file() and "quantization_config" in load_config_json(found)[1]:
+        raise WeightsError(
+            f"{path} is a PEFT adapter whose base {found} is quantised, and what is added to such weights "
+            f"would have to be rounded anew: set base_model_name_or_path in {path / ADAPTER} to the folder "
+            "of the unquantised model, which it is merged into and trained on with"
         )
     return found
 
@@ -192,6 +194,17 @@ def open_folder(path: Path, config: ModelShape, config_file: Path | None = None)
 
     assert isinstance(config, TransformersConfig)
     return TransformersFolder(path, config)
+
+
+def fresh_weights(model: ModelShape, seed: int) -> FreshWeights:
+    """Random initial weights."""
+    if isinstance(model, DecoderConfig):
+        return FreshWeights(model, seed)
+    from nxdt_align.models.backend.config import TransformersConfig
+    from nxdt_align.weights.transformers_folder import FreshTransformers
+
+    assert isinstance(model, TransformersConfig)
+    return FreshTransformers(model, seed)
 
 
 def check_weights(source: WeightSource, config: ModelShape, *, hint: str = _SIZES) -> None:

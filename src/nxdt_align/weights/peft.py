@@ -13,16 +13,18 @@ from torch import Tensor
 
 from nxdt_align.files import atomic_folder, explain
 from nxdt_align.models.adapters import (
+    TRAINABLE,
     AdapterSpec,
     adapter_shapes,
     fresh_factor,
     is_adapter,
     merged_weight,
+    row_norms,
 )
 from nxdt_align.models.families import FAMILIES
-from nxdt_align.models.presets import DecoderConfig, weight_shapes
+from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.models.sharding import LORA_A, LORA_B, MAGNITUDE, START, TRAINED
-from nxdt_align.named_tensors import NamedTensors, WeightSource, require_fit
+from nxdt_align.named_tensors import NamedTensors, WeightSource, require_fit, summary
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.names import UnknownNameError, from_hf, to_hf
 from nxdt_align.weights.tensor_files import open_tensor_file
@@ -30,10 +32,10 @@ from nxdt_align.weights.tensor_files import open_tensor_file
 SETTINGS = "adapter_config.json"
 TENSORS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
+_MERGE = "an adapter of a head or an embedding is not read: merge it with PEFT, and give that folder"
 _THEIRS = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
 _OF_OTHERS: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "fan_in_fan_out": (False, None),
     "use_qalora": (False, None),
     "lora_bias": (False, None),
     "rank_pattern": ({}, None),
@@ -41,6 +43,7 @@ _OF_OTHERS: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "exclude_modules": (None,),
+    "target_parameters": (None, []),
     "megatron_config": (None,),
 }
 """PEFT's setting -> the values with which it computes what is computed here."""
@@ -53,34 +56,74 @@ def is_peft_folder(path: Path) -> bool:
 # Names
 
 
-def theirs(name: str, model_type: str) -> str:
+def theirs(name: str, config: ModelShape) -> str:
     """PEFT's name of an adapter's tensor. Raises UnknownNameError."""
     path, _, part = name.rpartition(".")
     if part.startswith(TRAINED):
-        return _PREFIX + to_hf(f"{path}.{part.removeprefix(TRAINED)}", model_type)
-    return f"{_PREFIX}{to_hf(f'{path}.weight', model_type).removesuffix('.weight')}.{_THEIRS[part]}"
+        return _PREFIX + _hf(f"{path}.{part.removeprefix(TRAINED)}", config)
+    return f"{_PREFIX}{_hf_module(path, config)}.{_THEIRS[part]}"
 
 
-def ours(name: str, model_type: str) -> str:
+def _hf(name: str, config: ModelShape) -> str:
+    """transformers' name of a weight, which is ours of a model that transformers computes."""
+    return to_hf(name, config.model_type) if isinstance(config, DecoderConfig) else name
+
+
+def _hf_module(path: str, config: ModelShape) -> str:
+    return _hf(f"{path}.weight", config).removesuffix(".weight")
+
+
+def _from_hf(name: str, config: ModelShape) -> str:
+    return from_hf(name, config.model_type) if isinstance(config, DecoderConfig) else name
+
+
+def ours(name: str, config: ModelShape) -> str:
     """Our name of a tensor in PEFT's file. Raises UnknownNameError."""
     own = name.removeprefix(_PREFIX).replace(".modules_to_save.default.", ".").replace(".default.", ".")
     for part, suffix in _THEIRS.items():
         path = own.removesuffix(f".{suffix}").removesuffix(f".{suffix}.weight")
         if path != own:
-            return f"{from_hf(f'{path}.weight', model_type).removesuffix('.weight')}.{part}"
-    path, _, what = from_hf(own, model_type).rpartition(".")
+            return f"{_from_hf(f'{path}.weight', config).removesuffix('.weight')}.{part}"
+    path, _, what = _from_hf(own, config).rpartition(".")
     return f"{path}.{TRAINED}{what}"
 
 
-def refuse_fused(model_type: str, what: str) -> None:
-    """Raise WeightsError for a family whose file has weights fused, which one pair of factors cannot adapt as
-    several pairs do."""
-    fused = FAMILIES[model_type].fused
-    if fused:
+def require_peft_names(config: ModelShape, spec: AdapterSpec | None, what: str) -> None:
+    """Raise WeightsError for adapters that PEFT has no names for.
+
+    Args:
+        spec: None for a folder of PEFT's, which has such names.
+    """
+    if not isinstance(config, DecoderConfig):
+        if spec is not None:
+            _refuse_names_of_experts(config, spec, what)
+        return
+    family = FAMILIES[config.model_type]
+    if family.fused:
+        # One pair of factors cannot adapt as several pairs do.
         raise WeightsError(
-            f"{what}: transformers' {FAMILIES[model_type].architecture} has q, k and v, gate and up in one "
-            f"weight each ({', '.join(fused)}), and here each has an adapter of its own, which no PEFT "
-            "folder can hold; exp_manager.export_hf=merged writes the whole model"
+            f"{what}: transformers' {family.architecture} has q, k and v, gate and up in one "
+            f"weight each ({', '.join(family.fused)}), and here each has an adapter of its own, which no "
+            "PEFT folder can hold; exp_manager.export_hf=merged writes the whole model, and "
+            "model.implementation=transformers trains adapters of the fused weights"
+        )
+
+
+def _refuse_names_of_experts(config: ModelShape, spec: AdapterSpec, what: str) -> None:
+    """PEFT, since transformers 5 has a layer's experts in one tensor, takes what they were called before for
+    that tensor, wherever it stands in ``target_modules``."""
+    from nxdt_align.models.backend.config import TransformersConfig
+    from nxdt_align.models.backend.files import FileNames
+
+    assert isinstance(config, TransformersConfig)
+    parts = (files for files in FileNames(config).written_shapes.values() if len(files) > 1)
+    experts = {file.split(".")[-2] for files in parts for file in files}
+    alike = sorted({path.rpartition(".")[2] for path in spec.targets} & experts)
+    if alike:
+        raise WeightsError(
+            f"{what}: PEFT takes {', '.join(alike)} of a {config.model_type} for its experts, which have no "
+            "adapters here, so that it would load the folder for other layers; exp_manager.export_hf=merged "
+            f"writes the whole model, or leave {', '.join(alike)} out of target_modules"
         )
 
 
@@ -94,19 +137,22 @@ class PeftFolder:
     another shape, or damaged.
     """
 
-    def __init__(self, path: str | Path, config: DecoderConfig) -> None:
+    def __init__(self, path: str | Path, config: ModelShape) -> None:
         self.path = Path(path)
         self._config = config
         self.settings = read_settings(self.path)
-        refuse_fused(config.model_type, str(self.path))
+        require_peft_names(config, None, str(self.path))
         file = next((self.path / name for name in TENSORS if (self.path / name).is_file()), None)
         if file is None:
             raise WeightsError(
                 f"{self.path} has {SETTINGS} but neither of {', '.join(TENSORS)}; copy it again"
             )
         self._file: NamedTensors = open_tensor_file(file)
+        wrapped = [name.removeprefix(_PREFIX) for name in self._file.names() if ".base_layer." in name]
+        if wrapped:
+            raise WeightsError(f"{file} has {', '.join(summary(wrapped))} beside its factors; {_MERGE}")
         try:
-            self._names = {ours(name, config.model_type): name for name in self._file.names()}
+            self._names = {ours(name, config): name for name in self._file.names()}
         except UnknownNameError as error:
             raise WeightsError(f"{file} does not fit the model: {error}") from error
         self.spec = self._spec(file)
@@ -124,10 +170,18 @@ class PeftFolder:
             path, _, part = name.rpartition(".")
             paths[TRAINED if part.startswith(TRAINED) else part].add(path)
         said, factors = self.settings, paths[LORA_A] | paths[LORA_B]
-        order = [name.rpartition(".")[0] for name in weight_shapes(self._config) if name.endswith(".weight")]
+        linear = self._config.linear_layers()
+        others = sorted(_hf_module(path, self._config) for path in factors - linear.sizes.keys())
+        if others:
+            raise WeightsError(
+                f"{file} has factors of {', '.join(summary(others))}, but a {self._config.model_type} has no "
+                f"such linear layer below its head: base_model_name_or_path in {SETTINGS} must lead to the "
+                f"model that it was trained on; {_MERGE}"
+            )
         spec = AdapterSpec(
-            targets=tuple(path for path in order if path in factors),
-            saved=tuple(path for path in order if path in paths[TRAINED]),
+            targets=tuple(path for path in linear.sizes if path in factors),
+            saved=tuple(path for path in linear.modules if path in paths[TRAINED]),
+            transposed=tuple(path for path in linear.sizes if path in factors & linear.transposed),
             rank=int(_number(said, "r", 8)),
             alpha=_number(said, "lora_alpha", 8),
             dropout=_number(said, "lora_dropout", 0.0),
@@ -201,14 +255,15 @@ class MergedWeights(WeightSource):
     def read(self, name: str) -> Tensor:
         path, _, what = name.rpartition(".")
         spec = self.adapter.spec
-        if path in spec.saved:
+        if path in spec.saved and what in TRAINABLE:
             return self.adapter.read(f"{path}.{TRAINED}{what}").to(self.dtype(name))
         weight = self.base.read(name)
         if path not in spec.targets or what != "weight":
             return weight
         a, b = (self.adapter.read(f"{path}.{part}") for part in (LORA_A, LORA_B))
         magnitude = self.adapter.read(f"{path}.{MAGNITUDE}") if spec.dora else None
-        return merged_weight(weight, a, b, magnitude, spec.scale).to(weight.dtype)
+        is_transposed = path in spec.transposed
+        return merged_weight(weight, a, b, magnitude, spec.scale, transposed=is_transposed).to(weight.dtype)
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
         return self.read(name)[tuple(region)]
@@ -226,7 +281,7 @@ class AdaptedWeights(WeightSource):
     def __init__(
         self,
         base: WeightSource,
-        config: DecoderConfig,
+        config: ModelShape,
         spec: AdapterSpec,
         seed: int,
         start: Adapter | None = None,
@@ -251,7 +306,7 @@ class AdaptedWeights(WeightSource):
         path, _, part = name.rpartition(".")
         if not is_adapter(name):
             # The original of what is trained whole is the reference's: the adapter's own, where there is one.
-            if self._start is not None and path in self._spec.saved:
+            if self._start is not None and path in self._spec.saved and part in TRAINABLE:
                 return self._start.read(f"{path}.{TRAINED}{part}")
             return self._base.read(name)
         if self._start is not None:
@@ -259,8 +314,7 @@ class AdaptedWeights(WeightSource):
         if part.startswith(TRAINED):
             return self._base.read(f"{path}.{part.removeprefix(TRAINED)}")
         if part == MAGNITUDE:
-            norm: Tensor = torch.linalg.vector_norm(self._base.read(f"{path}.weight").float(), dim=1)
-            return norm
+            return row_norms(self._base.read(f"{path}.weight"), transposed=path in self._spec.transposed)
         return fresh_factor(name, self._shapes[name], self._spec, self._seed)
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
@@ -276,28 +330,27 @@ def merged(weights: Iterable[tuple[str, Tensor]], spec: AdapterSpec) -> Iterable
     """A model's weights with its adapters added in, float32 where there is one.
 
     Args:
-        weights: base and adapters, sorted by name: a module's adapter comes before its ``weight``.
+        weights: base and adapters, sorted by name: a layer's factors come before its ``weight``.
     """
     held: dict[str, Tensor] = {}
     for name, tensor in weights:
         path, _, what = name.rpartition(".")
-        if is_adapter(name):
+        if what.startswith(TRAINED):
+            yield f"{path}.{what.removeprefix(TRAINED)}", tensor
+        elif is_adapter(name):
             if not what.startswith(START):
                 held[name] = tensor
-            continue
-        whole = held.pop(f"{path}.{TRAINED}{what}", None)
-        if whole is not None:
-            yield name, whole
         elif what == "weight" and f"{path}.{LORA_A}" in held:
             a, b = held.pop(f"{path}.{LORA_A}"), held.pop(f"{path}.{LORA_B}")
-            yield name, merged_weight(tensor, a, b, held.pop(f"{path}.{MAGNITUDE}", None), spec.scale)
-        else:
+            magnitude, is_transposed = held.pop(f"{path}.{MAGNITUDE}", None), path in spec.transposed
+            yield name, merged_weight(tensor, a, b, magnitude, spec.scale, transposed=is_transposed)
+        elif path not in spec.saved or what not in TRAINABLE:
             yield name, tensor
 
 
 def write_peft_folder(
     path: str | Path,
-    config: DecoderConfig,
+    config: ModelShape,
     spec: AdapterSpec,
     tensors: Iterable[tuple[str, Tensor]],
     *,
@@ -310,11 +363,11 @@ def write_peft_folder(
         tensors: the adapters' by our names, whole; others are left out.
         base: the model that it belongs to, for ``base_model_name_or_path``.
 
-    Raises WeightsError: a family whose weights are fused, or the disk refuses.
+    Raises WeightsError: layers that PEFT has no names for, or the disk refuses.
     """
-    refuse_fused(config.model_type, str(path))
+    require_peft_names(config, spec, str(path))
     found = {
-        theirs(name, config.model_type): tensor.detach().to("cpu", dtype).contiguous()
+        theirs(name, config): tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in tensors
         if spec.trains(name)
     }
@@ -327,17 +380,15 @@ def write_peft_folder(
         raise WeightsError(f"cannot write {path}: {explain(error)}") from error
 
 
-def _as_peft(config: DecoderConfig, spec: AdapterSpec, base: str | None) -> dict[str, Any]:
-    def module(name: str) -> str:
-        return to_hf(f"{name}.weight", config.model_type).removesuffix(".weight")
-
+def _as_peft(config: ModelShape, spec: AdapterSpec, base: str | None) -> dict[str, Any]:
     def short(paths: Sequence[str]) -> list[str]:
         """Last names, where they mean these modules and no others; whole paths else."""
         names = {path.rpartition(".")[2] for path in paths}
-        every = [name.rpartition(".")[0] for name in weight_shapes(config) if name.endswith(".weight")]
-        alike = {path for path in every if path.rpartition(".")[2] in names}
-        chosen = {module(path).rpartition(".")[2] if alike == set(paths) else module(path) for path in paths}
-        return sorted(chosen)
+        every = config.linear_layers().modules
+        whole = [_hf_module(path, config) for path in paths]
+        if {path for path in every if path.rpartition(".")[2] in names} != set(paths):
+            return sorted(whole)
+        return sorted({path.rpartition(".")[2] for path in whole})
 
     return {
         "peft_type": "LORA",
@@ -350,7 +401,7 @@ def _as_peft(config: DecoderConfig, spec: AdapterSpec, base: str | None) -> dict
         "use_rslora": spec.rslora,
         "use_dora": spec.dora,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": bool(spec.transposed),
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
         "target_modules": short(spec.targets),
         "modules_to_save": short(spec.saved) or None,

@@ -123,7 +123,7 @@ class NativeEngine(SpreadEngine):
     def load_weights(self, source: WeightSource) -> None:
         spec = self._blueprint.adapters
         if spec is not None and spec.quantize is not None:
-            assert isinstance(self.config, DecoderConfig), "adapters are for our own decoder"
+            assert isinstance(self.config, DecoderConfig), "spec_of refuses others"
             compute = self._blueprint.precision.compute
             source = QuantizedWeights(source, self.config, spec, compute, self.device)
         fill(self._all_parameters(), source)

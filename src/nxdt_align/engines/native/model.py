@@ -160,21 +160,22 @@ class Blueprint:
             prune(decoder, stage)
         decoder.requires_grad_(not frozen)
         if switch is not None and self.adapters is not None:
-            add_adapters(decoder, self.adapters, switch)
+            add_adapters(decoder.tree, self.adapters, switch)
         # Weights that FSDP shards are float32 and computed with in the compute dtype, unless they are frozen.
         if frozen or not self._is_sharded(frozen):
             decoder.to(dtype=self.precision.compute)
         elif switch is not None:
-            for parameter in decoder.parameters():
-                if not parameter.requires_grad:
+            kept = self.config.float32_weights
+            for name, parameter in decoder.named_parameters():
+                if not parameter.requires_grad and name not in kept:
                     parameter.data = parameter.data.to(self.precision.compute)
         if switch is not None and self.adapters is not None and self.adapters.quantize is not None:
-            assert isinstance(decoder, Decoder), "adapters are for our own decoder"
+            assert isinstance(decoder, Decoder), "spec_of refuses others"
             quantize_base(decoder, decoder.config, self.adapters)
         if isinstance(decoder, Decoder):
             split_over_tensor_ranks(decoder, self.groups)
-            if switch is not None and self.adapters is not None:
-                use_trained(decoder, self.adapters, switch)
+        if switch is not None and self.adapters is not None:
+            use_trained(decoder.tree, self.adapters, switch)
         is_compiled = self.compiling is not None
         scorer = NativeScorer(
             decoder, self.attention, self.precision, self.device, self.groups, keeps_shapes=is_compiled

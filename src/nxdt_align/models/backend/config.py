@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from nxdt_align.models.config import config_error
+from nxdt_align.models.config import LinearLayers, config_error
 from nxdt_align.models.fields import TokenIds
 
 if TYPE_CHECKING:
@@ -147,6 +147,12 @@ class TransformersConfig:
         from nxdt_align.models.backend.model import weight_shapes
 
         return weight_shapes(self)
+
+    def linear_layers(self) -> LinearLayers:
+        """Raises UserError where transformers cannot run the model."""
+        from nxdt_align.models.backend.model import linear_layers
+
+        return linear_layers(self)
 
     @property
     def float32_weights(self) -> frozenset[str]:

@@ -7,6 +7,7 @@ is never on: layouts, the reference and what a checkpoint resumes would all be o
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
@@ -18,11 +19,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from nxdt_align.errors import UserError
+from nxdt_align.models.adapters import in_use, weight_in_use
 from nxdt_align.models.backend.attention import ARGUMENT, NAME, Intervals
 from nxdt_align.models.backend.config import TransformersConfig
-from nxdt_align.models.config import config_error
+from nxdt_align.models.config import LinearLayers, config_error
 from nxdt_align.models.decoder import Attend, CausalModel, Granularity, HeadForm, Prepare, Recompute
 
 RECOMPUTABLE = "CoreAttention"
@@ -128,6 +131,10 @@ class TransformersModel(CausalModel):
         """Under transformers' names."""
         return self.causal.named_parameters(*args, **kwargs)  # type: ignore[no-any-return]
 
+    @property
+    def tree(self) -> nn.Module:
+        return self.causal  # type: ignore[no-any-return]
+
     def requires_grad_(self, requires_grad: bool = True) -> TransformersModel:
         super().requires_grad_(requires_grad)
         for name in self.fixed:
@@ -185,12 +192,11 @@ class TransformersModel(CausalModel):
     def head_weight(self) -> Tensor:
         """(V, D): the embedding's where the head is tied to it."""
         owner = self.causal.get_input_embeddings() if self._is_tied else self.causal.get_output_embeddings()
-        weight: Tensor = owner.weight
-        return weight
+        return weight_in_use(owner)
 
     @property
     def head_bias(self) -> Tensor | None:
-        return getattr(self.causal.get_output_embeddings(), "bias", None)
+        return in_use(self.causal.get_output_embeddings(), "bias")
 
     @property
     def head_form(self) -> HeadForm:
@@ -296,3 +302,45 @@ def weight_shapes(config: TransformersConfig) -> dict[str, tuple[int, ...]]:
 def fixed_weights(config: TransformersConfig) -> frozenset[str]:
     """Names of weights that no gradient reaches, which the class keeps as buffers."""
     return frozenset(TransformersModel(config, StockAttention()).fixed)
+
+
+@lru_cache(maxsize=8)
+def linear_layers(config: TransformersConfig) -> LinearLayers:
+    """The layers that PEFT's ``all-linear`` means, and the modules with a ``weight``: both without those that
+    the model does not call, as an adapter beside a weight that another module reads would count for nothing.
+    """
+    model: Any = TransformersModel(config, StockAttention()).causal
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    called = config.findings.called
+    sizes, modules, transposed, place = {}, [], set(), ""
+    for path, module in model.named_modules():
+        place = path if module is embedding else place
+        if "weight" not in module._parameters or kind_of_path(path) not in called:
+            continue
+        modules.append(path)
+        is_conv = isinstance(module, Conv1D)
+        if module is not head and (is_conv or _is_linear(module)):
+            rows, columns = module.weight.shape
+            sizes[path] = (columns, rows) if is_conv else (rows, columns)
+            transposed |= {path} if is_conv else set()
+    return LinearLayers(sizes, tuple(modules), place, frozenset(transposed))
+
+
+def kind_of_path(path: str) -> str:
+    """A module's path without the numbers of its layer and expert."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is an nn.Linear, or of a class of its own that computes as one."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    x, plain = torch.linspace(-1, 1, 6).view(2, 3), nn.Linear(3, 4)
+    with torch.no_grad():
+        wanted, plain.__class__ = plain(x), type(module)
+        try:
+            return torch.allclose(plain(x), wanted)
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # it wants more than a weight
+            return False

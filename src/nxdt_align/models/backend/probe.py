@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +24,7 @@ from transformers.utils import logging
 from nxdt_align.errors import UserError
 from nxdt_align.models.backend.attention import ARGUMENT, NAME, Intervals, NotCarriedError
 from nxdt_align.models.backend.config import TransformersConfig, type_name
-from nxdt_align.models.backend.model import body, build
+from nxdt_align.models.backend.model import body, build, kind_of_path
 from nxdt_align.models.decoder import HeadForm
 
 TOLERANCE = 1e-4
@@ -50,6 +50,8 @@ class Findings:
     head: HeadForm
     refusal: str | None
     """Why our layouts do not work with the model; None where they do."""
+    called: frozenset[str] = frozenset()
+    """Modules that the model's forward pass calls, by ``kind_of_path``."""
     windows: tuple[int | None, ...] = ()
     """Of its layers' attention, in tokens; empty with ``refusal``."""
     attention_softcap: float | None = None
@@ -73,7 +75,8 @@ def probe(config: TransformersConfig) -> Findings:
             with torch.no_grad():
                 alone = [_alone(stock, text) for text in texts]
                 _require_causal(stock, texts[0], type_name(config))
-                head = _head_form(stock, texts[0], type_name(config))
+                with _noting_calls(stock) as called:
+                    head = _head_form(stock, texts[0], type_name(config))
         except UserError:
             raise
         except Exception as error:  # of many types: whatever the model's own code meets
@@ -84,9 +87,9 @@ def probe(config: TransformersConfig) -> Findings:
         try:
             windows, softcaps = _compared(config, small, stock, texts, alone)
         except NotCarriedError as error:
-            return Findings(head, str(error))
+            return Findings(head, str(error), frozenset(called))
     layers = _windows_of_layers(windows, sizes, config.hf)
-    return Findings(head, None, layers, max(softcaps, default=None))
+    return Findings(head, None, frozenset(called), layers, max(softcaps, default=None))
 
 
 def _compared(
@@ -182,6 +185,22 @@ def _texts(vocabulary: int) -> list[Tensor]:
     prompt, chosen, rejected = (torch.randint(1, vocabulary, (1, size)) for size in (2, 3, 2))
     long = torch.randint(1, vocabulary, (1, 5 * WINDOW + 3))
     return [torch.cat((prompt, chosen), 1), torch.cat((prompt, rejected), 1), long]
+
+
+@contextmanager
+def _noting_calls(model: Any) -> Iterator[set[str]]:
+    """The modules of ``model`` that are called meanwhile."""
+    called: set[str] = set()
+
+    def note(kind: str) -> Callable[..., None]:
+        return lambda *_: called.add(kind)
+
+    hooks = [module.register_forward_hook(note(kind_of_path(path))) for path, module in model.named_modules()]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # What is compared
