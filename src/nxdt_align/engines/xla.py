@@ -277,7 +277,7 @@ def start_tracing() -> Tracer:
     if _tracer is None:
         _tracer = Tracer()
         _Transfers(_tracer).__enter__()  # type: ignore[no-untyped-call]
-        torch.autograd.graph.saved_tensors_hooks(_kept, lambda tensor: tensor).__enter__()  # type: ignore[no-untyped-call]
+        torch.autograd.graph.saved_tensors_hooks(_kept, lambda tensor: tensor).__enter__()
         # NxD and torch_xla's ZeRO-1 end graphs by either name.
         torch_xla.sync = xla_model.mark_step = _tracer.sync
     return _tracer
