@@ -79,7 +79,9 @@ def test_a_broken_off_run_ends_as_an_uninterrupted_one_to_the_last_bit(
     assert got.keys() == want.keys() and len(want) == 2 * 7 * 2
     assert all(torch.equal(got[name], want[name]) for name in want)
     losses = [value for _, value in scalars(whole)["reduced_train_loss"]]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0] - 0.01
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    # Not the sixth, of the two pairs that an epoch of 22 is left with.
+    assert losses[4] < losses[0] - 0.01
 
 
 def test_checkpoints_hold_adapters_alone_and_are_exported_as_peft_has_them(
