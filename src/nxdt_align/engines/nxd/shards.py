@@ -220,22 +220,26 @@ class Shards:
                 is_ours = len(self.partition.whole_shape(part.name)) == 1 or is_factor(part.name)
                 if is_ours and split_of(part.name) == KV_HEADS and gradient is not None:
                     shares.append((part.name, part.of(gradient)))
+        if not shares:
+            return
+        own = self._own_heads(*shares[0])
         # One tensor of all heads each, in which every rank adds its own.
-        wholes = [share.new_zeros(self.partition.whole_shape(name)) for name, share in shares]
-        for (name, share), whole in zip(shares, wholes, strict=True):
-            for own, there in self._places(name, share, whole):
-                there.copy_(own)
+        wholes = [torch.where(own, share.reshape(1, own.shape[1], -1), 0).sum(1) for _, share in shares]
         self._groups.tensor.sum(wholes)
-        for (name, share), whole in zip(shares, wholes, strict=True):
-            for own, there in self._places(name, share, whole):
-                own.copy_(there)
+        for (_, share), whole in zip(shares, wholes, strict=True):
+            share.copy_(torch.where(own, whole[:, None], 0).sum(0).view_as(share))
 
-    def _places(self, name: str, share: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of this rank's heads, in its share of a tensor and in the whole."""
-        row = 0
-        for start, stop in self.partition.ranges(name, self._groups.tensor.rank)[1]:
-            yield share[row : row + stop - start], whole[start:stop]
-            row += stop - start
+    def _own_heads(self, name: str, share: Tensor) -> Tensor:
+        """(kv heads, this rank's, 1): which is which. A comparison of tensors: places that are numbers would
+        make each rank's graph another."""
+        ranges = self.partition.ranges(name, self._groups.tensor.rank)[1]
+        size = self.partition.config.head_dim
+        heads = [row // size for start, stop in ranges for row in range(start, stop, size)]
+        own = torch.tensor(heads, dtype=torch.int32).to(share.device)
+        every = torch.arange(
+            self.partition.config.num_key_value_heads, dtype=torch.int32, device=share.device
+        )
+        return (every[:, None] == own)[..., None]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
