@@ -263,4 +263,4 @@ def test_several_runs_in_a_browser(project: Project, width: int, tmp_path: Path)
     shutil.copytree(run, copy)
     page = tmp_path / "both.html"
     assert main(["report", str(run), str(copy), "--out", str(page)]) == 0
-    assert_drawn(page, tmp_path, width, plots=9)
+    assert_drawn(page, tmp_path, width, plots=10)
