@@ -4,6 +4,8 @@ and the run is the same without them."""
 from __future__ import annotations
 
 import json
+import logging
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +125,9 @@ def test_a_resumed_run_remembers(project: Project) -> None:
     assert {sample["step"] for sample in read_samples(run / "samples.jsonl")} == {12}
 
 
-def test_faults_and_notices(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_and_notices(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def faults(*overrides: str) -> list[str]:
         config = na.load_config(project.root / "conf" / "run.yaml", *SAMPLES, *overrides)
         return [str(fault) for fault in find_faults(config)]
@@ -135,11 +139,14 @@ def test_faults_and_notices(project: Project, capsys: pytest.CaptureFixture[str]
     (fault,) = faults(f"{KEY}.prompts=-1")
     assert f"{KEY}.prompts" in fault
     arguments = project.arguments(f"exp_manager.explicit_log_dir={project.root / 'x'}", *SAMPLES)
+    of_nemo = BufferingHandler(1000)
+    monkeypatch.setattr(logging.getLogger("nemo_logger"), "handlers", [of_nemo])
     assert main([*arguments, f"{KEY}.max_tokens=256"]) == 1
     assert f"{KEY}.max_tokens: must be below the model's 256 positions" in capsys.readouterr().err
     assert main(["config", *arguments[1:], "data.val_dir=null"]) == 0
     assert main([*arguments, "data.val_dir=null", "trainer.max_steps=1"]) == 0
     assert "no samples, as the run does not validate" in capsys.readouterr().err
+    assert [r.getMessage() for r in of_nemo.buffer if "already exists" in r.getMessage()] == []
 
 
 @pytest.mark.parametrize(
