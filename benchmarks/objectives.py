@@ -4,7 +4,7 @@
 
 Each objective of ``objective_settings.py`` is trained by ``nxdt-align train`` from one shared warm-up, with
 the demo's batches and steps, and judged on the held-out pairs by transformers alone (``demo.evaluate``).
-Prints a table, writes JSON and draws all curves. Exits with 1 where a held-out reward accuracy is not above
+Prints a table, writes JSON and draws the table. Exits with 1 where a held-out reward accuracy is not above
 MIN_ACCURACY after the full number of steps.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from demo.evaluate import HuggingFaceModel, Likelihoods, Pair, Rewards, read_pairs
-from objective_curves import save
+from objective_picture import save
 from objective_runs import RUN, Bench, config_of, make_data, train, warmup_config
 from objective_settings import ENTRIES, Entry
 from omegaconf import OmegaConf
@@ -162,11 +162,11 @@ def split_page(page: Path) -> tuple[str, str]:
     return before, after
 
 
-def write_page(page: Path, text: str, results: Sequence[dict[str, Any]]) -> None:
+def write_page(page: Path, text: str) -> None:
     """``text`` between the page's marks, and the picture beside it."""
     before, after = split_page(page)
     atomic_write(page, f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}".encode())
-    save(results, MIN_ACCURACY, page.with_suffix(".png"))
+    save(text, page.with_suffix(".png"))
 
 
 def chosen_entries(only: str) -> tuple[Entry, ...]:
@@ -212,9 +212,9 @@ def run(options: argparse.Namespace) -> int:
     print(text)
     found = {"steps": bench.steps, "right_before": right_before, "results": results}
     atomic_write(options.out or bench.folder / "result.json", (json.dumps(found, indent=1) + "\n").encode())
-    save(results, MIN_ACCURACY, bench.folder / "curves.png")
+    save(text, bench.folder / "objectives.png")
     if options.page:
-        write_page(options.page, text, results)
+        write_page(options.page, text)
     low = [r["name"] for r in results if not r["accuracy"] > MIN_ACCURACY] if options.steps >= STEPS else []
     if low:
         _say(f"error: held-out reward accuracy must be above {MIN_ACCURACY}, but is not for {', '.join(low)}")

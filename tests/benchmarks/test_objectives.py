@@ -40,6 +40,23 @@ def test_the_page_has_every_entry_and_a_picture() -> None:
     assert page.with_suffix(".png").stat().st_size < 300_000
 
 
+def test_the_picture_has_every_row_of_the_table() -> None:
+    """The best objective at the top, each at the table's figures: dpo's 2.48 at beta 0.5 is 4.96 nats."""
+    from objective_picture import draw, read_table
+    from objective_settings import ENTRIES
+
+    text = (REPO / "docs" / "objectives_benchmark.md").read_text()
+    before, rows = read_table(text)
+    assert {row.name for row in rows} == {entry.name for entry in ENTRIES} and before == 50.9
+    (dpo,) = [row for row in rows if row.name == "dpo"]
+    assert (dpo.right, dpo.gap) == (91.6, pytest.approx(4.96))
+    right, _ = draw(text).axes
+    names = [label.get_text() for label in right.get_yticklabels()]
+    assert names == [row.name for row in rows] and rows[-1].right == max(row.right for row in rows)
+    with pytest.raises(ValueError, match="no table of objectives"):
+        read_table("# Title\n")
+
+
 def test_rewards_by_hand() -> None:
     """Log-probs -4 of 2 tokens and -3 of 3, reference -6 and -1, beta 0.5: ratios 2 and -2, means -2, -1."""
     from objective_settings import Entry

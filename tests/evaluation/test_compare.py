@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import WIDTHS, assert_drawn, needs_browser
 from html_page import Page
 from safetensors.torch import load_file, save_file
 from small_tokenizers import CHATML, make_tokenizer
@@ -102,6 +103,13 @@ def test_the_command(project: Project, tmp_path: Path, capsys: pytest.CaptureFix
     assert "out: must end in .html" in capsys.readouterr().err
     assert main([*command, "--out", str(out / "x.html")]) == 1
     assert f"x.html cannot be written, where {out} is a file" in capsys.readouterr().err
+
+
+@needs_browser
+def test_in_a_browser(project: Project, tmp_path: Path) -> None:
+    compare(project, limit=4, out=tmp_path / "page.html")
+    for width in WIDTHS:
+        assert_drawn(tmp_path / "page.html", tmp_path, width, plots=2)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

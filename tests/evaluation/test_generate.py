@@ -198,6 +198,7 @@ def test_a_long_prompt_is_cut_as_in_training(
         ({"max_tokens": 0}, "max-tokens: must be at least 1"),
         ({"batch_size": 0}, "batch-size: must be at least 1"),
         ({"seed": -1}, "seed: must be from 0"),
+        ({"limit": 0}, "limit: must be at least 1, but is 0; leave it out"),
         ({"backend": "vllm"}, "which is not installed; pip install vllm"),
         ({"backend": "onnx"}, "backend: must be one of auto, vllm, transformers"),
         ({"tensor_parallel": 2}, "tp: is for vLLM"),
@@ -225,7 +226,7 @@ def test_faults_of_prompts_and_models(model: Path, tmp_path: Path) -> None:
         na.generate(model, chats, tokenizer=tmp_path / "strict")
     with pytest.raises(UserError, match="fit no known format"):
         na.generate(model, write(tmp_path / "x.jsonl", [{"quest": "Name"}]))
-    with pytest.raises(UserError, match="empty prompt"):
+    with pytest.raises(UserError, match=r"empty prompt[\s\S]*fix them, or leave them out$"):
         na.generate(model, write(tmp_path / "y.jsonl", [{"prompt": "Name"}, {"prompt": " "}]))
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -6,11 +6,11 @@ import json
 import re
 import shutil
 import struct
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import WIDTHS, assert_drawn, needs_browser
 from html_page import Page
 from torch.utils.tensorboard import SummaryWriter
 from training_fixture import Project
@@ -249,25 +249,18 @@ def test_metrics_that_cannot_be_written_fail_no_run(
     assert capfd.readouterr().err.count("metrics.jsonl cannot be written") == 1
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="there is no browser")
-@pytest.mark.parametrize("width", [360, 1400])
+@needs_browser
+@pytest.mark.parametrize("width", WIDTHS)
 def test_in_a_browser(project: Project, width: int, tmp_path: Path) -> None:
-    """Drawn by headless Chromium, narrow and wide: no message on its console, and a picture that is not
-    blank."""
-    assert BROWSER is not None
-    shot = tmp_path / "page.png"
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}"]
-    command += [f"--window-size={width},1600", "--enable-logging=stderr", "--v=0", "--hide-scrollbars"]
-    page = project.only_run() / "report.html"
-    done = subprocess.run(
-        [*command, f"--user-data-dir={tmp_path}/profile", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    assert shot.stat().st_size > 20_000
+    assert_drawn(project.only_run() / "report.html", tmp_path, width, plots=10)
+
+
+@needs_browser
+@pytest.mark.full
+@pytest.mark.parametrize("width", WIDTHS)
+def test_several_runs_in_a_browser(project: Project, width: int, tmp_path: Path) -> None:
+    run, copy = project.only_run(), tmp_path / "a_copy_with_a_name_that_is_longer_than_a_window_is_wide"
+    shutil.copytree(run, copy)
+    page = tmp_path / "both.html"
+    assert main(["report", str(run), str(copy), "--out", str(page)]) == 0
+    assert_drawn(page, tmp_path, width, plots=10)

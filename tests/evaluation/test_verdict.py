@@ -109,6 +109,8 @@ SHOW: list[tuple[str, dict[str, Curve]]] = [
     ("reference is not the start", {"rewards__chosen": line(-0.8, 0.5), "rewards__rejected": line(-0.7, -1)}),
     ("learning rate too high", {"reduced_train_loss": line(0.69, 2.1)}),
     ("learning rate too high", {"logps__chosen_per_token": line(-2.0, -6.0)}),
+    # Seen of a model of 135M parameters at 1e-5, whose answers got short and wrong.
+    ("learning rate too high", {"logps__rejected_per_token": line(-0.4, -5.0)}),
     ("learning rate too high", {"gradient_norm": Curve(tuple(STEPS), (2.0,) * 25 + (90.0,) * 15)}),
     ("nothing learnt", STILL),
     # Seen at a learning rate of 1e-9: margins of 1e-5 nats have a sign, too.
@@ -130,6 +132,7 @@ SHOW_NOT: list[tuple[str, dict[str, Curve]]] = [
     ("a good run", {}),
     ("without validation", NO_VALIDATION),
     ("chosen falls a little", {"logps__chosen_per_token": line(-2.0, -2.1)}),
+    ("rejected falls", {"logps__rejected_per_token": line(-0.4, -2.9)}),
     ("one length is harder", {"rewards__accuracies_rejected_longer": line(0.5, 0.7)}),
     (
         "validation wavers",

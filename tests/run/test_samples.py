@@ -4,6 +4,8 @@ and the run is the same without them."""
 from __future__ import annotations
 
 import json
+import logging
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +18,10 @@ from training_fixture import TIMES, Project, scalars
 import nxdt_align as na
 from nxdt_align.cli import main
 from nxdt_align.config.check import find_faults
+from nxdt_align.config.experiment import SampleConfig
 from nxdt_align.evaluation.report import read_samples
 from nxdt_align.run.samples import sample_callbacks
+from nxdt_align.training.samples import SampleDuringEval, SamplePrompt
 
 GIVEN = (
     "trainer.max_steps=6",
@@ -104,25 +108,26 @@ def test_they_are_shown(project: Project) -> None:
 
 
 def test_a_resumed_run_remembers(project: Project) -> None:
-    """The first answers and the count of validations, from the file, whose last line a kill has cut."""
+    """The first answers and the count of validations, from the file, out of which a line of a step behind the
+    checkpoint and one that a kill has cut are taken."""
     run = project.root / "with"
+    kept = (run / "samples.jsonl").read_text()
+    abandoned = {**lines(run)[-1], "step": 8, "validation": 4}
     with (run / "samples.jsonl").open("a") as file:
-        file.write('{"step": 6, "val')
+        file.write(json.dumps(abandoned) + '\n{"step": 6, "val')
     folder = f"exp_manager.explicit_log_dir={run}"
     more = ("trainer.max_steps=12", *GIVEN[1:], *SAMPLES, f"{KEY}.every_n_validations=3")
     assert project.train(folder, *more) == 0
-    *earlier, cut, first, second, third = (run / "samples.jsonl").read_text().splitlines()
-    later, rows = (
-        [json.loads(line) for line in (first, second, third)],
-        [json.loads(line) for line in earlier],
-    )
-    assert cut == '{"step": 6, "val' and len(rows) == 6
+    assert (run / "samples.jsonl").read_text().startswith(kept)
+    rows, later = lines(run)[:6], lines(run)[6:]
     assert [(row["step"], row["validation"]) for row in later] == [(12, 6)] * 3
     assert [row["before"] for row in later] == [row["completion"] for row in rows[:3]]
     assert {sample["step"] for sample in read_samples(run / "samples.jsonl")} == {12}
 
 
-def test_faults_and_notices(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_and_notices(
+    project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def faults(*overrides: str) -> list[str]:
         config = na.load_config(project.root / "conf" / "run.yaml", *SAMPLES, *overrides)
         return [str(fault) for fault in find_faults(config)]
@@ -134,11 +139,14 @@ def test_faults_and_notices(project: Project, capsys: pytest.CaptureFixture[str]
     (fault,) = faults(f"{KEY}.prompts=-1")
     assert f"{KEY}.prompts" in fault
     arguments = project.arguments(f"exp_manager.explicit_log_dir={project.root / 'x'}", *SAMPLES)
+    of_nemo = BufferingHandler(1000)
+    monkeypatch.setattr(logging.getLogger("nemo_logger"), "handlers", [of_nemo])
     assert main([*arguments, f"{KEY}.max_tokens=256"]) == 1
     assert f"{KEY}.max_tokens: must be below the model's 256 positions" in capsys.readouterr().err
     assert main(["config", *arguments[1:], "data.val_dir=null"]) == 0
     assert main([*arguments, "data.val_dir=null", "trainer.max_steps=1"]) == 0
     assert "no samples, as the run does not validate" in capsys.readouterr().err
+    assert [r.getMessage() for r in of_nemo.buffer if "already exists" in r.getMessage()] == []
 
 
 @pytest.mark.parametrize(
@@ -154,3 +162,24 @@ def test_none_are_made_where_steps_are_compiled(
     caplog.set_level("INFO", logger="nxdt_align")
     assert sample_callbacks(config, engine, none, none, {}, none, row_multiple=1, folder=project.root) == []
     assert told in caplog.text
+
+
+def test_no_pass_has_more_prompts_than_a_micro_batch_has_tokens_for(tmp_path: Path) -> None:
+    """Five prompts, two at a time; what each is answered stands in their order."""
+    passes: list[list[tuple[int, ...]]] = []
+
+    def greedy(prompts: list[tuple[int, ...]], **settings: Any) -> list[list[int]]:
+        assert settings["length"] == 8
+        passes.append(prompts)
+        return [[prompt[0], 2] for prompt in prompts]
+
+    engine: Any = SimpleNamespace(greedy=greedy)
+    prompts = [SamplePrompt((token,), "", "") for token in range(10, 15)]
+    made = SampleDuringEval(
+        engine, prompts, SampleConfig(), length=8, at_once=2, ends={2}, decode=str, folder=tmp_path, seed=0
+    )
+    trainer: Any = SimpleNamespace(global_step=0, is_global_zero=False)
+    none: Any = None
+    made.on_train_start(trainer, none)
+    assert passes == [[(10,), (11,)], [(12,), (13,)], [(14,)]]
+    assert list(made._before.values()) == ["[10]", "[11]", "[12]", "[13]", "[14]"]

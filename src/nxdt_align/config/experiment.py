@@ -98,7 +98,8 @@ class SampleConfig:
     every_n_validations: int = number(1, at_least=1)
     """Validations between two samplings; before the first step there is always one, in a new run."""
     max_tokens: int = number(64, at_least=1)
-    """New tokens per prompt. Each takes a whole forward pass over all prompts."""
+    """New tokens per prompt. Each takes a whole forward pass over all prompts, at most as many at a
+    time as a micro-batch has tokens for (data.micro_batch_size * data.seq_length)."""
     temperature: float = number(0.0, at_least=0)
     """0 takes the likeliest token; above 0, tokens are drawn from logits divided by it (with one
     tensor-parallel rank and pipeline stage), by random numbers apart from the run's."""

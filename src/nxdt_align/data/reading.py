@@ -105,7 +105,7 @@ def load_records(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
-    on_bad_record: OnBadRecord = "error",
+    on_bad_record: OnBadRecord | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> RecordSet:
@@ -117,7 +117,8 @@ def load_records(
             with responses or without.
         format: a format's name; None detects it from the keys, for each source.
         columns: our key -> the files' key.
-        on_bad_record: ``error`` reads to the end and raises with the report of all bad records.
+        on_bad_record: ``error`` reads to the end and raises with the report of all bad records; None, of
+            verbs that have no such setting, does, too, and advises no setting.
         limit: take the first N good records of each source, before weights.
         seed: for sampling a source whose weight is not an integer.
 
@@ -133,10 +134,9 @@ def load_records(
     reader = Reader(kind, named_format(format, kind) if format else None, checked_columns(columns, kind))
     parts = [reader.read(source.path, limit) for source in sources]
     some_are_good = all(parts)
-    if reader.report.total and (on_bad_record == "error" or not some_are_good):
-        raise DataError(
-            f"{reader.report.summary()}\n{BAD_RECORDS_ADVICE if some_are_good else NONE_USABLE_ADVICE}"
-        )
+    if reader.report.total and (on_bad_record != "drop" or not some_are_good):
+        advice = BAD_RECORDS_ADVICE if on_bad_record else "fix them, or leave them out"
+        raise DataError(f"{reader.report.summary()}\n{advice if some_are_good else NONE_USABLE_ADVICE}")
     mixed = chain.from_iterable(
         _weighted(part, source, [seed, i])
         for i, (part, source) in enumerate(zip(parts, sources, strict=True))

@@ -258,17 +258,24 @@ def _is_reference_free(settings: Settings) -> bool:
 
 
 _NORM_GROWTH = 10.0
+_REJECTED_COLLAPSE = 3.0
+"""Nats per token that the rejected responses' log-probability has lost: 20 times less likely at each token,
+far more than a preference needs."""
 
 
 def learning_rate_too_high(curves: Curves, settings: Settings) -> Finding | None:
-    """The loss ends above its start, the policy is in ruins, or the gradient norm has exploded."""
+    """The loss ends above its start, the policy is in ruins, or margin or gradient norm have exploded."""
     loss, norm = curves[LOSS], curves[GRADIENT]
     chosen, rejected = curves[CHOSEN_PER_TOKEN], curves[REJECTED_PER_TOKEN]
     evidence = []
     if len(loss.steps) >= _LEAST_STEPS and loss.mean(0.75, 1) > 1.1 * _start(loss) + 0.02:
         evidence.append(f"training loss {_start(loss):.3f} -> {loss.mean(0.75, 1):.3f}")
-    for name, curve in (("chosen", chosen), ("rejected", rejected if not chosen else Curve())):
-        if len(curve.steps) >= _LEAST_STEPS and _start(curve) - _end(curve) > _COLLAPSE:
+    falls = (
+        ("chosen", chosen, _COLLAPSE),
+        ("rejected", rejected, _REJECTED_COLLAPSE if chosen else _COLLAPSE),
+    )
+    for name, curve, most in falls:
+        if len(curve.steps) >= _LEAST_STEPS and _start(curve) - _end(curve) > most:
             evidence.append(f"{name} responses, nats per token: {_change(curve)}")
     if len(norm.steps) >= 2 * _LEAST_STEPS:
         before, after = norm.mean(0, 0.25), norm.mean(0.75, 1)
@@ -286,6 +293,7 @@ def learning_rate_too_high(curves: Curves, settings: Settings) -> Finding | None
         _advice(
             settings,
             ("model.optim.lr", f"a fifth of it{lower}"),
+            ("nll_scale", "1 keeps the chosen responses' likelihood up"),
             ("model.optim.sched.warmup_steps", "5 to 10% of the steps"),
         ),
         "Tunstall et al. 2023 (5e-7 for 7B), https://arxiv.org/abs/2310.16944",

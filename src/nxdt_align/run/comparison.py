@@ -31,6 +31,7 @@ from nxdt_align.run.generation import (
     hf_folder,
     open_generator,
     open_tokenization,
+    require_limit,
     settings_of_run,
     variables_of_run,
 )
@@ -94,6 +95,7 @@ def compare(
     scale = _beta(Path(after)) if beta is None else beta
     if not scale > 0:
         raise UserError(f"beta: must be above 0, but is {scale}")
+    require_limit(limit)
     records = load_records([Source(str(data))], _kind(str(data), format), format=format, limit=limit).records
     texts = [tuple(content_of(response) for response in record.responses) for record in records]
     scorer, judge = choose_scorer(score, [each[0] if each else None for each in texts])

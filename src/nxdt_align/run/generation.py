@@ -91,6 +91,7 @@ def generate(
         raise UserError(f"backend: must be one of {', '.join(get_args(Backend))}, but is {backend!r}")
     if out is not None and Path(out).exists():
         raise UserError(f"{out} exists already: remove it, or choose another file")
+    require_limit(limit)
     records = load_records([Source(str(prompts))], "prompt", format=format, limit=limit).records
     with hf_folder(Path(model)) as folder:
         tokenization = open_tokenization(folder, tokenizer, chat_template_kwargs, model)
@@ -101,6 +102,11 @@ def generate(
         atomic_write(out, lines.encode())
         log.log(NOTICE, "%d completions: %s", len(rows), out)
     return rows
+
+
+def require_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: must be at least 1, but is {limit}; leave it out to take every record")
 
 
 def chat(

@@ -64,13 +64,16 @@ def sample_callbacks(
     room = positions - settings.max_tokens
     prompts = _prompts(data.splits["val"].examples, tokenization, settings.prompts, room)
     whole = max(len(prompt.tokens) for prompt in prompts) + settings.max_tokens
+    length = -(-whole // row_multiple) * row_multiple
     ended = generation.get("eos_token_id")
     ends = {tokenization.tokenizer.eos_token_id, *(ended if isinstance(ended, list) else [ended])} - {None}
     made = SampleDuringEval(
         engine,
         prompts,
         settings,
-        length=-(-whole // row_multiple) * row_multiple,
+        length=length,
+        # No pass takes more tokens than a micro-batch of the run may.
+        at_once=max(1, config.data.micro_batch_size * config.data.seq_length // length),
         ends=frozenset(ends),
         decode=lambda tokens: _text(tokenization, tokens),
         folder=folder,

@@ -56,11 +56,14 @@ def start_experiment(
         }
     before = set(folder.glob("run_*"))
     nemo_logging.setLevel(nemo_logging.WARNING)
+    logging.getLogger("nemo_logger").addFilter(_is_news)
     try:
         nemo.exp_manager(trainer, chosen)
     except (ValueError, TypeError, ImportError, NeMoBaseException, OmegaConfBaseException) as error:
         # NeMo's checks of its own settings, loggers that refuse theirs or whose package does not import.
         raise UserError(f"exp_manager: {' '.join(str(error).split())}") from error
+    finally:
+        logging.getLogger("nemo_logger").removeFilter(_is_news)
     nemo_logging.setLevel(nemo_logging.INFO)
     trainer.loggers = [_that_may_stop(each, chosen["summary_writer_kwargs"]) for each in trainer.loggers]
     for name in ("nemo_logger", "lightning.pytorch"):
@@ -71,6 +74,11 @@ def start_experiment(
         _remove_marks(trainer)
         trainer.loggers = [*trainer.loggers, MetricsFile(folder, resumed_step)]
     return folder
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False of NeMo's warning that an explicit_log_dir exists: the run has made it, or resumes in it."""
+    return "but it already exists" not in record.getMessage()
 
 
 def _that_may_stop(logger: Logger, settings: Mapping[str, Any] | None) -> Logger:

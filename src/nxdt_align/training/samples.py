@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from nxdt_align.config.experiment import SampleConfig
 from nxdt_align.config.start import SAMPLES_FILE
 from nxdt_align.engines.base import Engine
-from nxdt_align.files import append_lines, explain
+from nxdt_align.files import append_lines, atomic_write, explain
 from nxdt_align.training.texts import write_table
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class SampleDuringEval(Callback):
     Args:
         prompts: the same on every rank.
         length: tokens of a row that the longest prompt and its completion fit into.
+        at_once: prompts of a forward pass, at most.
         ends: tokens that end a completion.
         decode: tokens -> text, special tokens left out.
         folder: the run's.
@@ -57,13 +59,15 @@ class SampleDuringEval(Callback):
         settings: SampleConfig,
         *,
         length: int,
+        at_once: int,
         ends: Collection[int],
         decode: Callable[[Sequence[int]], str],
         folder: Path,
         seed: int,
     ) -> None:
         self._engine, self._prompts, self._settings = engine, prompts, settings
-        self._length, self._ends, self._decode = length, ends, decode
+        self._length, self._at_once = length, at_once
+        self._ends, self._decode = ends, decode
         self._file, self._seed = folder / SAMPLES_FILE, seed
         self._validations = 0
         self._before: Mapping[int, str] = {}
@@ -73,7 +77,7 @@ class SampleDuringEval(Callback):
         if trainer.global_step == 0:
             self._before = dict(enumerate(self._sample(trainer)))
             return
-        own = _read(self._file, trainer.global_step) if trainer.is_global_zero else None
+        own = self._resume(trainer.global_step) if trainer.is_global_zero else None
         self._validations, self._before = self._engine.broadcast_object(own)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,13 +90,18 @@ class SampleDuringEval(Callback):
     def _sample(self, trainer: Trainer) -> list[str]:
         """Collective. The completions, in the order of the prompts."""
         step, settings = trainer.global_step, self._settings
-        made = self._engine.greedy(
-            [prompt.tokens for prompt in self._prompts],
-            length=self._length,
-            max_tokens=settings.max_tokens,
-            ends=self._ends,
-            draw=_draws(settings.temperature, f"{self._seed}:{step}") if settings.temperature > 0 else None,
-        )
+        draw = _draws(settings.temperature, f"{self._seed}:{step}") if settings.temperature > 0 else None
+        made = [
+            row
+            for start in range(0, len(self._prompts), self._at_once)
+            for row in self._engine.greedy(
+                [prompt.tokens for prompt in self._prompts[start : start + self._at_once]],
+                length=self._length,
+                max_tokens=settings.max_tokens,
+                ends=self._ends,
+                draw=draw,
+            )
+        ]
         has_ended = [row[-1] in self._ends for row in made]
         texts = [self._decode(row[:-1] if ended else row) for row, ended in zip(made, has_ended, strict=True)]
         if trainer.is_global_zero:
@@ -115,32 +124,46 @@ class SampleDuringEval(Callback):
             self._write(trainer, rows, step)
         return texts
 
-    def _write(self, trainer: Trainer, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    def _resume(self, step: int) -> tuple[int, dict[int, str]]:
+        """Cut what the steps after ``step``, which are taken again, have written, and what a kill has left.
+
+        Returns the validations counted up to ``step``, and the completions before the first step.
+        """
+        lines, kept, validations, before = _lines(self._file), [], 0, {}
+        for line in lines:
+            try:
+                row = json.loads(line)
+                at, number, index, text = (row[key] for key in ("step", "validation", "index", "completion"))
+                if at > step:
+                    continue
+                validations = int(number)
+                if at == 0:
+                    before[int(index)] = str(text)
+            except (ValueError, LookupError, TypeError):
+                continue
+            kept.append(line)
+        if kept != lines:
+            with self._or_warn():
+                atomic_write(self._file, "".join(f"{line}\n" for line in kept).encode())
+        return validations, before
+
+    @contextmanager
+    def _or_warn(self) -> Iterator[None]:
         try:
-            append_lines(self._file, [json.dumps(row, ensure_ascii=False) for row in rows])
+            yield
         except OSError as error:
             log.warning("%s cannot be written: %s; training goes on without it", self._file, explain(error))
+
+    def _write(self, trainer: Trainer, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        with self._or_warn():
+            append_lines(self._file, [json.dumps(row, ensure_ascii=False) for row in rows])
         shown = [[r["prompt"], r["before"] or "", r["completion"], r["answer"]] for r in rows]
         write_table(trainer.loggers, "samples", COLUMNS, shown, step)
 
 
-def _read(file: Path, step: int) -> tuple[int, dict[int, str]]:
-    """The validations counted up to ``step``, and the completions before the first step. Lines that a kill
-    has cut, or that are missing, count as not there."""
-    validations, before = 0, {}
-    if not file.is_file():
-        return 0, {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            at, number, index, text = (row[key] for key in ("step", "validation", "index", "completion"))
-        except (ValueError, LookupError, TypeError):
-            continue
-        if at == 0:
-            before[int(index)] = str(text)
-        if at <= step:
-            validations = int(number)
-    return validations, before
+def _lines(file: Path) -> list[str]:
+    """None where it is missing."""
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
 
 
 def _draws(temperature: float, seed: str) -> Callable[[Tensor], Tensor]:
