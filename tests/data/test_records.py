@@ -70,7 +70,7 @@ BAD = [
 
 def test_bad_records_stop_with_the_whole_report(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", BAD)
-    with pytest.raises(DataError, match="leave them out$"):
+    with pytest.raises(DataError, match=r"leave them out$"):
         load(source)
     with pytest.raises(DataError) as caught:
         load(source, on_bad_record="error")
