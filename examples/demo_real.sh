@@ -55,6 +55,7 @@ say "What it gained: nxdt-align ${compare[*]}"
 "$python" -m nxdt_align "${compare[@]}"
 status=0
 "$python" -m demo.facts --judge compare.json || status=$?
-printf '\n%-52s%s\n' "Every answer side by side, to open in a browser:" "$PWD/compare.html" \
+echo
+printf '%-52s%s\n' "Every answer side by side, to open in a browser:" "$PWD/compare.html" \
   "The run's report:" "$PWD/run/report.html"
 exit "$status"

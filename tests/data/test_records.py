@@ -70,8 +70,10 @@ BAD = [
 
 def test_bad_records_stop_with_the_whole_report(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", BAD)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"leave them out$"):
         load(source)
+    with pytest.raises(DataError) as caught:
+        load(source, on_bad_record="error")
     message = str(caught.value)
     assert isinstance(caught.value, UserError)
     assert "10 bad of 12 records" in message
