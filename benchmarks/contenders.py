@@ -23,7 +23,8 @@ from nxdt_align.engines.native.graphs import GraphRecorder
 from nxdt_align.engines.native.settings import Precision
 from nxdt_align.losses.dpo import DPOLoss
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.adapters import ALL_LINEAR, AdapterSpec, adapter_spec
+from nxdt_align.models.adapter_targets import ALL_LINEAR, adapter_spec
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.backend.config import TransformersConfig
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import DecoderConfig, ModelShape, fresh_weight

@@ -29,7 +29,7 @@ from nxdt_align.engines.nxd.settings import (
     check_kv_groups,
 )
 from nxdt_align.errors import UserError
-from nxdt_align.models.adapters import adapter_spec
+from nxdt_align.models.adapter_targets import adapter_spec
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.nxd import (
     NxDParts,

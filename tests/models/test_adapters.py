@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nxdt_align.errors import UserError
-from nxdt_align.models.adapters import adapter_shapes, adapter_spec, fresh_factor, merged_weight
+from nxdt_align.models.adapter_targets import adapter_spec
+from nxdt_align.models.adapters import adapter_shapes, fresh_factor, merged_weight
 from nxdt_align.models.presets import TINY
 from nxdt_align.models.sharding import REPLICATED, ROW, split_of
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from nxdt_align.errors import UserError
 from nxdt_align.models import nf4
-from nxdt_align.models.adapters import Switch, adapter_spec, add_adapters, quantized_layers
+from nxdt_align.models.adapter_targets import adapter_spec
+from nxdt_align.models.adapters import Switch, add_adapters, quantized_layers
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import TINY
 from nxdt_align.models.quantized import quantize_base

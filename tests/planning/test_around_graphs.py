@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from nxdt_align.models.adapters import adapter_spec
+from nxdt_align.models.adapter_targets import adapter_spec
 from nxdt_align.models.config import DecoderConfig, parameter_count
 from nxdt_align.models.presets import LLAMA3_8B
 from nxdt_align.planning.around_graphs import around

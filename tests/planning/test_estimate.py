@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native.settings import Parallel
-from nxdt_align.models.adapters import AdapterSpec, adapter_spec
+from nxdt_align.models.adapter_targets import adapter_spec
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.config import parameter_count
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig

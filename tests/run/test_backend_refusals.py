@@ -14,7 +14,7 @@ from training_fixture import Project, scalars
 
 from nxdt_align.cli import main
 from nxdt_align.errors import UserError
-from nxdt_align.models.adapters import adapter_spec
+from nxdt_align.models.adapter_targets import adapter_spec
 from nxdt_align.models.backend.config import TransformersConfig
 from nxdt_align.models.config import ModelConfigError
 from nxdt_align.models.presets import DecoderConfig, model_of

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.engine import NativeEngine
 from nxdt_align.models import nf4
-from nxdt_align.models.adapters import AdapterSpec, adapter_shapes, adapter_spec, quantized_layers, row_norms
+from nxdt_align.models.adapter_targets import adapter_spec
+from nxdt_align.models.adapters import AdapterSpec, adapter_shapes, quantized_layers, row_norms
 from nxdt_align.models.decoder import Decoder
 from nxdt_align.models.presets import ModelShape
 from nxdt_align.models.sharding import MAGNITUDE, START, TRAINED

@@ -10,7 +10,8 @@ import torch
 from oracle import TINY
 from torch import Tensor
 
-from nxdt_align.models.adapters import adapter_shapes, adapter_spec
+from nxdt_align.models.adapter_targets import adapter_spec
+from nxdt_align.models.adapters import adapter_shapes
 from nxdt_align.models.partition import Partition, local_tensors
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.nxdt_adapters import ShardedAdapter

@@ -246,7 +246,7 @@ class PEFTConfig:
     """Save the adapters' shards as one. An exported adapter always is one."""
 
     def settings(self) -> dict[str, Any]:
-        """As ``models.adapters.adapter_spec`` takes them."""
+        """As ``models.adapter_targets.adapter_spec`` takes them."""
         return {
             "target_modules": self.target_modules,
             "modules_to_save": self.modules_to_save,

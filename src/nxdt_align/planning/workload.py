@@ -16,7 +16,8 @@ import torch
 from nxdt_align.config.engines import resolve_engine
 from nxdt_align.config.schema import Config, PrecisionConfig
 from nxdt_align.data.packing import Bucket, Layout
-from nxdt_align.models.adapters import ALL_LINEAR, AdapterSpec, adapter_spec
+from nxdt_align.models.adapter_targets import ALL_LINEAR, adapter_spec
+from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.config import DecoderConfig, ModelShape
 from nxdt_align.models.partition import even_stages
 from nxdt_align.ops.logprobs import CACHED_BYTES, KEPT_BYTES, chunk_size

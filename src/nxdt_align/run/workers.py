@@ -70,7 +70,8 @@ def take_port(ports: Sequence[int]) -> int:
         # A name that one process at a time has, until it ends: the port itself is torchrun's to open.
         name = socket.socket(socket.AF_UNIX)
         try:
-            name.bind(f"\0nxdt-align rendezvous {port}")
+            if sys.platform == "linux":  # others have no such names, only the look at the port itself
+                name.bind(f"\0nxdt-align rendezvous {port}")
             with socket.create_server(("", port)):
                 pass
         except OSError:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nxdt_align.engines.base import WeightSource
 from nxdt_align.models import nf4
-from nxdt_align.models.adapters import AdapterSpec, quantized_layers
+from nxdt_align.models.adapters import AdapterSpec, quantized_layers, row_norms
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.models.sharding import MAGNITUDE
 
@@ -74,5 +74,5 @@ class QuantizedWeights(WeightSource):
             if self._spec.dora and path in self._spec.targets:
                 # Of the rows that there are: what adds an adapter must not change the base.
                 whole = nf4.weight_of(self._last[1]).dequantized(self._dtype)
-                self._magnitudes[path] = torch.linalg.vector_norm(whole.float(), dim=1)
+                self._magnitudes[path] = row_norms(whole)
         return self._last[1]
