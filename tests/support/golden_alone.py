@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from golden_probe import one_process, train
+from golden_probe import exact_roots, one_process, train
 
 
 def _refuse(*args: Any, **kwargs: Any) -> None:
@@ -19,6 +19,7 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
 
 
 if __name__ == "__main__":
+    exact_roots()
     what, folder, *rest = sys.argv[1:]
     if what == "values":
         file, *names = rest

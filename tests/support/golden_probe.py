@@ -54,10 +54,28 @@ REPRODUCIBLE = {
 }
 """Environment in which every x86 CPU computes alike, in torch's own kernels, MKL's and oneDNN's. Else the
 order of a sum is the CPU's own, and values near 0 (margins, accuracies of untrained models) are other values
-on the next machine. It is read when torch is loaded, so golden runs have processes of their own."""
+on the next machine. It is read when torch is loaded, so golden runs have processes of their own. Square roots
+need ``exact_roots`` besides."""
 MEASURED = ("throughput", "throughput_peak")
 """Curves that are times."""
 PLAN_FIELDS = ("input_ids", "position_ids", "labels", "response_positions", "record_index", "slot_role")
+
+
+def exact_roots() -> None:
+    """Let every square root of this process be the correctly rounded one.
+
+    torch's ``sqrt`` goes to MKL's vector functions, whose kernel for SSE starts from ``rsqrtps``: an estimate
+    that Intel's and AMD's CPUs make differently, under every MKL_CBWR. AdamW takes a root at every step. The
+    root of a float64, good to its last bit or so, rounds to the right float32: none lies near a midpoint.
+    """
+    mkl = torch.sqrt
+
+    def root(tensor: Tensor) -> Tensor:
+        return mkl(tensor.double()).to(tensor.dtype)
+
+    torch.sqrt = root
+    Tensor.sqrt = root  # type: ignore[method-assign, assignment]
+    torch._foreach_sqrt = lambda tensors: [root(tensor) for tensor in tensors]
 
 
 def copy_project(folder: Path) -> Path:
