@@ -54,9 +54,8 @@ TRAININGS = {
 
 
 USUAL = (
-    *("pp2, dpo", "pp2 x 2 chunks, orpo", "pp4, dpo", "pp2 dp2 zero1, orpo", "pp2 x 2 chunks dp2 fsdp, orpo"),
-    *("pp2 tp2 sp, orpo", "pp2, tied head, orpo", "pp4, tied head, dpo", "pp2 tp2, tied head, dpo"),
-    "pp2 x 2 chunks dp2 fsdp, tied head, orpo",
+    *("pp2, dpo", "pp2 dp2 zero1, orpo", "pp2 x 2 chunks dp2 fsdp, orpo", "pp2 tp2 sp, orpo"),
+    *("pp4, tied head, dpo", "pp2 x 2 chunks dp2 fsdp, tied head, orpo"),
 )
 
 

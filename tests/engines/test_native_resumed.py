@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrix import but_for
 from parallel_fixture import (
     CLIP,
     LOSSES,
@@ -62,7 +63,7 @@ def take_turns(rank: int, world: int, folder: Path, shape: DecoderConfig) -> Tur
     return losses, weights
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=but_for(["tied head"], SHAPES))
 def spread(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[DecoderConfig, Path, list[Turns]]:

@@ -174,6 +174,7 @@ print((peak() - before) / 2**20)
 """
 
 
+@pytest.mark.full
 def test_memory_of_a_long_row_is_far_below_its_logits() -> None:
     """8,192 positions x 128,256 tokens: full fp32 logits are 3.9 GiB; here the peak grows by < 1 GiB."""
     done = subprocess.run([sys.executable, "-c", MEMORY_SCRIPT], capture_output=True, text=True, check=True)

@@ -97,7 +97,7 @@ STEPS = {f"{kind}: {'+'.join(names)}": (kind, names) for kind in PRECISIONS for 
 
 
 @pytest.mark.parametrize(
-    "step", but_for([*(f"bf16: {'+'.join(names)}" for names in RECOMPUTE), "fp32: ", "autocast: full"], STEPS)
+    "step", but_for([*(f"fp32: {'+'.join(names)}" for names in RECOMPUTE), "bf16: ", "autocast: full"], STEPS)
 )
 def test_a_step_allocates_what_is_planned(step: str) -> None:
     compare(DEEP, *STEPS[step], (2, 256, 64), "masked")
@@ -108,7 +108,7 @@ def test_a_large_tied_head(step: str) -> None:
     compare(WIDE_HEAD, *STEPS[step], (1, 384, 256), "masked")
 
 
-@pytest.mark.parametrize("step", but_for(["fp32: full", "bf16: ", "bf16: CoreAttention"], STEPS))
+@pytest.mark.parametrize("step", but_for(["fp32: full", "bf16: ", "fp32: CoreAttention"], STEPS))
 def test_attention_scores(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention written out, as a device without a kernel that takes a mask runs it."""
     kind, recompute = STEPS[step]
@@ -139,9 +139,9 @@ ADAPTED = {
         [
             "all layers, bf16, full",
             "q and v, fp32, ",
-            "dropout, bf16, ",
+            "dropout, fp32, ",
             "DoRA, fp32, full",
-            "the head, bf16, full",
+            "the head, fp32, full",
         ],
         ADAPTED,
     ),
@@ -153,7 +153,7 @@ def test_adapters(case: str) -> None:
     compare(DEEP, kind, recompute, (2, 256, 64), "masked", adapters)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("fp32", marks=pytest.mark.full), "bf16"])
+@pytest.mark.parametrize("kind", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
 @pytest.mark.parametrize("recompute", [(), ("full",)], ids="+".join)
 def test_a_base_in_4_bits(kind: str, recompute: tuple[str, ...]) -> None:
     """Its bytes are exact; one weight at a time is dequantised."""
@@ -193,7 +193,7 @@ PARALLEL_TOLERANCE = 0.18
         pytest.param(2, Parallel(tensor=2), marks=pytest.mark.full),
         pytest.param(2, Parallel(tensor=2, sequence_parallel=True), marks=pytest.mark.full),
         (4, Parallel(tensor=4, sequence_parallel=True)),
-        (2, Parallel(zero1=True)),
+        pytest.param(2, Parallel(zero1=True), marks=pytest.mark.full),
         (2, Parallel(fsdp=True)),
     ],
     ids=["tp2", "tp2-sp", "tp4-sp", "zero1", "fsdp"],
