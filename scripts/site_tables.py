@@ -18,7 +18,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "src"))
 
-from nxdt_align.cli import _parser  # noqa: E402
+from nxdt_align.cli_parser import make_parser  # noqa: E402
 from nxdt_align.config.aliases import (  # noqa: E402
     FOREIGN_ADVICE,
     FOREIGN_KEYS,
@@ -144,7 +144,7 @@ BLOCKS: dict[str, dict[str, Callable[[], str]]] = {
         "megatron_keys": _megatron,
     },
     "docs/verbs.md": {
-        f"options of {name}": (lambda verb=verb: _options(verb)) for name, verb in _verbs(_parser())
+        f"options of {name}": (lambda verb=verb: _options(verb)) for name, verb in _verbs(make_parser())
     },
 }
 """Page -> name of a block -> its content."""

@@ -83,15 +83,17 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "cli": (
         *("run", "config", "cli_conversion", "cli_doctor", "cli_evaluation", "cli_reference", "cli_sweep"),
-        *("neuron.environment", "neuron.compile", "neuron.node"),
+        *("cli_parser", "cli_process", "neuron.environment", "neuron.compile", "neuron.node"),
     ),
+    "cli_parser": ("cli_conversion", "cli_doctor", "cli_evaluation", "cli_reference", "cli_sweep"),
+    "cli_process": ("run", "config", "neuron.environment"),
     "cli_conversion": (),
     "cli_doctor": ("run", "config", "neuron.bundle"),
     "cli_evaluation": ("run",),
     "cli_reference": ("run", "config", "reference"),
     "cli_sweep": ("run", "config"),
-    "api": ("cli", "config", "losses", "run"),
-    "__main__": ("cli",),
+    "api": ("cli_process", "config", "losses", "run"),
+    "__main__": ("cli", "cli_process"),
     "": ("api", "losses", "run"),
 }
 
@@ -123,6 +125,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "cli_conversion": (),
     "cli_doctor": (),
     "cli_evaluation": (),
+    "cli_parser": (),
+    "cli_process": (),
     "cli_reference": (),
     "cli_sweep": (),
     "neuron.bundle": (),
@@ -150,7 +154,7 @@ RESERVED: dict[str, tuple[str, ...]] = {
 }
 
 # data.token_parts reads none: it sets the one switch that the tokenizers library has for forked processes.
-ENVIRONMENT_READERS = ("cli", "engines.nxd.compat", "data.token_parts")
+ENVIRONMENT_READERS = ("cli", "cli_process", "engines.nxd.compat", "data.token_parts")
 ENVIRONMENT_NAMES = ("environ", "environb", "getenv", "getenvb", "putenv")
 
 

@@ -21,11 +21,12 @@ def main() -> int:
         )
         return 1
     from nxdt_align import cli
+    from nxdt_align.cli_process import reader_may_stop
 
     try:
         return cli.main()
     finally:  # also after --help, whose text argparse has printed
-        with cli.reader_may_stop():
+        with reader_may_stop():
             pass
 
 

@@ -49,7 +49,7 @@ def train(
     the run with a checkpoint and a SystemExit of 128 + the signal's number, unless
     ``exp_manager.create_preemption_callback`` is False or this is not the main thread.
     """
-    from nxdt_align.cli import Environment, enter_run
+    from nxdt_align.cli_process import Environment, enter_run
 
     environment = Environment.of_this_process()
     found = checked(config, environment.world_size)

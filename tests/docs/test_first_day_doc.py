@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nxdt_align.cli import _parse
+from nxdt_align.cli_parser import parse
 from nxdt_align.config.check import with_check
 from nxdt_align.config.load import read_config
 
@@ -43,7 +43,7 @@ def test_there_are_ten_and_each_has_its_line_in_the_table() -> None:
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("nxdt-align")])
 def test_the_command_line_takes_it(command: str) -> None:
-    arguments = _parse(words(command)[1][1:])
+    arguments = parse(words(command)[1][1:])
     assert arguments.verb in ("plan", "doctor")
 
 

@@ -246,7 +246,7 @@ def test_the_command_resumes_where_the_yaml_would_not(
 def test_before_anything_is_imported(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nxdt_align.cli._missing_variables", lambda *_: send(signal.SIGTERM))
+    monkeypatch.setattr("nxdt_align.cli_process.lacked_variables", lambda *_: send(signal.SIGTERM))
     assert project.train(f"exp_manager.exp_dir={tmp_path}") == 143
     said = capfd.readouterr().err
     assert said.endswith("SIGTERM: stopped before the first step: there is nothing to save yet\n")
