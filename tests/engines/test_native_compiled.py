@@ -74,7 +74,12 @@ SPREADS = {
     "tied head, pp2 tp2": Case(
         pipeline=2, tensor=2, sequence_parallel=True, shape=replace(SHAPE, tie_word_embeddings=True)
     ),
+    "pp2 x 2 chunks": Case(pipeline=2, virtual_pipeline=2),
+    "packed rows, tp2 dp2 sp": Case(tensor=2, data=2, sequence_parallel=True, layout="packed"),
+    "padded rows, tp2 dp2 sp fsdp": Case(tensor=2, data=2, sequence_parallel=True, fsdp=True, layout="none"),
 }
+ORPO = ("tp2 sp", "tp4 sp, 2 kv heads", "dp4 zero1", "tp2 dp2 sp fsdp", "pp2 x 2 chunks", "pp2 dp2 fsdp")
+SPREADS |= {f"ORPO, {name}": replace(SPREADS[name], loss="orpo") for name in ORPO}
 
 
 @cache
@@ -240,12 +245,16 @@ def test_graphs_follow_from_buckets_and_modes_not_from_depth(tmp_path: Path) -> 
 
 RANKS: dict[str, Case] = {
     "tp2 sp": Case(tensor=2, sequence_parallel=True),
+    "tp2 sp, full checkpointing": Case(tensor=2, sequence_parallel=True, checkpointing=FULL),
     "dp2 fsdp": Case(data=2, fsdp=True),
     "dp2 fsdp, full checkpointing": Case(data=2, fsdp=True, checkpointing=FULL),
     "dp2 zero1, selective checkpointing": Case(data=2, zero1=True, checkpointing=SELECTIVE),
     "pp2": Case(pipeline=2),
     "pp2, full checkpointing": Case(pipeline=2, checkpointing=FULL),
+    "pp2 x 2 chunks": Case(pipeline=2, virtual_pipeline=2),
     "LoRA, dp2 fsdp": AdapterCase(data=2, fsdp=True),
+    "LoRA, tp2 sp": AdapterCase(tensor=2, sequence_parallel=True),
+    "LoRA, pp2": AdapterCase(pipeline=2),
 }
 LENGTHS = (64, 96)
 

@@ -127,6 +127,19 @@ SHOW: list[tuple[str, dict[str, Curve]]] = [
             "val_loss": line(0.69, 0.68, VAL),
         },
     ),
+    # Seen where half of the labels were flipped: rewards part either way, and their means stay.
+    (
+        "data noise",
+        {
+            "reduced_train_loss": line(0.693, 0.66),
+            "rewards__accuracies": line(0.5, 0.6),
+            "rewards__chosen": line(0.0, 0.05),
+            "rewards__rejected": line(0.0, -0.05),
+            "rewards__margins": line(0.0, 0.1),
+            "val_rewards__accuracies": line(0.5, 0.47, VAL),
+            "val_loss": line(0.70, 0.74, VAL),
+        },
+    ),
 ]
 SHOW_NOT: list[tuple[str, dict[str, Curve]]] = [
     ("a good run", {}),

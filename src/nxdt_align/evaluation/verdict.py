@@ -344,6 +344,16 @@ def _policy_moved(curves: Curves, settings: Settings) -> bool:
     return bool(moved) and max(moved) / _beta(settings) > _NATS_APART
 
 
+def _loss_moved(curves: Curves) -> bool:
+    """Whether the loss, validation's if there is one, is off its start by 2%: where labels are noise, rewards
+    part the one way as often as the other, and their means stay."""
+    loss = curves[LOSS]
+    if not loss:
+        return False
+    late = (curves[VAL_LOSS] or loss).mean(0.5, 1)
+    return abs(late - _start(loss)) > 0.02 * abs(_start(loss))
+
+
 def data_noise(curves: Curves, settings: Settings) -> Finding | None:
     """Much has moved, but held-out pairs are told apart hardly better than by chance."""
     held_out, training = curves[f"val_{ACCURACY}"], curves[ACCURACY]
@@ -351,7 +361,7 @@ def data_noise(curves: Curves, settings: Settings) -> Finding | None:
     if (
         len(accuracy.steps) < 2
         or len(training.steps) < 2 * _LEAST_STEPS
-        or not _policy_moved(curves, settings)
+        or not (_policy_moved(curves, settings) or _loss_moved(curves))
     ):
         return None
     late = accuracy.mean(0.5, 1)
