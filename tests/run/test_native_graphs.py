@@ -123,12 +123,16 @@ def test_attention_of_true_widths(
 
 @pytest.mark.full
 def test_a_pipelines_parts_are_those_of_one_stage(tmp_path: Path) -> None:
-    whole = recorded(tmp_path, SMALL, "40,20,20")
-    staged = recorded(tmp_path, SMALL, "40,20,20", "distributed_strategy.pipeline_model_parallel_size=2")
+    alone = "distributed_strategy.tensor_model_parallel_size=1"
+    whole = recorded(tmp_path, SMALL, "40,20,20", alone)
+    staged = recorded(
+        *(tmp_path, SMALL, "40,20,20", alone, "distributed_strategy.pipeline_model_parallel_size=2")
+    )
     assert {g["key"] for g in whole["graphs"]} == {g["key"] for g in staged["graphs"]}
     (step,), (of_stage,) = whole["steps"], staged["steps"]
     # Of two stages the second has one of the layers, and the head.
-    assert of_stage["stages"] == 2 and of_stage["later"]["products"] < step["later"]["products"]
+    whole_flops, of_one = (each["flops"] / each["micro_batches"] for each in (step, of_stage))
+    assert of_stage["stages"] == 2 and 0 < of_one < whole_flops
 
 
 @pytest.mark.full
@@ -157,6 +161,29 @@ def test_adapters_leave_the_base_without_weight_gradients(tmp_path: Path) -> Non
     assert flops[-1] == 2 * S * weights + 2 * scores + 2 * factors
     assert len(flops) == 2 and flops[0] < flops[1]
     assert any(g["name"].startswith("embedding, without gradients") for g in table["graphs"])
+
+
+@pytest.mark.full
+def test_each_bucket_and_validation_are_recorded(tmp_path: Path) -> None:
+    """8 pairs of 80 tokens in rows of 128, whose step costs what it does where there are no others; and a
+    step of one pair in rows of 256."""
+    table = recorded(
+        *(tmp_path, SMALL, "40,20,20", "data.packing=packed", "data.buckets=[128,256]"),
+        *("data.val_dir=/nowhere.jsonl", "trainer.limit_val_batches=1.0"),
+        *("distributed_strategy.tensor_model_parallel_size=1", "data.attention=dense"),
+    )
+    steps = {step["shape"][1]: step for step in table["steps"]}
+    assert steps.keys() == {128, 256} and [steps[n]["examples"] for n in (128, 256)] == [8, 1]
+    for tokens in steps:
+        names = {g["name"] for g in table["graphs"] if g["shapes"][0][1] == tokens}
+        assert "loss, without gradients (first in: validation step)" in names
+        assert {f"{part}, backward (first in: training step)" for part in PARTS} <= names
+
+    (alone,) = recorded(
+        *(tmp_path, SMALL, "40,20,20", "data.packing=packed", "data.buckets=[128]"),
+        *("distributed_strategy.tensor_model_parallel_size=1", "data.attention=dense"),
+    )["steps"]
+    assert alone == steps[128]
 
 
 @pytest.mark.full
@@ -204,7 +231,7 @@ ROWS = ("bfloat16", (1, 8, 500, 64))
 
 
 class GraphOf:
-    key, name, shapes, inputs, outputs, executions = "0", "layer", [[1, 512, 64, 2]], (), (), {"step": 1}
+    key, name, shapes, inputs, outputs, executions = "0", "layer", [[1, 512, 64, 2]], (), (), {}
 
     def __init__(self, *ops: Op) -> None:
         self.ops = ops

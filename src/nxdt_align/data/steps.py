@@ -271,6 +271,14 @@ def dry_run_steps(planner: RowPlanner, steps: Iterable[Sequence[int]]) -> list[D
     return [*([first] if first else []), *(step for step in visited for _ in range(VISITS))]
 
 
+def step_of_each_bucket(planner: RowPlanner, examples: Sequence[int]) -> dict[Bucket, DryRunStep]:
+    """The step of ``examples`` in its bucket, and a step in each other one that can hold an example."""
+    found: dict[Bucket, DryRunStep] = {}
+    for step in dry_run_steps(planner, [examples]):
+        found.setdefault(planner.plan(step.examples, step.bucket).bucket, step)
+    return found
+
+
 def _idle_buckets(planner: RowPlanner, used: set[Bucket]) -> list[DryRunStep]:
     """The shortest example in each bucket that is not ``used`` and can hold it."""
     shortest = planner.shortest()

@@ -37,6 +37,8 @@ from nxdt_align.planning.operators import (
 )
 from nxdt_align.planning.workload import Workload
 
+Shapes = tuple[tuple[int, ...], ...]
+"""Of micro-batches: rows, tokens, response tokens, responses."""
 _DTYPES = {
     "bool": "pred",
     **{f"int{bits}": f"s{bits}" for bits in (8, 16, 32, 64)},
@@ -74,7 +76,7 @@ class TracedOps(Traced, Protocol):
     @property
     def outputs(self) -> Sequence[tuple[str, tuple[int, ...]]]: ...
     @property
-    def executions(self) -> Mapping[str, int]: ...
+    def executions(self) -> Mapping[tuple[str, Shapes], int]: ...
 
 
 class _Op:
@@ -303,6 +305,7 @@ def step_on_paper(
     device: Device,
     *,
     steps: Collection[str],
+    shapes: Shapes,
     micro_batches: int,
     examples: int,
     clips: bool,
@@ -316,20 +319,21 @@ def step_on_paper(
         made: their reports, by key.
         work: the sizes of the step.
         steps: what counts as the step: its training, and a reference's pass that is part of it.
+        shapes: of the micro-batch that was recorded.
         clips, chunks: see ``around_graphs``.
     """
 
     def of_stage(stage: int) -> StepCost:
         shares = _shares(work, stage)
         run = [
-            (made[graph.key], graph.executions.get(step, 0) * shares[graph.name.partition(",")[0]])
+            (made[graph.key], graph.executions.get((step, shapes), 0) * shares[graph.name.partition(",")[0]])
             for graph in graphs
             for step in steps
         ]
         extra = around(work, stage, device, clips=clips, reference_passes=len(steps) - 1, chunks=chunks)
         later = sum((each.cost.times(count) for each, count in run), extra.micro_batch)
         return StepCost(
-            shape=tuple(graphs[0].shapes[0]),
+            shape=tuple(shapes[0]),
             micro_batches=micro_batches,
             examples=examples,
             first=later + extra.once,

@@ -19,7 +19,7 @@ from nxdt_align.config import custom
 from nxdt_align.config.schema import Config
 from nxdt_align.data.layouts import LayoutChoice
 from nxdt_align.data.module import ModelAlignmentDataModule
-from nxdt_align.data.steps import DryRunStep, dry_run_steps
+from nxdt_align.data.steps import step_of_each_bucket
 from nxdt_align.engines import xla
 from nxdt_align.engines.base import Engine, Shapes
 from nxdt_align.engines.nxd import compat
@@ -285,11 +285,8 @@ def _steps(
             fixed_micro_batches=True,
             **rows,
         )
-    first = tuple(range(min(config.data.global_batch_size, len(dataset.examples))))
-    visited: dict[Any, DryRunStep] = {}
-    for step in dry_run_steps(dataset.planner, [first]):
-        bucket = dataset.planner.plan(step.examples, step.bucket).bucket
-        visited.setdefault(bucket, step)
+    first = range(min(config.data.global_batch_size, len(dataset.examples)))
+    visited = step_of_each_bucket(dataset.planner, first)
     return [(s.examples, dataset.lay_out(s.examples, bucket)) for bucket, s in visited.items()], choice
 
 

@@ -11,6 +11,9 @@ from nxdt_align.batch import Topology
 from nxdt_align.config.check import ConfigError, find_faults
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.data.packing import Bucket
+from nxdt_align.data.steps import step_of_each_bucket
+from nxdt_align.engines.base import shapes_of
 from nxdt_align.engines.native import traced
 from nxdt_align.engines.native.compiled import checkpointing_fault, require_own_decoder
 from nxdt_align.engines.native.engine import NativeEngine
@@ -52,7 +55,7 @@ def settled(config: Config) -> Config:
 def reports(
     config: Config, rank: int, lengths: Sequence[int] | None, device: Device
 ) -> tuple[list[GraphReport], list[StepCost]]:
-    """What is in each graph of the compiled parts on ``rank``, and what a step in the first bucket takes on
+    """What is in each graph of the compiled parts on ``rank``, and what a step in each bucket takes on
     ``device``, on paper. A pipeline's stages compute the same parts, which are recorded once; the step is
     that of the slowest stage.
 
@@ -95,7 +98,8 @@ def reports(
         )
     config = config if choice is None else config.with_layout(choice.layout)
     examples = range(min(config.data.global_batch_size, len(dataset.examples)))
-    micro_batches = dataset.lay_out(examples)
+    visited = step_of_each_bucket(dataset.planner, examples)
+    laid = {bucket: dataset.lay_out(step.examples, bucket) for bucket, step in visited.items()}
     asks = objective.needs_reference and not config.model_alignment_strategy.precompute_ref_log_probs
 
     compiling = traced.RecordedCompiling()
@@ -108,27 +112,37 @@ def reports(
     )
     if objective.needs_reference:
         engine.load_reference(None)
-    with recorder.fake:
-        batch = micro_batches[0].map(recorder.fake.from_tensor).to(engine.device)
-        if objective.needs_reference:
-            batch = batch.with_reference(engine.response_logps(batch, reference=True))
-        engine.step([batch], objective)
+    for micro_batches in laid.values():
+        with recorder.fake:
+            batch = micro_batches[0].map(recorder.fake.from_tensor).to(engine.device)
+            if objective.needs_reference:
+                batch = batch.with_reference(engine.response_logps(batch, reference=True))
+            engine.step([batch], objective)
+            if config.validates:
+                engine.evaluate([batch], objective)
     low = computing.precision(config).compute == torch.bfloat16
-    made = {graph.key: report(graph, device, low_precision=low) for graph in recorder.traced}
-    work = workload(
-        *(config, model, config.layout, dataset.planner.responses_per_example),
-        dataset.planner.plan(examples).bucket,
-        needs_reference=objective.needs_reference,
-    )
-    step = step_on_paper(
-        *(recorder.traced, made, work, device),
-        steps=(STEP, REFERENCE) if asks else (STEP,),
-        micro_batches=len(micro_batches),
-        examples=len(examples),
-        clips=config.trainer.gradient_clip_val is not None,
-        chunks=config.distributed_strategy.virtual_pipeline_model_parallel_size,
-    )
-    return list(made.values()), [step]
+    made: dict[str, GraphReport] = {}
+    for graph in recorder.traced:
+        if graph.key not in made:
+            made[graph.key] = report(graph, device, low_precision=low)
+
+    def of_bucket(bucket: Bucket) -> StepCost:
+        work = workload(
+            *(config, model, config.layout, dataset.planner.responses_per_example),
+            bucket,
+            needs_reference=objective.needs_reference,
+        )
+        return step_on_paper(
+            *(recorder.traced, made, work, device),
+            steps=(STEP, REFERENCE) if asks else (STEP,),
+            shapes=shapes_of(laid[bucket][:1]),
+            micro_batches=len(laid[bucket]),
+            examples=len(visited[bucket].examples),
+            clips=config.trainer.gradient_clip_val is not None,
+            chunks=config.distributed_strategy.virtual_pipeline_model_parallel_size,
+        )
+
+    return list(made.values()), list(map(of_bucket, laid))
 
 
 def _require(config: Config, model: DecoderConfig) -> None:

@@ -52,8 +52,8 @@ class TracedOps(Graph):
     ops: tuple[TracedOp, ...]
     inputs: tuple[Form, ...]
     outputs: tuple[Form, ...]
-    executions: dict[str, int] = field(default_factory=dict)
-    """Step -> how often it was run in it."""
+    executions: dict[tuple[str, Shapes], int] = field(default_factory=dict)
+    """Step and the shapes of its micro-batches -> how often it was run in it."""
 
 
 class _Fake(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -116,8 +116,7 @@ class Recorder:
         self.traced.append(graph)
 
         def run(*args: Any) -> Any:
-            name = self._present[0]
-            graph.executions[name] = graph.executions.get(name, 0) + 1
+            graph.executions[self._present] = graph.executions.get(self._present, 0) + 1
             return module(*args)
 
         return make_boxed_func(run)
