@@ -22,6 +22,7 @@ from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
 from nxdt_align.planning.graph_cost import Cost, StepCost
 from nxdt_align.planning.step_time import RowSeconds
 from nxdt_align.run.graphs import _parts_of_step
+from nxdt_align.run.tracing_memory import available_bytes, require_memory
 
 SMALL = replace(
     LLAMA3_8B, vocab_size=2048, hidden_size=512, head_dim=16, intermediate_size=1024, num_hidden_layers=2
@@ -260,6 +261,43 @@ def test_refusals(
     given = arguments(tmp_path, TRUE, RUNS["DPO"], LONG)
     assert main([*given, *options]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("engine", "kib", "words"),
+    [
+        (
+            "nxd",
+            2_200_000,
+            "32 layers takes up to 2.3 GiB of memory (an estimate), but 2.1 GiB are",
+        ),
+        ("native", 900_000, "takes up to 1.0 GiB of memory (an estimate), but 878.9 MiB are available"),
+    ],
+)
+def test_a_model_too_large_to_record_here(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+    kib: int,
+    words: str,
+) -> None:
+    """1.25 GiB and 32 layers of 6 MiB and 4,096 x 7 KiB on engine nxd."""
+    (tmp_path / "meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:  {kib} kB\n")
+    monkeypatch.setattr("nxdt_align.run.tracing_memory.MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("nxdt_align.run.graphs.is_importable", lambda name: True)
+    options = (f"distributed_strategy.engine={engine}", "distributed_strategy.tensor_model_parallel_size=8")
+    given = arguments(tmp_path, LLAMA3_8B, RUNS["DPO"], LONG)
+    assert main([*given, *options, "distributed_strategy.kv_replicator=1", "trainer.devices=8"]) == 1
+    said = capsys.readouterr().err
+    assert words in said and "record on a machine that has more" in said
+    assert ("set model.num_layers lower" in said) is (engine == "nxd")
+
+
+def test_memory_that_no_one_tells_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nxdt_align.run.tracing_memory.MEMINFO", tmp_path / "nowhere")
+    assert available_bytes() is None
+    require_memory(load_config("hf_llama3_8B_DPO_config"), LLAMA3_8B, "nxd")
 
 
 @pytest.mark.parametrize("missing", ["torch_xla", "neuronx_distributed"])

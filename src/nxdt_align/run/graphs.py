@@ -38,6 +38,7 @@ from nxdt_align.run.nxd import NxDParts
 from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
 from nxdt_align.run.standing import require_lengths, standing_for_data
+from nxdt_align.run.tracing_memory import require_memory
 from nxdt_align.training import optim
 
 __all__ = ["DEVICES", "compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
@@ -67,12 +68,13 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
         lengths: tokens of a prompt and of its responses, for examples that stand for the data; None for the
             data of the configuration.
 
-    Raises UserError where torch_xla or neuronx-distributed is missing, for a rank that the run does not have,
-    and for what training would refuse.
+    Raises UserError where torch_xla, neuronx-distributed or memory is missing, for a rank that the run does
+    not have, and for what training would refuse.
     """
     _require(config, rank, lengths)
     config = _settled(config)
     model = assemble.decoder_for_nxd(assemble.model_config(config))
+    require_memory(config, model, "nxd")
     config = with_possible_layout(config, model)
     env = RunEnv(rank=rank, world_size=config.world_size, compile_only=True)
     parts = _TracedParts(config, env, model, DryRun())

@@ -35,6 +35,7 @@ from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.rows import row_needs, with_possible_layout
 from nxdt_align.run.settle import settle
 from nxdt_align.run.standing import require_lengths, standing_for_data
+from nxdt_align.run.tracing_memory import require_memory
 
 STEP, REFERENCE = "training step", "log-probabilities without gradients"
 
@@ -59,7 +60,7 @@ def reports(
     ``device``, on paper. A pipeline's stages compute the same parts, which are recorded once; the step is
     that of the slowest stage.
 
-    Raises UserError for what training would refuse.
+    Raises UserError for what training would refuse, and where memory is missing.
     """
     config = settled(config)
     if lengths is not None:
@@ -69,6 +70,7 @@ def reports(
     assert isinstance(model, DecoderConfig)
     config = with_possible_layout(config, model)
     _require(config, model)
+    require_memory(config, model, "native")
     objective = GlobalMeanObjective(
         assemble.loss(config, "native"), token_statistics=config.exp_manager.log_token_statistics
     )
