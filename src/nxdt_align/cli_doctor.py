@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -68,9 +69,10 @@ def neuron_doctor(
 
         try:
             lines = flash_lines()
-        except (UserError, RuntimeError) as error:
-            # The archive shows why, so it comes first.
-            failed, lines = error, [str(error)]
+        except Exception as error:
+            # Whatever a kernel, its compiler or another version's signature raises: the archive shows why, so
+            # it comes first.
+            failed, lines = error, traceback.format_exception(error)
         else:
             yield from lines
         made["flash.txt"] = lambda: "\n".join(lines)
@@ -88,4 +90,5 @@ def neuron_doctor(
     yield f"{arguments.out}: {len(parts)} files, {arguments.out.stat().st_size / 1024:,.0f} KiB"
     yield "read it before you send it: tar -xzOf FILE | less shows all that is in it"
     if failed is not None:
-        raise UserError(f"doctor --flash: {failed}") from failed
+        told = str(failed) if isinstance(failed, UserError) else f"{type(failed).__name__}: {failed}"
+        raise UserError(f"doctor --flash: {told}") from failed
