@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,31 @@ def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(DataError, match="a process that tokenizes was killed, probably since the mach"):
             made(tmp_path)
     assert len(made(tmp_path).splits["train"].examples) == 162
+
+
+def test_a_process_that_is_killed_while_rows_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its death is then found by handing it the next part, not by waiting for one."""
+    waited_for: list[Future[Path]] = []
+    submit, blocks = token_parts.Pool.submit, token_parts.blocks
+
+    def kept(self: Any, *rest: Any) -> Any:
+        waited_for.append(submit(self, *rest))
+        return waited_for[-1]
+
+    def slowly(rows: Any) -> Any:
+        for block in blocks(rows):
+            if waited_for:
+                waited_for[0].exception(timeout=60)
+            yield block
+
+    monkeypatch.setattr(Tokenization, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(token_parts.Pool, "submit", kept)
+    monkeypatch.setattr(token_parts, "blocks", slowly)
+    with pytest.raises(DataError, match="a process that tokenizes was killed, probably since the mach"):
+        made(tmp_path)
+    assert len(waited_for) == 1, "the second part was refused"
 
 
 def test_bad_records_stop_the_run_and_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
