@@ -26,6 +26,7 @@ import numpy as np
 
 from nxdt_align.data.formats import FORMATS, Format, Kind
 from nxdt_align.data.json_files import JsonLine
+from nxdt_align.data.open_files import require_room
 from nxdt_align.data.raw import RawRecord
 from nxdt_align.data.reading import Reader, ReadPart
 from nxdt_align.data.records import BadRecord, BadRecords, DataError, Record, content_of
@@ -341,7 +342,8 @@ def _read_part(path: Path) -> Part | None:
                 return None
         with np.load(path, allow_pickle=False) as arrays:
             about: dict[str, Any] = json.loads(arrays["about"].tobytes())
-    except BROKEN:
+    except BROKEN as error:
+        require_room(error, path)
         return None
     read, counts, examples = about.pop("report")
     refused = {record: BadRecord(*fault) for record, fault in about.pop("refused").items()}
