@@ -44,6 +44,8 @@ _REASONS = {
     errno.EPERM: "permission denied: make the folder writable, or choose another",
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EMFILE: "this process has too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files: end other programs, or raise its limit (ulimit -n)",
     errno.EIO: "the device reports an input/output error",
 }
 

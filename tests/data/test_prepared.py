@@ -7,8 +7,10 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,31 @@ def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(made(tmp_path).splits["train"].examples) == 162
 
 
+def test_a_process_that_is_killed_while_rows_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its death is then found by handing it the next part, not by waiting for one."""
+    waited_for: list[Future[Path]] = []
+    submit, blocks = token_parts.Pool.submit, token_parts.blocks
+
+    def kept(self: Any, *rest: Any) -> Any:
+        waited_for.append(submit(self, *rest))
+        return waited_for[-1]
+
+    def slowly(rows: Any) -> Any:
+        for block in blocks(rows):
+            if waited_for:
+                waited_for[0].exception(timeout=60)
+            yield block
+
+    monkeypatch.setattr(Tokenization, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(token_parts.Pool, "submit", kept)
+    monkeypatch.setattr(token_parts, "blocks", slowly)
+    with pytest.raises(DataError, match="a process that tokenizes was killed, probably since the mach"):
+        made(tmp_path)
+    assert len(waited_for) == 1, "the second part was refused"
+
+
 def test_bad_records_stop_the_run_and_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the words of data that are read at once; the next run need not tokenize to say so."""
     with pytest.raises(UserError) as want:
@@ -293,3 +320,39 @@ def test_hundreds_of_files_with_weights(tmp_path: Path, monkeypatch: pytest.Monk
     second = made(tmp_path, sources=sources(60, 3.0))
     assert len(second.splits["train"].examples) == 360 and made_now == [f"{folder}/59.jsonl"]
     assert hashes(second) == hashes(make_module(tmp_path, sources(60, 3.0)))
+
+
+def _with_few_descriptors(folder: Path, sources: str, is_hard: bool, results: Any) -> None:
+    limit = len(os.listdir("/dev/fd")) + 18
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit if is_hard else hard))
+    try:
+        results.put(len(made(folder, sources=sources).splits["train"].examples))
+    except Exception as error:
+        results.put(f"{type(error).__name__}: {error}")
+
+
+def test_more_files_than_descriptors(tmp_path: Path) -> None:
+    """The soft limit is raised; where the hard one is as low, a message names it. In processes of their own,
+    which cannot raise it again."""
+    row = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
+    for number in range(14):
+        (tmp_path / f"{number}.jsonl").write_text(row * 2)  # equal records: each file has one of rows, too
+    sources = f"[{', '.join(f'@/{number}.jsonl' for number in range(14))}]"
+    results = FORK.SimpleQueue()
+    found = []
+    for is_hard in (True, False, True):
+        run = FORK.Process(target=_with_few_descriptors, args=(tmp_path, sources, is_hard, results))
+        run.start()
+        found.append(results.get())
+        run.join()
+    assert found[1] == 28
+    for told in (found[0], found[2]):  # while the files are prepared, and when they are found again
+        assert told.startswith("DataError: data.train_dir: ") and "ulimit -n" in told
+    assert "Too many open files" in found[2] and "broken" not in found[2]
+
+
+def test_tokens_that_cannot_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation.Preparation, "_open", lambda *_: None)
+    with pytest.raises(DataError, match=r"tokens-.*npz cannot be read again; is the disk of data\.cache_di"):
+        made(tmp_path)

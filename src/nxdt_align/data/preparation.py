@@ -28,6 +28,7 @@ import numpy as np
 
 from nxdt_align.data.formats import Format, Kind, named_format
 from nxdt_align.data.joined_parts import joined
+from nxdt_align.data.open_files import make_room, require_room
 from nxdt_align.data.reading import NONE_USABLE_ADVICE, Reader, ReadPart, checked_columns, conclude
 from nxdt_align.data.records import BadRecords, DataError
 from nxdt_align.data.source_identity import Stamp
@@ -101,6 +102,7 @@ class Preparation(ABC, Generic[W]):
 
     def ready(self, wanted: Sequence[W]) -> dict[W, Ready]:
         """The tokens of each, made where they are not there; by one process at a time."""
+        make_room(len(wanted))
         found = {what: self._look_up(what) for what in wanted}
         missing = [what for what, each in found.items() if each is None]
         if missing:
@@ -108,6 +110,7 @@ class Preparation(ABC, Generic[W]):
                 with one_at_a_time(self._folder / f"{self._digest}.lock", _say_waiting):
                     found |= self._prepare(missing)
             except OSError as error:
+                require_room(error, self._folder)
                 raise DataError(
                     f"{self._folder} cannot be written (data.cache_dir): {explain(error)}"
                 ) from error
@@ -136,6 +139,7 @@ class Preparation(ABC, Generic[W]):
         try:
             stamp = self.stamp_of(what)
         except OSError as error:
+            require_room(error, what)
             raise DataError(f"{what} cannot be read: {error.strerror or error}") from error
         if stamp is None:
             return None
@@ -187,6 +191,7 @@ class Preparation(ABC, Generic[W]):
         except FileNotFoundError:
             log.log(NOTICE, "the token cache %s is gone: tokenizing again", path)
         except BROKEN as error:
+            require_room(error, path)
             log.warning("the token cache %s is broken (%s): tokenizing again", path, error)
         return None
 
@@ -210,7 +215,9 @@ class Preparation(ABC, Generic[W]):
         about = self._write(index, made, stamp)
         shutil.rmtree(folder, ignore_errors=True)
         found = self._open(index, about)
-        assert found is not None
+        if found is None:
+            path = self.tokens / str(about["tokens"])
+            raise DataError(f"{path} cannot be read again; is the disk of data.cache_dir sound?")
         return found
 
     def _write(self, index: Path, made: Prepared, stamp: Stamp) -> dict[str, Any]:
@@ -326,7 +333,8 @@ def _holds(path: Path, ids: Array) -> bool:
     """Whether the file is there and holds the tokens of these records."""
     try:
         return map_tokens(path, trusted=False).columns.ids.tobytes() == ids.tobytes()
-    except BROKEN:
+    except BROKEN as error:
+        require_room(error, path)
         return False
 
 
@@ -340,6 +348,7 @@ def _read_index(path: Path, quiet: bool = False) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
+        require_room(error, path)
         if not quiet:
             log.warning("%s is damaged (%s): its source is read again", path, error)
         return None
