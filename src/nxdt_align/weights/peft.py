@@ -22,7 +22,7 @@ from nxdt_align.models.adapters import (
     row_norms,
 )
 from nxdt_align.models.families import FAMILIES
-from nxdt_align.models.presets import DecoderConfig, ModelShape
+from nxdt_align.models.presets import DecoderConfig, ModelShape, weight_shapes
 from nxdt_align.models.sharding import LORA_A, LORA_B, MAGNITUDE, START, TRAINED
 from nxdt_align.named_tensors import NamedTensors, WeightSource, require_fit, summary
 from nxdt_align.weights.extents import WeightsError
@@ -390,6 +390,21 @@ def _as_peft(config: ModelShape, spec: AdapterSpec, base: str | None) -> dict[st
             return sorted(whole)
         return sorted({path.rpartition(".")[2] for path in whole})
 
+    def short_ends() -> list[str]:
+        """The same of modules to save, whose names PEFT takes for the end of any path, without a dot before
+        it: ``norm`` would be ``input_layernorm`` too."""
+        whole = {_hf_module(path, config) for path in spec.saved}
+        weights = {_hf(name, config).rpartition(".")[0] for name in weight_shapes(config)}
+        others = {
+            ".".join(parts[:count])
+            for parts in (path.split(".") for path in weights)
+            for count in range(1, len(parts) + 1)
+        } - whole
+        names = ((path.rpartition(".")[2], path) for path in whole)
+        return sorted(
+            {path if any(other.endswith(name) for other in others) else name for name, path in names}
+        )
+
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -404,5 +419,5 @@ def _as_peft(config: ModelShape, spec: AdapterSpec, base: str | None) -> dict[st
         "fan_in_fan_out": bool(spec.transposed),
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
         "target_modules": short(spec.targets),
-        "modules_to_save": short(spec.saved) or None,
+        "modules_to_save": short_ends() or None,
     }
