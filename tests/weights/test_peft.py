@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nxdt_align.models.adapter_targets import adapter_spec
 from nxdt_align.models.adapters import AdapterSpec, adapter_shapes
-from nxdt_align.weights.peft import read_settings, write_peft_folder
+from nxdt_align.weights.extents import WeightsError
+from nxdt_align.weights.peft import VARIANTS, read_settings, write_peft_folder
 
 peft = pytest.importorskip("peft")
 
@@ -62,3 +65,49 @@ def test_peft_trains_the_modules_to_save_and_no_others(
     assert found.keys() == set(chosen.saved)
     for path, module in found.items():
         assert torch.equal(module.modules_to_save["default"].weight, values[f"{path}.trained_weight"])
+
+
+PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+
+
+def says(folder: Path, **settings: Any) -> dict[str, Any]:
+    (folder / "adapter_config.json").write_text(json.dumps(PLAIN | settings))
+    return read_settings(folder)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga"])
+def test_an_adapter_whose_initialiser_changes_the_base_is_refused(tmp_path: Path, start: str) -> None:
+    with pytest.raises(WeightsError, match=rf"init_lora_weights is '{start}'.*path_initial_model_for_weight"):
+        says(tmp_path, init_lora_weights=start)
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_whose_initialiser_leaves_the_base_is_read(tmp_path: Path, start: Any) -> None:
+    assert says(tmp_path, init_lora_weights=start)["init_lora_weights"] == start
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("alora_invocation_tokens", [1, 2]),
+        ("arrow_config", {"top_k": 3}),
+        ("kasa_config", {"beta": 1e-4}),
+        ("monteclora_config", {"num_samples": 8}),
+        ("use_bdlora", {"nblocks": 2}),
+        ("velora_config", {"num_groups": 4}),
+    ],
+)
+def test_a_variant_that_is_computed_otherwise_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(WeightsError, match=rf"{key} must not be set.*give the merged folder"):
+        says(tmp_path, **{key: value})
+    assert says(tmp_path, **{key: None})[key] is None
+
+
+def test_every_setting_of_pefts_is_known(tmp_path: Path) -> None:
+    """Its defaults are read, and each variant that it declares is one that is refused, or DoRA."""
+    default = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    default.save_pretrained(tmp_path)
+    assert read_settings(tmp_path)["init_lora_weights"] is True
+    fields = dataclasses.fields(peft.LoraConfig)
+    variants = {field.name for field in fields if field.metadata.get("is_lora_variant")}
+    assert variants - {"use_dora"} <= set(VARIANTS)

@@ -47,6 +47,17 @@ _OF_OTHERS: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
 }
 """PEFT's setting -> the values with which it computes what is computed here."""
+VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "velora_config",
+)
+"""PEFT's settings that, where they are set, choose another computation or other tensors."""
+_BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of PEFT's ``init_lora_weights`` that change nothing but the factors."""
 
 
 def is_peft_folder(path: Path) -> bool:
@@ -214,7 +225,26 @@ def read_settings(folder: Path) -> dict[str, Any]:
     for key, fine in _OF_OTHERS.items():
         if key in said and said[key] not in fine:
             raise WeightsError(f"{file}: {key} must be {fine[0]}, as adapters here are, but is {said[key]!r}")
+    _require_plain_lora(file, said)
     return said
+
+
+def _require_plain_lora(file: Path, said: Mapping[str, Any]) -> None:
+    """Raise WeightsError for a variant of LoRA that PEFT computes otherwise, or on another base."""
+    for key in VARIANTS:
+        if said.get(key):
+            raise WeightsError(
+                f"{file}: {key} must not be set: PEFT computes such an adapter otherwise than LoRA. Where "
+                "PEFT can merge it, give the merged folder"
+            )
+    start = said.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in _BASE_KEPT:
+        raise WeightsError(
+            f"{file}: init_lora_weights is {start!r}, with which PEFT has changed the base's weights, too, "
+            "so that the adapter does not belong to the model as it is on disk. Save it again by PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion, which makes LoRA of PiSSA, "
+            "CorDA, OLoRA and LoRA-GA, or merge it with PEFT, and give that folder"
+        )
 
 
 def _number(said: Mapping[str, Any], key: str, default: float) -> float:
