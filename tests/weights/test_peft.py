@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nxdt_align.models.adapter_targets import adapter_spec
 from nxdt_align.models.adapters import AdapterSpec, adapter_shapes
 from nxdt_align.weights.extents import WeightsError
-from nxdt_align.weights.peft import VARIANTS, read_settings, write_peft_folder
+from nxdt_align.weights.peft import VARIANTS, PeftFolder, read_settings, write_peft_folder
 
 peft = pytest.importorskip("peft")
 
@@ -65,6 +65,17 @@ def test_peft_trains_the_modules_to_save_and_no_others(
     assert found.keys() == set(chosen.saved)
     for path, module in found.items():
         assert torch.equal(module.modules_to_save["default"].weight, values[f"{path}.trained_weight"])
+
+
+def test_an_embedding_that_is_saved_of_a_tied_model_is_refused(tmp_path: Path) -> None:
+    """PEFT trains the embedding and leaves the head as it was; a merged folder has one weight for both."""
+    base = LlamaForCausalLM(LlamaConfig(**CONFIG.to_hf_dict() | {"tie_word_embeddings": True}))
+    settings = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM"
+    )
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"has model\.embed_tokens trained whole, but this model's head"):
+        PeftFolder(tmp_path, replace(CONFIG, tie_word_embeddings=True))
 
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}

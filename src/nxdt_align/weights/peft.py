@@ -189,6 +189,12 @@ class PeftFolder:
                 f"such linear layer below its head: base_model_name_or_path in {SETTINGS} must lead to the "
                 f"model that it was trained on; {_MERGE}"
             )
+        if self._config.tie_word_embeddings and linear.embedding in paths[TRAINED]:
+            raise WeightsError(
+                f"{file} has {_hf_module(linear.embedding, self._config)} trained whole, but this model's "
+                "head is tied to it, and merged weights and transformers could not tell the two apart: train "
+                "the adapter without it in modules_to_save"
+            )
         spec = AdapterSpec(
             targets=tuple(path for path in linear.sizes if path in factors),
             saved=tuple(path for path in linear.modules if path in paths[TRAINED]),
