@@ -16,8 +16,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nxdt_align.models.adapter_targets import adapter_spec
 from nxdt_align.models.adapters import AdapterSpec, adapter_shapes
+from nxdt_align.named_tensors import content_fingerprint
+from nxdt_align.run.conversion import export
+from nxdt_align.weights.detect import open_adapter
 from nxdt_align.weights.extents import WeightsError
-from nxdt_align.weights.peft import VARIANTS, PeftFolder, read_settings, write_peft_folder
+from nxdt_align.weights.hf import HFFolder
+from nxdt_align.weights.names import to_hf
+from nxdt_align.weights.peft import VARIANTS, MergedWeights, PeftFolder, read_settings, write_peft_folder
 
 peft = pytest.importorskip("peft")
 
@@ -76,6 +81,47 @@ def test_an_embedding_that_is_saved_of_a_tied_model_is_refused(tmp_path: Path) -
     peft.get_peft_model(base, settings).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=r"has model\.embed_tokens trained whole, but this model's head"):
         PeftFolder(tmp_path, replace(CONFIG, tie_word_embeddings=True))
+
+
+@pytest.fixture
+def on_bf16(tmp_path: Path) -> tuple[MergedWeights, dict[str, Tensor]]:
+    """An adapter of q and the head on a base in bf16, and the sums in float32."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**CONFIG.to_hf_dict())).bfloat16()
+    base.save_pretrained(tmp_path / "base")
+    chosen = spec(modules_to_save=["lm_head"])
+    values = tensors(chosen)
+    folder = tmp_path / "adapter"
+    write_peft_folder(folder, CONFIG, chosen, values.items(), base=str(tmp_path / "base"))
+    sums = {"lm_head.weight": values["lm_head.trained_weight"]}
+    for path in chosen.targets:
+        own = base.get_submodule(to_hf(f"{path}.weight").removesuffix(".weight")).weight.detach()
+        a, b = values[f"{path}.lora_A"], values[f"{path}.lora_B"]
+        sums[f"{path}.weight"] = own.float() + 2 * (b @ a)
+    return open_adapter(folder)[0], sums
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("fp32", torch.float32), ("fp16", torch.float16), (None, None)])
+def test_merged_weights_are_rounded_once(
+    on_bf16: tuple[MergedWeights, dict[str, Tensor]], tmp_path: Path, dtype: Any, kept: torch.dtype | None
+) -> None:
+    """From float32 to what is asked for, and to the base's dtype where nothing is."""
+    _, sums = on_bf16
+    export(tmp_path / "adapter", tmp_path / "merged", merge=True, dtype=dtype, quiet=True)
+    written = HFFolder(tmp_path / "merged")
+    for name, whole in sums.items():
+        assert torch.equal(written.read(name), whole.to(kept or torch.bfloat16)), name
+
+
+def test_what_merged_weights_are_stored_under_stays(
+    on_bf16: tuple[MergedWeights, dict[str, Tensor]],
+) -> None:
+    """The fingerprint is that of the sums in the base's dtype."""
+    source, sums = on_bf16
+    assert {source.dtype(name) for name in source.names()} == {torch.bfloat16}
+    assert all(torch.equal(source.read(name), whole) for name, whole in sums.items())
+    pairs = ((name, source.read(name).bfloat16()) for name in sorted(source.names()))
+    assert source.fingerprint() == content_fingerprint(pairs)
 
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}

@@ -24,7 +24,7 @@ from nxdt_align.models.adapters import (
 from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import DecoderConfig, ModelShape, weight_shapes
 from nxdt_align.models.sharding import LORA_A, LORA_B, MAGNITUDE, START, TRAINED
-from nxdt_align.named_tensors import NamedTensors, WeightSource, require_fit, summary
+from nxdt_align.named_tensors import NamedTensors, WeightSource, content_fingerprint, require_fit, summary
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.names import UnknownNameError, from_hf, to_hf
 from nxdt_align.weights.tensor_files import open_tensor_file
@@ -270,8 +270,11 @@ class Adapter(Protocol):
 
 
 class MergedWeights(WeightSource):
-    """A base model with an adapter added in, float32 sums in the base's dtypes; and both apart, for an engine
-    that trains the adapter."""
+    """A base model with an adapter added in, and both apart, for an engine that trains the adapter.
+
+    What the adapter changes is read in float32, so that it is rounded once, to what is asked for; ``dtype``
+    is the base's, in which it is written where nothing else is asked for.
+    """
 
     def __init__(self, base: WeightSource, adapter: Adapter) -> None:
         self.base, self.adapter, self.path = base, adapter, adapter.path
@@ -288,18 +291,25 @@ class MergedWeights(WeightSource):
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(name)
 
+    def fingerprint(self) -> str:
+        """Of the weights in the base's dtypes: stores and runs keep the key that they had."""
+        if self._content is None:
+            stored = ((name, self.read(name).to(self.dtype(name))) for name in sorted(self.names()))
+            self._content = content_fingerprint(stored)
+        return self._content
+
     def read(self, name: str) -> Tensor:
         path, _, what = name.rpartition(".")
         spec = self.adapter.spec
         if path in spec.saved and what in TRAINABLE:
-            return self.adapter.read(f"{path}.{TRAINED}{what}").to(self.dtype(name))
+            return self.adapter.read(f"{path}.{TRAINED}{what}").float()
         weight = self.base.read(name)
         if path not in spec.targets or what != "weight":
             return weight
         a, b = (self.adapter.read(f"{path}.{part}") for part in (LORA_A, LORA_B))
         magnitude = self.adapter.read(f"{path}.{MAGNITUDE}") if spec.dora else None
         is_transposed = path in spec.transposed
-        return merged_weight(weight, a, b, magnitude, spec.scale, transposed=is_transposed).to(weight.dtype)
+        return merged_weight(weight, a, b, magnitude, spec.scale, transposed=is_transposed)
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
         return self.read(name)[tuple(region)]
