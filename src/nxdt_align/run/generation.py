@@ -37,6 +37,7 @@ __all__ = ["CHAT_HELP", "chat", "generate"]
 log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "vllm", "transformers"]
+FORMAT_OPTION = "--format"
 _VLLM_DTYPES: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -92,7 +93,8 @@ def generate(
     if out is not None and Path(out).exists():
         raise UserError(f"{out} exists already: remove it, or choose another file")
     require_limit(limit)
-    records = load_records([Source(str(prompts))], "prompt", format=format, limit=limit).records
+    source = Source(str(prompts))
+    records = load_records([source], "prompt", format=format, limit=limit, format_key=FORMAT_OPTION).records
     with hf_folder(Path(model)) as folder:
         tokenization = open_tokenization(folder, tokenizer, chat_template_kwargs, model)
         made = open_generator(folder, backend, device, dtype, tensor_parallel)
