@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -271,6 +272,22 @@ def test_chat_that_fills_the_model_goes_on(
 ) -> None:
     assert talk(monkeypatch, "colour " * 120 + "\nName\n", str(model), "--max-tokens", "2") == 0
     assert "/new begins another conversation" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_another_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose tokens have no row in the embedding: generate, and compare by the same way, and chat."""
+    larger = make_tokenizer(template=CHATML)
+    larger.add_tokens(["zebra"])
+    larger.save_pretrained(tmp_path / "larger")
+    size = len(larger)
+    told = rf"the token {size - 1}, .* a vocabulary of {size - 1}: the tokenizer \S+larger, of {size}"
+    chats = write(tmp_path / "chats.jsonl", [{"prompt": "Name"}, {"prompt": "a zebra"}])
+    with pytest.raises(UserError, match=told):
+        na.generate(model, chats, tokenizer=tmp_path / "larger", max_tokens=2)
+    assert talk(monkeypatch, "zebra\n", str(model), "--tokenizer", str(tmp_path / "larger")) == 1
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_chat_needs_a_template(
