@@ -9,13 +9,16 @@ import math
 import re
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from checkpoint_fixture import fresh
+from pyarrow import parquet
 from small_tokenizers import CHATML, make_tokenizer
 from training_fixture import Project
 
@@ -179,6 +182,20 @@ def test_a_file_is_written_once_and_whole(model: Path, tmp_path: Path) -> None:
     assert rows[0]["prompt"] == [{"role": "user", "content": "Näme"}]
     with pytest.raises(UserError, match="exists already"):
         na.generate(model, file, out=out)
+
+
+def test_a_message_with_a_date(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Parquet has it: text in the JSON of generate and compare, in files and on standard output."""
+    turn = {"role": "user", "content": "Name", "at": datetime(2024, 5, 6, 7, 8)}
+    parquet.write_table(pa.Table.from_pylist([{"prompt": [turn]}]), tmp_path / "p.parquet")
+    out, page, data = (str(tmp_path / name) for name in ("out.jsonl", "page.html", "p.parquet"))
+    generate = ["generate", str(model), "--prompts", data]
+    compare = ["compare", str(model), str(model), "--data", data]
+    commands = (generate, [*generate, "--out", out], [*compare, "--json"], [*compare, "--out", page])
+    for command in commands:
+        assert main([*command, "--max-tokens", "1", "--device", "cpu"]) == 0
+    texts = [capsys.readouterr().out, *(f.read_text() for f in tmp_path.glob("*.json*"))]
+    assert [text.count("2024-05-06 07:08:00") for text in texts] == [2, 1, 1]
 
 
 def test_a_long_prompt_is_cut_as_in_training(

@@ -205,7 +205,7 @@ class Comparison:
 def write_comparison(found: Comparison, out: Path) -> None:
     """The page to ``out``, and the same as JSON beside it (.json). Raises OSError."""
     atomic_write(out, render(found).encode())
-    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False)
+    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False, default=str)
     atomic_write(out.with_suffix(".json"), text.encode())
 
 

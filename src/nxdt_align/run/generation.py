@@ -100,7 +100,8 @@ def generate(
         made = open_generator(folder, backend, device, dtype, tensor_parallel)
         rows = complete(records, tokenization, made, sampling)
     if out is not None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        # default: messages may hold what JSON has no type for, such as Parquet's dates.
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         atomic_write(out, lines.encode())
         log.log(NOTICE, "%d completions: %s", len(rows), out)
     return rows
