@@ -37,6 +37,7 @@ __all__ = ["CHAT_HELP", "chat", "generate"]
 log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "vllm", "transformers"]
+FORMAT_OPTION = "--format"
 _VLLM_DTYPES: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -92,13 +93,15 @@ def generate(
     if out is not None and Path(out).exists():
         raise UserError(f"{out} exists already: remove it, or choose another file")
     require_limit(limit)
-    records = load_records([Source(str(prompts))], "prompt", format=format, limit=limit).records
+    source = Source(str(prompts))
+    records = load_records([source], "prompt", format=format, limit=limit, format_key=FORMAT_OPTION).records
     with hf_folder(Path(model)) as folder:
         tokenization = open_tokenization(folder, tokenizer, chat_template_kwargs, model)
         made = open_generator(folder, backend, device, dtype, tensor_parallel)
         rows = complete(records, tokenization, made, sampling)
     if out is not None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        # default: messages may hold what JSON has no type for, such as Parquet's dates.
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         atomic_write(out, lines.encode())
         log.log(NOTICE, "%d completions: %s", len(rows), out)
     return rows
