@@ -221,6 +221,26 @@ def test_the_verb(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (project.root / "experiments").exists()
 
 
+def test_nothing_is_shown_as_cut_that_the_templates_variables_leave_out(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thinks = "{% if enable_thinking is not defined or enable_thinking %}think well{% endif %}"
+    make_tokenizer(template=thinks + CHATML).save_pretrained(project.root / "tokenizer")
+    chats = [{"role": "user", "content": "why"}]
+    rows = [{"prompt": chats, "chosen": f"yes {at}", "rejected": f"no {at}"} for at in range(30)]
+    for name in ("train", "val"):
+        (project.root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    doctor(project, "--show", "3", "data.chat_template_kwargs={enable_thinking: false}")
+    said = capsys.readouterr().out
+    assert "chosen (" in said and "[cut" not in said
+
+
+def test_records_are_not_shown_as_json(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        doctor(project, "--json", "--show", "2")
+    assert "argument --show: not allowed with argument --json" in capsys.readouterr().err
+
+
 def test_faults_are_told_all_at_once_with_status_1(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:

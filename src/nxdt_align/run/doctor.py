@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from nxdt_align.config.custom import refuse_own_parts
 from nxdt_align.config.engines import Engine
@@ -30,6 +31,8 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     tokens: Tokens
     tokenization: Tokenization
+    template_variables: Mapping[str, Any]
+    """What ``tokenization`` gives its chat template."""
 
     @property
     def is_fit(self) -> bool:
@@ -45,7 +48,8 @@ class Diagnosis:
     def show(self, count: int, *, colours: bool) -> str:
         """The first records of the training data as tokens."""
         split, truncation = self.splits[0], self.tokenization.truncation
-        whole = Tokenization(self.tokenization.tokenizer, Truncation(2**20, 2**19, truncation.mode))
+        uncut = Truncation(2**20, 2**19, truncation.mode)
+        whole = Tokenization(self.tokenization.tokenizer, uncut, self.template_variables)
         records = split.records[:count]
         shown = []
         for record, kept, full in zip(records, split.encoded[:count], whole.encode(records), strict=True):
@@ -77,7 +81,7 @@ def diagnose(config: Config, engine: Engine, *, import_own_parts: bool = False) 
         stops_at_bad=config.data.on_bad_record == "error",
         batch_size=config.data.global_batch_size,
     )
-    return Diagnosis(tuple(splits), tuple(findings), tokens, tokenization)
+    return Diagnosis(tuple(splits), tuple(findings), tokens, tokenization, config.data.chat_template_kwargs)
 
 
 def _split(config: Config, name: Literal["train", "val"], tokenization: Tokenization) -> Split:
