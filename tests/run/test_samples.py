@@ -183,3 +183,30 @@ def test_no_pass_has_more_prompts_than_a_micro_batch_has_tokens_for(tmp_path: Pa
     made.on_train_start(trainer, none)
     assert passes == [[(10,), (11,)], [(12,), (13,)], [(14,)]]
     assert list(made._before.values()) == ["[10]", "[11]", "[12]", "[13]", "[14]"]
+
+
+def test_a_text_may_hold_what_parts_lines_elsewhere(tmp_path: Path) -> None:
+    """U+2028, U+2029 and U+0085 stay in their line, in the report and when a run resumes; a cut line goes."""
+    engine: Any = SimpleNamespace(greedy=lambda prompts, **settings: [[7, 2] for _ in prompts])
+    text = "a\u2028b\u2029c\x85d\x1ce"
+    made = SampleDuringEval(
+        engine,
+        [SamplePrompt((5,), text, text)],
+        SampleConfig(),
+        length=8,
+        at_once=2,
+        ends={2},
+        decode=lambda tokens: text,
+        folder=tmp_path,
+        seed=0,
+    )
+    trainer: Any = SimpleNamespace(global_step=0, is_global_zero=True, loggers=[])
+    none: Any = None
+    made.on_train_start(trainer, none)
+    file = tmp_path / "samples.jsonl"
+    (told,) = read_samples(file)
+    assert told["prompt"] == told["answer"] == told["completion"] == text
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 0, "val')
+    assert made._resume(2) == (0, {0: text})
+    assert file.read_text() == whole

@@ -22,7 +22,7 @@ from torch import Tensor
 from nxdt_align.config.experiment import SampleConfig
 from nxdt_align.config.start import SAMPLES_FILE
 from nxdt_align.engines.base import Engine
-from nxdt_align.files import append_lines, atomic_write, explain
+from nxdt_align.files import append_lines, atomic_write, explain, read_lines
 from nxdt_align.training.texts import write_table
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class SampleDuringEval(Callback):
 
         Returns the validations counted up to ``step``, and the completions before the first step.
         """
-        lines, kept, validations, before = _lines(self._file), [], 0, {}
+        lines, kept, validations, before = read_lines(self._file), [], 0, {}
         for line in lines:
             try:
                 row = json.loads(line)
@@ -159,11 +159,6 @@ class SampleDuringEval(Callback):
             append_lines(self._file, [json.dumps(row, ensure_ascii=False) for row in rows])
         shown = [[r["prompt"], r["before"] or "", r["completion"], r["answer"]] for r in rows]
         write_table(trainer.loggers, "samples", COLUMNS, shown, step)
-
-
-def _lines(file: Path) -> list[str]:
-    """None where it is missing."""
-    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
 
 
 def _draws(temperature: float, seed: str) -> Callable[[Tensor], Tensor]:
