@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from nxdt_align.config.alignment import ModelAlignmentStrategyConfig
 from nxdt_align.config.custom import refuse_own_parts
+from nxdt_align.config.dpo_forms import FORMS
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import sources
@@ -116,10 +118,28 @@ def _tokens(config: Config, tokenization: Tokenization, splits: list[Split]) -> 
     tokenizer = tokenization.tokenizer
     chats = any(not isinstance(record.prompt, str) for split in splits for record in split.records)
     end = tokenization.turn_end() if chats else None
+    strategy = config.model_alignment_strategy
     return Tokens(
         truncation=tokenization.truncation,
-        limit_key=f"model_alignment_strategy.{config.model_alignment_strategy.objective}.max_prompt_length",
+        section=f"model_alignment_strategy.{strategy.objective}",
+        levers=_levers(strategy),
         bos=tokenizer.bos_token_id,
         ends=frozenset((tokenizer.eos_token_id, *(() if end is None else (end,)))),
         has_template=bool(tokenizer.chat_template),
+        model_length=config.model.encoder_seq_length,
     )
+
+
+def _levers(strategy: ModelAlignmentStrategyConfig) -> frozenset[str]:
+    """Keys of the objective's section that its loss reads."""
+    if strategy.loss is not None:
+        # A custom loss: what is left is what the data's rows are weighed by.
+        return frozenset(("ld_alpha",)) if strategy.dpo is not None else frozenset()
+    unread = set()
+    if strategy.dpo is not None:
+        forms = [FORMS[name] for name in strategy.dpo.loss_types]
+        unread = {key for form in FORMS.values() for key in form.reads}
+        unread -= {key for form in forms for key in form.reads}
+        if strategy.dpo.length_normalization or all(form.normalised for form in forms):
+            unread.add("length_normalization")  # which is done already
+    return frozenset(field.name for field in fields(strategy.active)) - unread
