@@ -77,6 +77,15 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
         file.write("".join(f"{line}\n" for line in lines).encode())
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that ``append_lines`` has written, without empty ones; bytes that are none
+    are replaced. None where the file is missing. Raises OSError."""
+    if not path.is_file():
+        return []
+    # str.splitlines would also part lines at what JSON has within a text: U+2028, U+2029, U+0085.
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
+
+
 def _ends_a_line(file: BinaryIO) -> bool:
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"
