@@ -463,6 +463,30 @@ def test_torch_neurons_runtime_gets_what_it_reads(
     assert own_environment["NEURON_LOGICAL_NC_CONFIG"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("told", "overrides", "cores"),
+    [
+        ("1", ["trainer.accelerator=neuron"], 1),
+        ("1", ["trainer.accelerator=neuron", "trainer.lnc=2"], 1),
+        ("7", ["trainer.accelerator=neuron", "trainer.lnc=2"], 2),
+        ("1", ["trainer.accelerator=cpu"], None),
+    ],
+)
+def test_the_cores_that_the_runtime_was_told_count(
+    build: FakeBuild,
+    own_environment: dict[str, str],
+    good: str,
+    told: str,
+    overrides: list[str],
+    cores: int | None,
+) -> None:
+    """Not trainer.lnc, which the runtime would not be told then; the kernels would be for other cores."""
+    own_environment["NEURON_LOGICAL_NC_CONFIG"] = told
+    assert main(["train", "--config-name", good, "distributed_strategy.engine=native", *overrides]) == 0
+    ((config, _),) = build.calls
+    assert config.trainer.lnc == cores
+
+
 def test_a_pods_own_disk_is_told_before_the_run(
     build: FakeBuild,
     own_environment: dict[str, str],

@@ -259,7 +259,8 @@ def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
     from nxdt_align.run import graphs
 
     own = "trn2" if config.distributed_strategy.engine == "native" else "trn1"
-    ranks, lengths, device = arguments.ranks, arguments.lengths, graphs.DEVICES[arguments.device or own]
+    ranks, lengths, chip = arguments.ranks, arguments.lengths, arguments.device or own
+    device = graphs.device_of(chip, config.trainer.lnc)
     if not arguments.import_own_parts:
         graphs.refuse_own_parts(config, with_data=lengths is None)
     if len(ranks) == 1:
@@ -273,7 +274,7 @@ def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
         )
         return 0
     overrides = _overrides(arguments, environment)
-    options = ["--config-name", arguments.config_name, "--json", "--device", device.name]
+    options = ["--config-name", arguments.config_name, "--json", "--device", chip]
     options += [] if arguments.config_path is None else ["--config-path", str(arguments.config_path)]
     options += [] if lengths is None else ["--lengths", ",".join(map(str, lengths))]
     options += ["--import-own-parts"] if arguments.import_own_parts else []
@@ -453,7 +454,7 @@ def _checked(
     checked = load_checked(arguments.config_name, overrides, arguments.config_path, world_size)
     for notice in checked.notices if notify else ():
         note(notice)
-    return checked
+    return environment.with_told_cores(checked)
 
 
 _NEED_TORCH = (

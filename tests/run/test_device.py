@@ -138,6 +138,18 @@ def test_nki_attention_is_the_neuron_devices() -> None:
         attention(given, on_neuron, replace(TINY, head_dim=256))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("lnc", "cores"), [(None, 2), (1, 1), (2, 2)])
+def test_nki_attention_has_the_devices_physical_cores(
+    monkeypatch: pytest.MonkeyPatch, lnc: int | None, cores: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("nxdt_align.ops.attention_nki._device_operator", asked.append)
+    given = config("auto", "nki")
+    given = replace(given, trainer=replace(given.trainer, lnc=lnc))
+    attention(given, SimpleNamespace(type="neuron"), TINY)  # type: ignore[arg-type]
+    assert asked == [cores]
+
+
 def test_layers_that_transformers_computes_are_not_compiled() -> None:
     other = SimpleNamespace(model_type="gpt2")
     assert compiling(config("auto"), CUDA, other) is None  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.ops.attention_nki import NkiAttention, misfit
+from nxdt_align.planning.devices import DEFAULT_LNC
 from nxdt_align.planning.kernels import (
     ATTENTION_OF_DEVICE,
     FLASH_MULTIPLE,
@@ -100,7 +101,7 @@ def attention(config: Config, where: torch.device, model: ModelShape) -> Attenti
                 f"{where.type}; {', '.join(fitting)} would work there"
             )
     if kind == "nki":
-        return _nki_attention(where, model)
+        return _nki_attention(config, where, model)
     if kind == "blocks":
         return BlockAttention()
     if kind == "causal":
@@ -113,7 +114,7 @@ def attention(config: Config, where: torch.device, model: ModelShape) -> Attenti
     return DenseAttention()
 
 
-def _nki_attention(where: torch.device, model: ModelShape) -> Attention:
+def _nki_attention(config: Config, where: torch.device, model: ModelShape) -> Attention:
     if where.type != "neuron":
         raise UserError(
             f"data.attention: nki needs trainer.accelerator neuron, but this run's device is {where.type}; "
@@ -123,7 +124,7 @@ def _nki_attention(where: torch.device, model: ModelShape) -> Attention:
     fault = misfit(head_size, model.attention_softcap)
     if fault is not None:
         raise UserError(f"data.attention: nki {fault}; set data.attention=dense")
-    return NkiAttention()
+    return NkiAttention(cores=config.trainer.lnc or DEFAULT_LNC)
 
 
 def kernel(model: ModelShape, where: torch.device) -> Attention:

@@ -27,7 +27,7 @@ from nxdt_align.engines.nxd.flash import BiasedKernels, Kernel, TracedKernels, t
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import DecoderConfig
-from nxdt_align.planning.devices import DEVICES, Device
+from nxdt_align.planning.devices import Device, device_of
 from nxdt_align.planning.graph_cost import Cost, StepCost
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
 from nxdt_align.run import assemble, computing, native_graphs
@@ -40,7 +40,7 @@ from nxdt_align.run.settle import settle
 from nxdt_align.run.standing import require_lengths, standing_for_data
 from nxdt_align.training import optim
 
-__all__ = ["DEVICES", "compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
+__all__ = ["compare", "device_of", "of_ranks", "reports", "to_dict", "to_text", "trace"]
 
 MICRO_BATCHES = 1
 """Of a step that are recorded, beyond as many as the pipeline has stages: each stage then meets a micro-batch
