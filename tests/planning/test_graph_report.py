@@ -11,6 +11,7 @@ from hlo_fixture import ADD, HEAD, Traced, module
 from nxdt_align.planning.devices import DEVICES
 from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
 from nxdt_align.planning.hlo import HloError, Shape, parse
+from nxdt_align.run.graphs import compare
 
 TRN1 = DEVICES["trn1"]
 
@@ -188,3 +189,26 @@ def test_reports_are_text_and_json() -> None:
     said = to_text(3, [read], [], TRN1)
     assert "1. training step, rows x tokens, response tokens, responses: 1 x 64, 16, 2" in said
     assert "bf16[128,32] = bf16[128,64] x bf16[64,32]" in said and said.endswith("findings: none")
+
+
+def test_findings_that_cost_most_come_first() -> None:
+    """Within a graph, over graphs, and over ranks, where each stands once and with its advice: a remainder
+    that is found before the sum of more integers, a call that costs least in a graph before both."""
+    division = (
+        "%p0.1 = s64[8]{0} parameter(0)",
+        "%r.2 = s64[8]{0} remainder(s64[8]{0} %p0.1, s64[8]{0} %p0.1)",
+        "%p1.3 = s32[999]{0} parameter(1)",
+        "ROOT %a.4 = s32[999]{0} all-reduce(s32[999]{0} %p1.3), replica_groups={{0,1}}",
+    )
+    call = (
+        "%p0.1 = f32[8]{0} parameter(0)",
+        'ROOT %c.2 = f32[8]{0} custom-call(f32[8]{0} %p0.1), custom_call_target="x"',
+    )
+    reads = [found(*call), found(*division)]
+    expected = ["integer collectives", "integer divisions", "kinds"]
+    assert [finding.rule for finding in reads[1].findings] == expected[:2]
+    tables = [json.loads(json.dumps(to_dict(rank, reads, [], TRN1))) for rank in (0, 1)]
+    for said, sign in ((to_text(0, reads, [], TRN1), "  "), (compare(tables), "finding: ")):
+        lines = [line.removeprefix(sign) for line in said.splitlines()[-3:]]
+        assert [line.split(" (graph")[0].split(":")[0] for line in lines] == expected
+        assert lines[1].endswith("work them out on the host, where the rows are laid (data/collate.py)")

@@ -33,6 +33,11 @@ LORA = (
     *("model_alignment_strategy.peft.target_modules=[all-linear]", "model_alignment_strategy.peft.rank=8"),
     "model_alignment_strategy.peft.dropout=0.1",
 )
+THIRDS = (
+    *("trainer.devices=3", "distributed_strategy.tensor_model_parallel_size=3", "data.global_batch_size=6"),
+    "distributed_strategy.kv_replicator=1",
+)
+"""Ranks that no number of heads is divided by."""
 RUNS: dict[str, tuple[str, ...]] = {
     "DPO": ("hf_llama3_8B_DPO_config",),
     "DPO packed, validated": (
@@ -232,6 +237,20 @@ def test_a_pipeline_waits_while_it_fills() -> None:
                 "model.activations_checkpoint_recompute=[LlamaMLP]",
             ),
             "graph cannot recompute LlamaMLP by itself",
+        ),
+        (
+            (
+                *("distributed_strategy.engine=native", "trainer.accelerator=cuda", "precision.type=fp16"),
+                "distributed_strategy.kv_replicator=1",
+            ),
+            "precision.type: must not be fp16",
+        ),
+        *(
+            (
+                (f"distributed_strategy.engine={engine}", *THIRDS),
+                "must divide num_key_value_heads (8), or be a multiple of it, but is 3",
+            )
+            for engine in ("nxd", "native")
         ),
     ],
 )

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from nxdt_align.engines.native.traced import Recorder
 from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
 from nxdt_align.planning.aten_report import report
 from nxdt_align.planning.devices import DEVICES
@@ -30,6 +32,11 @@ DIRECTIONS = {"forward", "backward"}
 
 
 def recorded(folder: Path, model: DecoderConfig, lengths: str, *overrides: str) -> dict[str, Any]:
+    (table,) = of_ranks(folder, model, lengths, *overrides)
+    return table
+
+
+def of_ranks(folder: Path, model: DecoderConfig, lengths: str, *overrides: str) -> list[dict[str, Any]]:
     (folder / "config.json").write_text(json.dumps(model.to_hf_dict()))
     sizes = (f"model.hidden_size={model.hidden_size}", f"model.num_layers={model.num_hidden_layers}")
     run = (
@@ -48,8 +55,8 @@ def recorded(folder: Path, model: DecoderConfig, lengths: str, *overrides: str) 
         timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (table,) = json.loads(done.stdout)
-    return dict(table)
+    tables: list[dict[str, Any]] = json.loads(done.stdout)
+    return tables
 
 
 def findings(table: dict[str, Any]) -> set[str]:
@@ -150,6 +157,35 @@ def test_adapters_leave_the_base_without_weight_gradients(tmp_path: Path) -> Non
     assert flops[-1] == 2 * S * weights + 2 * scores + 2 * factors
     assert len(flops) == 2 and flops[0] < flops[1]
     assert any(g["name"].startswith("embedding, without gradients") for g in table["graphs"])
+
+
+@pytest.mark.full
+def test_ranks_differ_in_the_numbers_of_their_shares_alone(tmp_path: Path) -> None:
+    """Of tensor parallel ranks: the first token of the embedding's share, and which part of a gathered
+    gradient is a rank's. Rank 2 is rank 0 of another replica, recorded by another process."""
+    tables = of_ranks(
+        *(tmp_path, replace(SMALL, num_attention_heads=8, num_key_value_heads=8), "40,20,20"),
+        *("--ranks", "0,1,2", "distributed_strategy.tensor_model_parallel_size=2"),
+        *("data.packing=packed", "data.buckets=[256]"),
+    )
+    first, second, again = (
+        {graph["name"].partition(" (")[0]: graph["key"] for graph in table["graphs"]} for table in tables
+    )
+    assert first == again and first.keys() == second.keys()
+    assert {name for name in first if first[name] != second[name]} == {
+        *("embedding, forward", "embedding, without gradients", "head, backward")
+    }
+
+
+def test_numbers_belong_to_a_graphs_key() -> None:
+    def key(first: int, dtype: torch.dtype) -> str:
+        recorder = Recorder()
+        module = make_fx(lambda x: (x - first).to(dtype).split(2)[first])(torch.zeros(4))
+        recorder._record("embedding", "forward", module)
+        return recorder.traced[0].key
+
+    assert key(0, torch.float64) == key(0, torch.float64)
+    assert len({key(first, dtype) for first in (0, 1) for dtype in (torch.float64, torch.int64)}) == 4
 
 
 # What is found, on graphs written by hand

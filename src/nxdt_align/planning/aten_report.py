@@ -19,6 +19,7 @@ from nxdt_align.planning.graph_report import (
     Product,
     Slices,
     Traced,
+    ranked,
     size_in_words,
 )
 from nxdt_align.planning.hlo import Shape
@@ -121,7 +122,7 @@ def report(graph: TracedOps, device: Device, *, low_precision: bool) -> GraphRep
         temporaries=_temporaries(ops),
         wide=dict(Counter(s.dtype for op in ops for s in op.results if s.dtype in ("f64", "s64"))),
         unusual=_unusual(ops),
-        findings=list(_findings(graph, ops, products, low_precision)),
+        findings=ranked(_findings(graph, ops, products, low_precision)),
         cost=_price(graph, ops, device),
     )
 

@@ -104,7 +104,8 @@ class Finding:
     advice: str
     """The key or the file to change."""
     cost: int
-    """What findings of one rule are ordered by: elements, bytes or multiplications."""
+    """What findings are ordered by: elements, bytes or multiplications, so that between rules the order is
+    rough; 0 where no size tells."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def report(graph: TracedGraph, device: Device, *, low_precision: bool) -> GraphR
         temporaries=_temporaries(pairs),
         wide=dict(Counter(s.dtype for _, i in pairs for s in i.shapes if s.dtype in ("f64", "s64", "u64"))),
         unusual=_unusual(pairs),
-        findings=list(_findings(pairs, products, slices, collectives, low_precision)),
+        findings=ranked(_findings(pairs, products, slices, collectives, low_precision)),
         cost=price(module, device),
     )
 
@@ -242,6 +243,11 @@ def _kind(instruction: Instruction) -> str:
 
 
 # Findings
+
+
+def ranked(findings: Iterable[Finding]) -> list[Finding]:
+    """Those that cost most first, and what costs the same as it was found."""
+    return sorted(findings, key=lambda finding: -finding.cost)
 
 
 def _findings(
@@ -410,8 +416,8 @@ def _all_findings(reports: Sequence[GraphReport]) -> Iterator[str]:
     places: dict[Finding, list[int]] = {}
     for finding, number in found:
         places.setdefault(finding, []).append(number)
-    for finding, numbers in places.items():
-        where = ", ".join(map(str, numbers))
+    for finding in ranked(places):
+        where = ", ".join(map(str, places[finding]))
         yield f"  {finding.rule} (graph {where}): {finding.what}; {finding.advice}"
 
 

@@ -29,7 +29,7 @@ from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.planning.devices import Device, device_of
 from nxdt_align.planning.graph_cost import Cost, StepCost
-from nxdt_align.planning.graph_report import GraphReport, report, to_dict, to_text
+from nxdt_align.planning.graph_report import Finding, GraphReport, ranked, report, to_dict, to_text
 from nxdt_align.run import assemble, computing, native_graphs
 from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
@@ -187,7 +187,7 @@ def of_ranks(arguments: Sequence[str], ranks: Sequence[int]) -> list[dict[str, A
 
 
 def compare(tables: Sequence[Mapping[str, Any]]) -> str:
-    """Which ranks have which graphs, and whose step is the longest on paper, in lines."""
+    """Which ranks have which graphs, whose step is the longest on paper, and each finding once, in lines."""
     ranks_of: dict[tuple[str, str], list[int]] = {}
     for table in tables:
         for graph in table["graphs"]:
@@ -207,8 +207,8 @@ def compare(tables: Sequence[Mapping[str, Any]]) -> str:
             f"{slowest['seconds']:.3f} s for {slowest['examples']} examples, "
             f"{slowest['examples_per_second']:.2f} per second, by the slowest of these ranks ({rank})"
         )
-    rules = {f["rule"] + ": " + f["what"] for t in tables for g in t["graphs"] for f in g["findings"]}
-    return "\n".join([*lines, *(f"finding: {rule}" for rule in sorted(rules))])
+    found = dict.fromkeys(Finding(**f) for t in tables for g in t["graphs"] for f in g["findings"])
+    return "\n".join([*lines, *(f"finding: {f.rule}: {f.what}; {f.advice}" for f in ranked(found))])
 
 
 def _require_rank(config: Config, rank: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.check import ConfigError, find_faults
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.engines.native import traced
@@ -36,11 +37,15 @@ STEP, REFERENCE = "training step", "log-probabilities without gradients"
 
 
 def settled(config: Config) -> Config:
-    """As on a NeuronCore of trn2 or trn3, the one device of engine native that compiles for Trainium."""
+    """As on a NeuronCore of trn2 or trn3, the one device of engine native that compiles for Trainium. Raises
+    ConfigError for what training there would refuse, though it may be right for the device of ``config``."""
     strategy = replace(config.distributed_strategy, engine="native")
     config = replace(
         config, distributed_strategy=strategy, trainer=replace(config.trainer, accelerator="neuron")
     )
+    faults = [fault for fault in find_faults(config, engine="native") if not fault.is_missing_path]
+    if faults:
+        raise ConfigError(faults, config.source)
     return settle(config, "native", device="neuron", weights=False).config
 
 

@@ -9,7 +9,7 @@ over torch's fake process group. There is no way back: the process is then good 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,7 +109,8 @@ class Recorder:
         from torch._functorch._aot_autograd.utils import make_boxed_func
 
         ops, inputs, outputs = _read(module)
-        key = hashlib.blake2b(repr((ops, inputs, outputs)).encode(), digest_size=8).hexdigest()
+        written = "\n".join([repr((ops, inputs, outputs)), *_calls(module)])
+        key = hashlib.blake2b(written.encode(), digest_size=8).hexdigest()
         step, shapes = self._present
         graph = TracedOps(key, f"{part}, {direction} (first in: {step})", shapes, ops, inputs, outputs)
         self.traced.append(graph)
@@ -152,6 +153,42 @@ def _read(module: fx.GraphModule) -> tuple[tuple[TracedOp, ...], tuple[Form, ...
         elif node.op == "call_function" and getattr(node.target, "__name__", "") != "getitem":
             ops.append(TracedOp(str(node.target), _forms(node), _operands(node)))
     return tuple(ops), tuple(inputs), tuple(outputs)
+
+
+def _calls(module: fx.GraphModule) -> Iterator[str]:
+    """Each node with all that it is given, numbers too: a graph may differ from another rank's by nothing but
+    the first token of its share. Without names and addresses, so that every process writes the same."""
+    numbers = {node: number for number, node in enumerate(module.graph.nodes)}
+    for node in module.graph.nodes:
+        # A group's name counts the groups of its process; its ranks are in the TracedOp.
+        given = (
+            {name: each for name, each in _arguments(node).items() if name != "group_name"}
+            if isinstance(node.target, torch._ops.OpOverload)
+            else {"args": node.args, **node.kwargs}
+        )
+        target = "" if node.op == "placeholder" else _written(node.target, numbers)
+        yield f"{node.op} {target} {_written(given, numbers)}"
+
+
+def _written(value: Any, numbers: Mapping[fx.Node, int]) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{numbers[value]}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}={_written(each, numbers)}' for name, each in value.items())}}}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_written(each, numbers) for each in value)})"
+    if isinstance(value, slice):
+        return f"slice{_written((value.start, value.stop, value.step), numbers)}"
+    if value is None or isinstance(value, _PLAIN):
+        return repr(value)
+    return str(getattr(value, "__name__", type(value).__qualname__))
+
+
+_PLAIN = (
+    *(bool, int, float, complex, str),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch._ops.OpOverload),
+)
+"""What prints the same in every process."""
 
 
 def _op(node: fx.Node) -> TracedOp:
