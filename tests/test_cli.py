@@ -463,6 +463,23 @@ def test_torch_neurons_runtime_gets_what_it_reads(
     assert own_environment["NEURON_LOGICAL_NC_CONFIG"] == "1"
 
 
+def test_print_env_on_a_machine_of_torch_neurons(
+    own_environment: dict[str, str],
+    good: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where engine and device are auto, native's and the device's, as the run takes them."""
+    monkeypatch.setattr("nxdt_align.config.engines.neuron_stack", lambda: "native")
+    arguments = ["train", "--config-name", good, "--print-env", "trainer.lnc=1"]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("export NEURON_LOGICAL_NC_CONFIG=1  # YAML (trainer.lnc)\n")
+    assert "XLA_" not in said.out and "no NeuronCores" not in said.err
+    assert main([*arguments, "distributed_strategy.engine=nxd"]) == 0
+    assert "XLA_" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("told", "overrides", "cores"),
     [

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nxdt_align.config.check import CheckedConfig
-from nxdt_align.config.engines import Engine, on_torch_neuron
+from nxdt_align.config.engines import Engine, on_torch_neuron, with_torch_neuron
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.messages import show_on_terminal
@@ -82,14 +82,19 @@ class Environment:
         config = checked.config
         if self.told_cores is None or checked.engine != "native" or not on_torch_neuron(config):
             return checked
-        return replace(checked, config=with_cores(config, self.told_cores))
+        return replace(checked, config=_with_cores(config, self.told_cores))
+
+    def as_run_here(self, config: Config) -> Config:
+        """For a plan: with what a run takes here, where TorchNeuron is installed and ``config`` is for it."""
+        found = with_torch_neuron(config)
+        return found if found is config or self.told_cores is None else _with_cores(found, self.told_cores)
 
     def stop_signals(self) -> StopSignals:
         repeats = float("inf") if self.is_launched else 1.0 if self.shares_signals else 0.2
         return StopSignals(speaks=self.rank == 0, repeats=repeats)
 
 
-def with_cores(config: Config, lnc: int) -> Config:
+def _with_cores(config: Config, lnc: int) -> Config:
     return replace(config, trainer=replace(config.trainer, lnc=lnc))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from nxdt_align.config.faults import Fault
@@ -180,6 +181,19 @@ def on_torch_neuron(config: Config) -> bool:
     """Whether engine native runs ``config`` on TorchNeuron's device, as far as packages tell."""
     chosen = config.trainer.accelerator
     return chosen == "neuron" or (chosen == "auto" and neuron_stack() == "native")
+
+
+def with_torch_neuron(config: Config) -> Config:
+    """``config`` with engine native and device neuron where TorchNeuron is installed and a run here would
+    take both; elsewhere the same object, whose ``auto`` a plan may mean for another machine."""
+    strategy = config.distributed_strategy
+    if strategy.engine == "nxd" or neuron_stack() != "native" or not on_torch_neuron(config):
+        return config
+    return replace(
+        config,
+        distributed_strategy=replace(strategy, engine="native"),
+        trainer=replace(config.trainer, accelerator="neuron"),
+    )
 
 
 def _runs_on_neuron(config: Config) -> bool:

@@ -225,9 +225,10 @@ def _require(config: Config, rank: int, lengths: Sequence[int] | None) -> None:
         require_lengths(config, lengths)
     for package, advice in _NEEDED.items():
         if not is_importable(package):
-            raise UserError(f"graphs: {package} is missing, {advice}")
+            raise UserError(f"graphs: {package} is missing, {advice}; {_WITHOUT}")
 
 
+_WITHOUT = "distributed_strategy.engine=native, the engine of trn2 and trn3, is recorded without it"
 _NEEDED = {
     "torch_xla": "which records the graphs; make test-xla makes an environment that has it (.venv-xla)",
     "neuronx_distributed": (
