@@ -186,6 +186,10 @@ def test_a_file_is_written_once_and_whole(model: Path, tmp_path: Path) -> None:
     assert rows[0]["prompt"] == [{"role": "user", "content": "Näme"}]
     with pytest.raises(UserError, match="exists already"):
         na.generate(model, file, out=out)
+    with pytest.raises(UserError, match=r"exists already"):
+        na.generate(model, file, out=tmp_path)
+    with pytest.raises(UserError, match=r"x.jsonl cannot be written, where .*p.jsonl is a file"):
+        na.generate("no model", "no prompts", out=file / "x.jsonl")
 
 
 def test_a_message_with_a_date(

@@ -24,7 +24,6 @@ from nxdt_align.errors import UserError
 from nxdt_align.evaluation.compare import Answer, Compared, Comparison, write_comparison
 from nxdt_align.evaluation.generate import NotFiniteError, Sampling, complete
 from nxdt_align.evaluation.scorers import SCORERS, Score, choose_scorer, scored
-from nxdt_align.files import CHOOSE_ANOTHER, unwritable
 from nxdt_align.run.conversion import DTYPES, Dtype
 from nxdt_align.run.generation import (
     FORMAT_OPTION,
@@ -37,6 +36,7 @@ from nxdt_align.run.generation import (
     settings_of_run,
     variables_of_run,
 )
+from nxdt_align.run.places import require_page
 from nxdt_align.run.policy import load_policy
 from nxdt_align.weights.hf_writer import CONFIG
 
@@ -89,11 +89,8 @@ def compare(
     as the JSON has them. Raises UserError.
     """
     page = None if out is None else Path(out)
-    if page is not None and page.suffix != ".html":
-        raise UserError(f"out: must end in .html, as its JSON takes the same name, but is {page}")
-    problem = None if page is None else unwritable(page.absolute().parent)
-    if problem is not None:
-        raise UserError(f"out: {page} cannot be written{problem}; {CHOOSE_ANOTHER}")
+    if page is not None:
+        require_page(page)
     sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
     scale = _beta(Path(after)) if beta is None else beta
     if not scale > 0:
