@@ -305,6 +305,9 @@ def test_an_environment_variable_that_is_no_number(
             1,
             "error (rank 2): /out: permission denied",
         ),
+        (FileExistsError(errno.EEXIST, "File exists", "/f"), 1, "error (rank 2): /f: a file has the name of"),
+        (IsADirectoryError(errno.EISDIR, "Is", "/d"), 1, "error (rank 2): /d: a folder has the name of"),
+        (NotADirectoryError(errno.ENOTDIR, "Not", "/f/x"), 1, "error (rank 2): /f/x: a part of the path is"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )

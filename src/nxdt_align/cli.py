@@ -52,7 +52,10 @@ from nxdt_align.neuron.environment import describe
 from nxdt_align.redaction import redact
 from nxdt_align.stop_signals import SIGNALS, Stopped
 
-_USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+_USERS_OS_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+)
 _INTERRUPTED = 130
 
 

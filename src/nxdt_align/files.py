@@ -43,6 +43,8 @@ _REASONS = {
     errno.EACCES: "permission denied: make the folder writable, or choose another",
     errno.EPERM: "permission denied: make the folder writable, or choose another",
     errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EEXIST: "a file has the name of a folder that is needed, or is there already: choose another name",
+    errno.EISDIR: "a folder has the name of the file to write: choose another name",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EMFILE: "this process has too many open files: raise the limit (ulimit -n)",
     errno.ENFILE: "the machine has too many open files: end other programs, or raise its limit (ulimit -n)",
@@ -66,6 +68,11 @@ def unwritable(folder: Path) -> str | None:
     if not place.is_dir():
         return f", where {place} is a file"
     return None if os.access(place, os.W_OK | os.X_OK) else f", and {place} is not writable"
+
+
+def unwritable_file(path: Path) -> str | None:
+    """As ``unwritable``, of a file to write or to replace."""
+    return ", which is a folder" if path.is_dir() else unwritable(path.absolute().parent)
 
 
 def append_lines(path: Path, lines: Sequence[str]) -> None:

@@ -103,8 +103,15 @@ def test_the_command(project: Project, tmp_path: Path, capsys: pytest.CaptureFix
     assert [f.name for f in sorted(tmp_path.iterdir())] == ["both.html", "both.json"]
     assert main([*command, "--out", str(tmp_path / "x.txt")]) == 1
     assert "out: must end in .html" in capsys.readouterr().err
-    assert main([*command, "--out", str(out / "x.html")]) == 1
-    assert f"x.html cannot be written, where {out} is a file" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+    """Said before anything is read."""
+    (tmp_path / "file").write_text("")
+    for out, said in (("file/x.html", "where .*file is a file"), ("folder.html", "which is a folder")):
+        (tmp_path / "folder.html").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=f"^out: .* cannot be written, {said}; "):
+            na.compare("no", "models", "no.jsonl", out=tmp_path / out)
 
 
 @needs_browser

@@ -7,8 +7,9 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ import pytest
 import torch
 from checkpoint_fixture import fresh
 from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 from small_tokenizers import CHATML, make_tokenizer
 from training_fixture import Project
 
@@ -27,9 +29,11 @@ from nxdt_align.cli import main
 from nxdt_align.data.records import Record
 from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.errors import UserError
+from nxdt_align.evaluation.compare import Answer, Compared, Comparison, write_comparison
 from nxdt_align.evaluation.generate import Sampling
 from nxdt_align.evaluation.transformers_model import TransformersModel
 from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.run import comparison
 from nxdt_align.weights.hf_writer import write_hf_folder
 
 PROMPTS: list[Any] = ["What is two plus three?", "Name", "Name a colour. Blue is a colour, and so is"]
@@ -182,18 +186,26 @@ def test_a_file_is_written_once_and_whole(model: Path, tmp_path: Path) -> None:
     assert rows[0]["prompt"] == [{"role": "user", "content": "Näme"}]
     with pytest.raises(UserError, match="exists already"):
         na.generate(model, file, out=out)
+    with pytest.raises(UserError, match=r"exists already"):
+        na.generate(model, file, out=tmp_path)
+    with pytest.raises(UserError, match=r"x.jsonl cannot be written, where .*p.jsonl is a file"):
+        na.generate("no model", "no prompts", out=file / "x.jsonl")
 
 
-def test_a_message_with_a_date(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_message_with_a_date(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As Parquet has it: text in the JSON of generate and compare, in files and on standard output."""
     turn = {"role": "user", "content": "Name", "at": datetime(2024, 5, 6, 7, 8)}
     parquet.write_table(pa.Table.from_pylist([{"prompt": [turn]}]), tmp_path / "p.parquet")
-    out, page, data = (str(tmp_path / name) for name in ("out.jsonl", "page.html", "p.parquet"))
-    generate = ["generate", str(model), "--prompts", data]
-    compare = ["compare", str(model), str(model), "--data", data]
-    commands = (generate, [*generate, "--out", out], [*compare, "--json"], [*compare, "--out", page])
-    for command in commands:
-        assert main([*command, "--max-tokens", "1", "--device", "cpu"]) == 0
+    out, page, data = (tmp_path / name for name in ("out.jsonl", "page.html", "p.parquet"))
+    generate = ["generate", str(model), "--prompts", str(data), "--max-tokens", "1", "--device", "cpu"]
+    assert main(generate) == main([*generate, "--out", str(out)]) == 0
+    answer = Answer("t", 1, "stop", (), None)
+    found = Comparison("b", "a", "d", 0.1, "none", (Compared("f:1", [turn], (), answer, answer, 0.1),))
+    write_comparison(found, page)
+    monkeypatch.setattr(comparison, "compare", lambda **_: found.to_dict())
+    assert main(["compare", str(model), str(model), "--data", str(data), "--json"]) == 0
     texts = [capsys.readouterr().out, *(f.read_text() for f in tmp_path.glob("*.json*"))]
     assert [text.count("2024-05-06 07:08:00") for text in texts] == [2, 1, 1]
 
@@ -305,6 +317,42 @@ def test_a_tokenizer_of_another_model(
         na.generate(model, chats, tokenizer=tmp_path / "larger", max_tokens=2)
     assert talk(monkeypatch, "zebra\n", str(model), "--tokenizer", str(tmp_path / "larger")) == 1
     assert re.search(told, capsys.readouterr().err)
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of ``model`` whose tensors are what ``change`` makes of them."""
+    shutil.copytree(model, folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+def test_weights_that_are_not_whole(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would fill in random values, and take NaN for an answer; a tied head is rightly absent."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    lacking = changed(model, tmp_path / "lacking", lambda weights: weights.pop(name))
+    with pytest.raises(UserError, match=rf"lacking has no {name}, which its config.json asks for"):
+        TransformersModel(lacking, torch.device("cpu"))
+    narrow = changed(model, tmp_path / "narrow", lambda w: w.update({name: w[name][:4].clone()}))
+    with pytest.raises(UserError, match=r"transformers does not load .*narrow"):
+        TransformersModel(narrow, torch.device("cpu"))
+    tied = changed(model, tmp_path / "tied", lambda weights: weights.pop("lm_head.weight"))
+    shape = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(shape | {"tie_word_embeddings": True}))
+    assert TransformersModel(tied, torch.device("cpu")).logp([0], [1]) < 0
+    broken = changed(model, tmp_path / "broken", lambda weights: weights["model.norm.weight"].fill_(math.nan))
+    file = write(tmp_path / "p.jsonl", [{"prompt": "Name"}])
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match=r"^the model.s log-probabilities are not finite.* --dtype fp32"):
+            na.generate(broken, file, temperature=temperature, max_tokens=2, device="cpu")
+    with pytest.raises(UserError, match=r"broken: the model's log-probabilities are not finite"):
+        na.compare(broken, model, file, max_tokens=2, device="cpu")
+    assert talk(monkeypatch, "Name\n", str(broken)) == 1
+    assert "are not finite" in capsys.readouterr().err
 
 
 def test_chat_needs_a_template(

@@ -52,6 +52,16 @@ class Sampling:
             raise UserError(f"seed: must be from 0 to {2**32 - 1}, but is {self.seed}")
 
 
+class NotFiniteError(UserError):
+    """A model's log-probabilities are NaN, or infinite for what it chose."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's log-probabilities are not finite: its weights are damaged, or overflow in their "
+            "dtype, which --dtype fp32 rules out"
+        )
+
+
 @dataclass(frozen=True)
 class Completion:
     """A model's answer to one prompt."""
@@ -103,7 +113,8 @@ class Generator(Protocol):
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, ends: Collection[int]
     ) -> list[Completion]:
-        """A completion per prompt, in their order; ``ends`` are the tokens to stop at."""
+        """A completion per prompt, in their order; ``ends`` are the tokens to stop at. Raises
+        NotFiniteError."""
         ...
 
 
@@ -131,7 +142,8 @@ def complete(
 
     A prompt that leaves no room for ``max_tokens`` keeps BOS and its last tokens, as in training, and its row
     says ``prompt_truncated``. Raises DataError for prompts that cannot be tokenized, UserError where
-    ``max_tokens`` leaves no room for any prompt, or the model does not know the tokenizer's tokens.
+    ``max_tokens`` leaves no room for any prompt, the model does not know the tokenizer's tokens, or what it
+    says is not finite.
     """
     prompts = prompt_tokens(tokenization, records)
     require_known(tokenization, model, prompts)

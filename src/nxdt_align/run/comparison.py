@@ -22,9 +22,8 @@ from nxdt_align.data.sources import read_raw
 from nxdt_align.data.token_sets import tokenize_records
 from nxdt_align.errors import UserError
 from nxdt_align.evaluation.compare import Answer, Compared, Comparison, write_comparison
-from nxdt_align.evaluation.generate import Sampling, complete
+from nxdt_align.evaluation.generate import NotFiniteError, Sampling, complete
 from nxdt_align.evaluation.scorers import SCORERS, Score, choose_scorer, scored
-from nxdt_align.files import CHOOSE_ANOTHER, unwritable
 from nxdt_align.run.conversion import DTYPES, Dtype
 from nxdt_align.run.generation import (
     FORMAT_OPTION,
@@ -37,6 +36,7 @@ from nxdt_align.run.generation import (
     settings_of_run,
     variables_of_run,
 )
+from nxdt_align.run.places import require_page
 from nxdt_align.run.policy import load_policy
 from nxdt_align.weights.hf_writer import CONFIG
 
@@ -89,11 +89,8 @@ def compare(
     as the JSON has them. Raises UserError.
     """
     page = None if out is None else Path(out)
-    if page is not None and page.suffix != ".html":
-        raise UserError(f"out: must end in .html, as its JSON takes the same name, but is {page}")
-    problem = None if page is None else unwritable(page.absolute().parent)
-    if problem is not None:
-        raise UserError(f"out: {page} cannot be written{problem}; {CHOOSE_ANOTHER}")
+    if page is not None:
+        require_page(page)
     sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
     scale = _beta(Path(after)) if beta is None else beta
     if not scale > 0:
@@ -111,10 +108,6 @@ def compare(
             variables = variables_of_run(model) or variables_of_run(Path(after))
         with hf_folder(model) as folder:
             tokenization = open_tokenization(folder, tokenizer, variables, model)
-            made = open_generator(folder, backend, device, dtype, tensor_parallel)
-            rows = complete(records, tokenization, made, sampling)
-            del made
-            _free_memory()
             logps: list[tuple[float, ...]] = [()] * len(records)
             if records[0].responses:
                 policy = load_policy(folder, device=device_of(device), dtype=_dtype(folder, device, dtype))
@@ -125,6 +118,13 @@ def compare(
                 del policy
                 _free_memory()
                 _require_finite(logps, records, model)
+            made = open_generator(folder, backend, device, dtype, tensor_parallel)
+            try:
+                rows = complete(records, tokenization, made, sampling)
+            except NotFiniteError as error:
+                raise UserError(f"{model}: {error}") from error
+            del made
+            _free_memory()
         answers.append(_answers(name, records, texts, rows, logps, scorer, judge))
     found = Comparison(
         str(before),

@@ -28,6 +28,7 @@ from nxdt_align.files import atomic_write
 from nxdt_align.messages import NOTICE
 from nxdt_align.run.conversion import DTYPES, Dtype, convert
 from nxdt_align.run.locate import is_checkpoint, locate
+from nxdt_align.run.places import require_writable_file
 from nxdt_align.weights.detect import layout_of
 from nxdt_align.weights.hf_writer import CONFIG, holds_tokenizer
 from nxdt_align.weights.peft import is_peft_folder
@@ -92,6 +93,8 @@ def generate(
         raise UserError(f"backend: must be one of {', '.join(get_args(Backend))}, but is {backend!r}")
     if out is not None and Path(out).exists():
         raise UserError(f"{out} exists already: remove it, or choose another file")
+    if out is not None:
+        require_writable_file(Path(out))
     require_limit(limit)
     source = Source(str(prompts))
     records = load_records([source], "prompt", format=format, limit=limit, format_key=FORMAT_OPTION).records
