@@ -106,9 +106,8 @@ def convert(
     Raises UserError for anything that the caller can fix: a source that is damaged or does not match its
     configuration, incompatible sizes, an existing destination, a full disk.
     """
-    for name, value, choices in (("to", to, get_args(Target)), ("dtype", dtype, get_args(Dtype))):
-        if value is not None and value not in choices:
-            raise UserError(f"{name}: must be one of {', '.join(choices)}, but is {value!r}")
+    _require_choice("to", to, get_args(Target))
+    _require_choice("dtype", dtype, get_args(Dtype))
     counts = {"tp": tp, "pp": pp, "kv_multiplier": kv_multiplier, "vocab": vocab, "workers": workers}
     for name, count in counts.items():
         if count is not None and count < 1:
@@ -197,7 +196,8 @@ def export(
 
     Args:
         merge: of adapters, write the whole model with them added in; otherwise a run's are written as PEFT's
-            folder, and None is returned.
+            folder, in float32 unless ``dtype`` says otherwise, and None is returned. What is about a whole
+            model's files is refused then.
     """
     place = locate(Path(checkpoint))
     record = adapter_record(place) if is_checkpoint(place) or is_nxd_checkpoint(place) else None
@@ -206,7 +206,21 @@ def export(
             f"--merge: adds adapters to their model, but {place} holds a whole model; leave it out"
         )
     if not merge and record is not None:
-        _export_adapter(place, Path(destination), config)
+        _require_choice("dtype", dtype, get_args(Dtype))
+        given = {
+            "--tokenizer": tokenizer is not None,
+            "--max-shard-size": max_shard_bytes != MAX_SHARD_BYTES,
+            "--first-replica": first_replica,
+            "--resume": resume,
+            "--no-verify": not verify,
+        }
+        unused = [option for option, is_given in given.items() if is_given]
+        if unused:
+            raise UserError(
+                f"{', '.join(unused)}: belongs to --merge, which writes the whole model; {place} holds "
+                "adapters, which are written alone, as PEFT's folder: leave it out, or add --merge"
+            )
+        _export_adapter(place, Path(destination), config, None if dtype is None else DTYPES[dtype])
         return None
     return convert(
         checkpoint,
@@ -224,7 +238,14 @@ def export(
     )
 
 
-def _export_adapter(checkpoint: Path, destination: Path, config: str | Path | None) -> None:
+def _require_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
+    if value is not None and value not in choices:
+        raise UserError(f"{name}: must be one of {', '.join(choices)}, but is {value!r}")
+
+
+def _export_adapter(
+    checkpoint: Path, destination: Path, config: str | Path | None, dtype: torch.dtype | None
+) -> None:
     weights, model = open_weights(checkpoint, _path(config))
     assert isinstance(weights, MergedWeights)
     if destination.exists() and any(destination.iterdir()):
@@ -232,7 +253,7 @@ def _export_adapter(checkpoint: Path, destination: Path, config: str | Path | No
     adapter = weights.adapter
     names = [name for name in adapter_shapes(model, adapter.spec) if adapter.spec.trains(name)]
     pairs = ((name, adapter.read(name)) for name in names)
-    export_adapter(destination, model, adapter.spec, pairs, weights)
+    export_adapter(destination, model, adapter.spec, pairs, weights, dtype or torch.float32)
     log.info(
         "%s -> %s: an adapter of %d tensors; --merge writes the whole model",
         checkpoint,
@@ -309,7 +330,7 @@ def open_weights(
         assert isinstance(config, DecoderConfig), "engine nxd trains no other"
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=first_replica)
         return sharded, sharded.config
-    native = open_checkpoint(path, config, lambda base: open_weights(base)[0])
+    native = open_checkpoint(path, config, lambda base: open_weights(base, first_replica=first_replica)[0])
     check_weights(native, config)
     return native, config
 

@@ -409,11 +409,12 @@ def write_peft_folder(
         tensors: the adapters' by our names, whole; others are left out.
         base: the model that it belongs to, for ``base_model_name_or_path``.
 
-    Raises WeightsError: layers that PEFT has no names for, or the disk refuses.
+    Raises WeightsError: layers that PEFT has no names for, values too large for ``dtype``, or the disk
+    refuses.
     """
     require_peft_names(config, spec, str(path))
     found = {
-        theirs(name, config): tensor.detach().to("cpu", dtype).contiguous()
+        theirs(name, config): _cast(name, tensor, dtype).contiguous()
         for name, tensor in tensors
         if spec.trains(name)
     }
@@ -424,6 +425,15 @@ def write_peft_folder(
             save_file(found, folder / TENSORS[0], metadata={"format": "pt"})
     except OSError as error:
         raise WeightsError(f"cannot write {path}: {explain(error)}") from error
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU. Raises WeightsError for a value that is too large for ``dtype``."""
+    whole = tensor.detach().to("cpu")
+    cast = whole.to(dtype)
+    if bool((cast.isinf() & ~whole.isinf()).any()):
+        raise WeightsError(f"{name} has values beyond the largest of {dtype}; choose another --dtype")
+    return cast
 
 
 def _as_peft(config: ModelShape, spec: AdapterSpec, base: str | None) -> dict[str, Any]:
