@@ -261,6 +261,21 @@ def one_at_a_time(path: Path, waiting: Callable[[], None] = lambda: None) -> Ite
         close_unforked(descriptor)
 
 
+@contextmanager
+def unless_another(path: Path) -> Iterator[bool]:
+    """As ``one_at_a_time``, but waits for nobody: gives whether no other process is in such a block, which
+    then none enters until this one ends.
+
+    Raises OSError where the file cannot be created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = open_unforked(path, os.O_RDWR | os.O_CREAT)
+    try:
+        yield lock(descriptor) is not False
+    finally:
+        close_unforked(descriptor)
+
+
 _unforked: set[int] = set()
 
 

@@ -10,19 +10,25 @@ import os
 import resource
 import signal
 import time
+import zipfile
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from data_hashes import OF_OBJECTIVE, hashes, make_module, write_sources
+from small_tokenizers import CHATML, make_tokenizer
 
-from nxdt_align.data import mismatched_parts, preparation, prepared, token_parts
+from nxdt_align.data import mismatched_parts, preparation, prepared, source_index, token_parts
 from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.data.reading import Source
 from nxdt_align.data.records import DataError
-from nxdt_align.data.tokenize import Tokenization
+from nxdt_align.data.source_identity import Stamp
+from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.errors import UserError
+from nxdt_align.files import one_at_a_time
 
 FORK = multiprocessing.get_context("fork")
 
@@ -59,6 +65,99 @@ def test_what_is_ready_is_found_without_reading(tmp_path: Path, monkeypatch: pyt
     assert hashes(made(tmp_path, sources="@/moved.jsonl")) == want
     twice = made(tmp_path, sources="[{path: @/moved.jsonl, weight: 2}]")
     assert len(twice.splits["train"].examples) == 2 * 162
+
+
+@pytest.mark.parametrize("kind", ["pair", "unpaired"])
+def test_what_was_read_whole_is_trusted_from_then_on(
+    tmp_path: Path, kind: Literal["pair", "unpaired"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source of another time or place is hashed once, and the checksums of a file of tokens of another time
+    are computed once; again where nothing could be written, or while another run tokenizes."""
+    hashed: list[str] = []
+    checked: list[str] = []
+    whole, testzip = Stamp.whole.func, zipfile.ZipFile.testzip  # type: ignore[attr-defined]
+
+    def hash_counted(stamp: Stamp) -> str:
+        hashed.append(stamp.path)
+        return str(whole(stamp))
+
+    def check_counted(archive: zipfile.ZipFile) -> str | None:
+        checked.append(str(archive.filename))
+        return testzip(archive)
+
+    counted = cached_property(hash_counted)
+    counted.__set_name__(Stamp, "whole")
+    monkeypatch.setattr(Stamp, "whole", counted)
+    tokenization = Tokenization(make_tokenizer(template=CHATML), Truncation(64, 32))
+    plain, moved = tmp_path / "plain.jsonl", tmp_path / "moved.jsonl"
+
+    def start(path: Path, verify: bool = False) -> preparation.Ready:
+        settings = preparation.Settings(kind, None, None, tokenization, verify)
+        if kind == "pair":
+            return preparation.PreparedSources(settings, tmp_path / "tokens").ready([str(path)])[str(path)]
+        mixture = mismatched_parts.Mixture((Source(str(path)),), 1)
+        return mismatched_parts.PreparedMixture(settings, tmp_path / "tokens").ready([mixture])[mixture]
+
+    def starts(*arguments: Any) -> list[tuple[int, int]]:
+        """Of two starts one after the other, how often each reads all of a source, and of its tokens."""
+        counts = []
+        for _ in range(2):
+            hashed.clear()
+            checked.clear()
+            found = start(*arguments)
+            for name in ("rows", "labels"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
+            np.testing.assert_array_equal(found.columns.response_tokens, want.columns.response_tokens)
+            counts.append((len(hashed), len(checked)))
+        return counts
+
+    want = start(plain)
+    assert (want.rows if kind == "pair" else want.labels) is not None, "there is an array beside the index"
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", check_counted)
+    no_more(monkeypatch)
+    (tokens,) = (tmp_path / "tokens").glob("*.npz")
+    (lock,) = (tmp_path / "sources").glob("*.lock")
+    (index,) = (tmp_path / "sources").glob("*.json")
+    assert starts(plain) == [(0, 0), (0, 0)]
+    os.utime(plain, (1, 1))
+    with one_at_a_time(lock):
+        assert starts(plain) == [(1, 0), (1, 0)], "it does not wait for the other"
+    assert starts(plain) == [(1, 0), (0, 0)]
+    os.utime(tokens, (1, 1))
+    assert starts(plain) == [(0, 1), (0, 0)]
+    assert starts(plain, True) == [(1, 0), (1, 0)]
+    plain.rename(moved)
+    with monkeypatch.context() as patched:
+        patched.setattr(source_index, "atomic_write", refuse_to_write)
+        assert starts(moved) == [(1, 0), (1, 0)]
+    assert starts(moved) == [(1, 0), (0, 0)]
+    # The new index stands for itself: that of the old place may go, with what is beside it.
+    for each in lock.parent.glob(f"{index.stem}*"):
+        each.unlink()
+    assert starts(moved) == [(0, 0), (0, 0)]
+
+
+def refuse_to_write(*_: Any) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_an_index_that_another_process_wrote_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at a source that was touched and the lock."""
+    made(tmp_path)
+    (index,) = (tmp_path / "cache" / "sources").glob("*.json")
+    newer = json.loads(index.read_text()) | {"whole": "of another content"}
+    os.utime(tmp_path / "plain.jsonl", (1, 1))
+    renew = preparation.Preparation._renew
+
+    def later(self: Any) -> None:
+        index.write_text(json.dumps(newer))
+        renew(self)
+
+    monkeypatch.setattr(preparation.Preparation, "_renew", later)
+    made(tmp_path)
+    assert json.loads(index.read_text()) == newer
 
 
 MIXTURE = "[{path: @/chats.jsonl, weight: 0.5}, {path: @/plain.jsonl, weight: 1.5}, @/special.jsonl]"
