@@ -17,7 +17,7 @@ from training_fixture import Project, assert_same_run, final_weights, scalars
 from nxdt_align.cli import main
 from nxdt_align.config.load import read_config
 from nxdt_align.errors import UserError
-from nxdt_align.run.conversion import export
+from nxdt_align.run.conversion import convert, export
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.reference import open_store
 
@@ -139,6 +139,14 @@ def test_options_of_an_adapters_export_count_or_are_refused(
     assert all(torch.equal(files[0][name], tensor.bfloat16()) for name, tensor in files[1].items())
     with pytest.raises(UserError, match="dtype: must be one of bf16, fp16, fp32"):
         export(whole, tmp_path / "other", dtype="int8")  # type: ignore[arg-type]
+
+
+def test_a_runs_adapter_is_converted_to_a_whole_model(project: Project, whole: Path, tmp_path: Path) -> None:
+    """As a run's checkpoint of all weights is: to Hugging Face's layout, to shards where sizes are given."""
+    convert(whole, tmp_path / "hf", quiet=True)
+    assert (tmp_path / "hf" / "config.json").is_file() and not (tmp_path / "hf" / "model").exists()
+    convert(whole, tmp_path / "nxdt", tp=2, quiet=True)
+    assert len(list((tmp_path / "nxdt" / "model").glob("*tp_rank_*.pt"))) == 2
 
 
 def test_a_merged_export_computes_what_the_adapter_does(project: Project, whole: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from nxdt_align.config.start import IDENTITY_FILE
-from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.engines.native.checkpoint import is_checkpoint
 from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.adapters import adapter_shapes
@@ -117,9 +117,12 @@ def convert(
     source = locate(Path(source))
     weights, model = open_weights(source, _path(config), first_replica=first_replica)
     beside = companions(source, _path(config))
-    is_run_checkpoint = isinstance(weights, NativeCheckpoint)
+    # One that holds adapters opens as a whole model, of either engine.
+    is_run_checkpoint = is_checkpoint(source) or (
+        is_nxd_checkpoint(source) and isinstance(weights, MergedWeights)
+    )
     SourceFlags(load_xser, direction, n_layers).require_true_of(weights, model, is_run_checkpoint)
-    target = to or _usual_target(weights, sizes)
+    target = to or _usual_target(weights, sizes, is_run_checkpoint)
     if target == "nxdt" and not isinstance(model, DecoderConfig):
         raise UserError(
             f"--to nxdt: NxD has no {model.model_type}, which transformers computes; --to hf writes a folder "
@@ -266,9 +269,9 @@ def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _usual_target(source: WeightSource, sizes: ShardSizes) -> Target:
+def _usual_target(source: WeightSource, sizes: ShardSizes, is_run_checkpoint: bool) -> Target:
     """The opposite kind: shards become whole weights, whole weights become shards."""
-    if isinstance(source, NativeCheckpoint):
+    if is_run_checkpoint:
         return "nxdt" if sizes.are_stated else "hf"
     return "hf" if isinstance(source, NxDTFolder) else "nxdt"
 
