@@ -67,18 +67,26 @@ MOST_BUCKETS = 32
 """Row lengths of compiled steps: each is a dozen graphs to compile."""
 
 
+def buckets_fault(config: Config) -> Fault | None:
+    """More row lengths than steps of ``distributed_strategy.compile`` are compiled for, where it compiles."""
+    path, chosen = "distributed_strategy.compile", config.distributed_strategy.compile
+    count = len(config.data.buckets or ())
+    if count <= MOST_BUCKETS:
+        return None
+    rule = f"must be {MOST_BUCKETS} row lengths at most with {path} {chosen}, which compiles graphs of each"
+    advice = f"leave it out to have few chosen, or set {path}=none"
+    return Fault("data.buckets", f"{rule}, but is {count}", advice=advice, involves=(path,))
+
+
 def _compile_faults(config: Config, engine: Engine) -> Iterator[Fault]:
-    """``blocks`` where steps are graphs already, and what no graph of static shapes takes."""
+    """``blocks`` where steps are graphs already, and what no graph of static shapes takes; where device and
+    ``compile`` are both auto, the run itself looks for the latter."""
     path, data = "distributed_strategy.compile", config.data
     chosen = config.distributed_strategy.compile
     on_card = chosen == "auto" and engine == "native" and config.trainer.accelerator in ("cuda", "neuron")
-    count = len(data.buckets or ())
-    if (chosen == "blocks" or on_card) and count > MOST_BUCKETS:
-        rule = (
-            f"must be {MOST_BUCKETS} row lengths at most with {path} {chosen}, which compiles graphs of each"
-        )
-        advice = f"leave it out to have few chosen, or set {path}=none"
-        yield Fault("data.buckets", f"{rule}, but is {count}", advice=advice, involves=(path,))
+    too_many = buckets_fault(config)
+    if (chosen == "blocks" or on_card) and too_many is not None:
+        yield too_many
     if chosen != "blocks":
         return
     if engine == "nxd":

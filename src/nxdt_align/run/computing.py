@@ -7,6 +7,8 @@ import logging
 import torch
 
 from nxdt_align.config.engines import Engine as EngineName
+from nxdt_align.config.engines import buckets_fault
+from nxdt_align.config.faults import ConfigError
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.native import compiled
 from nxdt_align.engines.native.compiled import KEY, Compiling
@@ -50,6 +52,10 @@ def compiling(config: Config, where: torch.device, model: ModelShape) -> Compili
     fault = _checkpointing_fault(config)
     if fault is not None:
         raise UserError(f"{KEY}: {fault}, or {KEY}=none")
+    # The check of the YAML did not know the device that trainer.accelerator=auto is.
+    too_many = buckets_fault(config)
+    if too_many is not None:
+        raise ConfigError([too_many], config.source)
     compiled.require_torch()
     if where.type == "cpu":
         compiled.require_compiler()
