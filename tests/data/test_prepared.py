@@ -29,6 +29,7 @@ from nxdt_align.data.source_identity import Stamp
 from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.errors import UserError
 from nxdt_align.files import one_at_a_time
+from nxdt_align.messages import NOTICE
 
 FORK = multiprocessing.get_context("fork")
 
@@ -455,3 +456,35 @@ def test_tokens_that_cannot_be_read_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(preparation.Preparation, "_open", lambda *_: None)
     with pytest.raises(DataError, match=r"tokens-.*npz cannot be read again; is the disk of data\.cache_di"):
         made(tmp_path)
+
+
+def test_what_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Packed files count ten times; a data set of the Hub stands in the way, and is told where it matters."""
+    monkeypatch.setattr(prepared, "LARGE", 1000)
+    sizes = {
+        "a.jsonl": 999,
+        "b.jsonl": 1000,
+        "c.jsonl.gz": 99,
+        "d.JSON.GZ": 100,
+        "e.parquet": 100,
+        "f.jsonl": 9,
+    }
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+
+    def is_large(*names: str) -> bool:
+        return prepared.is_large([Source(n if "/" in n else str(tmp_path / n)) for n in names])
+
+    large = [name for name in sizes if is_large(name)]
+    assert large == ["b.jsonl", "d.JSON.GZ", "e.parquet"]
+    assert is_large("c.jsonl.gz", "f.jsonl", "a.jsonl") and not is_large("c.jsonl.gz", "f.jsonl")
+    with caplog.at_level(logging.INFO):
+        assert not is_large("a.jsonl", "some/set") and not is_large("b.jsonl", "./gone.jsonl")
+        assert not caplog.records, "small; and what reads them says what is not there"
+        assert not is_large("b.jsonl", "some/set:train")
+    (said,) = caplog.records
+    assert said.levelno == NOTICE and said.getMessage().startswith(
+        "some/set:train is no file here: the whole"
+    )
