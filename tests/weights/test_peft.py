@@ -14,9 +14,11 @@ from oracle import TINY
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nxdt_align.errors import UserError
 from nxdt_align.models.adapter_targets import adapter_spec
 from nxdt_align.models.adapters import AdapterSpec, adapter_shapes
 from nxdt_align.named_tensors import content_fingerprint
+from nxdt_align.run import export_check  # noqa: F401 (what it imports takes seconds, once)
 from nxdt_align.run.conversion import export
 from nxdt_align.weights.detect import open_adapter
 from nxdt_align.weights.extents import WeightsError
@@ -111,6 +113,42 @@ def test_merged_weights_are_rounded_once(
     written = HFFolder(tmp_path / "merged")
     for name, whole in sums.items():
         assert torch.equal(written.read(name), whole.to(kept or torch.bfloat16)), name
+
+
+def test_a_merged_folder_that_computes_something_else_is_removed(
+    on_bf16: tuple[MergedWeights, dict[str, Tensor]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is compared with base and adapter apart; one layer's adapter is left out on its way."""
+    caplog.set_level("INFO")
+    export(tmp_path / "adapter", tmp_path / "merged", merge=True, quiet=True)
+    assert "log-probabilities of the merged folder are those of base and adapter" in caplog.text
+    read, path = MergedWeights.read, "model.layers.1.self_attn.qkv_proj.q_proj.weight"
+
+    def spoiled(self: MergedWeights, name: str) -> Tensor:
+        return self.base.read(name) if name == path else read(self, name)
+
+    monkeypatch.setattr(MergedWeights, "read", spoiled)
+    with pytest.raises(UserError, match=r"differs from base and adapter apart by .* and was removed"):
+        export(tmp_path / "adapter", tmp_path / "spoiled", merge=True, dtype="fp32", quiet=True)
+    assert not (tmp_path / "spoiled").exists()
+    export(tmp_path / "adapter", tmp_path / "spoiled", merge=True, verify=False, quiet=True)
+    assert (tmp_path / "spoiled").is_dir()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_merged_folder_is_compared_with_every_kind_of_adapter(
+    tmp_path: Path, dora: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    LlamaForCausalLM(LlamaConfig(**CONFIG.to_hf_dict())).save_pretrained(tmp_path / "base")
+    chosen = spec(target_modules=["all-linear"], modules_to_save=["norm"], dora=dora)
+    folder = tmp_path / "adapter"
+    write_peft_folder(folder, CONFIG, chosen, tensors(chosen).items(), base=str(tmp_path / "base"))
+    export(folder, tmp_path / "merged", merge=True, quiet=True)
+    assert "log-probabilities of the merged folder are those of base and adapter" in caplog.text
 
 
 def test_what_merged_weights_are_stored_under_stays(

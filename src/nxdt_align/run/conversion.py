@@ -225,7 +225,7 @@ def export(
             )
         _export_adapter(place, Path(destination), config, None if dtype is None else DTYPES[dtype])
         return None
-    return convert(
+    report = convert(
         checkpoint,
         destination,
         to="hf",
@@ -239,6 +239,14 @@ def export(
         workers=workers,
         quiet=quiet,
     )
+    if merge and verify:
+        weights, model = open_weights(place, _path(config), first_replica=first_replica)
+        if isinstance(weights, MergedWeights) and isinstance(model, DecoderConfig):
+            # Here, as it imports transformers.
+            from nxdt_align.run.export_check import check_merged
+
+            check_merged(Path(destination), weights, model, None if dtype is None else DTYPES[dtype])
+    return report
 
 
 def _require_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
