@@ -64,7 +64,7 @@ bench: $(VENV)/.installed ## pairs per second against TRL and padded rows; DATA=
 bench-objectives: $(VENV)/.installed ## every objective on the demo's data; ONLY="dpo;kto" STEPS=n JOBS=n PAGE=docs/objectives_benchmark.md
 	$(BIN)/python benchmarks/objectives.py $(if $(ONLY),--only "$(ONLY)") $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PAGE),--page $(PAGE))
 
-bench-verdicts: $(VENV)/.installed ## precision and recall of the report's rules on 51 runs made to show them; ONLY="noise" JOBS=n PAGE=docs/verdicts_benchmark.md
+bench-verdicts: $(VENV)/.installed ## precision and recall of the report's rules on 54 runs made to show them; ONLY="noise" JOBS=n PAGE=docs/verdicts_benchmark.md
 	PYTHONPATH=src:examples:benchmarks $(BIN)/python benchmarks/verdicts.py $(if $(ONLY),--only "$(ONLY)") $(if $(STEPS),--steps $(STEPS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PAGE),--page $(PAGE))
 
 # Nothing of the package is imported for the site, but .venv is where its test looks for MkDocs.

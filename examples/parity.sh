@@ -9,7 +9,8 @@
 # PROCESSES    of each run, one per device (default 1)
 # TWIN         accelerator of the second run (default auto: neuron, cuda; cpu where there is none)
 # TOLERANCES   loss, gradient norm and weights, relative, "1e-4 1e-3 1e-3" (default: by precision.type of the config)
-# key=value    overrides for both runs. A model of the real widths with few layers (model.num_layers=2) is enough.
+# key=value    overrides for both runs. A model of the real widths with few layers is enough, which starts from random
+#              weights: model.num_layers=2 exp_manager.resume_from_checkpoint=null
 #
 # Everything goes to parity_run/ in the current folder, which is made afresh each time. Status 1 where they differ.
 set -euo pipefail

@@ -35,7 +35,6 @@ TRN2 = (
     "trainer.lnc=2",
     "distributed_strategy.engine=native",
     "distributed_strategy.tensor_model_parallel_size=4",
-    "distributed_strategy.kv_replicator=1",
     "data.global_batch_size=256",
 )
 """What each run of the tables has."""

@@ -305,6 +305,9 @@ def test_an_environment_variable_that_is_no_number(
             1,
             "error (rank 2): /out: permission denied",
         ),
+        (FileExistsError(errno.EEXIST, "File exists", "/f"), 1, "error (rank 2): /f: a file has the name of"),
+        (IsADirectoryError(errno.EISDIR, "Is", "/d"), 1, "error (rank 2): /d: a folder has the name of"),
+        (NotADirectoryError(errno.ENOTDIR, "Not", "/f/x"), 1, "error (rank 2): /f/x: a part of the path is"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
 )
@@ -461,6 +464,47 @@ def test_torch_neurons_runtime_gets_what_it_reads(
     assert "sets none" not in said.err
     assert main(arguments) == 0
     assert own_environment["NEURON_LOGICAL_NC_CONFIG"] == "1"
+
+
+def test_print_env_on_a_machine_of_torch_neurons(
+    own_environment: dict[str, str],
+    good: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where engine and device are auto, native's and the device's, as the run takes them."""
+    monkeypatch.setattr("nxdt_align.config.engines.neuron_stack", lambda: "native")
+    arguments = ["train", "--config-name", good, "--print-env", "trainer.lnc=1"]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("export NEURON_LOGICAL_NC_CONFIG=1  # YAML (trainer.lnc)\n")
+    assert "XLA_" not in said.out and "no NeuronCores" not in said.err
+    assert main([*arguments, "distributed_strategy.engine=nxd"]) == 0
+    assert "XLA_" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("told", "overrides", "cores"),
+    [
+        ("1", ["trainer.accelerator=neuron"], 1),
+        ("1", ["trainer.accelerator=neuron", "trainer.lnc=2"], 1),
+        ("7", ["trainer.accelerator=neuron", "trainer.lnc=2"], 2),
+        ("1", ["trainer.accelerator=cpu"], None),
+    ],
+)
+def test_the_cores_that_the_runtime_was_told_count(
+    build: FakeBuild,
+    own_environment: dict[str, str],
+    good: str,
+    told: str,
+    overrides: list[str],
+    cores: int | None,
+) -> None:
+    """Not trainer.lnc, which the runtime would not be told then; the kernels would be for other cores."""
+    own_environment["NEURON_LOGICAL_NC_CONFIG"] = told
+    assert main(["train", "--config-name", good, "distributed_strategy.engine=native", *overrides]) == 0
+    ((config, _),) = build.calls
+    assert config.trainer.lnc == cores
 
 
 def test_a_pods_own_disk_is_told_before_the_run(

@@ -52,7 +52,7 @@ def train(
     from nxdt_align.cli_process import Environment, enter_run
 
     environment = Environment.of_this_process()
-    found = checked(config, environment.world_size)
+    found = environment.with_told_cores(checked(config, environment.world_size))
     signals = environment.stop_signals()
     if config.exp_manager.create_preemption_callback:
         signals.install()

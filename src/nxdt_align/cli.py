@@ -38,7 +38,7 @@ from nxdt_align.config.check import (
     load_checked,
     with_check,
 )
-from nxdt_align.config.engines import Engine, resolve_engine
+from nxdt_align.config.engines import Engine, resolve_engine, with_torch_neuron
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.load import copy_preset, presets, read_config, to_yaml
 from nxdt_align.config.loggers import PACKAGES
@@ -52,7 +52,10 @@ from nxdt_align.neuron.environment import describe
 from nxdt_align.redaction import redact
 from nxdt_align.stop_signals import SIGNALS, Stopped
 
-_USERS_OS_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+_USERS_OS_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+)
 _INTERRUPTED = 130
 
 
@@ -205,6 +208,7 @@ def _plan(arguments: argparse.Namespace, environment: Environment) -> int:
         note(notice)
     from nxdt_align.run.plan import plan_report
 
+    config = environment.as_run_here(config)
     engine = resolve_engine(config, neuron_available())
     own_parts = arguments.import_own_parts
     show(plan_report(config, engine, lengths=arguments.lengths, import_own_parts=own_parts))
@@ -218,6 +222,7 @@ def _neuron_doctor(arguments: argparse.Namespace, environment: Environment) -> i
     def plan(config: Config) -> str:
         from nxdt_align.run.plan import plan_report
 
+        config = environment.as_run_here(config)
         return plan_report(config, resolve_engine(config, neuron_available=True))
 
     for line in neuron_doctor(arguments, os.environ, read, plan):
@@ -235,6 +240,7 @@ def _doctor(arguments: argparse.Namespace, environment: Environment) -> int:
     show_on_terminal(rank=0)
     from nxdt_align.run.doctor import diagnose
 
+    config = environment.as_run_here(config)
     engine = resolve_engine(config, neuron_available())
     found = diagnose(config, engine, import_own_parts=arguments.import_own_parts)
     if arguments.json:
@@ -258,8 +264,10 @@ def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
     show_on_terminal(rank=0)
     from nxdt_align.run import graphs
 
+    config = environment.as_run_here(config)
     own = "trn2" if config.distributed_strategy.engine == "native" else "trn1"
-    ranks, lengths, device = arguments.ranks, arguments.lengths, graphs.DEVICES[arguments.device or own]
+    ranks, lengths, chip = arguments.ranks, arguments.lengths, arguments.device or own
+    device = graphs.device_of(chip, config.trainer.lnc)
     if not arguments.import_own_parts:
         graphs.refuse_own_parts(config, with_data=lengths is None)
     if len(ranks) == 1:
@@ -273,7 +281,7 @@ def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
         )
         return 0
     overrides = _overrides(arguments, environment)
-    options = ["--config-name", arguments.config_name, "--json", "--device", device.name]
+    options = ["--config-name", arguments.config_name, "--json", "--device", chip]
     options += [] if arguments.config_path is None else ["--config-path", str(arguments.config_path)]
     options += [] if lengths is None else ["--lengths", ",".join(map(str, lengths))]
     options += ["--import-own-parts"] if arguments.import_own_parts else []
@@ -292,7 +300,8 @@ def _processes(arguments: argparse.Namespace, environment: Environment) -> int:
 def _print_env(arguments: argparse.Namespace, environment: Environment) -> int:
     """Works without the Neuron packages and the data: shows what the target machine would set."""
     config, _ = _read(arguments, environment, checked=True)
-    # As on the machine that the YAML is for.
+    # As on the machine that the YAML is for; of trn2, this one.
+    config = with_torch_neuron(config)
     is_for_neuron = config.trainer.accelerator in ("auto", "neuron")
     engine = resolve_engine(config, is_for_neuron or neuron_available())
     if engine != resolve_engine(config, neuron_available()):
@@ -453,7 +462,7 @@ def _checked(
     checked = load_checked(arguments.config_name, overrides, arguments.config_path, world_size)
     for notice in checked.notices if notify else ():
         note(notice)
-    return checked
+    return environment.with_told_cores(checked)
 
 
 _NEED_TORCH = (

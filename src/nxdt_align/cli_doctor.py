@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -58,28 +59,40 @@ def neuron_doctor(
         read: the configuration, where --config-name names one.
         plan: a configuration's rows and memory.
     """
+    if not arguments.flash:
+        yield from _archive(arguments, variables, read, plan, {})
+        return
+    from nxdt_align.run.neuron_check import flash_lines
+
+    try:
+        lines = flash_lines()
+    except Exception as error:
+        # Whatever a kernel, its compiler or another version's signature raises: the archive shows why, so it
+        # comes first.
+        trace = "".join(traceback.format_exception(error))
+        yield from _archive(arguments, variables, read, plan, {"flash.txt": lambda: trace})
+        told = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"doctor --flash: {told}") from error
+    yield from lines
+    yield from _archive(arguments, variables, read, plan, {"flash.txt": lambda: "\n".join(lines)})
+
+
+def _archive(
+    arguments: argparse.Namespace,
+    variables: Mapping[str, str],
+    read: Callable[[], Config],
+    plan: Callable[[Config], str],
+    made: dict[str, Callable[[], str]],
+) -> Iterator[str]:
+    """Write it, with ``made`` beside what is always in it."""
     from nxdt_align.neuron import bundle
 
-    failed: Exception | None = None
-    made: dict[str, Callable[[], str]] = {}
     files = list(arguments.log)
-    if arguments.flash:
-        from nxdt_align.run.neuron_check import flash_lines
-
-        try:
-            lines = flash_lines()
-        except (UserError, RuntimeError) as error:
-            # The archive shows why, so it comes first.
-            failed, lines = error, [str(error)]
-        else:
-            yield from lines
-        made["flash.txt"] = lambda: "\n".join(lines)
     if arguments.config_name is not None:
         from nxdt_align.run.neuron_check import manifest_of
 
         config = read()
-        made["config.yaml"] = lambda: to_yaml(config)
-        made["plan.txt"] = lambda: plan(config)
+        made = {**made, "config.yaml": lambda: to_yaml(config), "plan.txt": lambda: plan(config)}
         manifest = manifest_of(config)
         if manifest.is_file():
             files.append(manifest)
@@ -87,5 +100,3 @@ def neuron_doctor(
     bundle.write(arguments.out, parts)
     yield f"{arguments.out}: {len(parts)} files, {arguments.out.stat().st_size / 1024:,.0f} KiB"
     yield "read it before you send it: tar -xzOf FILE | less shows all that is in it"
-    if failed is not None:
-        raise UserError(f"doctor --flash: {failed}") from failed

@@ -128,7 +128,7 @@ def generate(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
 
     rows = generation.generate(**options(arguments))
     if arguments.out is None:
-        show("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        show("\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in rows))
     return 0
 
 
@@ -137,7 +137,8 @@ def compare(arguments: argparse.Namespace, show: Callable[[str], None]) -> int:
 
     given = options(arguments)
     if given.pop("json"):
-        show(json.dumps(comparison.compare(**given | {"out": None}), indent=2, ensure_ascii=False))
+        found = comparison.compare(**given | {"out": None})
+        show(json.dumps(found, indent=2, ensure_ascii=False, default=str))
         return 0
     page = given["out"] = given["out"] or Path("compare.html")
     found = comparison.compare(**given)

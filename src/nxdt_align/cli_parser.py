@@ -86,8 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
         "examine the data before a run: bad records, duplicates, leakage, length bias, truncation, template; "
         "status 1 where a fault is found",
     )
-    doctor.add_argument("--show", type=int, default=0, metavar="N", help="print N records as tokens")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
+    printed = doctor.add_mutually_exclusive_group()
+    printed.add_argument("--show", type=int, default=0, metavar="N", help="print N records as tokens")
+    printed.add_argument("--json", action="store_true", help="print JSON, without records")
     add_neuron_options(doctor)
     graphs = _add_verb(
         verbs,

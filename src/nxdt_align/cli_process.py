@@ -6,17 +6,18 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nxdt_align.config.check import CheckedConfig
-from nxdt_align.config.engines import Engine, on_torch_neuron
+from nxdt_align.config.engines import Engine, on_torch_neuron, with_torch_neuron
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.messages import show_on_terminal
 from nxdt_align.neuron.environment import (
     COMPILE_ONLY,
     DOWNCASTS,
+    LOGICAL_CORES,
     missing_from,
     missing_variables,
     neuron_environment,
@@ -45,6 +46,8 @@ class Environment:
     debug: bool
     compiles_without_device: bool = False
     """Whether TorchNeuron compiles where there is no device of its own."""
+    told_cores: int | None = None
+    """Physical NeuronCores of a device, where the runtime has been told; it heeds that, not trainer.lnc."""
     command: str | None = None
     """The user's, where another program has started this one for it."""
     is_launched: bool = False
@@ -67,14 +70,32 @@ class Environment:
             train_iters=_number(variables, "TRAIN_ITERS", 1, least=1) if iters else None,
             debug=variables.get("NXDT_ALIGN_DEBUG") == "1",
             compiles_without_device=variables.get(COMPILE_ONLY) == "1",
+            told_cores={"1": 1, "2": 2}.get(variables.get(LOGICAL_CORES, "")),
             command=variables.get("NXDT_ALIGN_COMMAND"),
             is_launched=LAUNCHED in variables,
             shares_signals=any(name in variables for name in _HANDS_SIGNALS_ON),
         )
 
+    def with_told_cores(self, checked: CheckedConfig) -> CheckedConfig:
+        """With ``trainer.lnc`` as the runtime of TorchNeuron's device has been told: kernels and prices of
+        rows follow from it."""
+        config = checked.config
+        if self.told_cores is None or checked.engine != "native" or not on_torch_neuron(config):
+            return checked
+        return replace(checked, config=_with_cores(config, self.told_cores))
+
+    def as_run_here(self, config: Config) -> Config:
+        """For a plan: with what a run takes here, where TorchNeuron is installed and ``config`` is for it."""
+        found = with_torch_neuron(config)
+        return found if found is config or self.told_cores is None else _with_cores(found, self.told_cores)
+
     def stop_signals(self) -> StopSignals:
         repeats = float("inf") if self.is_launched else 1.0 if self.shares_signals else 0.2
         return StopSignals(speaks=self.rank == 0, repeats=repeats)
+
+
+def _with_cores(config: Config, lnc: int) -> Config:
+    return replace(config, trainer=replace(config.trainer, lnc=lnc))
 
 
 def _number(variables: Mapping[str, str], name: str, default: int, least: int = 0) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,10 +49,11 @@ def add_reference_verb(
     merge.add_argument("paths", nargs="+", type=Path, metavar="SOURCE ... DESTINATION")
     merge.add_argument(
         "--tolerance",
-        type=float,
+        type=_tolerance,
         default=1e-6,
         metavar="T",
-        help="by which values of a record may differ, of the larger one (default: 1e-6)",
+        help="by which values of a record may differ, of the larger one (default: 1e-6); the destination's "
+        "then counts, else that of the store named first",
     )
     merge.add_argument(
         "--precision",
@@ -88,6 +90,16 @@ def _share(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, as 2/4, but is {text!r}")
     return int(number) - 1, int(of)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:  # to not-a-number no difference is too large
+        raise argparse.ArgumentTypeError(f"must be a finite number from 0, but is {text!r}")
+    return value
 
 
 def precompute(arguments: argparse.Namespace, checked: CheckedConfig, env: RunEnv) -> str:

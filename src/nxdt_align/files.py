@@ -43,7 +43,11 @@ _REASONS = {
     errno.EACCES: "permission denied: make the folder writable, or choose another",
     errno.EPERM: "permission denied: make the folder writable, or choose another",
     errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EEXIST: "a file has the name of a folder that is needed, or is there already: choose another name",
+    errno.EISDIR: "a folder has the name of the file to write: choose another name",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EMFILE: "this process has too many open files: raise the limit (ulimit -n)",
+    errno.ENFILE: "the machine has too many open files: end other programs, or raise its limit (ulimit -n)",
     errno.EIO: "the device reports an input/output error",
 }
 
@@ -66,6 +70,11 @@ def unwritable(folder: Path) -> str | None:
     return None if os.access(place, os.W_OK | os.X_OK) else f", and {place} is not writable"
 
 
+def unwritable_file(path: Path) -> str | None:
+    """As ``unwritable``, of a file to write or to replace."""
+    return ", which is a folder" if path.is_dir() else unwritable(path.absolute().parent)
+
+
 def append_lines(path: Path, lines: Sequence[str]) -> None:
     """Append ``lines`` to a text file, whatever ends the process afterwards; a line that a kill has cut stays
     one of its own. Raises OSError."""
@@ -73,6 +82,15 @@ def append_lines(path: Path, lines: Sequence[str]) -> None:
         if file.tell() and not _ends_a_line(file):
             file.write(b"\n")
         file.write("".join(f"{line}\n" for line in lines).encode())
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that ``append_lines`` has written, without empty ones; bytes that are none
+    are replaced. None where the file is missing. Raises OSError."""
+    if not path.is_file():
+        return []
+    # str.splitlines would also part lines at what JSON has within a text: U+2028, U+2029, U+0085.
+    return [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line]
 
 
 def _ends_a_line(file: BinaryIO) -> bool:
@@ -239,6 +257,21 @@ def one_at_a_time(path: Path, waiting: Callable[[], None] = lambda: None) -> Ite
             waiting()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        close_unforked(descriptor)
+
+
+@contextmanager
+def unless_another(path: Path) -> Iterator[bool]:
+    """As ``one_at_a_time``, but waits for nobody: gives whether no other process is in such a block, which
+    then none enters until this one ends.
+
+    Raises OSError where the file cannot be created.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = open_unforked(path, os.O_RDWR | os.O_CREAT)
+    try:
+        yield lock(descriptor) is not False
     finally:
         close_unforked(descriptor)
 

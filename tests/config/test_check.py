@@ -12,8 +12,10 @@ from config_checks import check
 from lightning.pytorch.loggers import WandbLogger
 
 from nxdt_align.config.check import ConfigError, load_checked
+from nxdt_align.config.load import to_yaml
 from nxdt_align.config.loggers import WANDB
 from nxdt_align.config.schema import Config
+from nxdt_align.run.mode import RunMode
 
 Load = Callable[..., Config]
 Reject = Callable[..., str]
@@ -66,6 +68,11 @@ def test_a_good_configuration_has_no_fault_and_no_notice(load: Load, good: str) 
         ("trainer.max_steps=-1", "training would never end"),
         ("trainer.accumulate_grad_batches=4", "must be 1 (data.global_batch_size sets"),
         ("trainer.check_val_every_n_epoch=null", "trainer.val_check_interval: must be a number of steps"),
+        (
+            "trainer.val_check_interval_examples=7",
+            "val_check_interval_examples: must be at least data.global_batch_size (8), the examples of a "
+            "step, but is 7",
+        ),
         ("trainer.limit_val_batches=1.5", "must be a share from 0.0 to 1.0, or a whole number, but is 1.5"),
         ("trainer.max_time=999999999999:00:00:00", "trainer.max_time: must be days:hours:minutes:seconds"),
         (
@@ -251,6 +258,29 @@ def test_validation_before_checkpoints_is_noticed(load: Load, good: str, files: 
     (notice,) = check(load(good, *common, every.format(2)))
     assert "runs before each, every 2 steps, besides trainer.val_check_interval, every 3" in notice
     assert check(load(good, *common, every.format(6))) == []
+
+
+def test_validation_counts_examples(load: Load, good: str, files: Path) -> None:
+    """As steps, across epochs; rounded down as the reference implementation does, which says so too."""
+    by, whole = "trainer.val_check_interval_examples", load(good)
+    assert whole.validation_interval == (1.0, 1)
+    config = load(good, f"{by}=800", "trainer.check_val_every_n_epoch=null")
+    assert check(config) == [] and config.validation_interval == (100, None)
+    extent = RunMode().extent(config)
+    assert (extent["val_check_interval"], extent["check_val_every_n_epoch"]) == (100, None)
+    # A run's resolved settings, which have every key.
+    assert not any(by in notice for notice in check(load(to_yaml(config))))
+    config = load(good, f"{by}=20", "trainer.val_check_interval=500")
+    rounded, idle = check(config)
+    assert config.validation_interval == (2, None)
+    assert rounded == (
+        f"{by}: 20 is no multiple of data.global_batch_size (8), so that validation runs every 16 examples, "
+        "2 steps"
+    )
+    assert idle == f"trainer.val_check_interval: no effect, since {by} is set"
+    every = "exp_manager.checkpoint_callback_params.every_n_train_steps=3"
+    (notice,) = check(load(good, RANK, f"data.val_dir={files}/train.jsonl", f"{by}=16", every))
+    assert f"runs before each, every 3 steps, besides {by}, every 2" in notice
 
 
 def test_settings_of_another_optimizer_are_noticed_and_left_out(load: Load, good: str) -> None:

@@ -79,6 +79,8 @@ ALIGN = "model_alignment_strategy"
         (f"{ALIGN}.simpo.simpo_gamma", f"{ALIGN}.simpo.gamma"),
         ("max_grad_norm", "trainer.gradient_clip_val"),
         ("output_dir", "exp_manager.exp_dir"),
+        ("eval_steps", "trainer.val_check_interval"),
+        ("eval_every", "trainer.val_check_interval_examples"),
         ("save_steps", "exp_manager.checkpoint_callback_params.every_n_train_steps"),
         ("model.optim.beta", "model.optim.betas"),
     ],

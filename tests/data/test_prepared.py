@@ -7,20 +7,29 @@ import json
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import time
+import zipfile
+from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from data_hashes import OF_OBJECTIVE, hashes, make_module, write_sources
+from small_tokenizers import CHATML, make_tokenizer
 
-from nxdt_align.data import mismatched_parts, preparation, prepared, token_parts
+from nxdt_align.data import mismatched_parts, preparation, prepared, source_index, token_parts
 from nxdt_align.data.module import ModelAlignmentDataModule
+from nxdt_align.data.reading import Source
 from nxdt_align.data.records import DataError
-from nxdt_align.data.tokenize import Tokenization
+from nxdt_align.data.source_identity import Stamp
+from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.errors import UserError
+from nxdt_align.files import one_at_a_time
+from nxdt_align.messages import NOTICE
 
 FORK = multiprocessing.get_context("fork")
 
@@ -57,6 +66,99 @@ def test_what_is_ready_is_found_without_reading(tmp_path: Path, monkeypatch: pyt
     assert hashes(made(tmp_path, sources="@/moved.jsonl")) == want
     twice = made(tmp_path, sources="[{path: @/moved.jsonl, weight: 2}]")
     assert len(twice.splits["train"].examples) == 2 * 162
+
+
+@pytest.mark.parametrize("kind", ["pair", "unpaired"])
+def test_what_was_read_whole_is_trusted_from_then_on(
+    tmp_path: Path, kind: Literal["pair", "unpaired"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source of another time or place is hashed once, and the checksums of a file of tokens of another time
+    are computed once; again where nothing could be written, or while another run tokenizes."""
+    hashed: list[str] = []
+    checked: list[str] = []
+    whole, testzip = Stamp.whole.func, zipfile.ZipFile.testzip  # type: ignore[attr-defined]
+
+    def hash_counted(stamp: Stamp) -> str:
+        hashed.append(stamp.path)
+        return str(whole(stamp))
+
+    def check_counted(archive: zipfile.ZipFile) -> str | None:
+        checked.append(str(archive.filename))
+        return testzip(archive)
+
+    counted = cached_property(hash_counted)
+    counted.__set_name__(Stamp, "whole")
+    monkeypatch.setattr(Stamp, "whole", counted)
+    tokenization = Tokenization(make_tokenizer(template=CHATML), Truncation(64, 32))
+    plain, moved = tmp_path / "plain.jsonl", tmp_path / "moved.jsonl"
+
+    def start(path: Path, verify: bool = False) -> preparation.Ready:
+        settings = preparation.Settings(kind, None, None, tokenization, verify)
+        if kind == "pair":
+            return preparation.PreparedSources(settings, tmp_path / "tokens").ready([str(path)])[str(path)]
+        mixture = mismatched_parts.Mixture((Source(str(path)),), 1)
+        return mismatched_parts.PreparedMixture(settings, tmp_path / "tokens").ready([mixture])[mixture]
+
+    def starts(*arguments: Any) -> list[tuple[int, int]]:
+        """Of two starts one after the other, how often each reads all of a source, and of its tokens."""
+        counts = []
+        for _ in range(2):
+            hashed.clear()
+            checked.clear()
+            found = start(*arguments)
+            for name in ("rows", "labels"):
+                np.testing.assert_array_equal(getattr(found, name), getattr(want, name))
+            np.testing.assert_array_equal(found.columns.response_tokens, want.columns.response_tokens)
+            counts.append((len(hashed), len(checked)))
+        return counts
+
+    want = start(plain)
+    assert (want.rows if kind == "pair" else want.labels) is not None, "there is an array beside the index"
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", check_counted)
+    no_more(monkeypatch)
+    (tokens,) = (tmp_path / "tokens").glob("*.npz")
+    (lock,) = (tmp_path / "sources").glob("*.lock")
+    (index,) = (tmp_path / "sources").glob("*.json")
+    assert starts(plain) == [(0, 0), (0, 0)]
+    os.utime(plain, (1, 1))
+    with one_at_a_time(lock):
+        assert starts(plain) == [(1, 0), (1, 0)], "it does not wait for the other"
+    assert starts(plain) == [(1, 0), (0, 0)]
+    os.utime(tokens, (1, 1))
+    assert starts(plain) == [(0, 1), (0, 0)]
+    assert starts(plain, True) == [(1, 0), (1, 0)]
+    plain.rename(moved)
+    with monkeypatch.context() as patched:
+        patched.setattr(source_index, "atomic_write", refuse_to_write)
+        assert starts(moved) == [(1, 0), (1, 0)]
+    assert starts(moved) == [(1, 0), (0, 0)]
+    # The new index stands for itself: that of the old place may go, with what is beside it.
+    for each in lock.parent.glob(f"{index.stem}*"):
+        each.unlink()
+    assert starts(moved) == [(0, 0), (0, 0)]
+
+
+def refuse_to_write(*_: Any) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_an_index_that_another_process_wrote_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at a source that was touched and the lock."""
+    made(tmp_path)
+    (index,) = (tmp_path / "cache" / "sources").glob("*.json")
+    newer = json.loads(index.read_text()) | {"whole": "of another content"}
+    os.utime(tmp_path / "plain.jsonl", (1, 1))
+    renew = preparation.Preparation._renew
+
+    def later(self: Any) -> None:
+        index.write_text(json.dumps(newer))
+        renew(self)
+
+    monkeypatch.setattr(preparation.Preparation, "_renew", later)
+    made(tmp_path)
+    assert json.loads(index.read_text()) == newer
 
 
 MIXTURE = "[{path: @/chats.jsonl, weight: 0.5}, {path: @/plain.jsonl, weight: 1.5}, @/special.jsonl]"
@@ -248,6 +350,31 @@ def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(made(tmp_path).splits["train"].examples) == 162
 
 
+def test_a_process_that_is_killed_while_rows_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its death is then found by handing it the next part, not by waiting for one."""
+    waited_for: list[Future[Path]] = []
+    submit, blocks = token_parts.Pool.submit, token_parts.blocks
+
+    def kept(self: Any, *rest: Any) -> Any:
+        waited_for.append(submit(self, *rest))
+        return waited_for[-1]
+
+    def slowly(rows: Any) -> Any:
+        for block in blocks(rows):
+            if waited_for:
+                waited_for[0].exception(timeout=60)
+            yield block
+
+    monkeypatch.setattr(Tokenization, "encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(token_parts.Pool, "submit", kept)
+    monkeypatch.setattr(token_parts, "blocks", slowly)
+    with pytest.raises(DataError, match="a process that tokenizes was killed, probably since the mach"):
+        made(tmp_path)
+    assert len(waited_for) == 1, "the second part was refused"
+
+
 def test_bad_records_stop_the_run_and_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the words of data that are read at once; the next run need not tokenize to say so."""
     with pytest.raises(UserError) as want:
@@ -293,3 +420,71 @@ def test_hundreds_of_files_with_weights(tmp_path: Path, monkeypatch: pytest.Monk
     second = made(tmp_path, sources=sources(60, 3.0))
     assert len(second.splits["train"].examples) == 360 and made_now == [f"{folder}/59.jsonl"]
     assert hashes(second) == hashes(make_module(tmp_path, sources(60, 3.0)))
+
+
+def _with_few_descriptors(folder: Path, sources: str, is_hard: bool, results: Any) -> None:
+    limit = len(os.listdir("/dev/fd")) + 18
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit if is_hard else hard))
+    try:
+        results.put(len(made(folder, sources=sources).splits["train"].examples))
+    except Exception as error:
+        results.put(f"{type(error).__name__}: {error}")
+
+
+def test_more_files_than_descriptors(tmp_path: Path) -> None:
+    """The soft limit is raised; where the hard one is as low, a message names it. In processes of their own,
+    which cannot raise it again."""
+    row = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
+    for number in range(14):
+        (tmp_path / f"{number}.jsonl").write_text(row * 2)  # equal records: each file has one of rows, too
+    sources = f"[{', '.join(f'@/{number}.jsonl' for number in range(14))}]"
+    results = FORK.SimpleQueue()
+    found = []
+    for is_hard in (True, False, True):
+        run = FORK.Process(target=_with_few_descriptors, args=(tmp_path, sources, is_hard, results))
+        run.start()
+        found.append(results.get())
+        run.join()
+    assert found[1] == 28
+    for told in (found[0], found[2]):  # while the files are prepared, and when they are found again
+        assert told.startswith("DataError: data.train_dir: ") and "ulimit -n" in told
+    assert "Too many open files" in found[2] and "broken" not in found[2]
+
+
+def test_tokens_that_cannot_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation.Preparation, "_open", lambda *_: None)
+    with pytest.raises(DataError, match=r"tokens-.*npz cannot be read again; is the disk of data\.cache_di"):
+        made(tmp_path)
+
+
+def test_what_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Packed files count ten times; a data set of the Hub stands in the way, and is told where it matters."""
+    monkeypatch.setattr(prepared, "LARGE", 1000)
+    sizes = {
+        "a.jsonl": 999,
+        "b.jsonl": 1000,
+        "c.jsonl.gz": 99,
+        "d.JSON.GZ": 100,
+        "e.parquet": 100,
+        "f.jsonl": 9,
+    }
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+
+    def is_large(*names: str) -> bool:
+        return prepared.is_large([Source(n if "/" in n else str(tmp_path / n)) for n in names])
+
+    large = [name for name in sizes if is_large(name)]
+    assert large == ["b.jsonl", "d.JSON.GZ", "e.parquet"]
+    assert is_large("c.jsonl.gz", "f.jsonl", "a.jsonl") and not is_large("c.jsonl.gz", "f.jsonl")
+    with caplog.at_level(logging.INFO):
+        assert not is_large("a.jsonl", "some/set") and not is_large("b.jsonl", "./gone.jsonl")
+        assert not caplog.records, "small; and what reads them says what is not there"
+        assert not is_large("b.jsonl", "some/set:train")
+    (said,) = caplog.records
+    assert said.levelno == NOTICE and said.getMessage().startswith(
+        "some/set:train is no file here: the whole"
+    )

@@ -44,3 +44,17 @@ def test_the_plan_compares_with_both_chips(capsys: pytest.CaptureFixture[str]) -
     assert main(shlex.split(command)[1:]) == 0
     said = capsys.readouterr().out
     assert "of 24 GiB (trn2, lnc 2" in said and "of 36 GiB (trn3, lnc 2" in said
+
+
+def test_a_plan_made_on_trn2_is_for_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without words on engine and device; rows, masters and limits are native's on a NeuronCore."""
+    (command,) = [command for command in COMMANDS if command.startswith("nxdt-align plan")]
+    named = [*shlex.split(command)[1:], "precision.type=bf16SR"]
+    assert main(named) == 0
+    wanted = capsys.readouterr().out
+    left_out = ("trainer.accelerator=", "trainer.lnc=", "distributed_strategy.engine=")
+    monkeypatch.setattr("nxdt_align.config.engines.neuron_stack", lambda: "native")
+    assert main([word for word in named if not word.startswith(left_out)]) == 0
+    assert capsys.readouterr().out == wanted

@@ -19,9 +19,11 @@ from training_fixture import Project
 
 import nxdt_align as na
 from nxdt_align.cli import main
+from nxdt_align.data.records import Record
 from nxdt_align.errors import UserError
 from nxdt_align.evaluation.compare import Answer, Compared, Comparison, Share, render, share
 from nxdt_align.evaluation.scorers import choose_scorer, exact, final_number, gsm8k, scored
+from nxdt_align.run.comparison import _answers_to_match, _kind
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +103,15 @@ def test_the_command(project: Project, tmp_path: Path, capsys: pytest.CaptureFix
     assert [f.name for f in sorted(tmp_path.iterdir())] == ["both.html", "both.json"]
     assert main([*command, "--out", str(tmp_path / "x.txt")]) == 1
     assert "out: must end in .html" in capsys.readouterr().err
-    assert main([*command, "--out", str(out / "x.html")]) == 1
-    assert f"x.html cannot be written, where {out} is a file" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
+    """Said before anything is read."""
+    (tmp_path / "file").write_text("")
+    for out, said in (("file/x.html", "where .*file is a file"), ("folder.html", "which is a folder")):
+        (tmp_path / "folder.html").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=f"^out: .* cannot be written, {said}; "):
+            na.compare("no", "models", "no.jsonl", out=tmp_path / out)
 
 
 @needs_browser
@@ -203,6 +212,52 @@ def test_the_interval() -> None:
     assert found is not None and found.value == 0.6 and found.records == 100
     assert found.low == pytest.approx(0.504, abs=0.011) and found.high == pytest.approx(0.696, abs=0.011)
     assert share([]) is None and share([0.5]) == Share(0.5, 0.5, 0.5, 1)
+
+
+def test_labelled_completions(project: Project, tmp_path: Path) -> None:
+    """An undesirable completion is no answer to score by; its reward is that of the same completion that is
+    desirable."""
+    completions = (("a", True), ("a", False))
+    rows = [{"prompt": "it was", "completion": text, "label": good} for text, good in completions]
+    file = write(tmp_path / "kto.jsonl", rows)
+    found = compare(project, file, max_tokens=1, format="unpaired")
+    rewards = [each["rewards"] for each in found["records"]]
+    assert rewards[0] == rewards[1] != [0.0] and found["scorer"] == "exact"
+    assert [each["label"] for each in found["records"]] == [True, False]
+    assert [each["after"]["score"] is None for each in found["records"]] == [False, True]
+    assert found["summary"]["rewards"] == [rewards[0][0], rewards[1][0]]
+    assert found["summary"]["win_rate"]["records"] == 1 and found["summary"]["accuracy"] is None
+    assert _answers_to_match([Record("p", ("a",), False)] * 2) == [None, None]
+    for verb in (compare, lambda _, data, **given: na.generate(exports(project)[0], data, **given)):
+        with pytest.raises(UserError, match=r"^--format: 'nonesuch' is no format"):
+            verb(project, file, format="nonesuch")
+
+
+def test_the_kind_that_a_file_is_read_as(tmp_path: Path) -> None:
+    """A label that is no truth value is another column; a named format is that of the first kind whose
+    records it makes."""
+    labelled = {"prompt": "p", "completion": "c", "label": 0}
+    alpaca = {"instruction": "i", "output": "o"}
+    for row, format, kind in (
+        (labelled, None, "unpaired"),
+        (labelled, "prompt_completion", "response"),
+        (labelled | {"label": "easy"}, None, "response"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "label": 1}, None, "pair"),
+        (alpaca, "alpaca", "response"),
+        (alpaca | {"kto_tag": False}, "alpaca", "unpaired"),
+        ({"messages": [{"role": "user", "content": "u"}]}, "messages", "prompt"),
+    ):
+        assert _kind(str(write(tmp_path / "rows.jsonl", [row])), format) == kind
+
+
+def test_gains_of_undesirable_completions() -> None:
+    """By 0.1 * 2 nats less likely is a gain of 0.2."""
+    answers = [Answer("t", 1, "stop", (logp,), None) for logp in (0.0, -2.0)]
+    pair = [Compared(f"f:{label}", "p", ("c",), *answers, 0.1, label) for label in (True, False)]
+    found = Comparison("b", "a", "f", 0.1, "none", tuple(pair))
+    assert [each.source for each in found.gains] == ["f:False"] and found.gains[0].gain[1] == 0.2
+    assert [each.source for each in found.losses] == ["f:True"]
+    assert "-0.200 (desirable), -0.200 (undesirable)" in render(found)
 
 
 def of(index: int, score: tuple[float, float], logps: tuple[float, float]) -> Compared:

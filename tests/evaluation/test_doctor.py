@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +14,19 @@ from small_tokenizers import CHATML, make_tokenizer
 from training_fixture import Project, sentence
 
 from nxdt_align.cli import main
+from nxdt_align.config.alignment import (
+    CPOConfig,
+    DPOConfig,
+    ModelAlignmentStrategyConfig,
+    ORPOConfig,
+    SimPOConfig,
+)
 from nxdt_align.data.records import BadRecords, Record
 from nxdt_align.data.tokenize import Encoded, Tokenization, Truncation
-from nxdt_align.evaluation.doctor import Split, Tokens, examine
+from nxdt_align.evaluation.doctor import Split, Tokens, examine, quantile
 from nxdt_align.evaluation.near_duplicates import SIMILAR, similar_pairs
 from nxdt_align.evaluation.show_tokens import show
+from nxdt_align.run.doctor import _levers
 
 PLAIN = Tokenization(make_tokenizer(), Truncation(1200, 600))
 
@@ -41,15 +51,26 @@ def split(
     return Split(name, records, encoded, BadRecords(read=len(records)))
 
 
-def tokens(tokenization: Tokenization, ends: frozenset[int] | None = None) -> Tokens:
+def tokens(
+    tokenization: Tokenization,
+    ends: frozenset[int] | None = None,
+    strategy: ModelAlignmentStrategyConfig | None = None,
+) -> Tokens:
     tokenizer = tokenization.tokenizer
+    strategy = strategy or ModelAlignmentStrategyConfig(dpo=DPOConfig())
     return Tokens(
         tokenization.truncation,
-        "model_alignment_strategy.dpo.max_prompt_length",
+        f"model_alignment_strategy.{strategy.objective}",
+        _levers(strategy),
         tokenizer.bos_token_id,
         frozenset((tokenizer.eos_token_id,)) if ends is None else ends,
         bool(tokenizer.chat_template),
     )
+
+
+def change(what: str, of: Split, tokens: Tokens) -> str:
+    (found,) = [each for each in examine([of], tokens, stops_at_bad=True, batch_size=8) if each.what == what]
+    return found.change
 
 
 def found(*splits: Split, of: Tokens | None = None, stops: bool = True) -> dict[str, str]:
@@ -105,20 +126,68 @@ def test_leakage() -> None:
     assert found(split([*train, long]), split([*val, near], "val")) == {"near leakage": "warning"}
 
 
+def biased(share: float, swap: bool = False) -> Split:
+    """Chosen is the longer one in a share of the pairs, or the shorter one."""
+    rng, records = random.Random(0), []
+    for at, r in enumerate(pairs(200, 1)):
+        long, short = f"{r.responses[0]} {sentence(rng, 40, 50)}", str(r.responses[1])
+        answers = (long, short) if (at < share * 200) != swap else (short, long)
+        records.append(Record(r.prompt, answers, source=r.source))
+    return split(records)
+
+
 def test_length_bias() -> None:
     """Chosen longer in all, in 70% and in 55% of the pairs; shorter counts alike."""
-    rng = random.Random(0)
-
-    def biased(share: float, swap: bool = False) -> Split:
-        records = []
-        for at, r in enumerate(pairs(200, 1)):
-            long, short = f"{r.responses[0]} {sentence(rng, 40, 50)}", str(r.responses[1])
-            answers = (long, short) if (at < share * 200) != swap else (short, long)
-            records.append(Record(r.prompt, answers, source=r.source))
-        return split(records)
-
     assert found(biased(1.0)) == {"length bias": "fault"} == found(biased(1.0, swap=True))
     assert found(biased(0.7)) == {"length bias": "warning"} and found(biased(0.55)) == {}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "keys"),
+    [
+        ({"dpo": DPOConfig()}, "label_smoothing ld_alpha length_normalization"),
+        ({"dpo": DPOConfig(loss_type="hinge")}, "ld_alpha length_normalization"),
+        ({"dpo": DPOConfig(loss_type="sigmoid_norm")}, "label_smoothing ld_alpha"),
+        ({"dpo": DPOConfig(), "loss": "mine.loss"}, "ld_alpha"),
+        ({"cpo": CPOConfig()}, "label_smoothing"),
+        ({"simpo": SimPOConfig()}, "label_smoothing"),
+        ({"orpo": ORPOConfig()}, ""),
+        ({"orpo": ORPOConfig(), "loss": "mine.loss"}, ""),
+    ],
+)
+def test_only_keys_that_the_objective_reads_are_named(strategy: dict[str, Any], keys: str) -> None:
+    settings = ModelAlignmentStrategyConfig(**strategy)
+    of = tokens(PLAIN, strategy=settings)
+    turned = [Record(r.prompt, r.responses[::-1], source="f:t") for r in pairs(2, 1)]
+    changes = [
+        change("length bias", biased(1.0), of),
+        change("contradictions", split([*pairs(100, 1), *turned]), of),
+    ]
+    named = [name for said in changes for name in re.findall(r"model_alignment_strategy\.(\w+\.\w+)", said)]
+    assert sorted(named) == [f"{settings.objective}.{key}" for key in keys.split()]
+    assert "data.train_dir: balance the pairs" in changes[0] and "data.train_dir: decide them" in changes[1]
+
+
+def test_limits_that_are_named_are_allowed() -> None:
+    """A prompt's is below seq_length, and that is not above the model's."""
+    good = pairs(100, 1)
+    lengths = [each.whole for each in split(good).encoded]
+    longest = quantile([length[0] for length in lengths], 99)
+    needed = quantile([length[0] + max(length[1:]) for length in lengths], 99)
+    limit = "model_alignment_strategy.dpo.max_prompt_length"
+
+    def said(what: str, seq_length: int, **more: Any) -> str:
+        tokenization = Tokenization(make_tokenizer(), Truncation(seq_length, 20))
+        return change(
+            what, split(good, tokenization=tokenization), replace(tokens(tokenization), **more)
+        ).removesuffix(" serves 99% of them")
+
+    assert said("cut prompts", longest + 1) == f"{limit}={longest}"
+    assert said("cut prompts", longest) == f"{limit}={longest} with data.seq_length={needed}"
+    both = f"data.seq_length={needed} with model.encoder_seq_length={needed}"
+    assert said("cut prompts", longest, model_length=longest) == f"{limit}={longest} with {both}"
+    assert said("cut responses", 30, model_length=longest) == both
+    assert said("cut responses", 30, model_length=needed) == f"data.seq_length={needed}"
 
 
 def test_truncation() -> None:
@@ -219,6 +288,26 @@ def test_the_verb(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
     assert "data.train_dir: 60 records, 0 bad ones" in said and "data.val_dir: 6 records" in said
     assert "limit 128 (data.seq_length)" in said and "chosen (" in said and "train.jsonl:2" in said
     assert not (project.root / "experiments").exists()
+
+
+def test_nothing_is_shown_as_cut_that_the_templates_variables_leave_out(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thinks = "{% if enable_thinking is not defined or enable_thinking %}think well{% endif %}"
+    make_tokenizer(template=thinks + CHATML).save_pretrained(project.root / "tokenizer")
+    chats = [{"role": "user", "content": "why"}]
+    rows = [{"prompt": chats, "chosen": f"yes {at}", "rejected": f"no {at}"} for at in range(30)]
+    for name in ("train", "val"):
+        (project.root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    doctor(project, "--show", "3", "data.chat_template_kwargs={enable_thinking: false}")
+    said = capsys.readouterr().out
+    assert "chosen (" in said and "[cut" not in said
+
+
+def test_records_are_not_shown_as_json(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        doctor(project, "--json", "--show", "2")
+    assert "argument --show: not allowed with argument --json" in capsys.readouterr().err
 
 
 def test_faults_are_told_all_at_once_with_status_1(

@@ -6,15 +6,21 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from checkpoint_fixture import fresh
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
 from small_tokenizers import CHATML, make_tokenizer
 from training_fixture import Project
 
@@ -23,9 +29,11 @@ from nxdt_align.cli import main
 from nxdt_align.data.records import Record
 from nxdt_align.data.tokenize import Tokenization, Truncation
 from nxdt_align.errors import UserError
+from nxdt_align.evaluation.compare import Answer, Compared, Comparison, write_comparison
 from nxdt_align.evaluation.generate import Sampling
 from nxdt_align.evaluation.transformers_model import TransformersModel
 from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.run import comparison
 from nxdt_align.weights.hf_writer import write_hf_folder
 
 PROMPTS: list[Any] = ["What is two plus three?", "Name", "Name a colour. Blue is a colour, and so is"]
@@ -146,21 +154,25 @@ def test_every_kind_of_weights_and_prompts(tmp_path: Path, capsys: pytest.Captur
     (checkpoint,) = (run / "checkpoints").iterdir()
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     alone = write(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    labelled = [{"prompt": prompt, "completion": "x", "label": False} for prompt in prompts]
+    write(tmp_path / "kto.jsonl", labelled)
     answers = []
     for place, file in (
         (run, "train.jsonl"),
         (checkpoint, "train.jsonl"),
         (run / "hf_export", "train.jsonl"),
         (run / "hf_export", alone.name),
+        (run / "hf_export", "kto.jsonl"),
     ):
         capsys.readouterr()
         command = ["generate", str(place), "--prompts", str(tmp_path / file), "--max-tokens", "5"]
-        assert main([*command, "--device", "cpu"]) == 0
+        given = ["--format", "unpaired"] if file == "kto.jsonl" else []
+        assert main([*command, "--device", "cpu", *given]) == 0
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [row["prompt"] for row in rows] == prompts
         assert rows[1].pop("source") == f"{tmp_path / file}:2"
         answers.append([(row["completion"], row["logprob"]) for row in rows])
-    assert answers[0] == answers[1] == answers[2] == answers[3]
+    assert all(each == answers[0] for each in answers)
     (row, *_) = rows
     assert row["finish_reason"] in ("stop", "length") and row["completion_tokens"] <= 5
     assert row["logprob"] < 0 and math.isfinite(row["logprob"])
@@ -174,6 +186,28 @@ def test_a_file_is_written_once_and_whole(model: Path, tmp_path: Path) -> None:
     assert rows[0]["prompt"] == [{"role": "user", "content": "Näme"}]
     with pytest.raises(UserError, match="exists already"):
         na.generate(model, file, out=out)
+    with pytest.raises(UserError, match=r"exists already"):
+        na.generate(model, file, out=tmp_path)
+    with pytest.raises(UserError, match=r"x.jsonl cannot be written, where .*p.jsonl is a file"):
+        na.generate("no model", "no prompts", out=file / "x.jsonl")
+
+
+def test_a_message_with_a_date(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Parquet has it: text in the JSON of generate and compare, in files and on standard output."""
+    turn = {"role": "user", "content": "Name", "at": datetime(2024, 5, 6, 7, 8)}
+    parquet.write_table(pa.Table.from_pylist([{"prompt": [turn]}]), tmp_path / "p.parquet")
+    out, page, data = (tmp_path / name for name in ("out.jsonl", "page.html", "p.parquet"))
+    generate = ["generate", str(model), "--prompts", str(data), "--max-tokens", "1", "--device", "cpu"]
+    assert main(generate) == main([*generate, "--out", str(out)]) == 0
+    answer = Answer("t", 1, "stop", (), None)
+    found = Comparison("b", "a", "d", 0.1, "none", (Compared("f:1", [turn], (), answer, answer, 0.1),))
+    write_comparison(found, page)
+    monkeypatch.setattr(comparison, "compare", lambda **_: found.to_dict())
+    assert main(["compare", str(model), str(model), "--data", str(data), "--json"]) == 0
+    texts = [capsys.readouterr().out, *(f.read_text() for f in tmp_path.glob("*.json*"))]
+    assert [text.count("2024-05-06 07:08:00") for text in texts] == [2, 1, 1]
 
 
 def test_a_long_prompt_is_cut_as_in_training(
@@ -267,6 +301,58 @@ def test_chat_that_fills_the_model_goes_on(
 ) -> None:
     assert talk(monkeypatch, "colour " * 120 + "\nName\n", str(model), "--max-tokens", "2") == 0
     assert "/new begins another conversation" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_another_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose tokens have no row in the embedding: generate, and compare by the same way, and chat."""
+    larger = make_tokenizer(template=CHATML)
+    larger.add_tokens(["zebra"])
+    larger.save_pretrained(tmp_path / "larger")
+    size = len(larger)
+    told = rf"the token {size - 1}, .* a vocabulary of {size - 1}: the tokenizer \S+larger, of {size}"
+    chats = write(tmp_path / "chats.jsonl", [{"prompt": "Name"}, {"prompt": "a zebra"}])
+    with pytest.raises(UserError, match=told):
+        na.generate(model, chats, tokenizer=tmp_path / "larger", max_tokens=2)
+    assert talk(monkeypatch, "zebra\n", str(model), "--tokenizer", str(tmp_path / "larger")) == 1
+    assert re.search(told, capsys.readouterr().err)
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of ``model`` whose tensors are what ``change`` makes of them."""
+    shutil.copytree(model, folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+def test_weights_that_are_not_whole(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers would fill in random values, and take NaN for an answer; a tied head is rightly absent."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    lacking = changed(model, tmp_path / "lacking", lambda weights: weights.pop(name))
+    with pytest.raises(UserError, match=rf"lacking has no {name}, which its config.json asks for"):
+        TransformersModel(lacking, torch.device("cpu"))
+    narrow = changed(model, tmp_path / "narrow", lambda w: w.update({name: w[name][:4].clone()}))
+    with pytest.raises(UserError, match=r"transformers does not load .*narrow"):
+        TransformersModel(narrow, torch.device("cpu"))
+    tied = changed(model, tmp_path / "tied", lambda weights: weights.pop("lm_head.weight"))
+    shape = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(shape | {"tie_word_embeddings": True}))
+    assert TransformersModel(tied, torch.device("cpu")).logp([0], [1]) < 0
+    broken = changed(model, tmp_path / "broken", lambda weights: weights["model.norm.weight"].fill_(math.nan))
+    file = write(tmp_path / "p.jsonl", [{"prompt": "Name"}])
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match=r"^the model.s log-probabilities are not finite.* --dtype fp32"):
+            na.generate(broken, file, temperature=temperature, max_tokens=2, device="cpu")
+    with pytest.raises(UserError, match=r"broken: the model's log-probabilities are not finite"):
+        na.compare(broken, model, file, max_tokens=2, device="cpu")
+    assert talk(monkeypatch, "Name\n", str(broken)) == 1
+    assert "are not finite" in capsys.readouterr().err
 
 
 def test_chat_needs_a_template(

@@ -205,8 +205,18 @@ def test_what_is_no_run(
 
 
 def test_out_must_be_a_page(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(project.only_run()), "--out", "page.json"]) == 1
-    assert "must end in .html" in capsys.readouterr().err
+    (project.root / "folder.html").mkdir()
+    (project.root / "page.json").mkdir()
+    run = project.only_run()
+    file = run / "metrics.jsonl"
+    for out, said in (
+        ("page.json", "must end in .html"),
+        (str(file / "x.html"), f"x.html cannot be written, where {file} is a file; "),
+        (str(project.root / "folder.html"), "folder.html cannot be written, which is a folder; "),
+        (str(project.root / "page.html"), "page.json cannot be written, which is a folder; "),
+    ):
+        assert main(["report", str(run), "--out", out]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_whatever_a_run_is_called_is_text(project: Project, tmp_path: Path) -> None:

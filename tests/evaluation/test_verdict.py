@@ -208,6 +208,18 @@ def test_sft_is_judged_by_its_loss() -> None:
     ]
 
 
+def test_rewards_are_taken_by_ktos_own_beta() -> None:
+    """A reward of 0.5 at step 1 is 0.5 nats at beta 1, and 5 at 0.1, which no run has that starts at its
+    reference."""
+    curves = healthy(rewards__chosen=line(0.5, 0.9))
+    found = []
+    for beta in (1.0, 0.1):
+        kto = {key: value for key, value in DPO.items() if ".dpo." not in key}
+        kto |= {"model_alignment_strategy.kto.beta": beta}
+        found.append([finding.rule for finding in judge(curves, kto).findings])
+    assert found == [[], ["reference is not the start"]]
+
+
 def test_rules_are_documented(repo: Path) -> None:
     text = (repo / "docs" / "report.md").read_text()
     for rule, curves in SHOW:

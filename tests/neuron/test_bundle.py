@@ -113,6 +113,19 @@ def test_a_kernel_that_fails_is_told_after_the_archive_is_written(
     assert "no NKI kernel" in unpacked(out)["flash.txt"]
 
 
+def test_a_kernel_of_another_signature_is_in_the_archive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_version() -> list[str]:
+        raise TypeError("flash_fwd() got an unexpected keyword argument 'logit_bias'")
+
+    monkeypatch.setattr("nxdt_align.run.neuron_check.flash_lines", other_version)
+    out = tmp_path / "sent.tar.gz"
+    assert main(["doctor", "--neuron", "--flash", "--out", str(out)]) == 1
+    assert "error: doctor --flash: TypeError: flash_fwd() got an" in capsys.readouterr().err
+    assert "Traceback" in unpacked(out)["flash.txt"] and "other_version" in unpacked(out)["flash.txt"]
+
+
 def test_what_looks_secret_is_hidden_and_nothing_else() -> None:
     kept = "max_tokens: 512, tokenizer: llama, use_auth_token: False, key: ${oc.env:HF_TOKEN}, pass: 12.5"
     assert scrub(kept) == kept

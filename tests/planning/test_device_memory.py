@@ -149,6 +149,37 @@ def test_native_zero1_keeps_float32_shards() -> None:
     assert sizes(*overrides, "distributed_strategy.zero1=False").formats.master == 0
 
 
+NATIVE = ("distributed_strategy.engine=native", "distributed_strategy.tensor_model_parallel_size=4")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("precision.type=bf16SR",),
+        ("precision.type=fp32", "data.attention=dense"),
+        (*MANUAL, "distributed_strategy.zero1=False"),
+        ("distributed_strategy.zero1=False", "distributed_strategy.fsdp=full"),
+    ],
+)
+def test_native_has_one_price_on_every_device(overrides: tuple[str, ...]) -> None:
+    """The shipped kv_replicator of 4, which native does not read, is not counted either."""
+    on_neuron, on_cuda, without = (
+        sizes(f"trainer.accelerator={device}", f"distributed_strategy.kv_replicator={n}", *NATIVE, *overrides)
+        for device, n in (("neuron", 4), ("cuda", 4), ("neuron", 1))
+    )
+    assert on_neuron == without and (on_neuron.kv_heads, on_neuron.keeps_gathered) == (2, True)
+    found, wanted = estimate(on_neuron), estimate(on_cuda)
+    assert on_neuron.formats == on_cuda.formats and on_neuron.formats.master * 2 == on_neuron.formats.state
+    for part in ("weights", "gradients", "masters", "states"):
+        assert getattr(found, part) == getattr(wanted, part) > 0
+
+
+def test_advice_for_native_names_no_copies_of_heads() -> None:
+    said = report(*NATIVE, "trainer.accelerator=neuron", "trainer.devices=4")
+    assert "fits with distributed_strategy.tensor_model_parallel_size=" in said
+    assert "kv_replicator" not in said and "qkv_linear" not in said
+
+
 def test_other_devices_have_no_limit() -> None:
     said = report(*ON_8_CORES, EVERYTHING_KEPT, "data.micro_batch_size=4", "trainer.accelerator=cuda")
     assert "memory of a device (cuda), rows of 4096 tokens x 4" in said

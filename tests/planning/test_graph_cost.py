@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hlo_fixture import module
 
-from nxdt_align.planning.devices import DEVICES, Device
+from nxdt_align.planning.devices import DEVICES, Device, device_of
 from nxdt_align.planning.graph_cost import Cost, StepCost, collective_seconds, price
 from nxdt_align.planning.hlo import parse
 
@@ -42,6 +42,17 @@ def test_a_rank_has_its_share_of_a_chip() -> None:
     trn1, trn2 = DEVICES["trn1"], DEVICES["trn2"]
     assert (trn1.flops, trn1.float32_flops, trn1.memory) == (95e12, 23.75e12, 16 * 2**30)
     assert (trn2.flops, trn2.memory) == (166.75e12, 24 * 2**30)
+
+
+def test_a_device_of_one_physical_core_is_half_a_trn2s() -> None:
+    """AWS's chip has eight: 83.4 TFLOP/s, 12 GiB and 362.5 GB/s each, 128 of them to a node."""
+    one = device_of("trn2", 1)
+    assert (one.name, one.cores_per_node) == ("trn2, lnc 1", 128)
+    assert (one.flops, one.float32_flops, one.memory) == (667e12 / 8, 181e12 / 8, 12 * 2**30)
+    assert (one.memory_bandwidth, one.link_bandwidth) == (2900e9 / 8, 640e9 / 8)
+    assert one.network_bandwidth == 400e9 / 128
+    assert device_of("trn2", None) is device_of("trn2", 2) is DEVICES["trn2"]
+    assert device_of("trn1", 1) is DEVICES["trn1"]
 
 
 def test_a_product_takes_the_slower_of_its_multiplications_and_its_bytes() -> None:

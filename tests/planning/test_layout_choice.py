@@ -187,6 +187,15 @@ def test_a_plan_rounds_rows_as_the_run_does(capsys: pytest.CaptureFixture[str]) 
     assert sizes and not any(size % 512 for size in sizes)
 
 
+def test_rows_cost_more_on_a_device_of_one_core() -> None:
+    """Twice as much: half the rate, half the memory's bandwidth."""
+    alone = ("distributed_strategy.tensor_model_parallel_size=1", "trainer.lnc=1")
+    one, two = (RowSeconds(load_config(NAME, [*TRN2, *alone[:n]]), LLAMA3_8B) for n in (2, 1))
+    assert (one.device, two.device) == ("trn2, lnc 1", "trn2")
+    bucket = Bucket(2048, 512, 4)
+    assert one(bucket) == pytest.approx(2 * two(bucket))
+
+
 def test_training_dry_run_and_plan_choose_alike(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_engine import record_ids
 
+from nxdt_align.cli import main
 from nxdt_align.errors import UserError
 from nxdt_align.reference import stores
 from nxdt_align.reference.cache import ReferenceStore, fingerprint_of
@@ -77,11 +78,31 @@ def test_conflicting_values_are_named(tmp_path: Path) -> None:
     assert "values of 1 records conflict by more than 1e-06" in said
     assert f"record {1:032x}: [-2.0, -2.0] in {tmp_path}/all/{one.folder.name}, [-2.0000" in said
     assert f"in {far.folder}" in said and "--tolerance" in said
+    assert "the destination's own value then counts, else that of the store named first" in said
     assert sorted((tmp_path / "all").rglob("*")) == before
     done = merge([far.folder], tmp_path / "all", tolerance=1e-4)
     assert (done.added, done.known) == (1, 1)
     merged = ReferenceStore(tmp_path / "all", one.folder.name, 2)
     assert merged.values_of(record_ids(2))[1].tolist() == [-2.0, -2.0]
+
+
+def test_whose_value_counts_within_the_tolerance(tmp_path: Path) -> None:
+    """The destination's own, then that of the store named first."""
+    first = store_with(tmp_path / "first", [1, 2], offset=-0.25)
+    second = store_with(tmp_path / "second", [1, 2, 3], offset=-0.5)
+    into = store_with(tmp_path / "all", [1])
+    merge([first.folder, second.folder], into.folder, tolerance=0.5)
+    merged = ReferenceStore(tmp_path / "all", into.folder.name, 2)
+    assert merged.table(record_ids(4)[1:])[:, 0].tolist() == [-2.0, -3.25, -4.5]
+
+
+@pytest.mark.parametrize("text", ["nan", "-1", "inf", "-1e-9", "little", ""])
+def test_a_tolerance_that_is_none(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is read or written."""
+    with pytest.raises(SystemExit) as caught:
+        main(["reference", "merge", f"--tolerance={text}", str(tmp_path / "a"), str(tmp_path / "all")])
+    assert caught.value.code == 2
+    assert f"--tolerance: must be a finite number from 0, but is {text!r}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_merged(tmp_path: Path) -> None:

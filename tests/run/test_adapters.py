@@ -16,6 +16,8 @@ from training_fixture import Project, assert_same_run, final_weights, scalars
 
 from nxdt_align.cli import main
 from nxdt_align.config.load import read_config
+from nxdt_align.errors import UserError
+from nxdt_align.run.conversion import convert, export
 from nxdt_align.run.mode import RunMode
 from nxdt_align.run.reference import open_store
 
@@ -117,6 +119,34 @@ def test_a_checkpoints_adapter_is_exported_without_merging_it(project: Project, 
     assert torch.equal(
         logits(adapted_by_peft(project, folder)), logits(adapted_by_peft(project, whole / "hf_export"))
     )
+
+
+def test_options_of_an_adapters_export_count_or_are_refused(
+    project: Project, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "adapter"
+    for *option, name in (
+        ("--tokenizer", str(project.root / "tokenizer"), "--tokenizer"),
+        *(("--max-shard-size", "1", "--max-shard-size"), ("--first-replica", "--first-replica")),
+        *(("--resume", "--resume"), ("--no-verify", "--no-verify")),
+    ):
+        assert main(["export", "--quiet", str(whole), str(folder), *option]) == 1
+        assert f"{name}: belongs to --merge" in capsys.readouterr().err
+        assert not folder.exists()
+    assert main(["export", "--quiet", "--dtype", "bf16", str(whole), str(folder)]) == 0
+    files = [load_file(place / "adapter_model.safetensors") for place in (folder, whole / "hf_export")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], tensor.bfloat16()) for name, tensor in files[1].items())
+    with pytest.raises(UserError, match="dtype: must be one of bf16, fp16, fp32"):
+        export(whole, tmp_path / "other", dtype="int8")  # type: ignore[arg-type]
+
+
+def test_a_runs_adapter_is_converted_to_a_whole_model(project: Project, whole: Path, tmp_path: Path) -> None:
+    """As a run's checkpoint of all weights is: to Hugging Face's layout, to shards where sizes are given."""
+    convert(whole, tmp_path / "hf", quiet=True)
+    assert (tmp_path / "hf" / "config.json").is_file() and not (tmp_path / "hf" / "model").exists()
+    convert(whole, tmp_path / "nxdt", tp=2, quiet=True)
+    assert len(list((tmp_path / "nxdt" / "model").glob("*tp_rank_*.pt"))) == 2
 
 
 def test_a_merged_export_computes_what_the_adapter_does(project: Project, whole: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from rank_processes import run_forked
 
 from nxdt_align.config.data import Attention, DataConfig
+from nxdt_align.config.engines import find_engine_faults
+from nxdt_align.config.faults import ConfigError
 from nxdt_align.config.model import ModelConfig
 from nxdt_align.config.schema import (
     Accelerator,
@@ -88,6 +90,20 @@ def test_what_compiles_a_step(
 CUDA = torch.device("cuda")
 
 
+def test_row_lengths_that_are_too_many_to_compile() -> None:
+    """Which device auto is, the check of the YAML does not know; a CPU compiles none."""
+    given = replace(config("auto"), data=DataConfig(buckets=tuple(range(64, 64 * 34, 64))))
+    assert find_engine_faults(given, "native") == []
+    told = r"data.buckets: must be 32 row lengths at most with .*compile auto, which .* is 33; "
+    for kind in ("cuda", "neuron"):
+        card: Any = SimpleNamespace(type=kind)
+        with pytest.raises(ConfigError, match=told):
+            compiling(given, card, TINY)
+        op_by_op = replace(given, distributed_strategy=DistributedStrategyConfig(compile="none"))
+        assert compiling(op_by_op, card, TINY) is None
+    assert compiling(given, torch.device("cpu"), TINY) is None
+
+
 def test_auto_compiles_nothing_with_an_old_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,6 +152,18 @@ def test_nki_attention_is_the_neuron_devices() -> None:
         attention(given, on_neuron, TINY)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"heads of up to 128 entries, but this model's have 256"):
         attention(given, on_neuron, replace(TINY, head_dim=256))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("lnc", "cores"), [(None, 2), (1, 1), (2, 2)])
+def test_nki_attention_has_the_devices_physical_cores(
+    monkeypatch: pytest.MonkeyPatch, lnc: int | None, cores: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("nxdt_align.ops.attention_nki._device_operator", asked.append)
+    given = config("auto", "nki")
+    given = replace(given, trainer=replace(given.trainer, lnc=lnc))
+    attention(given, SimpleNamespace(type="neuron"), TINY)  # type: ignore[arg-type]
+    assert asked == [cores]
 
 
 def test_layers_that_transformers_computes_are_not_compiled() -> None:

@@ -17,8 +17,10 @@ from nxd_fixture import require_nxd
 
 from nxdt_align.cli import main
 from nxdt_align.config.load import load_config
+from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket
 from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
+from nxdt_align.planning.devices import Device
 from nxdt_align.planning.graph_cost import Cost, StepCost
 from nxdt_align.planning.step_time import RowSeconds
 from nxdt_align.run.graphs import _parts_of_step
@@ -308,6 +310,28 @@ def test_what_is_missing_is_named(
     assert main(arguments(tmp_path, TRUE, RUNS["DPO"], LONG)) == 1
     said = capsys.readouterr().err
     assert f"error: graphs: {missing} is missing" in said and "\n" not in said.strip().rpartition("error")[2]
+    assert "distributed_strategy.engine=native, the engine of trn2 and trn3, is recorded without it" in said
+
+
+@pytest.mark.parametrize(("stack", "engine"), [("native", "native"), (None, "auto")])
+def test_a_machine_of_torch_neurons_records_its_own_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stack: str | None, engine: str
+) -> None:
+    seen: list[tuple[Config, Device]] = []
+
+    def reports(config: Config, rank: int, lengths: Any, device: Device) -> tuple[list[Any], list[Any]]:
+        seen.append((config, device))
+        return [], []
+
+    monkeypatch.setattr("nxdt_align.config.engines.neuron_stack", lambda: stack)
+    monkeypatch.setattr("nxdt_align.run.graphs.reports", reports)
+    given = [*arguments(tmp_path, TRUE, RUNS["DPO"], LONG), "--json"]
+    assert main(given) == 0
+    monkeypatch.setenv("NEURON_LOGICAL_NC_CONFIG", "1")
+    assert main(given) == 0
+    assert [config.distributed_strategy.engine for config, _ in seen] == [engine] * 2
+    wanted = ["trn2", "trn2, lnc 1"] if engine == "native" else ["trn1"] * 2
+    assert [device.name for _, device in seen] == wanted
 
 
 def test_data_that_is_missing_is_named_with_what_does_without(

@@ -107,22 +107,76 @@ def test_they_are_shown(project: Project) -> None:
     assert lines(run)[3]["prompt"] in text
 
 
-def test_a_resumed_run_remembers(project: Project) -> None:
-    """The first answers and the count of validations, from the file, out of which a line of a step behind the
-    checkpoint and one that a kill has cut are taken."""
+def resumed(project: Project, steps: int) -> list[dict[str, Any]]:
+    folder = f"exp_manager.explicit_log_dir={project.root / 'with'}"
+    more = (*GIVEN[1:], *SAMPLES, f"{KEY}.every_n_validations=3")
+    assert project.train(folder, f"trainer.max_steps={steps}", *more) == 0
+    return lines(project.root / "with")
+
+
+def test_a_resumed_run_mends_the_file(project: Project) -> None:
+    """A line of a step behind the checkpoint, and one that a kill has cut, are taken out."""
     run = project.root / "with"
     kept = (run / "samples.jsonl").read_text()
     abandoned = {**lines(run)[-1], "step": 8, "validation": 4}
     with (run / "samples.jsonl").open("a") as file:
         file.write(json.dumps(abandoned) + '\n{"step": 6, "val')
-    folder = f"exp_manager.explicit_log_dir={run}"
-    more = ("trainer.max_steps=12", *GIVEN[1:], *SAMPLES, f"{KEY}.every_n_validations=3")
-    assert project.train(folder, *more) == 0
-    assert (run / "samples.jsonl").read_text().startswith(kept)
-    rows, later = lines(run)[:6], lines(run)[6:]
-    assert [(row["step"], row["validation"]) for row in later] == [(12, 6)] * 3
-    assert [row["before"] for row in later] == [row["completion"] for row in rows[:3]]
-    assert {sample["step"] for sample in read_samples(run / "samples.jsonl")} == {12}
+    resumed(project, 10)
+    assert (run / "samples.jsonl").read_text() == kept
+
+
+def test_a_resumed_run_remembers(project: Project) -> None:
+    """The first answers, from the file, and the count of validations, also between two samplings: after 5,
+    from the test before."""
+    rows = resumed(project, 12)
+    assert [(row["step"], row["validation"]) for row in rows[6:]] == [(12, 6)] * 3
+    assert [row["before"] for row in rows[6:]] == [row["completion"] for row in rows[:3]]
+    samples = read_samples(project.root / "with" / "samples.jsonl")
+    assert {sample["step"] for sample in samples} == {12}
+
+
+def test_each_validation_counts_once_over_a_resume(tmp_path: Path) -> None:
+    """One that a checkpoint comes before, whether the restart runs it again or not, and one that it comes
+    after; a checkpoint of an earlier version has no count, so that the file's serves."""
+    none: Any = None
+
+    def callback() -> SampleDuringEval:
+        engine: Any = SimpleNamespace(
+            greedy=lambda prompts, **settings: [[7, 2] for _ in prompts], broadcast_object=lambda own: own
+        )
+        every = SampleConfig(every_n_validations=3)
+        prompts = [SamplePrompt((5,), "", "")]
+        return SampleDuringEval(
+            engine, prompts, every, length=8, at_once=2, ends={2}, decode=str, folder=tmp_path, seed=0
+        )
+
+    def at(step: int, follows: bool = False) -> Any:
+        writer = SimpleNamespace(validation_follows=lambda trainer: follows)
+        said = {"is_global_zero": True, "sanity_checking": False, "loggers": []}
+        return SimpleNamespace(global_step=step, checkpoint_callback=writer, **said)
+
+    def counted(saved: dict[str, Any], *steps: int) -> int:
+        made = callback()
+        made.on_load_checkpoint(none, none, saved)
+        made.on_train_start(at(4), none)
+        for step in steps:
+            made.on_validation_end(at(step), none)
+        return made._validations
+
+    first = callback()
+    first.on_train_start(at(0), none)
+    first.on_validation_end(at(2), none)
+    before: dict[str, Any] = {}
+    first.on_save_checkpoint(at(4, follows=True), none, before)
+    assert counted(before, 6) == counted(before, 4, 6) == 3
+    assert [row["step"] for row in lines(tmp_path)] == [0, 6]  # the second's line in the place of the first's
+    first.on_validation_end(at(4), none)
+    after: dict[str, Any] = {}
+    first.on_save_checkpoint(at(4), none, after)
+    assert before == after and counted(after, 6) == 3 and counted({}, 6) == 1
+    alone = SimpleNamespace(global_step=4, checkpoint_callback=None)
+    first.on_save_checkpoint(alone, none, after)  # type: ignore[arg-type]
+    assert before == after
 
 
 def test_faults_and_notices(
@@ -183,3 +237,30 @@ def test_no_pass_has_more_prompts_than_a_micro_batch_has_tokens_for(tmp_path: Pa
     made.on_train_start(trainer, none)
     assert passes == [[(10,), (11,)], [(12,), (13,)], [(14,)]]
     assert list(made._before.values()) == ["[10]", "[11]", "[12]", "[13]", "[14]"]
+
+
+def test_a_text_may_hold_what_parts_lines_elsewhere(tmp_path: Path) -> None:
+    """U+2028, U+2029 and U+0085 stay in their line, in the report and when a run resumes; a cut line goes."""
+    engine: Any = SimpleNamespace(greedy=lambda prompts, **settings: [[7, 2] for _ in prompts])
+    text = "a\u2028b\u2029c\x85d\x1ce"
+    made = SampleDuringEval(
+        engine,
+        [SamplePrompt((5,), text, text)],
+        SampleConfig(),
+        length=8,
+        at_once=2,
+        ends={2},
+        decode=lambda tokens: text,
+        folder=tmp_path,
+        seed=0,
+    )
+    trainer: Any = SimpleNamespace(global_step=0, is_global_zero=True, loggers=[])
+    none: Any = None
+    made.on_train_start(trainer, none)
+    file = tmp_path / "samples.jsonl"
+    (told,) = read_samples(file)
+    assert told["prompt"] == told["answer"] == told["completion"] == text
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 0, "val')
+    assert made._resume(2) == (0, {0: text})
+    assert file.read_text() == whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from nxdt_align.config.faults import Fault
@@ -66,18 +67,26 @@ MOST_BUCKETS = 32
 """Row lengths of compiled steps: each is a dozen graphs to compile."""
 
 
+def buckets_fault(config: Config) -> Fault | None:
+    """More row lengths than steps of ``distributed_strategy.compile`` are compiled for, where it compiles."""
+    path, chosen = "distributed_strategy.compile", config.distributed_strategy.compile
+    count = len(config.data.buckets or ())
+    if count <= MOST_BUCKETS:
+        return None
+    rule = f"must be {MOST_BUCKETS} row lengths at most with {path} {chosen}, which compiles graphs of each"
+    advice = f"leave it out to have few chosen, or set {path}=none"
+    return Fault("data.buckets", f"{rule}, but is {count}", advice=advice, involves=(path,))
+
+
 def _compile_faults(config: Config, engine: Engine) -> Iterator[Fault]:
-    """``blocks`` where steps are graphs already, and what no graph of static shapes takes."""
+    """``blocks`` where steps are graphs already, and what no graph of static shapes takes; where device and
+    ``compile`` are both auto, the run itself looks for the latter."""
     path, data = "distributed_strategy.compile", config.data
     chosen = config.distributed_strategy.compile
     on_card = chosen == "auto" and engine == "native" and config.trainer.accelerator in ("cuda", "neuron")
-    count = len(data.buckets or ())
-    if (chosen == "blocks" or on_card) and count > MOST_BUCKETS:
-        rule = (
-            f"must be {MOST_BUCKETS} row lengths at most with {path} {chosen}, which compiles graphs of each"
-        )
-        advice = f"leave it out to have few chosen, or set {path}=none"
-        yield Fault("data.buckets", f"{rule}, but is {count}", advice=advice, involves=(path,))
+    too_many = buckets_fault(config)
+    if (chosen == "blocks" or on_card) and too_many is not None:
+        yield too_many
     if chosen != "blocks":
         return
     if engine == "nxd":
@@ -180,6 +189,19 @@ def on_torch_neuron(config: Config) -> bool:
     """Whether engine native runs ``config`` on TorchNeuron's device, as far as packages tell."""
     chosen = config.trainer.accelerator
     return chosen == "neuron" or (chosen == "auto" and neuron_stack() == "native")
+
+
+def with_torch_neuron(config: Config) -> Config:
+    """``config`` with engine native and device neuron where TorchNeuron is installed and a run here would
+    take both; elsewhere the same object, whose ``auto`` a plan may mean for another machine."""
+    strategy = config.distributed_strategy
+    if strategy.engine == "nxd" or neuron_stack() != "native" or not on_torch_neuron(config):
+        return config
+    return replace(
+        config,
+        distributed_strategy=replace(strategy, engine="native"),
+        trainer=replace(config.trainer, accelerator="neuron"),
+    )
 
 
 def _runs_on_neuron(config: Config) -> bool:

@@ -38,6 +38,7 @@ _STRATEGY = "distributed_strategy"
 _ALIGN = "model_alignment_strategy"
 
 _CALLBACK = "exp_manager.checkpoint_callback_params"
+_BY_EXAMPLES = "trainer.val_check_interval_examples"
 _NO_ARCHIVE = "no .nemo archive is written here; exp_manager.export_hf writes a Hugging Face folder"
 _NO_EXPERTS = "experts are not divided over ranks"
 
@@ -192,15 +193,25 @@ def trainer(config: Config) -> Iterator[Fault]:
     if logs.log_local_rank_0_only and logs.log_global_rank_0_only:
         rule = "must not both be True"
         yield Fault("exp_manager.log_local_rank_0_only", f"and log_global_rank_0_only {rule}")
-    if settings.check_val_every_n_epoch is None and isinstance(settings.val_check_interval, float):
+    interval, epochs = settings.val_check_interval, settings.check_val_every_n_epoch
+    if settings.val_check_interval_examples is not None:
+        yield from _validation_by_examples(config)
+    elif epochs is None and isinstance(interval, float):
         rule = "must be a number of steps (an integer) where check_val_every_n_epoch is null"
-        yield Fault("trainer.val_check_interval", rule, settings.val_check_interval)
+        yield Fault("trainer.val_check_interval", rule, interval)
     for path in ("trainer.limit_val_batches", "trainer.limit_train_batches", "trainer.val_check_interval"):
         value = lookup(config, path)
         if isinstance(value, float) and value > 1:
             yield Fault(path, "must be a share from 0.0 to 1.0, or a whole number", value)
     if config.exp_manager.ema.get("enable"):
         yield Fault("exp_manager.ema.enable", "must be False: averaged weights are not supported", True)
+
+
+def _validation_by_examples(config: Config) -> Iterator[Fault]:
+    examples, batch = config.trainer.val_check_interval_examples, config.data.global_batch_size
+    if examples is not None and 0 < examples < batch:
+        rule = f"must be at least data.global_batch_size ({batch}), the examples of a step"
+        yield Fault(_BY_EXAMPLES, rule, examples, involves=("data.global_batch_size",))
 
 
 def checkpoint_choice(config: Config) -> Iterator[Fault]:
@@ -392,13 +403,33 @@ def samples_without_validation(config: Config) -> Iterator[str]:
 
 
 def validation_before_checkpoints(config: Config) -> Iterator[str]:
-    params, every = config.exp_manager.checkpoint_callback_params, config.trainer.val_check_interval
+    params, (every, _) = config.exp_manager.checkpoint_callback_params, config.validation_interval
+    by_examples = config.trainer.val_check_interval_examples is not None
+    key = _BY_EXAMPLES if by_examples else "trainer.val_check_interval"
     steps = params.every_n_train_steps
     if str(params.monitor).startswith("val_") and steps and isinstance(every, int) and steps % every:
         yield (
             f"{_CALLBACK}.monitor: {params.monitor} ranks a checkpoint by its own step, so that validation "
-            f"runs before each, every {steps} steps, besides trainer.val_check_interval, every {every}"
+            f"runs before each, every {steps} steps, besides {key}, every {every}"
         )
+
+
+def validation_by_examples(config: Config) -> Iterator[str]:
+    trainer, batch = config.trainer, config.data.global_batch_size
+    examples = trainer.val_check_interval_examples
+    if examples is None:
+        return
+    steps = examples // batch
+    if examples % batch:
+        yield (
+            f"{_BY_EXAMPLES}: {examples} is no multiple of data.global_batch_size ({batch}), so that "
+            f"validation runs every {steps * batch} examples, {steps} steps"
+        )
+    # A run's resolved settings, which may be given again, have every key.
+    usual = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+    idle = [f"trainer.{key}" for key, value in usual.items() if getattr(trainer, key) not in (value, None)]
+    if idle:
+        yield f"{', '.join(idle)}: no effect, since {_BY_EXAMPLES} is set"
 
 
 def settings_without_effect(config: Config) -> Iterator[str]:
@@ -418,6 +449,7 @@ NOTICES: tuple[Callable[[Config], Iterator[str]], ...] = (
         validation_is_off,
         samples_without_validation,
         validation_before_checkpoints,
+        validation_by_examples,
         *OBJECTIVE_NOTICES,
         settings_without_effect,
     ),

@@ -127,6 +127,9 @@ class TrainerConfig:
     """Validate every N training steps (an integer) or every fraction of an epoch (a float)."""
     check_val_every_n_epoch: int | None = number(1, at_least=1)
     """Validate every N epochs; null: val_check_interval counts steps across epochs."""
+    val_check_interval_examples: int | None = number(None, at_least=1)
+    """(ours) Validate every N training examples, across epochs, instead of the two keys above: eval_every of
+    the reference implementation. Rounded down to whole steps of data.global_batch_size."""
     num_sanity_val_steps: int = 0
     """Validation batches to run before training starts."""
     limit_train_batches: int | float = number(1.0, above=0)
@@ -310,6 +313,15 @@ class Config:
         peft, export = self.model_alignment_strategy.peft, self.exp_manager.export_hf
         is_quantized = peft is not None and peft.quantize_base is not None
         return export == "adapter" or (is_quantized and export is True)
+
+    @property
+    def validation_interval(self) -> tuple[int | float, int | None]:
+        """Lightning's ``val_check_interval`` and ``check_val_every_n_epoch``, also where examples are
+        counted."""
+        trainer = self.trainer
+        if trainer.val_check_interval_examples is None:
+            return trainer.val_check_interval, trainer.check_val_every_n_epoch
+        return trainer.val_check_interval_examples // self.data.global_batch_size, None
 
     @property
     def validates(self) -> bool:

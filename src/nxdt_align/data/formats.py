@@ -57,6 +57,8 @@ from nxdt_align.data.records import BadRecord, DataError, Record, Row
 from nxdt_align.errors import UserError
 from nxdt_align.own_parts import OwnPartError, describe, find, require_call
 
+FORMAT_KEY = "data.format"
+"""What names a format in a YAML file."""
 Kind = Literal["pair", "response", "unpaired", "prompt"]
 """``prompt``: of any record the prompt alone, to be answered."""
 
@@ -178,6 +180,8 @@ PROMPT_FORMATS = (
     Format("prompt", ("prompt",), column_prompt("prompt")),
     Format("fairseq2", ("src",), column_prompt("src")),
     Format("alpaca", ("instruction",), alpaca_prompt, optional=_OF_ALPACA),
+    # Named only: by their keys, labelled completions are prompt_completion or prompt_response here.
+    *(replace(f, convert=column_prompt("prompt")) for f in UNPAIRED_FORMATS if f.name == "unpaired"),
 )
 FORMATS: Mapping[Kind, tuple[Format, ...]] = {
     "pair": PAIR_FORMATS,
@@ -187,17 +191,18 @@ FORMATS: Mapping[Kind, tuple[Format, ...]] = {
 }
 
 
-def named_format(name: str, kind: Kind) -> Format:
+def named_format(name: str, kind: Kind, key: str = FORMAT_KEY) -> Format:
     """The format called ``name``: one of the table, or a custom function by dotted path.
 
-    Raises DataError with the known names, and UserError as ``own_format`` does.
+    ``key`` is what the user names it with, for messages. Raises DataError with the known names, and UserError
+    as ``own_format`` does.
     """
     if is_dotted(name):
-        return own_format(name, kind)
+        return own_format(name, kind, key)
     found = [f for f in FORMATS[kind] if f.name == name]
     if not found:
         raise DataError(
-            f"data.format: {name!r} is no format of {_WANTED[kind]}; known are "
+            f"{key}: {name!r} is no format of {_WANTED[kind]}; known are "
             f"{', '.join(format_names(kind))}; a custom function is "
             "named as module.function"
         )
@@ -208,7 +213,7 @@ def _of_fitting(formats: Sequence[Format], row: Row) -> Format:
     return next((each for each in formats if each.matches(row)), formats[0])
 
 
-def own_format(path: str, kind: Kind) -> Format:
+def own_format(path: str, kind: Kind, key: str = FORMAT_KEY) -> Format:
     """The user's function at ``path`` as a format: ``record -> mapping``.
 
     It takes one record as its file has it, a mapping, and returns a mapping with ``prompt``, ``chosen``,
@@ -225,7 +230,7 @@ def own_format(path: str, kind: Kind) -> Format:
         function = find(path)
         require_call(function, path, "record")
     except OwnPartError as error:
-        raise UserError(f"data.format: {error}") from error
+        raise UserError(f"{key}: {error}") from error
     ours = [each for each in FORMATS[kind] if each.name in _OWN[kind]]
     keys = " or ".join(", ".join(next(f.keys for f in ours if f.name == name)) for name in _OWN[kind])
 

@@ -19,6 +19,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,21 +29,20 @@ import numpy as np
 
 from nxdt_align.data.formats import Format, Kind, named_format
 from nxdt_align.data.joined_parts import joined
+from nxdt_align.data.open_files import make_room, require_room
 from nxdt_align.data.reading import NONE_USABLE_ADVICE, Reader, ReadPart, checked_columns, conclude
 from nxdt_align.data.records import BadRecords, DataError
 from nxdt_align.data.source_identity import Stamp
+from nxdt_align.data.source_index import BESIDE, VERSION, Renewal, beside, read_index, write_index
 from nxdt_align.data.token_columns import BROKEN, TokenColumns, map_tokens, size_and_time
 from nxdt_align.data.token_parts import RECORDS, TEXT, Job, Part, Pool, make_parts
 from nxdt_align.data.token_sets import cache_path, save_tokens
 from nxdt_align.data.tokenize import RULES_VERSION, Tokenization
-from nxdt_align.files import atomic_file, atomic_write, explain, one_at_a_time
+from nxdt_align.files import atomic_file, explain, one_at_a_time, unless_another
 from nxdt_align.messages import NOTICE
 from nxdt_align.record_ids import Array, distinct
 
 log = logging.getLogger(__name__)
-VERSION = 1
-"""Of the files in ``sources``, and of what is read of a source: increment it when a change gives other
-records."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Preparation(ABC, Generic[W]):
         self.settings, self.tokens = settings, cache_dir
         self._folder = cache_dir.parent / "sources"
         self._digest = settings.digest()
+        self._lock = self._folder / f"{self._digest}.lock"
+        self._renewals: list[Renewal] = []
 
     @abstractmethod
     def stamp_of(self, what: W) -> Stamp | None:
@@ -101,17 +103,31 @@ class Preparation(ABC, Generic[W]):
 
     def ready(self, wanted: Sequence[W]) -> dict[W, Ready]:
         """The tokens of each, made where they are not there; by one process at a time."""
+        make_room(len(wanted))
         found = {what: self._look_up(what) for what in wanted}
         missing = [what for what, each in found.items() if each is None]
         if missing:
             try:
-                with one_at_a_time(self._folder / f"{self._digest}.lock", _say_waiting):
+                with one_at_a_time(self._lock, _say_waiting):
+                    self._renew()
                     found |= self._prepare(missing)
             except OSError as error:
+                require_room(error, self._folder)
                 raise DataError(
                     f"{self._folder} cannot be written (data.cache_dir): {explain(error)}"
                 ) from error
+        elif self._renewals:
+            # Not worth waiting for: another rank does the same, or another run tokenizes.
+            with suppress(OSError), unless_another(self._lock) as is_free:
+                if is_free:
+                    self._renew()
         return {what: each for what, each in found.items() if each is not None}
+
+    def _renew(self) -> None:
+        """While no other process writes there."""
+        for each in self._renewals:
+            each.write()
+        self._renewals.clear()
 
     def _prepare(self, wanted: Sequence[W]) -> dict[W, Ready]:
         settings = self.settings
@@ -136,27 +152,28 @@ class Preparation(ABC, Generic[W]):
         try:
             stamp = self.stamp_of(what)
         except OSError as error:
+            require_room(error, what)
             raise DataError(f"{what} cannot be read: {error.strerror or error}") from error
         if stamp is None:
             return None
         own = self._index(stamp.path)
-        about = _read_index(own, quiet)
+        about = read_index(own, quiet)
         if about is not None and self._is_same(stamp, about):
-            return self._open(own, about)
+            return self._open(own, about, stamp)
         if about is not None and not quiet:
             log.log(NOTICE, "%s has changed since its tokens were stored: tokenizing it again", what)
         # Perhaps it was moved, or is a copy: then all of the content decides.
         other = None if quiet else self._by_sample.get(stamp.sample)
-        about = None if other in (None, own) else _read_index(other)
+        about = None if other in (None, own) else read_index(other)
         if other is not None and about is not None and about["whole"] == stamp.whole:
-            return self._open(other, about)
+            return self._open(other, about, stamp)
         return None
 
     @cached_property
     def _by_sample(self) -> dict[str, Path]:
         """What leads to each known source, by the sample of its content."""
         found = {
-            index: _read_index(index, quiet=True)
+            index: read_index(index, quiet=True)
             for index in sorted(self._folder.glob(f"{self._digest}-*.json"))
         }
         return {about["source"]["sample"]: index for index, about in found.items() if about is not None}
@@ -169,24 +186,32 @@ class Preparation(ABC, Generic[W]):
             return True
         return bool(about["whole"] == stamp.whole)
 
-    def _open(self, index: Path, about: Mapping[str, Any]) -> Ready | None:
+    def _open(self, index: Path, about: Mapping[str, Any], stamp: Stamp) -> Ready | None:
+        """What ``index`` leads to, for a source that is now as ``stamp`` says."""
         path = self.tokens / str(about["tokens"])
         try:
-            trusted = list(size_and_time(path)) == about["tokens_as_written"]
+            # Before anything is read, as the stamp: what changes meanwhile is not trusted the next time.
+            as_found = list(size_and_time(path))
+            trusted = as_found == about["tokens_as_written"]
             columns = map_tokens(path, trusted=trusted).columns
             rows, labels = (
-                np.load(index.with_suffix(f".{name}.npy"), mmap_mode="r", allow_pickle=False)
+                np.load(beside(index, name), mmap_mode="r", allow_pickle=False)
                 if about.get(f"{name}_file")
                 else None
-                for name in ("rows", "labels")
+                for name in BESIDE
             )
             counts = [len(each) for each in (rows, labels) if each is not None]
             if len(columns.ids) != about["distinct"] or any(n != about["records"] for n in counts):
                 raise ValueError("it holds another number of records than was written")
+            then = about["source"]
+            if not trusted or (then["path"], then["time"]) != (stamp.path, stamp.time):
+                now = {**about, "source": stamp.as_dict(), "tokens_as_written": as_found}
+                self._renewals.append(Renewal(index, about, self._index(stamp.path), now))
             return Ready(columns, rows, about, labels)
         except FileNotFoundError:
             log.log(NOTICE, "the token cache %s is gone: tokenizing again", path)
         except BROKEN as error:
+            require_room(error, path)
             log.warning("the token cache %s is broken (%s): tokenizing again", path, error)
         return None
 
@@ -209,8 +234,10 @@ class Preparation(ABC, Generic[W]):
             raise DataError(f"{what} was changed while it was read; start again when nothing writes to it")
         about = self._write(index, made, stamp)
         shutil.rmtree(folder, ignore_errors=True)
-        found = self._open(index, about)
-        assert found is not None
+        found = self._open(index, about, stamp)
+        if found is None:
+            path = self.tokens / str(about["tokens"])
+            raise DataError(f"{path} cannot be read again; is the disk of data.cache_dir sound?")
         return found
 
     def _write(self, index: Path, made: Prepared, stamp: Stamp) -> dict[str, Any]:
@@ -234,7 +261,7 @@ class Preparation(ABC, Generic[W]):
         rows, labels = made.in_order(rows)
         for kept, what, kind in ((rows, "rows", np.int64), (labels, "labels", np.bool_)):
             if kept is not None:
-                with atomic_file(index.with_suffix(f".{what}.npy")) as file:
+                with atomic_file(beside(index, what)) as file:
                     np.save(file, kept.astype(kind, copy=False))
         about = {
             "version": VERSION,
@@ -249,7 +276,7 @@ class Preparation(ABC, Generic[W]):
             "unread_keys": unread,
             **made.about,
         }
-        atomic_write(index, json.dumps(about, indent=1).encode())
+        write_index(index, about)
         return about
 
 
@@ -326,23 +353,9 @@ def _holds(path: Path, ids: Array) -> bool:
     """Whether the file is there and holds the tokens of these records."""
     try:
         return map_tokens(path, trusted=False).columns.ids.tobytes() == ids.tobytes()
-    except BROKEN:
+    except BROKEN as error:
+        require_room(error, path)
         return False
-
-
-def _read_index(path: Path, quiet: bool = False) -> dict[str, Any] | None:
-    """None if there is none of this version, or it is damaged."""
-    try:
-        about: dict[str, Any] = json.loads(path.read_bytes())
-        if about["version"] != VERSION and not quiet:
-            log.log(NOTICE, "%s is of another version of nxdt-align: its source is read again", path)
-        return about if about["version"] == VERSION else None
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        if not quiet:
-            log.warning("%s is damaged (%s): its source is read again", path, error)
-        return None
 
 
 def _say_waiting() -> None:

@@ -4,6 +4,7 @@ which every rank maps, and found again by the next run without reading the sourc
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,22 +17,42 @@ from nxdt_align.data.preparation import PreparedSources, Ready, Settings
 from nxdt_align.data.reading import ReadPart, Source, check_weight, conclude, tell_unread, weighted_rows
 from nxdt_align.data.records import BAD_RECORDS_ADVICE, BadRecords, DataError, OnBadRecord
 from nxdt_align.data.source_identity import Stamp
+from nxdt_align.data.sources import is_dataset_id
 from nxdt_align.data.token_columns import TokenColumns
 from nxdt_align.data.token_sets import TokenizedSet, tell_identical, tell_unread_keys
+from nxdt_align.messages import NOTICE
 from nxdt_align.record_ids import Array
 
+log = logging.getLogger(__name__)
 LARGE = 2**22
-"""Bytes of data, packed or not, from which on they are prepared so: smaller ones are read and hashed well
-within a second."""
+"""Bytes of data from which on they are prepared so: smaller ones are read and hashed well within a second."""
+PACKED, UNPACKS_TO = (".gz", ".parquet"), 10
+"""Files whose bytes count this many times. Text packs to a third or a quarter, records that repeat a prompt
+or a template to a tenth: so no data of several times ``LARGE`` are taken for small."""
 
 
 def is_large(sources: Sequence[Source]) -> bool:
-    """Whether the sources are files and together of at least ``LARGE`` bytes."""
+    """Whether the sources are files and together of at least ``LARGE`` bytes; says so where they would be but
+    for one of the Hub."""
     try:
-        found = [Stamp.of(path) for path in {source.path: None for source in sources}]
+        found = {path: Stamp.of(path) for path in {source.path for source in sources}}
     except OSError:
         return False  # what reads them says why
-    return all(found) and sum(stamp.size for stamp in found if stamp is not None) >= LARGE
+    size = sum(_unpacked(stamp) for stamp in found.values() if stamp is not None)
+    elsewhere = [path for path, stamp in found.items() if stamp is None]
+    if size >= LARGE and elsewhere and all(is_dataset_id(path) for path in elsewhere):
+        log.log(
+            NOTICE,
+            "%s is no file here: the whole mixture is held in the memory of every process, not prepared once "
+            "per machine; save it with `datasets`' save_to_disk and name that folder",
+            ", ".join(sorted(elsewhere)),
+        )
+    return size >= LARGE and not elsewhere
+
+
+def _unpacked(stamp: Stamp) -> int:
+    """Bytes that a source may unpack to."""
+    return stamp.size * (UNPACKS_TO if stamp.path.lower().endswith(PACKED) else 1)
 
 
 def prepared_examples(

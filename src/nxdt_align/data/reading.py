@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nxdt_align.data.formats import (
+    FORMAT_KEY,
     Format,
     Kind,
     describe_formats,
@@ -108,6 +109,7 @@ def load_records(
     on_bad_record: OnBadRecord | None = None,
     limit: int | None = None,
     seed: int = 0,
+    format_key: str = FORMAT_KEY,
 ) -> RecordSet:
     """Read, convert and check the records of all sources.
 
@@ -121,6 +123,7 @@ def load_records(
             verbs that have no such setting, does, too, and advises no setting.
         limit: take the first N good records of each source, before weights.
         seed: for sampling a source whose weight is not an integer.
+        format_key: what the user names the format with, for messages.
 
     Raises:
         DataError: nothing to read, a broken file, no known format, or bad records (see ``on_bad_record``).
@@ -131,7 +134,8 @@ def load_records(
         raise DataError(f"data.dev_choose_samples must be at least 1, but is {limit}")
     for source in sources:
         check_weight(source)
-    reader = Reader(kind, named_format(format, kind) if format else None, checked_columns(columns, kind))
+    named = named_format(format, kind, format_key) if format else None
+    reader = Reader(kind, named, checked_columns(columns, kind), format_key)
     parts = [reader.read(source.path, limit) for source in sources]
     some_are_good = all(parts)
     if reader.report.total and (on_bad_record != "drop" or not some_are_good):
@@ -184,8 +188,10 @@ def checked_columns(columns: Mapping[str, str] | None, kind: Kind) -> dict[str, 
 class Reader:
     """Reads sources one after another into one report."""
 
-    def __init__(self, kind: Kind, format: Format | None, columns: dict[str, str]) -> None:
-        self._kind = kind
+    def __init__(
+        self, kind: Kind, format: Format | None, columns: dict[str, str], format_key: str = FORMAT_KEY
+    ) -> None:
+        self._kind, self._format_key = kind, format_key
         self._format = format
         self._columns = columns
         self.report = BadRecords()
@@ -277,10 +283,12 @@ class Reader:
             format, missing = nearest
             hint = f"; nearest is {format.name}, which needs {', '.join(missing)} too"
         if all(isinstance(row.get(key), str) for key in ("chosen", "rejected")):
-            hint += ". Where both texts begin with the prompt, set data.format=common_beginning"
+            named = f"{self._format_key}{'=' if self._format_key == FORMAT_KEY else ' '}common_beginning"
+            hint += f". Where both texts begin with the prompt, set {named}"
+        rename = "with data.columns" if self._format_key == FORMAT_KEY else "in the file"
         return (
             f"{head[0].place}: the record's keys ({_listed(row)}) fit no known format{hint}. Rename columns "
-            f"with data.columns, or name the format in data.format. Known are: {describe_formats(self._kind)}"
+            f"{rename}, or name the format in {self._format_key}. Known are: {describe_formats(self._kind)}"
         )
 
     def _renamed(self, row: Row) -> Row:

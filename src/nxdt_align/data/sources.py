@@ -35,7 +35,7 @@ def read_unparsed(path: str) -> Iterator[RawRecord | JsonLine]:
         place = Path(path).expanduser()
         mode = place.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        if not _is_dataset_id(path):
+        if not is_dataset_id(path):
             raise DataError(_not_found(path)) from error
         yield from _read_hub(path)
         return
@@ -52,7 +52,8 @@ def read_unparsed(path: str) -> Iterator[RawRecord | JsonLine]:
         raise DataError(f"{path} is a pipe, socket or device; write the data to a file and name that")
 
 
-def _is_dataset_id(path: str) -> bool:
+def is_dataset_id(path: str) -> bool:
+    """Whether a path that leads to nothing here may be one."""
     return _DATASET_ID.fullmatch(path) is not None and not path.lower().endswith(EXTENSIONS)
 
 

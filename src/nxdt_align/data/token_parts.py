@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ import numpy as np
 
 from nxdt_align.data.formats import FORMATS, Format, Kind
 from nxdt_align.data.json_files import JsonLine
+from nxdt_align.data.open_files import require_room
 from nxdt_align.data.raw import RawRecord
 from nxdt_align.data.reading import Reader, ReadPart
 from nxdt_align.data.records import BadRecord, BadRecords, DataError, Record, content_of
@@ -115,7 +116,13 @@ def make_parts(
     waiting: list[Part | Future[Path]] = []
     for number, block in enumerate(blocks(rows)):
         path = folder / f"part-{number:06d}.npz"
-        waiting.append(_read_part(path) or pool.submit(path, block, which, make or write_part, more(number)))
+        found: Part | Future[Path] | None = _read_part(path)
+        if found is None:
+            own = more(number)
+            # A process that has died meanwhile is told of here, before any part is waited for.
+            with _kill_in_words(name):
+                found = pool.submit(path, block, which, make or write_part, own)
+        waiting.append(found)
         while len(waiting) > pool.most_waiting:
             yield _done(waiting.pop(0), name)
     for each in waiting:
@@ -125,17 +132,24 @@ def make_parts(
 def _done(part: Part | Future[Path], name: str) -> Part:
     if isinstance(part, Part):
         return part
-    try:
+    with _kill_in_words(name):
         path = part.result()
+    found = _read_part(path)
+    if found is None:
+        raise DataError(f"{path} cannot be read again; is the disk of data.cache_dir sound?")
+    return found
+
+
+@contextmanager
+def _kill_in_words(name: str) -> Iterator[None]:
+    """Raises DataError where the block finds that a process of the pool was killed."""
+    try:
+        yield
     except BrokenProcessPool as error:
         raise DataError(
             f"{name}: a process that tokenizes was killed, probably since the machine's memory is full; what "
             "is done is kept, and the next run goes on from there"
         ) from error
-    found = _read_part(path)
-    if found is None:
-        raise DataError(f"{path} cannot be read again; is the disk of data.cache_dir sound?")
-    return found
 
 
 def blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -328,7 +342,8 @@ def _read_part(path: Path) -> Part | None:
                 return None
         with np.load(path, allow_pickle=False) as arrays:
             about: dict[str, Any] = json.loads(arrays["about"].tobytes())
-    except BROKEN:
+    except BROKEN as error:
+        require_room(error, path)
         return None
     read, counts, examples = about.pop("report")
     refused = {record: BadRecord(*fault) for record, fault in about.pop("refused").items()}

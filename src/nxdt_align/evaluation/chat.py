@@ -8,7 +8,7 @@ from dataclasses import replace
 from nxdt_align.data.records import BadRecord, Message, Record
 from nxdt_align.data.tokenize import Tokenization
 from nxdt_align.errors import UserError
-from nxdt_align.evaluation.generate import Sampling, stop_tokens, text_of
+from nxdt_align.evaluation.generate import Sampling, require_known, stop_tokens, text_of
 from nxdt_align.evaluation.transformers_model import TransformersModel
 
 HELP = "/new begins another conversation, /exit or Ctrl-D ends"
@@ -30,7 +30,8 @@ def converse(
         ask: the next line of the user.
         show: gets an answer's text as it is made, and a line end behind it.
 
-    Raises UserError where the tokenizer has no chat template, or it refuses the conversation.
+    Raises UserError where the tokenizer has no chat template, or it refuses the conversation, or is not
+    the model's.
     """
     if not tokenization.tokenizer.chat_template:
         raise UserError(
@@ -50,6 +51,7 @@ def converse(
         (prompt,) = tokenization.prompts([record])
         if isinstance(prompt, BadRecord):
             raise UserError(prompt.detail)
+        require_known(tokenization, model, [prompt])
         room = _room(model, len(prompt), sampling.max_tokens)
         if room < 1:
             show(f"(it fills all {model.limits.positions} positions: /new begins another conversation)\n")

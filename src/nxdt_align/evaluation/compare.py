@@ -54,6 +54,8 @@ class Compared:
     before: Answer
     after: Answer
     beta: float
+    label: bool | None = None
+    """Of a labelled completion: whether it is desirable."""
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -70,10 +72,11 @@ class Compared:
     @property
     def gain(self) -> tuple[float, float]:
         """By how much the second model is better: by score, and where that is equal by margin, or by the
-        reward of the one response."""
+        reward of the one response, which is a loss where that is undesirable."""
         before, after = self.before.score, self.after.score
         by_score = 0.0 if before is None or after is None else after - before
-        return by_score, self.margin if self.margin is not None else sum(self.rewards)
+        sign = -1.0 if self.label is False else 1.0
+        return by_score, self.margin if self.margin is not None else sign * sum(self.rewards)
 
     @property
     def is_changed(self) -> bool:
@@ -84,6 +87,7 @@ class Compared:
             "source": self.source,
             "prompt": self.prompt,
             "responses": list(self.responses),
+            **({} if self.label is None else {"label": self.label}),
             "before": asdict(self.before),
             "after": asdict(self.after),
             "changed": self.is_changed,
@@ -136,7 +140,7 @@ class Comparison:
     def summary(self) -> dict[str, Any]:
         """What the page says of all records; None for what the data do not have."""
         both = [(each.before, each.after) for each in self.records]
-        has_scores = self.scorer != "none"
+        scores = [(b.score, a.score) for b, a in both if b.score is not None and a.score is not None]
         margins = [each.margin for each in self.records if each.margin is not None]
         return {
             "records": len(self.records),
@@ -145,16 +149,24 @@ class Comparison:
             "stopped": _means(
                 [(float(b.finish_reason == "stop"), float(a.finish_reason == "stop")) for b, a in both]
             ),
-            "score": _means([(b.score or 0.0, a.score or 0.0) for b, a in both]) if has_scores else None,
-            "win_rate": share([_wins(b.score or 0.0, a.score or 0.0) for b, a in both])
-            if has_scores
-            else None,
+            "score": _means(scores) if scores else None,
+            "win_rate": share([_wins(*each) for each in scores]),
             "accuracy": share([_wins(0.0, margin) for margin in margins]),
             "margin": float(np.mean(margins)) if margins else None,
-            "rewards": [
-                float(np.mean(c)) for c in zip(*(each.rewards for each in self.records), strict=True)
-            ],
+            "rewards": self._mean_rewards(),
         }
+
+    def _mean_rewards(self) -> list[float | None]:
+        """Of chosen and rejected responses, of desirable and undesirable completions (None where there are
+        none), or of the only responses; empty for prompts."""
+        if not self.is_labelled:
+            return [float(np.mean(c)) for c in zip(*(each.rewards for each in self.records), strict=True)]
+        by_label = [[c.rewards[0] for c in self.records if c.label is good] for good in (True, False)]
+        return [float(np.mean(values)) if values else None for values in by_label]
+
+    @property
+    def is_labelled(self) -> bool:
+        return any(each.label is not None for each in self.records)
 
     @property
     def gains(self) -> list[Compared]:
@@ -193,7 +205,7 @@ class Comparison:
 def write_comparison(found: Comparison, out: Path) -> None:
     """The page to ``out``, and the same as JSON beside it (.json). Raises OSError."""
     atomic_write(out, render(found).encode())
-    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False)
+    text = json.dumps(found.to_dict(), indent=2, ensure_ascii=False, default=str)
     atomic_write(out.with_suffix(".json"), text.encode())
 
 

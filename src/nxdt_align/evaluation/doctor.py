@@ -57,15 +57,29 @@ class Split:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the tokenizer and its template put around a text."""
+    """What the tokenizer and its template put around a text, and the keys that a finding may name."""
 
     truncation: Truncation
-    limit_key: str
-    """The key of the limit on prompts."""
+    section: str
+    """The objective's: ``model_alignment_strategy.dpo``."""
+    levers: frozenset[str]
+    """Keys of the section that its loss reads."""
     bos: int | None
     ends: frozenset[int]
     """EOS, and the token that ends a turn of the template."""
     has_template: bool
+    model_length: int | None = None
+    """``model.encoder_seq_length``, above which data.seq_length is refused."""
+
+    @property
+    def limit_key(self) -> str:
+        """The key of the limit on prompts."""
+        return f"{self.section}.max_prompt_length"
+
+    def row_of(self, length: int) -> str:
+        """What to set for rows of ``length`` tokens."""
+        held = self.model_length is not None and length > self.model_length
+        return f"data.seq_length={length}" + (f" with model.encoder_seq_length={length}" if held else "")
 
 
 def examine(splits: Sequence[Split], tokens: Tokens, *, stops_at_bad: bool, batch_size: int) -> list[Finding]:
@@ -81,8 +95,8 @@ def examine(splits: Sequence[Split], tokens: Tokens, *, stops_at_bad: bool, batc
         if not split.records:
             continue
         found += _too_few(split, batch_size)
-        found += _duplicates(split)
-        found += _length_bias(split)
+        found += _duplicates(split, tokens)
+        found += _length_bias(split, tokens)
         found += _truncation(split, tokens)
         found += _template(split, tokens)
         found += _labels(split)
@@ -129,7 +143,7 @@ def _whole(record: Record) -> str:
     return "\n".join((_text(record.prompt), *map(content_of, record.responses)))
 
 
-def _duplicates(split: Split) -> Iterator[Finding]:
+def _duplicates(split: Split, tokens: Tokens) -> Iterator[Finding]:
     records, count = split.records, len(split.records)
     places: dict[tuple[str, bool | None], list[int]] = {}
     for at, record in enumerate(records):
@@ -157,10 +171,10 @@ def _duplicates(split: Split) -> Iterator[Finding]:
             len(nearly) / count,
             _places(records, [[firsts[i], firsts[j]] for i, j in near]),
         )
-    yield from _contradictions(split)
+    yield from _contradictions(split, tokens)
 
 
-def _contradictions(split: Split) -> Iterator[Finding]:
+def _contradictions(split: Split, tokens: Tokens) -> Iterator[Finding]:
     """The same responses of one prompt, preferred one way and the other; a completion with both labels."""
     seen: dict[tuple[str, str], list[tuple[object, int]]] = {}
     for at, record in enumerate(split.records):
@@ -176,13 +190,14 @@ def _contradictions(split: Split) -> Iterator[Finding]:
     groups = [[at for _, at in each] for each in seen.values() if len({side for side, _ in each}) > 1]
     concerned = sum(map(len, groups))
     if concerned:
-        count = len(split.records)
+        count, smoothing = len(split.records), "label_smoothing"
+        allows = f"; {tokens.section}.{smoothing} allows for some" if smoothing in tokens.levers else ""
         yield Finding(
             "fault" if concerned / count > 0.05 else "warning",
             "contradictions",
             f"{split.key}: {concerned} of {count} records contradict another: the same responses, preferred "
             "the other way",
-            f"{split.key}: decide them; model_alignment_strategy.dpo.label_smoothing allows for some",
+            f"{split.key}: decide them{allows}",
             concerned / count,
             _places(split.records, groups),
         )
@@ -225,7 +240,7 @@ def _leakage(train: Split, val: Split) -> Iterator[Finding]:
         )
 
 
-def _length_bias(split: Split) -> Iterator[Finding]:
+def _length_bias(split: Split, tokens: Tokens) -> Iterator[Finding]:
     """How well a rule that knows lengths alone would tell the chosen response."""
     if not split.is_pairs:
         return
@@ -235,6 +250,8 @@ def _length_bias(split: Split) -> Iterator[Finding]:
     # Beyond what chance gives so few pairs (two standard errors).
     if tells < max(_LENGTH_TELLS, 0.5 + 1 / np.sqrt(len(lengths))):
         return
+    ways = {"ld_alpha": "ld_alpha (0 to 0.5)", "length_normalization": "length_normalization=True"}
+    keys = [f"{tokens.section}.{said}" for key, said in ways.items() if key in tokens.levers]
     which = "longer" if longer > shorter else "shorter"
     yield Finding(
         "fault" if tells >= _LENGTH_DECIDES else "warning",
@@ -242,34 +259,37 @@ def _length_bias(split: Split) -> Iterator[Finding]:
         f"{split.key}: the chosen response is the {which} one in {max(longer, shorter):.0%} of the pairs "
         f"(means {lengths[:, 0].mean():.0f} and {lengths[:, 1].mean():.0f} tokens); length alone tells "
         f"{tells:.0%} of them",
-        "model_alignment_strategy.dpo.ld_alpha (0 to 0.5) or dpo.length_normalization=True; balance the data",
+        "; ".join(filter(None, (" or ".join(keys), f"{split.key}: balance the pairs"))),
         float(tells) - 0.5,
     )
 
 
 def _truncation(split: Split, tokens: Tokens) -> Iterator[Finding]:
     count, truncation = len(split.encoded), tokens.truncation
+    needed = quantile([each.whole[0] + max(each.whole[1:]) for each in split.encoded], 99)
     over = [each.whole[0] > truncation.prompt_limit for each in split.encoded]
     if any(over):
         longest = quantile([each.whole[0] for each in split.encoded], 99)
+        change = f"{tokens.limit_key}={longest}"
+        if longest >= truncation.seq_length:  # the limit has to be below it
+            change += f" with {tokens.row_of(max(needed, longest + 1))}"
         yield Finding(
             _weight_of_cut(sum(over) / count),
             "cut prompts",
             f"{split.key}: {sum(over)} of {count} prompts lose their beginning after BOS: they are longer "
             f"than {truncation.prompt_limit} tokens",
-            f"{tokens.limit_key}={longest} serves 99% of them",
+            f"{change} serves 99% of them",
             sum(over) / count,
             _sources(split, over),
         )
     cut = [sum(map(len, each.responses)) < sum(each.whole[1:]) for each in split.encoded]
     if any(cut):
-        needed = quantile([each.whole[0] + max(each.whole[1:]) for each in split.encoded], 99)
         yield Finding(
             _weight_of_cut(sum(cut) / count),
             "cut responses",
             f"{split.key}: the end of a response is cut in {sum(cut)} of {count} records; it then has no end "
             "token, and the model does not learn to stop there",
-            f"data.seq_length={needed} serves 99% of them",
+            f"{tokens.row_of(needed)} serves 99% of them",
             sum(cut) / count,
             _sources(split, cut),
         )

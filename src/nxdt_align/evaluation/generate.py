@@ -52,6 +52,16 @@ class Sampling:
             raise UserError(f"seed: must be from 0 to {2**32 - 1}, but is {self.seed}")
 
 
+class NotFiniteError(UserError):
+    """A model's log-probabilities are NaN, or infinite for what it chose."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's log-probabilities are not finite: its weights are damaged, or overflow in their "
+            "dtype, which --dtype fp32 rules out"
+        )
+
+
 @dataclass(frozen=True)
 class Completion:
     """A model's answer to one prompt."""
@@ -72,6 +82,8 @@ class Limits:
     """Tokens that a prompt and its completion may have together; None where the model sets no limit."""
     ends: frozenset[int]
     """Tokens that end a completion, by generation_config.json or else config.json."""
+    vocabulary: int | None = None
+    """Rows of the embedding; None where config.json does not say."""
 
     @classmethod
     def of(cls, folder: Path) -> Limits:
@@ -84,8 +96,12 @@ class Limits:
         said = (read_generation(folder) or {}).get("eos_token_id")
         ends = shape.get("eos_token_id") if said is None else said
         listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        positions = shape.get("max_position_embeddings")
-        return cls(positions if isinstance(positions, int) and positions > 0 else None, frozenset(listed))
+        positions, vocabulary = (shape.get(key) for key in ("max_position_embeddings", "vocab_size"))
+        return cls(
+            positions if isinstance(positions, int) and positions > 0 else None,
+            frozenset(listed),
+            vocabulary if isinstance(vocabulary, int) else None,
+        )
 
 
 class Generator(Protocol):
@@ -97,7 +113,8 @@ class Generator(Protocol):
     def generate(
         self, prompts: Sequence[Tokens], sampling: Sampling, ends: Collection[int]
     ) -> list[Completion]:
-        """A completion per prompt, in their order; ``ends`` are the tokens to stop at."""
+        """A completion per prompt, in their order; ``ends`` are the tokens to stop at. Raises
+        NotFiniteError."""
         ...
 
 
@@ -125,9 +142,11 @@ def complete(
 
     A prompt that leaves no room for ``max_tokens`` keeps BOS and its last tokens, as in training, and its row
     says ``prompt_truncated``. Raises DataError for prompts that cannot be tokenized, UserError where
-    ``max_tokens`` leaves no room for any prompt.
+    ``max_tokens`` leaves no room for any prompt, the model does not know the tokenizer's tokens, or what it
+    says is not finite.
     """
     prompts = prompt_tokens(tokenization, records)
+    require_known(tokenization, model, prompts)
     room = _room(model.limits.positions, sampling.max_tokens)
     bos = tokenization.tokenizer.bos_token_id
     kept = [prompt if room is None else keep_last(prompt, room, bos) for prompt in prompts]
@@ -145,6 +164,19 @@ def complete(
         _row(record, prompt, completion, tokenization, ends, was_cut)
         for record, prompt, completion, was_cut in zip(records, kept, completions, cut, strict=True)
     ]
+
+
+def require_known(tokenization: Tokenization, model: Generator, prompts: Sequence[Tokens]) -> None:
+    """Raise UserError where a token of ``prompts`` has no row in the model's embedding."""
+    largest, vocabulary = max(map(max, prompts)), model.limits.vocabulary
+    if vocabulary is None or largest < vocabulary:
+        return
+    tokenizer = tokenization.tokenizer
+    raise UserError(
+        f"a prompt has the token {largest}, but the model has a vocabulary of {vocabulary}: the tokenizer "
+        f"{tokenizer.name_or_path}, of {len(tokenizer)} tokens, is not the model's; name its own with "
+        "--tokenizer DIR, or leave that out where the model's folder has one"
+    )
 
 
 def stop_tokens(tokenization: Tokenization, model: Generator, records: Sequence[Record]) -> frozenset[int]:

@@ -33,7 +33,7 @@ from nxdt_align.evaluation.verdict import (
     judge,
     objective_of,
 )
-from nxdt_align.files import atomic_write
+from nxdt_align.files import atomic_write, read_lines
 from nxdt_align.messages import LOG_FILE
 from nxdt_align.redaction import redact
 
@@ -148,9 +148,7 @@ def read_run(folder: Path, name: str) -> RunReport:
 def read_samples(file: Path) -> tuple[Sample, ...]:
     """The newest line of each prompt, in the order of prompts; cut or damaged lines are passed over."""
     newest: dict[int, Sample] = {}
-    if not file.is_file():
-        return ()
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_lines(file):
         try:
             row = json.loads(line)
             newest[int(row["index"])] = {key: row[key] for key in _OF_A_SAMPLE}

@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from nxdt_align.data.tokenize import Tokens
 from nxdt_align.errors import UserError
-from nxdt_align.evaluation.generate import Completion, Limits, Sampling
+from nxdt_align.evaluation.generate import Completion, Limits, NotFiniteError, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,19 +31,28 @@ class TransformersModel:
         device: where it computes.
         dtype: of weights and activations; None keeps the weights' own on an accelerator, float32 on a CPU.
 
-    Raises UserError where transformers does not load the folder.
+    Raises UserError where transformers does not load the folder, or finds no value in it for a weight.
     """
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
         chosen: torch.dtype | str = dtype or (torch.float32 if device.type == "cpu" else "auto")
         try:
             with _without_bar():
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=chosen, trust_remote_code=False
+                # transformers' types do not know of the second value.
+                both: Any = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=chosen, trust_remote_code=False, output_loading_info=True
                 )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"transformers does not load {folder}: {reason}") from error
+        loaded, info = both
+        # It gives such weights random values. A tied head is not among them.
+        if missing := sorted(info["missing_keys"]):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"{folder} has no {missing[0]}{more}, which its config.json asks for: the folder is not "
+                "whole, or config.json is another model's; copy or export it again"
+            )
         self._model = loaded.to(device).eval()
         self._device = device
         self.limits = Limits.of(folder)
@@ -145,6 +154,9 @@ class _Logprobs(LogitsProcessor):
         if self._last is not None:
             self.add(input_ids[:, -1])
         self._last = torch.log_softmax(scores.float(), dim=-1)
+        # Before anything is drawn, which NaN would make a crash, or an answer of one token.
+        if bool(self._last.isnan().any()):
+            raise NotFiniteError
         return scores
 
     def add(self, tokens: Tensor) -> None:

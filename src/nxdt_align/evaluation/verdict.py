@@ -219,7 +219,7 @@ def overfitting(curves: Curves, settings: Settings) -> Finding | None:
 
 
 def _beta_key(settings: Settings) -> str:
-    return _key(settings, "kl_beta" if objective_of(settings) in ("dpo", "kto", "") else "beta")
+    return _key(settings, "kl_beta" if objective_of(settings) in ("dpo", "") else "beta")
 
 
 def _beta(settings: Settings) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from nxdt_align.data.tokenize import Tokens
 from nxdt_align.errors import UserError
-from nxdt_align.evaluation.generate import Completion, FinishReason, Limits, Sampling
+from nxdt_align.evaluation.generate import Completion, FinishReason, Limits, NotFiniteError, Sampling
 
 
 def is_installed() -> bool:
@@ -70,4 +71,6 @@ class VLLMModel:
 
 def _completion(output: Any) -> Completion:
     reason: FinishReason = "length" if output.finish_reason == "length" else "stop"
+    if not math.isfinite(output.cumulative_logprob):
+        raise NotFiniteError
     return Completion(tuple(output.token_ids), reason, float(output.cumulative_logprob))

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nxdt_align.config.engines import resolve_engine
 from nxdt_align.config.schema import Config
 from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.planning.workload import is_for_nxd
 
 ROUNDING = 64
 """Row lengths are multiples of this."""
@@ -124,10 +124,11 @@ def _tensor_parallel(config: Config, model: DecoderConfig) -> list[Change]:
         is_even = not any(whole % size for whole in wholes)
         if size <= now or not is_even or (kv_heads % size and size % kv_heads):
             continue
-        # Each rank needs a whole kv head, so NxD replicates heads (kv_replicator) above that number.
+        # Each rank needs a whole kv head, so NxD replicates heads (kv_replicator) above that number; native
+        # does not read that key.
         copies = max(1, size // kv_heads)
         values: dict[str, Any] = {_TENSOR: size}
-        if copies != config.distributed_strategy.kv_replicator:
+        if is_for_nxd(config) and copies != config.distributed_strategy.kv_replicator:
             values |= {f"{_STRATEGY}.kv_replicator": copies, "model.qkv_linear": copies > 1}
         found.append(Change(values | _cores(config, config.model_parallel_size // now * size)))
     return found
@@ -135,9 +136,8 @@ def _tensor_parallel(config: Config, model: DecoderConfig) -> list[Change]:
 
 def _pipeline(config: Config, model: DecoderConfig) -> list[Change]:
     now = config.distributed_strategy.pipeline_model_parallel_size
-    is_nxd = resolve_engine(config, neuron_available=True) == "nxd"
     # Engine nxd refuses a tied head across stages; model.pipeline_cuts fixes the number of stages.
-    if (is_nxd and model.tie_word_embeddings) or config.model.pipeline_cuts is not None:
+    if (is_for_nxd(config) and model.tie_word_embeddings) or config.model.pipeline_cuts is not None:
         return []
     return [
         Change({_PIPELINE: stages} | _cores(config, config.model_parallel_size // now * stages))

@@ -15,6 +15,7 @@ from nxdt_align.models.sharding import KV_HEADS, split_of
 from nxdt_align.planning.activations import above_layers, held_by_model, kept_of_layer, layer_scratch
 from nxdt_align.planning.adapters import factor_count, saved_by_quantizing
 from nxdt_align.planning.changes import Change, changed, fitting_changes
+from nxdt_align.planning.devices import DEFAULT_LNC
 from nxdt_align.planning.model_states import states_report
 from nxdt_align.planning.workload import Workload, device_kind, workload
 
@@ -23,7 +24,6 @@ NEURON_CORE_BYTES = 16 * GIB
 """Device memory of a trn1 NeuronCore: a chip has 32 GiB and two cores."""
 CORE_BYTES = {"trn2": 12 * GIB, "trn3": 18 * GIB}
 """The same of a physical core of trn2 and trn3, whose chips have eight; a logical one is of trainer.lnc."""
-DEFAULT_LNC = 2
 USABLE = 0.9
 """Fraction of it that a plan may use; the rest is for the graphs' code and the runtime's buffers."""
 

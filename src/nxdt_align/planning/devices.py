@@ -2,16 +2,18 @@
 
 Sources, AWS's architecture pages (aws-neuron-sdk, ``about-neuron/arch/neuron-hardware``): trn1-arch,
 trainium, trn2-arch, and trainium2, which compares both chips, also their links. A rank is a logical
-NeuronCore, which of trn2 is two physical ones (``LNC=2``, the default).
+NeuronCore, which of trn2 is two physical ones (``LNC=2``, the default) or one.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 TERA, GIGA = 10**12, 10**9
+DEFAULT_LNC = 2
+"""Physical cores of trn2 and trn3 that are one device where ``trainer.lnc`` says nothing."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,27 @@ DEVICES = {
     )
 }
 """trn1: a trn1.32xlarge; trn2: a trn2.48xlarge."""
+
+
+def device_of(chip: str, lnc: int | None) -> Device:
+    """A rank's share of ``chip``, a key of DEVICES, whose device is ``lnc`` physical cores (``trainer.lnc``):
+    of trn2 with 1 half of what it is by default, twice per node. trn1 has no such choice."""
+    device = DEVICES[chip]
+    if chip == "trn1" or (lnc or DEFAULT_LNC) == DEFAULT_LNC:
+        return device
+    return replace(
+        device,
+        name=f"{chip}, lnc 1",
+        cores_per_node=device.cores_per_node * 2,
+        memory=device.memory // 2,
+        flops=device.flops / 2,
+        float32_flops=device.float32_flops / 2,
+        memory_bandwidth=device.memory_bandwidth / 2,
+        link_bandwidth=device.link_bandwidth / 2,
+        network_bandwidth=device.network_bandwidth / 2,
+    )
+
+
 SHORT_TRANSFER = 512
 """Bytes: fewer are taken to take as long, as each transfer is a descriptor of its own. An assumption: AWS
 publishes no figure that we found."""

@@ -17,7 +17,7 @@ _GIB = 2**30
 
 def states_report(config: Config, model: ModelShape, where: str, *, needs_reference: bool) -> str:
     """Weights, gradients, master weights and optimizer state per device, without activations."""
-    strategy, formats = config.distributed_strategy, formats_of(config, where)
+    strategy, formats = config.distributed_strategy, formats_of(config)
     count, copies = parameter_count(model), max(1, config.data_parallel_size)
     is_fsdp = strategy.fsdp is not False and copies > 1
     spec = adapters_of(config, model)

@@ -11,23 +11,25 @@ from functools import partial
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket
 from nxdt_align.models.config import DecoderConfig
-from nxdt_align.planning.devices import DEVICES, Device
+from nxdt_align.planning.devices import Device, device_of
 from nxdt_align.planning.graph_cost import Cost, collective_seconds, roofline
 from nxdt_align.planning.workload import FLOAT, Workload, workload
 
 
 class RowSeconds:
     """What a training row takes on paper, in seconds, on the Trainium that ``config`` runs on: trn1 with
-    engine nxd, trn2 with native. A RowCost that goes to other processes, as a data loader's workers."""
+    engine nxd, trn2 with native, of ``trainer.lnc`` cores. A RowCost that goes to other processes, as a data
+    loader's workers."""
 
     def __init__(self, config: Config, model: DecoderConfig) -> None:
         self._config, self._model = config, model
-        self._device = DEVICES["trn2" if config.distributed_strategy.engine == "native" else "trn1"]
+        chip = "trn2" if config.distributed_strategy.engine == "native" else "trn1"
+        self._device = device_of(chip, config.trainer.lnc)
         self._known: dict[Bucket, float] = {}
 
     @property
     def device(self) -> str:
-        """trn1 or trn2."""
+        """trn1, trn2, or trn2 with other cores."""
         return self._device.name
 
     def __call__(self, bucket: Bucket) -> float:

@@ -145,9 +145,15 @@ def device_kind(config: Config) -> str:
     chosen = config.trainer.accelerator
     if chosen in ("cpu", "cuda"):
         return chosen
-    if chosen == "neuron" or resolve_engine(config, neuron_available=True) == "nxd":
+    if chosen == "neuron" or is_for_nxd(config):
         return "neuron"
     return "cuda" if torch.cuda.is_available() and chosen == "auto" else "cpu"
+
+
+def is_for_nxd(config: Config) -> bool:
+    """Whether engine nxd runs the configuration on its target; ``neuron`` alone does not say so, as native
+    runs there, too."""
+    return resolve_engine(config, neuron_available=True) == "nxd"
 
 
 def workload(
@@ -160,11 +166,11 @@ def workload(
     needs_reference: bool,
 ) -> Workload:
     """The optimizer step of ``config`` in rows of ``bucket``; see ``memory_report``."""
-    strategy, where = config.distributed_strategy, device_kind(config)
+    strategy, where, is_nxd = config.distributed_strategy, device_kind(config), is_for_nxd(config)
     tensor, stages = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
     copies = max(1, config.data_parallel_size)
-    formats = formats_of(config, where)
-    if strategy.zero1 and where == "neuron":
+    formats = formats_of(config)
+    if strategy.zero1 and is_nxd:
         formats = _sharded_by_nxd(formats, config.precision)
     # ops.logprobs never makes a row's whole logits: CPUs tile to the cache, others by a fixed chunk.
     vocabulary = -(-model.vocab_size // tensor)
@@ -178,10 +184,10 @@ def workload(
         attention=_attention(config, model, where, layout),
         recompute=_recompute(config),
         tensor_parallel=tensor,
-        kv_heads=_kv_heads(config, model, where),
+        kv_heads=_kv_heads(config, model),
         sequence_parallel=strategy.sequence_parallel and tensor > 1,
         # Factors keep the input that they are multiplied with.
-        keeps_gathered=where != "neuron" or config.model_alignment_strategy.peft is not None,
+        keeps_gathered=not is_nxd or config.model_alignment_strategy.peft is not None,
         context_parallel=strategy.context_parallel_size,
         stages=_stages(config, model, stages),
         # At least 2: from the second micro-batch on, gradients of the first are held too (the peak).
@@ -210,11 +216,11 @@ def adapters_of(config: Config, model: ModelShape) -> AdapterSpec | None:
     return adapter_spec(model, **settings)
 
 
-def formats_of(config: Config, where: str) -> Formats:
+def formats_of(config: Config) -> Formats:
     """What each weight takes in this configuration."""
-    strategy, formats = config.distributed_strategy, _formats(config, where)
+    strategy, formats = config.distributed_strategy, _formats(config)
     shards = (strategy.zero1 or strategy.fsdp is not False) and config.data_parallel_size > 1
-    if shards and where != "neuron" and not formats.master:
+    if shards and not is_for_nxd(config) and not formats.master:
         # FSDP's shards are float32 masters; the compute weights are gathered from them.
         return replace(formats, master=FLOAT)
     return formats
@@ -230,7 +236,7 @@ def reference_bytes(config: Config, formats: Formats) -> int:
     return {None: formats.weight, "fp32": FLOAT, "bf16": 2}[settings.reference_dtype]
 
 
-def _formats(config: Config, where: str) -> Formats:
+def _formats(config: Config) -> Formats:
     """``precision`` in bytes: engine nxd follows NxDT; native always has float32 masters for 16-bit
     weights."""
     precision, optim = config.precision, config.model.optim
@@ -244,7 +250,7 @@ def _formats(config: Config, where: str) -> Formats:
         return Formats(weight=4, gradient=4, master=0, state=4 * states, activation=4)
     if kind == "autocast":
         return Formats(weight=4, gradient=4, master=0, state=4 * states, activation=2, autocast=True)
-    if where != "neuron" or kind == "fp16" or kind.startswith("mixed_precision"):
+    if not is_for_nxd(config) or kind == "fp16" or kind.startswith("mixed_precision"):
         return Formats(weight=2, gradient=4, master=4, state=4 * states, activation=2)
     masters = 4 if kind == "manual" and precision.master_weights else 0
     gradient = 4 if kind == "manual" and precision.fp32_grad_acc else 2
@@ -271,7 +277,7 @@ def _sharded_by_nxd(formats: Formats, precision: PrecisionConfig) -> Formats:
 def _attention(config: Config, model: DecoderConfig, where: str, layout: Layout) -> AttentionKind:
     if model.attention_softcap is not None and (where != "cuda" or config.data.attention == "dense"):
         return "scores"  # FlexAttention alone has a kernel that caps
-    if where == "neuron" and resolve_engine(config, neuron_available=True) == "native":
+    if where == "neuron" and not is_for_nxd(config):
         kinds: dict[str, AttentionKind] = {"causal": "flash", "nki": "intervals"}
         return kinds.get(attention_kind(config.with_layout(layout), where, model), "scores")
     if where == "neuron":
@@ -290,10 +296,10 @@ def _recompute(config: Config) -> tuple[str, ...]:
     return tuple(config.model.activations_checkpoint_recompute or ()) if granularity else ()
 
 
-def _kv_heads(config: Config, model: DecoderConfig, where: str) -> int:
+def _kv_heads(config: Config, model: DecoderConfig) -> int:
     """Per rank: engine nxd replicates heads; native keeps all of them if there are fewer than ranks."""
     tensor, heads = config.distributed_strategy.tensor_model_parallel_size, model.num_key_value_heads
-    if where == "neuron":
+    if is_for_nxd(config):
         return max(1, heads * config.distributed_strategy.kv_replicator // tensor)
     return heads // tensor if tensor <= heads else heads
 

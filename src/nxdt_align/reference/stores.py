@@ -299,7 +299,8 @@ def _require_agreement(
         f"values of {len(conflicts):,} records conflict by more than {tolerance:g}:\n"
         + "\n".join(f"  {each}" for each in named)
         + "\nSuch values come of other hardware or other sizes: leave one of the stores out, or allow the "
-        "difference with --tolerance; the store named first then counts"
+        "difference with --tolerance; the destination's own value then counts, else that of the store named "
+        "first"
     )
 
 

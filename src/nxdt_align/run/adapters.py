@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nxdt_align.config.schema import Config
@@ -236,9 +237,9 @@ def export_adapter(
     spec: AdapterSpec,
     weights: Iterator[tuple[str, Tensor]],
     start: WeightSource,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write PEFT's folder from what an engine trained."""
     base = start.base if isinstance(start, MergedWeights) else start
-    write_peft_folder(
-        folder, model, spec, weights, base=None if base.path is None else str(base.path.absolute())
-    )
+    path = None if base.path is None else str(base.path.absolute())
+    write_peft_folder(folder, model, spec, weights, base=path, dtype=dtype)

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,18 @@ import torch
 
 from nxdt_align.config.alignment import OBJECTIVES
 from nxdt_align.config.fields import is_dotted
-from nxdt_align.data.formats import Kind, detect_format, format_names
+from nxdt_align.data.formats import Format, Kind, detect_format, format_names, named_format
 from nxdt_align.data.reading import ROWS_TO_DETECT, Source, load_records
-from nxdt_align.data.records import Record, content_of
+from nxdt_align.data.records import BadRecord, DataError, Record, Row, content_of
 from nxdt_align.data.sources import read_raw
 from nxdt_align.data.token_sets import tokenize_records
 from nxdt_align.errors import UserError
 from nxdt_align.evaluation.compare import Answer, Compared, Comparison, write_comparison
-from nxdt_align.evaluation.generate import Sampling, complete
-from nxdt_align.evaluation.scorers import Score, choose_scorer, scored
-from nxdt_align.files import CHOOSE_ANOTHER, unwritable
+from nxdt_align.evaluation.generate import NotFiniteError, Sampling, complete
+from nxdt_align.evaluation.scorers import SCORERS, Score, choose_scorer, scored
 from nxdt_align.run.conversion import DTYPES, Dtype
 from nxdt_align.run.generation import (
+    FORMAT_OPTION,
     Backend,
     device_of,
     hf_folder,
@@ -35,12 +36,13 @@ from nxdt_align.run.generation import (
     settings_of_run,
     variables_of_run,
 )
+from nxdt_align.run.places import require_page
 from nxdt_align.run.policy import load_policy
 from nxdt_align.weights.hf_writer import CONFIG
 
 __all__ = ["compare"]
 
-_KINDS: tuple[Kind, ...] = ("pair", "response", "prompt")
+_KINDS: tuple[Kind, ...] = ("pair", "unpaired", "response", "prompt")
 """The first that a file's records fit is taken."""
 DEFAULT_BETA = 0.1
 
@@ -73,7 +75,8 @@ def compare(
     Args:
         before: as ``generate`` takes a model.
         after: the same.
-        data: a file of pairs, of single responses or of prompts, in any format that training reads.
+        data: a file of pairs, of labelled completions, of single responses or of prompts, in any format that
+            training reads.
         out: a page (.html) to write, with the same as JSON beside it; replaced if it is there.
         score: ``exact``, ``gsm8k``, ``none``, the dotted path of a function (completion, record) -> number,
             or ``auto``, see ``evaluation.scorers.choose_scorer``.
@@ -86,19 +89,18 @@ def compare(
     as the JSON has them. Raises UserError.
     """
     page = None if out is None else Path(out)
-    if page is not None and page.suffix != ".html":
-        raise UserError(f"out: must end in .html, as its JSON takes the same name, but is {page}")
-    problem = None if page is None else unwritable(page.absolute().parent)
-    if problem is not None:
-        raise UserError(f"out: {page} cannot be written{problem}; {CHOOSE_ANOTHER}")
+    if page is not None:
+        require_page(page)
     sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
     scale = _beta(Path(after)) if beta is None else beta
     if not scale > 0:
         raise UserError(f"beta: must be above 0, but is {scale}")
     require_limit(limit)
-    records = load_records([Source(str(data))], _kind(str(data), format), format=format, limit=limit).records
+    kind = _kind(str(data), format)
+    source = Source(str(data))
+    records = load_records([source], kind, format=format, limit=limit, format_key=FORMAT_OPTION).records
     texts = [tuple(content_of(response) for response in record.responses) for record in records]
-    scorer, judge = choose_scorer(score, [each[0] if each else None for each in texts])
+    scorer, judge = choose_scorer(score, _answers_to_match(records))
     answers = []
     for name, model in (("before", Path(before)), ("after", Path(after))):
         variables = chat_template_kwargs
@@ -106,18 +108,23 @@ def compare(
             variables = variables_of_run(model) or variables_of_run(Path(after))
         with hf_folder(model) as folder:
             tokenization = open_tokenization(folder, tokenizer, variables, model)
-            made = open_generator(folder, backend, device, dtype, tensor_parallel)
-            rows = complete(records, tokenization, made, sampling)
-            del made
-            _free_memory()
             logps: list[tuple[float, ...]] = [()] * len(records)
             if records[0].responses:
                 policy = load_policy(folder, device=device_of(device), dtype=_dtype(folder, device, dtype))
-                tokens = tokenize_records(records, tokenization, None)
+                # Whatever its label says, a completion's log-probability is the same.
+                unlabelled = [replace(record, label=None) for record in records]
+                tokens = tokenize_records(unlabelled, tokenization, None)
                 logps = [tuple(each) for each in policy.response_sums(tokens, batch_size).tolist()]
                 del policy
                 _free_memory()
                 _require_finite(logps, records, model)
+            made = open_generator(folder, backend, device, dtype, tensor_parallel)
+            try:
+                rows = complete(records, tokenization, made, sampling)
+            except NotFiniteError as error:
+                raise UserError(f"{model}: {error}") from error
+            del made
+            _free_memory()
         answers.append(_answers(name, records, texts, rows, logps, scorer, judge))
     found = Comparison(
         str(before),
@@ -126,7 +133,7 @@ def compare(
         scale,
         scorer,
         tuple(
-            Compared(record.source, record.prompt, of_record, first, second, scale)
+            Compared(record.source, record.prompt, of_record, first, second, scale, record.label)
             for record, of_record, first, second in zip(records, texts, *answers, strict=True)
         ),
     )
@@ -156,28 +163,57 @@ def _answers(
 ) -> list[Answer]:
     found = []
     for record, of_record, row, sums in zip(records, texts, rows, logps, strict=True):
+        answer, rejected = _answer(record), None
+        if len(of_record) == 2 or record.label is False:
+            rejected = of_record[-1]
         told = {
             "prompt": record.prompt,
-            "answer": of_record[0] if of_record else None,
-            "rejected": of_record[1] if len(of_record) == 2 else None,
+            "answer": answer,
+            "rejected": rejected,
             "source": record.source,
         }
-        score = None if judge is None else scored(scorer, judge, row["completion"], told, name)
+        score = None
+        if judge is not None and (answer is not None or scorer not in SCORERS):
+            score = scored(scorer, judge, row["completion"], told, name)
         tokens, reason = row["completion_tokens"], row["finish_reason"]
         found.append(Answer(row["completion"], tokens, reason, sums, score))
     return found
 
 
+def _answer(record: Record) -> str | None:
+    """What a right completion says: the chosen or only response, unless its label calls it undesirable."""
+    return content_of(record.responses[0]) if record.responses and record.label is not False else None
+
+
+def _answers_to_match(records: Sequence[Record]) -> list[str | None]:
+    """Of all records but the undesirable completions, which have no answer and are not scored; where that is
+    all, of them."""
+    return [_answer(record) for record in records if record.label is not False] or [None] * len(records)
+
+
 def _kind(data: str, format: str | None) -> Kind:
     """The richest kind that the file's records fit. Raises DataError."""
-    if format is not None:
-        fitting = [kind for kind in _KINDS if format in format_names(kind)]
-        return "pair" if is_dotted(format) or not fitting else fitting[0]
+    possible = [k for k in _KINDS if format is None or is_dotted(format) or format in format_names(k)]
+    if not possible:
+        known = dict.fromkeys(name for kind in _KINDS for name in format_names(kind))
+        raise DataError(f"{FORMAT_OPTION}: {format!r} is no format; known are {', '.join(known)}")
     head = [row.value for row in islice(read_raw(data), ROWS_TO_DETECT) if isinstance(row.value, dict)]
-    for kind in _KINDS:
-        if any(detect_format(row, kind) for row in head):
+    for kind in possible:
+        named = None if format is None else named_format(format, kind, FORMAT_OPTION)
+        if any(_fits(row, kind, named) for row in head):
             return kind
-    return "prompt"  # whose reader says what is wrong
+    return "prompt" if format is None else possible[0]  # whose reader says what is wrong
+
+
+def _fits(row: Row, kind: Kind, named: Format | None) -> bool:
+    """By its keys; where the format is named, and of labels, which may be a class's name, by its values."""
+    found = named or detect_format(row, kind)
+    if found is None or (named is None and kind != "unpaired"):
+        return found is not None
+    try:
+        return any(isinstance(made, Record) for made in found.convert(row))
+    except BadRecord:
+        return False
 
 
 def _beta(model: Path) -> float:

@@ -7,6 +7,8 @@ import logging
 import torch
 
 from nxdt_align.config.engines import Engine as EngineName
+from nxdt_align.config.engines import buckets_fault
+from nxdt_align.config.faults import ConfigError
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.native import compiled
 from nxdt_align.engines.native.compiled import KEY, Compiling
@@ -19,6 +21,7 @@ from nxdt_align.ops.attention import Attention, CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
 from nxdt_align.ops.attention_nki import NkiAttention, misfit
+from nxdt_align.planning.devices import DEFAULT_LNC
 from nxdt_align.planning.kernels import (
     ATTENTION_OF_DEVICE,
     FLASH_MULTIPLE,
@@ -49,6 +52,10 @@ def compiling(config: Config, where: torch.device, model: ModelShape) -> Compili
     fault = _checkpointing_fault(config)
     if fault is not None:
         raise UserError(f"{KEY}: {fault}, or {KEY}=none")
+    # The check of the YAML did not know the device that trainer.accelerator=auto is.
+    too_many = buckets_fault(config)
+    if too_many is not None:
+        raise ConfigError([too_many], config.source)
     compiled.require_torch()
     if where.type == "cpu":
         compiled.require_compiler()
@@ -100,7 +107,7 @@ def attention(config: Config, where: torch.device, model: ModelShape) -> Attenti
                 f"{where.type}; {', '.join(fitting)} would work there"
             )
     if kind == "nki":
-        return _nki_attention(where, model)
+        return _nki_attention(config, where, model)
     if kind == "blocks":
         return BlockAttention()
     if kind == "causal":
@@ -113,7 +120,7 @@ def attention(config: Config, where: torch.device, model: ModelShape) -> Attenti
     return DenseAttention()
 
 
-def _nki_attention(where: torch.device, model: ModelShape) -> Attention:
+def _nki_attention(config: Config, where: torch.device, model: ModelShape) -> Attention:
     if where.type != "neuron":
         raise UserError(
             f"data.attention: nki needs trainer.accelerator neuron, but this run's device is {where.type}; "
@@ -123,7 +130,7 @@ def _nki_attention(where: torch.device, model: ModelShape) -> Attention:
     fault = misfit(head_size, model.attention_softcap)
     if fault is not None:
         raise UserError(f"data.attention: nki {fault}; set data.attention=dense")
-    return NkiAttention()
+    return NkiAttention(cores=config.trainer.lnc or DEFAULT_LNC)
 
 
 def kernel(model: ModelShape, where: torch.device) -> Attention:

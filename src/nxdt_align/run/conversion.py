@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from nxdt_align.config.start import IDENTITY_FILE
-from nxdt_align.engines.native.checkpoint import NativeCheckpoint, is_checkpoint
+from nxdt_align.engines.native.checkpoint import is_checkpoint
 from nxdt_align.engines.nxd.checkpoint import is_checkpoint as is_nxd_checkpoint
 from nxdt_align.errors import UserError
 from nxdt_align.models.adapters import adapter_shapes
@@ -106,9 +106,8 @@ def convert(
     Raises UserError for anything that the caller can fix: a source that is damaged or does not match its
     configuration, incompatible sizes, an existing destination, a full disk.
     """
-    for name, value, choices in (("to", to, get_args(Target)), ("dtype", dtype, get_args(Dtype))):
-        if value is not None and value not in choices:
-            raise UserError(f"{name}: must be one of {', '.join(choices)}, but is {value!r}")
+    _require_choice("to", to, get_args(Target))
+    _require_choice("dtype", dtype, get_args(Dtype))
     counts = {"tp": tp, "pp": pp, "kv_multiplier": kv_multiplier, "vocab": vocab, "workers": workers}
     for name, count in counts.items():
         if count is not None and count < 1:
@@ -118,9 +117,12 @@ def convert(
     source = locate(Path(source))
     weights, model = open_weights(source, _path(config), first_replica=first_replica)
     beside = companions(source, _path(config))
-    is_run_checkpoint = isinstance(weights, NativeCheckpoint)
+    # One that holds adapters opens as a whole model, of either engine.
+    is_run_checkpoint = is_checkpoint(source) or (
+        is_nxd_checkpoint(source) and isinstance(weights, MergedWeights)
+    )
     SourceFlags(load_xser, direction, n_layers).require_true_of(weights, model, is_run_checkpoint)
-    target = to or _usual_target(weights, sizes)
+    target = to or _usual_target(weights, sizes, is_run_checkpoint)
     if target == "nxdt" and not isinstance(model, DecoderConfig):
         raise UserError(
             f"--to nxdt: NxD has no {model.model_type}, which transformers computes; --to hf writes a folder "
@@ -197,7 +199,8 @@ def export(
 
     Args:
         merge: of adapters, write the whole model with them added in; otherwise a run's are written as PEFT's
-            folder, and None is returned.
+            folder, in float32 unless ``dtype`` says otherwise, and None is returned. What is about a whole
+            model's files is refused then.
     """
     place = locate(Path(checkpoint))
     record = adapter_record(place) if is_checkpoint(place) or is_nxd_checkpoint(place) else None
@@ -206,9 +209,23 @@ def export(
             f"--merge: adds adapters to their model, but {place} holds a whole model; leave it out"
         )
     if not merge and record is not None:
-        _export_adapter(place, Path(destination), config)
+        _require_choice("dtype", dtype, get_args(Dtype))
+        given = {
+            "--tokenizer": tokenizer is not None,
+            "--max-shard-size": max_shard_bytes != MAX_SHARD_BYTES,
+            "--first-replica": first_replica,
+            "--resume": resume,
+            "--no-verify": not verify,
+        }
+        unused = [option for option, is_given in given.items() if is_given]
+        if unused:
+            raise UserError(
+                f"{', '.join(unused)}: belongs to --merge, which writes the whole model; {place} holds "
+                "adapters, which are written alone, as PEFT's folder: leave it out, or add --merge"
+            )
+        _export_adapter(place, Path(destination), config, None if dtype is None else DTYPES[dtype])
         return None
-    return convert(
+    report = convert(
         checkpoint,
         destination,
         to="hf",
@@ -222,9 +239,24 @@ def export(
         workers=workers,
         quiet=quiet,
     )
+    if merge and verify:
+        weights, model = open_weights(place, _path(config), first_replica=first_replica)
+        if isinstance(weights, MergedWeights) and isinstance(model, DecoderConfig):
+            # Here, as it imports transformers.
+            from nxdt_align.run.export_check import check_merged
+
+            check_merged(Path(destination), weights, model, None if dtype is None else DTYPES[dtype])
+    return report
 
 
-def _export_adapter(checkpoint: Path, destination: Path, config: str | Path | None) -> None:
+def _require_choice(name: str, value: str | None, choices: Sequence[str]) -> None:
+    if value is not None and value not in choices:
+        raise UserError(f"{name}: must be one of {', '.join(choices)}, but is {value!r}")
+
+
+def _export_adapter(
+    checkpoint: Path, destination: Path, config: str | Path | None, dtype: torch.dtype | None
+) -> None:
     weights, model = open_weights(checkpoint, _path(config))
     assert isinstance(weights, MergedWeights)
     if destination.exists() and any(destination.iterdir()):
@@ -232,7 +264,7 @@ def _export_adapter(checkpoint: Path, destination: Path, config: str | Path | No
     adapter = weights.adapter
     names = [name for name in adapter_shapes(model, adapter.spec) if adapter.spec.trains(name)]
     pairs = ((name, adapter.read(name)) for name in names)
-    export_adapter(destination, model, adapter.spec, pairs, weights)
+    export_adapter(destination, model, adapter.spec, pairs, weights, dtype or torch.float32)
     log.info(
         "%s -> %s: an adapter of %d tensors; --merge writes the whole model",
         checkpoint,
@@ -245,9 +277,9 @@ def _path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path)
 
 
-def _usual_target(source: WeightSource, sizes: ShardSizes) -> Target:
+def _usual_target(source: WeightSource, sizes: ShardSizes, is_run_checkpoint: bool) -> Target:
     """The opposite kind: shards become whole weights, whole weights become shards."""
-    if isinstance(source, NativeCheckpoint):
+    if is_run_checkpoint:
         return "nxdt" if sizes.are_stated else "hf"
     return "hf" if isinstance(source, NxDTFolder) else "nxdt"
 
@@ -309,7 +341,7 @@ def open_weights(
         assert isinstance(config, DecoderConfig), "engine nxd trains no other"
         sharded = NxDTFolder(path, config, untie=True, unequal_replicas=first_replica)
         return sharded, sharded.config
-    native = open_checkpoint(path, config, lambda base: open_weights(base)[0])
+    native = open_checkpoint(path, config, lambda base: open_weights(base, first_replica=first_replica)[0])
     check_weights(native, config)
     return native, config
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
+from nxdt_align.config.alignment import ModelAlignmentStrategyConfig
 from nxdt_align.config.custom import refuse_own_parts
+from nxdt_align.config.dpo_forms import FORMS
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import sources
@@ -30,6 +33,8 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     tokens: Tokens
     tokenization: Tokenization
+    template_variables: Mapping[str, Any]
+    """What ``tokenization`` gives its chat template."""
 
     @property
     def is_fit(self) -> bool:
@@ -45,7 +50,8 @@ class Diagnosis:
     def show(self, count: int, *, colours: bool) -> str:
         """The first records of the training data as tokens."""
         split, truncation = self.splits[0], self.tokenization.truncation
-        whole = Tokenization(self.tokenization.tokenizer, Truncation(2**20, 2**19, truncation.mode))
+        uncut = Truncation(2**20, 2**19, truncation.mode)
+        whole = Tokenization(self.tokenization.tokenizer, uncut, self.template_variables)
         records = split.records[:count]
         shown = []
         for record, kept, full in zip(records, split.encoded[:count], whole.encode(records), strict=True):
@@ -77,7 +83,7 @@ def diagnose(config: Config, engine: Engine, *, import_own_parts: bool = False) 
         stops_at_bad=config.data.on_bad_record == "error",
         batch_size=config.data.global_batch_size,
     )
-    return Diagnosis(tuple(splits), tuple(findings), tokens, tokenization)
+    return Diagnosis(tuple(splits), tuple(findings), tokens, tokenization, config.data.chat_template_kwargs)
 
 
 def _split(config: Config, name: Literal["train", "val"], tokenization: Tokenization) -> Split:
@@ -112,10 +118,28 @@ def _tokens(config: Config, tokenization: Tokenization, splits: list[Split]) -> 
     tokenizer = tokenization.tokenizer
     chats = any(not isinstance(record.prompt, str) for split in splits for record in split.records)
     end = tokenization.turn_end() if chats else None
+    strategy = config.model_alignment_strategy
     return Tokens(
         truncation=tokenization.truncation,
-        limit_key=f"model_alignment_strategy.{config.model_alignment_strategy.objective}.max_prompt_length",
+        section=f"model_alignment_strategy.{strategy.objective}",
+        levers=_levers(strategy),
         bos=tokenizer.bos_token_id,
         ends=frozenset((tokenizer.eos_token_id, *(() if end is None else (end,)))),
         has_template=bool(tokenizer.chat_template),
+        model_length=config.model.encoder_seq_length,
     )
+
+
+def _levers(strategy: ModelAlignmentStrategyConfig) -> frozenset[str]:
+    """Keys of the objective's section that its loss reads."""
+    if strategy.loss is not None:
+        # A custom loss: what is left is what the data's rows are weighed by.
+        return frozenset(("ld_alpha",)) if strategy.dpo is not None else frozenset()
+    unread = set()
+    if strategy.dpo is not None:
+        forms = [FORMS[name] for name in strategy.dpo.loss_types]
+        unread = {key for form in FORMS.values() for key in form.reads}
+        unread -= {key for form in forms for key in form.reads}
+        if strategy.dpo.length_normalization or all(form.normalised for form in forms):
+            unread.add("length_normalization")  # which is done already
+    return frozenset(field.name for field in fields(strategy.active)) - unread

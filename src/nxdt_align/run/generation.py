@@ -28,6 +28,7 @@ from nxdt_align.files import atomic_write
 from nxdt_align.messages import NOTICE
 from nxdt_align.run.conversion import DTYPES, Dtype, convert
 from nxdt_align.run.locate import is_checkpoint, locate
+from nxdt_align.run.places import require_writable_file
 from nxdt_align.weights.detect import layout_of
 from nxdt_align.weights.hf_writer import CONFIG, holds_tokenizer
 from nxdt_align.weights.peft import is_peft_folder
@@ -37,6 +38,7 @@ __all__ = ["CHAT_HELP", "chat", "generate"]
 log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "vllm", "transformers"]
+FORMAT_OPTION = "--format"
 _VLLM_DTYPES: dict[str, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -91,14 +93,18 @@ def generate(
         raise UserError(f"backend: must be one of {', '.join(get_args(Backend))}, but is {backend!r}")
     if out is not None and Path(out).exists():
         raise UserError(f"{out} exists already: remove it, or choose another file")
+    if out is not None:
+        require_writable_file(Path(out))
     require_limit(limit)
-    records = load_records([Source(str(prompts))], "prompt", format=format, limit=limit).records
+    source = Source(str(prompts))
+    records = load_records([source], "prompt", format=format, limit=limit, format_key=FORMAT_OPTION).records
     with hf_folder(Path(model)) as folder:
         tokenization = open_tokenization(folder, tokenizer, chat_template_kwargs, model)
         made = open_generator(folder, backend, device, dtype, tensor_parallel)
         rows = complete(records, tokenization, made, sampling)
     if out is not None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        # default: messages may hold what JSON has no type for, such as Parquet's dates.
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         atomic_write(out, lines.encode())
         log.log(NOTICE, "%d completions: %s", len(rows), out)
     return rows

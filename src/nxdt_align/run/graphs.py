@@ -27,7 +27,7 @@ from nxdt_align.engines.nxd.flash import BiasedKernels, Kernel, TracedKernels, t
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import DecoderConfig
-from nxdt_align.planning.devices import DEVICES, Device
+from nxdt_align.planning.devices import Device, device_of
 from nxdt_align.planning.graph_cost import Cost, StepCost
 from nxdt_align.planning.graph_report import Finding, GraphReport, ranked, report, to_dict, to_text
 from nxdt_align.run import assemble, computing, native_graphs
@@ -41,7 +41,7 @@ from nxdt_align.run.standing import require_lengths, standing_for_data
 from nxdt_align.run.tracing_memory import require_memory
 from nxdt_align.training import optim
 
-__all__ = ["DEVICES", "compare", "of_ranks", "reports", "to_dict", "to_text", "trace"]
+__all__ = ["compare", "device_of", "of_ranks", "reports", "to_dict", "to_text", "trace"]
 
 MICRO_BATCHES = 1
 """Of a step that are recorded, beyond as many as the pipeline has stages: each stage then meets a micro-batch
@@ -227,9 +227,10 @@ def _require(config: Config, rank: int, lengths: Sequence[int] | None) -> None:
         require_lengths(config, lengths)
     for package, advice in _NEEDED.items():
         if not is_importable(package):
-            raise UserError(f"graphs: {package} is missing, {advice}")
+            raise UserError(f"graphs: {package} is missing, {advice}; {_WITHOUT}")
 
 
+_WITHOUT = "distributed_strategy.engine=native, the engine of trn2 and trn3, is recorded without it"
 _NEEDED = {
     "torch_xla": "which records the graphs; make test-xla makes an environment that has it (.venv-xla)",
     "neuronx_distributed": (

@@ -86,9 +86,14 @@ class RunMode:
 
     def extent(self, config: Config) -> dict[str, Any]:
         """Lengths and validation intervals, as arguments of Lightning's Trainer."""
-        names = ("max_steps", "max_epochs", "max_time", "val_check_interval", "check_val_every_n_epoch")
+        names = ("max_steps", "max_epochs", "max_time")
         limits = ("num_sanity_val_steps", "limit_val_batches", "limit_train_batches")
-        return {name: getattr(config.trainer, name) for name in (*names, *limits)}
+        interval, epochs = config.validation_interval
+        return {
+            **{name: getattr(config.trainer, name) for name in (*names, *limits)},
+            "val_check_interval": interval,
+            "check_val_every_n_epoch": epochs,
+        }
 
     # Resuming
 

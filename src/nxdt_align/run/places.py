@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
-from nxdt_align.files import CHOOSE_ANOTHER, unwritable
+from nxdt_align.files import CHOOSE_ANOTHER, unwritable, unwritable_file
 
 
 class Places:
@@ -50,6 +50,21 @@ class Places:
         """The same, of the caches alone."""
         key = "exp_manager.exp_dir" if self._cache_dir is None else "data.cache_dir"
         _require_writable(key, self.tokens.absolute())
+
+
+def require_page(page: Path) -> None:
+    """Raise UserError where ``--out`` is no page that can be written, with its JSON beside it."""
+    if page.suffix != ".html":
+        raise UserError(f"out: must end in .html, as its JSON takes the same name, but is {page}")
+    for file in (page, page.with_suffix(".json")):
+        require_writable_file(file)
+
+
+def require_writable_file(out: Path) -> None:
+    """Raise UserError where ``out`` cannot be written. Creates nothing."""
+    problem = unwritable_file(out)
+    if problem is not None:
+        raise UserError(f"out: {out} cannot be written{problem}; {CHOOSE_ANOTHER}")
 
 
 def _require_writable(key: str, folder: Path) -> None:

@@ -14,14 +14,14 @@ from nxdt_align.errors import UserError
 
 def require_validation_in_epoch(config: Config, steps_per_epoch: int) -> None:
     """Raise UserError if validation would never be due within an epoch."""
-    trainer, limit = config.trainer, config.trainer.limit_train_batches
-    if trainer.check_val_every_n_epoch is None or not isinstance(trainer.val_check_interval, int):
+    (interval, epochs), limit = config.validation_interval, config.trainer.limit_train_batches
+    if epochs is None or not isinstance(interval, int):
         return
     steps = min(steps_per_epoch, limit) if isinstance(limit, int) else int(steps_per_epoch * limit)
-    if trainer.val_check_interval > steps:
+    if interval > steps:
         raise UserError(
             f"trainer.val_check_interval: must not be above the steps of an epoch ({steps}) while "
-            f"check_val_every_n_epoch is set, but is {trainer.val_check_interval}; set "
+            f"check_val_every_n_epoch is set, but is {interval}; set "
             "trainer.check_val_every_n_epoch=null to count steps across epochs"
         )
 

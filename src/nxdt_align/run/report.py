@@ -10,6 +10,7 @@ from nxdt_align.config.start import EVENT_FILES, METRICS_FILE, REPORT_FILE, foll
 from nxdt_align.errors import UserError
 from nxdt_align.evaluation.report import read_run, to_dict, write_reports
 from nxdt_align.run.locate import refuse_runs
+from nxdt_align.run.places import require_page
 
 __all__ = ["report", "summary"]
 
@@ -22,12 +23,12 @@ def report(runs: Sequence[Path], out: Path | None = None) -> tuple[Path, list[st
         out: the page, replaced if it is there; None: report.html in the run's folder, of several in the
             current one.
 
-    Returns its path, and each run's verdict in a sentence. Raises UserError for a folder that is no run's.
+    Returns its path, and each run's verdict in a sentence. Raises UserError for a folder that is no run's,
+    and for a page that cannot be written.
     """
     folders = [_folder_of(run) for run in runs]
     page = out or (folders[0] / REPORT_FILE if len(folders) == 1 else Path(REPORT_FILE))
-    if page.suffix != ".html":
-        raise UserError(f"out: must end in .html, as its JSON takes the same name, but is {page}")
+    require_page(page)
     verdicts = write_reports(folders, page)
     return page, [verdict.summary for verdict in verdicts]
 

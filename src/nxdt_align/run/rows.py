@@ -16,6 +16,7 @@ from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
 from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.planning.device_memory import memory_fault
+from nxdt_align.planning.devices import DEFAULT_LNC
 from nxdt_align.planning.kernels import flash_multiple, why_not_causal
 from nxdt_align.planning.step_time import RowSeconds
 from nxdt_align.run import nxd
@@ -63,7 +64,7 @@ def row_needs(
 def _on_trainium(config: Config, engine: EngineName) -> Config:
     """With engine and device as they are, where the configuration leaves them open: on engine native a
     logical core of trn2 is two, unless trainer.lnc says another number."""
-    lnc = config.trainer.lnc or (2 if engine == "native" else None)
+    lnc = config.trainer.lnc or (DEFAULT_LNC if engine == "native" else None)
     return replace(
         config,
         trainer=replace(config.trainer, accelerator="neuron", lnc=lnc),

@@ -22,11 +22,13 @@ from torch import Tensor
 from nxdt_align.config.experiment import SampleConfig
 from nxdt_align.config.start import SAMPLES_FILE
 from nxdt_align.engines.base import Engine
-from nxdt_align.files import append_lines, atomic_write, explain
+from nxdt_align.files import append_lines, atomic_write, explain, read_lines
 from nxdt_align.training.texts import write_table
 
 log = logging.getLogger(__name__)
 
+_STATE = "sample_during_eval"
+"""The count's key in a checkpoint."""
 COLUMNS = ("prompt", "before training", "now", "the data's answer")
 
 
@@ -70,6 +72,9 @@ class SampleDuringEval(Callback):
         self._ends, self._decode = ends, decode
         self._file, self._seed = folder / SAMPLES_FILE, seed
         self._validations = 0
+        self._counted_at: int | None = None
+        """The step of the newest validation that ``_validations`` has; -1 for none, None where neither this
+        process nor its checkpoint has counted."""
         self._before: Mapping[int, str] = {}
         """Prompt's index -> its completion before the first step; empty where that is not known."""
 
@@ -78,14 +83,40 @@ class SampleDuringEval(Callback):
             self._before = dict(enumerate(self._sample(trainer)))
             return
         own = self._resume(trainer.global_step) if trainer.is_global_zero else None
-        self._validations, self._before = self._engine.broadcast_object(own)
+        sampled, self._before = self._engine.broadcast_object(own)
+        if self._counted_at is None:  # a checkpoint of an earlier version
+            self._validations = sampled
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        self._validations += 1
+        self._validations, self._counted_at = self._counted(trainer.global_step)
         if self._validations % self._settings.every_n_validations == 0:
             self._sample(trainer)
+
+    def _counted(self, step: int) -> tuple[int, int]:
+        """The validations with that of ``step``, which the checkpoint of ``step`` may have counted."""
+        return self._validations + (self._counted_at != step), step
+
+    # Not state_dict, for whose state Lightning misses the callback in a run that goes on without samples.
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        count, at = self._validations, -1 if self._counted_at is None else self._counted_at
+        # A checkpoint is written before the validation of its step, which a resumed run does not run again.
+        # Only RunCheckpoint tells; a callback of the user's may save where there is none.
+        follows = getattr(trainer.checkpoint_callback, "validation_follows", None)
+        if follows is not None and follows(trainer):
+            count, at = self._counted(trainer.global_step)
+        checkpoint[_STATE] = {"validations": count, "counted_at": at}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        state = checkpoint.get(_STATE)
+        if state is not None:
+            self._validations, self._counted_at = int(state["validations"]), int(state["counted_at"])
 
     def _sample(self, trainer: Trainer) -> list[str]:
         """Collective. The completions, in the order of the prompts."""
@@ -127,9 +158,9 @@ class SampleDuringEval(Callback):
     def _resume(self, step: int) -> tuple[int, dict[int, str]]:
         """Cut what the steps after ``step``, which are taken again, have written, and what a kill has left.
 
-        Returns the validations counted up to ``step``, and the completions before the first step.
+        Returns the validations up to the newest sampling, and the completions before the first step.
         """
-        lines, kept, validations, before = _lines(self._file), [], 0, {}
+        lines, kept, validations, before = read_lines(self._file), [], 0, {}
         for line in lines:
             try:
                 row = json.loads(line)
@@ -159,11 +190,6 @@ class SampleDuringEval(Callback):
             append_lines(self._file, [json.dumps(row, ensure_ascii=False) for row in rows])
         shown = [[r["prompt"], r["before"] or "", r["completion"], r["answer"]] for r in rows]
         write_table(trainer.loggers, "samples", COLUMNS, shown, step)
-
-
-def _lines(file: Path) -> list[str]:
-    """None where it is missing."""
-    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
 
 
 def _draws(temperature: float, seed: str) -> Callable[[Tensor], Tensor]:

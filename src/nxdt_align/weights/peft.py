@@ -22,9 +22,9 @@ from nxdt_align.models.adapters import (
     row_norms,
 )
 from nxdt_align.models.families import FAMILIES
-from nxdt_align.models.presets import DecoderConfig, ModelShape
+from nxdt_align.models.presets import DecoderConfig, ModelShape, weight_shapes
 from nxdt_align.models.sharding import LORA_A, LORA_B, MAGNITUDE, START, TRAINED
-from nxdt_align.named_tensors import NamedTensors, WeightSource, require_fit, summary
+from nxdt_align.named_tensors import NamedTensors, WeightSource, content_fingerprint, require_fit, summary
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.names import UnknownNameError, from_hf, to_hf
 from nxdt_align.weights.tensor_files import open_tensor_file
@@ -47,6 +47,17 @@ _OF_OTHERS: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
 }
 """PEFT's setting -> the values with which it computes what is computed here."""
+VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "velora_config",
+)
+"""PEFT's settings that, where they are set, choose another computation or other tensors."""
+_BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of PEFT's ``init_lora_weights`` that change nothing but the factors."""
 
 
 def is_peft_folder(path: Path) -> bool:
@@ -178,6 +189,12 @@ class PeftFolder:
                 f"such linear layer below its head: base_model_name_or_path in {SETTINGS} must lead to the "
                 f"model that it was trained on; {_MERGE}"
             )
+        if self._config.tie_word_embeddings and linear.embedding in paths[TRAINED]:
+            raise WeightsError(
+                f"{file} has {_hf_module(linear.embedding, self._config)} trained whole, but this model's "
+                "head is tied to it, and merged weights and transformers could not tell the two apart: train "
+                "the adapter without it in modules_to_save"
+            )
         spec = AdapterSpec(
             targets=tuple(path for path in linear.sizes if path in factors),
             saved=tuple(path for path in linear.modules if path in paths[TRAINED]),
@@ -214,7 +231,26 @@ def read_settings(folder: Path) -> dict[str, Any]:
     for key, fine in _OF_OTHERS.items():
         if key in said and said[key] not in fine:
             raise WeightsError(f"{file}: {key} must be {fine[0]}, as adapters here are, but is {said[key]!r}")
+    _require_plain_lora(file, said)
     return said
+
+
+def _require_plain_lora(file: Path, said: Mapping[str, Any]) -> None:
+    """Raise WeightsError for a variant of LoRA that PEFT computes otherwise, or on another base."""
+    for key in VARIANTS:
+        if said.get(key):
+            raise WeightsError(
+                f"{file}: {key} must not be set: PEFT computes such an adapter otherwise than LoRA. Where "
+                "PEFT can merge it, give the merged folder"
+            )
+    start = said.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in _BASE_KEPT:
+        raise WeightsError(
+            f"{file}: init_lora_weights is {start!r}, with which PEFT has changed the base's weights, too, "
+            "so that the adapter does not belong to the model as it is on disk. Save it again by PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion, which makes LoRA of PiSSA, "
+            "CorDA, OLoRA and LoRA-GA, or merge it with PEFT, and give that folder"
+        )
 
 
 def _number(said: Mapping[str, Any], key: str, default: float) -> float:
@@ -234,8 +270,11 @@ class Adapter(Protocol):
 
 
 class MergedWeights(WeightSource):
-    """A base model with an adapter added in, float32 sums in the base's dtypes; and both apart, for an engine
-    that trains the adapter."""
+    """A base model with an adapter added in, and both apart, for an engine that trains the adapter.
+
+    What the adapter changes is read in float32, so that it is rounded once, to what is asked for; ``dtype``
+    is the base's, in which it is written where nothing else is asked for.
+    """
 
     def __init__(self, base: WeightSource, adapter: Adapter) -> None:
         self.base, self.adapter, self.path = base, adapter, adapter.path
@@ -252,18 +291,25 @@ class MergedWeights(WeightSource):
     def dtype(self, name: str) -> torch.dtype:
         return self.base.dtype(name)
 
+    def fingerprint(self) -> str:
+        """Of the weights in the base's dtypes: stores and runs keep the key that they had."""
+        if self._content is None:
+            stored = ((name, self.read(name).to(self.dtype(name))) for name in sorted(self.names()))
+            self._content = content_fingerprint(stored)
+        return self._content
+
     def read(self, name: str) -> Tensor:
         path, _, what = name.rpartition(".")
         spec = self.adapter.spec
         if path in spec.saved and what in TRAINABLE:
-            return self.adapter.read(f"{path}.{TRAINED}{what}").to(self.dtype(name))
+            return self.adapter.read(f"{path}.{TRAINED}{what}").float()
         weight = self.base.read(name)
         if path not in spec.targets or what != "weight":
             return weight
         a, b = (self.adapter.read(f"{path}.{part}") for part in (LORA_A, LORA_B))
         magnitude = self.adapter.read(f"{path}.{MAGNITUDE}") if spec.dora else None
         is_transposed = path in spec.transposed
-        return merged_weight(weight, a, b, magnitude, spec.scale, transposed=is_transposed).to(weight.dtype)
+        return merged_weight(weight, a, b, magnitude, spec.scale, transposed=is_transposed)
 
     def read_slice(self, name: str, region: Sequence[slice]) -> Tensor:
         return self.read(name)[tuple(region)]
@@ -363,11 +409,12 @@ def write_peft_folder(
         tensors: the adapters' by our names, whole; others are left out.
         base: the model that it belongs to, for ``base_model_name_or_path``.
 
-    Raises WeightsError: layers that PEFT has no names for, or the disk refuses.
+    Raises WeightsError: layers that PEFT has no names for, values too large for ``dtype``, or the disk
+    refuses.
     """
     require_peft_names(config, spec, str(path))
     found = {
-        theirs(name, config): tensor.detach().to("cpu", dtype).contiguous()
+        theirs(name, config): _cast(name, tensor, dtype).contiguous()
         for name, tensor in tensors
         if spec.trains(name)
     }
@@ -380,6 +427,15 @@ def write_peft_folder(
         raise WeightsError(f"cannot write {path}: {explain(error)}") from error
 
 
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """On the CPU. Raises WeightsError for a value that is too large for ``dtype``."""
+    whole = tensor.detach().to("cpu")
+    cast = whole.to(dtype)
+    if bool((cast.isinf() & ~whole.isinf()).any()):
+        raise WeightsError(f"{name} has values beyond the largest of {dtype}; choose another --dtype")
+    return cast
+
+
 def _as_peft(config: ModelShape, spec: AdapterSpec, base: str | None) -> dict[str, Any]:
     def short(paths: Sequence[str]) -> list[str]:
         """Last names, where they mean these modules and no others; whole paths else."""
@@ -389,6 +445,21 @@ def _as_peft(config: ModelShape, spec: AdapterSpec, base: str | None) -> dict[st
         if {path for path in every if path.rpartition(".")[2] in names} != set(paths):
             return sorted(whole)
         return sorted({path.rpartition(".")[2] for path in whole})
+
+    def short_ends() -> list[str]:
+        """The same of modules to save, whose names PEFT takes for the end of any path, without a dot before
+        it: ``norm`` would be ``input_layernorm`` too."""
+        whole = {_hf_module(path, config) for path in spec.saved}
+        weights = {_hf(name, config).rpartition(".")[0] for name in weight_shapes(config)}
+        others = {
+            ".".join(parts[:count])
+            for parts in (path.split(".") for path in weights)
+            for count in range(1, len(parts) + 1)
+        } - whole
+        names = ((path.rpartition(".")[2], path) for path in whole)
+        return sorted(
+            {path if any(other.endswith(name) for other in others) else name for name, path in names}
+        )
 
     return {
         "peft_type": "LORA",
@@ -404,5 +475,5 @@ def _as_peft(config: ModelShape, spec: AdapterSpec, base: str | None) -> dict[st
         "fan_in_fan_out": bool(spec.transposed),
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
         "target_modules": short(spec.targets),
-        "modules_to_save": short(spec.saved) or None,
+        "modules_to_save": short_ends() or None,
     }
