@@ -31,7 +31,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "pair": _PAIRS,
     "response": ("prompt_response", "prompt_completion", *_PAIRS, *_SINGLE),
     "unpaired": ("unpaired", *_SINGLE, *_PAIRS),
-    "prompt": ("prompt", "prompt_response", "prompt_completion", *_PAIRS, *_SINGLE),
+    "prompt": ("prompt", "unpaired", "prompt_response", "prompt_completion", *_PAIRS, *_SINGLE),
 }
 """An objective's examples -> names of the formats that hold them; a test compares them with the formats."""
 
