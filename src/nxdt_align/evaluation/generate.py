@@ -168,7 +168,8 @@ def complete(
 
 def require_known(tokenization: Tokenization, model: Generator, prompts: Sequence[Tokens]) -> None:
     """Raise UserError where a token of ``prompts`` has no row in the model's embedding."""
-    largest, vocabulary = max(map(max, prompts)), model.limits.vocabulary
+    vocabulary = model.limits.vocabulary
+    largest = max((token for prompt in prompts for token in prompt), default=0)
     if vocabulary is None or largest < vocabulary:
         return
     tokenizer = tokenization.tokenizer
