@@ -203,7 +203,7 @@ class Conversion:
         def carry(name: str) -> None:
             tensor = self._source.read(name).contiguous()
             if tensor.dtype != self._target_dtype(name):
-                tensor = _cast(name, tensor, self._target_dtype(name))
+                tensor = cast_checked(name, tensor, self._target_dtype(name))
             writer.write(name, tensor)
             # Of the memory, not of the file, so that reading back detects corruption on disk.
             checksum, nans = zlib.crc32(byte_view(tensor)), count_nans(tensor)
@@ -296,8 +296,8 @@ class _Budget:
                 self._changed.notify_all()
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raises WeightsError for a value that is too large for ``dtype``."""
+def cast_checked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A row-major copy on the CPU. Raises WeightsError for a value that is too large for ``dtype``."""
     cast = empty(tensor.shape, dtype).copy_(tensor)
     if not (tensor.is_floating_point() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max):
         return cast

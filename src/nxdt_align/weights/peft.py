@@ -25,6 +25,7 @@ from nxdt_align.models.families import FAMILIES
 from nxdt_align.models.presets import DecoderConfig, ModelShape, weight_shapes
 from nxdt_align.models.sharding import LORA_A, LORA_B, MAGNITUDE, START, TRAINED
 from nxdt_align.named_tensors import NamedTensors, WeightSource, content_fingerprint, require_fit, summary
+from nxdt_align.weights.convert import cast_checked
 from nxdt_align.weights.extents import WeightsError
 from nxdt_align.weights.names import UnknownNameError, from_hf, to_hf
 from nxdt_align.weights.tensor_files import open_tensor_file
@@ -414,7 +415,7 @@ def write_peft_folder(
     """
     require_peft_names(config, spec, str(path))
     found = {
-        theirs(name, config): _cast(name, tensor, dtype).contiguous()
+        theirs(name, config): cast_checked(name, tensor.detach().cpu(), dtype)
         for name, tensor in tensors
         if spec.trains(name)
     }
@@ -425,15 +426,6 @@ def write_peft_folder(
             save_file(found, folder / TENSORS[0], metadata={"format": "pt"})
     except OSError as error:
         raise WeightsError(f"cannot write {path}: {explain(error)}") from error
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """On the CPU. Raises WeightsError for a value that is too large for ``dtype``."""
-    whole = tensor.detach().to("cpu")
-    cast = whole.to(dtype)
-    if bool((cast.isinf() & ~whole.isinf()).any()):
-        raise WeightsError(f"{name} has values beyond the largest of {dtype}; choose another --dtype")
-    return cast
 
 
 def _as_peft(config: ModelShape, spec: AdapterSpec, base: str | None) -> dict[str, Any]:
