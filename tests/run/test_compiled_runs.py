@@ -56,6 +56,19 @@ def test_a_dry_run_compiles_every_graph_of_the_run(
     assert one > 0 and outside == 0
     resumed, outside = train(project, caplog, "trainer.max_steps=4", f"exp_manager.exp_dir={manifests}")
     assert resumed > 0 and outside == 0
+    # The same rows with another loss: told by its first graph that is not listed.
+    torch._dynamo.reset()
+    capsys.readouterr()
+    hinge = ("model_alignment_strategy.dpo.loss_type=hinge", "trainer.max_steps=2")
+    assert project.train(*BLOCKS, *hinge, f"exp_manager.exp_dir={manifests}/hinge") == 0, "no manifest there"
+    (tmp_path / "experiments/hinge/compile").mkdir()
+    copied = tmp_path / "experiments/hinge/compile" / manifest.name
+    copied.write_bytes(manifest.read_bytes())
+    torch._dynamo.reset()
+    more = ("exp_manager.resume_if_exists=False", f"exp_manager.exp_dir={manifests}/hinge")
+    assert project.train(*BLOCKS, *hinge, *more) == 1
+    said = capsys.readouterr().err
+    assert "needed 1 graph(s) that COMPILE=1 has not compiled ahead (1 of training step: loss)" in said
     # Rows of another length are named before the first step.
     torch._dynamo.reset()
     other = ("data.buckets=[192,256]", "exp_manager.name=other", f"exp_manager.exp_dir={manifests}")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nxdt_align.engines.base import Graph
 from nxdt_align.errors import UserError
 from nxdt_align.training.monitors import RecompileGuard
 
@@ -22,13 +23,20 @@ def batch(*tokens: int) -> list[Any]:
 
 
 class Device:
-    """Counts compilations; ``run`` takes steps of (kind, batch, graphs compiled in it)."""
+    """A compiler that counts, and names its graphs by the order in which they came: ``0``, ``1``, ..."""
 
-    def __init__(self, *, stop: bool) -> None:
+    def __init__(self, *, stop: bool, ahead: set[str] | None = None) -> None:
         self.compiled = 0
-        self.guard = RecompileGuard(lambda: self.compiled, stop=stop)
+        compiler: Any = self
+        self.guard = RecompileGuard(compiler, stop=stop, ahead=ahead)
         self.trainer: Any = SimpleNamespace(global_step=0)
         self.module: Any = None
+
+    def count(self) -> int:
+        return self.compiled
+
+    def graphs(self) -> dict[str, Graph]:
+        return {str(at): Graph(str(at), "training step: loss", ()) for at in range(self.compiled)}
 
     def step(self, rows: list[Any], compiles: int) -> None:
         self.guard.on_train_batch_start(self.trainer, self.module, rows, 0)
@@ -76,4 +84,31 @@ def test_it_stops_where_the_yaml_says_so() -> None:
     device.step(batch(128), 1)
     device.step(batch(128), 0)
     with pytest.raises(UserError, match=r"exp_manager.fail_on_recompile: step 4 compiled 1 graph"):
+        device.step(batch(128), 1)
+
+
+def test_a_graph_that_was_not_compiled_ahead_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Also in the first steps of a shape, whose graphs are no surprise otherwise; each once."""
+    device = Device(stop=False, ahead={"0", "1", "3"})
+    with caplog.at_level(logging.WARNING):
+        device.compiled = 1
+        device.guard.on_train_start(device.trainer, device.module)
+        for compiles in (1, 1, 0):
+            device.step(batch(128), compiles)
+        device.validate(batch(64), 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{where} needed 1 graph(s) that COMPILE=1 has not compiled ahead (1 of training step: loss): a "
+        "setting differs from what it was run with. COMPILE=1 with the same overrides compiles them"
+        for where in ("step 2", "batch 0 of the validation after step 3")
+    ]
+
+
+@pytest.mark.parametrize("before_training", [True, False])
+def test_it_stops_at_a_graph_that_was_not_compiled_ahead(before_training: bool) -> None:
+    device = Device(stop=True, ahead={"0"})
+    device.step(batch(128), 1)
+    with pytest.raises(UserError, match=r"fail_on_recompile: .* has not compiled ahead .*; False only warns"):
+        if before_training:
+            device.compiled += 1
+            device.guard.on_train_start(device.trainer, device.module)
         device.step(batch(128), 1)

@@ -129,6 +129,9 @@ class DryRun(RunMode):
     ) -> None:
         """Nothing: this compiles them."""
 
+    def ahead(self, compiler: Compiler, manifest: Path) -> None:
+        """What an earlier dry run listed does not bind this one."""
+
     def monitors(self, config: Config, env: RunEnv) -> list[Callback]:
         return []
 

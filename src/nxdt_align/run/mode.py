@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,10 @@ class RunMode:
         if stop:
             raise UserError(f"exp_manager.fail_on_recompile: {message}")
         log.warning("%s", message)
+
+    def ahead(self, compiler: Compiler, manifest: Path) -> Collection[str] | None:
+        """Keys of the graphs that were compiled ahead; None where that is not known."""
+        return read_manifest(manifest, compiler.name) or None
 
     # Output
 

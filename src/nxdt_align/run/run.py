@@ -343,7 +343,9 @@ class Run:
 
     def _recompile_guard(self) -> list[Callback]:
         compiler, stop = self.engine.compiler, self.config.exp_manager.fail_on_recompile
-        return [] if compiler is None else [RecompileGuard(compiler.count, stop=stop)]
+        if compiler is None:
+            return []
+        return [RecompileGuard(compiler, stop=stop, ahead=self.mode.ahead(compiler, self.places.manifest))]
 
     def _samples(self, run: RunFolder) -> list[Callback]:
         if not self.mode.makes_samples:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nxdt_align.batch import Batch
-from nxdt_align.engines.base import Shapes, shapes_of
+from nxdt_align.engines.base import Compiler, Shapes, shapes_of
 from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
 from nxdt_align.neuron.monitor import NeuronMonitor
@@ -25,24 +25,30 @@ graph."""
 
 class RecompileGuard(Callback):
     """Reports compilations after the first two steps of each shape: a graph takes minutes to compile on
-    Trainium, so one per step would stall a run.
+    Trainium, so one per step would stall a run. Where the graphs were compiled ahead, any other, too.
+
+    Must come after the callback of the reference pass, whose graphs are looked at before the first step.
 
     Args:
-        compilations: graphs compiled so far in this process.
         stop: raise UserError at an unexpected compilation instead of warning
             (``exp_manager.fail_on_recompile``).
+        ahead: keys of the graphs that COMPILE=1 listed; None where it was not run.
     """
 
-    def __init__(self, compilations: Callable[[], int], *, stop: bool) -> None:
-        self._compilations = compilations
-        self._stop = stop
+    def __init__(self, compiler: Compiler, *, stop: bool, ahead: Collection[str] | None = None) -> None:
+        self._compiler, self._stop, self._ahead = compiler, stop, ahead
         self._visits: Counter[tuple[str, Shapes]] = Counter()
-        self._before = 0
+        self._before = self._looked_at = 0
+        self._told: set[str] = set()
+        """Keys of graphs that were not compiled ahead, as was said."""
         self.surprises = 0
         """Unexpected compilations so far."""
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_listed("what ran before the first step")
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._before = self._compilations()
+        self._before = self._compiler.count()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -50,7 +56,7 @@ class RecompileGuard(Callback):
         self._check("step", f"step {trainer.global_step}", batch)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._before = self._compilations()
+        self._before = self._compiler.count()
 
     def on_validation_batch_end(
         self,
@@ -67,8 +73,9 @@ class RecompileGuard(Callback):
     def _check(self, kind: str, where: str, batch: Sequence[Batch]) -> None:
         shapes = shapes_of(batch)
         self._visits[kind, shapes] += 1
-        compiled = self._compilations() - self._before
+        compiled = self._compiler.count() - self._before
         if compiled == 0 or self._visits[kind, shapes] <= ALLOWED:
+            self._check_listed(where)
             return
         self.surprises += compiled
         earlier = self._visits[kind, shapes] - 1
@@ -77,6 +84,27 @@ class RecompileGuard(Callback):
             f"{describe(shapes)}. A number that changes from step to step has become a constant of the "
             "graph, e.g. an optimizer setting, or a value that a custom loss reads"
         )
+        self._say(message)
+
+    def _check_listed(self, where: str) -> None:
+        """Of the graphs that are new since the last look."""
+        count = self._compiler.count()
+        if self._ahead is None or count == self._looked_at:
+            return
+        self._looked_at = count
+        graphs = self._compiler.graphs() or {}
+        others = [key for key in graphs if key not in self._ahead and key not in self._told]
+        if not others:
+            return
+        self._told.update(others)
+        names = Counter(graphs[key].name for key in others)
+        self._say(
+            f"{where} needed {len(others)} graph(s) that COMPILE=1 has not compiled ahead "
+            f"({', '.join(f'{count} of {name}' for name, count in names.items())}): a setting differs from "
+            "what it was run with. COMPILE=1 with the same overrides compiles them"
+        )
+
+    def _say(self, message: str) -> None:
         if self._stop:
             raise UserError(f"exp_manager.fail_on_recompile: {message}; False only warns")
         log.warning("%s", message)
