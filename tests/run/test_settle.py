@@ -12,13 +12,14 @@ from training_fixture import Project, write_labelled
 
 from nxdt_align.cli import main
 from nxdt_align.config.check import ConfigError
+from nxdt_align.config.engines import Engine
 from nxdt_align.config.load import load_config, to_yaml
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.models.decoder import Decoder
-from nxdt_align.models.presets import read_config_json
+from nxdt_align.models.presets import LLAMA3_8B, read_config_json
 from nxdt_align.ops.attention import DenseAttention
-from nxdt_align.run.settle import settle
+from nxdt_align.run.settle import settle, settle_sizes
 from nxdt_align.weights.hf_writer import write_hf_folder
 
 PRESETS = ("dpo", "orpo", "kto", "sft")
@@ -196,3 +197,19 @@ def test_a_tokenizer_of_a_larger_vocabulary(given: tuple[str, str], made: Path, 
     )
     with pytest.raises(UserError, match="tokens, but the model's vocab_size is 64"):
         require_ready(settle(config, "native").config, "native", RunEnv(), RunMode())
+
+
+@pytest.mark.parametrize("engine", ["nxd", "native"])
+def test_sizes_of_a_known_model_need_no_download(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the published YAML with two overrides; its own number of layers stays."""
+
+    def refuse(*_: object, **__: object) -> Path:
+        raise UserError("asked the Hub")
+
+    monkeypatch.setattr("nxdt_align.run.settle.fetch_model", refuse)
+    hub = "exp_manager.resume_from_checkpoint=meta-llama/Meta-Llama-3-8B"
+    config = load_config("hf_llama3_8B_DPO_config", ["model.model_config=null", "model.num_layers=3", hub])
+    _, model = settle_sizes(config, engine, device="neuron", reads_data=False)
+    assert model == dataclasses.replace(LLAMA3_8B, num_hidden_layers=3)
+    with pytest.raises(UserError, match="asked the Hub"):
+        settle_sizes(config, engine, device="neuron", reads_data=True)

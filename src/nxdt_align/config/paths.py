@@ -158,7 +158,11 @@ def _model(config: Config) -> Iterator[Fault]:
     if not file.is_file():
         if config.model.model_config is not None:
             received, rule = config.model.model_config, "must be a config.json that exists, or its folder"
-            yield Fault(key, rule, received, is_missing_path=True)
+            advice = (
+                "null takes the start's own sizes, also those of a Hub id, as in model.model_config=null "
+                "exp_manager.resume_from_checkpoint=meta-llama/Meta-Llama-3-8B"
+            )
+            yield Fault(key, rule, received, advice=advice, is_missing_path=True)
         elif file.parent.is_dir():
             advice = "model.model_config can name a config.json elsewhere"
             yield Fault(key, f"is required, since {file} does not exist", advice=advice, is_missing_path=True)

@@ -36,7 +36,7 @@ from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.nxd import NxDParts
 from nxdt_align.run.rows import row_needs, with_possible_layout
-from nxdt_align.run.settle import settle
+from nxdt_align.run.settle import settle_sizes
 from nxdt_align.run.standing import require_lengths, standing_for_data
 from nxdt_align.run.tracing_memory import require_memory
 from nxdt_align.training import optim
@@ -61,19 +61,16 @@ class Traced:
     """Micro-batches and examples of a whole step, in each bucket."""
 
 
-def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
+def trace(config: Config, model: DecoderConfig, rank: int, lengths: Sequence[int] | None) -> Traced:
     """Every graph of the run on ``rank``.
 
     Args:
+        config: settled for ``model``.
         lengths: tokens of a prompt and of its responses, for examples that stand for the data; None for the
             data of the configuration.
 
-    Raises UserError where torch_xla, neuronx-distributed or memory is missing, for a rank that the run does
-    not have, and for what training would refuse.
+    Raises UserError where memory is missing, and for what training would refuse.
     """
-    _require(config, rank, lengths)
-    config = _settled(config)
-    model = assemble.decoder_for_nxd(assemble.model_config(config))
     require_memory(config, model, "nxd")
     config = with_possible_layout(config, model)
     env = RunEnv(rank=rank, world_size=config.world_size, compile_only=True)
@@ -95,10 +92,6 @@ def trace(config: Config, rank: int, lengths: Sequence[int] | None) -> Traced:
     return Traced(list(distinct.values()), tracer.traced, [(len(b), len(e)) for e, b in data])
 
 
-def _settled(config: Config) -> Config:
-    return settle(config, "nxd", device="neuron", weights=False).config
-
-
 def refuse_own_parts(config: Config, *, with_data: bool) -> None:
     """Raise UserError where the graphs depend on a part of the user's own that only training may import."""
     keys = ("model_alignment_strategy.loss", "model.optim.name", *(("data.format",) if with_data else ()))
@@ -109,13 +102,18 @@ def reports(
     config: Config, rank: int, lengths: Sequence[int] | None, device: Device
 ) -> tuple[list[GraphReport], list[StepCost]]:
     """What is in each of ``trace``'s graphs, and what a step in each bucket takes on ``device``, on paper. On
-    engine native: of its compiled parts, as torch.compile traces them."""
+    engine native: of its compiled parts, as torch.compile traces them.
+
+    Raises UserError where torch_xla, neuronx-distributed or memory is missing, for a rank that the run does
+    not have, and for what training would refuse.
+    """
     if config.distributed_strategy.engine == "native":
         _require_rank(config, rank)
         return native_graphs.reports(config, rank, lengths, device)
-    config = _settled(config)
-    found = trace(config, rank, lengths)
-    low = computing.precision(config).compute == torch.bfloat16
+    _require(config, rank, lengths)
+    settled, model = settle_sizes(config, "nxd", device="neuron", reads_data=lengths is None)
+    found = trace(settled.config, assemble.decoder_for_nxd(model), rank, lengths)
+    low = computing.precision(settled.config).compute == torch.bfloat16
     made = {graph.key: report(graph, device, low_precision=low) for graph in found.graphs}
     stages = config.distributed_strategy.pipeline_model_parallel_size
     return list(made.values()), _steps_on_paper(found, made, stages)

@@ -22,7 +22,7 @@ from nxdt_align.engines.native.model import check_parallel
 from nxdt_align.errors import UserError
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.decoder import CausalModel
-from nxdt_align.models.presets import DecoderConfig
+from nxdt_align.models.presets import DecoderConfig, ModelShape
 from nxdt_align.ops.attention import Attention, DenseAttention
 from nxdt_align.planning.aten_report import report, step_on_paper
 from nxdt_align.planning.devices import Device
@@ -33,16 +33,17 @@ from nxdt_align.planning.workload import workload
 from nxdt_align.run import assemble, computing
 from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.rows import row_needs, with_possible_layout
-from nxdt_align.run.settle import settle
+from nxdt_align.run.settle import settle_sizes
 from nxdt_align.run.standing import require_lengths, standing_for_data
 from nxdt_align.run.tracing_memory import require_memory
 
 STEP, REFERENCE = "training step", "log-probabilities without gradients"
 
 
-def settled(config: Config) -> Config:
-    """As on a NeuronCore of trn2 or trn3, the one device of engine native that compiles for Trainium. Raises
-    ConfigError for what training there would refuse, though it may be right for the device of ``config``."""
+def settled(config: Config, lengths: Sequence[int] | None) -> tuple[Config, ModelShape]:
+    """The run and its model as on a NeuronCore of trn2 or trn3, the one device of engine native that compiles
+    for Trainium. Raises ConfigError for what training there would refuse, though it may be right for the
+    device of ``config``."""
     strategy = replace(config.distributed_strategy, engine="native")
     config = replace(
         config, distributed_strategy=strategy, trainer=replace(config.trainer, accelerator="neuron")
@@ -50,7 +51,8 @@ def settled(config: Config) -> Config:
     faults = [fault for fault in find_faults(config, engine="native") if not fault.is_missing_path]
     if faults:
         raise ConfigError(faults, config.source)
-    return settle(config, "native", device="neuron", weights=False).config
+    found, model = settle_sizes(config, "native", device="neuron", reads_data=lengths is None)
+    return found.config, model
 
 
 def reports(
@@ -62,10 +64,9 @@ def reports(
 
     Raises UserError for what training would refuse, and where memory is missing.
     """
-    config = settled(config)
+    config, model = settled(config, lengths)
     if lengths is not None:
         require_lengths(config, lengths)
-    model = assemble.model_config(config)
     require_own_decoder(model)
     assert isinstance(model, DecoderConfig)
     config = with_possible_layout(config, model)

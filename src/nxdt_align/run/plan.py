@@ -9,19 +9,18 @@ from nxdt_align.batch import Topology
 from nxdt_align.config.custom import IMPORTS_HERE, parts_not_imported, refuse_own_parts
 from nxdt_align.config.engines import Engine
 from nxdt_align.config.schema import Config
-from nxdt_align.config.start import hub_model
 from nxdt_align.data.layouts import LayoutChoice
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.steps import Split, StepDataset
 from nxdt_align.losses.objective import GlobalMeanObjective
-from nxdt_align.models.presets import KNOWN_MODELS, ModelShape
+from nxdt_align.models.presets import ModelShape
 from nxdt_align.planning.device_memory import memory_report
 from nxdt_align.planning.host_memory import host_memory
 from nxdt_align.planning.rows import row_reports
 from nxdt_align.planning.workload import device_kind
 from nxdt_align.run import assemble, computing
 from nxdt_align.run.rows import row_needs, with_possible_layout
-from nxdt_align.run.settle import settle
+from nxdt_align.run.settle import settle_sizes
 from nxdt_align.run.standing import require_lengths, standing_for_data
 
 
@@ -43,13 +42,13 @@ def plan_report(
     nothing. Raises UserError for a custom data format that must not be imported, and for data, tokenizer,
     buckets or a custom loss that training would refuse.
     """
-    known = _known_shape(config) if lengths is not None else None
-    settled = settle(config, engine, device=device_kind(config), weights=False, shape=known)
+    reads_data = lengths is None
+    settled, model = settle_sizes(config, engine, device=device_kind(config), reads_data=reads_data)
     config = settled.config
     closed = {} if import_own_parts else {part.key: part for part in parts_not_imported(config)}
-    if closed and lengths is None:
+    if closed and reads_data:
         refuse_own_parts(config, ("data.format",))
-    ranks, model = config.data_parallel_size, known or assemble.model_config(config)
+    ranks = config.data_parallel_size
     if engine == "nxd":
         model = assemble.decoder_for_nxd(model)
     config = with_possible_layout(config, model)
@@ -79,14 +78,6 @@ def plan_report(
     return "\n".join(
         [*settled.notes, *chosen, *data_of, f"data-parallel ranks: {ranks}", memory, *host, *notes]
     )
-
-
-def _known_shape(config: Config) -> ModelShape | None:
-    """Of a model of the Hub, if the families list its sizes."""
-    start = config.exp_manager.resume_from_checkpoint
-    model = None if start is None or config.model.model_config is not None else hub_model(start)
-    shape = None if model is None else KNOWN_MODELS.get(model.name)
-    return None if shape is None else assemble.overridden(config, shape)
 
 
 def _splits(

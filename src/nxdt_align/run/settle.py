@@ -18,7 +18,7 @@ from nxdt_align.config.rules import lookup
 from nxdt_align.config.schema import Config, PrecisionType
 from nxdt_align.config.start import HubModel, hub_model
 from nxdt_align.errors import UserError
-from nxdt_align.models.presets import ModelShape
+from nxdt_align.models.presets import KNOWN_MODELS, ModelShape
 from nxdt_align.run import assemble
 from nxdt_align.run.hub import fetch_model
 from nxdt_align.run.locate import with_located_start
@@ -67,6 +67,27 @@ def settle(
         dataclasses.replace(chosen, auto=chosen.auto & {PACKING}),
         (f"chosen for {kind} and this model: {', '.join(values)}",),
     )
+
+
+def settle_sizes(
+    config: Config, engine: Engine, *, device: str, reads_data: bool
+) -> tuple[Settled, ModelShape]:
+    """``settle`` for what needs the model's sizes and no weights, and the model.
+
+    Of a model of the Hub whose sizes are known nothing is fetched, unless data are read: they want its
+    tokenizer.
+    """
+    known = None if reads_data else _known_shape(config)
+    settled = settle(config, engine, device=device, weights=False, shape=known)
+    return settled, known or assemble.model_config(settled.config)
+
+
+def _known_shape(config: Config) -> ModelShape | None:
+    """Of a model of the Hub, if the families list its sizes."""
+    start = config.exp_manager.resume_from_checkpoint
+    model = None if start is None or config.model.model_config is not None else hub_model(start)
+    shape = None if model is None else KNOWN_MODELS.get(model.name)
+    return None if shape is None else assemble.overridden(config, shape)
 
 
 def _with_start(config: Config, engine: Engine, weights: bool) -> Config:
