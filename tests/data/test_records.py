@@ -448,3 +448,26 @@ def test_tools_go_with_chat_messages(tmp_path: Path, caplog: pytest.LogCaptureFi
     for bad, told in kinds:
         with pytest.raises(DataError, match=rf"wrong type: 1[^§]*{told}"):
             read_rows(tmp_path, chat_row("a", "b", tools=bad))
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "kind", "words"),
+    [
+        (
+            "input_output",
+            {"instruction": "i", "input": "j", "output": "o"},
+            "prompt",
+            "set --format alpaca to join them",
+        ),
+        ("prompt", {"prompt": 3}, "prompt", "no usable record; check --format"),
+        (None, {"a": 1}, "prompt", "or name the format in --format."),
+    ],
+)
+def test_a_verb_with_an_option_names_the_option(
+    tmp_path: Path, format: str | None, row: dict[str, Any], kind: Kind, words: str
+) -> None:
+    """And no key of a YAML, which it does not have."""
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as error:
+        load_records([Source(str(tmp_path / "data.jsonl"))], kind, format=format, format_key="--format")
+    assert words in str(error.value) and "data." not in str(error.value).replace("data.jsonl", "")

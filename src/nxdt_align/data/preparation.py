@@ -30,7 +30,7 @@ import numpy as np
 from nxdt_align.data.formats import Format, Kind, named_format
 from nxdt_align.data.joined_parts import joined
 from nxdt_align.data.open_files import make_room, require_room
-from nxdt_align.data.reading import NONE_USABLE_ADVICE, Reader, ReadPart, checked_columns, conclude
+from nxdt_align.data.reading import Reader, ReadPart, checked_columns, conclude, none_usable_advice
 from nxdt_align.data.records import BadRecords, DataError
 from nxdt_align.data.source_identity import Stamp
 from nxdt_align.data.source_index import BESIDE, VERSION, Renewal, beside, read_index, write_index
@@ -342,7 +342,7 @@ def require_usable(path: str, parts: Sequence[Part], report: BadRecords) -> None
     if not any(part.records for part in parts):
         part = ReadPart([], Counter(), sum(p.rows for p in parts), sum(p.left_out for p in parts))
         conclude(path, part, 0, "its format leaves out records like these")
-        raise DataError(f"{report.summary()}\n{NONE_USABLE_ADVICE}")
+        raise DataError(f"{report.summary()}\n{none_usable_advice()}")
     raise DataError(
         f"{report.summary()}\nno record of {path} can be used with this tokenizer and its chat template; use "
         "those of another model, or give prompt and responses as text"

@@ -54,7 +54,6 @@ PARTS_OF_A_PROMPT = frozenset(
     )
 )
 """Columns that probably belong to the prompt: not reading one of them is worth a warning."""
-NONE_USABLE_ADVICE = "a source has no usable record; check data.format and data.columns"
 ROWS_TO_DETECT = 100
 """Number of rows to search for the first that fits a format."""
 
@@ -140,14 +139,15 @@ def load_records(
     some_are_good = all(parts)
     if reader.report.total and (on_bad_record != "drop" or not some_are_good):
         advice = BAD_RECORDS_ADVICE if on_bad_record else "fix them, or leave them out"
-        raise DataError(f"{reader.report.summary()}\n{advice if some_are_good else NONE_USABLE_ADVICE}")
+        advice = advice if some_are_good else none_usable_advice(format_key)
+        raise DataError(f"{reader.report.summary()}\n{advice}")
     mixed = chain.from_iterable(
         _weighted(part, source, [seed, i])
         for i, (part, source) in enumerate(zip(parts, sources, strict=True))
     )
     unread = {path: counts for path, counts in reader.unread.items() if counts}
     for path, counts in unread.items():
-        tell_unread(path, counts)
+        tell_unread(path, counts, format_key)
     return RecordSet(list(mixed), reader.report, ", ".join(reader.formats), unread)
 
 
@@ -203,7 +203,7 @@ class Reader:
         """The good records of a source, at most ``limit``. Raises DataError if its format is unknown."""
         rows, format = self.open(path)
         part = self.convert(rows, format, limit)
-        conclude(path, part, len(part.records), format.leaves_out)
+        conclude(path, part, len(part.records), format.leaves_out, self._format_key)
         # A mixture may name a file twice.
         self.unread[path] = part.unread
         return part.records
@@ -283,7 +283,7 @@ class Reader:
             format, missing = nearest
             hint = f"; nearest is {format.name}, which needs {', '.join(missing)} too"
         if all(isinstance(row.get(key), str) for key in ("chosen", "rejected")):
-            named = f"{self._format_key}{'=' if self._format_key == FORMAT_KEY else ' '}common_beginning"
+            named = _set_to(self._format_key, "common_beginning")
             hint += f". Where both texts begin with the prompt, set {named}"
         rename = "with data.columns" if self._format_key == FORMAT_KEY else "in the file"
         return (
@@ -333,7 +333,8 @@ class Reader:
             raise BadRecord(
                 "instruction beside input",
                 f"`{lost[0]}` is {excerpt(row[lost[0]])} beside `{read}` and would not be read; set "
-                "data.format=alpaca to join them, and leave both out of data.columns",
+                f"{_set_to(self._format_key, 'alpaca')} to join them"
+                + (", and leave both out of data.columns" if self._columns else ""),
             )
 
     def _is_read(self, column: str, known: frozenset[str]) -> bool:
@@ -381,7 +382,17 @@ def _fault_of_keys(row: Row) -> BadRecord | None:
     return None
 
 
-def tell_unread(path: str, counts: Mapping[str, int]) -> None:
+def _set_to(key: str, value: str) -> str:
+    """As the user writes it: a setting of the YAML, or an option."""
+    return f"{key}{'=' if key == FORMAT_KEY else ' '}{value}"
+
+
+def none_usable_advice(format_key: str = FORMAT_KEY) -> str:
+    where = "data.format and data.columns" if format_key == FORMAT_KEY else format_key
+    return f"a source has no usable record; check {where}"
+
+
+def tell_unread(path: str, counts: Mapping[str, int], format_key: str = FORMAT_KEY) -> None:
     listed = _listed([f"{column} ({rows})" for column, rows in counts.items()])
     said = "%s: columns that are not read, with the number of records that have them: %s"
     log.log(NOTICE, said, path, listed)
@@ -389,18 +400,18 @@ def tell_unread(path: str, counts: Mapping[str, int]) -> None:
         if column.lower() in PARTS_OF_A_PROMPT:
             log.warning(
                 "%s: `%s`, which %d records have, is not read, though it is probably a part of the prompt: "
-                "join it with the prompt in the file, or in a function named by data.format",
-                *(path, column, counts[column]),
+                "join it with the prompt in the file, or in a function named by %s",
+                *(path, column, counts[column], format_key),
             )
 
 
-def conclude(path: str, part: ReadPart, good: int, leaves_out: str) -> None:
+def conclude(path: str, part: ReadPart, good: int, leaves_out: str, format_key: str = FORMAT_KEY) -> None:
     """Say what a whole source with ``good`` records was like. Raises DataError where its format leaves out
     all of it."""
     if part.left_out:
         told = f"{path}: {part.left_out} of {part.rows} records are left out: {leaves_out}"
         if part.left_out == part.rows:
-            raise DataError(f"{told}; name a function in data.format to take them otherwise")
+            raise DataError(f"{told}; name a function in {format_key} to take them otherwise")
         log.log(NOTICE, "%s", told)
     if 0 < part.texts < good:
         log.warning(
