@@ -13,6 +13,7 @@ from nxdt_align.data.packing import Bucket, Layout
 from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
 from nxdt_align.planning import workload as planned
+from nxdt_align.planning.changes import _PIPELINE, _pipeline
 from nxdt_align.planning.device_memory import GIB, USABLE, estimate, memory_report
 from nxdt_align.planning.workload import Formats, Workload, workload
 from nxdt_align.run.assemble import loss
@@ -283,3 +284,20 @@ def test_norms_biases_and_caps_of_other_families_are_counted() -> None:
     needs = needs_reference(capped)
     work = workload(capped, replace(base, attention_softcap=50.0), "none", 2, BUCKET, needs_reference=needs)
     assert work.attention == "scores"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages", "cores", "nodes"),
+    [
+        ((), 2, 32, 2),
+        (("trainer.lnc=1",), 4, 128, 1),
+        (("distributed_strategy.engine=native", "trainer.accelerator=neuron"), 2, 64, 1),
+    ],
+)
+def test_advice_fills_the_machines_nodes(
+    overrides: tuple[str, ...], stages: int, cores: int, nodes: int
+) -> None:
+    """Stages of 32 ranks. A trn1.32xlarge has 32 cores, a trn2.48xlarge 128, by default in pairs."""
+    options = _pipeline(load_config(DPO, overrides), LLAMA3_8B)
+    (values,) = (each.values for each in options if each.values[_PIPELINE] == stages)
+    assert (values["trainer.devices"], values.get("trainer.num_nodes", 1)) == (cores, nodes)

@@ -9,11 +9,11 @@ from typing import Any
 
 from nxdt_align.config.schema import Config
 from nxdt_align.models.presets import DecoderConfig
-from nxdt_align.planning.workload import is_for_nxd
+from nxdt_align.planning.devices import device_of
+from nxdt_align.planning.workload import is_for_nxd, is_for_trn1
 
 ROUNDING = 64
 """Row lengths are multiples of this."""
-CORES_OF_A_NODE = 32
 _STRATEGY = "distributed_strategy"
 _TENSOR, _PIPELINE = f"{_STRATEGY}.tensor_model_parallel_size", f"{_STRATEGY}.pipeline_model_parallel_size"
 
@@ -150,8 +150,9 @@ def _cores(config: Config, cores: int) -> dict[str, Any]:
     """Cores for whole copies of the model; nothing if the present ones already divide evenly."""
     if config.world_size % cores == 0:
         return {}
-    nodes = -(-cores // CORES_OF_A_NODE)
-    values = {"trainer.devices": min(cores, CORES_OF_A_NODE)}
+    device = device_of("trn1" if is_for_trn1(config) else "trn2", config.trainer.lnc)
+    nodes = -(-cores // device.cores_per_node)
+    values = {"trainer.devices": min(cores, device.cores_per_node)}
     return values if nodes == config.trainer.num_nodes else values | {"trainer.num_nodes": nodes}
 
 

@@ -17,7 +17,7 @@ from nxdt_align.planning.adapters import factor_count, saved_by_quantizing
 from nxdt_align.planning.changes import Change, changed, fitting_changes
 from nxdt_align.planning.devices import DEFAULT_LNC
 from nxdt_align.planning.model_states import states_report
-from nxdt_align.planning.workload import Workload, device_kind, workload
+from nxdt_align.planning.workload import Workload, device_kind, is_for_trn1, workload
 
 GIB = 2**30
 NEURON_CORE_BYTES = 16 * GIB
@@ -105,12 +105,10 @@ def memory_fault(
 
 
 def core_memory(config: Config) -> dict[str, int]:
-    """Which NeuronCore -> its bytes: of trn2 and trn3 where ``trainer.lnc`` says how many are one device, and
-    for engine native, which does not run on trn1."""
-    cores = config.trainer.lnc
-    if cores is None and config.distributed_strategy.engine != "native":
+    """Which NeuronCore -> its bytes."""
+    if is_for_trn1(config):
         return {"trn1": NEURON_CORE_BYTES}
-    cores = cores or DEFAULT_LNC
+    cores = config.trainer.lnc or DEFAULT_LNC
     return {f"{chip}, lnc {cores}": cores * size for chip, size in CORE_BYTES.items()}
 
 

@@ -156,6 +156,12 @@ def is_for_nxd(config: Config) -> bool:
     return resolve_engine(config, neuron_available=True) == "nxd"
 
 
+def is_for_trn1(config: Config) -> bool:
+    """Whether its NeuronCores are trn1's. Where ``trainer.lnc`` says how many are one device they are trn2's
+    or trn3's, and for engine native, which does not run on trn1."""
+    return config.trainer.lnc is None and config.distributed_strategy.engine != "native"
+
+
 def workload(
     config: Config,
     model: DecoderConfig,
