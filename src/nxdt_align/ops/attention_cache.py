@@ -27,7 +27,7 @@ class CachedAttention:
     """The first pass is over texts from their first token on, each later one over one more token per row.
 
     In a later pass the bounds of ``prepare`` count from the row's token: what came before it is negative, so
-    that a token with p tokens before it sees [-p, 1). That is what a sliding window's bounds are made of, too.
+    that a token with p tokens before it sees [-p, 1). A sliding window's bounds are made of that, too.
     The layers of a model are told apart by the order of their calls, which is the same in each pass. Without
     gradients: what is kept is overwritten.
 
@@ -71,8 +71,8 @@ class CachedAttention:
         mask, places = context
         rows = torch.arange(len(places), device=places.device)
         keys[rows, :, places], values[rows, :, places] = k[:, 0], v[:, 0]
-        seen = (kept[:, :, : mask.shape[-1]].transpose(1, 2) for kept in (keys, values))
-        return masked_attention(q, *seen, mask, softcap)
+        k, v = (kept[:, :, : mask.shape[-1]].transpose(1, 2) for kept in (keys, values))
+        return masked_attention(q, k, v, mask, softcap)
 
     def _with_room(self, x: Tensor) -> Tensor:
         """(B, S, K, H) -> (B, K, L, H). Zeros, as what no token sees is a factor of weights that are 0."""

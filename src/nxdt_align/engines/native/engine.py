@@ -186,7 +186,7 @@ class NativeEngine(SpreadEngine):
         return super().evaluate(micro_batches, self._compiled(objective))
 
     def _rows_of_texts(self, length: int) -> AbstractContextManager[RowsOf]:
-        """With a key-value cache, whose shapes grow, where one process computes op by op; else as elsewhere."""
+        """With a key-value cache, whose shapes grow, where one process computes op by op."""
         is_alone = self.topology.world_size == 1 and self.device.type in FUSED_DEVICES
         if is_alone and self._compiling is None and self._policy.whole.decoder.takes_cache:
             return cached_rows(self._policy.whole, length)

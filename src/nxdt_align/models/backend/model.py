@@ -177,8 +177,8 @@ class TransformersModel(CausalModel):
 
     @property
     def takes_cache(self) -> bool:
-        """The check at the start has seen that rows of several texts give each text's own results: tokens meet
-        in our attention alone."""
+        """With our attention: the check at the start has seen that rows of several texts give each text's own
+        results, so tokens meet there alone."""
         return not self.is_stock
 
     def set_attention(self, attend: Attend) -> None:
