@@ -1,22 +1,33 @@
 """Tokens from a live policy are those of transformers' greedy search on the same weights, for every family
-and layout of ranks; a prompt's completion depends on nothing else in the batch; no random number is drawn."""
+and layout of ranks; a prompt's completion depends on nothing else in the batch; no random number is drawn.
+One process keeps keys and values, and what it computes is what whole passes compute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from adapter_fixture import AdapterCase, lora
 from backend_fixture import ALONE, StateDict, config_of, drawn
 from backend_fixture import VALUES as THEIRS
 from families_fixture import CONFIGS, build, theirs, window
 from oracle import ModuleWeights
-from parallel_fixture import Case, run_parallel
+from parallel_fixture import LOSSES, Case, adamw, run_parallel
+from torch import Tensor
 
+from nxdt_align.batch import Topology
 from nxdt_align.engines.base import EngineError
 from nxdt_align.engines.native.engine import NativeEngine
+from nxdt_align.engines.native.mesh import Groups
+from nxdt_align.engines.native.settings import Precision
+from nxdt_align.engines.spread import SpreadEngine
+from nxdt_align.losses.objective import GlobalMeanObjective
 from nxdt_align.models.backend.model import StockAttention
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.ops.attention import CausalAttention, DenseAttention
@@ -108,6 +119,139 @@ def test_draws_from_the_logits() -> None:
         wanted = model(torch.tensor([prompt])).logits[0, -1]
         torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-5)
         assert found[PROMPTS.index(prompt)][0] == int(wanted.topk(2).indices[1])
+
+
+# One process with a cache, against whole passes
+
+
+@contextmanager
+def tokens_of_passes(engine: NativeEngine) -> Iterator[list[int]]:
+    """How many go through the first layer in each forward pass meanwhile."""
+    passes: list[int] = []
+    layer = engine._policy.whole.decoder.layers()[0]
+    hook = layer.register_forward_pre_hook(lambda _, inputs: passes.append(inputs[0].shape[:-1].numel()))
+    try:
+        yield passes
+    finally:
+        hook.remove()
+
+
+def whole_passes() -> Any:
+    return mock.patch.object(NativeEngine, "_rows_of_texts", SpreadEngine._rows_of_texts)
+
+
+def told(engine: NativeEngine, *, forced: bool = False) -> tuple[list[list[int]], Tensor]:
+    """Tokens, and the logits of every pass, (passes, prompts, V). ``forced``: the tokens are given, so that
+    logits which are rounded otherwise are still of the same texts."""
+    logits: list[Tensor] = []
+
+    def note(found: Tensor) -> Tensor:
+        logits.append(found)
+        return torch.arange(len(found)) + 5 * len(logits) if forced else found.argmax(-1)
+
+    return of_policy(engine, ends=(), draw=note), torch.stack(logits)
+
+
+def compare(engine: NativeEngine, *, first: int, tolerance: float = 1e-5) -> Tensor:
+    """With the cache, in passes of ``first`` tokens and then one per prompt, as by whole passes; logits."""
+    forced = tolerance > 1e-5
+    state = torch.random.get_rng_state()
+    with tokens_of_passes(engine) as passes:
+        tokens, logits = told(engine, forced=forced)
+        assert passes == [first] + [len(PROMPTS)] * (TOKENS - 1)
+        passes.clear()
+        with whole_passes():
+            wanted, wanted_logits = told(engine, forced=forced)
+        assert len(passes) == TOKENS and min(passes) > len(PROMPTS)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert tokens == wanted
+    torch.testing.assert_close(logits, wanted_logits, rtol=0, atol=tolerance)
+    return logits
+
+
+LONGEST, STATIC = len(PROMPTS) * max(map(len, PROMPTS)), len(PROMPTS) * LENGTH
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in USUAL else pytest.mark.full) for n in CONFIGS]
+)
+def test_a_cache_is_whole_passes(name: str) -> None:
+    compare(engine_of(window(CONFIGS[name], 9)), first=LONGEST)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "gemma2" else pytest.mark.full) for n in THEIRS]
+)
+def test_a_cache_of_transformers_models(name: str) -> None:
+    config = config_of(name, **({"sliding_window": 9} if "sliding_window" in THEIRS[name] else {}))
+    engine = NativeEngine(config, BlockAttention())
+    engine.load_weights(StateDict(config, drawn(config).eval()))
+    compare(engine, first=LONGEST)
+
+
+POLICIES: dict[str, Case] = {
+    "lora with dropout": AdapterCase(std=0.15, spec=lora(dropout=0.5)),
+    "bf16 with masters": Case(std=0.15, attention="blocks", precision=Precision(compute=torch.bfloat16)),
+    "autocast": Case(std=0.15, attention="blocks", precision=Precision(autocast=True)),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_cache_follows_the_policy(name: str) -> None:
+    """Right behind an optimizer step, which the masters and the adapters have and the cache must see."""
+    case = POLICIES[name]
+    engine = case.engine(0)
+    first = STATIC if case.attention == "dense" else LONGEST
+    tolerance = 1e-5 if case.precision == Precision() else 0.1
+    before = compare(engine, first=first, tolerance=tolerance)
+    optimizer = adamw([parameter for _, parameter in engine.named_parameters()])
+    optimizer.param_groups[0]["lr"] = 0.05
+    for _ in range(2):  # the first moves an adapter's second factor alone, from 0
+        engine.step(case.micro_batches(0, case.examples()), GlobalMeanObjective(LOSSES[case.loss]))
+        optimizer.step()
+    after = compare(engine, first=first, tolerance=tolerance)
+    assert float((after[0] - before[0]).abs().max()) > 0.5
+
+
+def test_a_cache_ends_with_its_passes() -> None:
+    """Also where something raises: the model attends as before, and nothing that was kept is left."""
+    engine = engine_of(CONFIGS["llama"])
+    scorer = engine._policy.whole
+    layers: Any = scorer.decoder.layers()
+    own, kept = scorer.attention, []
+
+    def stop(logits: Tensor) -> Tensor:
+        assert layers[1].self_attn.core_attn.attend is scorer.attention is not own
+        kept.append(weakref.ref(scorer.attention))
+        if len(kept) > 1:
+            raise KeyError("the user's own")
+        return logits.argmax(-1)
+
+    with pytest.raises(KeyError) as caught:
+        of_policy(engine, draw=stop)
+    assert scorer.attention is own and all(layer.self_attn.core_attn.attend is own for layer in layers)
+    del caught
+    assert kept[0]() is None
+
+
+def alone_with(**settings: Any) -> NativeEngine:
+    return NativeEngine(CONFIGS["llama"], DenseAttention(), groups=Groups(), **settings)
+
+
+WHOLE: dict[str, Callable[[], NativeEngine]] = {
+    "compiled": lambda: Case(compiled="eager").engine(0),
+    "several processes": lambda: alone_with(topology=Topology(world_size=2, data_parallel_size=2)),
+    "another device": lambda: alone_with(device="meta"),
+    "the model's own attention": lambda: NativeEngine(config_of("stablelm"), StockAttention()),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_passes_elsewhere(name: str) -> None:
+    """Each of one shape."""
+    with WHOLE[name]()._rows_of_texts(LENGTH) as rows:
+        sizes = [rows([[*prompt, *range(more)] for prompt in PROMPTS]).input_ids.shape for more in range(3)]
+    assert sizes == [(len(PROMPTS), LENGTH)] * 3
 
 
 SPREADS = {

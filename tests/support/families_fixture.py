@@ -115,6 +115,6 @@ def inputs(config: DecoderConfig, start: int = 0) -> tuple[Tensor, Tensor, Tenso
 
 def ours(model: Decoder, start: int = 0) -> Tensor:
     ids, positions, *bounds = inputs(model.config, start)
-    attention: Any = model.model.layers[0].self_attn.core_attn._attend  # type: ignore[union-attr]
+    attention: Any = model.model.layers[0].self_attn.core_attn.attend  # type: ignore[union-attr]
     context = model.model.prepare(*bounds, attention.prepare)
     return model.logits(model(ids, positions, context))

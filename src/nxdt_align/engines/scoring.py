@@ -6,7 +6,8 @@ Legend: ``B`` rows, ``S`` tokens, ``D`` hidden, ``T`` response positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,19 @@ class Scorer(nn.Module):
         balance = self.decoder.router_loss(rows.at_tokens(batch.responses_of_tokens()))
         value = balance * batch.share_of_examples()
         return result._replace(router=RouterLoss(value * weight, value.detach()))
+
+    @contextmanager
+    def attending(self, attention: Attention) -> Iterator[None]:
+        """Meanwhile the rows are attended over by ``attention``, in a decoder that this one built with its
+        own."""
+        own = self.attention
+        try:
+            self.attention = attention
+            self.decoder.set_attention(attention)
+            yield
+        finally:
+            self.attention = own
+            self.decoder.set_attention(own)
 
     def rows(self, inputs: ModelInputs) -> Rows:
         """The tokens that the layers run over: without padding where shapes may follow the data."""

@@ -4,6 +4,8 @@ its master weights."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from nxdt_align.batch import Batch
 from nxdt_align.engines import steps, xla
 from nxdt_align.engines.base import Engine, Objective, StepOutput
-from nxdt_align.engines.greedy import continue_prompts
+from nxdt_align.engines.greedy import RowsOf, Texts, continue_prompts, rows_to_continue
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.ranks import Group, Ranks
 
@@ -61,10 +63,11 @@ class SpreadEngine(Engine):
         ends: Collection[int],
         draw: Callable[[Tensor], Tensor] | None = None,
     ) -> list[list[int]]:
+        assert max(map(len, prompts)) + max_tokens <= length
         self._sync_from_masters()
 
-        def next_tokens(rows: Batch) -> list[int]:
-            batch = rows.to(self.device)
+        def next_tokens(texts: Texts) -> list[int]:
+            batch = rows(texts).to(self.device)
             self._computes("tokens of completions", [batch])
             (found,) = self._runner.forward([batch], wanted=("top1",) if draw is None else ("logits",))
             if draw is None:
@@ -76,9 +79,13 @@ class SpreadEngine(Engine):
             tokens: list[int] = self._ranks.broadcast(chosen.tolist())
             return tokens
 
-        return continue_prompts(
-            prompts, length=length, max_tokens=max_tokens, ends=ends, next_tokens=next_tokens
-        )
+        with self._rows_of_texts(length) as rows:
+            return continue_prompts(prompts, max_tokens=max_tokens, ends=ends, next_tokens=next_tokens)
+
+    def _rows_of_texts(self, length: int) -> AbstractContextManager[RowsOf]:
+        """Around the forward passes of ``greedy``: what gives the rows of each. Here whole texts, all in one
+        shape; an engine may have the policy keep what it has computed of them."""
+        return nullcontext(partial(rows_to_continue, length=length))
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:
         """On a lazy device without a graph of its own, where ``mark_step`` came before."""

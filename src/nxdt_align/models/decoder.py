@@ -130,12 +130,12 @@ class CoreAttention(Recomputable):
 
     def __init__(self, attend: Attend, softcap: float | None) -> None:
         super().__init__()
-        self._attend = attend
+        self.attend = attend
         # Not passed where there is none: an attention that knows no cap must not ignore one.
         self._softcap = {} if softcap is None else {"softcap": softcap}
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor, context: Any) -> Tensor:
-        return self._attend(q, k, v, context, **self._softcap)
+        return self.attend(q, k, v, context, **self._softcap)
 
 
 class Attention(nn.Module):
@@ -351,6 +351,16 @@ class CausalModel(nn.Module):
     def fill_buffers(self) -> None:
         """Give what is computed from the configuration its values, after ``to_empty``."""
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether earlier tokens count for a token through its attention's keys and values alone, which may
+        then be kept by another attention: ``set_attention``."""
+        raise NotImplementedError
+
+    def set_attention(self, attend: Attend) -> None:
+        """Have the layers attend by ``attend`` from now on. For models that ``takes_cache``."""
+        raise NotImplementedError
+
     def layers(self) -> list[nn.Module]:
         """Those that are here, in order."""
         raise NotImplementedError
@@ -425,6 +435,15 @@ class Decoder(CausalModel):
 
     def prepare(self, key_start: Tensor, key_stop: Tensor, prepare: Prepare) -> Any:
         return self.model.prepare(key_start, key_stop, prepare)
+
+    @property
+    def takes_cache(self) -> bool:
+        return True
+
+    def set_attention(self, attend: Attend) -> None:
+        for module in self.modules():
+            if isinstance(module, CoreAttention):
+                module.attend = attend
 
     def layers(self) -> list[nn.Module]:
         return list(self.model.layers.children())

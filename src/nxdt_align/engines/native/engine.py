@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +17,10 @@ from nxdt_align.engines import steps
 from nxdt_align.engines.adapters import DROPOUT, AdapterRunner, Dropout
 from nxdt_align.engines.base import EngineError, Objective, StepOutput, WeightSource
 from nxdt_align.engines.checkpoint_folder import CheckpointError
+from nxdt_align.engines.greedy import RowsOf
 from nxdt_align.engines.masters import MasterWeights
 from nxdt_align.engines.native import checkpoint
+from nxdt_align.engines.native.cached import cached_rows
 from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.mesh import Groups
@@ -32,7 +34,7 @@ from nxdt_align.engines.spread import SpreadEngine
 from nxdt_align.models.adapters import AdapterSpec
 from nxdt_align.models.decoder import CausalModel
 from nxdt_align.models.presets import DecoderConfig, ModelShape
-from nxdt_align.ops.attention import Attention
+from nxdt_align.ops.attention import FUSED_DEVICES, Attention
 
 LOSS_SCALE = "loss_scale"
 """Key of a checkpoint's values."""
@@ -182,6 +184,13 @@ class NativeEngine(SpreadEngine):
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         return super().evaluate(micro_batches, self._compiled(objective))
+
+    def _rows_of_texts(self, length: int) -> AbstractContextManager[RowsOf]:
+        """With a key-value cache, whose shapes grow, where one process computes op by op."""
+        is_alone = self.topology.world_size == 1 and self.device.type in FUSED_DEVICES
+        if is_alone and self._compiling is None and self._policy.whole.decoder.takes_cache:
+            return cached_rows(self._policy.whole, length)
+        return super()._rows_of_texts(length)
 
     def _compiled(self, objective: Objective) -> Objective:
         return objective if self._compiling is None else self._compiling.objective(objective)

@@ -53,6 +53,13 @@ class RankModel:
         # Not the modules' own list: while FSDP has weights gathered, that holds them, not the shards.
         self._parameters = [pair for scorer in scorers for pair in scorer.decoder.named_parameters()]
 
+    @property
+    def whole(self) -> Scorer:
+        """The one with all layers."""
+        (scorer,) = self._scorers
+        assert isinstance(scorer, Scorer), "a pipeline's ranks have a part each"
+        return scorer
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Under the plain model's names."""
         return iter(self._parameters)

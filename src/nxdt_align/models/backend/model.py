@@ -175,6 +175,16 @@ class TransformersModel(CausalModel):
             return None
         return Intervals(self._attend, prepare, key_start, key_stop, self._recompute_attention)
 
+    @property
+    def takes_cache(self) -> bool:
+        """With our attention: the check at the start has seen that rows of several texts give each text's own
+        results, so tokens meet there alone."""
+        return not self.is_stock
+
+    def set_attention(self, attend: Attend) -> None:
+        assert not self.is_stock, "the model has its own attention"
+        self._attend = attend
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, context: Any) -> Tensor:
         """(B, S), (B, S) integers -> the hidden states that the head takes, (B, S, D)."""
         own: dict[str, Any] = {}
