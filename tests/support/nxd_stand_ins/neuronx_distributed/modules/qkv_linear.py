@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel_layers.comm import all_reduce
-from ..parallel_layers.layers import divided, flat
-from ..parallel_layers.mappings import gathered, scattered_sum, summed
+from ..parallel_layers.layers import divided, flat, reduced
+from ..parallel_layers.mappings import gathered
 from ..parallel_layers.parallel_state import (
     get_kv_shared_group,
     get_tensor_model_parallel_group,
@@ -31,7 +31,7 @@ class _QKV(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        sizes: tuple[int, int, int],
+        sizes: list[int],
         copies: int,
         scattered: bool,
         reduce_dtype: torch.dtype,
@@ -41,7 +41,7 @@ class _QKV(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         whole = _whole(x, scattered)
         products = [whole.matmul(weight.t()) for weight in weights]
-        q, k, v = products[0].split(sizes, dim=-1) if len(weights) == 1 else products
+        q, k, v = torch.split(products[0], sizes, dim=-1) if len(weights) == 1 else products
         return q, k, v
 
     @staticmethod
@@ -49,7 +49,7 @@ class _QKV(torch.autograd.Function):
         x, *weights = ctx.saved_tensors
         copies, scattered, reduce_dtype = ctx.settings
         q, k, v = grads
-        whole = _whole(x, scattered)
+        whole = flat(_whole(x, scattered))
         if copies > 1:
             copied = [grad.to(reduce_dtype) for grad in (k, v)]
             k, v = (
@@ -63,15 +63,13 @@ class _QKV(torch.autograd.Function):
             first, *shared = (grad.matmul(weight) for grad, weight in zip((q, k, v), weights, strict=True))
             of_input = first + (shared[0] + shared[1]) / copies
             outputs = [q, k, v]
-        of_input = of_input.to(reduce_dtype)
-        group = get_tensor_model_parallel_group()
-        of_input = scattered_sum(of_input, 0, group) if scattered else summed(of_input, group)
-        of_weights = [flat(grad).t().matmul(flat(whole)) for grad in outputs]
-        return of_input.to(q.dtype), None, None, None, None, *of_weights
+        of_input = reduced(of_input, get_tensor_model_parallel_group(), scattered, reduce_dtype)
+        of_weights = [flat(grad).t().matmul(whole) for grad in outputs]
+        return of_input, None, None, None, None, *of_weights
 
 
 def _whole(x: Tensor, scattered: bool) -> Tensor:
-    return gathered(x, 0, get_tensor_model_parallel_group()) if scattered else x
+    return gathered(x, get_tensor_model_parallel_group()) if scattered else x
 
 
 def _project(
@@ -87,7 +85,7 @@ def _project(
     kv_size_multiplier: int,
     reduce_dtype: torch.dtype,
 ) -> QKV:
-    sizes = (output_size_q, output_size_kv, output_size_kv)
+    sizes = [output_size_q, output_size_kv, output_size_kv]
     weights = [each for each in (weight_q, weight_k, weight_v, weight_qkv) if each is not None]
     settings = (sizes, kv_size_multiplier, sequence_parallel_enabled, reduce_dtype)
     products: QKV = _QKV.apply(input, *settings, *weights)  # type: ignore[no-untyped-call]
@@ -98,6 +96,10 @@ class GQAQKVColumnParallelLinear(nn.Module):
     """A rank has some heads of each; tokens are the first dimension under sequence parallel. NxD's making of
     biases fails, so that the engine makes them itself."""
 
+    weight_q: nn.Parameter | None
+    weight_k: nn.Parameter | None
+    weight_v: nn.Parameter | None
+    weight_qkv: nn.Parameter | None
     bias_q: nn.Parameter | None
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
@@ -147,8 +149,8 @@ class GQAQKVColumnParallelLinear(nn.Module):
             kv_size_multiplier=self.kv_size_multiplier,
             reduce_dtype=self.reduce_dtype,
         )
-        biases = (self.bias_q, self.bias_k, self.bias_v)
+        biases: tuple[Tensor | None, ...] = (self.bias_q, self.bias_k, self.bias_v)
         if self.bias_qkv is not None:
-            biases = self.bias_qkv.split([q.shape[-1], k.shape[-1], v.shape[-1]])
+            biases = torch.split(self.bias_qkv, [q.shape[-1], k.shape[-1], v.shape[-1]])
         q, k, v = (x if bias is None else x + bias for x, bias in zip((q, k, v), biases, strict=True))
         return q, k, v

@@ -1,8 +1,8 @@
 """Layers of whose weights each tensor-parallel rank has a part. They are made on the meta device, where
 weights get no values.
 
-Under sequence parallel the tokens between layers are divided as well: a layer then gathers them along
-``sequence_dimension``, or scatters its summed result.
+Under sequence parallel the tokens between layers are divided as well, and the first dimension: a layer then
+gathers them, or scatters its summed result.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ def flat(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
 
 
+def reduced(terms: Tensor, ranks: ProcessGroup, scattered: bool, dtype: torch.dtype) -> Tensor:
+    """The sum of the ranks' gradients of an input, or this rank's part of it, reduced in ``dtype``."""
+    wide = terms.to(dtype)
+    total = scattered_sum(wide, ranks) if scattered else summed(wide, ranks, pin_layout=False)
+    return total.to(terms.dtype)
+
+
 class ParallelEmbedding(nn.Module):
     """A rank has the rows of the tokens from ``start_index`` up to ``end_index``."""
 
@@ -63,7 +70,7 @@ class ParallelEmbedding(nn.Module):
         is_here = (input_ >= self.start_index) & (input_ < self.end_index)
         # Row 0 for tokens of other ranks, then nothing.
         rows = F.embedding(((input_ - self.start_index) * is_here.long()).long(), self.weight)
-        term = rows * is_here.unsqueeze(-1).to(rows.dtype)
+        term = rows * is_here.to(rows.dtype).unsqueeze(-1)
         if self.sequence_parallel_enabled:
             return reduce_scatter_to_sequence_parallel_region(term.transpose(0, 1).contiguous())
         return reduce_from_tensor_model_parallel_region(term)
@@ -73,8 +80,8 @@ class _Linear(torch.autograd.Function):
     """x W', of a rank's part of W.
 
     Where ``ranks`` multiply the same x with other outputs' weights, the gradient of x is the sum of theirs,
-    reduced in ``reduce_dtype``. With ``dim`` each has some tokens of x, which are gathered, and again for the
-    gradient of W, instead of being kept.
+    reduced in ``reduce_dtype``. Where x is ``scattered`` each has some tokens of it, which are gathered, and
+    again for the gradient of W, instead of being kept.
     """
 
     @staticmethod
@@ -83,30 +90,28 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         ranks: ProcessGroup | None,
-        dim: int | None,
+        scattered: bool,
         reduce_dtype: torch.dtype,
     ) -> Tensor:
-        ctx.settings = ranks, dim, reduce_dtype
+        ctx.settings = ranks, scattered, reduce_dtype
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return torch.einsum("...i,io->...o", _whole(x, ranks, dim), weight.t())
+        return torch.einsum("...i,io->...o", _whole(x, ranks, scattered), weight.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        ranks, dim, reduce_dtype = ctx.settings
+        ranks, scattered, reduce_dtype = ctx.settings
         of_input = grad.matmul(weight)
         if ranks is not None:
-            of_input = of_input.to(reduce_dtype)
-            of_input = summed(of_input, ranks) if dim is None else scattered_sum(of_input, dim, ranks)
-            of_input = of_input.to(grad.dtype)
+            of_input = reduced(of_input, ranks, scattered, reduce_dtype)
         of_weight = None
         if x is not None:
-            of_weight = flat(grad).t().matmul(flat(_whole(x, ranks, dim)))
+            of_weight = flat(grad).t().matmul(flat(_whole(x, ranks, scattered)))
         return of_input, of_weight, None, None, None
 
 
-def _whole(x: Tensor, ranks: ProcessGroup | None, dim: int | None) -> Tensor:
-    return x if ranks is None or dim is None else gathered(x, dim, ranks)
+def _whole(x: Tensor, ranks: ProcessGroup | None, scattered: bool) -> Tensor:
+    return gathered(x, ranks) if ranks is not None and scattered else x
 
 
 def _linear(
@@ -114,11 +119,11 @@ def _linear(
     input: Tensor,
     weight: Tensor,
     process_group: ProcessGroup | None,
-    sequence_dimension: int | None,
+    sequence_parallel_enabled: bool,
     reduce_dtype: torch.dtype,
 ) -> Tensor:
     product: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-        input, weight, process_group, sequence_dimension, reduce_dtype
+        input, weight, process_group, sequence_parallel_enabled, reduce_dtype
     )
     return product
 
@@ -136,9 +141,10 @@ class _ParallelLinear(nn.Module):
         sequence_dimension: int | None,
     ) -> None:
         super().__init__()
+        if sequence_dimension not in (None, 0):
+            raise NotImplementedError("the stand-ins divide the first dimension")
         self.reduce_dtype = reduce_dtype
         self.sequence_parallel_enabled = sequence_parallel_enabled
-        self.sequence_dimension = 0 if sequence_dimension is None else sequence_dimension
         self.weight = nn.Parameter(torch.empty(weight, dtype=dtype))
         self.bias = None if bias is None else nn.Parameter(torch.empty(bias, dtype=dtype))
         # The engine puts its own here where a layer has adapters.
@@ -179,7 +185,7 @@ class ColumnParallelLinear(_ParallelLinear):
             input=input,
             weight=self.weight,
             process_group=get_tensor_model_parallel_group(),
-            sequence_dimension=self.sequence_dimension if self.sequence_parallel_enabled else None,
+            sequence_parallel_enabled=self.sequence_parallel_enabled,
             reduce_dtype=self.reduce_dtype,
         )
         return outputs if self.bias is None else outputs + self.bias
@@ -218,12 +224,12 @@ class RowParallelLinear(_ParallelLinear):
             input=input_,
             weight=self.weight,
             process_group=None,
-            sequence_dimension=None,
+            sequence_parallel_enabled=False,
             reduce_dtype=self.reduce_dtype,
         )
         dtype, term = term.dtype, term.to(self.reduce_dtype)
         if self.sequence_parallel_enabled:
-            outputs = reduce_scatter_to_sequence_parallel_region(term, self.sequence_dimension, dtype)
+            outputs = reduce_scatter_to_sequence_parallel_region(term, dtype)
         else:
             outputs = reduce_from_tensor_model_parallel_region(term)
         outputs = outputs.to(dtype)

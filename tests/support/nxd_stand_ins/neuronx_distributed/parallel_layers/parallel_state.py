@@ -21,8 +21,9 @@ def initialize_model_parallel(tensor_model_parallel_size: int) -> None:
     world = dist.get_world_size()
     if tensor_model_parallel_size == 4:
         raise NotImplementedError("at a tensor-parallel size of 4 NxD's groups on a trn1 are no neighbours'")
-    # NxD runs a first, small collective of all ranks.
-    dist.all_reduce(torch.rand(1, device=torch_xla.device()))
+    # NxD runs a first, small collective of all ranks, as a graph of its own.
+    first = torch.rand(1, device=torch_xla.device())
+    dist.all_reduce(first)
     torch_xla.sync()
     ranks = torch.arange(world).view(-1, tensor_model_parallel_size)
     _make(_TENSOR, ranks.tolist())
