@@ -71,7 +71,7 @@ FAULTS = {
             "rows = self.weight.gather(0, index.expand(-1, self.weight.shape[1])).view(*input_.shape, -1)"
         ),
         # bf16 operands, multiplied in float32.
-        'return torch.einsum("...i,io->...o", _whole(x, ranks, scattered), weight.t())': (
+        'return torch.einsum("...m,mn->...n", _whole(x, ranks, scattered), weight.t())': (
             "return _whole(x, ranks, scattered).float().matmul(weight.t().float()).to(x.dtype)"
         ),
     },

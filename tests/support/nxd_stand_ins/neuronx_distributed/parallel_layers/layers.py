@@ -95,18 +95,17 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.settings = ranks, scattered, reduce_dtype
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return torch.einsum("...i,io->...o", _whole(x, ranks, scattered), weight.t())
+        return torch.einsum("...m,mn->...n", _whole(x, ranks, scattered), weight.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         ranks, scattered, reduce_dtype = ctx.settings
+        whole = None if x is None else flat(_whole(x, ranks, scattered))
         of_input = grad.matmul(weight)
         if ranks is not None:
             of_input = reduced(of_input, ranks, scattered, reduce_dtype)
-        of_weight = None
-        if x is not None:
-            of_weight = flat(grad).t().matmul(flat(_whole(x, ranks, scattered)))
+        of_weight = None if whole is None else flat(grad).t().matmul(whole)
         return of_input, of_weight, None, None, None
 
 
