@@ -6,6 +6,7 @@ XLA_VENV := .venv-xla
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 PYTHON ?=
+XLA_TESTS ?= xla and not full
 PYTEST_ARGS ?= --numprocesses=2 --dist=loadfile
 export TORCH PIP_ARGS PYTHON
 
@@ -51,8 +52,8 @@ test-full: lint ## the long ones too: matrices, fuzzing, long runs
 chaos: $(VENV)/.installed ## kills, signals, full disks, damage, races and fuzzed input: CHAOS_ARGS="--seed 1 --only race"
 	OMP_NUM_THREADS=1 PYTHONPATH=src:tests/support $(BIN)/python -W ignore -m chaos $(CHAOS_ARGS)
 
-test-xla: $(XLA_VENV)/.installed ## DPO and ORPO on torch_xla's CPU device, and what is compiled (7 GB of packages)
-	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m xla $(PYTEST_ARGS)
+test-xla: $(XLA_VENV)/.installed ## DPO and ORPO on torch_xla's CPU device, and what is compiled (7 GB of packages); XLA_TESTS=xla: the long ones too
+	OMP_NUM_THREADS=1 PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest -m "$(XLA_TESTS)" $(PYTEST_ARGS)
 
 test-cuda: $(VENV)/.installed ## on a card: steps, kernels, adapters, compiled, and a short run to its end
 	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit(f"make test-cuda: torch {torch.__version__} finds no CUDA card")'

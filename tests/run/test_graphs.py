@@ -1,101 +1,80 @@
 """``nxdt-align graphs``: what it refuses, and the gate: graphs of every objective and layout have no finding,
-and are the same on all ranks."""
+and are the same on all ranks. They are of neuronx-distributed's layers where it can be imported, else of our
+own stand-ins of them, which test_graph_stand_ins.py compares with the real ones."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from graph_runs import (
+    LONG,
+    RUNS,
+    SHORT,
+    SMALL,
+    TRUE,
+    WITHOUT_STAND_INS,
+    arguments,
+    environment,
+    recorder,
+    require_torch_xla,
+)
 from nxd_fixture import require_nxd
 
 from nxdt_align.cli import main
 from nxdt_align.config.load import load_config
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket
-from nxdt_align.models.presets import LLAMA3_8B, DecoderConfig
+from nxdt_align.models.presets import LLAMA3_8B
 from nxdt_align.planning.devices import Device
 from nxdt_align.planning.graph_cost import Cost, StepCost
 from nxdt_align.planning.step_time import RowSeconds
 from nxdt_align.run.graphs import _parts_of_step
 from nxdt_align.run.tracing_memory import available_bytes, require_memory
 
-SMALL = replace(
-    LLAMA3_8B, vocab_size=2048, hidden_size=512, head_dim=16, intermediate_size=1024, num_hidden_layers=2
-)
-"""Heads that 32 ranks divide, as those of Llama-3-8B."""
-TRUE = replace(LLAMA3_8B, num_hidden_layers=2)
-SHORT, LONG = "100,200,180", "1024,992,992"
-LORA = (
-    *("model_alignment_strategy.peft.target_modules=[all-linear]", "model_alignment_strategy.peft.rank=8"),
-    "model_alignment_strategy.peft.dropout=0.1",
-)
 THIRDS = (
     *("trainer.devices=3", "distributed_strategy.tensor_model_parallel_size=3", "data.global_batch_size=6"),
     "distributed_strategy.kv_replicator=1",
 )
 """Ranks that no number of heads is divided by."""
-RUNS: dict[str, tuple[str, ...]] = {
-    "DPO": ("hf_llama3_8B_DPO_config",),
-    "DPO packed, validated": (
-        "hf_llama3_8B_DPO_config",
-        "data.packing=packed",
-        "trainer.limit_val_batches=1.0",
-    ),
-    "DPO none, flash": (
-        *("hf_llama3_8B_DPO_config", "data.packing=none", "data.seq_length=2048"),
-        "model_alignment_strategy.dpo.max_prompt_length=1024",
-        "model.fusions.flash_attention=True",
-    ),
-    "DPO, packed flash": (
-        *("hf_llama3_8B_DPO_config", "model.fusions.flash_attention=True"),
-        "model.fusions.flash_attention_packed=True",
-    ),
-    "DPO aot": (
-        *("hf_llama3_8B_DPO_config", "model_alignment_strategy.dpo.loss_type=aot"),
-        "model_alignment_strategy.dpo.precompute_ref_log_probs=False",
-    ),
-    "ORPO": ("hf_llama3_8B_ORPO_config", "distributed_strategy.sequence_parallel=False"),
-    "KTO": ("hf_llama3_8B_KTO_config", "precision.type=bf16SR", "distributed_strategy.zero1=False"),
-    "DPO discopop, divergence": (
-        *("hf_llama3_8B_DPO_config", "model_alignment_strategy.dpo.loss_type=discopop"),
-        "model_alignment_strategy.dpo.f_divergence_type=forward_kl",
-    ),
-    "LoRA": ("hf_llama3_8B_DPO_config", *LORA),
-    "LoRA at each step, data parallel": (
-        *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=8"),
-        *("distributed_strategy.kv_replicator=1", "model.fuse_qkv=True", *LORA),
-        "model_alignment_strategy.dpo.precompute_ref_log_probs=False",
-    ),
-    "DPO, a pipeline": (
-        *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=16"),
-        *("distributed_strategy.kv_replicator=2", "distributed_strategy.pipeline_model_parallel_size=2"),
-    ),
-    "data parallel": (
-        *("hf_llama3_8B_DPO_config", "distributed_strategy.tensor_model_parallel_size=8"),
-        *("distributed_strategy.kv_replicator=1", "model.fuse_qkv=True"),
-    ),
-}
+DEFAULT = ("DPO", "DPO none, flash", "DPO aot", "ORPO", "KTO")
+"""Of RUNS, those that are not marked ``full``."""
+EVERY_RUN = [
+    *(pytest.param(name, id=name) for name in DEFAULT),
+    *(pytest.param(name, id=name, marks=pytest.mark.full) for name in RUNS if name not in DEFAULT),
+]
+Table = Callable[..., dict[str, Any]]
+"""(name, rank=0) -> what is recorded of a run of true widths."""
 
 
-def arguments(folder: Path, model: DecoderConfig, run: tuple[str, ...], lengths: str) -> list[str]:
-    (folder / "config.json").write_text(json.dumps(model.to_hf_dict()))
-    sizes = (f"model.hidden_size={model.hidden_size}", f"model.num_layers={model.num_hidden_layers}")
-    shape = (f"model.model_config={folder}/config.json", *sizes, "data.val_dir=/nowhere.jsonl")
-    return ["graphs", "--config-name", run[0], "--lengths", lengths, *shape, *run[1:]]
+@pytest.fixture(scope="module")
+def table_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Table]:
+    require_torch_xla()
+    folder = tmp_path_factory.mktemp("graphs")
+    with recorder(folder) as record:
+
+        @cache
+        def table_of(name: str, rank: int = 0) -> dict[str, Any]:
+            if name in WITHOUT_STAND_INS:
+                require_nxd()
+            (table,) = record([*arguments(folder, TRUE, RUNS[name], LONG), "--ranks", str(rank)])
+            return table
+
+        yield table_of
 
 
 def recorded(given: list[str], *options: str) -> list[dict[str, Any]]:
-    """In a process of its own, as there is no way back from recording."""
+    """By the command, as a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "nxdt_align", *given, "--json", *options],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=900,
@@ -114,50 +93,43 @@ def assert_none_found(table: dict[str, Any]) -> None:
     assert [graph["findings"] for graph in table["graphs"]] == [[]] * len(table["graphs"])
 
 
-@pytest.mark.nxd
 @pytest.mark.xla
-@pytest.mark.parametrize("name", RUNS)
-def test_no_graph_has_a_finding(tmp_path: Path, name: str) -> None:
-    require_nxd()
-    (table,) = recorded(arguments(tmp_path, SMALL, RUNS[name], SHORT))
+@pytest.mark.parametrize("name", EVERY_RUN)
+def test_no_graph_of_true_widths_has_a_finding(table_of: Table, name: str) -> None:
+    table = table_of(name)
     assert_none_found(table)
     names = [graph["name"] for graph in table["graphs"]]
     assert ("validation step" in names) is ("validated" in name)
 
 
-@pytest.mark.nxd
-@pytest.mark.xla
-@pytest.mark.full
-@pytest.mark.parametrize("name", RUNS)
-def test_no_graph_of_true_widths_has_a_finding(tmp_path: Path, name: str) -> None:
-    require_nxd()
-    (table,) = recorded(arguments(tmp_path, TRUE, RUNS[name], LONG))
-    assert_none_found(table)
-
-
-@pytest.mark.nxd
 @pytest.mark.xla
 @pytest.mark.parametrize("name", ["DPO", "DPO none, flash", "ORPO"])
-def test_sizes_tell_what_graphs_cost(tmp_path: Path, name: str) -> None:
+def test_sizes_tell_what_graphs_cost(tmp_path: Path, table_of: Table, name: str) -> None:
     """What rows are chosen by, to 10%: true widths, 2 layers; ORPO's run has no sequence parallelism."""
-    require_nxd()
+    (step,) = table_of(name)["steps"]
     given = arguments(tmp_path, TRUE, RUNS[name], LONG)
-    (table,) = recorded(given)
-    (step,) = table["steps"]
     rows, *bucket = step["shape"]
     of_graph, of_sizes = sum(step["later"].values()), RowSeconds(load_config(given[2], given[5:]), TRUE)
     assert rows * of_sizes(Bucket(*bucket)) == pytest.approx(of_graph, rel=0.1)
 
 
-@pytest.mark.nxd
 @pytest.mark.xla
-@pytest.mark.parametrize("name", ["DPO", "LoRA"])
-def test_all_ranks_have_the_same_graphs(tmp_path: Path, name: str) -> None:
-    """The first two had others once: their shares start at token 0, and at a number that is a size, too. An
-    adapter's ranks draw different parts of one mask."""
-    require_nxd()
-    tables = recorded(arguments(tmp_path, SMALL, RUNS[name], SHORT), "--ranks", "0,1,31")
+def test_all_ranks_have_the_same_graphs(table_of: Table) -> None:
+    """The first two had others once: their shares start at token 0, and at a number that is a size, too."""
+    assert_same_graphs([table_of("DPO", rank) for rank in (0, 1, 31)])
+
+
+@pytest.mark.xla
+@pytest.mark.full
+def test_all_ranks_have_the_same_graphs_by_one_command(tmp_path: Path) -> None:
+    """An adapter's ranks draw different parts of one mask."""
+    require_torch_xla()
+    tables = recorded(arguments(tmp_path, SMALL, RUNS["LoRA"], SHORT), "--ranks", "0,1,31")
     assert [table["rank"] for table in tables] == [0, 1, 31]
+    assert_same_graphs(tables)
+
+
+def assert_same_graphs(tables: list[dict[str, Any]]) -> None:
     keys = [[graph["key"] for graph in table["graphs"]] for table in tables]
     assert keys[0] == keys[1] == keys[2] and len(keys[0]) > 3
 

@@ -1,0 +1,3 @@
+from . import qkv_linear
+
+__all__ = ["qkv_linear"]
