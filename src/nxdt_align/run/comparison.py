@@ -32,6 +32,7 @@ from nxdt_align.run.generation import (
     hf_folder,
     open_generator,
     open_tokenization,
+    require_backend,
     require_limit,
     settings_of_run,
     variables_of_run,
@@ -92,6 +93,7 @@ def compare(
     if page is not None:
         require_page(page)
     sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
+    require_backend(backend, device, dtype, tensor_parallel)
     scale = _beta(Path(after)) if beta is None else beta
     if not scale > 0:
         raise UserError(f"beta: must be above 0, but is {scale}")
