@@ -43,6 +43,34 @@ ORIGINS: dict[str, tuple[str, ...]] = {
             lora_alpha lora_dropout lora_target_modules target_modules lora_modules_to_save
             modules_to_save use_rslora use_dora init_lora_weights load_in_4bit
             bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant
+            use_bnb_nested_quant bnb_4bit_quant_storage load_in_8bit lora_target_parameters
+            lora_task_type attn_implementation model_revision model_init_kwargs
+            disable_dropout pad_token pad_to_multiple_of precompute_ref_batch_size
+            generate_during_eval sync_ref_model ref_model_mixup_alpha ref_model_sync_steps
+            dataset_config dataset_train_split dataset_test_split dataset_streaming
+            remove_unused_columns label_names group_by_length train_sampling_strategy
+            length_column_name dataloader_drop_last dataloader_pin_memory
+            dataloader_persistent_workers dataloader_prefetch_factor
+            dataloader_multiprocessing_context dataloader_in_order data_seed optim optim_args
+            lr_scheduler_kwargs label_smoothing_factor eval_strategy evaluation_strategy
+            eval_delay eval_on_start bf16_full_eval fp16_full_eval do_train do_eval do_predict
+            save_strategy save_only_model load_best_model_at_end metric_for_best_model
+            greater_is_better enable_jit_checkpoint resume_from_checkpoint ignore_data_skip
+            restore_callback_states_from_checkpoint logging_dir logging_strategy
+            logging_first_step log_on_each_node disable_tqdm project trackio_space_id
+            trackio_bucket_id trackio_static_space_id push_to_hub hub_token hub_private_repo
+            hub_model_id hub_strategy hub_always_push hub_revision torch_compile
+            torch_compile_backend torch_compile_mode gradient_checkpointing_kwargs
+            activation_checkpointing_kwargs auto_find_batch_size use_cpu no_cuda
+            accelerator_config parallelism_config fsdp_config deepspeed
+            ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+            ddp_static_graph ddp_backend ddp_timeout local_rank activation_offloading
+            use_liger_kernel liger_kernel_config torch_empty_cache_steps optim_target_modules
+            average_tokens_across_devices use_cache neftune_noise_alpha log_level
+            log_level_replica logging_nan_inf_filter include_num_input_tokens_seen
+            prediction_loss_only eval_do_concat_batches eval_use_gather_object
+            eval_accumulation_steps include_for_metrics batch_eval_metrics save_on_each_node
+            full_determinism debug skip_memory_metrics ignore_bias_buffers
             """,
         "fairseq2": """
             criterion criterion.name beta dataset.path valid_split max_seq_len num_prefetch
@@ -59,13 +87,15 @@ ORIGINS: dict[str, tuple[str, ...]] = {
             lr_scheduler lr_scheduler._component_ num_warmup_steps epochs batch_size
             gradient_accumulation_steps clip_grad_norm dtype enable_activation_checkpointing
             lora_rank lora_alpha lora_dropout lora_attn_modules apply_lora_to_mlp
-            apply_lora_to_output use_dora
+            apply_lora_to_output use_dora metric_logger metric_logger._component_
+            metric_logger.log_dir resume_from_checkpoint
             """,
         "reference_implementation": """
             model.name_or_path model.archive tokenizer_name_or_path policy_dtype datasets loss
             loss.name beta lr optimizer warmup_steps max_grad_norm batch_size
             gradient_accumulation_steps eval_batch_size max_length n_epochs n_examples
-            eval_every sample_during_eval n_eval_model_samples activation_checkpointing exp_name
+            eval_every n_eval_examples sample_during_eval n_eval_model_samples
+            activation_checkpointing exp_name debug
             local_dirs wandb.enabled wandb.project wandb.entity
             """,
     }.items()

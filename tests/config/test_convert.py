@@ -80,7 +80,7 @@ def test_a_value_is_taken_as_it_is_meant(path: str, value: Any, wanted: Any) -> 
         ("data.train_dir", [{"pth": "a"}], r"data.train_dir.0.pth: is not a known key"),
         ("data.train_dir", 1.5, None),
         ("trainer", 5, "trainer: must be a section of keys, but is 5"),
-        ("trainer.precision", 16, "did you mean precision"),
+        ("trainer.precision", 16, "here it is precision.type"),
     ],
 )
 def test_a_value_of_another_type_is_refused(path: str, value: Any, rule: str | None) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from nxdt_align.config import rules
 from nxdt_align.config.aliases import FOREIGN_KEYS
+from nxdt_align.config.convert import Walk, build_section
 from nxdt_align.config.dpo_forms import FORMS
 from nxdt_align.config.engines import LIMITS
 from nxdt_align.config.keys import all_keys, describe_keys, nearest_key
 from nxdt_align.config.optim import OPTIMIZERS, SCHEDULERS
+from nxdt_align.config.schema import Config
 
 
 def test_every_key_has_a_meaning_and_a_type() -> None:
@@ -83,10 +87,45 @@ ALIGN = "model_alignment_strategy"
         ("eval_every", "trainer.val_check_interval_examples"),
         ("save_steps", "exp_manager.checkpoint_callback_params.every_n_train_steps"),
         ("model.optim.beta", "model.optim.betas"),
+        ("generate_during_eval", "exp_manager.sample_during_eval.prompts"),
+        ("optim", "model.optim.name"),
+        ("metric_logger.log_dir", "exp_manager.exp_dir"),
     ],
 )
 def test_another_librarys_name_leads_to_ours(path: str, wanted: str) -> None:
     assert nearest_key(path) == wanted
+
+
+@pytest.mark.parametrize("name", ["store_strategy", "exp_manger", "model_alignment"])
+def test_no_section_is_meant_by_a_single_value(name: str) -> None:
+    assert not all_keys()[nearest_key(name, takes_section=False) or "seed"].is_section
+    assert all_keys()[nearest_key(name) or "seed"].is_section
+
+
+def advice_on(name: str, value: Any) -> str:
+    walk = Walk()
+    build_section(Config, {name: value}, "", walk)
+    return " ".join(fault.advice for fault in walk.faults if fault.path.partition(".")[0] == name)
+
+
+def test_advice_on_another_librarys_key() -> None:
+    """What the loader says, by the key's value."""
+    for name, value, said in (
+        ("eval_strategy", "steps", "trainer.val_check_interval says when"),
+        ("save_strategy", "steps", "every_n_train_steps or every_n_epochs says when"),
+        ("logging_dir", "logs", "here it is exp_manager.exp_dir"),
+        ("dataset_train_split", "train", "data.train_dir and data.val_dir are files, or data sets by name"),
+        ("n_eval_examples", 256, "trainer.limit_val_batches bounds it"),
+        ("resume_from_checkpoint", False, "exp_manager.resume_if_exists: True takes a run up again"),
+        ("metric_logger", {"_component_": "a.b", "log_dir": "logs"}, "create_wandb_logger and"),
+        ("metric_logger", {"log_dir": "logs"}, "here it is exp_manager.exp_dir"),
+        ("use_liger_kernel", True, "nothing here is like it; leave it out"),
+        ("store_strategy", "steps", ""),
+        ("exp_manger", {"name": "n"}, "did you mean exp_manager?"),
+        ("exp_manger", None, "did you mean exp_manager?"),
+    ):
+        found = advice_on(name, value)
+        assert said in found and bool(said) == bool(found), (name, found)
 
 
 def test_every_other_name_leads_to_a_key_that_exists() -> None:

@@ -123,29 +123,52 @@ def test_every_foreign_key_is_on_the_migration_page() -> None:
 EARLIER = {
     *("rpo_alpha", "max_completion_length", "max_target_length", "max_seq_length", "warmup_ratio"),
     *("torch_dtype", "ref_model", "ref_model_name_or_path", "lora_r", "fp16", "tf32"),
-    *("eval_dataset", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant"),
+    *("eval_dataset", "bnb_4bit_compute_dtype", "bnb_4bit_use_double_quant", "evaluation_strategy"),
+    *("generate_during_eval", "group_by_length", "logging_dir", "no_cuda"),
 }
 """Of TRL's table: fields of earlier versions, arguments of a trainer, and BitsAndBytesConfig's."""
 
 
-def test_names_of_trl_are_fields_of_its_configurations() -> None:
-    """Read, not imported, which would take seconds."""
-    specs = [importlib.util.find_spec(name) for name in ("trl", "transformers", "peft")]
-    homes = [Path(spec.origin).parent for spec in specs if spec is not None and spec.origin is not None]
-    files = [
-        *(homes[0] / "trainer").glob("*_config.py"),
-        *(homes[0] / "scripts").glob("utils.py"),
-        homes[1] / "training_args.py",
-        homes[2] / "tuners" / "lora" / "config.py",
-    ]
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
-    fields = {
-        node.target.id
-        for tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+def fields_of(*files: Path, of: str = "") -> set[str]:
+    """Fields of the classes in these files, or of the one class. Read, not imported, which takes seconds."""
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef) and of in ("", node.name)]
+    return {
+        line.target.id
+        for each in classes
+        for line in each.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
     }
+
+
+def home_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def test_names_of_trl_are_fields_of_its_configurations() -> None:
+    trl = home_of("trl")
+    fields = fields_of(
+        *(trl / "trainer").glob("*_config.py"),
+        trl / "scripts" / "utils.py",
+        home_of("transformers") / "training_args.py",
+        home_of("peft") / "tuners" / "lora" / "config.py",
+    )
     assert set(tables.ORIGINS["trl"]) - fields <= EARLIER
+
+
+def test_every_field_of_trls_configuration_is_known_mapped_or_left_out() -> None:
+    """Those of a script that trains by DPO: DPOConfig with its bases, ModelConfig, ScriptArguments."""
+    trl = home_of("trl")
+    own = fields_of(trl / "trainer" / "dpo_config.py", of="DPOConfig")
+    own |= fields_of(trl / "trainer" / "model_config.py", of="ModelConfig")
+    own |= fields_of(trl / "scripts" / "utils.py", of="ScriptArguments")
+    inherited = fields_of(trl / "trainer" / "base_config.py", of="_BaseConfig")
+    inherited |= fields_of(home_of("transformers") / "training_args.py", of="TrainingArguments")
+    assert len(own) > 40 and len(inherited) > 100
+    same = {path.rpartition(".")[2] for path, key in all_keys().items() if not key.is_section}
+    assert own | inherited <= {*same, *FOREIGN_KEYS, *FOREIGN_ADVICE}
 
 
 def test_the_picture_is_of_the_package_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

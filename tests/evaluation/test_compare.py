@@ -7,10 +7,13 @@ import json
 import math
 import re
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from browser import WIDTHS, assert_drawn, needs_browser
 from html_page import Page
 from safetensors.torch import load_file, save_file
@@ -187,6 +190,38 @@ def test_a_scorer_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         judge("os.path.join")
     with pytest.raises(UserError, match="score: must be auto, none, exact, gsm8k or the dotted path"):
         judge("bleu")
+
+
+def test_numbers_of_numpy_and_torch_are_scores() -> None:
+    def judged(value: object) -> float:
+        return scored("x.y", lambda c, r: value, "", {"source": "f:1"}, "after")
+
+    for value in (np.int64(1), np.float32(0.5), np.bool_(True), torch.tensor(2), Decimal("0.25"), True):
+        assert judged(value) == float(value)  # type: ignore[arg-type]
+    for value in (
+        np.str_("1"),
+        "1",
+        b"1",
+        np.ones(2),
+        np.nan,
+        np.complex64(1),
+        1j,
+        None,
+        10**400,
+        torch.ones(2),
+    ):
+        with pytest.raises(UserError, match=r"x\.y must return a finite number, but returned"):
+            judged(value)
+
+
+def test_a_scorer_is_tried_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tried_scorers.py").write_text("def texts(completion, record): return completion\n")
+    monkeypatch.chdir(tmp_path)
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "good", "rejected": "bad"}])
+    with pytest.raises(
+        UserError, match=r"returned str 'good' on record .*pairs.jsonl:1 and the completion of the data"
+    ):
+        na.compare("no_model", "no_model", pairs, score="tried_scorers.texts", device="cpu")
 
 
 def test_built_in_scorers() -> None:

@@ -34,6 +34,7 @@ from nxdt_align.evaluation.generate import Sampling
 from nxdt_align.evaluation.transformers_model import TransformersModel
 from nxdt_align.models.presets import DecoderConfig
 from nxdt_align.run import comparison
+from nxdt_align.run.generation import chat
 from nxdt_align.weights.hf_writer import write_hf_folder
 
 PROMPTS: list[Any] = ["What is two plus three?", "Name", "Name a colour. Blue is a colour, and so is"]
@@ -241,12 +242,23 @@ def test_a_long_prompt_is_cut_as_in_training(
         ({"dtype": "int4"}, "dtype: must be one of"),
     ],
 )
-def test_faults_of_settings(model: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_faults_of_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """Before a model is looked for, as its export takes time, and so does the pass of the first of two."""
     file = write(tmp_path / "p.jsonl", [{"prompt": "Name"}])
     if settings.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UserError, match=message):
-        na.generate(model, file, **settings)
+        na.generate("no_model", file, **settings)
+    with pytest.raises(UserError, match=message):
+        na.compare("no_model", "no_model", file, **settings)
+
+
+def test_faults_of_a_chat_are_found_before_the_model_is() -> None:
+    silent: dict[str, Any] = {"ask": lambda: None, "show": print}
+    with pytest.raises(UserError, match="device: 'tpu9' is none that torch knows"):
+        chat("no_model", device="tpu9", **silent)
+    with pytest.raises(UserError, match="dtype: must be one of"):
+        chat("no_model", dtype="int4", **silent)  # type: ignore[arg-type]
 
 
 def test_faults_of_prompts_and_models(model: Path, tmp_path: Path) -> None:

@@ -136,13 +136,17 @@ def test_cut_and_damaged_files_are_read_as_far_as_they_go(project: Project, tmp_
 
 
 def test_lines_that_are_no_metrics(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "a": 2, "b": null}\n[1]\n{"a": 3}\n{"step": "x"}\nnull\n'
-    )
+    """Numbers that are too large, too: of a step, of a value, of the step that a run was resumed after."""
+    digits = "9" * 400
+    lines = ['{"step": 1, "a": 2, "b": null}', "[1]", '{"a": 3}', '{"step": "x"}', "null"]
+    lines += ['{"step": 1e999}', '{"resumed_after": 1e999}', f'{{"step": {digits}, "a": 3}}']
+    lines += [f'{{"step": 2, "a": {digits}}}', f'{{"resumed_after": -{digits}}}']
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     curves = read_curves(tmp_path)
     assert curves["a"].values == (2.0,) and not curves["b"]
     assert curves.notes[0] == "metrics.jsonl: line 2 is damaged and left out"
-    assert "4 lines are damaged" in curves.notes[1] and "b: 1 of 1 values are not finite" in curves.notes[2]
+    assert "9 lines are damaged" in curves.notes[1] and "b: 1 of 1 values are not finite" in curves.notes[2]
+    assert main(["report", str(tmp_path)]) == 0
 
 
 def test_a_run_that_has_not_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

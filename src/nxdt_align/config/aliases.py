@@ -33,7 +33,7 @@ FOREIGN_KEYS = {
     **_named(f"{_DPO}.kl_beta", "beta"),
     **_named(f"{_DPO}.nll_scale", "rpo_alpha"),
     **_named(f"{_OPTIM}.lr", "learning_rate lr"),
-    **_named(f"{_OPTIM}.name", "optimizer optim_type optimizer.name optimizer._component_"),
+    **_named(f"{_OPTIM}.name", "optimizer optim optim_type optimizer.name optimizer._component_"),
     **_named(f"{_OPTIM}.weight_decay", "weight_decay"),
     **_named(f"{_OPTIM}.betas", "adam_beta1 adam_beta2 betas optim.beta"),
     **_named(f"{_OPTIM}.eps", "adam_epsilon"),
@@ -57,18 +57,32 @@ FOREIGN_KEYS = {
     **_named("trainer.log_every_n_steps", "logging_steps"),
     **_named("trainer.val_check_interval", "eval_steps validate_every_n_steps"),
     **_named("trainer.val_check_interval_examples", "eval_every"),
-    **_named("exp_manager.sample_during_eval.prompts", "n_eval_model_samples sample_during_eval"),
-    **_named("exp_manager.exp_dir", "output_dir run_dir local_dirs"),
+    **_named(
+        "exp_manager.sample_during_eval.prompts",
+        "n_eval_model_samples sample_during_eval generate_during_eval",
+    ),
+    **_named("exp_manager.exp_dir", "output_dir run_dir local_dirs logging_dir metric_logger.log_dir"),
     **_named("exp_manager.name", "run_name exp_name"),
     **_named(f"{_CHECKPOINTS}.every_n_train_steps", "save_steps checkpoint_every_n_steps"),
     **_named(f"{_CHECKPOINTS}.save_top_k", "save_total_limit keep_last_n_checkpoints"),
+    **_named(f"{_CHECKPOINTS}.save_weights_only", "save_only_model"),
+    **_named(f"{_CHECKPOINTS}.monitor", "metric_for_best_model"),
+    **_named(f"{_CHECKPOINTS}.mode", "greater_is_better"),
+    **_named("exp_manager.create_preemption_callback", "enable_jit_checkpoint"),
     **_named("exp_manager.create_wandb_logger", "report_to wandb.enabled"),
-    **_named("exp_manager.wandb_logger_kwargs", "wandb.project wandb.entity"),
+    **_named("exp_manager.wandb_logger_kwargs", "wandb.project wandb.entity project"),
     **_named(
         "model.activations_checkpoint_granularity",
         "gradient_checkpointing activation_checkpointing enable_activation_checkpointing",
     ),
-    **_named("precision.type", "bf16 fp16 tf32 dtype torch_dtype policy_dtype"),
+    **_named("distributed_strategy.compile", "torch_compile torch_compile_backend torch_compile_mode"),
+    **_named("precision.type", "bf16 fp16 tf32 dtype torch_dtype policy_dtype trainer.precision"),
+    **_named("seed", "data_seed"),
+    **_named("trainer.accelerator", "use_cpu no_cuda"),
+    **_named("trainer.enable_progress_bar", "disable_tqdm"),
+    **_named("trainer.num_sanity_val_steps", "eval_on_start"),
+    **_named("data.attention", "attn_implementation"),
+    **_named("data.buckets", "pad_to_multiple_of"),
     **_named(f"{_ALIGN}.reference_model", "ref_model ref_model_name_or_path reference_model.name"),
     **_named(f"{_ALIGN}.sft.train_on_prompt", "train_on_input completion_only_loss"),
     **_named(f"{_ALIGN}.peft.lora_rank", "lora_rank lora_r r peft.r"),
@@ -82,7 +96,8 @@ FOREIGN_KEYS = {
     **_named(f"{_ALIGN}.peft.init", "init_lora_weights"),
     **_named(
         f"{_ALIGN}.peft.quantize_base",
-        "load_in_4bit use_4bit bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant",
+        "load_in_4bit use_4bit bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant "
+        "use_bnb_nested_quant bnb_4bit_quant_storage",
     ),
 }
 """Another library's key, or the end of its path -> our key."""
@@ -96,7 +111,112 @@ _OBJECTIVE = (
     f"the objective is a section, {_ALIGN}.dpo, orpo, cpo, simpo, kto or sft; {_DPO}.loss_type is a "
     "form of dpo"
 )
+_FOLLOWS = "it follows from the model; leave it out"
+_UPLOAD = "nothing is uploaded: exp_manager.export_hf writes the folder that can be; leave it out"
+_LAYOUT = (
+    "distributed_strategy has the layout: tensor_model_parallel_size, pipeline_model_parallel_size, "
+    "context_parallel_size, fsdp, zero1"
+)
+_LEFT_OUT = "nothing here is like it; leave it out"
 FOREIGN_ADVICE = {
+    **_named(
+        "trainer.val_check_interval says when: an integer counts steps, a number with a point epochs",
+        "eval_strategy evaluation_strategy eval_delay",
+    ),
+    **_named(
+        f"{_CHECKPOINTS}.every_n_train_steps or every_n_epochs says when; "
+        "exp_manager.create_checkpoint_callback: False turns checkpoints off",
+        "save_strategy",
+    ),
+    **_named(
+        "trainer.log_every_n_steps says when",
+        "logging_strategy logging_first_step",
+    ),
+    **_named(
+        "exp_manager.log_global_rank_0_only or log_local_rank_0_only says who writes a log",
+        "log_on_each_node",
+    ),
+    **_named(
+        "exp_manager.create_tensorboard_logger, create_wandb_logger and create_mlflow_logger turn loggers on",
+        "metric_logger metric_logger._component_ trackio_space_id trackio_bucket_id trackio_static_space_id",
+    ),
+    **_named(
+        "exp_manager.resume_if_exists: True takes a run up again; exp_manager.resume_from_checkpoint is the "
+        "folder of weights that it starts from",
+        "resume_from_checkpoint",
+    ),
+    **_named(
+        f"{_CHECKPOINTS}.monitor and mode rank checkpoints, save_top_k keeps the best",
+        "load_best_model_at_end",
+    ),
+    **_named(
+        "validation takes data.val_dir; trainer.limit_val_batches bounds it, in batches", "n_eval_examples"
+    ),
+    **_named("validation runs where data.val_dir is set; leave it out", "do_train do_eval do_predict"),
+    **_named(
+        "data.train_dir and data.val_dir are files, or data sets by name and split, as org/name:train",
+        "dataset_train_split dataset_test_split dataset_config",
+    ),
+    **_named("large files are tokenized in parts, and mapped; leave it out", "dataset_streaming"),
+    **_named(
+        "columns that the format does not read are passed over, data.columns renames; leave it out",
+        "remove_unused_columns label_names",
+    ),
+    **_named(
+        "data.packing and data.buckets keep padding low; leave it out",
+        "group_by_length train_sampling_strategy length_column_name",
+    ),
+    **_named(
+        "data.num_workers alone says how batches are prepared; leave it out",
+        "dataloader_drop_last dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order",
+    ),
+    **_named(
+        "a resumed run takes up its data, schedule and callbacks where they were; leave it out",
+        "ignore_data_skip restore_callback_states_from_checkpoint",
+    ),
+    **_named(f"they are keys of {_OPTIM}, beside name and lr", "optim_args"),
+    **_named(f"they are keys of {_OPTIM}.sched, beside name", "lr_scheduler_kwargs"),
+    **_named(
+        "precision.type, data.attention and model.trust_remote_code say how a model is loaded",
+        "model_init_kwargs",
+    ),
+    **_named("name a folder of that revision in exp_manager.resume_from_checkpoint", "model_revision"),
+    **_named(
+        f"models have no dropout, adapters have {_ALIGN}.peft.lora_dropout; leave it out", "disable_dropout"
+    ),
+    **_named("the tokenizer says it: data.tokenizer.type", "pad_token"),
+    **_named("the reference pass takes data.micro_batch_size, too", "precompute_ref_batch_size"),
+    **_named(
+        f"the reference stays what it was, {_ALIGN}.reference_model or the start weights; leave it out",
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps",
+    ),
+    **_named(f"{_DPO}.label_smoothing is that of pairs; leave this one out", "label_smoothing_factor"),
+    **_named("validation computes as training does, in precision.type", "bf16_full_eval fp16_full_eval"),
+    **_named("nxdt-align plan says which data.micro_batch_size fits", "auto_find_batch_size"),
+    **_named(
+        "model.activations_checkpoint_granularity alone says what is recomputed; leave it out",
+        "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+    ),
+    **_named(
+        _LAYOUT,
+        "accelerator_config parallelism_config fsdp_config deepspeed ddp_find_unused_parameters "
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend local_rank",
+    ),
+    **_named("distributed_strategy.timeout_minutes is it, in minutes", "ddp_timeout"),
+    **_named(
+        _UPLOAD,
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    ),
+    **_named(
+        _LEFT_OUT,
+        "activation_offloading use_liger_kernel liger_kernel_config torch_empty_cache_steps "
+        "optim_target_modules average_tokens_across_devices use_cache neftune_noise_alpha log_level "
+        "log_level_replica logging_nan_inf_filter "
+        "include_num_input_tokens_seen prediction_loss_only eval_do_concat_batches eval_use_gather_object "
+        "eval_accumulation_steps include_for_metrics batch_eval_metrics save_on_each_node full_determinism "
+        "debug skip_memory_metrics ignore_bias_buffers",
+    ),
     **_named(
         _BATCH, "gradient_accumulation_steps grad_accumulation grad_accumulation.num_batches batch_size"
     ),
@@ -117,10 +237,8 @@ FOREIGN_ADVICE = {
         f"{_ALIGN}.peft.lora_rank and lora_alpha are those of all layers; leave it out",
         "rank_pattern alpha_pattern",
     ),
-    **_named("adapters are of linear layers alone; leave it out", "target_parameters"),
-    **_named(
-        "it follows from the model; leave it out", "fan_in_fan_out peft_type task_type peft.inference_mode"
-    ),
+    **_named("adapters are of linear layers alone; leave it out", "target_parameters lora_target_parameters"),
+    **_named(_FOLLOWS, "fan_in_fan_out peft_type task_type lora_task_type peft.inference_mode"),
     **_named(f"{_ALIGN}.peft.quantize_base: nf4 holds the base in 4 bits", "use_qlora load_in_8bit"),
     **_named(f"a section {_ALIGN}.peft trains adapters, without one every weight is trained", "use_peft"),
     **_named(
@@ -133,7 +251,7 @@ FOREIGN_ADVICE = {
 FOREIGN_SECTIONS = frozenset(
     [
         *("loss", "criterion", "optimizer", "lr_scheduler", "regime", "dataset", "checkpointer"),
-        *("common", "training", "training_args"),
+        *("common", "training", "training_args", "metric_logger"),
     ]
 )
 """Sections of other libraries, whose keys are named one by one."""

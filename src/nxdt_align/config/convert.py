@@ -123,7 +123,7 @@ def _unknown(path: str, value: Any) -> list[Fault]:
         name = path.rpartition(".")[2]
         if name in FOREIGN_SECTIONS or any(foreign_advice(fault.path) for fault in below):
             return below
-    near = nearest_key(path)
+    near = nearest_key(path, takes_section=value is None or isinstance(value, Mapping))
     # Another library's name may also be one of ours in this section: dpo.beta is dpo.kl_beta.
     is_near = near is not None and near.rpartition(".")[0] == path.rpartition(".")[0]
     # But what is known of it goes before a name here that is alike: peft.apply_lora_to_mlp is no lora_alpha.

@@ -71,11 +71,12 @@ def all_keys() -> dict[str, Key]:
     return {key.path: key for key in _walk(Config, "")}
 
 
-def nearest_key(path: str) -> str | None:
+def nearest_key(path: str, *, takes_section: bool = True) -> str | None:
     """The known key that ``path`` probably means: another library's name, else the same name elsewhere in the
-    tree, else a similar name in the section, else a similar path."""
+    tree, else a similar name in the section, else a similar path. ``takes_section``: whether it may be a
+    section, which no single value is meant for."""
     section, _, name = path.rpartition(".")
-    known = list(all_keys())
+    known = [key.path for key in all_keys().values() if takes_section or not key.is_section]
     here = f"{section}.{OTHER_NAMES.get(name, '')}"
     if here in known:
         return here

@@ -60,6 +60,9 @@ class Curves:
         return max((curve.steps[-1] for curve in self.by_name.values()), default=0)
 
 
+_NO_STEP = 2**53
+"""From here on a plot's float64 is not the step."""
+
 Table = dict[int, dict[str, float]]
 """Step -> metric -> value."""
 
@@ -102,12 +105,13 @@ def _read_lines(file: Path, notes: list[str]) -> Table:
         try:
             values = json.loads(line)
             if "resumed_after" in values:
-                _forget_after(table, int(values["resumed_after"]))
+                _forget_after(table, _step(values["resumed_after"]))
                 continue
-            step = int(values.pop("step"))
+            step = _step(values.pop("step"))
             values.pop("time", None)
             numbers = {str(k): math.nan if v is None else float(v) for k, v in values.items()}
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        # OverflowError: 1e999 is read as infinity, and 400 digits are no float.
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
             bad += 1
             # The last line may be cut off by a kill or a full disk.
             where = "the last line" if number == len(lines) else f"line {number}"
@@ -118,6 +122,13 @@ def _read_lines(file: Path, notes: list[str]) -> Table:
     if bad > 1:
         notes.append(f"{file.name}: {bad} lines are damaged and left out")
     return table
+
+
+def _step(value: Any) -> int:
+    step = int(value)
+    if abs(step) >= _NO_STEP:
+        raise ValueError
+    return step
 
 
 def _read_events(run: Path, notes: list[str]) -> Table:

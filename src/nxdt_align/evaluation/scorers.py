@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from numbers import Complex, Real
+from typing import Any, SupportsFloat
 
 from nxdt_align.errors import UserError
 from nxdt_align.own_parts import OwnPartError, describe, find, require_call
@@ -87,12 +88,24 @@ def scored(name: str, score: Score, completion: str, record: Scored, whose: str)
             f"score: {name} raises {type(error).__name__}: {error}, on record {record['source']} and the "
             f"completion of {whose}, {completion[:80]!r}"
         ) from error
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    number = _number(value)
+    if not math.isfinite(number):
         raise UserError(
             f"score: {name} must return a finite number, but returned {describe(value)} on record "
             f"{record['source']} and the completion of {whose}, {completion[:80]!r}"
         )
-    return float(value)
+    return number
+
+
+def _number(value: object) -> float:
+    """Of whatever stands for a real number, as numpy's and torch's do; NaN where it is none."""
+    # numpy's texts and complex numbers have a __float__, too.
+    if isinstance(value, str | bytes) or (isinstance(value, Complex) and not isinstance(value, Real)):
+        return math.nan
+    try:
+        return float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):  # an array's, or of 400 digits
+        return math.nan
 
 
 def _plain(text: str) -> str:

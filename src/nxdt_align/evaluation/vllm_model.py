@@ -17,6 +17,14 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
+def require_installed() -> None:
+    if not is_installed():
+        raise UserError(
+            "backend: is vllm, which is not installed; pip install vllm in an environment of its own (it "
+            "pins torch), or --backend transformers"
+        )
+
+
 class VLLMModel:
     """The model in a Hugging Face folder, on every device that vLLM runs on.
 
@@ -24,15 +32,10 @@ class VLLMModel:
         tensor_parallel: devices that share the model.
         dtype: vLLM's name of one; None lets it choose by the weights.
 
-    Raises UserError where vLLM is missing or does not load the folder.
+    vLLM has to be there. Raises UserError where it does not load the folder.
     """
 
     def __init__(self, folder: Path, *, tensor_parallel: int = 1, dtype: str | None = None) -> None:
-        if not is_installed():
-            raise UserError(
-                "backend: is vllm, which is not installed; pip install vllm in an environment of its own (it "
-                "pins torch), or --backend transformers"
-            )
         import vllm
 
         try:

@@ -23,7 +23,7 @@ from nxdt_align.data.token_sets import tokenize_records
 from nxdt_align.errors import UserError
 from nxdt_align.evaluation.compare import Answer, Compared, Comparison, write_comparison
 from nxdt_align.evaluation.generate import NotFiniteError, Sampling, complete
-from nxdt_align.evaluation.scorers import SCORERS, Score, choose_scorer, scored
+from nxdt_align.evaluation.scorers import SCORERS, Score, Scored, choose_scorer, scored
 from nxdt_align.run.conversion import DTYPES, Dtype
 from nxdt_align.run.generation import (
     FORMAT_OPTION,
@@ -32,6 +32,7 @@ from nxdt_align.run.generation import (
     hf_folder,
     open_generator,
     open_tokenization,
+    require_backend,
     require_limit,
     settings_of_run,
     variables_of_run,
@@ -92,6 +93,7 @@ def compare(
     if page is not None:
         require_page(page)
     sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
+    require_backend(backend, device, dtype, tensor_parallel)
     scale = _beta(Path(after)) if beta is None else beta
     if not scale > 0:
         raise UserError(f"beta: must be above 0, but is {scale}")
@@ -101,6 +103,7 @@ def compare(
     records = load_records([source], kind, format=format, limit=limit, format_key=FORMAT_OPTION).records
     texts = [tuple(content_of(response) for response in record.responses) for record in records]
     scorer, judge = choose_scorer(score, _answers_to_match(records))
+    _try_scorer(scorer, judge, records)
     answers = []
     for name, model in (("before", Path(before)), ("after", Path(after))):
         variables = chat_template_kwargs
@@ -125,7 +128,7 @@ def compare(
                 raise UserError(f"{model}: {error}") from error
             del made
             _free_memory()
-        answers.append(_answers(name, records, texts, rows, logps, scorer, judge))
+        answers.append(_answers(name, records, rows, logps, scorer, judge))
     found = Comparison(
         str(before),
         str(after),
@@ -155,29 +158,40 @@ def _require_finite(logps: Sequence[tuple[float, ...]], records: Sequence[Record
 def _answers(
     name: str,
     records: Sequence[Record],
-    texts: Sequence[tuple[str, ...]],
     rows: Sequence[Mapping[str, Any]],
     logps: Sequence[tuple[float, ...]],
     scorer: str,
     judge: Score | None,
 ) -> list[Answer]:
     found = []
-    for record, of_record, row, sums in zip(records, texts, rows, logps, strict=True):
-        answer, rejected = _answer(record), None
-        if len(of_record) == 2 or record.label is False:
-            rejected = of_record[-1]
-        told = {
-            "prompt": record.prompt,
-            "answer": answer,
-            "rejected": rejected,
-            "source": record.source,
-        }
+    for record, row, sums in zip(records, rows, logps, strict=True):
+        told = _told(record)
         score = None
-        if judge is not None and (answer is not None or scorer not in SCORERS):
+        if judge is not None and (told["answer"] is not None or scorer not in SCORERS):
             score = scored(scorer, judge, row["completion"], told, name)
         tokens, reason = row["completion_tokens"], row["finish_reason"]
         found.append(Answer(row["completion"], tokens, reason, sums, score))
     return found
+
+
+def _told(record: Record) -> Scored:
+    """What a scorer is told."""
+    texts = [content_of(response) for response in record.responses]
+    has_rejected = len(texts) == 2 or record.label is False
+    return {
+        "prompt": record.prompt,
+        "answer": _answer(record),
+        "rejected": texts[-1] if has_rejected else None,
+        "source": record.source,
+    }
+
+
+def _try_scorer(scorer: str, judge: Score | None, records: Sequence[Record]) -> None:
+    """Let the user's own score the data's first answer, if there is one. Raises UserError, before a model has
+    been loaded and answers."""
+    told = next((_told(record) for record in records if _answer(record) is not None), None)
+    if judge is not None and scorer not in SCORERS and told is not None:
+        scored(scorer, judge, told["answer"], told, "the data")
 
 
 def _answer(record: Record) -> str | None:

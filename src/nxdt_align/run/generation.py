@@ -89,8 +89,7 @@ def generate(
     ``prompt_tokens``, ``source``. Raises UserError.
     """
     sampling = Sampling(temperature, top_p, max_tokens, batch_size, seed)
-    if backend not in get_args(Backend):
-        raise UserError(f"backend: must be one of {', '.join(get_args(Backend))}, but is {backend!r}")
+    require_backend(backend, device, dtype, tensor_parallel)
     if out is not None and Path(out).exists():
         raise UserError(f"{out} exists already: remove it, or choose another file")
     if out is not None:
@@ -132,6 +131,7 @@ def chat(
 ) -> None:
     """A conversation: ``evaluation.chat.converse`` explains ``ask`` and ``show``, ``generate`` the rest."""
     sampling = Sampling(temperature, top_p, max_tokens, 1, seed)
+    require_backend("transformers", device, dtype, 1)
     with hf_folder(Path(model)) as folder:
         tokenization = open_tokenization(folder, tokenizer, chat_template_kwargs, model)
         made = TransformersModel(folder, device_of(device), None if dtype is None else DTYPES[dtype])
@@ -201,17 +201,30 @@ def open_generator(
     folder: Path, backend: Backend, device: str | None, dtype: Dtype | None, tensor_parallel: int
 ) -> Generator:
     """What ``generate`` lets answer; its arguments are explained there. Raises UserError."""
+    if require_backend(backend, device, dtype, tensor_parallel) == "vllm":
+        name = None if dtype is None else _VLLM_DTYPES[dtype]
+        return VLLMModel(folder, tensor_parallel=tensor_parallel, dtype=name)
+    return TransformersModel(folder, device_of(device), None if dtype is None else DTYPES[dtype])
+
+
+def require_backend(
+    backend: Backend, device: str | None, dtype: Dtype | None, tensor_parallel: int
+) -> Literal["vllm", "transformers"]:
+    """The one that answers. Raises UserError; to be asked before weights are exported or read."""
+    if backend not in get_args(Backend):
+        raise UserError(f"backend: must be one of {', '.join(get_args(Backend))}, but is {backend!r}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype: must be one of {', '.join(DTYPES)}, but is {dtype!r}")
     where = device_of(device)
+    if backend == "vllm":
+        vllm_model.require_installed()
     if backend == "vllm" or (backend == "auto" and where.type != "cpu" and vllm_model.is_installed()):
-        name = None if dtype is None else _VLLM_DTYPES[dtype]
-        return VLLMModel(folder, tensor_parallel=tensor_parallel, dtype=name)
+        return "vllm"
     if tensor_parallel != 1:
         raise UserError(
             "tp: is for vLLM alone, but transformers computes here; leave it out, or --backend vllm"
         )
-    return TransformersModel(folder, where, None if dtype is None else DTYPES[dtype])
+    return "transformers"
 
 
 def device_of(name: str | None) -> torch.device:
