@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real preference pairs are not here ({folder})")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def heard_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier test's command has set up for its terminal keeps no message from ``caplog``."""
+    logger = logging.getLogger("nxdt_align")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "disabled", False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

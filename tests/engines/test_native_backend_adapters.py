@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from backend_adapters import BackendCase, exact_gradients, peft_oracle, run_cases
+from backend_adapters import FLOAT64, BackendCase, exact_gradients, peft_oracle, run_cases
 from backend_fixture import config_of
 from parallel_fixture import Outcome, merged, worst
 from rank_processes import run_parallel
@@ -20,8 +20,13 @@ TOLERANCE = 1e-6
 WEIGHT_TOLERANCE = 1e-5
 """After 5 AdamW steps with active clipping."""
 KINDS = {"LoRA": (), "rsLoRA": (("rslora", True),), "DoRA": (("dora", True),)}
+ROUNDS = "DoRA"
+"""Its norms of weights round more: on an Intel CPU PEFT's own gradients in float32 are 0.8e-6 and 0.9e-6 of
+the largest off float64's, and ours 1.0e-6 and 1.1e-6. So the engine computes it in float64, too."""
 CASES = {
-    f"{name}, {kind}": BackendCase(config_of(name), settings, steps=5)
+    f"{name}, {kind}": BackendCase(
+        config_of(name), settings, steps=5, precision=FLOAT64 if kind == ROUNDS else Precision()
+    )
     for name in ("gpt2", "phi")
     for kind, settings in KINDS.items()
 }
@@ -30,8 +35,12 @@ USUAL = ("gpt2, DoRA", "phi, LoRA")
 
 
 def assert_as_peft(case: BackendCase, ranks: list[Outcome]) -> None:
-    plain = replace(case, data=1, kind="none", checkpointing=None)
+    plain = replace(case, data=1, kind="none", checkpointing=None, precision=Precision())
     want, exact = peft_oracle(plain), exact_gradients(replace(plain, steps=1))
+    rounding = 0.0
+    if case.data > 1 and case.precision != FLOAT64:
+        # Of one process, which depends on the CPU: over ranks it must be no more than that and the tolerance.
+        rounding = worst(replace(plain, steps=1).run().gradients, exact, relative=True)[0]
     for got in ranks:
         assert abs(got.loss - want.loss) <= TOLERANCE
         assert abs(got.evaluated - want.loss) <= TOLERANCE
@@ -39,7 +48,7 @@ def assert_as_peft(case: BackendCase, ranks: list[Outcome]) -> None:
         assert got.norm == pytest.approx(want.norm, rel=TOLERANCE)
     gradient = worst(merged([rank.gradients for rank in ranks]), exact, relative=True)
     weight = worst(merged([rank.weights for rank in ranks]), want.weights, relative=False)
-    assert gradient[0] <= TOLERANCE, gradient
+    assert gradient[0] <= TOLERANCE + rounding, gradient
     assert weight[0] <= WEIGHT_TOLERANCE, weight
 
 
@@ -56,7 +65,9 @@ SPREADS = {
     "phi, DoRA, fsdp": BackendCase(
         config_of("phi"), KINDS["DoRA"], data=2, kind="fsdp", checkpointing="full", steps=2
     ),
-    "gpt2, DoRA, data parallel": BackendCase(config_of("gpt2"), KINDS["DoRA"], data=2, steps=2),
+    "gpt2, DoRA, data parallel": BackendCase(
+        config_of("gpt2"), KINDS["DoRA"], data=2, steps=2, precision=FLOAT64
+    ),
     "gpt2, modules to save, fsdp": BackendCase(config_of("gpt2"), SAVED, data=2, kind="fsdp", steps=2),
     "glm, modules to save, fsdp": BackendCase(
         config_of("glm"),

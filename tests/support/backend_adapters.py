@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 from unittest import mock
 
 import torch
-from adapter_fixture import StartedAdapters, lora, with_pefts_layers
+from adapter_fixture import StartedAdapters, in_float64, lora, with_pefts_layers
 from backend_fixture import StateDict, dpo_loss, drawn
 from layouts import ATTENTIONS
 from parallel_fixture import BETA, CLIP, LOSSES, Outcome, adamw, examples_of, train
@@ -24,6 +25,7 @@ from nxdt_align.models.backend.config import TransformersConfig
 from nxdt_align.models.backend.model import StockAttention
 
 PAIRS = 6
+FLOAT64 = Precision(compute=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class BackendCase:
     def started(self, model: Any) -> StartedAdapters:
         return StartedAdapters(StateDict(self.config, model), self.config, self.spec)
 
-    def engine(self, rank: int = 0) -> NativeEngine:
+    def engine(self, rank: int = 0, start: Any = None) -> NativeEngine:
         takes_rows = self.config.findings.refusal is None
 
         def configure(model: Any) -> None:
@@ -64,7 +66,7 @@ class BackendCase:
             adapters=self.spec,
             seed=3,
         )
-        made.load_weights(self.started(drawn(self.config)))
+        made.load_weights(self.started(drawn(self.config) if start is None else start))
         made.load_reference(None)
         return made
 
@@ -85,7 +87,10 @@ class BackendCase:
         return StepDataset(examples, planner, layout, Topology.of_rank(rank, self.data))[list(range(PAIRS))]
 
     def run(self, rank: int = 0) -> Outcome:
-        return train(self.engine(rank), self.micro_batches(rank), LOSSES["dpo"], self.steps)
+        # Also because transformers' code is imported with it, which must not keep what float32 is inside.
+        start = drawn(self.config)
+        with in_float64() if self.precision == FLOAT64 else nullcontext():
+            return train(self.engine(rank, start), self.micro_batches(rank), LOSSES["dpo"], self.steps)
 
 
 def run_cases(rank: int, world: int, cases: list[BackendCase]) -> list[Outcome]:
