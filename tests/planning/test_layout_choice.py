@@ -20,6 +20,7 @@ from nxdt_align.data.packing import ROUNDING, Bucket, Layout, RowPlanner
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LLAMA3_8B, TINY
 from nxdt_align.planning.step_time import RowSeconds
+from nxdt_align.planning.workload import workload
 from nxdt_align.run.rows import layout_faults, row_needs, with_possible_layout
 
 NAME = "hf_llama3_8B_DPO_config"
@@ -164,7 +165,23 @@ def test_a_rows_price_is_of_the_attention_in_use() -> None:
     assert costs["auto", "none"] < costs["nki", "packed"] < costs["auto", "packed"]
 
 
+def test_a_price_is_of_the_mask_where_the_flash_kernel_takes_no_heads_of_a_models_size() -> None:
+    wide = replace(LLAMA3_8B, head_dim=256)
+    given = config(*TRN2, "data.packing=none")
+    kinds = [
+        workload(given, model, "none", 2, Bucket(512, 256, 2), needs_reference=False).attention
+        for model in (LLAMA3_8B, wide)
+    ]
+    assert kinds == ["flash", "scores"]
+
+
 # What the verbs say
+
+
+def test_a_plan_refuses_what_the_kernels_do_not_compute(capsys: pytest.CaptureFixture[str]) -> None:
+    given = on_paper(*TRN2, "data.attention=nki", "precision.type=fp32", lengths="136,44,55")
+    assert main(given) == 1
+    assert "data.attention: nki computes in bf16, but precision.type is fp32" in capsys.readouterr().err
 
 
 def test_plan_shows_what_each_layout_takes_on_trainium(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from nxdt_align.config.schema import Config
-from nxdt_align.models.config import ModelShape
+from nxdt_align.models.config import DecoderConfig, ModelShape
+from nxdt_align.planning.operators import FLASH_HEAD, FLASH_TOKENS
 
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
 """Backends that run on one type of device alone, where they are the default."""
-FLASH_MULTIPLE = {"neuron": 512}
+FLASH_MULTIPLE = {"neuron": FLASH_TOKENS}
 """Device type -> row lengths are multiples of this for its flash kernel."""
 
 
@@ -17,8 +18,8 @@ def attention_kind(config: Config, device_type: str, model: ModelShape) -> str:
         return config.data.attention
     if (
         device_type in FLASH_MULTIPLE
-        and config.data.buckets is None
         and why_not_causal(config, model) is None
+        and why_not_flash(config, device_type, model) is None
     ):
         return "causal"
     if config.distributed_strategy.compile == "blocks" and device_type == "cpu":
@@ -44,6 +45,21 @@ def why_not_causal(config: Config, model: ModelShape) -> str | None:
             f"which a window needs: sliding_window is {window}, but data.seq_length {longest}; set "
             f"data.seq_length to {window} at most, or data.attention=dense"
         )
+    return None
+
+
+def why_not_flash(config: Config, device_type: str, model: ModelShape) -> str | None:
+    """What rows or heads the flash kernel of engine native's device does not take, which would compute them
+    as a mask does; None where it takes these, and on devices whose kernel takes any."""
+    multiple = FLASH_MULTIPLE.get(device_type)
+    if multiple is None:
+        return None
+    head_size = model.head_dim if isinstance(model, DecoderConfig) else 0  # others do not run there
+    if head_size > FLASH_HEAD:
+        return f"takes heads of up to {FLASH_HEAD} entries, but this model's have {head_size}"
+    others = [bucket for bucket in config.data.buckets or () if bucket % multiple]
+    if others:
+        return f"takes rows of a multiple of {multiple} tokens, but data.buckets has {others}"
     return None
 
 
