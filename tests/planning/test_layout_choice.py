@@ -19,7 +19,8 @@ from nxdt_align.data.layouts import LayoutOptions, RowOption
 from nxdt_align.data.packing import ROUNDING, Bucket, Layout, RowPlanner
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LLAMA3_8B, TINY
-from nxdt_align.planning.step_time import RowSeconds
+from nxdt_align.planning.devices import device_of
+from nxdt_align.planning.step_time import RowSeconds, micro_batch_cost
 from nxdt_align.planning.workload import workload
 from nxdt_align.run.rows import layout_faults, row_needs, with_possible_layout
 
@@ -163,6 +164,26 @@ def test_a_rows_price_is_of_the_attention_in_use() -> None:
     row = Bucket(4096, 2048, 8)
     costs = {key: cost(row) for key, option in kinds.items() if (cost := option.row_cost) is not None}
     assert costs["auto", "none"] < costs["nki", "packed"] < costs["auto", "packed"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "share"),
+    [
+        *((32, 8, 1.0), (64, 8, 1.0)),  # of 8 ranks each has one, which two cores get copies of
+        *((56, 8, 0.5), (40, 8, 0.5), (72, 24, 0.75)),  # 7 and 5 query heads on it, and 9 on 3
+    ],
+)
+def test_a_core_that_waits_in_the_backward_pass_is_priced(heads: int, kv_heads: int, share: float) -> None:
+    """Of ``nki``, by hand: five products of all pairs of tokens, at the rate of the cores at work."""
+    model = replace(LLAMA3_8B, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    given = config(*TRN2, "data.packing=packed", "data.attention=nki")
+    work = workload(given, model, "packed", 2, Bucket(4096, 2048, 8), needs_reference=False)
+    two = device_of("trn2", 2)
+    waits = (
+        micro_batch_cost(work, two).seconds - micro_batch_cost(work, replace(two, physical_cores=1)).seconds
+    )
+    products = 5 * 2 * work.rows * 4096**2 * (heads // 8) * 128 * model.num_hidden_layers
+    assert waits == pytest.approx(products / two.flops * (1 / share - 1), rel=1e-6)
 
 
 def test_a_price_is_of_the_mask_where_the_flash_kernel_takes_no_heads_of_a_models_size() -> None:

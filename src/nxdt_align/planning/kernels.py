@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nxdt_align.config.schema import Config
 from nxdt_align.models.config import DecoderConfig, ModelShape
+from nxdt_align.ops.attention_nki import copies_of_keys
 from nxdt_align.planning.operators import FLASH_HEAD, FLASH_TOKENS
 
 ATTENTION_OF_DEVICE = {"cpu": "blocks", "cuda": "flex"}
@@ -67,3 +68,10 @@ def flash_multiple(config: Config, device_type: str, model: ModelShape) -> int:
     """Row lengths must be multiples of this on engine native."""
     is_flash = attention_kind(config, device_type, model) in ("causal", "nki")
     return FLASH_MULTIPLE.get(device_type, 1) if is_flash else 1
+
+
+def share_at_work(heads: int, kv_heads: int, cores: int) -> float:
+    """Of a device's physical cores, in attention ``nki``'s backward pass of a rank's heads: each takes whole
+    key-value heads, or copies of them, and waits for the one with the most."""
+    handed = kv_heads * copies_of_keys(heads, kv_heads, cores)
+    return handed / (-(-handed // cores) * cores)
