@@ -196,6 +196,54 @@ def test_a_price_is_of_the_mask_where_the_flash_kernel_takes_no_heads_of_a_model
     assert kinds == ["flash", "scores"]
 
 
+LONG = "2048,2048,2048"
+
+
+def test_the_choice_names_what_nkis_kernels_would_win(capsys: pytest.CaptureFixture[str]) -> None:
+    """On long pairs, where a mask's scores take what a shared prompt saves."""
+    assert main(on_paper(*TRN2, lengths=LONG)) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"with data.attention=nki shared_prompt ([\d.]+) s, ([\d.]+) times as fast", said)
+    taken = re.search(r"^  none +([\d.]+) s, 1.00 times", said, re.MULTILINE)
+    assert found is not None and taken is not None
+    assert float(found[2]) == pytest.approx(float(taken[1]) / float(found[1]), rel=0.01)
+    assert main(on_paper(*TRN2, "data.attention=nki", lengths=LONG)) == 0
+    priced = re.search(r"^  shared_prompt +([\d.]+) s, 1.00", capsys.readouterr().out, re.MULTILINE)
+    assert priced is not None and priced[1] == found[1]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.attention=dense",
+        "data.attention=nki",
+        "precision.type=fp32",  # which the kernels do not compute
+        "data.buckets=[6000,8200]",  # nor such rows
+        "trainer.accelerator=cpu",
+    ],
+)
+def test_no_kernel_is_named_that_the_run_could_not_have(
+    override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(on_paper(*TRN2, override, lengths=LONG)) == 0
+    assert "with data.attention" not in capsys.readouterr().out
+
+
+def test_a_setting_is_named_where_it_costs_less() -> None:
+    data = FakeLengths(np.full(4, 31), np.array([[20, 10]] * 4))
+
+    def summary(price: float, fault: str | None = None) -> str:
+        given = RowOption("none"), RowOption("packed")
+        other = RowOption("packed", 1, lambda bucket: bucket.tokens * price, lambda bucket: fault)
+        options = LayoutOptions(given, unchosen=[other], setting="data.attention=nki")
+        choice = options.choose(lambda o: plans(data, o.layout, row_cost=o.row_cost))[1]
+        assert choice is not None and choice.layout == "packed"
+        return choice.summary
+
+    assert "; with data.attention=nki packed " in summary(0.5)
+    assert "with" not in summary(1.0) and "with" not in summary(0.5, "too large")
+
+
 # What the verbs say
 
 

@@ -150,10 +150,15 @@ def check_attention(config: Config, model: ModelShape, device_type: str | None =
             raise UserError(f"data.attention: causal takes no bounds of what a token sees, {fault}")
         fault = None if device_type is None else why_not_flash(config, device_type, model)
     elif kind == "nki" and device_type == "neuron":
-        head_size = model.head_dim if isinstance(model, DecoderConfig) else 0  # else seen at the first batch
-        fault = misfit(head_size, model.attention_softcap) or _format_misfit(config)
+        fault = why_not_nki(config, model)
     if fault is not None:
         raise UserError(f"data.attention: {kind} {fault}; set data.attention=dense")
+
+
+def why_not_nki(config: Config, model: ModelShape) -> str | None:
+    """What of the model or its number formats nki-library's kernels do not take; None where they take it."""
+    head_size = model.head_dim if isinstance(model, DecoderConfig) else 0  # else seen at the first batch
+    return misfit(head_size, model.attention_softcap) or _format_misfit(config)
 
 
 def _format_misfit(config: Config) -> str | None:
