@@ -4,6 +4,8 @@ against a stand-in that holds its signatures, shapes, dtypes and limits (snapsho
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,16 @@ from nxd_source import STUBS
 from torch import Tensor
 
 from nxdt_align.errors import UserError
-from nxdt_align.ops import attention_nki
+from nxdt_align.models.decoder import Attention, RotaryEmbedding
+from nxdt_align.models.presets import TINY
 from nxdt_align.ops.attention import DenseAttention
-from nxdt_align.ops.attention_nki import LibraryKernels, NkiAttention, PlainKernels, operator
+from nxdt_align.ops.attention_nki import (
+    LibraryKernels,
+    NkiAttention,
+    PlainKernels,
+    copies_of_keys,
+    operator,
+)
 
 TOKENS = 512
 PLAIN = operator(PlainKernels(), "nxdt_align_test::plain")
@@ -73,6 +82,29 @@ def test_bf16_keeps_its_dtype() -> None:
         assert float((got.float() - want).norm() / want.norm()) < 0.01
 
 
+def test_autocast_with_head_norms() -> None:
+    """Which leave queries and keys in float32 and values in bf16; attention_bwd takes one dtype."""
+    model = replace(TINY, qk_norm="head")
+    positions = torch.arange(TOKENS).expand(2, -1)
+    hidden = torch.randn(2, TOKENS, model.hidden_size, generator=torch.Generator().manual_seed(2))
+    found: list[list[Tensor]] = []
+    for attention, is_cast in ((NkiAttention(PLAIN), True), (DenseAttention(), False)):
+        dtypes: list[torch.dtype] = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, context: Any, attention: Any = attention) -> Tensor:
+            dtypes[:] = [q.dtype, k.dtype, v.dtype]  # noqa: B023
+            return attention(q, k, v, context)  # type: ignore[no-any-return]
+
+        torch.manual_seed(0)
+        layer = Attention(model, attend)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            out = layer(hidden, RotaryEmbedding(model)(positions), attention.prepare(*bounds(3)))
+        assert dtypes == ([torch.float32] * 2 + [torch.bfloat16 if is_cast else torch.float32])
+        found.append([out, *torch.autograd.grad(out.float().square().sum(), list(layer.parameters()))])
+    for got, want in zip(*found, strict=True):
+        assert float((got.float() - want).norm() / want.norm()) < 0.02
+
+
 def test_the_operator_is_one_for_torch() -> None:
     """Schema, fake tensors and autograd as torch checks them, and one graph under a compiler."""
     attention = NkiAttention(PLAIN)
@@ -112,6 +144,7 @@ class Library:
         assert width <= 128 and size % 128 == 0 and all(x.is_contiguous() for x in (q, k, v))
         assert bound_min.shape == bound_max.shape == (size, 1)
         assert bound_min.dtype == bound_max.dtype == torch.float32
+        assert scale == 1.0  # with bounds its scores go through range_select, which has no scale
         self.calls.append("forward")
         index = torch.arange(size)
         out, tops, reciprocals = torch.empty_like(q), torch.empty(heads, size), torch.empty(heads, size)
@@ -139,7 +172,7 @@ class Library:
         assert size % 512 == 0 and all(x.is_contiguous() for x in (q, k, v, o, dy))
         assert bound_min.shape == bound_max.shape == (size,)
         assert bound_min.dtype == bound_max.dtype == torch.float32
-        self.calls.append("backward")
+        self.calls.append(f"backward, {kv_heads} key-value heads")
         index = torch.arange(size)
         seen = (index >= bound_min[:, None]) & (index < bound_max[:, None])
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
@@ -157,13 +190,29 @@ class Library:
         return dq, dk, dv
 
 
-def test_the_librarys_kernels_are_called_as_they_want() -> None:
+@pytest.mark.parametrize(("kv_heads", "handed"), [(1, 2), (2, 2), (4, 4)])
+def test_the_librarys_kernels_are_called_as_they_want(kv_heads: int, handed: int) -> None:
+    """A call for each row; backward with a key-value head for each of two cores at least."""
     library = Library()
-    attend = operator(LibraryKernels(2, library), "nxdt_align_test::library")
-    given = inputs()
+    attend = operator(LibraryKernels(2, library), f"nxdt_align_test::library_{kv_heads}")
+    given = inputs(kv_heads=kv_heads)
     for got, want in zip(run(NkiAttention(attend), given), run(DenseAttention(), given), strict=True):
         assert torch.allclose(got, want, atol=2e-5)
-    assert library.calls == ["forward"] * 2 + ["backward"] * 2  # a call for each row
+    assert library.calls == ["forward"] * 2 + [f"backward, {handed} key-value heads"] * 2
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "cores", "copies"),
+    [
+        *((4, 1, 2, 2), (6, 3, 2, 2)),
+        *((4, 1, 1, 1), (4, 2, 2, 1), (4, 4, 2, 1)),
+        *((1, 1, 2, 1), (7, 1, 2, 1)),  # query heads that two cores cannot share evenly
+    ],
+)
+def test_key_value_heads_are_copied_where_a_core_would_wait(
+    heads: int, kv_heads: int, cores: int, copies: int
+) -> None:
+    assert copies_of_keys(heads, kv_heads, cores) == copies
 
 
 def test_rows_and_models_that_no_kernel_takes() -> None:
@@ -190,21 +239,40 @@ def test_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
         LibraryKernels()
 
 
-def test_under_nkis_simulator() -> None:
-    """The library's own kernels where nki can be imported."""
+class Simulated:
+    """nki-library's own kernels on a CPU: ``kernel[cores](...)`` of torch tensors, as nki.simulate takes
+    them from Neuron 2.30 on."""
+
+    def __init__(self, nki: Any, kernel: Any) -> None:
+        self._nki, self._kernel = nki, kernel
+
+    def __getitem__(self, cores: int) -> Callable[..., tuple[Tensor, ...]]:
+        simulated = self._nki.simulate(self._kernel[cores])
+        return lambda *args, **named: tuple(torch.as_tensor(x) for x in simulated(*args, **named))
+
+
+class SimulatedLibrary:
+    def __init__(self, nki: Any) -> None:
+        for name in ("attention_cte", "attention_bwd"):
+            kernel = getattr(pytest.importorskip(f"nkilib.core.attention.{name}"), name)
+            setattr(self, name, Simulated(nki, kernel))
+
+
+@pytest.mark.nki
+@pytest.mark.parametrize(
+    "cores, heads, kv_heads", [(1, 2, 1), (2, 2, 1), (2, 2, 2)], ids=["one core", "two cores", "two pairs"]
+)
+def test_under_nkis_simulator(monkeypatch: pytest.MonkeyPatch, cores: int, heads: int, kv_heads: int) -> None:
+    """The library's own kernels, forward and backward, through the calls of a run, in bf16."""
     nki = pytest.importorskip("nki")
     if Path(getattr(nki, "__file__", None) or STUBS).is_relative_to(STUBS):
         pytest.skip("nki is a stand-in of another test's")
-    attention_nki.LibraryKernels()
-    kernel = pytest.importorskip("nkilib.core.attention.attention_cte").attention_cte
-    q, k, v = (x.detach()[0].transpose(0, 1).contiguous().numpy() for x in inputs())
-    start, stop = (x[0].float()[:, None].numpy() for x in bounds(0))
-    simulated = nki.simulate(kernel)(
-        q, k, v, scale=16**-0.5, causal_mask=False, tp_k=True, bound_min=start, bound_max=stop
-    )
-    plain, _ = PlainKernels().forward(
-        *(torch.from_numpy(x) for x in (q, k, v)),
-        *(torch.from_numpy(x[:, 0]) for x in (start, stop)),
-        16**-0.5,
-    )
-    assert torch.allclose(torch.as_tensor(simulated), plain, atol=2e-2)
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn2")
+    library = SimulatedLibrary(nki)
+    attend = operator(LibraryKernels(cores, library), f"nxdt_align_test::simulated_{cores}_{kv_heads}")
+    given = inputs(heads, kv_heads, size=64, dtype=torch.bfloat16)
+    found = run(NkiAttention(attend), given)
+    exact = run(DenseAttention(), [x.detach().float().requires_grad_() for x in given])
+    for got, want in zip(found, exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert float((got.float() - want).norm() / want.norm()) < 0.02

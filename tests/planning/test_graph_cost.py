@@ -51,6 +51,7 @@ def test_a_device_of_one_physical_core_is_half_a_trn2s() -> None:
     assert (one.flops, one.float32_flops, one.memory) == (667e12 / 8, 181e12 / 8, 12 * 2**30)
     assert (one.memory_bandwidth, one.link_bandwidth) == (2900e9 / 8, 640e9 / 8)
     assert one.network_bandwidth == 400e9 / 128
+    assert (one.physical_cores, DEVICES["trn2"].physical_cores, DEVICES["trn1"].physical_cores) == (1, 2, 1)
     assert device_of("trn2", None) is device_of("trn2", 2) is DEVICES["trn2"]
     assert device_of("trn1", 1) is DEVICES["trn1"]
 

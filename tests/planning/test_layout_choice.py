@@ -19,7 +19,9 @@ from nxdt_align.data.layouts import LayoutOptions, RowOption
 from nxdt_align.data.packing import ROUNDING, Bucket, Layout, RowPlanner
 from nxdt_align.errors import UserError
 from nxdt_align.models.presets import LLAMA3_8B, TINY
-from nxdt_align.planning.step_time import RowSeconds
+from nxdt_align.planning.devices import device_of
+from nxdt_align.planning.step_time import RowSeconds, micro_batch_cost
+from nxdt_align.planning.workload import workload
 from nxdt_align.run.rows import layout_faults, row_needs, with_possible_layout
 
 NAME = "hf_llama3_8B_DPO_config"
@@ -164,7 +166,91 @@ def test_a_rows_price_is_of_the_attention_in_use() -> None:
     assert costs["auto", "none"] < costs["nki", "packed"] < costs["auto", "packed"]
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "share"),
+    [
+        *((32, 8, 1.0), (64, 8, 1.0)),  # of 8 ranks each has one, which two cores get copies of
+        *((56, 8, 0.5), (40, 8, 0.5), (72, 24, 0.75)),  # 7 and 5 query heads on it, and 9 on 3
+    ],
+)
+def test_a_core_that_waits_in_the_backward_pass_is_priced(heads: int, kv_heads: int, share: float) -> None:
+    """Of ``nki``, by hand: five products of all pairs of tokens, at the rate of the cores at work."""
+    model = replace(LLAMA3_8B, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    given = config(*TRN2, "data.packing=packed", "data.attention=nki")
+    work = workload(given, model, "packed", 2, Bucket(4096, 2048, 8), needs_reference=False)
+    two = device_of("trn2", 2)
+    waits = (
+        micro_batch_cost(work, two).seconds - micro_batch_cost(work, replace(two, physical_cores=1)).seconds
+    )
+    products = 5 * 2 * work.rows * 4096**2 * (heads // 8) * 128 * model.num_hidden_layers
+    assert waits == pytest.approx(products / two.flops * (1 / share - 1), rel=1e-6)
+
+
+def test_a_price_is_of_the_mask_where_the_flash_kernel_takes_no_heads_of_a_models_size() -> None:
+    wide = replace(LLAMA3_8B, head_dim=256)
+    given = config(*TRN2, "data.packing=none")
+    kinds = [
+        workload(given, model, "none", 2, Bucket(512, 256, 2), needs_reference=False).attention
+        for model in (LLAMA3_8B, wide)
+    ]
+    assert kinds == ["flash", "scores"]
+
+
+LONG = "2048,2048,2048"
+
+
+def test_the_choice_names_what_nkis_kernels_would_win(capsys: pytest.CaptureFixture[str]) -> None:
+    """On long pairs, where a mask's scores take what a shared prompt saves."""
+    assert main(on_paper(*TRN2, lengths=LONG)) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"with data.attention=nki shared_prompt ([\d.]+) s, ([\d.]+) times as fast", said)
+    taken = re.search(r"^  none +([\d.]+) s, 1.00 times", said, re.MULTILINE)
+    assert found is not None and taken is not None
+    assert float(found[2]) == pytest.approx(float(taken[1]) / float(found[1]), rel=0.01)
+    assert main(on_paper(*TRN2, "data.attention=nki", lengths=LONG)) == 0
+    priced = re.search(r"^  shared_prompt +([\d.]+) s, 1.00", capsys.readouterr().out, re.MULTILINE)
+    assert priced is not None and priced[1] == found[1]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.attention=dense",
+        "data.attention=nki",
+        "precision.type=fp32",  # which the kernels do not compute
+        "data.buckets=[6000,8200]",  # nor such rows
+        "trainer.accelerator=cpu",
+    ],
+)
+def test_no_kernel_is_named_that_the_run_could_not_have(
+    override: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(on_paper(*TRN2, override, lengths=LONG)) == 0
+    assert "with data.attention" not in capsys.readouterr().out
+
+
+def test_a_setting_is_named_where_it_costs_less() -> None:
+    data = FakeLengths(np.full(4, 31), np.array([[20, 10]] * 4))
+
+    def summary(price: float, fault: str | None = None) -> str:
+        given = RowOption("none"), RowOption("packed")
+        other = RowOption("packed", 1, lambda bucket: bucket.tokens * price, lambda bucket: fault)
+        options = LayoutOptions(given, unchosen=[other], setting="data.attention=nki")
+        choice = options.choose(lambda o: plans(data, o.layout, row_cost=o.row_cost))[1]
+        assert choice is not None and choice.layout == "packed"
+        return choice.summary
+
+    assert "; with data.attention=nki packed " in summary(0.5)
+    assert "with" not in summary(1.0) and "with" not in summary(0.5, "too large")
+
+
 # What the verbs say
+
+
+def test_a_plan_refuses_what_the_kernels_do_not_compute(capsys: pytest.CaptureFixture[str]) -> None:
+    given = on_paper(*TRN2, "data.attention=nki", "precision.type=fp32", lengths="136,44,55")
+    assert main(given) == 1
+    assert "data.attention: nki computes in bf16, but precision.type is fp32" in capsys.readouterr().err
 
 
 def test_plan_shows_what_each_layout_takes_on_trainium(capsys: pytest.CaptureFixture[str]) -> None:

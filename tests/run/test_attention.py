@@ -12,7 +12,7 @@ import torch
 from nxdt_align.config.alignment import ModelAlignmentStrategyConfig, SFTConfig
 from nxdt_align.config.data import Attention, DataConfig, Packing
 from nxdt_align.config.model import FusionsConfig, ModelConfig
-from nxdt_align.config.schema import Config
+from nxdt_align.config.schema import Config, PrecisionConfig
 from nxdt_align.engines.nxd.compat import Platform
 from nxdt_align.engines.nxd.flash import CausalFlashAttention, IntervalFlashAttention
 from nxdt_align.errors import UserError
@@ -21,8 +21,8 @@ from nxdt_align.models.presets import TINY
 from nxdt_align.ops.attention import CausalAttention, DenseAttention
 from nxdt_align.ops.attention_blocks import BlockAttention
 from nxdt_align.ops.attention_flex import FlexAttention
-from nxdt_align.run import nxd
-from nxdt_align.run.computing import attention
+from nxdt_align.run import native, nxd
+from nxdt_align.run.computing import attention, check_attention
 from nxdt_align.run.rows import row_multiple
 
 NEURON: Any = SimpleNamespace(type="neuron")
@@ -56,6 +56,71 @@ def test_a_neuron_device_takes_its_flash_kernel_where_no_mask_is_needed() -> Non
     assert isinstance(attention(config("auto", "none", 1024), NEURON, MISTRAL), CausalAttention)
     # Elsewhere rows of any length.
     assert row_multiple(config("causal", "none"), "native", TINY, "cpu") == 1
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
+    """What a run on a Neuron device says of a configuration while its engine is made."""
+    monkeypatch.setattr(native, "NativeEngine", lambda *args, **named: SimpleNamespace())
+
+    def of(given: Config, model: Any = TINY) -> str:
+        parts = native.NativeParts.__new__(native.NativeParts)
+        parts._config, parts._model, parts.device, parts._compiling = given, model, NEURON, None
+        parts.precision = parts.reference_precision = parts.topology = None  # type: ignore[assignment]
+        caplog.clear()
+        parts.engine()
+        return caplog.text
+
+    return of
+
+
+def test_buckets_that_the_flash_kernel_takes_are_its_own(said: Any) -> None:
+    def of(*buckets: int) -> Config:
+        plain = config("auto", "none")
+        return replace(plain, data=replace(plain.data, buckets=buckets))
+
+    fitting, others = of(512, 1024), of(300, 512, 700)
+    assert isinstance(attention(fitting, NEURON, TINY), CausalAttention)
+    assert row_multiple(fitting, "native", TINY, "neuron") == 512 and said(fitting) == ""
+    assert isinstance(attention(others, NEURON, TINY), DenseAttention)
+    assert row_multiple(others, "native", TINY, "neuron") == 1
+    assert "auto is dense, with a mask, as the flash kernel takes rows of a multiple of 512" in said(others)
+    assert "data.buckets has [300, 700]" in said(others)
+    assert said(replace(others, data=replace(others.data, packing="packed"))) == ""  # wants a mask anyway
+    refused = replace(others, data=replace(others.data, attention="causal"))
+    with pytest.raises(UserError, match=r"attention: causal takes rows .* has \[300, 700\]; set .*dense"):
+        attention(refused, NEURON, TINY)
+
+
+def test_heads_that_no_flash_kernel_takes(said: Any) -> None:
+    """As Gemma 3's, in rows within its window."""
+    wide, plain = replace(MISTRAL, head_dim=256), config("auto", "none", 1024)
+    assert isinstance(attention(plain, NEURON, wide), DenseAttention)
+    assert row_multiple(plain, "native", wide, "neuron") == 1
+    fault = "takes heads of up to 128 entries, but this model's have 256"
+    assert f"data.attention: auto is dense, with a mask, as the flash kernel {fault}" in said(plain, wide)
+    assert isinstance(attention(plain, NEURON, replace(wide, head_dim=128)), CausalAttention)
+    with pytest.raises(UserError, match=f"data.attention: causal {fault}; set data.attention=dense"):
+        check_attention(config("causal", "none", 1024), wide, "neuron")
+    check_attention(config("causal", "none", 1024), wide, "cpu")
+
+
+def test_nkis_kernels_compute_in_bf16_alone() -> None:
+    def of(kind: Any, reference: Any = None) -> Config:
+        given = replace(config("nki"), precision=PrecisionConfig(type=kind))
+        return replace(
+            given, model_alignment_strategy=ModelAlignmentStrategyConfig(reference_dtype=reference)
+        )
+
+    for kind in ("mixed_precision", "bf16SR", "autocast"):
+        check_attention(of(kind), TINY, "neuron")
+        check_attention(of(kind, "bf16"), TINY, "neuron")
+    with pytest.raises(
+        UserError, match=r"nki computes in bf16, but precision.type is fp32; set data.att.*dense"
+    ):
+        attention(of("fp32"), NEURON, TINY)
+    with pytest.raises(UserError, match=r"in bf16, but model_alignment_strategy.reference_dtype is fp32"):
+        attention(of("autocast", "fp32"), NEURON, TINY)
 
 
 class OnNeuron(nxd.NxDParts):

@@ -278,6 +278,17 @@ def test_findings(op: Op, rule: str, words: str) -> None:
     assert words in found.findings[0].what
 
 
+@pytest.mark.parametrize(("heads", "cores", "times"), [(8, 2, 1), (7, 2, 2), (7, 1, 1)])
+def test_a_core_that_waits_for_another_is_priced(heads: int, cores: int, times: int) -> None:
+    """In nki-library's backward pass, where the query heads of one key-value head are not shared evenly."""
+    q, k = ("bfloat16", (1, 4096, heads, 128)), ("bfloat16", (1, 4096, 1, 128))
+    op = Op("nxdt_align.traced_intervals_backward.default", [q, k, k], [q, k, k, q, q])
+    device = replace(DEVICES["trn2"], physical_cores=cores)
+    found = report(GraphOf(op), device, low_precision=True)  # type: ignore[arg-type]
+    products = 5 * 2 * 4096**2 * heads * 128
+    assert found.cost.seconds == pytest.approx(times * products / device.flops)
+
+
 def test_what_is_known_of_operators_has_one_place() -> None:
     assert status_of("aten.mm.default") == "lowered" and status_of("aten.where.self") == "unknown"
     assert all(status_of(f"_c10d_functional.{name}.default") == "lowered" for name in COLLECTIVES)

@@ -87,8 +87,9 @@ class DataConfig:
     """(ours) Attention kernel for rows. dense: an (S, S) mask, for any device; blocks: one example at a time,
     without padding, for cpu; flex: PyTorch's compiled FlexAttention, for cuda; causal: the device's flash
     kernel without a mask, for packing none alone; nki: nki-library's flash kernels with each token's bounds,
-    for neuron (engine native), not run on a chip yet; auto: blocks on cpu, flex on cuda, causal on neuron
-    (engine native) where packing is none, else dense. Affects only the speed."""
+    for neuron (engine native) in bf16, not run on a chip yet; auto: blocks on cpu, flex on cuda, causal on
+    neuron (engine native) where packing is none and its kernel takes the model's heads and the buckets, else
+    dense. Affects only the speed."""
     format: str | None = None
     """(ours) Format of the records, e.g. pairs, fairseq2, orca, hh, sharegpt; or a custom function,
     module.function, from a record of the file to a mapping with prompt, chosen and rejected; null: detected

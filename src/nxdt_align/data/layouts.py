@@ -35,6 +35,9 @@ class LayoutOptions:
     """Layouts that are not among them -> why."""
     priced_for: str = ""
     """The device that ``row_cost`` is of."""
+    unchosen: Sequence[RowOption] = ()
+    """What rows might have with ``setting``: named where it costs less, never taken."""
+    setting: str = ""
 
     def choose(self, plan: Callable[[RowOption], RowPlanner]) -> tuple[RowPlanner, LayoutChoice | None]:
         """The rows of the option that costs least, planned by ``plan``, and what the others cost; None where
@@ -63,8 +66,34 @@ class LayoutOptions:
         prices = {layout: planner.cost_per_step() for layout, (_, planner) in planned.items()}
         chosen = min(prices, key=lambda layout: (layout in too_large, prices[layout]))
         unit: Unit = "positions" if planned[chosen][0].row_cost is None else "seconds"
-        choice = LayoutChoice(chosen, prices, refused, too_large, unit, self.priced_for)
+        hint = self._hint(plan, prices[chosen])
+        choice = LayoutChoice(chosen, prices, refused, too_large, unit, self.priced_for, hint)
         return planned[chosen][1], choice
+
+    def _hint(self, plan: Callable[[RowOption], RowPlanner], price: float) -> Hint | None:
+        """The cheapest of ``unchosen`` that memory holds; None where none costs less than ``price``."""
+        hints = []
+        for option in self.unchosen:
+            try:
+                planner = plan(option)
+            except UserError:
+                continue  # no rows of these examples, as with buckets that its kernel does not take
+            cost = planner.cost_per_step()
+            is_held = option.memory_fault is None or option.memory_fault(planner.buckets[-1]) is None
+            if cost < price and is_held:
+                hints.append(Hint(self.setting, option.layout, cost, price / cost))
+        return min(hints, key=lambda hint: hint.price, default=None)
+
+
+@dataclass(frozen=True)
+class Hint:
+    """A setting that the run does not have, and what it would win."""
+
+    setting: str
+    layout: Layout
+    price: float
+    gain: float
+    """The chosen layout's price over this one's."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +109,20 @@ class LayoutChoice:
     """Layout -> why memory does not hold it."""
     unit: Unit
     priced_for: str
+    hint: Hint | None = None
 
     def _price(self, layout: Layout) -> str:
-        if self.unit == "positions":
-            return f"{self.prices[layout]:,.0f} tokens"
-        return f"{self.prices[layout]:.3g} s"
+        return self._told(self.prices[layout])
+
+    def _told(self, price: float) -> str:
+        return f"{price:,.0f} tokens" if self.unit == "positions" else f"{price:.3g} s"
+
+    @property
+    def _of_hint(self) -> str:
+        hint = self.hint
+        if hint is None:
+            return ""
+        return f"with {hint.setting} {hint.layout} {self._told(hint.price)}, {hint.gain:.3g} times as fast"
 
     @property
     def _measure(self) -> str:
@@ -100,7 +138,7 @@ class LayoutChoice:
         told += f"; {prices}" if prices else ""
         faults = [f"{layout} does not fit memory" for layout in self.too_large]
         faults += [f"not {layout}: {why}" for layout, why in self.refused.items()]
-        return "; ".join([told, *faults])
+        return "; ".join(filter(None, [told, self._of_hint, *faults]))
 
     def __str__(self) -> str:
         lines = [f"{PACKING}: auto is {self.layout}, the cheapest {self._measure}"]
@@ -108,4 +146,5 @@ class LayoutChoice:
             more = self.prices[layout] / self.prices[self.layout]
             fault = f"; {self.too_large[layout]}" if layout in self.too_large else ""
             lines.append(f"  {layout:<14}{self._price(layout)}, {more:.2f} times{fault}")
-        return "\n".join([*lines, *(f"  {layout:<14}{why}" for layout, why in self.refused.items())])
+        lines += [f"  {layout:<14}{why}" for layout, why in self.refused.items()]
+        return "\n".join([*lines, *([f"  {self._of_hint}"] if self.hint is not None else [])])

@@ -1,9 +1,10 @@
 """Attention by intervals in nki-library's flash kernels on Trainium2 and 3, forward and backward.
 
 The kernels (``attention_cte``, ``attention_bwd``) take for each query the first and one past the last key, as
-every layout here has them. They are a torch operator with its own gradient, so that eager steps and
-compiled graphs call them alike. ``PlainKernels`` says in plain torch what they compute, in their layouts: it
-runs where ``nki`` is not, for tests. Signatures as of nki-library d2ad3a5 (April 2026); not run on a device.
+every layout here has them. With such bounds ``attention_cte`` scales no scores: queries come scaled. They are
+a torch operator with its own gradient, so that eager steps and compiled graphs call them alike.
+``PlainKernels`` says in plain torch what they compute, in their layouts: it runs where ``nki`` is not, for
+tests. Signatures and limits as of nki-library d2ad3a5 (April 2026); not run on a device.
 https://github.com/aws-neuron/nki-library
 
 Legend as in ``attention.py``; ``P`` = 128 queries of a tile.
@@ -27,11 +28,10 @@ INSTALL = "AWS's torch-neuronx for trn2 and trn3 brings nki, and neuronx-cc brin
 
 
 class Kernels(Protocol):
-    """The two kernels, for the heads of one row: ``start`` and ``stop`` are (S,) float32, for all heads."""
+    """The two kernels, for the heads of one row, whose scores are q k: ``start`` and ``stop`` are (S,)
+    float32, for all heads; all other inputs have one dtype."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
         """q (N, S, H), k and v (K, S, H) -> (N, S, H), and each query's logarithm of the sum of its
         exponentials, (N, P, S / P) float32."""
         ...
@@ -46,7 +46,6 @@ class Kernels(Protocol):
         sums: Tensor,
         start: Tensor,
         stop: Tensor,
-        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """All of (1, heads, H, S), ``sums`` (1, N, P, S / P) -> the gradients of q, k and v."""
         ...
@@ -66,15 +65,14 @@ class LibraryKernels:
         else:
             forward = backward = library
         self._forward, self._backward = forward.attention_cte[cores], backward.attention_bwd[cores]
+        self._cores = cores
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
         out, negative_max, reciprocal = self._forward(
             q,
             k,
             v,
-            scale=scale,
+            scale=1.0,  # the only one that it takes with bounds
             causal_mask=False,
             tp_q=True,
             tp_k=True,
@@ -95,9 +93,12 @@ class LibraryKernels:
         sums: Tensor,
         start: Tensor,
         stop: Tensor,
-        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = self._backward(
+        kv_heads = k.shape[1]
+        copies = copies_of_keys(q.shape[1], kv_heads, self._cores)
+        if copies > 1:
+            k, v = (x.repeat_interleave(copies, 1) for x in (k, v))
+        of_q, of_k, of_v = self._backward(
             q,
             k,
             v,
@@ -108,9 +109,18 @@ class LibraryKernels:
             bound_max=stop,
             use_causal_mask=False,
             mixed_precision=True,
-            softmax_scale=scale,
+            softmax_scale=1.0,  # else the kernel takes the root of the head's size
         )
-        return found
+        if copies > 1:
+            of_k, of_v = (x.unflatten(1, (kv_heads, copies)).sum(2) for x in (of_k, of_v))
+        return of_q, of_k, of_v
+
+
+def copies_of_keys(heads: int, kv_heads: int, cores: int) -> int:
+    """How many copies of each key-value head ``attention_bwd`` gets, each with its share of the query heads:
+    it deals key-value heads out to the physical cores of a logical one, and one without its share waits.
+    1 where they come out even, or query heads cannot be shared evenly."""
+    return cores if kv_heads % cores and (heads // kv_heads) % cores == 0 else 1
 
 
 _KERNELS = ("attention_cte", "attention_bwd")
@@ -127,15 +137,14 @@ def _module(name: str) -> Any:
 
 
 class PlainKernels:
-    """What the kernels compute, in float32 products of any device."""
+    """What the kernels compute, in float32 products of any device, of inputs that they take."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
         k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0).float() for x in (k, v))
-        scores = _masked(q.float() @ k.mT * scale, start, stop)
-        sums = scores.logsumexp(-1)
-        out = (scores - sums[..., None]).exp() @ v
+        with torch.autocast(q.device.type, enabled=False):
+            scores = _masked(q.float() @ k.mT, start, stop)
+            sums = scores.logsumexp(-1)
+            out = (scores - sums[..., None]).exp() @ v
         return out.to(q.dtype), sums.view(len(sums), -1, QUERIES).mT.contiguous()
 
     def backward(
@@ -148,18 +157,18 @@ class PlainKernels:
         sums: Tensor,
         start: Tensor,
         stop: Tensor,
-        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        assert q.dtype == k.dtype == v.dtype == out.dtype == grad.dtype
         kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
         wide_k, wide_v = (x.repeat_interleave(groups, 1).float() for x in (k, v))
         given = q.float(), out.float(), grad.float()
         q32, out32, grad32 = given
-        scores = _masked(q32.mT @ wide_k * scale, start, stop)
+        scores = _masked(q32.mT @ wide_k, start, stop)
         weights = (scores - sums.mT.flatten(-2)[..., None]).exp()
         of_v = grad32 @ weights
         of_scores = weights * (grad32.mT @ wide_v - (grad32 * out32).sum(2)[..., None])
-        of_q = wide_k @ of_scores.mT * scale
-        of_k = q32 @ of_scores * scale
+        of_q = wide_k @ of_scores.mT
+        of_k = q32 @ of_scores
         shape = (1, kv_heads, groups, *of_k.shape[2:])
         of_k, of_v = of_k.view(shape).sum(2), of_v.view(shape).sum(2)
         return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype)
@@ -180,17 +189,16 @@ def operator(
 ) -> Callable[..., Tensor]:
     """``kernels`` as the torch operator ``name`` (namespace::name) with gradients.
 
-    It takes q (B, S, N, H), k and v (B, S, K, H), and (B, S) float32 bounds -> (B, S, N, H). The kernels have
-    one pair of vectors for all heads of a call, so each row is a call.
+    It takes scaled q (B, S, N, H), k and v (B, S, K, H), all of one dtype, and (B, S) float32 bounds ->
+    (B, S, N, H). The kernels have one pair of vectors for all heads of a call, so each row is a call.
     """
 
     @register(name, mutates_args=())
     def forward(q: Tensor, k: Tensor, v: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-        scale = q.shape[-1] ** -0.5
         rows = []
         for row, (a, b) in enumerate(zip(start, stop, strict=True)):
             of_q, of_k, of_v = (x[row].transpose(0, 1).contiguous() for x in (q, k, v))
-            rows.append(kernels.forward(of_q, of_k, of_v, a, b, scale))
+            rows.append(kernels.forward(of_q, of_k, of_v, a, b))
         outs, sums = zip(*rows, strict=True)
         return torch.stack(outs).transpose(1, 2).contiguous(), torch.stack(sums)
 
@@ -205,12 +213,11 @@ def operator(
         start: Tensor,
         stop: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scale = q.shape[-1] ** -0.5
         rows = []
         for row, (a, b) in enumerate(zip(start, stop, strict=True)):
             turned = [x[row : row + 1].permute(0, 2, 3, 1).contiguous() for x in (q, k, v, out, grad)]
             found = kernels.backward(
-                turned[0], turned[1], turned[2], turned[3], turned[4], sums[row : row + 1], a, b, scale
+                turned[0], turned[1], turned[2], turned[3], turned[4], sums[row : row + 1], a, b
             )
             rows.append([x.permute(0, 3, 1, 2) for x in found])
         of_q, of_k, of_v = (torch.cat(parts).contiguous() for parts in zip(*rows, strict=True))
@@ -270,7 +277,9 @@ class NkiAttention:
         fault = misfit(q.shape[-1], softcap)
         if fault is not None:
             raise UserError(f"data.attention: nki {fault}; set data.attention=dense")
-        return self._attend(q, k, v, *context)
+        # One dtype, as attention_bwd asks for: under autocast head norms leave q and k in float32.
+        q = (q * q.shape[-1] ** -0.5).to(v.dtype)
+        return self._attend(q, k.to(v.dtype), v, *context)
 
 
 def misfit(head_size: int, softcap: float | None) -> str | None:

@@ -23,6 +23,7 @@ from nxdt_align.planning.graph_report import (
     size_in_words,
 )
 from nxdt_align.planning.hlo import Shape
+from nxdt_align.planning.kernels import share_at_work
 from nxdt_align.planning.operators import (
     COLLECTIVES,
     FLASH,
@@ -30,6 +31,7 @@ from nxdt_align.planning.operators import (
     FLASH_HEADS,
     FLASH_TOKENS,
     FREE,
+    INTERVALS_BACKWARD,
     KERNELS,
     OPERATORS,
     name_of,
@@ -288,6 +290,9 @@ def _cost(op: _Op, device: Device) -> Cost:
     if op.flops:
         wide = op.name in _PRODUCTS and any(s.dtype == "f32" for s in op.operands)
         peak = device.float32_flops if wide else device.flops
+        if op.name == INTERVALS_BACKWARD:
+            q, k = (shape.dims for shape in op.operands[:2])
+            peak *= share_at_work(q[2], k[2], device.physical_cores)
         return roofline(op.flops, op.nbytes + op.read, peak, device)
     if op.name in FREE or op.name in _FUSED:
         return Cost()

@@ -33,6 +33,8 @@ class Device:
     """Bytes per second that a rank sends while it receives as many, within a node."""
     network_bandwidth: float
     """The same between nodes."""
+    physical_cores: int = 1
+    """That the rank is made of."""
 
     @classmethod
     def of_chip(
@@ -47,6 +49,7 @@ class Device:
         memory_gbytes: float,
         link_gbytes: float,
         network_gbits: float,
+        physical_cores: int = 1,
     ) -> Device:
         """From a chip's figures, shared evenly among its ``cores``, and the node's network. A link's figure
         is taken to count both directions."""
@@ -59,6 +62,7 @@ class Device:
             memory_bandwidth=memory_gbytes * GIGA / cores,
             link_bandwidth=link_gbytes * GIGA / 2 / cores,
             network_bandwidth=network_gbits * GIGA / 8 / cores_per_node,
+            physical_cores=physical_cores,
         )
 
 
@@ -82,6 +86,7 @@ DEVICES = {
             memory_gbytes=2900,
             link_gbytes=1280,
             network_gbits=3200,
+            physical_cores=DEFAULT_LNC,
         ),
     )
 }
@@ -104,6 +109,7 @@ def device_of(chip: str, lnc: int | None) -> Device:
         memory_bandwidth=device.memory_bandwidth / 2,
         link_bandwidth=device.link_bandwidth / 2,
         network_bandwidth=device.network_bandwidth / 2,
+        physical_cores=1,
     )
 
 

@@ -50,7 +50,8 @@ COLLECTIVES = {
 }
 """torch's functional collectives -> HLO's names."""
 FLASH = {"traced_flash": ("flash", 2), "traced_flash_backward": ("flash", 5)}
-INTERVALS = {"traced_intervals": ("intervals", 2), "traced_intervals_backward": ("intervals", 5)}
+INTERVALS_BACKWARD = "traced_intervals_backward"
+INTERVALS = {"traced_intervals": ("intervals", 2), INTERVALS_BACKWARD: ("intervals", 5)}
 KERNELS = {**FLASH, **INTERVALS}
 """Attention kernels as they stand in the graphs -> which, and the products of all pairs that they compute."""
 FLASH_TOKENS, FLASH_HEAD, FLASH_HEADS = 512, 128, 512

@@ -6,13 +6,12 @@ each as ``graph_cost`` prices it. ``workload.py`` has the legend. A test holds i
 
 from __future__ import annotations
 
-from functools import partial
-
 from nxdt_align.config.schema import Config
 from nxdt_align.data.packing import Bucket
 from nxdt_align.models.config import DecoderConfig
 from nxdt_align.planning.devices import Device, device_of
 from nxdt_align.planning.graph_cost import Cost, collective_seconds, roofline
+from nxdt_align.planning.kernels import share_at_work
 from nxdt_align.planning.workload import FLOAT, Workload, workload
 
 
@@ -103,8 +102,12 @@ def _attention(work: Workload, device: Device, forward: int) -> Cost:
         size = work.formats.activation
         one = n * heads * H * work.tokens * (1 if work.attention == "flash" else 2)
         mask = n * heads * work.tokens * size if work.attention == "masked" else 0
-        kernel, nbytes = partial(roofline, peak=device.flops, device=device), 4 * n * heads * H * size
-        return kernel(2 * one, nbytes + mask).times(forward) + kernel(5 * one, 2 * nbytes + mask)
+        peak, nbytes = device.flops, 4 * n * heads * H * size
+        of_backward = peak
+        if work.attention == "intervals":
+            of_backward *= share_at_work(heads, work.own_kv_heads, device.physical_cores)
+        ahead = roofline(2 * one, nbytes + mask, peak, device)
+        return ahead.times(forward) + roofline(5 * one, 2 * nbytes + mask, of_backward, device)
     rows = n // work.tokens * heads
     scores = _product(work, device, work.tokens, H, work.tokens, rows)
     values = _product(work, device, work.tokens, work.tokens, H, rows)

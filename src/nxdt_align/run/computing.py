@@ -27,6 +27,7 @@ from nxdt_align.planning.kernels import (
     FLASH_MULTIPLE,
     attention_kind,
     why_not_causal,
+    why_not_flash,
 )
 from nxdt_align.run.assemble import refusal_of_layouts
 
@@ -111,7 +112,7 @@ def attention(config: Config, where: torch.device, model: ModelShape) -> Attenti
     if kind == "blocks":
         return BlockAttention()
     if kind == "causal":
-        check_attention(config, model)
+        check_attention(config, model, where.type)
         return CausalAttention(FLASH_MULTIPLE.get(where.type, 1))
     if kind == "flex":
         return FlexAttention(
@@ -126,10 +127,7 @@ def _nki_attention(config: Config, where: torch.device, model: ModelShape) -> At
             f"data.attention: nki needs trainer.accelerator neuron, but this run's device is {where.type}; "
             "auto or dense would work there"
         )
-    head_size = model.head_dim if isinstance(model, DecoderConfig) else 0  # else seen at the first batch
-    fault = misfit(head_size, model.attention_softcap)
-    if fault is not None:
-        raise UserError(f"data.attention: nki {fault}; set data.attention=dense")
+    check_attention(config, model, where.type)
     return NkiAttention(cores=config.trainer.lnc or DEFAULT_LNC)
 
 
@@ -142,14 +140,42 @@ def kernel(model: ModelShape, where: torch.device) -> Attention:
     return FlexAttention() if where.type == "cuda" else BlockAttention()
 
 
-def check_attention(config: Config, model: ModelShape) -> None:
-    """Raises UserError where ``data.attention`` cannot compute the layout, whatever the device."""
-    fault = why_not_causal(config, model)
-    if config.data.attention == "causal" and fault is not None:
-        raise UserError(f"data.attention: causal takes no bounds of what a token sees, {fault}")
+def check_attention(config: Config, model: ModelShape, device_type: str | None = None) -> None:
+    """Raises UserError where ``data.attention`` cannot compute the layout, whatever the device; and where
+    the kernel of ``device_type``, with engine native, does not take model, rows or number format."""
+    kind, fault = config.data.attention, None
+    if kind == "causal":
+        fault = why_not_causal(config, model)
+        if fault is not None:
+            raise UserError(f"data.attention: causal takes no bounds of what a token sees, {fault}")
+        fault = None if device_type is None else why_not_flash(config, device_type, model)
+    elif kind == "nki" and device_type == "neuron":
+        fault = why_not_nki(config, model)
+    if fault is not None:
+        raise UserError(f"data.attention: {kind} {fault}; set data.attention=dense")
+
+
+def why_not_nki(config: Config, model: ModelShape) -> str | None:
+    """What of the model or its number formats nki-library's kernels do not take; None where they take it."""
+    head_size = model.head_dim if isinstance(model, DecoderConfig) else 0  # else seen at the first batch
+    return misfit(head_size, model.attention_softcap) or _format_misfit(config)
+
+
+def _format_misfit(config: Config) -> str | None:
+    """The number format that nki-library's kernels do not compute in: attention_cte's products are bf16
+    whatever its inputs, attention_bwd's are in theirs, so that its scores would not be the forward's."""
+    for precise, key, value in (
+        (precision(config), "precision.type", config.precision.type),
+        (reference_precision(config), REFERENCE_DTYPE, config.model_alignment_strategy.reference_dtype),
+    ):
+        if precise.coarsest != torch.bfloat16:
+            return f"computes in bf16, but {key} is {value}"
+    return None
 
 
 # Number formats
+
+REFERENCE_DTYPE = "model_alignment_strategy.reference_dtype"
 
 
 def precision(config: Config) -> Precision:
@@ -212,3 +238,12 @@ def say_choices(config: Config, where: torch.device, model: ModelShape) -> None:
         if why is not None:
             log.log(NOTICE, "%s: auto is none, as %s", KEY, why)
     _say_precision(config, where)
+
+
+def say_attention(config: Config, where: torch.device, model: ModelShape) -> None:
+    """Log, once per run whose layout is known, why rows that need no mask are not the flash kernel's."""
+    if config.data.attention != "auto" or where.type not in FLASH_MULTIPLE:
+        return
+    fault = None if why_not_causal(config, model) is not None else why_not_flash(config, where.type, model)
+    if fault is not None:
+        log.log(NOTICE, "data.attention: auto is dense, with a mask, as the flash kernel %s", fault)

@@ -66,6 +66,7 @@ class NativeParts:
         self._config = config
 
     def engine(self, adapters: AdapterSpec | None = None) -> Engine:
+        computing.say_attention(self._config, self.device, self._model)
         model = self._config.model
         granularity = model.activations_checkpoint_granularity
         recompute = tuple(model.activations_checkpoint_recompute or ())

@@ -150,7 +150,7 @@ def reports(
 
 def _require(config: Config, model: DecoderConfig) -> None:
     check_parallel(model, assemble.parallel(config))
-    computing.check_attention(config, model)
+    computing.check_attention(config, model, "neuron")
     _check_attention(config, model)
     if config.distributed_strategy.compile == "none":
         raise UserError(

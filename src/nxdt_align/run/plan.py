@@ -52,7 +52,7 @@ def plan_report(
     if engine == "nxd":
         model = assemble.decoder_for_nxd(model)
     config = with_possible_layout(config, model)
-    computing.check_attention(config, model)
+    computing.check_attention(config, model, device_kind(config) if engine == "native" else None)
     unread = closed.get("model_alignment_strategy.loss")
     loss = assemble.loss(config, engine) if unread is None else assemble.unread_loss(config)
     objective = GlobalMeanObjective(loss)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypedDict
 
@@ -19,7 +19,7 @@ from nxdt_align.planning.device_memory import memory_fault
 from nxdt_align.planning.devices import DEFAULT_LNC
 from nxdt_align.planning.kernels import flash_multiple, why_not_causal
 from nxdt_align.planning.step_time import RowSeconds
-from nxdt_align.run import nxd
+from nxdt_align.run import computing, nxd
 from nxdt_align.run.assemble import refusal_of_layouts
 
 log = logging.getLogger(__name__)
@@ -48,16 +48,26 @@ def row_needs(
     """
     faults = layout_faults(config, model) if PACKING in config.auto else {}
     possible = [layout for layout in LAYOUTS if layout not in faults]
-    priced = _on_trainium(config, engine) if device_type == "neuron" else None
-    options = [
-        _option(config.with_layout(layout), priced, engine, model, device_type, needs_reference)
-        for layout in (possible if PACKING in config.auto else [config.layout])
-    ]
+
+    def options_of(config: Config, layouts: Sequence[Layout]) -> list[RowOption]:
+        priced = _on_trainium(config, engine) if device_type == "neuron" else None
+        return [
+            _option(config.with_layout(layout), priced, engine, model, device_type, needs_reference)
+            for layout in layouts
+        ]
+
+    options = options_of(config, possible if PACKING in config.auto else [config.layout])
+    unchosen: list[RowOption] = []
+    is_open = PACKING in config.auto and config.data.attention == "auto"
+    if is_open and engine == "native" and device_type == "neuron" and isinstance(model, DecoderConfig):
+        by_kernels = replace(config, data=replace(config.data, attention="nki"))
+        if computing.why_not_nki(by_kernels, model) is None:
+            unchosen = options_of(by_kernels, possible)
     device = next((o.row_cost.device for o in options if isinstance(o.row_cost, RowSeconds)), "")
     return {
         "window": model.sliding_window,
         "only_local": model.layer_types is None,
-        "layouts": LayoutOptions(options, faults, device),
+        "layouts": LayoutOptions(options, faults, device, unchosen, "data.attention=nki"),
     }
 
 
