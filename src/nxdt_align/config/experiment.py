@@ -201,7 +201,8 @@ class ExpManagerConfig:
     """Log the gradients' L2 norm before clipping."""
     log_step_phases: bool = False
     """(ours) Log seconds per step of waiting for data, forward and backward pass, optimizer, and metrics, as
-    time/data, ...; the device is waited for after each. run.log has their shares without that, too."""
+    time/data, ...; the device is waited for after each, but where a step is one graph (engine nxd, xla):
+    those are the host's times. run.log has their shares without that, too."""
     log_token_statistics: bool = True
     """Log TRL's statistics of the responses' tokens: logits/chosen, logits/rejected, entropy and
     mean_token_accuracy."""

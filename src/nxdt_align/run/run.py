@@ -56,6 +56,7 @@ from nxdt_align.run.resume import (
 from nxdt_align.run.rows import row_multiple, row_needs, with_possible_layout
 from nxdt_align.run.samples import sample_callbacks
 from nxdt_align.run.settle import settle
+from nxdt_align.stop_signals import Stopped
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
 from nxdt_align.training.finite import FiniteCheck
@@ -205,14 +206,26 @@ class Run:
                 stop=self.config.exp_manager.fail_on_recompile,
             )
             with self.mode.around_fit(self.engine.compiler, self.places.manifest):
-                resume_from = None if resumed is None else str(resumed)
-                trainer.fit(self._module(), datamodule=self.data, ckpt_path=resume_from)
+                self._train(trainer, run, resumed)
         result = self._result(trainer, run, export)
         samples = self.data.consumed_samples(result.step)
         self.mode.conclude(self.engine.compiler, self.places.manifest, result, samples)
         if self.env.rank == 0:
             self.mode.report(self.config, run)
         return result
+
+    def _train(self, trainer: Trainer, run: RunFolder, resumed: Path | None) -> None:
+        """Whatever ends it, what was done is said; the report of a run that a signal ends comes after its
+        checkpoint. Of an error there is none: it may be one of this rank alone, for which others wait."""
+        module = self._module()
+        try:
+            trainer.fit(module, datamodule=self.data, ckpt_path=None if resumed is None else str(resumed))
+        except Stopped as stopped:
+            if self.env.rank == 0 and (stopped.together or stopped.is_saved):
+                self.mode.report(self.config, run)
+            raise
+        finally:
+            module.say_phases()
 
     def _result(self, trainer: Trainer, run: RunFolder, export: Path | None) -> Result:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
