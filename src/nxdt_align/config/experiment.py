@@ -91,7 +91,8 @@ def _is_duration(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """(ours) Answers to fixed validation prompts from the policy as it trains."""
+    """(ours) Answers to fixed validation prompts from the policy as it trains, beside those before training
+    and the reference's."""
 
     prompts: int = number(0, at_least=0, at_most=1000)
     """Number of prompts, the first different ones of the validation data; 0: no samples."""

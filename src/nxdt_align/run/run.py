@@ -64,6 +64,7 @@ from nxdt_align.training.hooks import PREFLIGHT_TOLERANCE, FinishRun, ReferenceO
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
 from nxdt_align.training.progress import RunProgress
+from nxdt_align.training.samples import SampleDuringEval
 from nxdt_align.training.stopping import StopOnSignal
 from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
 from nxdt_align.weights.generation import generation_json, note_unused_sampling
@@ -175,7 +176,9 @@ class Run:
         self._note_what_is_read(run)
         self.mode.say_what_is_kept(self.env.signals, run.checkpoint, self._keeps_reference)
         stop = self._stop_on_signal()
-        reference, record = self._reference(continued)
+        origin = self._origin(continued)
+        answers = self._samples(run, origin)
+        reference, record = self._reference(origin, answers)
         export = self.mode.export_folder(self.config, run)
         with as_user_error(), quiet_event_writers():
             callbacks = [
@@ -184,7 +187,7 @@ class Run:
                 *reference,
                 *self._recompile_guard(),
                 *self._progress(),
-                *self._samples(run),
+                *answers,
                 *self.mode.profilers(self.config, self.env, run, self.engine.device),
                 FinishRun(
                     self.engine, self._export, export, self._finite, self.parts.precision.compute, stop
@@ -291,18 +294,25 @@ class Run:
 
     # Parts of the trainer
 
-    def _reference(self, continued: Path | None) -> tuple[list[Callback], dict[str, Any]]:
-        """The reference's callbacks, and its record for each checkpoint.
-
-        ``continued``: another run's checkpoint that this one resumes from.
-        """
+    def _origin(self, continued: Path | None) -> ReferenceOrigin | None:
+        """Of the reference, where there is one. ``continued``: another run's checkpoint that this one resumes
+        from."""
         if not self.objective.needs_reference:
+            return None
+        return find_origin(self.config, self.model_config, self.start, continued)
+
+    def _reference(
+        self, origin: ReferenceOrigin | None, samples: Sequence[SampleDuringEval]
+    ) -> tuple[list[Callback], dict[str, Any]]:
+        """The reference's callbacks, and its record for each checkpoint. ``samples`` ask it what it answers
+        while it is there."""
+        if origin is None:
             return [], {}
-        origin = find_origin(self.config, self.model_config, self.start, continued)
         store = self._store(origin) if self._keeps_reference else None
         precisions = (self.parts.precision, self.parts.reference_precision)
         callbacks = reference_callbacks(
-            self.config, self.mode, self.engine, self.data, origin, precisions, store
+            *(self.config, self.mode, self.engine, self.data, origin, precisions, store),
+            beside=next((each.ask_reference for each in samples if each.wants_reference), None),
         )
         return callbacks, {ORIGIN: origin_record(origin.source, self._fingerprint(origin.source))}
 
@@ -360,7 +370,7 @@ class Run:
             return []
         return [RecompileGuard(compiler, stop=stop, ahead=self.mode.ahead(compiler, self.places.manifest))]
 
-    def _samples(self, run: RunFolder) -> list[Callback]:
+    def _samples(self, run: RunFolder, origin: ReferenceOrigin | None) -> list[SampleDuringEval]:
         if not self.mode.makes_samples:
             return []
         return sample_callbacks(
@@ -372,6 +382,8 @@ class Run:
             self.model_config,
             row_multiple=self._row_multiple,
             folder=run.path,
+            is_new=run.checkpoint is None,
+            reference=None if origin is None else "start" if origin.is_loaded else "other",
         )
 
     def _progress(self) -> list[Callback]:
