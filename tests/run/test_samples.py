@@ -255,7 +255,10 @@ def test_another_reference_answers_once(
     reference, so that its column is empty, with a notice."""
     asked: list[bool] = []
     shown: list[tuple[str, ...]] = []
-    write: Any = lambda loggers, name, columns, rows, step: shown.extend([tuple(columns), *map(tuple, rows)])
+
+    def write(loggers: Any, name: str, columns: Any, rows: Any, step: int) -> None:
+        shown.extend([tuple(columns), *map(tuple, rows)])
+
     monkeypatch.setattr("nxdt_align.training.samples.write_table", write)
 
     def greedy(prompts: Any, *, reference: bool, **settings: Any) -> list[list[int]]:

@@ -63,7 +63,7 @@ from nxdt_align.training.finite import FiniteCheck
 from nxdt_align.training.hooks import PREFLIGHT_TOLERANCE, FinishRun, ReferenceOrigin, ReferencePass
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
-from nxdt_align.training.progress import RunProgress
+from nxdt_align.training.progress import RunProgress, seconds_of
 from nxdt_align.training.samples import SampleDuringEval
 from nxdt_align.training.stopping import StopOnSignal
 from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
@@ -390,7 +390,9 @@ class Run:
         if not self.config.trainer.enable_progress_bar:
             return []
         unit = "examples" if self.config.model_alignment_strategy.objective in ("kto", "sft") else "pairs"
-        return [RunProgress(self._steps(), unit, self.config.trainer.log_every_n_steps)]
+        limits = (self.config.trainer.max_time, self.config.exp_manager.max_time_per_run)
+        seconds = min((seconds_of(limit) for limit in limits if limit is not None), default=None)
+        return [RunProgress(self._steps(), unit, self.config.trainer.log_every_n_steps, seconds=seconds)]
 
     def _planned_shapes(self) -> Iterator[tuple[str, Shapes]]:
         """Names of the steps' graphs, and the shapes of their micro-batches, each once."""
