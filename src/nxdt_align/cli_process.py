@@ -17,6 +17,8 @@ from nxdt_align.messages import show_on_terminal
 from nxdt_align.neuron.environment import (
     COMPILE_ONLY,
     DOWNCASTS,
+    INSPECT,
+    INSPECT_DIR,
     LOGICAL_CORES,
     missing_from,
     missing_variables,
@@ -130,6 +132,13 @@ def enter_run(
             f"{name} is set to 0 instead of {os.environ[name]}: torch_xla would store all float32 tensors as "
             "bf16, including log-probabilities and master weights; precision.type selects what is bf16"
         )
+    profiler = checked.config.trainer.profiler
+    is_profiled = profiler is not None and (environment.rank == 0 or profiler.all_ranks)
+    if not is_profiled or dry_run or environment.compile_only:
+        variables = {name: value for name, value in variables.items() if name not in (INSPECT, INSPECT_DIR)}
+    if INSPECT_DIR in variables and environment.rank == 0:
+        folder = variables[INSPECT_DIR]
+        note(f"trainer.profiler: Neuron's runtime, where there is one, writes its own profile to {folder}")
     os.environ.update(variables)
     from nxdt_align.run import RunEnv
 

@@ -4,6 +4,7 @@ One process keeps keys and values, and what it computes is what whole passes com
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -211,6 +212,34 @@ def test_a_cache_follows_the_policy(name: str) -> None:
         optimizer.step()
     after = compare(engine, first=first, tolerance=tolerance)
     assert float((after[0] - before[0]).abs().max()) > 0.5
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_the_reference_answers(is_kept: bool) -> None:
+    """With a cache of its own: the tokens of the policy's start, wherever the policy has gone. A second
+    model goes with ``drop_reference``; with adapters (here not 0 at the start) it is the policy's, with them
+    off."""
+    case = AdapterCase(std=0.15) if is_kept else Case(std=0.15, attention="blocks")
+    engine = case.engine(0)
+    engine.load_reference(None)
+    start = of_policy(engine, reference=is_kept)
+    optimizer = adamw([parameter for _, parameter in engine.named_parameters()])
+    optimizer.param_groups[0]["lr"] = 0.05
+    for _ in range(2):
+        engine.step(case.micro_batches(0, case.examples()), GlobalMeanObjective(LOSSES[case.loss]))
+        optimizer.step()
+    trained = of_policy(engine)
+    model = engine._frozen
+    assert model is not None and (model is engine._policy) is is_kept
+    assert of_policy(engine, reference=True) == start != trained
+    with whole_passes():
+        assert of_policy(engine, reference=True) == start
+    assert of_policy(engine) == trained
+    kept = weakref.ref(model.whole)
+    del model
+    engine.drop_reference()
+    gc.collect()
+    assert (kept() is None) is not is_kept
 
 
 def test_a_cache_ends_with_its_passes() -> None:

@@ -17,8 +17,10 @@ SETTINGS: dict[str, Any] = {"length": 32, "max_tokens": 8, "ends": ()}
 
 
 def tokens(case: Case) -> Any:
-    found = start(case).greedy(PROMPTS, **SETTINGS)
-    return found
+    """The policy's, and those of a frozen copy of it."""
+    engine = start(case)
+    engine.load_reference(None)
+    return [engine.greedy(PROMPTS, **SETTINGS, reference=reference) for reference in (False, True)]
 
 
 @pytest.mark.parametrize("case", [Case(tp=2), Case(pp=2)], ids=["tp2", "pp2"])
@@ -28,4 +30,4 @@ def test_as_engine_native(case: Case, tmp_path: Path) -> None:
     native.load_weights(weights(0))
     (found,) = run_ranks(2, [(tokens, (case,))], tmp_path)
     wanted = native.greedy(PROMPTS, **SETTINGS)
-    assert all(rank == wanted for rank in found)
+    assert all(rank == [wanted, wanted] for rank in found)

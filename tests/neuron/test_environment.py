@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nxdt_align.cli_process import Environment, enter_run
+from nxdt_align.config.check import CheckedConfig
 from nxdt_align.config.load import load_config
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.neuron.environment import (
     DEFAULT_CACHE,
+    INSPECT,
+    INSPECT_DIR,
     KEYS,
     LOGICAL_CORES,
     add_flags,
@@ -23,6 +29,7 @@ from nxdt_align.neuron.environment import (
     neuron_environment,
     replaced,
 )
+from nxdt_align.stop_signals import StopSignals
 
 
 def config(*overrides: str) -> Config:
@@ -44,7 +51,35 @@ def test_shipped_yaml() -> None:
         "XLA_DOWNCAST_BF16": "0",
         "NEURON_RT_STOCHASTIC_ROUNDING_EN": "0",
     }
-    assert list(neuron_environment(config())) == [name for name in KEYS if name != LOGICAL_CORES]
+    assert list(neuron_environment(config())) == [
+        name for name in KEYS if name not in (LOGICAL_CORES, INSPECT, INSPECT_DIR)
+    ]
+
+
+def test_neurons_own_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With trainer.profiler, into the folder of the run where the YAML names it; --print-env tells; of the
+    first process alone unless all are asked for, and not of a dry run."""
+    profiler = "trainer.profiler={}"
+    dated = neuron_environment(config(profiler, f"exp_manager.exp_dir={tmp_path}", "name=mine"))
+    assert dated[INSPECT] == "1" and Path(dated[INSPECT_DIR]).parent == tmp_path / "neuron_profile"
+    explicit = config(profiler, f"exp_manager.explicit_log_dir={tmp_path}/run")
+    wanted = neuron_environment(explicit)
+    assert wanted[INSPECT_DIR] == f"{tmp_path}/run/profile/neuron"
+    assert f"export {INSPECT}=1  # YAML (trainer.profiler)" in describe({}, wanted)
+
+    def set_of(settings: Config, **environment: str) -> bool:
+        monkeypatch.setattr("os.environ", dict(environment))
+        found = CheckedConfig(replace(settings, compiler_cache_url=None), "nxd", [], [])
+        enter_run(found, Environment.read(environment), StopSignals())
+        return os.environ.get(INSPECT_DIR) == f"{tmp_path}/run/profile/neuron"
+
+    everyone = config("trainer.profiler={all_ranks: true}", f"exp_manager.explicit_log_dir={tmp_path}/run")
+    assert set_of(explicit) and not set_of(explicit, RANK="1") and set_of(everyone, RANK="1")
+    assert not set_of(explicit, COMPILE="1")
+    told = f"Neuron's runtime, where there is one, writes its own profile to {tmp_path}/run/profile/neuron"
+    assert capsys.readouterr().err.count(told) == 1, "the first process says it"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import nxdt_align as na
 from nxdt_align.cli import main
 from nxdt_align.config.check import find_faults
 from nxdt_align.config.experiment import SampleConfig
-from nxdt_align.evaluation.report import read_samples
+from nxdt_align.evaluation.report import read_run, read_samples, render
 from nxdt_align.run.samples import sample_callbacks
 from nxdt_align.training.samples import SampleDuringEval, SamplePrompt
 
@@ -63,6 +64,7 @@ def test_answers_are_those_of_the_export(project: Project) -> None:
         assert after["completion"] == row["completion"] and after["tokens"] == row["completion_tokens"]
         assert after["finish_reason"] == row["finish_reason"]
         assert before["before"] is None and after["before"] == before["completion"]
+        assert before["reference"] == after["reference"] == before["completion"], "the policy's start is it"
     assert [row["completion"] for row in rows[:3]] != [row["completion"] for row in rows[3:]]
 
 
@@ -98,12 +100,15 @@ def test_they_are_shown(project: Project) -> None:
     (found,) = json.loads((run / "report.json").read_text())["runs"]
     assert [s["completion"] for s in found["samples"]] == [r["completion"] for r in lines(run)[3:]]
     page = (run / "report.html").read_text()
-    assert "at step 6" in page and "before training" in page
+    assert "at step 6" in page and "before training (the reference)" in page
+    known = read_run(run, "run")
+    other = replace(known, samples=tuple({**sample, "reference": "of another"} for sample in known.samples))
+    assert '<p class="soft">the reference</p><pre>of another</pre>' in render([other])
     events = EventAccumulator(str(run)).Reload()
     texts = events.Tensors("samples/text_summary")
     assert [event.step for event in texts] == [0, 6]
     text = texts[1].tensor_proto.string_val[0].decode()
-    assert text.startswith("| prompt | before training | now | the data's answer |\n| --- |")
+    assert text.startswith("| prompt | before training (the reference) | now | the data's answer |\n| --- |")
     assert lines(run)[3]["prompt"] in text
 
 
@@ -130,7 +135,8 @@ def test_a_resumed_run_remembers(project: Project) -> None:
     from the test before."""
     rows = resumed(project, 12)
     assert [(row["step"], row["validation"]) for row in rows[6:]] == [(12, 6)] * 3
-    assert [row["before"] for row in rows[6:]] == [row["completion"] for row in rows[:3]]
+    first = [row["completion"] for row in rows[:3]]
+    assert [row["before"] for row in rows[6:]] == [row["reference"] for row in rows[6:]] == first
     samples = read_samples(project.root / "with" / "samples.jsonl")
     assert {sample["step"] for sample in samples} == {12}
 
@@ -214,7 +220,8 @@ def test_none_are_made_where_steps_are_compiled(
     engine: Any = SimpleNamespace(lazy=lazy, compiler=object())
     none: Any = None
     caplog.set_level("INFO", logger="nxdt_align")
-    assert sample_callbacks(config, engine, none, none, {}, none, row_multiple=1, folder=project.root) == []
+    given: Any = {"row_multiple": 1, "folder": project.root, "is_new": True, "reference": None}
+    assert sample_callbacks(config, engine, none, none, {}, none, **given) == []
     assert told in caplog.text
 
 
@@ -237,6 +244,61 @@ def test_no_pass_has_more_prompts_than_a_micro_batch_has_tokens_for(tmp_path: Pa
     made.on_train_start(trainer, none)
     assert passes == [[(10,), (11,)], [(12,), (13,)], [(14,)]]
     assert list(made._before.values()) == ["[10]", "[11]", "[12]", "[13]", "[14]"]
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_another_reference_answers_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, is_loaded: bool
+) -> None:
+    """In a run that goes on from another's checkpoint, whose own first answers are those of its first step,
+    and whose validations are counted anew; a later process has both from the file. Stored values need no
+    reference, so that its column is empty, with a notice."""
+    asked: list[bool] = []
+    shown: list[tuple[str, ...]] = []
+
+    def write(loggers: Any, name: str, columns: Any, rows: Any, step: int) -> None:
+        shown.extend([tuple(columns), *map(tuple, rows)])
+
+    monkeypatch.setattr("nxdt_align.training.samples.write_table", write)
+
+    def greedy(prompts: Any, *, reference: bool, **settings: Any) -> list[list[int]]:
+        asked.append(reference)
+        return [[8 if reference else len(asked), 2] for _ in prompts]
+
+    def callback(is_new: bool) -> SampleDuringEval:
+        engine: Any = SimpleNamespace(greedy=greedy, broadcast_object=lambda own: own)
+        settings: Any = {"length": 8, "at_once": 2, "ends": {2}, "folder": tmp_path, "seed": 0}
+        more: Any = {"decode": lambda tokens: str(tokens[0]), "is_new": is_new, "reference": "other"}
+        return SampleDuringEval(engine, [SamplePrompt((5,), "", "")], SampleConfig(), **settings, **more)
+
+    def at(step: int) -> Any:
+        said = {"is_global_zero": True, "sanity_checking": False, "loggers": []}
+        return SimpleNamespace(global_step=step, **said)
+
+    none: Any = None
+    made = callback(is_new=True)
+    assert made.wants_reference
+    made.on_load_checkpoint(none, none, {"sample_during_eval": {"validations": 7, "counted_at": 4}})
+    made.ask_reference(is_loaded)
+    made.on_train_start(at(4), none)
+    made.on_validation_end(at(6), none)
+    later = callback(is_new=False)
+    assert not later.wants_reference
+    later.on_train_start(at(6), none)
+    later.on_validation_end(at(8), none)
+    assert asked == [True, False, False, False][not is_loaded :]
+    reference = "8" if is_loaded else None
+    first = str(1 + is_loaded)
+    assert [(row["step"], row["validation"], row["before"], row["reference"]) for row in lines(tmp_path)] == [
+        *((4, 0, None, reference), (6, 1, first, reference), (8, 2, first, reference)),
+    ]
+    assert ("its log-probabilities are all stored" in caplog.text) is not is_loaded
+    extra = ("the reference", "8") if is_loaded else ()
+    assert shown[-2:] == [
+        ("prompt", *extra[:1], "before training", "now", "the data's answer"),
+        ("", *extra[1:], first, str(3 + is_loaded), ""),
+    ]
+    assert read_samples(tmp_path / "samples.jsonl")[0]["reference"] == reference
 
 
 def test_a_text_may_hold_what_parts_lines_elsewhere(tmp_path: Path) -> None:
@@ -262,5 +324,5 @@ def test_a_text_may_hold_what_parts_lines_elsewhere(tmp_path: Path) -> None:
     assert told["prompt"] == told["answer"] == told["completion"] == text
     whole = file.read_text()
     file.write_text(whole + '{"step": 0, "val')
-    assert made._resume(2) == (0, {0: text})
+    assert made._resume(2) == (0, {0: text}, {})
     assert file.read_text() == whole

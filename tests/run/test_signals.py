@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -156,12 +157,16 @@ def test_a_restart_loses_nothing(
 def test_a_checkpoint_in_the_background_is_awaited(
     project: Project, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the run, though it has not come to its end, leaves its report and the shares of its steps."""
     where = (f"exp_manager.exp_dir={tmp_path}", "exp_manager.async_checkpointing=True")
     with monkeypatch.context() as patched:
         in_save(4)(patched, signal.SIGTERM)
-        assert project.train(*where) == 143
+        assert project.train(*where, "exp_manager.report=True") == 143
     (run,) = (tmp_path / "run").glob("20*")
     assert steps_saved(run) == [4]
+    (reported,) = json.loads((run / "report.json").read_text())["runs"]
+    assert reported["steps"] == 4
+    assert "INFO: 4 steps of " in (run / "run.log").read_text()
     assert project.train(*where) == 0
     assert_same_run(run, whole)
 

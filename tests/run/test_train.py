@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import pytest
 import torch
 from training_fixture import ORPO, Project, assert_same_run, final_weights, scalars
 
+from nxdt_align.config.start import SAMPLES_FILE
 from nxdt_align.engines.native import gradients
 from nxdt_align.engines.native.tensors import TensorFolder
 
@@ -231,12 +233,21 @@ def test_weight_init_only_starts_a_new_run_from_weights_alone(project: Project, 
 
 def test_a_full_checkpoint_goes_on_where_weight_init_only_is_false(project: Project, whole: Path) -> None:
     where = f"exp_manager.exp_dir={project.root}/first-half"
-    assert project.train(where, "trainer.max_steps=4") == 0
+    samples = "exp_manager.sample_during_eval={prompts: 1, max_tokens: 8}"
+    assert project.train(where, "trainer.max_steps=4", samples) == 0
     (half,) = (project.only_run("first-half") / "checkpoints").iterdir()
     overrides = (f"exp_manager.resume_from_checkpoint='{half}'", "model.weight_init_only=False")
-    assert project.train(f"exp_manager.exp_dir={project.root}/second-half", *overrides) == 0
+    assert project.train(f"exp_manager.exp_dir={project.root}/second-half", *overrides, samples) == 0
     got, want = final_weights(project.only_run("second-half")), final_weights(whole)
     assert all(torch.equal(got[name], want[name]) for name in want)
+    # The policy answers where this run begins, and so does its reference, the start of the one before.
+    before, told = (
+        [json.loads(line) for line in (project.only_run(name) / SAMPLES_FILE).open()]
+        for name in ("first-half", "second-half")
+    )
+    assert [(each["step"], each["validation"]) for each in told] == [(4, 0), (6, 1)]
+    assert told[1]["before"] == told[0]["completion"]
+    assert told[0]["reference"] == told[1]["reference"] == before[0]["completion"] != ""
 
 
 @pytest.mark.parametrize(

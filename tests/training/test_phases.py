@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nxdt_align.training.module import AlignmentModule, TrainingSettings
 from nxdt_align.training.phases import Phases
 
 
@@ -34,3 +41,29 @@ def test_the_device_is_waited_for_where_asked() -> None:
     with phases.during("optimizer"):
         pass
     assert waits == [1]
+
+
+@pytest.mark.parametrize(("lazy", "told"), [(True, "the host's times"), (False, "waiting for the device")])
+def test_a_lazy_device_is_not_said_to_be_waited_for(
+    caplog: pytest.LogCaptureFixture, lazy: bool, told: str
+) -> None:
+    """Its step is one graph: only the host's times, of recording it, can be told apart."""
+    caplog.set_level("INFO", logger="nxdt_align")
+    none: Any = None
+    engine: Any = SimpleNamespace(lazy=lazy, device=torch.device("cpu"))
+    settings = TrainingSettings(
+        gradient_clip_val=None,
+        log_every_n_steps=1,
+        log_parameter_norm=False,
+        log_gradient_norm=False,
+        log_step_phases=True,
+    )
+    module = AlignmentModule(engine, none, none, settings, none)
+    module.say_phases()
+    assert not caplog.messages, "no step has been taken"
+    module._phases.begin_step()
+    with module._phases.during("optimizer"):
+        pass
+    module.say_phases()
+    (line,) = caplog.messages
+    assert line.startswith("1 steps of ") and told in line

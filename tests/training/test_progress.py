@@ -70,6 +70,41 @@ def test_lines_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages[0].endswith(" left") and not caplog.messages[-1].endswith(" left")
 
 
+def test_lines_where_time_ends_a_run(caplog: pytest.LogCaptureFixture) -> None:
+    """10,000 seconds, a step and a validation in each: a line at the first logged step of each fiftieth. The
+    file gets each validation. A limit of 1,000 steps comes first: parts of 20 of them."""
+    caplog.set_level(logging.INFO)
+    now = [0.0]
+    for steps, part in ((-1, 200), (1000, 20)):
+        caplog.clear()
+        shown = RunProgress(steps, "pairs", 3, seconds=1e4, is_terminal=False, clock=lambda: now[0])
+        now[0] = 0.0
+        shown.on_train_start(trainer(0), None)  # type: ignore[arg-type]
+        for step in range(1, 50 * part + 1):
+            now[0] += 1.0
+            shown.on_train_batch_end(trainer(step), None, None, None, 0)  # type: ignore[arg-type]
+            shown.on_validation_end(trainer(step), None)  # type: ignore[arg-type]
+        of_steps = [int(found[1]) for line in caplog.messages if (found := re.match(r"step (\d+)", line))]
+        wanted = [-(-part * k // 3) * 3 for k in range(1, 50)]
+        assert of_steps == wanted + ([1000] if steps > 0 else [])
+        of_validations = [r for r in caplog.records if r.getMessage().startswith("validation at step ")]
+        assert len(of_validations) == 50 * part
+        told = [r for r in of_validations if r.levelno == NOTICE]
+        assert 49 <= len(told) <= progress.LINES + 1 and told[0] is of_validations[0]
+        assert (told[-1] is of_validations[-1]) or steps < 0
+
+
+def test_validations_without_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    """At every one of 1,003 steps: the first of each part of 21 steps, and the last."""
+    caplog.set_level(NOTICE)
+    shown = RunProgress(1003, "pairs", 3, is_terminal=False)
+    shown.on_train_start(trainer(0), None)  # type: ignore[arg-type]
+    for step in range(1, 1004):
+        shown.on_validation_end(trainer(step), None)  # type: ignore[arg-type]
+    steps = [int(re.match(r"validation at step (\d+): ", line)[1]) for line in caplog.messages]  # type: ignore[index]
+    assert steps == [1, *range(21, 1003, 21), 1003]
+
+
 def test_metrics_are_read_where_they_are_new(caplog: pytest.LogCaptureFixture) -> None:
     """They may lie on a device, which a step that is not logged must not wait for."""
     read = []
@@ -88,14 +123,26 @@ def test_metrics_are_read_where_they_are_new(caplog: pytest.LogCaptureFixture) -
     assert read == [4, 8, 12]
 
 
-def test_what_a_run_says(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_run_says(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three lines before the first step, each thing once; the rest in the run's file."""
     project = Project.create(tmp_path)
     start = "exp_manager.resume_from_checkpoint"
     assert project.train("trainer.max_steps=1") == 0
     capfd.readouterr()
     export, shown = project.only_run() / "hf_export", "trainer.enable_progress_bar=True"
-    assert project.train(f"{start}={export}", f"exp_manager.exp_dir={tmp_path}/second", shown) == 0
+    limits: list[float | None] = []
+
+    class Told(RunProgress):
+        def __init__(self, *arguments: Any, seconds: float | None, **settings: Any) -> None:
+            limits.append(seconds)
+            super().__init__(*arguments, seconds=seconds, **settings)
+
+    monkeypatch.setattr("nxdt_align.run.run.RunProgress", Told)
+    time = "trainer.max_time='01:02:03:04'"
+    assert project.train(f"{start}={export}", f"exp_manager.exp_dir={tmp_path}/second", shown, time) == 0
+    assert limits == [93_784], "a day, 2 hours, 3 minutes and 4 seconds"
     said = capfd.readouterr().err.splitlines()
     first = next(number for number, line in enumerate(said) if line.startswith("step 1/8: loss"))
     assert [line.split(":")[0].split(",")[0] for line in said[:first]] == ["data", "a new run", "preflight"]

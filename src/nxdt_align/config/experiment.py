@@ -91,7 +91,8 @@ def _is_duration(value: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """(ours) Answers to fixed validation prompts from the policy as it trains."""
+    """(ours) Answers to fixed validation prompts from the policy as it trains, beside those before training
+    and the reference's."""
 
     prompts: int = number(0, at_least=0, at_most=1000)
     """Number of prompts, the first different ones of the validation data; 0: no samples."""
@@ -201,7 +202,8 @@ class ExpManagerConfig:
     """Log the gradients' L2 norm before clipping."""
     log_step_phases: bool = False
     """(ours) Log seconds per step of waiting for data, forward and backward pass, optimizer, and metrics, as
-    time/data, ...; the device is waited for after each. run.log has their shares without that, too."""
+    time/data, ...; the device is waited for after each, but where a step is one graph (engine nxd, xla):
+    those are the host's times. run.log has their shares without that, too."""
     log_token_statistics: bool = True
     """Log TRL's statistics of the responses' tokens: logits/chosen, logits/rejected, entropy and
     mean_token_accuracy."""

@@ -402,6 +402,15 @@ def samples_without_validation(config: Config) -> Iterator[str]:
         yield f"{key}: no samples, as the run does not validate; set data.val_dir"
 
 
+def traces_no_step(config: Config) -> Iterator[str]:
+    profiler, steps = config.trainer.profiler, config.trainer.max_steps
+    if profiler is not None and 0 < steps <= profiler.wait + profiler.warmup:
+        yield (
+            f"trainer.profiler: no trace, as trainer.max_steps ({steps}) is within wait + warmup "
+            f"({profiler.wait} + {profiler.warmup} steps)"
+        )
+
+
 def validation_before_checkpoints(config: Config) -> Iterator[str]:
     params, (every, _) = config.exp_manager.checkpoint_callback_params, config.validation_interval
     by_examples = config.trainer.val_check_interval_examples is not None
@@ -448,6 +457,7 @@ NOTICES: tuple[Callable[[Config], Iterator[str]], ...] = (
     *(
         validation_is_off,
         samples_without_validation,
+        traces_no_step,
         validation_before_checkpoints,
         validation_by_examples,
         *OBJECTIVE_NOTICES,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from nxdt_align.config.alignment import (
@@ -313,6 +314,11 @@ class Config:
         peft, export = self.model_alignment_strategy.peft, self.exp_manager.export_hf
         is_quantized = peft is not None and peft.quantize_base is not None
         return export == "adapter" or (is_quantized and export is True)
+
+    @property
+    def experiments(self) -> Path:
+        """The folder of all experiments, absolute."""
+        return Path(self.exp_manager.exp_dir or "nemo_experiments").absolute()
 
     @property
     def validation_interval(self) -> tuple[int | float, int | None]:

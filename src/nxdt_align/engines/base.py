@@ -205,12 +205,13 @@ class Engine(ABC):
         max_tokens: int,
         ends: Collection[int],
         draw: Callable[[Tensor], Tensor] | None = None,
+        reference: bool = False,
     ) -> list[list[int]]:
-        """The policy's likeliest token behind each prompt, again and again, up to one of ``ends`` (included)
-        or ``max_tokens``; on every rank, all of which have the same prompts. For evaluation: a forward pass
-        per token over rows of one static shape, (prompts, ``length``), which longest prompt and completion
-        fit into; or where an engine can, one over the prompts and then one per token over a token per row,
-        with a key-value cache.
+        """The likeliest token behind each prompt, the policy's or with ``reference`` the frozen reference's,
+        again and again, up to one of ``ends`` (included) or ``max_tokens``; on every rank, all of which have
+        the same prompts. For evaluation: a forward pass per token over rows of one static shape, (prompts,
+        ``length``), which longest prompt and completion fit into; or where an engine can, one over the
+        prompts and then one per token over a token per row, with a key-value cache.
 
         ``draw`` chooses from logits, (prompts, V) float32 on the CPU, instead; rank 0's choice counts. Raises
         EngineError for it where no rank has them whole.

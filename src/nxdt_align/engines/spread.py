@@ -62,14 +62,17 @@ class SpreadEngine(Engine):
         max_tokens: int,
         ends: Collection[int],
         draw: Callable[[Tensor], Tensor] | None = None,
+        reference: bool = False,
     ) -> list[list[int]]:
         assert max(map(len, prompts)) + max_tokens <= length
+        runner = self._reference if reference else self._runner
+        assert runner is not None, "no reference has been loaded"
         self._sync_from_masters()
 
         def next_tokens(texts: Texts) -> list[int]:
             batch = rows(texts).to(self.device)
             self._computes("tokens of completions", [batch])
-            (found,) = self._runner.forward([batch], wanted=("top1",) if draw is None else ("logits",))
+            (found,) = runner.forward([batch], wanted=("top1",) if draw is None else ("logits",))
             if draw is None:
                 chosen = found.statistics[0][:, 0].long()
             else:
@@ -79,12 +82,12 @@ class SpreadEngine(Engine):
             tokens: list[int] = self._ranks.broadcast(chosen.tolist())
             return tokens
 
-        with self._rows_of_texts(length) as rows:
+        with self._rows_of_texts(length, reference=reference) as rows:
             return continue_prompts(prompts, max_tokens=max_tokens, ends=ends, next_tokens=next_tokens)
 
-    def _rows_of_texts(self, length: int) -> AbstractContextManager[RowsOf]:
+    def _rows_of_texts(self, length: int, *, reference: bool = False) -> AbstractContextManager[RowsOf]:
         """Around the forward passes of ``greedy``: what gives the rows of each. Here whole texts, all in one
-        shape; an engine may have the policy keep what it has computed of them."""
+        shape; an engine may have the model keep what it has computed of them."""
         return nullcontext(partial(rows_to_continue, length=length))
 
     def fetch(self, values: Sequence[Tensor]) -> list[float]:

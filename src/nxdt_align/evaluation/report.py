@@ -151,7 +151,10 @@ def read_samples(file: Path) -> tuple[Sample, ...]:
     for line in read_lines(file):
         try:
             row = json.loads(line)
-            newest[int(row["index"])] = {key: row[key] for key in _OF_A_SAMPLE}
+            # Files of earlier versions tell nothing of the reference.
+            newest[int(row["index"])] = {key: row[key] for key in _OF_A_SAMPLE} | {
+                "reference": row.get("reference")
+            }
         except (ValueError, LookupError, TypeError):
             continue
     return tuple(newest[index] for index in sorted(newest))

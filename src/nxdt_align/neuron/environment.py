@@ -29,6 +29,10 @@ COMPILE_ONLY = "TORCH_NEURONX_COMPILE_ONLY"
 """1: TorchNeuron compiles and runs nothing, also where there is no device; seen in AWS's own sources, and not
 run by us. NEURON_PLATFORM_TARGET_OVERRIDE then says for which chip."""
 
+INSPECT, INSPECT_DIR = "NEURON_RT_INSPECT_ENABLE", "NEURON_RT_INSPECT_OUTPUT_DIR"
+"""Neuron's own profile, of a whole process, and its folder: as AWS documents Neuron Explorer, not run by us.
+Not on TorchNeuron, where they conflict with torch.profiler."""
+
 DOWNCASTS = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
 """Always 0, whatever the user has set. With either, torch_xla silently stores float32 tensors as bf16:
 log-probabilities, master weights, gradient sums, and AdamW's step count, which then stops at 256. With the
@@ -48,6 +52,8 @@ KEYS: dict[str, str] = {
     "XLA_USE_BF16": "engine nxd",
     "XLA_DOWNCAST_BF16": "engine nxd",
     "NEURON_RT_STOCHASTIC_ROUNDING_EN": "precision.type",
+    INSPECT: "trainer.profiler",
+    INSPECT_DIR: "trainer.profiler",
 }
 """Variable -> the keys that determine it."""
 
@@ -101,7 +107,18 @@ def neuron_environment(config: Config) -> dict[str, str]:
         **dict.fromkeys(DOWNCASTS, "0"),
         "NEURON_RT_STOCHASTIC_ROUNDING_EN": chosen.stochastic_rounding,
     }
+    if config.trainer.profiler is not None:
+        # NxDT has no such key.
+        values |= {INSPECT: "1", INSPECT_DIR: str(_profile_folder(config))}
     return {name: value for name, value in values.items() if value}
+
+
+def _profile_folder(config: Config) -> Path:
+    """In the run's folder where that is known before the runtime starts: a dated one is not."""
+    explicit = config.exp_manager.explicit_log_dir
+    if explicit is not None:
+        return Path(explicit).absolute() / "profile" / "neuron"
+    return config.experiments / "neuron_profile" / (config.exp_manager.name or config.name)
 
 
 def torch_neuron_environment(config: Config) -> dict[str, str]:

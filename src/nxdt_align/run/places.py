@@ -15,7 +15,7 @@ class Places:
     def __init__(self, config: Config) -> None:
         self._settings, self._cache_dir = config.exp_manager, config.data.cache_dir
         name = config.exp_manager.name or config.name
-        self.experiments = Path(config.exp_manager.exp_dir or "nemo_experiments").absolute()
+        self.experiments = config.experiments
         self.runs = self.experiments / name
         """The parent of the dated folders."""
         explicit = config.exp_manager.explicit_log_dir

@@ -6,6 +6,7 @@ target silently changes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,20 @@ def reference_callbacks(
     origin: ReferenceOrigin,
     precisions: tuple[Precision, Precision],
     store: ReferenceStore | None,
+    beside: Callable[[bool], None] | None = None,
 ) -> list[Callback]:
     """Callbacks that compute the reference's values and, unless disabled, check them before step 1.
 
     Args:
         precisions: of policy and reference.
         store: for values computed before training; None computes them at each step.
+        beside: called once, with whether the engine has the reference then.
     """
     alike = precisions[0] == precisions[1]
-    first: Callback = ReferenceDuringTraining(engine, origin, like_policy=alike)
+    first: Callback = ReferenceDuringTraining(engine, origin, like_policy=alike, beside=beside)
     if store is not None:
         compute = mode.compute_reference
-        first = ReferencePass(engine, data, store, origin, compute=compute, like_policy=alike)
+        first = ReferencePass(engine, data, store, origin, compute=compute, like_policy=alike, beside=beside)
     if not config.exp_manager.preflight:
         return [first]
     tolerance = max(PREFLIGHT_TOLERANCE[precision.coarsest] for precision in precisions)

@@ -56,13 +56,15 @@ from nxdt_align.run.resume import (
 from nxdt_align.run.rows import row_multiple, row_needs, with_possible_layout
 from nxdt_align.run.samples import sample_callbacks
 from nxdt_align.run.settle import settle
+from nxdt_align.stop_signals import Stopped
 from nxdt_align.training import optim
 from nxdt_align.training.curves import quiet_event_writers
 from nxdt_align.training.finite import FiniteCheck
 from nxdt_align.training.hooks import PREFLIGHT_TOLERANCE, FinishRun, ReferenceOrigin, ReferencePass
 from nxdt_align.training.module import AlignmentModule, OptimizerPlan, TrainingSettings
 from nxdt_align.training.monitors import RecompileGuard, StartTimes
-from nxdt_align.training.progress import RunProgress
+from nxdt_align.training.progress import RunProgress, seconds_of
+from nxdt_align.training.samples import SampleDuringEval
 from nxdt_align.training.stopping import StopOnSignal
 from nxdt_align.training.strategy import EngineAccelerator, EngineStrategy
 from nxdt_align.weights.generation import generation_json, note_unused_sampling
@@ -174,7 +176,9 @@ class Run:
         self._note_what_is_read(run)
         self.mode.say_what_is_kept(self.env.signals, run.checkpoint, self._keeps_reference)
         stop = self._stop_on_signal()
-        reference, record = self._reference(continued)
+        origin = self._origin(continued)
+        answers = self._samples(run, origin)
+        reference, record = self._reference(origin, answers)
         export = self.mode.export_folder(self.config, run)
         with as_user_error(), quiet_event_writers():
             callbacks = [
@@ -183,7 +187,7 @@ class Run:
                 *reference,
                 *self._recompile_guard(),
                 *self._progress(),
-                *self._samples(run),
+                *answers,
                 *self.mode.profilers(self.config, self.env, run, self.engine.device),
                 FinishRun(
                     self.engine, self._export, export, self._finite, self.parts.precision.compute, stop
@@ -205,14 +209,26 @@ class Run:
                 stop=self.config.exp_manager.fail_on_recompile,
             )
             with self.mode.around_fit(self.engine.compiler, self.places.manifest):
-                resume_from = None if resumed is None else str(resumed)
-                trainer.fit(self._module(), datamodule=self.data, ckpt_path=resume_from)
+                self._train(trainer, run, resumed)
         result = self._result(trainer, run, export)
         samples = self.data.consumed_samples(result.step)
         self.mode.conclude(self.engine.compiler, self.places.manifest, result, samples)
         if self.env.rank == 0:
             self.mode.report(self.config, run)
         return result
+
+    def _train(self, trainer: Trainer, run: RunFolder, resumed: Path | None) -> None:
+        """Whatever ends it, what was done is said; the report of a run that a signal ends comes after its
+        checkpoint. Of an error there is none: it may be one of this rank alone, for which others wait."""
+        module = self._module()
+        try:
+            trainer.fit(module, datamodule=self.data, ckpt_path=None if resumed is None else str(resumed))
+        except Stopped as stopped:
+            if self.env.rank == 0 and (stopped.together or stopped.is_saved):
+                self.mode.report(self.config, run)
+            raise
+        finally:
+            module.say_phases()
 
     def _result(self, trainer: Trainer, run: RunFolder, export: Path | None) -> Result:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -278,18 +294,25 @@ class Run:
 
     # Parts of the trainer
 
-    def _reference(self, continued: Path | None) -> tuple[list[Callback], dict[str, Any]]:
-        """The reference's callbacks, and its record for each checkpoint.
-
-        ``continued``: another run's checkpoint that this one resumes from.
-        """
+    def _origin(self, continued: Path | None) -> ReferenceOrigin | None:
+        """Of the reference, where there is one. ``continued``: another run's checkpoint that this one resumes
+        from."""
         if not self.objective.needs_reference:
+            return None
+        return find_origin(self.config, self.model_config, self.start, continued)
+
+    def _reference(
+        self, origin: ReferenceOrigin | None, samples: Sequence[SampleDuringEval]
+    ) -> tuple[list[Callback], dict[str, Any]]:
+        """The reference's callbacks, and its record for each checkpoint. ``samples`` ask it what it answers
+        while it is there."""
+        if origin is None:
             return [], {}
-        origin = find_origin(self.config, self.model_config, self.start, continued)
         store = self._store(origin) if self._keeps_reference else None
         precisions = (self.parts.precision, self.parts.reference_precision)
         callbacks = reference_callbacks(
-            self.config, self.mode, self.engine, self.data, origin, precisions, store
+            *(self.config, self.mode, self.engine, self.data, origin, precisions, store),
+            beside=next((each.ask_reference for each in samples if each.wants_reference), None),
         )
         return callbacks, {ORIGIN: origin_record(origin.source, self._fingerprint(origin.source))}
 
@@ -347,7 +370,7 @@ class Run:
             return []
         return [RecompileGuard(compiler, stop=stop, ahead=self.mode.ahead(compiler, self.places.manifest))]
 
-    def _samples(self, run: RunFolder) -> list[Callback]:
+    def _samples(self, run: RunFolder, origin: ReferenceOrigin | None) -> list[SampleDuringEval]:
         if not self.mode.makes_samples:
             return []
         return sample_callbacks(
@@ -359,13 +382,17 @@ class Run:
             self.model_config,
             row_multiple=self._row_multiple,
             folder=run.path,
+            is_new=run.checkpoint is None,
+            reference=None if origin is None else "start" if origin.is_loaded else "other",
         )
 
     def _progress(self) -> list[Callback]:
         if not self.config.trainer.enable_progress_bar:
             return []
         unit = "examples" if self.config.model_alignment_strategy.objective in ("kto", "sft") else "pairs"
-        return [RunProgress(self._steps(), unit, self.config.trainer.log_every_n_steps)]
+        limits = (self.config.trainer.max_time, self.config.exp_manager.max_time_per_run)
+        seconds = min((seconds_of(limit) for limit in limits if limit is not None), default=None)
+        return [RunProgress(self._steps(), unit, self.config.trainer.log_every_n_steps, seconds=seconds)]
 
     def _planned_shapes(self) -> Iterator[tuple[str, Shapes]]:
         """Names of the steps' graphs, and the shapes of their micro-batches, each once."""

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
-
 from nxdt_align.config.schema import Config
 from nxdt_align.data.module import ModelAlignmentDataModule
 from nxdt_align.data.token_sets import TokenizedSet
@@ -17,7 +15,7 @@ from nxdt_align.engines.base import Engine
 from nxdt_align.errors import UserError
 from nxdt_align.messages import NOTICE
 from nxdt_align.models.presets import ModelShape
-from nxdt_align.training.samples import SampleDuringEval, SamplePrompt
+from nxdt_align.training.samples import SampledReference, SampleDuringEval, SamplePrompt
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +32,17 @@ def sample_callbacks(
     *,
     row_multiple: int,
     folder: Path,
-) -> list[Callback]:
+    is_new: bool,
+    reference: SampledReference,
+) -> list[SampleDuringEval]:
     """None where no samples are asked for, or where the run cannot make them, which is said.
 
     Args:
         generation: the content of the export's generation_config.json.
         row_multiple: tokens that rows have to be a multiple of.
         folder: the run's.
+        is_new: the run has no checkpoint of its own yet.
+        reference: what it is, to the policy.
 
     Raises UserError where ``max_tokens`` leaves a prompt no room in the model's positions.
     """
@@ -78,6 +80,8 @@ def sample_callbacks(
         decode=lambda tokens: _text(tokenization, tokens),
         folder=folder,
         seed=config.seed,
+        is_new=is_new,
+        reference=reference,
     )
     return [made]
 

@@ -74,7 +74,8 @@ class ReferencePass(Callback):
 
     Stored values are reused. In a new run whose reference is its start weights in the policy's precision
     (``like_policy``), the policy itself computes them; otherwise the reference's weights are loaded for the
-    pass and freed after it. ``compute`` fills a split's table.
+    pass and freed after it. ``compute`` fills a split's table. ``beside`` is called before they are freed,
+    with whether they were loaded: stored values need no reference.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class ReferencePass(Callback):
         *,
         compute: Callable[..., tuple[npt.NDArray[Any], PassSummary]] = precompute,
         like_policy: bool = True,
+        beside: Callable[[bool], None] | None = None,
     ) -> None:
         self._engine = engine
         self._data = data
@@ -93,11 +95,14 @@ class ReferencePass(Callback):
         self._origin = origin
         self._compute = compute
         self._like_policy = like_policy
+        self._beside, self._is_loaded = beside, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with self.model(is_new=trainer.ckpt_path is None) as reference:
             for split in self._data.splits:
                 self._run(split, reference=reference)
+            if self._beside is not None:
+                self._beside(self._is_loaded)
 
     @contextmanager
     def model(self, *, is_new: bool, always: bool = False) -> Iterator[bool]:
@@ -119,8 +124,10 @@ class ReferencePass(Callback):
             log.info("loading the reference model %s; %d records have no value", self._origin.source, absent)
             kept = self._origin.kept_by(self._engine)
             self._engine.load_reference(None if kept else self._origin.source)
+            self._is_loaded = True
         yield not use_policy
         self._engine.drop_reference()
+        self._is_loaded = False
 
     def of_split(self, split: Split, compute: Callable[..., T], *, reference: bool, **more: Any) -> T:
         """``compute``, such as ``reference.precompute.precompute``, of a split's records, with ``more``
@@ -144,12 +151,21 @@ class ReferencePass(Callback):
 
 
 class ReferenceDuringTraining(Callback):
-    """``precompute_ref_log_probs: False``: a frozen reference beside the policy, evaluated at each step."""
+    """``precompute_ref_log_probs: False``: a frozen reference beside the policy, evaluated at each step.
+    ``beside`` is called once it is loaded, as ReferencePass's."""
 
-    def __init__(self, engine: Engine, origin: ReferenceOrigin, *, like_policy: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        origin: ReferenceOrigin,
+        *,
+        like_policy: bool = True,
+        beside: Callable[[bool], None] | None = None,
+    ) -> None:
         self._engine = engine
         self._origin = origin
         self._like_policy = like_policy
+        self._beside = beside
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A copy of the policy has the policy's precision; a reference in another dtype reads its weights
@@ -157,6 +173,8 @@ class ReferenceDuringTraining(Callback):
         copies_policy = self._like_policy and self._origin.is_start and trainer.ckpt_path is None
         kept = self._origin.kept_by(self._engine)
         self._engine.load_reference(None if copies_policy or kept else self._origin.source)
+        if self._beside is not None:
+            self._beside(True)
 
 
 class Preflight(Callback):

@@ -113,7 +113,10 @@ class AlignmentModule(LightningModule):
         self._resumed: ResumedSchedule | None = None
         self._groups: list[dict[str, Any]] = []
         self._throughput = Throughput()
-        self._phases = Phases(self._settle if settings.log_step_phases else None)
+        # On a lazy device a step is one graph, which runs after its operations are recorded: there is
+        # nothing to wait for within it.
+        settles = settings.log_step_phases and not engine.lazy
+        self._phases = Phases(self._settle if settles else None)
         self._validation = WeightedMeans()
         self._step: _Step | None = None
         self._numbers: dict[str, float] | None = None
@@ -170,8 +173,8 @@ class AlignmentModule(LightningModule):
             ) from error
 
     def _settle(self) -> None:
-        """Wait for the device. A lazy one has nothing to wait for within a step, which is one graph."""
-        if self.engine.device.type not in ("cpu", "xla", "meta"):
+        """Wait for the device, which is no lazy one."""
+        if self.engine.device.type not in ("cpu", "meta"):
             torch.accelerator.synchronize(self.engine.device)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -192,6 +195,9 @@ class AlignmentModule(LightningModule):
     def on_train_end(self) -> None:
         """The steps after the last logged one; a save checks them itself."""
         self._check_steps()
+
+    def say_phases(self) -> None:
+        """The shares of the steps so far, for the log; nothing before the first."""
         summary = self._phases.summary()
         if summary:
             log.info("%s", summary)

@@ -41,6 +41,8 @@ class ProfileSteps(Callback):
             log.log(NOTICE, "trainer.profiler: torch's profiler sees the host alone on %s", device.type)
         self._profiler: Any = None
         self._step = 0
+        self._done, self._has_trace = 0, False
+        """Steps of this process, and whether a trace of some of them was to be written."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         config = self._config
@@ -58,6 +60,7 @@ class ProfileSteps(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._step = trainer.global_step
+        self._done += 1
         self._profiler.step()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,12 +70,22 @@ class ProfileSteps(Callback):
         self._stop()
 
     def _stop(self) -> None:
-        if self._profiler is not None:
-            # A cycle that the run's end cuts short is written as far as it goes.
-            self._profiler.stop()
-            self._profiler = None
+        if self._profiler is None:
+            return
+        config, skipped = self._config, self._config.wait + self._config.warmup
+        if self._done % (skipped + config.active) == skipped:
+            # The first step to be kept has not been taken: the profiler would write a trace of what came
+            # after the last one.
+            self._profiler.on_trace_ready = None
+        # A cycle that the run's end cuts short is written as far as it goes.
+        self._profiler.stop()
+        self._profiler = None
+        if not self._has_trace:
+            what = "trainer.profiler: no trace, as the run ended after %d steps, within wait + warmup (%d)"
+            log.log(NOTICE, what, self._done, skipped)
 
     def _write(self, profiler: Any) -> None:
+        self._has_trace = True
         file = self._folder / f"rank_{self._rank}_step_{self._step}.json.gz"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

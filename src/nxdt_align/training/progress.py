@@ -1,4 +1,5 @@
-"""How far a run is: one line that is redrawn on a terminal; elsewhere a line every so many steps."""
+"""How far a run is: one line that is redrawn on a terminal; elsewhere a line every so many steps, or every so
+many minutes where time ends the run."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ import logging
 import shutil
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -17,7 +20,7 @@ from nxdt_align.messages import NOTICE
 log = logging.getLogger(__name__)
 
 LINES = 50
-"""At most about so many lines of a run without a terminal."""
+"""At most about so many lines of steps of a run without a terminal, and as many of validations."""
 LEAST_BAR = 1
 """Columns."""
 _FIELDS = (
@@ -44,13 +47,23 @@ class RunProgress(ProgressBar):
         steps: of the run; -1 where only time limits it.
         unit: what ``throughput`` counts.
         log_every_n_steps: at which metrics are new.
+        seconds: after which the run ends, whose lines then follow the share of them that is used, or that of
+            the steps where it is larger; None where no time limits it.
         is_terminal: whether a line can be redrawn; standard error's answer where not given.
     """
 
     def __init__(
-        self, steps: int, unit: str, log_every_n_steps: int, *, is_terminal: bool | None = None
+        self,
+        steps: int,
+        unit: str,
+        log_every_n_steps: int,
+        *,
+        seconds: float | None = None,
+        is_terminal: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
+        self._seconds, self._clock = seconds, clock
         self._steps, self._unit, self._log_every = steps, unit, log_every_n_steps
         self._values: dict[str, float] = {}
         self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
@@ -59,6 +72,8 @@ class RunProgress(ProgressBar):
         self._enabled = True
         self._bar: Any = None
         self._began, self._from = 0.0, 0
+        self._lines = {"step": 0, "validation": -1}
+        """What ``_part`` was at the newest line of each kind."""
 
     def enable(self) -> None:
         self._enabled = True
@@ -68,7 +83,8 @@ class RunProgress(ProgressBar):
         self._enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began, self._from = time.monotonic(), trainer.global_step
+        self._began, self._from = self._clock(), trainer.global_step
+        self._lines = {"step": self._part(trainer.global_step), "validation": -1}
         if self._enabled and self._is_terminal:
             self._bar = tqdm(
                 total=self._steps if self._steps > 0 else None,
@@ -89,7 +105,8 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._draw(step, "")
             self._bar.update(step - self._bar.n)
-        if self._enabled and (step % self._every == 0 or step == self._steps):
+        has_values = step % self._log_every == 0 or step == self._steps
+        if self._enabled and has_values and self._is_due("step", step):
             # The file of a run that has a terminal gets the same lines.
             level = logging.INFO if self._is_terminal else NOTICE
             log.log(level, "%s%s", self.text(step), self._left(step))
@@ -107,7 +124,9 @@ class RunProgress(ProgressBar):
                 if label.startswith("val ") and name in self._values
             ]
             if found:
-                log.log(NOTICE, "validation at step %d: %s", trainer.global_step, ", ".join(found))
+                shown = self._is_due("validation", trainer.global_step) or self._is_terminal
+                level = NOTICE if shown else logging.INFO
+                log.log(level, "validation at step %d: %s", trainer.global_step, ", ".join(found))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
@@ -118,6 +137,20 @@ class RunProgress(ProgressBar):
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Of Lightning's ``self.print``."""
         tqdm.write(" ".join(map(str, args)), file=sys.stderr)
+
+    def _part(self, step: int) -> int:
+        """Of the run's parts, each of which has a line, the one that ``step`` is in now."""
+        if self._seconds is None:
+            return step // self._every
+        used = (self._clock() - self._began) / self._seconds
+        return int(max(used, step / self._steps if self._steps > 0 else 0.0) * LINES)
+
+    def _is_due(self, kind: Literal["step", "validation"], step: int) -> bool:
+        """Whether the first of its kind in its part of the run, or the last of all."""
+        part = self._part(step)
+        due = part > self._lines[kind] or step == self._steps
+        self._lines[kind] = part
+        return due
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -153,8 +186,14 @@ class RunProgress(ProgressBar):
         done = step - self._from
         if self._steps <= 0 or done <= 0 or step >= self._steps:
             return ""
-        seconds = (time.monotonic() - self._began) / done * (self._steps - step)
+        seconds = (self._clock() - self._began) / done * (self._steps - step)
         return f", {tqdm.format_interval(seconds)} left"
+
+
+def seconds_of(duration: str) -> float:
+    """Of days:hours:minutes:seconds, as ``trainer.max_time`` has them."""
+    days, hours, minutes, seconds = map(int, duration.split(":"))
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
 
 
 def columns() -> int:

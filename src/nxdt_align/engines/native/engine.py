@@ -24,7 +24,7 @@ from nxdt_align.engines.native.cached import cached_rows
 from nxdt_align.engines.native.compiled import Compiling
 from nxdt_align.engines.native.gradients import LossScale, clip_gradients, finish_gradients, total_norm
 from nxdt_align.engines.native.mesh import Groups
-from nxdt_align.engines.native.model import Blueprint, check_parallel
+from nxdt_align.engines.native.model import Blueprint, RankModel, check_parallel
 from nxdt_align.engines.native.quantized_source import QuantizedWeights
 from nxdt_align.engines.native.saving import Saver
 from nxdt_align.engines.native.settings import Parallel, Precision
@@ -97,6 +97,8 @@ class NativeEngine(SpreadEngine):
         self._reference_precision = reference_precision or precision
         self._policy = self._blueprint.build()
         self._runner = self._policy.runner
+        self._frozen: RankModel | None = None
+        """What the reference's runner goes through: the policy's model where adapters are switched off."""
         self._dropout: Dropout | None = None
         self._data, self._ranks = self._groups.data, Ranks()
         if adapters is not None:
@@ -134,6 +136,7 @@ class NativeEngine(SpreadEngine):
     def load_reference(self, source: WeightSource | None) -> None:
         if source is None and self._policy.switch is not None:
             self._reference = AdapterRunner(self._policy.runner, self._policy.switch, on=False)
+            self._frozen = self._policy
             return
         reference = replace(self._blueprint, precision=self._reference_precision).build(frozen=True)
         if source is None:
@@ -141,7 +144,11 @@ class NativeEngine(SpreadEngine):
             copy_weights([(name, held[name]) for name, _ in target], target)
         else:
             fill(reference.named_parameters(), source)
-        self._reference = reference.runner
+        self._reference, self._frozen = reference.runner, reference
+
+    def drop_reference(self) -> None:
+        super().drop_reference()
+        self._frozen = None
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return self._policy.trainable() if self._masters is None else list(self._masters.named_parameters())
@@ -185,12 +192,13 @@ class NativeEngine(SpreadEngine):
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> StepOutput:
         return super().evaluate(micro_batches, self._compiled(objective))
 
-    def _rows_of_texts(self, length: int) -> AbstractContextManager[RowsOf]:
+    def _rows_of_texts(self, length: int, *, reference: bool = False) -> AbstractContextManager[RowsOf]:
         """With a key-value cache, whose shapes grow, where one process computes op by op."""
         is_alone = self.topology.world_size == 1 and self.device.type in FUSED_DEVICES
-        if is_alone and self._compiling is None and self._policy.whole.decoder.takes_cache:
-            return cached_rows(self._policy.whole, length)
-        return super()._rows_of_texts(length)
+        model = self._frozen if reference else self._policy
+        if model is not None and is_alone and self._compiling is None and model.whole.decoder.takes_cache:
+            return cached_rows(model.whole, length)
+        return super()._rows_of_texts(length, reference=reference)
 
     def _compiled(self, objective: Objective) -> Objective:
         return objective if self._compiling is None else self._compiling.objective(objective)
