@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -48,6 +49,35 @@ def test_an_accelerator_that_is_not_here(accelerator: Accelerator, monkeypatch: 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: other)
     with pytest.raises(UserError, match=f"is {accelerator}, but torch finds xpu alone"):
         device(config(accelerator), RunEnv(), RunMode())
+
+
+@pytest.mark.parametrize(
+    ("fits", "said"),
+    [
+        (False, r"no accelerator: torch-neuronx 2.99.3.0.1 goes with torch 2.99, but .*=cpu runs here"),
+        (True, r"no accelerator: its packages fit, so that the Neuron driver or runtime .*=cpu runs here"),
+    ],
+)
+def test_a_broken_torch_neuron_does_not_train_on_the_cpu(
+    fits: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto is neuron where TorchNeuron is installed. This process's torch was imported without it."""
+    monkeypatch.setattr("nxdt_align.config.neuron_packages.TORCH_NEURON_PYTHON", (3, 0))
+    release = ".".join(torch.__version__.split(".")[:2]) if fits else "2.99"
+    info = tmp_path / f"torch_neuronx-{release}.3.0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch-neuronx\nVersion: {release}.3.0.1\n")
+    for module in ("torch_neuronx", "nki"):
+        (tmp_path / f"{module}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=True: None)
+    wordings: dict[Accelerator, str] = {"auto": "auto, which is neuron where Torch", "neuron": "neuron, but"}
+    for accelerator, meant in wordings.items():
+        with pytest.raises(UserError, match=f"accelerator: is {meant}.*{said}"):
+            device(config(accelerator), RunEnv(), RunMode())
+        with pytest.raises(UserError, match=said):
+            device(config(accelerator), RunEnv(compile_only=True), DryRun())
+    assert device(config("cpu"), RunEnv(), RunMode()).type == "cpu"
 
 
 def test_only_neuron_is_compiled_for_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:

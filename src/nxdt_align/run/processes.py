@@ -12,6 +12,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.engines import on_torch_neuron
 from nxdt_align.config.neuron_packages import mixed_products_fault, torch_neuron_fault
 from nxdt_align.config.schema import Config
 from nxdt_align.engines import ranks, xla
@@ -23,26 +24,34 @@ PINNED_BY_GROUP = ("neuron",)
 """Types of devices whose process group gives a process its core (it must be joined before the device is
 touched), and has no side for the CPU: groups for values on the host are opened apart."""
 
+NO_CORE = (
+    "its packages fit, so that the Neuron driver or runtime is missing or sees no NeuronCore (neuron-ls "
+    "lists them), or TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading it"
+)
+"""Why there is no device ``neuron`` where packages do not tell."""
+
 
 def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
     """The device of this process; the mode's fallback if there is no accelerator.
 
-    Raises UserError if the chosen accelerator is missing.
+    Raises UserError if the chosen accelerator is missing, or TorchNeuron's where auto is that.
     """
     chosen = config.trainer.accelerator
     if chosen == "xla":
         return _xla_device(env)
+    # Variables, prices and rows follow from the packages: a broken installation must not train on the CPU.
+    wanted = "neuron" if on_torch_neuron(config) else chosen
     # The accelerator that torch was built for: CUDA, or one that registers itself, such as TorchNeuron's.
     present = torch.accelerator.current_accelerator(check_available=True)
     if present is None and env.compile_only and env.compiles_without_device:
         known = torch.accelerator.current_accelerator()
         present = known if known is not None and known.type == "neuron" else None
-    if chosen in ("cuda", "neuron") and (present is None or present.type != chosen):
+    if wanted in ("cuda", "neuron") and (present is None or present.type != wanted):
         found = "no accelerator" if present is None else f"{present.type} alone"
-        fault = torch_neuron_fault(torch.__version__) if chosen == "neuron" else None
-        why = "" if fault is None else f": {fault}"
+        why = f": {torch_neuron_fault(torch.__version__) or NO_CORE}" if wanted == "neuron" else ""
+        meant = chosen if chosen == wanted else f"{chosen}, which is {wanted} where TorchNeuron is installed"
         raise UserError(
-            f"trainer.accelerator: is {chosen}, but torch finds {found}{why}; trainer.accelerator=cpu runs "
+            f"trainer.accelerator: is {meant}, but torch finds {found}{why}; trainer.accelerator=cpu runs "
             "here"
         )
     if chosen != "cpu" and present is not None:
