@@ -80,6 +80,8 @@ def torch_neuron_fault(torch_version: str, python: Sequence[int] = sys.version_i
             f"torch-neuronx {versions[0]} goes with torch {wanted}, but torch is {torch_version}: "
             "requirements_neuron.txt has a pair that fits"
         )
+    if not has_module("nki"):
+        return "TorchNeuron imports the package nki, which is not installed: requirements_neuron.txt has it"
     return None
 
 
