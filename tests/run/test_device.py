@@ -13,7 +13,7 @@ import torch
 from rank_processes import run_forked
 
 from nxdt_align.config.data import Attention, DataConfig
-from nxdt_align.config.engines import find_engine_faults
+from nxdt_align.config.engines import find_engine_faults, keys_without_effect
 from nxdt_align.config.faults import ConfigError
 from nxdt_align.config.model import ModelConfig
 from nxdt_align.config.schema import (
@@ -31,6 +31,7 @@ from nxdt_align.run.computing import attention, compiling, say_choices
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.mode import RunMode
+from nxdt_align.run.native import NativeParts
 from nxdt_align.run.processes import device
 
 
@@ -142,6 +143,70 @@ def test_auto_compiles_nothing_with_an_old_torch(
     assert not caplog.messages, "attention asks too, and a notice is for once"
     say_choices(config("auto"), CUDA, TINY)
     assert "compile: auto is none, as torch" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("cuda", "run but nothing is compiled ahead"),
+        ("neuron", "run but no graph is listed: TorchNeuron's cache gets operations one by one"),
+    ],
+)
+@pytest.mark.parametrize("chosen", ["auto", "none", "blocks"])
+def test_a_dry_run_of_a_device_that_compiles_nothing_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    chosen: Literal["auto", "none", "blocks"],
+    where: str,
+    said: str,
+) -> None:
+    """auto is none there for what it recomputes."""
+    monkeypatch.setattr("nxdt_align.run.native.check", lambda *_: SimpleNamespace(type=where))
+    monkeypatch.setattr("nxdt_align.run.processes.start_processes", lambda *_: None)
+    tensor = 1 if chosen == "blocks" else 2
+    given = replace(
+        config("auto"),
+        distributed_strategy=DistributedStrategyConfig(compile=chosen, tensor_model_parallel_size=tensor),
+        model=ModelConfig(
+            activations_checkpoint_granularity="selective", activations_checkpoint_recompute=("LlamaMLP",)
+        ),
+    )
+    whys = {"auto": "compile: auto is none, as with tensor parallel", "none": "compile is none", "blocks": ""}
+    for mode in (RunMode(), DryRun()):
+        NativeParts(given, RunEnv(world_size=1), TINY, mode)
+        told = [line for line in caplog.messages if line.startswith("COMPILE=1: ")]
+        assert len(told) == (isinstance(mode, DryRun) and chosen != "blocks")
+    for line in told:
+        assert f"COMPILE=1: distributed_strategy.{whys[chosen]}" in line and line.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "where", "chosen", "warned"),
+    [
+        *(("auto", "cuda", "auto", True), ("auto", "cpu", "auto", True), ("cuda", "cuda", "auto", True)),
+        *(("cpu", "cpu", "auto", False), ("cuda", "cuda", "none", False)),
+    ],
+)
+def test_a_guard_of_no_graphs_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    accelerator: Accelerator,
+    where: str,
+    chosen: Literal["auto", "none"],
+    warned: bool,
+) -> None:
+    """Once: where the YAML alone shows it, the key is among those without effect."""
+    monkeypatch.setattr("nxdt_align.engines.native.compiled.is_too_old", lambda: True)
+    given = config(accelerator)
+    given = replace(
+        given,
+        distributed_strategy=DistributedStrategyConfig(compile=chosen),
+        exp_manager=replace(given.exp_manager, fail_on_recompile=True),
+        given=frozenset({"exp_manager.fail_on_recompile"}),
+    )
+    say_choices(given, torch.device(where), TINY)
+    assert ("fail_on_recompile: guards nothing, as no step is compiled (distr" in caplog.text) == warned
+    assert ("exp_manager.fail_on_recompile" in keys_without_effect(given, "native")) != warned
 
 
 def test_modules_that_tensor_parallel_graphs_cannot_recompute(caplog: pytest.LogCaptureFixture) -> None:

@@ -78,8 +78,8 @@ class DryRun(RunMode):
         self.note_no_graphs(why)
         return torch.device("cpu")
 
-    def note_no_graphs(self, why: str) -> None:
-        log.log(NOTICE, "COMPILE=1: %s, so the dry-run steps run but nothing is compiled ahead", why)
+    def note_no_graphs(self, why: str, but: str = "nothing is compiled ahead") -> None:
+        log.log(NOTICE, "COMPILE=1: %s, so the dry-run steps run but %s", why, but)
 
     def token_cache(self, places: Places) -> Path | None:
         return None
