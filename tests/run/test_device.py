@@ -340,7 +340,11 @@ def test_a_dry_run_compiles_where_it_can(
 
 @pytest.mark.parametrize(
     ("attention", "processes", "why"),
-    [("auto", 2, "torch_xla's CPU device runs one process"), ("blocks", 1, "blocks has no static shapes")],
+    [
+        ("auto", 2, "torch_xla's CPU device runs one process"),
+        ("blocks", 1, "blocks has no static shapes"),
+        *((kind, 1, f"{kind} is not for torch_xla's CPU device") for kind in ("flex", "nki")),
+    ],
 )
 def test_a_dry_run_that_cannot_compile_says_why(
     monkeypatch: pytest.MonkeyPatch,
