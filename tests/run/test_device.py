@@ -24,7 +24,7 @@ from nxdt_align.config.schema import (
     TrainerConfig,
 )
 from nxdt_align.engines import xla
-from nxdt_align.errors import UserError
+from nxdt_align.errors import SharedError, UserError
 from nxdt_align.models.presets import TINY
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.run.computing import attention, compiling, say_choices
@@ -79,6 +79,40 @@ def test_a_broken_torch_neuron_does_not_train_on_the_cpu(
         with pytest.raises(UserError, match=said):
             device(config(accelerator), RunEnv(compile_only=True), DryRun())
     assert device(config("cpu"), RunEnv(), RunMode()).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "lnc", "said"),
+    [
+        ("cuda", None, "must be 4 at most here: torch finds 4 cuda devices; but is {}"),
+        ("neuron", None, r"4 logical NeuronCores \(trainer.lnc 2\), or 8 with trainer.lnc=1, .*; but is {}"),
+        ("neuron", 1, r"finds 4 logical NeuronCores \(trainer.lnc 1\); but is {}"),
+    ],
+)
+def test_more_processes_than_devices(
+    kind: str, lnc: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here: Any = SimpleNamespace(type=kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=True: here)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    moved: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", moved.append)
+    monkeypatch.setattr("nxdt_align.run.processes.torch.device", lambda *of: of)
+
+    def on(devices: int, env: RunEnv) -> Any:
+        given = replace(Config(), trainer=TrainerConfig(devices=devices, lnc=lnc))
+        return device(given, env, RunMode())
+
+    assert on(4, RunEnv(local_rank=3)) == (kind, 3)
+    for rank in (0, 7):  # all say it, so one of a node is heard
+        with pytest.raises(SharedError, match=said.format(8)):
+            on(8, RunEnv(local_rank=rank))
+    with pytest.raises(UserError, match=said.format(6)) as error:
+        on(4, RunEnv(local_rank=5))
+    assert not isinstance(error.value, SharedError)
+    assert moved == ([3] if kind == "cuda" else [])
+    no_device = RunEnv(local_rank=7, compile_only=True, compiles_without_device=True)
+    assert on(8, no_device) == (kind, 7)
 
 
 def test_only_neuron_is_compiled_for_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +311,8 @@ import torch
 # A backend of its own name, as PyTorch's native Neuron registers itself; it has no kernels here.
 torch.utils.rename_privateuse1_backend("neuron")
 is_here = sys.argv[2] == "here"
-torch._register_device_module("neuron", types.SimpleNamespace(is_available=lambda: is_here))
+module = types.SimpleNamespace(is_available=lambda: is_here, device_count=lambda: 4)
+torch._register_device_module("neuron", module)
 moved_to = []
 torch.accelerator.set_device_index = moved_to.append
 from nxdt_align.run.contracts import RunEnv

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeProcessGroup
 
 torch.utils.rename_privateuse1_backend("neuron")
-torch._register_device_module("neuron", types.SimpleNamespace(is_available=lambda: True))
+module = types.SimpleNamespace(is_available=lambda: True, device_count=lambda: 2)
+torch._register_device_module("neuron", module)
 moved_to = []
 torch.accelerator.set_device_index = lambda index: moved_to.append((index, dist.is_initialized()))
 dist.Backend.register_backend(

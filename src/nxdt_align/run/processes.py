@@ -16,7 +16,8 @@ from nxdt_align.config.engines import on_torch_neuron
 from nxdt_align.config.neuron_packages import mixed_products_fault, torch_neuron_fault
 from nxdt_align.config.schema import Config
 from nxdt_align.engines import ranks, xla
-from nxdt_align.errors import UserError
+from nxdt_align.errors import SharedError, UserError
+from nxdt_align.planning.devices import DEFAULT_LNC
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
@@ -58,10 +59,29 @@ def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
         fault = mixed_products_fault() if present.type == "neuron" else None
         if fault is not None:
             raise UserError(f"trainer.accelerator: neuron does not run here, as {fault}")
+        if not (env.compile_only and env.compiles_without_device):
+            _require_devices(config, env, present.type)
         if present.type not in PINNED_BY_GROUP:
             torch.accelerator.set_device_index(env.local_rank)
         return torch.device(present.type, env.local_rank)
     return mode.fallback_device(config, env)
+
+
+def _require_devices(config: Config, env: RunEnv, kind: str) -> None:
+    """Raise UserError where there is no device for each process of this node: torch would end in an error of
+    the driver's."""
+    count = torch.accelerator.device_count()
+    wanted = max(config.trainer.devices, env.local_rank + 1)
+    if wanted <= count:
+        return
+    what = f"{kind} devices"
+    if kind == "neuron":
+        lnc = config.trainer.lnc or DEFAULT_LNC
+        what = f"logical NeuronCores (trainer.lnc {lnc})"
+        what += f", or {2 * count} with trainer.lnc=1, each of half the memory" if lnc == 2 else ""
+    # A launcher may start more processes than the YAML says; not all of them see that.
+    error = SharedError if config.trainer.devices > count else UserError
+    raise error(f"trainer.devices: must be {count} at most here: torch finds {count} {what}; but is {wanted}")
 
 
 def _xla_device(env: RunEnv) -> torch.device:
