@@ -285,6 +285,9 @@ def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
 
 
 def _processes(arguments: argparse.Namespace, environment: Environment) -> int:
+    if arguments.engine:
+        show(resolve_engine(_read(arguments, environment, checked=False)[0], neuron_available()))
+        return 0
     checked = _checked(arguments, environment, None, notify=False)
     lacked_variables(checked.config, checked.engine)
     show(str(checked.config.trainer.devices))
