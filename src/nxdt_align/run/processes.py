@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from datetime import timedelta
 
 import torch
@@ -10,16 +11,21 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed.constants import default_pg_timeout
 
 from nxdt_align.batch import Topology
 from nxdt_align.config.engines import on_torch_neuron
 from nxdt_align.config.neuron_packages import mixed_products_fault, torch_neuron_fault
 from nxdt_align.config.schema import Config
 from nxdt_align.engines import ranks, xla
+from nxdt_align.engines.native.mesh import TIMED_DEVICES
 from nxdt_align.errors import SharedError, UserError
+from nxdt_align.messages import NOTICE
 from nxdt_align.planning.devices import DEFAULT_LNC
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
+
+log = logging.getLogger(__name__)
 
 PINNED_BY_GROUP = ("neuron",)
 """Types of devices whose process group gives a process its core (it must be joined before the device is
@@ -116,6 +122,13 @@ def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topolog
                 f"the {env.world_size} processes (WORLD_SIZE) cannot connect to each other: {error}; start "
                 "with train.sh or torchrun"
             ) from error
+        if env.rank == 0 and where.type not in TIMED_DEVICES and timeout(config) != default_pg_timeout:
+            log.log(
+                NOTICE,
+                "distributed_strategy.timeout_minutes: counts for all processes together; torch cannot set "
+                "it for groups of some of them (tensor, data, pipeline) on %s, which keep the backend's own",
+                where.type,
+            )
     if where.type in PINNED_BY_GROUP:
         torch.accelerator.set_device_index(env.local_rank)
     parallel = config.distributed_strategy
