@@ -136,7 +136,7 @@ def test_which_of_two_products_is_called_torch_neuronx(site: Site, version: str,
             [("torch-neuronx", NATIVE)],
             "2.13.0+cpu",
             (3, 11),
-            r"Python 3.12 and later, but this is 3.11: in an",
+            r"Python 3.12 or 3.13 here, but this is 3.11: in an",
         ),
         (
             [("torch-neuronx", NATIVE)],
@@ -177,6 +177,12 @@ def test_nothing_is_wrong_with_the_product_that_fits(site: Site) -> None:
     site.install("torch-neuronx", NATIVE)
     site.install(NKI)
     assert torch_neuron_fault("2.13.0", (3, 12)) is None and mixed_products_fault() is None
+
+
+def test_the_pythons_are_those_that_this_package_takes(repo: Path) -> None:
+    told = "Python 3.12 or 3.13"
+    assert 'requires-python = ">=3.10,<3.14"' in (repo / "pyproject.toml").read_text()
+    assert all(told in (repo / file).read_text() for file in ("requirements_neuron.txt", "docs/trn2.md"))
 
 
 def test_the_index_is_that_of_the_requirements(repo: Path) -> None:
