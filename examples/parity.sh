@@ -2,12 +2,14 @@
 # The same steps of one config on CPU processes and on this machine's accelerator, and how far apart they end: loss and
 # gradient norm at each step, and the weights. What to do first on a machine that nobody has trained on.
 #
-#   CONF_FILE=name [STEPS=20] [PROCESSES=n] examples/parity.sh [key=value ...]
+#   CONF_FILE=name [STEPS=20] [PROCESSES=n] [TWIN=neuron] examples/parity.sh [key=value ...]
 #
 # CONF_FILE    as for train.sh
 # STEPS        optimizer steps of each run (default 20)
 # PROCESSES    of each run, one per device (default 1)
-# TWIN         accelerator of the second run (default auto: neuron, cuda; cpu where there is none)
+# TWIN         accelerator of the second run (default: the one that torch finds here; without one the script stops, and
+#              TWIN=neuron says why, TWIN=cpu compares CPU with CPU)
+# TWIN_OVERRIDES   "key=value ..." for the second run alone: what the CPU does not have, as data.attention=nki
 # TOLERANCES   loss, gradient norm and weights, relative, "1e-4 1e-3 1e-3" (default: by precision.type of the config)
 # key=value    overrides for both runs. A model of the real widths with few layers is enough, which starts from random
 #              weights: model.num_layers=2 exp_manager.resume_from_checkpoint=null
@@ -18,8 +20,25 @@ set -euo pipefail
 here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
 : "${CONF_FILE:?CONF_FILE must name a config, as for train.sh}"
 export CONF_FILE TRAIN_ITERS=${STEPS:-20}
-python=${NXDT_ALIGN_PYTHON:-python3}
 out=$PWD/parity_run
+# That of both runs, as train.sh chooses it.
+for python in ${NXDT_ALIGN_PYTHON:+"$NXDT_ALIGN_PYTHON"} ${VIRTUAL_ENV:+"$VIRTUAL_ENV/bin/python"} \
+  "$here/../.venv/bin/python" python3; do
+  ! command -v -- "$python" >/dev/null || break
+done
+export NXDT_ALIGN_PYTHON=$python
+
+twin=${TWIN:-auto}
+if [[ $twin == auto ]]; then
+  twin=$("$python" -c 'import torch
+found = torch.accelerator.current_accelerator(check_available=True)
+print("" if found is None else found.type)')
+  if [[ -z $twin ]]; then
+    printf 'error: torch finds no accelerator here: TWIN=neuron says why, TWIN=cpu compares CPU with CPU\n' >&2
+    exit 1
+  fi
+fi
+read -ra of_twin <<<"${TWIN_OVERRIDES:-}"
 
 rm -rf -- "$out"
 run_on() {
@@ -32,8 +51,8 @@ run_on() {
     "exp_manager.explicit_log_dir=$folder" "$@"
 }
 run_on cpu "$out/cpu" "$@"
-run_on "${TWIN:-auto}" "$out/twin" "$@"
-printf '\n== %s on cpu against %s\n' "$CONF_FILE" "${TWIN:-auto}"
+run_on "$twin" "$out/twin" "$@" "${of_twin[@]}"
+printf '\n== %s on cpu against %s\n' "$CONF_FILE" "$twin"
 # shellcheck disable=SC2086 # three numbers
 PYTHONPATH=$here/../src${PYTHONPATH:+:$PYTHONPATH} "$python" "$here/../scripts/compare_runs.py" \
   "$out/cpu" "$out/twin" ${TOLERANCES:+--tolerances $TOLERANCES}

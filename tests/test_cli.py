@@ -208,6 +208,17 @@ def test_processes_prints_a_number_alone(capsys: pytest.CaptureFixture[str], goo
     assert capsys.readouterr() == ("4\n", "")
 
 
+def test_processes_tells_the_engine_without_the_data(
+    capsys: pytest.CaptureFixture[str], good: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["processes", "--engine", "--config-name", good, "data.train_dir=/nowhere.jsonl"]
+    for available, engine in ((False, "native"), (True, "nxd")):
+        monkeypatch.setattr("nxdt_align.cli.neuron_available", lambda available=available: available)
+        assert main(arguments) == 0
+        assert main([*arguments, "distributed_strategy.engine=nxd"]) == 0
+        assert capsys.readouterr().out == f"{engine}\nnxd\n"
+
+
 def test_processes_reports_faults_before_anything_starts(
     capsys: pytest.CaptureFixture[str], good: str
 ) -> None:

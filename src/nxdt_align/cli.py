@@ -12,20 +12,21 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from importlib import metadata
 from pathlib import Path
 
-from nxdt_align import TORCH, cli_evaluation, cli_reference
+from nxdt_align import cli_evaluation, cli_reference
 from nxdt_align.cli_conversion import conversion_options
 from nxdt_align.cli_doctor import neuron_doctor
 from nxdt_align.cli_parser import parse
 from nxdt_align.cli_process import (
     LAUNCHED,
+    UNLOADED,
     Environment,
     enter_run,
     lacked_variables,
     note,
     reader_may_stop,
+    require_torch,
     show,
     wanted_variables,
 )
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = os.environ.get("NXDT_ALIGN_DEBUG") == "1"
     try:
         if arguments.verb in _NEED_TORCH:
-            _require_torch()
+            # What does not fit is what doctor --neuron is asked to write down.
+            require_torch(os.environ, loads=not (arguments.verb == "doctor" and arguments.neuron))
         return _VERBS[arguments.verb](arguments, Environment.of_this_process())
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -79,24 +81,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         _complain(error, str(error))
+    except RuntimeError as error:
+        if debug or not str(error).startswith(UNLOADED):
+            raise
+        _complain(error, f"{error} The reason: {' '.join(str(error.__cause__).split())}")
     except OSError as error:
         if debug or error.errno not in _USERS_OS_ERRORS:
             raise
         about = f"{error.filename}: " if error.filename else ""
         _complain(error, about + explain(error))
     return 1
-
-
-def _require_torch() -> None:
-    """Raise UserError if torch is missing or out of range. Reads its metadata: the import takes seconds."""
-    oldest, newest = (".".join(map(str, version)) for version in TORCH)
-    wanted = f"nxdt-align runs on torch {oldest} to {newest}"
-    try:
-        found = metadata.version("torch")
-    except metadata.PackageNotFoundError as error:
-        raise UserError(f"{wanted}, but {sys.executable} has none; pip install torch=={newest}.0") from error
-    if not TORCH[0] <= tuple(int(part) for part in found.split(".")[:2]) <= TORCH[1]:
-        raise UserError(f"{wanted}, but {sys.executable} has {found}; pip install torch=={newest}.0")
 
 
 def _complain(error: Exception, message: str) -> None:
@@ -135,7 +129,7 @@ def _config(arguments: argparse.Namespace, environment: Environment) -> int:
         raise ConfigError(faults, config.source)
     if arguments.no_check:
         return 0
-    _require_torch()
+    require_torch(os.environ)
     show_on_terminal(rank=0)
     lacked_variables(config, engine)
     from nxdt_align.run import RunEnv
@@ -291,6 +285,9 @@ def _graphs(arguments: argparse.Namespace, environment: Environment) -> int:
 
 
 def _processes(arguments: argparse.Namespace, environment: Environment) -> int:
+    if arguments.engine:
+        show(resolve_engine(_read(arguments, environment, checked=False)[0], neuron_available()))
+        return 0
     checked = _checked(arguments, environment, None, notify=False)
     lacked_variables(checked.config, checked.engine)
     show(str(checked.config.trainer.devices))

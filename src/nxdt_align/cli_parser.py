@@ -157,7 +157,12 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument(
         "--config-path", "-cp", type=Path, metavar="DIR", help="folder of configs (default: conf)"
     )
-    _add_verb(verbs, "processes", "check a configuration and print the processes per node needs")
+    processes = _add_verb(
+        verbs, "processes", "check a configuration and print how many processes a node needs"
+    )
+    processes.add_argument(
+        "--engine", action="store_true", help="print the engine that runs it here instead, nxd or native"
+    )
     add_conversion_verbs(verbs)
     add_reference_verb(verbs, _add_config)
     add_evaluation_verbs(verbs)

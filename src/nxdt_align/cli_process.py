@@ -7,10 +7,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import TYPE_CHECKING
 
+from nxdt_align import TORCH
 from nxdt_align.config.check import CheckedConfig
 from nxdt_align.config.engines import Engine, on_torch_neuron, with_torch_neuron
+from nxdt_align.config.neuron_packages import neuron_stack, torch_neuron_fault
 from nxdt_align.config.schema import Config
 from nxdt_align.errors import UserError
 from nxdt_align.messages import show_on_terminal
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from nxdt_align.run import RunEnv
 
 LAUNCHED = "NXDT_ALIGN_LAUNCHED"
+UNLOADED = "Failed to load the backend extension"
+"""How torch's RuntimeError begins where ``import torch`` cannot load a device's package."""
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _HANDS_SIGNALS_ON = ("NXDT_ALIGN_COMMAND", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "OMPI_COMM_WORLD_RANK")
 
 
@@ -94,6 +100,29 @@ class Environment:
     def stop_signals(self) -> StopSignals:
         repeats = float("inf") if self.is_launched else 1.0 if self.shares_signals else 0.2
         return StopSignals(speaks=self.rank == 0, repeats=repeats)
+
+
+def require_torch(variables: Mapping[str, str], *, loads: bool = True) -> None:
+    """Raise UserError if torch is missing or out of range, or if it would import a TorchNeuron that does not
+    fit. Reads metadata: the import takes seconds, and would end in a traceback.
+
+    Args:
+        loads: whether the verb can do nothing without that import.
+    """
+    oldest, newest = (".".join(map(str, version)) for version in TORCH)
+    wanted = f"nxdt-align runs on torch {oldest} to {newest}"
+    try:
+        found = metadata.version("torch")
+    except metadata.PackageNotFoundError as error:
+        raise UserError(f"{wanted}, but {sys.executable} has none; pip install torch=={newest}.0") from error
+    if not TORCH[0] <= tuple(int(part) for part in found.split(".")[:2]) <= TORCH[1]:
+        raise UserError(f"{wanted}, but {sys.executable} has {found}; pip install torch=={newest}.0")
+    if not loads or variables.get(_AUTOLOAD) == "0" or neuron_stack() != "native":
+        return
+    fault = torch_neuron_fault(found)
+    if fault is not None:
+        without = f"{_AUTOLOAD}=0 with trainer.accelerator=cpu runs without it"
+        raise UserError(f"torch would not load TorchNeuron: {fault}; {without}")
 
 
 def _with_cores(config: Config, lnc: int) -> Config:

@@ -7,7 +7,8 @@
 # CONF_FILE     a config that "nxdt-align presets" lists, with or without .yaml, or a path (default
 #               hf_llama3_8B_DPO_config)
 # COMPILE       1: compile the run's graphs and stop: dry-run steps of every shape, which write nothing, under
-#               neuron_parallel_compile if installed, else on torch_xla's CPU device if installed (docs/compile.md)
+#               neuron_parallel_compile on engine nxd if installed, else by torch.compile or on torch_xla's CPU device
+#               (docs/compile.md)
 # TRAIN_ITERS   number of steps, instead of the config's trainer.max_steps
 # REFERENCE     I/N: compute the I-th of N equal shares of the run's reference log-probabilities and stop; 1/1: all of
 #               them (nxdt-align reference precompute)
@@ -149,7 +150,7 @@ build_launch() {
   local arguments=(--config-path "${config%/*}" --config-name "$(basename -- "$config" .yaml)" "$@")
   local processes
   launch=("$python")
-  [[ $COMPILE == 0 ]] || compile_ahead
+  [[ $COMPILE == 0 ]] || compile_ahead "${arguments[@]}"
   if [[ -z ${TORCHELASTIC_RUN_ID:-} ]]; then
     processes=$("$python" -m nxdt_align processes "${arguments[@]}") || exit $?
     [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "expected a number of processes, got: $processes"
@@ -170,10 +171,13 @@ build_launch() {
   fi
 }
 
-# Without Neuron, the trainer itself compiles the dry-run steps' graphs, on torch_xla's CPU device if installed.
+# neuron_parallel_compile is PyTorch/XLA's, for engine nxd. Else the trainer itself compiles the dry-run steps' graphs:
+# with torch.compile, or on torch_xla's CPU device if installed.
 compile_ahead() {
-  ! command -v neuron_parallel_compile >/dev/null ||
-    launch=("$python" -m nxdt_align precompile neuron_parallel_compile "${launch[@]}")
+  local engine
+  command -v neuron_parallel_compile >/dev/null || return 0
+  engine=$("$python" -m nxdt_align processes --engine "$@") || exit $?
+  [[ $engine != nxd ]] || launch=("$python" -m nxdt_align precompile neuron_parallel_compile "${launch[@]}")
 }
 
 # torchrun's default is one thread a worker, even where there are more cores than workers.

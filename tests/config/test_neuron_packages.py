@@ -24,6 +24,8 @@ MODULES = {
     "neuronx-distributed": "neuronx_distributed",
     "torch-xla": "torch_xla",
 }
+NKI = "nki"
+"""TorchNeuron's alone, which imports it."""
 
 
 class Site:
@@ -33,7 +35,7 @@ class Site:
         self.folder = folder
         monkeypatch.setattr("sys.path", [str(folder)])
         monkeypatch.setattr("sys.meta_path", [importlib.machinery.PathFinder])
-        for module in MODULES.values():
+        for module in (*MODULES.values(), NKI):
             monkeypatch.delitem(importlib.sys.modules, module, raising=False)  # type: ignore[attr-defined]
 
     def install(self, package: str, version: str = "1.0", *, placeholder: bool = False) -> None:
@@ -41,7 +43,7 @@ class Site:
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         if not placeholder:
-            module = self.folder / MODULES[package]
+            module = self.folder / MODULES.get(package, package)
             module.mkdir(exist_ok=True)
             (module / "__init__.py").write_text("raise SystemExit('only looked for, never imported')")
         importlib.invalidate_caches()
@@ -134,13 +136,19 @@ def test_which_of_two_products_is_called_torch_neuronx(site: Site, version: str,
             [("torch-neuronx", NATIVE)],
             "2.13.0+cpu",
             (3, 11),
-            r"Python 3.12 and later, but this is 3.11: in an",
+            r"Python 3.12 or 3.13 here, but this is 3.11: in an",
         ),
         (
             [("torch-neuronx", NATIVE)],
             "2.15.0",
             (3, 12),
             r"2.13.3.0.71 goes with torch 2.13, but torch is 2.15",
+        ),
+        (
+            [("torch-neuronx", NATIVE)],
+            "2.13.0",
+            (3, 12),
+            r"imports the package nki, which is not installed: requirements_neuron.txt has",
         ),
         (
             [("torch-neuronx", NATIVE), ("torch-xla", "2.9.0")],
@@ -167,7 +175,14 @@ def test_why_torch_has_no_neuron_device(
 
 def test_nothing_is_wrong_with_the_product_that_fits(site: Site) -> None:
     site.install("torch-neuronx", NATIVE)
+    site.install(NKI)
     assert torch_neuron_fault("2.13.0", (3, 12)) is None and mixed_products_fault() is None
+
+
+def test_the_pythons_are_those_that_this_package_takes(repo: Path) -> None:
+    told = "Python 3.12 or 3.13"
+    assert 'requires-python = ">=3.10,<3.14"' in (repo / "pyproject.toml").read_text()
+    assert all(told in (repo / file).read_text() for file in ("requirements_neuron.txt", "docs/trn2.md"))
 
 
 def test_the_index_is_that_of_the_requirements(repo: Path) -> None:

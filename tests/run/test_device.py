@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from rank_processes import run_forked
 
 from nxdt_align.config.data import Attention, DataConfig
-from nxdt_align.config.engines import find_engine_faults
+from nxdt_align.config.engines import find_engine_faults, keys_without_effect
 from nxdt_align.config.faults import ConfigError
 from nxdt_align.config.model import ModelConfig
 from nxdt_align.config.schema import (
@@ -23,13 +24,14 @@ from nxdt_align.config.schema import (
     TrainerConfig,
 )
 from nxdt_align.engines import xla
-from nxdt_align.errors import UserError
+from nxdt_align.errors import SharedError, UserError
 from nxdt_align.models.presets import TINY
 from nxdt_align.ops.attention import DenseAttention
 from nxdt_align.run.computing import attention, compiling, say_choices
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.dry_run import DryRun
 from nxdt_align.run.mode import RunMode
+from nxdt_align.run.native import NativeParts
 from nxdt_align.run.processes import device
 
 
@@ -48,6 +50,69 @@ def test_an_accelerator_that_is_not_here(accelerator: Accelerator, monkeypatch: 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: other)
     with pytest.raises(UserError, match=f"is {accelerator}, but torch finds xpu alone"):
         device(config(accelerator), RunEnv(), RunMode())
+
+
+@pytest.mark.parametrize(
+    ("fits", "said"),
+    [
+        (False, r"no accelerator: torch-neuronx 2.99.3.0.1 goes with torch 2.99, but .*=cpu runs here"),
+        (True, r"no accelerator: its packages fit, so that the Neuron driver or runtime .*=cpu runs here"),
+    ],
+)
+def test_a_broken_torch_neuron_does_not_train_on_the_cpu(
+    fits: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """auto is neuron where TorchNeuron is installed. This process's torch was imported without it."""
+    monkeypatch.setattr("nxdt_align.config.neuron_packages.TORCH_NEURON_PYTHON", (3, 0))
+    release = ".".join(torch.__version__.split(".")[:2]) if fits else "2.99"
+    info = tmp_path / f"torch_neuronx-{release}.3.0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch-neuronx\nVersion: {release}.3.0.1\n")
+    for module in ("torch_neuronx", "nki"):
+        (tmp_path / f"{module}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=True: None)
+    wordings: dict[Accelerator, str] = {"auto": "auto, which is neuron where Torch", "neuron": "neuron, but"}
+    for accelerator, meant in wordings.items():
+        with pytest.raises(UserError, match=f"accelerator: is {meant}.*{said}"):
+            device(config(accelerator), RunEnv(), RunMode())
+        with pytest.raises(UserError, match=said):
+            device(config(accelerator), RunEnv(compile_only=True), DryRun())
+    assert device(config("cpu"), RunEnv(), RunMode()).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("kind", "lnc", "said"),
+    [
+        ("cuda", None, "must be 4 at most here: torch finds 4 cuda devices; but is {}"),
+        ("neuron", None, r"4 logical NeuronCores \(trainer.lnc 2\), or 8 with trainer.lnc=1, .*; but is {}"),
+        ("neuron", 1, r"finds 4 logical NeuronCores \(trainer.lnc 1\); but is {}"),
+    ],
+)
+def test_more_processes_than_devices(
+    kind: str, lnc: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here: Any = SimpleNamespace(type=kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=True: here)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    moved: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", moved.append)
+    monkeypatch.setattr("nxdt_align.run.processes.torch.device", lambda *of: of)
+
+    def on(devices: int, env: RunEnv) -> Any:
+        given = replace(Config(), trainer=TrainerConfig(devices=devices, lnc=lnc))
+        return device(given, env, RunMode())
+
+    assert on(4, RunEnv(local_rank=3)) == (kind, 3)
+    for rank in (0, 7):  # all say it, so one of a node is heard
+        with pytest.raises(SharedError, match=said.format(8)):
+            on(8, RunEnv(local_rank=rank))
+    with pytest.raises(UserError, match=said.format(6)) as error:
+        on(4, RunEnv(local_rank=5))
+    assert not isinstance(error.value, SharedError)
+    assert moved == ([3] if kind == "cuda" else [])
+    no_device = RunEnv(local_rank=7, compile_only=True, compiles_without_device=True)
+    assert on(8, no_device) == (kind, 7)
 
 
 def test_only_neuron_is_compiled_for_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +177,70 @@ def test_auto_compiles_nothing_with_an_old_torch(
     assert not caplog.messages, "attention asks too, and a notice is for once"
     say_choices(config("auto"), CUDA, TINY)
     assert "compile: auto is none, as torch" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("cuda", "run but nothing is compiled ahead"),
+        ("neuron", "run but no graph is listed: TorchNeuron's cache gets operations one by one"),
+    ],
+)
+@pytest.mark.parametrize("chosen", ["auto", "none", "blocks"])
+def test_a_dry_run_of_a_device_that_compiles_nothing_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    chosen: Literal["auto", "none", "blocks"],
+    where: str,
+    said: str,
+) -> None:
+    """auto is none there for what it recomputes."""
+    monkeypatch.setattr("nxdt_align.run.native.check", lambda *_: SimpleNamespace(type=where))
+    monkeypatch.setattr("nxdt_align.run.processes.start_processes", lambda *_: None)
+    tensor = 1 if chosen == "blocks" else 2
+    given = replace(
+        config("auto"),
+        distributed_strategy=DistributedStrategyConfig(compile=chosen, tensor_model_parallel_size=tensor),
+        model=ModelConfig(
+            activations_checkpoint_granularity="selective", activations_checkpoint_recompute=("LlamaMLP",)
+        ),
+    )
+    whys = {"auto": "compile: auto is none, as with tensor parallel", "none": "compile is none", "blocks": ""}
+    for mode in (RunMode(), DryRun()):
+        NativeParts(given, RunEnv(world_size=1), TINY, mode)
+        told = [line for line in caplog.messages if line.startswith("COMPILE=1: ")]
+        assert len(told) == (isinstance(mode, DryRun) and chosen != "blocks")
+    for line in told:
+        assert f"COMPILE=1: distributed_strategy.{whys[chosen]}" in line and line.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "where", "chosen", "warned"),
+    [
+        *(("auto", "cuda", "auto", True), ("auto", "cpu", "auto", True), ("cuda", "cuda", "auto", True)),
+        *(("cpu", "cpu", "auto", False), ("cuda", "cuda", "none", False)),
+    ],
+)
+def test_a_guard_of_no_graphs_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    accelerator: Accelerator,
+    where: str,
+    chosen: Literal["auto", "none"],
+    warned: bool,
+) -> None:
+    """Once: where the YAML alone shows it, the key is among those without effect."""
+    monkeypatch.setattr("nxdt_align.engines.native.compiled.is_too_old", lambda: True)
+    given = config(accelerator)
+    given = replace(
+        given,
+        distributed_strategy=DistributedStrategyConfig(compile=chosen),
+        exp_manager=replace(given.exp_manager, fail_on_recompile=True),
+        given=frozenset({"exp_manager.fail_on_recompile"}),
+    )
+    say_choices(given, torch.device(where), TINY)
+    assert ("fail_on_recompile: guards nothing, as no step is compiled (distr" in caplog.text) == warned
+    assert ("exp_manager.fail_on_recompile" in keys_without_effect(given, "native")) != warned
 
 
 def test_modules_that_tensor_parallel_graphs_cannot_recompute(caplog: pytest.LogCaptureFixture) -> None:
@@ -182,7 +311,8 @@ import torch
 # A backend of its own name, as PyTorch's native Neuron registers itself; it has no kernels here.
 torch.utils.rename_privateuse1_backend("neuron")
 is_here = sys.argv[2] == "here"
-torch._register_device_module("neuron", types.SimpleNamespace(is_available=lambda: is_here))
+module = types.SimpleNamespace(is_available=lambda: is_here, device_count=lambda: 4)
+torch._register_device_module("neuron", module)
 moved_to = []
 torch.accelerator.set_device_index = moved_to.append
 from nxdt_align.run.contracts import RunEnv
@@ -245,7 +375,11 @@ def test_a_dry_run_compiles_where_it_can(
 
 @pytest.mark.parametrize(
     ("attention", "processes", "why"),
-    [("auto", 2, "torch_xla's CPU device runs one process"), ("blocks", 1, "blocks has no static shapes")],
+    [
+        ("auto", 2, "torch_xla's CPU device runs one process"),
+        ("blocks", 1, "blocks has no static shapes"),
+        *((kind, 1, f"{kind} is not for torch_xla's CPU device") for kind in ("flex", "nki")),
+    ],
 )
 def test_a_dry_run_that_cannot_compile_says_why(
     monkeypatch: pytest.MonkeyPatch,

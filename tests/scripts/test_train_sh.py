@@ -222,6 +222,15 @@ def test_compile_runs_under_the_compiler(train: Trainer) -> None:
     assert train(COMPILE="0").trained[:3] == ["-m", "nxdt_align", "train"]
 
 
+def test_engine_native_needs_no_compiler_of_xlas(train: Trainer) -> None:
+    """neuron_parallel_compile would find no graph of torch.compile's."""
+    write_script(train.bin / "neuron_parallel_compile", "#!/bin/sh\n")
+    result = train("trainer.max_steps=3", COMPILE="1", FAKE_ENGINE="native")
+    assert result.trained[:3] == ["-m", "nxdt_align", "train"]
+    assert result.calls[0]["argv"][2:4] == ["processes", "--engine"]
+    assert result.calls[0]["argv"][4:] == result.trained[3:], "of the run's own configuration"
+
+
 @pytest.mark.parametrize(("failed", "status"), [(0, 0), (2, 1)])
 def test_totals_of_the_compiler_decide(train: Trainer, failed: int, status: int) -> None:
     """With the real command line between train.sh and a compiler that prints what the real one does."""
@@ -235,7 +244,8 @@ def test_totals_of_the_compiler_decide(train: Trainer, failed: int, status: int)
     )
     write_script(train.bin / "neuron_parallel_compile", f"#!/bin/sh\n{program}")
     # As a worker of torchrun, so that no configuration of this machine's is asked for.
-    result = train(COMPILE="1", NXDT_ALIGN_PYTHON=sys.executable, TORCHELASTIC_RUN_ID="job")
+    variables = {"COMPILE": "1", "NXDT_ALIGN_PYTHON": sys.executable, "TORCHELASTIC_RUN_ID": "job"}
+    result = train("distributed_strategy.engine=nxd", **variables)
     assert result.status == status, result.stdout + result.stderr
     assert "DRYRUN 1" in result.stdout and f"Total failed compilations: {failed}" in result.stdout
     log = (train.cwd / "nemo_experiments/logs/job/rank_0/log").read_text()

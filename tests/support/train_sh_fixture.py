@@ -19,6 +19,8 @@ if sys.argv[1] == "-c":
 with open({calls!r}, "a") as file:
     file.write(json.dumps({{"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}}) + "\\n")
 if "processes" in sys.argv:
+    if "--engine" in sys.argv:
+        sys.exit(print(os.environ.get("FAKE_ENGINE", "nxd")))
     if os.environ.get("FAKE_CONFIG_ERROR"):
         sys.exit("error: trainer.devices must be positive")
     print(os.environ.get("FAKE_PROCESSES", "1"))

@@ -70,16 +70,16 @@ def torch_neuron_fault(torch_version: str, python: Sequence[int] = sys.version_i
     if mixed is not None:
         return mixed
     if tuple(python[:2]) < TORCH_NEURON_PYTHON:
-        wanted = ".".join(map(str, TORCH_NEURON_PYTHON))
-        return (
-            f"TorchNeuron comes for Python {wanted} and later, but this is {python[0]}.{python[1]}: {_APART}"
-        )
+        # It comes for 3.14, too, but this package's own metadata ends at 3.13.
+        return f"TorchNeuron needs Python 3.12 or 3.13 here, but this is {python[0]}.{python[1]}: {_APART}"
     if versions and _release(versions[0]) != _release(torch_version):
         wanted = ".".join(map(str, _release(versions[0])))
         return (
             f"torch-neuronx {versions[0]} goes with torch {wanted}, but torch is {torch_version}: "
             "requirements_neuron.txt has a pair that fits"
         )
+    if not has_module("nki"):
+        return "TorchNeuron imports the package nki, which is not installed: requirements_neuron.txt has it"
     return None
 
 

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from nxdt_align.config.engines import Engine as EngineName
-from nxdt_align.config.engines import buckets_fault
+from nxdt_align.config.engines import buckets_fault, may_compile
 from nxdt_align.config.faults import ConfigError
 from nxdt_align.config.schema import Config
 from nxdt_align.engines.native import compiled
@@ -75,6 +75,16 @@ def why_auto_is_none(config: Config, model: ModelShape) -> str | None:
     if fault is not None:
         return fault
     return f"torch {torch.__version__} is too old" if compiled.is_too_old() else None
+
+
+def why_op_by_op(config: Config, where: torch.device, model: ModelShape) -> str:
+    """Why ``compiling`` is None on a device of PyTorch's own."""
+    chosen = config.distributed_strategy.compile
+    if chosen == "none":
+        return f"{KEY} is none"
+    if where.type not in COMPILED_DEVICES:
+        return f"{KEY}: auto is none on {where.type}"
+    return f"{KEY}: auto is none, as {why_auto_is_none(config, model)}"
 
 
 def _checkpointing_fault(config: Config) -> str | None:
@@ -233,10 +243,14 @@ def precision_of_reference(config: Config, engine: EngineName) -> str:
 
 def say_choices(config: Config, where: torch.device, model: ModelShape) -> None:
     """Log, once per run, what is computed otherwise than the YAML may lead to expect."""
-    if config.distributed_strategy.compile == "auto" and where.type in COMPILED_DEVICES:
-        why = why_auto_is_none(config, model)
-        if why is not None:
-            log.log(NOTICE, "%s: auto is none, as %s", KEY, why)
+    is_auto = config.distributed_strategy.compile == "auto"
+    if is_auto and where.type != "xla" and compiling(config, where, model) is None:
+        why = why_op_by_op(config, where, model)
+        if where.type in COMPILED_DEVICES:
+            log.log(NOTICE, "%s", why)
+        # Where the YAML alone shows it, the notice on keys without effect has said so.
+        if config.exp_manager.fail_on_recompile and may_compile(config):
+            log.warning("exp_manager.fail_on_recompile: guards nothing, as no step is compiled (%s)", why)
     _say_precision(config, where)
 
 

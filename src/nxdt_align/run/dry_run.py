@@ -69,8 +69,10 @@ class DryRun(RunMode):
             why = "torch_xla is not installed"
         elif env.world_size > 1:
             why = "torch_xla's CPU device runs one process"
+        elif config.data.attention == "blocks":
+            why = "data.attention: blocks has no static shapes"
         elif config.data.attention not in ("auto", "dense", "causal"):
-            why = f"data.attention: {config.data.attention} has no static shapes"
+            why = f"data.attention: {config.data.attention} is not for torch_xla's CPU device"
         elif config.precision.type == "fp16":
             why = "precision.type: fp16 is not in the engine's compiled graphs"
         else:
@@ -78,8 +80,8 @@ class DryRun(RunMode):
         self.note_no_graphs(why)
         return torch.device("cpu")
 
-    def note_no_graphs(self, why: str) -> None:
-        log.log(NOTICE, "COMPILE=1: %s, so the dry-run steps run but nothing is compiled ahead", why)
+    def note_no_graphs(self, why: str, but: str = "nothing is compiled ahead") -> None:
+        log.log(NOTICE, "COMPILE=1: %s, so the dry-run steps run but %s", why, but)
 
     def token_cache(self, places: Places) -> Path | None:
         return None

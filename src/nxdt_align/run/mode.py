@@ -69,8 +69,8 @@ class RunMode:
         """The device if ``trainer.accelerator: auto`` finds no accelerator."""
         return torch.device("cpu")
 
-    def note_no_graphs(self, why: str) -> None:
-        """Report ``why`` nothing can be compiled ahead; only a dry run does."""
+    def note_no_graphs(self, why: str, but: str = "nothing is compiled ahead") -> None:
+        """Report ``why`` no graph is compiled ahead, and what a dry run's steps do instead; only it does."""
 
     # Data and steps
 

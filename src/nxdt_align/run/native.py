@@ -24,6 +24,8 @@ from nxdt_align.run.adapters import spec_of
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
 
+_OPERATIONS = "no graph is listed: TorchNeuron's cache gets operations one by one"
+
 
 def check(config: Config, env: RunEnv, model: ModelShape, mode: RunMode) -> torch.device:
     """This process's device. Raises UserError if it is not there, or if sizes or the attention do not fit."""
@@ -56,6 +58,9 @@ class NativeParts:
         self.precision = computing.precision(config)
         self._compiling = computing.compiling(config, self.device, model)
         computing.say_choices(config, self.device, model)
+        if self._compiling is None and self.device.type not in ("cpu", "xla"):  # of these the mode has told
+            why = computing.why_op_by_op(config, self.device, model)
+            mode.note_no_graphs(why, *([_OPERATIONS] if self.on_trainium else []))
         self.reference_precision = computing.reference_precision(config)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from datetime import timedelta
 
 import torch
@@ -10,49 +11,83 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed.constants import default_pg_timeout
 
 from nxdt_align.batch import Topology
+from nxdt_align.config.engines import on_torch_neuron
 from nxdt_align.config.neuron_packages import mixed_products_fault, torch_neuron_fault
 from nxdt_align.config.schema import Config
 from nxdt_align.engines import ranks, xla
-from nxdt_align.errors import UserError
+from nxdt_align.engines.native.mesh import TIMED_DEVICES
+from nxdt_align.errors import SharedError, UserError
+from nxdt_align.messages import NOTICE
+from nxdt_align.planning.devices import DEFAULT_LNC
 from nxdt_align.run.contracts import RunEnv
 from nxdt_align.run.mode import RunMode
+
+log = logging.getLogger(__name__)
 
 PINNED_BY_GROUP = ("neuron",)
 """Types of devices whose process group gives a process its core (it must be joined before the device is
 touched), and has no side for the CPU: groups for values on the host are opened apart."""
 
+NO_CORE = (
+    "its packages fit, so that the Neuron driver or runtime is missing or sees no NeuronCore (neuron-ls "
+    "lists them), or TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch from loading it"
+)
+"""Why there is no device ``neuron`` where packages do not tell."""
+
 
 def device(config: Config, env: RunEnv, mode: RunMode) -> torch.device:
     """The device of this process; the mode's fallback if there is no accelerator.
 
-    Raises UserError if the chosen accelerator is missing.
+    Raises UserError if the chosen accelerator is missing, or TorchNeuron's where auto is that.
     """
     chosen = config.trainer.accelerator
     if chosen == "xla":
         return _xla_device(env)
+    # Variables, prices and rows follow from the packages: a broken installation must not train on the CPU.
+    wanted = "neuron" if on_torch_neuron(config) else chosen
     # The accelerator that torch was built for: CUDA, or one that registers itself, such as TorchNeuron's.
     present = torch.accelerator.current_accelerator(check_available=True)
     if present is None and env.compile_only and env.compiles_without_device:
         known = torch.accelerator.current_accelerator()
         present = known if known is not None and known.type == "neuron" else None
-    if chosen in ("cuda", "neuron") and (present is None or present.type != chosen):
+    if wanted in ("cuda", "neuron") and (present is None or present.type != wanted):
         found = "no accelerator" if present is None else f"{present.type} alone"
-        fault = torch_neuron_fault(torch.__version__) if chosen == "neuron" else None
-        why = "" if fault is None else f": {fault}"
+        why = f": {torch_neuron_fault(torch.__version__) or NO_CORE}" if wanted == "neuron" else ""
+        meant = chosen if chosen == wanted else f"{chosen}, which is {wanted} where TorchNeuron is installed"
         raise UserError(
-            f"trainer.accelerator: is {chosen}, but torch finds {found}{why}; trainer.accelerator=cpu runs "
+            f"trainer.accelerator: is {meant}, but torch finds {found}{why}; trainer.accelerator=cpu runs "
             "here"
         )
     if chosen != "cpu" and present is not None:
         fault = mixed_products_fault() if present.type == "neuron" else None
         if fault is not None:
             raise UserError(f"trainer.accelerator: neuron does not run here, as {fault}")
+        if not (env.compile_only and env.compiles_without_device):
+            _require_devices(config, env, present.type)
         if present.type not in PINNED_BY_GROUP:
             torch.accelerator.set_device_index(env.local_rank)
         return torch.device(present.type, env.local_rank)
     return mode.fallback_device(config, env)
+
+
+def _require_devices(config: Config, env: RunEnv, kind: str) -> None:
+    """Raise UserError where there is no device for each process of this node: torch would end in an error of
+    the driver's."""
+    count = torch.accelerator.device_count()
+    wanted = max(config.trainer.devices, env.local_rank + 1)
+    if wanted <= count:
+        return
+    what = f"{kind} devices"
+    if kind == "neuron":
+        lnc = config.trainer.lnc or DEFAULT_LNC
+        what = f"logical NeuronCores (trainer.lnc {lnc})"
+        what += f", or {2 * count} with trainer.lnc=1, each of half the memory" if lnc == 2 else ""
+    # A launcher may start more processes than the YAML says; not all of them see that.
+    error = SharedError if config.trainer.devices > count else UserError
+    raise error(f"trainer.devices: must be {count} at most here: torch finds {count} {what}; but is {wanted}")
 
 
 def _xla_device(env: RunEnv) -> torch.device:
@@ -87,6 +122,13 @@ def start_processes(config: Config, env: RunEnv, where: torch.device) -> Topolog
                 f"the {env.world_size} processes (WORLD_SIZE) cannot connect to each other: {error}; start "
                 "with train.sh or torchrun"
             ) from error
+        if env.rank == 0 and where.type not in TIMED_DEVICES and timeout(config) != default_pg_timeout:
+            log.log(
+                NOTICE,
+                "distributed_strategy.timeout_minutes: counts for all processes together; torch cannot set "
+                "it for groups of some of them (tensor, data, pipeline) on %s, which keep the backend's own",
+                where.type,
+            )
     if where.type in PINNED_BY_GROUP:
         torch.accelerator.set_device_index(env.local_rank)
     parallel = config.distributed_strategy

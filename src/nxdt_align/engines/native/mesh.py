@@ -18,6 +18,8 @@ from nxdt_align.engines.native.settings import Parallel
 
 PIPELINE, DATA, TENSOR = "pp", "dp", "tp"
 """The mesh's dimensions, outermost first, as ``Topology.of_rank`` numbers the ranks."""
+TIMED_DEVICES = ("cpu", "cuda")
+"""Types of devices whose backends, gloo and nccl, torch can give a group's timeout after it is made."""
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -87,7 +89,8 @@ class Groups(ranks.Groups):
 
         Args:
             tied_head: whether the model's head is its embedding.
-            timeout: how long a rank waits for the others of a group; torch's default where None.
+            timeout: how long a rank waits for the others of a group; torch's default where None, and where
+                ``device_type`` is not one of TIMED_DEVICES.
         """
         sizes = (topology.pipeline_parallel_size, topology.data_parallel_size, topology.tensor_parallel_size)
         assert (parallel.pipeline, parallel.tensor) == (sizes[0], sizes[2]), (parallel, topology)
@@ -104,7 +107,7 @@ class Groups(ranks.Groups):
             ends=_ends(mesh) if tied_head else alone(),
         )
         for group in (groups.data, groups.tensor, groups.pipeline, groups.ends):
-            if group.group is not None and timeout is not None:
+            if group.group is not None and timeout is not None and device_type in TIMED_DEVICES:
                 # torch gives each group 30 minutes, or 10 on nccl, whatever init_process_group was told.
                 _set_pg_timeout(timeout, group.group)
         return groups
