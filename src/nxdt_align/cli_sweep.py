@@ -133,6 +133,8 @@ class _Launcher:
         environment = {key: text for key, text in self.variables.items() if key != "TRAIN_ITERS"}
         command = ["bash", str(script), *overrides]
         self._child = subprocess.Popen(command, env={**environment, **own}, start_new_session=True)
+        if self.received:  # while it was started
+            self._child.send_signal(self.received[-1])
         code = self._child.wait()
         self._child = None
         if self.received:
