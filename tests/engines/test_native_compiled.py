@@ -324,10 +324,8 @@ def test_layers_with_adapters_share_their_graphs(name: str) -> None:
     assert found == [8, 8]
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [pytest.param(Precision(torch.bfloat16), marks=pytest.mark.full), Precision(autocast=True)],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("precision", [Precision(torch.bfloat16), Precision(autocast=True)])
 def test_masters_and_autocast_compile_no_more(tmp_path: Path, precision: Precision) -> None:
     backend = Counting()
     engine = engine_of(2, backend, precision=precision)

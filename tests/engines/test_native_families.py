@@ -57,8 +57,8 @@ CASES = {
     for spread, case in SPREADS.items()
 }
 USUAL = (
-    *(f"{name}: tp2 dp2 sp fsdp" for name in ("qwen2", "phi3", "gemma2")),
-    *("qwen3: tp4 sp, 2 kv heads", "olmo2: tp4 sp, 2 kv heads", "gemma3: pp2 tp2 sp"),
+    *(f"{name}: tp2 dp2 sp fsdp" for name in ("qwen2", "gemma2")),
+    *("olmo2: tp4 sp, 2 kv heads", "gemma3: pp2 tp2 sp"),
 )
 
 

@@ -102,7 +102,7 @@ CASES = {**MAIN, **VARIANTS, **COUPLED, **LOW, **COPIED}
 
 
 USUAL = (
-    *("tp4 sp, 2 kv heads, dpo", "dp4 zero1, orpo", "tp2 dp2 sp fsdp, dpo", "tied head, no fsdp"),
+    *("tp4 sp, 2 kv heads, dpo", "dp4 zero1, orpo", "tp2 dp2 sp fsdp, dpo"),
     *("rows without padding, 1 kv head per rank", "ranks without an example, fsdp, tp"),
     "selective checkpointing",
 )

@@ -126,7 +126,7 @@ SEQUENCES = {
 
 STEPPED = (
     *("changing", "changing x 2 chunks blocks", "empty rows x 2 chunks blocks", "uneven cuts"),
-    *("selective recompute", "bf16, tied head", "changing tp2 sp blocks", "changing x 2 chunks dp2 fsdp"),
+    *("selective recompute", "bf16, tied head"),
 )
 
 

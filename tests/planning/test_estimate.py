@@ -191,8 +191,8 @@ PARALLEL_TOLERANCE = 0.18
     ("ranks", "parallel"),
     [
         pytest.param(2, Parallel(tensor=2), marks=pytest.mark.full),
-        pytest.param(2, Parallel(tensor=2, sequence_parallel=True), marks=pytest.mark.full),
-        (4, Parallel(tensor=4, sequence_parallel=True)),
+        (2, Parallel(tensor=2, sequence_parallel=True)),
+        pytest.param(4, Parallel(tensor=4, sequence_parallel=True), marks=pytest.mark.full),
         pytest.param(2, Parallel(zero1=True), marks=pytest.mark.full),
         (2, Parallel(fsdp=True)),
     ],

@@ -157,7 +157,9 @@ def test_a_merged_export_computes_what_the_adapter_does(project: Project, whole:
     assert torch.allclose(got, logits(adapted_by_peft(project, whole / "hf_export")), atol=1e-5)
 
 
-@pytest.mark.parametrize("online", [False, True], ids=["stored", "at each step"])
+@pytest.mark.parametrize(
+    "online", [False, pytest.param(True, marks=pytest.mark.full)], ids=["stored", "at each step"]
+)
 def test_training_goes_on_from_an_adapter_of_pefts_against_base_and_adapter(
     project: Project, whole: Path, online: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,7 +39,7 @@ KILLS = [
     *(pytest.param(ALONE, 0, name, marks=() if name in USUAL else pytest.mark.full) for name in NAMED),
     (ASYNC, 0, "second checkpoint, whole, without its name"),
     (TWO, 0, "first checkpoint, half"),
-    (TWO, 1, "reference pass, between two parts"),
+    pytest.param(TWO, 1, "reference pass, between two parts", marks=pytest.mark.full),
 ]
 
 

@@ -69,7 +69,9 @@ def test_the_export_loads_in_transformers_and_generates(whole: Path) -> None:
     assert torch.equal(model.get_input_embeddings().weight.data, trained)
 
 
-@pytest.mark.parametrize("stops", [(5,), (6,), (3, 7)], ids=str)
+@pytest.mark.parametrize(
+    "stops", [*(pytest.param(stops, marks=pytest.mark.full) for stops in [(5,), (6,)]), (3, 7)], ids=str
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     project: Project, whole: Path, stops: tuple[int, ...]
 ) -> None:
@@ -293,9 +295,12 @@ def test_fp16_skips_what_overflows_and_goes_on_after_a_break(
     "overrides",
     [
         ("model.activations_checkpoint_granularity=full",),
-        (
-            "model.activations_checkpoint_granularity=selective",
-            "model.activations_checkpoint_recompute=[CoreAttention,LlamaMLP]",
+        pytest.param(
+            (
+                "model.activations_checkpoint_granularity=selective",
+                "model.activations_checkpoint_recompute=[CoreAttention,LlamaMLP]",
+            ),
+            marks=pytest.mark.full,
         ),
         ("data.num_workers=2",),
     ],

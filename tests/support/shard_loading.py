@@ -138,6 +138,6 @@ def scores(rank: int, case: Case, shards: Path) -> Scores:
     return seen, logps[:, 0]
 
 
-def all_scores(rank: int, world: int, folder: Path) -> list[Scores]:
+def all_scores(rank: int, world: int, folder: Path, cases: dict[str, Case]) -> list[Scores]:
     """For ``run_parallel``: every case in turn."""
-    return [scores(rank, case, folder / name / "pretrained_ckpt") for name, case in CASES.items()]
+    return [scores(rank, case, folder / name / "pretrained_ckpt") for name, case in cases.items()]
