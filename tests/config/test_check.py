@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from nxdt_align.config.check import ConfigError, load_checked
 from nxdt_align.config.load import to_yaml
-from nxdt_align.config.loggers import WANDB
+from nxdt_align.config.loggers import MLFLOW, WANDB, logger_faults
 from nxdt_align.config.schema import Config
 from nxdt_align.run.mode import RunMode
 
@@ -307,3 +309,52 @@ def test_a_reference_for_an_objective_without_one_is_noticed(load: Load, good: s
 def test_every_argument_of_the_wandb_logger_is_known() -> None:
     own = inspect.signature(WandbLogger.__init__).parameters.values()
     assert {each.name for each in own if each.kind is not each.VAR_KEYWORD} - {"self"} <= set(WANDB)
+
+
+def test_every_argument_of_the_mlflow_logger_is_known() -> None:
+    """Those of NeMo's class, read from its source: the import takes seconds."""
+    found = importlib.util.find_spec("nemo")
+    assert found is not None and found.origin is not None
+    source = Path(found.origin).parent / "utils" / "loggers" / "mlflow_logger.py"
+    (own,) = (each for each in ast.parse(source.read_text()).body if isinstance(each, ast.ClassDef))
+    fields = [each.target.id for each in own.body if isinstance(each, ast.AnnAssign)]  # type: ignore[union-attr]
+    assert own.name == "MLFlowParams" and set(fields) == set(MLFLOW)
+
+
+def mlflow_faults(config: Config, monkeypatch: pytest.MonkeyPatch, given: dict[str, object]) -> list[str]:
+    """Of these arguments, where all packages but SQLAlchemy are installed."""
+    monkeypatch.setattr("nxdt_align.config.loggers.has_module", lambda name: name != "sqlalchemy")
+    manager = dataclasses.replace(config.exp_manager, create_mlflow_logger=True, mlflow_logger_kwargs=given)
+    return [str(fault) for fault in logger_faults(dataclasses.replace(config, exp_manager=manager))]
+
+
+URI = "exp_manager.mlflow_logger_kwargs.tracking_uri"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"tracking_uri": "ftp://me:pass@host"},
+            f"{URI}: must be a folder or an address of a kind that MLflow",
+        ),
+        ({"tracking_uri": [1]}, f"{URI}: must be text, but is [1]"),
+        ({"tracking_uri": "mysql+pymysql://host/x"}, f"{URI}: needs the package sqlalchemy for mysql"),
+        (
+            {"trackng_uri": "x"},
+            "is not an argument of the mlflow logger, but is 'x'; did you mean tracking_uri",
+        ),
+    ],
+)
+def test_an_mlflow_logger_that_would_not_start(
+    load: Load, good: str, monkeypatch: pytest.MonkeyPatch, given: dict[str, object], said: str
+) -> None:
+    (fault,) = mlflow_faults(load(good), monkeypatch, {"experiment_name": "x", **given})
+    assert said in fault and "pass@" not in fault
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://me:pass@host", "a/folder", "/a:b", "file:./runs", "databricks", None]
+)
+def test_where_mlflow_writes(load: Load, good: str, monkeypatch: pytest.MonkeyPatch, uri: str | None) -> None:
+    assert mlflow_faults(load(good), monkeypatch, {"experiment_name": "x", "tracking_uri": uri}) == []

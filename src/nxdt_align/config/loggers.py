@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from nxdt_align.config.faults import Fault, did_you_mean
@@ -50,6 +51,14 @@ WANDB = (
     *("resume_from", "fork_from", "save_code", "tensorboard", "sync_tensorboard", "monitor_gym", "settings"),
 )
 """Arguments of Lightning's WandbLogger and, through it, of wandb.init."""
+MLFLOW = (
+    *("experiment_name", "tracking_uri", "tags", "save_dir", "prefix", "artifact_location", "run_id"),
+    "log_model",
+)
+"""Arguments of NeMo's MLFlowParams."""
+_STORES = ("file", "http", "https", "databricks", "databricks-uc", "uc")
+_DATABASES = ("postgresql", "mysql", "sqlite", "mssql")
+"""They may name a driver, ``mysql+pymysql``, and need SQLAlchemy."""
 _IN_A_NAME = ("prefix", "sub_dir", "comment", "filename_suffix")
 
 
@@ -79,6 +88,9 @@ def logger_faults(config: Config) -> Iterator[Fault]:
         yield Fault(key, rule, advice=f"e.g. {key}={{experiment_name: alignment}}")
     if config.exp_manager.create_wandb_logger:
         yield from _unknown_names("wandb", config.exp_manager.wandb_logger_kwargs or {}, WANDB)
+    if config.exp_manager.create_mlflow_logger:
+        yield from _unknown_names("mlflow", mlflow, MLFLOW)
+        yield from _tracking_uri(mlflow.get("tracking_uri"))
     yield from _summary_writer(config.exp_manager.summary_writer_kwargs or {})
     for file in config.exp_manager.files_to_copy or ():
         if not Path(file).is_file():
@@ -94,6 +106,32 @@ def _unknown_names(logger: str, given: Mapping[str, object], known: tuple[str, .
             near = did_you_mean(name, known)
             advice = f"{near} There are: {', '.join(known)}".strip()
             yield Fault(key, f"is not an argument of the {logger} logger", value, advice)
+
+
+def _tracking_uri(uri: object) -> Iterator[Fault]:
+    """Of a kind that no store of MLflow's, or of another package, has."""
+    key = "exp_manager.mlflow_logger_kwargs.tracking_uri"
+    if uri is None:
+        return
+    if not isinstance(uri, str):
+        yield Fault(key, "must be text", uri)
+        return
+    scheme = uri.partition("://")[0].lower() if "://" in uri else ""
+    plugins = [each.name for each in entry_points(group="mlflow.tracking_store")]
+    database = scheme.partition("+")[0]
+    if database in _DATABASES:
+        if not has_module("sqlalchemy"):
+            rule = f"needs the package sqlalchemy for {database}, which is not installed"
+            yield Fault(key, rule, advice="pip install sqlalchemy", is_missing_path=True)
+    elif scheme and scheme not in (*_STORES, *plugins):
+        known = ", ".join(f"{name}://" for name in (*_STORES, *_DATABASES, *plugins))
+        # Not the rest, which may have a password.
+        yield Fault(
+            key,
+            "must be a folder or an address of a kind that MLflow knows",
+            f"{scheme}://",
+            f"There are: {known}",
+        )
 
 
 def _summary_writer(given: Mapping[str, object]) -> Iterator[Fault]:

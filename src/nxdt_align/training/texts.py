@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from nxdt_align.training.curves import Curves
+
+log = logging.getLogger(__name__)
+_MLFLOW_LENGTH = 250
+"""Characters of a setting that Lightning hands to MLflow."""
 
 
 def write_settings(
@@ -24,9 +29,25 @@ def write_settings(
         if isinstance(logger, Curves):
             logger.write_settings(given)
             logger.write_layout()
+        elif isinstance(logger, MLFlowLogger):
+            logger.log_hyperparams(_that_mlflow_lacks(logger, settings))
         else:
             logger.log_hyperparams(dict(settings))
     write_text(loggers, "config", f"```yaml\n{yaml}```", 0)
+
+
+def _that_mlflow_lacks(logger: MLFlowLogger, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """MLflow refuses another value for a setting that its run has, where ``run_id`` names one to go on with."""
+    there: Mapping[str, str] = logger.experiment.get_run(logger.run_id).data.params
+    changed = [key for key in settings if there.get(key, value := str(settings[key])[:_MLFLOW_LENGTH]) != value]
+    if changed:
+        log.warning(
+            "MLflow: run %s keeps the settings that it began with, other than this run's, of %s; all of this run's "
+            "are in its file config_0.md",
+            logger.run_id,
+            ", ".join(f"{key} ({there[key]})" for key in changed),
+        )
+    return {key: value for key, value in settings.items() if key not in there}
 
 
 def write_text(loggers: Sequence[Logger], name: str, markdown: str, step: int) -> None:
