@@ -37,15 +37,16 @@ def write_settings(
 
 
 def _that_mlflow_lacks(logger: MLFlowLogger, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """MLflow refuses another value for a setting that its run has, where ``run_id`` names one to go on with."""
+    """Of a run that ``run_id`` names, MLflow refuses another value for a setting that it has."""
     there: Mapping[str, str] = logger.experiment.get_run(logger.run_id).data.params
-    changed = [key for key in settings if there.get(key, value := str(settings[key])[:_MLFLOW_LENGTH]) != value]
+    of_both = {key: str(value)[:_MLFLOW_LENGTH] for key, value in settings.items() if key in there}
+    changed = [f"{key} ({there[key]})" for key, value in of_both.items() if value != there[key]]
     if changed:
         log.warning(
-            "MLflow: run %s keeps the settings that it began with, other than this run's, of %s; all of this run's "
-            "are in its file config_0.md",
+            "MLflow's run %s keeps the values that it began with of settings that have changed: %s; "
+            "its config_0.md has this run's",
             logger.run_id,
-            ", ".join(f"{key} ({there[key]})" for key in changed),
+            ", ".join(changed),
         )
     return {key: value for key, value in settings.items() if key not in there}
 
