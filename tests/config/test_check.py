@@ -308,7 +308,40 @@ def test_a_reference_for_an_objective_without_one_is_noticed(load: Load, good: s
 
 def test_every_argument_of_the_wandb_logger_is_known() -> None:
     own = inspect.signature(WandbLogger.__init__).parameters.values()
-    assert {each.name for each in own if each.kind is not each.VAR_KEYWORD} - {"self"} <= set(WANDB)
+    assert {each.name for each in own if each.kind is not each.VAR_KEYWORD} - {"self", "version"} <= set(
+        WANDB
+    )
+
+
+def test_arguments_that_nemo_gives_itself(load: Load, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo calls the loggers with ``version`` and ``run_name`` beside the given arguments."""
+    manager = load(good).exp_manager
+    both = dataclasses.replace(
+        manager,
+        create_wandb_logger=True,
+        create_mlflow_logger=True,
+        wandb_logger_kwargs={"project": "p", "version": "1"},
+        mlflow_logger_kwargs={"run_name": "x"},
+    )
+    version, run_name = faults_of(dataclasses.replace(load(good), exp_manager=both), monkeypatch)
+    own = "must not be set: the run's folder names it"
+    assert version.startswith(f"exp_manager.wandb_logger_kwargs.version: {own}; id chooses the run of W&B's")
+    assert run_name.startswith(f"exp_manager.mlflow_logger_kwargs.run_name: {own}; tags=")
+
+
+@pytest.mark.parametrize("given", [{}, {"name": None}, {"project": "", "name": None}])
+def test_wandb_needs_a_name(
+    load: Load, good: str, monkeypatch: pytest.MonkeyPatch, given: dict[str, object]
+) -> None:
+    manager = dataclasses.replace(load(good).exp_manager, create_wandb_logger=True, wandb_logger_kwargs=given)
+    (fault,) = faults_of(dataclasses.replace(load(good), exp_manager=manager), monkeypatch)
+    assert "wandb_logger_kwargs: must have a name or a project" in fault
+
+
+def test_mlflow_needs_no_name(load: Load, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo names its experiment as the run's."""
+    assert mlflow_faults(load(good), monkeypatch, {}) == []
+    assert mlflow_faults(load(good), monkeypatch, {"experiment_name": None}) == []
 
 
 def test_every_argument_of_the_mlflow_logger_is_known() -> None:
@@ -322,10 +355,14 @@ def test_every_argument_of_the_mlflow_logger_is_known() -> None:
 
 
 def mlflow_faults(config: Config, monkeypatch: pytest.MonkeyPatch, given: dict[str, object]) -> list[str]:
-    """Of these arguments, where all packages but SQLAlchemy are installed."""
-    monkeypatch.setattr("nxdt_align.config.loggers.has_module", lambda name: name != "sqlalchemy")
     manager = dataclasses.replace(config.exp_manager, create_mlflow_logger=True, mlflow_logger_kwargs=given)
-    return [str(fault) for fault in logger_faults(dataclasses.replace(config, exp_manager=manager))]
+    return faults_of(dataclasses.replace(config, exp_manager=manager), monkeypatch)
+
+
+def faults_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of its loggers, where all packages but SQLAlchemy are installed."""
+    monkeypatch.setattr("nxdt_align.config.loggers.has_module", lambda name: name != "sqlalchemy")
+    return [str(fault) for fault in logger_faults(config)]
 
 
 URI = "exp_manager.mlflow_logger_kwargs.tracking_uri"
