@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import subprocess
 import sys
@@ -18,12 +19,15 @@ from nxdt_align.config.load import find_config, read_config, to_yaml
 from nxdt_align.config.schema import Config
 from nxdt_align.config.sweep import Combination, combinations, first_values, key_by_name
 from nxdt_align.errors import UserError
+from nxdt_align.messages import NOTICE
 from nxdt_align.stop_signals import SIGNALS, status
 
 if TYPE_CHECKING:
     from nxdt_align.run.sweep import SweepRun
 
 _FOLDER = "exp_manager.explicit_log_dir"
+
+log = logging.getLogger(__name__)
 
 
 def add_sweep_options(verb: argparse.ArgumentParser) -> None:
@@ -63,18 +67,16 @@ def sweep(
     if config.exp_manager.explicit_log_dir is not None:
         raise UserError(f"{_FOLDER}: is a folder for one run; --out names that of a sweep")
     out = (arguments.out or _default_folder(config)).absolute()
-    runs = [_checked(each, out, name, path) for each in found]
+    runs = _distinct([(each, _checked(each, out, name, path)) for each in found])
     if arguments.list:
-        show("\n".join(each.label for each in found))
+        show("\n".join(each.label for each, _ in runs))
         return 0
     from nxdt_align.run.sweep import Sweep, SweepRun
 
     launcher = _Launcher(find_config(name, path), out, variables)
     made = Sweep(out, launcher.start)
     with launcher.hands_signals_on():
-        ended = made.run(
-            [SweepRun(c.label, c.overrides, settings) for c, settings in zip(found, runs, strict=True)]
-        )
+        ended = made.run([SweepRun(each.label, each.overrides, settings) for each, settings in runs])
     if not ended:
         show("sweep: stopped; the same command goes on")
         return status(launcher.received[0])
@@ -104,6 +106,16 @@ def _checked(each: Combination, out: Path, name: str, path: Path | None) -> str:
     return to_yaml(config)
 
 
+def _distinct(runs: Sequence[tuple[Combination, str]]) -> list[tuple[Combination, str]]:
+    """Those of different settings, each with its settings: 0.1 and 0.10 are one value."""
+    found: dict[str, Combination] = {}
+    for each, settings in runs:
+        first = found.setdefault(settings, each)
+        if first is not each:
+            log.log(NOTICE, "sweep: %s is what %s is, and is run once", " ".join(each.overrides), first.label)
+    return [(each, settings) for settings, each in found.items()]
+
+
 @dataclass
 class _Launcher:
     """Starts train.sh for one run at a time, in a session of its own: a signal reaches it from here alone."""
@@ -113,6 +125,8 @@ class _Launcher:
     variables: Mapping[str, str]
     received: list[int] = field(default_factory=list)
     """Signals, in their order."""
+    _early: list[int] = field(default_factory=list)
+    """Those that came while a run was being started, before it could be handed any."""
     _child: subprocess.Popen[bytes] | None = None
 
     def start(self, run: SweepRun) -> int | None:
@@ -127,14 +141,15 @@ class _Launcher:
         overrides = [
             *run.overrides,
             f"{_FOLDER}={self.out / run.label}",
+            *run.names,
             # What was stopped goes on from its checkpoint.
             *("exp_manager.resume_if_exists=True", "exp_manager.resume_ignore_no_checkpoint=True"),
         ]
         environment = {key: text for key, text in self.variables.items() if key != "TRAIN_ITERS"}
         command = ["bash", str(script), *overrides]
         self._child = subprocess.Popen(command, env={**environment, **own}, start_new_session=True)
-        if self.received:  # while it was started
-            self._child.send_signal(self.received[-1])
+        while self._early:
+            self._child.send_signal(self._early.pop(0))
         code = self._child.wait()
         self._child = None
         if self.received:
@@ -152,5 +167,7 @@ class _Launcher:
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
-        if self._child is not None:
+        if self._child is None:
+            self._early.append(number)
+        else:
             self._child.send_signal(number)  # nothing where it has just ended

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from nxdt_align.config.check import ConfigError, load_checked
 from nxdt_align.config.load import to_yaml
-from nxdt_align.config.loggers import WANDB
+from nxdt_align.config.loggers import MLFLOW, WANDB, logger_faults
 from nxdt_align.config.schema import Config
 from nxdt_align.run.mode import RunMode
 
@@ -306,4 +308,90 @@ def test_a_reference_for_an_objective_without_one_is_noticed(load: Load, good: s
 
 def test_every_argument_of_the_wandb_logger_is_known() -> None:
     own = inspect.signature(WandbLogger.__init__).parameters.values()
-    assert {each.name for each in own if each.kind is not each.VAR_KEYWORD} - {"self"} <= set(WANDB)
+    assert {each.name for each in own if each.kind is not each.VAR_KEYWORD} - {"self", "version"} <= set(
+        WANDB
+    )
+
+
+def test_arguments_that_nemo_gives_itself(load: Load, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo calls the loggers with ``version`` and ``run_name`` beside the given arguments."""
+    manager = load(good).exp_manager
+    both = dataclasses.replace(
+        manager,
+        create_wandb_logger=True,
+        create_mlflow_logger=True,
+        wandb_logger_kwargs={"project": "p", "version": "1"},
+        mlflow_logger_kwargs={"run_name": "x"},
+    )
+    version, run_name = faults_of(dataclasses.replace(load(good), exp_manager=both), monkeypatch)
+    own = "must not be set: the run's folder names it"
+    assert version.startswith(f"exp_manager.wandb_logger_kwargs.version: {own}; id chooses the run of W&B's")
+    assert run_name.startswith(f"exp_manager.mlflow_logger_kwargs.run_name: {own}; tags=")
+
+
+@pytest.mark.parametrize("given", [{}, {"name": None}, {"project": "", "name": None}])
+def test_wandb_needs_a_name(
+    load: Load, good: str, monkeypatch: pytest.MonkeyPatch, given: dict[str, object]
+) -> None:
+    manager = dataclasses.replace(load(good).exp_manager, create_wandb_logger=True, wandb_logger_kwargs=given)
+    (fault,) = faults_of(dataclasses.replace(load(good), exp_manager=manager), monkeypatch)
+    assert "wandb_logger_kwargs: must have a name or a project" in fault
+
+
+def test_mlflow_needs_no_name(load: Load, good: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NeMo names its experiment as the run's."""
+    assert mlflow_faults(load(good), monkeypatch, {}) == []
+    assert mlflow_faults(load(good), monkeypatch, {"experiment_name": None}) == []
+
+
+def test_every_argument_of_the_mlflow_logger_is_known() -> None:
+    """Those of NeMo's class, read from its source: the import takes seconds."""
+    found = importlib.util.find_spec("nemo")
+    assert found is not None and found.origin is not None
+    source = Path(found.origin).parent / "utils" / "loggers" / "mlflow_logger.py"
+    (own,) = (each for each in ast.parse(source.read_text()).body if isinstance(each, ast.ClassDef))
+    fields = [each.target.id for each in own.body if isinstance(each, ast.AnnAssign)]  # type: ignore[union-attr]
+    assert own.name == "MLFlowParams" and set(fields) == set(MLFLOW)
+
+
+def mlflow_faults(config: Config, monkeypatch: pytest.MonkeyPatch, given: dict[str, object]) -> list[str]:
+    manager = dataclasses.replace(config.exp_manager, create_mlflow_logger=True, mlflow_logger_kwargs=given)
+    return faults_of(dataclasses.replace(config, exp_manager=manager), monkeypatch)
+
+
+def faults_of(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of its loggers, where all packages but SQLAlchemy are installed."""
+    monkeypatch.setattr("nxdt_align.config.loggers.has_module", lambda name: name != "sqlalchemy")
+    return [str(fault) for fault in logger_faults(config)]
+
+
+URI = "exp_manager.mlflow_logger_kwargs.tracking_uri"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"tracking_uri": "ftp://me:pass@host"},
+            f"{URI}: must be a folder or an address of a kind that MLflow",
+        ),
+        ({"tracking_uri": [1]}, f"{URI}: must be text, but is [1]"),
+        ({"tracking_uri": "mysql+pymysql://host/x"}, f"{URI}: needs the package sqlalchemy for mysql"),
+        (
+            {"trackng_uri": "x"},
+            "is not an argument of the mlflow logger, but is 'x'; did you mean tracking_uri",
+        ),
+    ],
+)
+def test_an_mlflow_logger_that_would_not_start(
+    load: Load, good: str, monkeypatch: pytest.MonkeyPatch, given: dict[str, object], said: str
+) -> None:
+    (fault,) = mlflow_faults(load(good), monkeypatch, {"experiment_name": "x", **given})
+    assert said in fault and "pass@" not in fault
+
+
+@pytest.mark.parametrize(
+    "uri", ["https://me:pass@host", "a/folder", "/a:b", "file:./runs", "databricks", None]
+)
+def test_where_mlflow_writes(load: Load, good: str, monkeypatch: pytest.MonkeyPatch, uri: str | None) -> None:
+    assert mlflow_faults(load(good), monkeypatch, {"experiment_name": "x", "tracking_uri": uri}) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from nxdt_align.config.sweep import combinations, first_values, key_by_name
@@ -41,10 +43,34 @@ def test_labels_are_folders_of_their_own() -> None:
     found = combinations(given, lambda key: key)
     assert found[0].label == "lr=1e-06,train_dir=a_b.jsonl" and len({each.label for each in found}) == 4
     assert all("/" not in each.label for each in found)
-    same = combinations(["x.lr=1,2", "y.lr='?','*'"], lambda key: key)
-    assert [each.label for each in same] == [
-        *("x.lr=1,y.lr=empty", "x.lr=1,y.lr=empty-2", "x.lr=2,y.lr=empty", "x.lr=2,y.lr=empty-2"),
-    ]
+    assert all(not set("?*") & set(label) for label in labels("x.lr=1,2", "y.lr='?','*'"))
+    assert labels("x=5", "x=1,2") == ["x=1", "x=2"], "of what is swept alone"
+
+
+def labels(*overrides: str) -> list[str]:
+    return [each.label for each in combinations(overrides, lambda key: key)]
+
+
+LONG = "/shared/team/projects/preference/data/2026/{}_set.jsonl"
+
+
+def test_labels_do_not_depend_on_the_order() -> None:
+    """A sweep goes on where each value has its folder. The file's name is at a path's end; 31 characters of
+    it and 8 of a digest are at most 40."""
+    first, second = LONG.format("first"), LONG.format("second")
+    found = labels(f"train_dir={first},{second}")
+    assert found == labels(f"train_dir={second},{first}")[::-1]
+    assert re.fullmatch(r"train_dir=[\w.]{1,31}_first_set\.jsonl-[0-9a-f]{8}", found[0])
+    assert found[1].startswith("train_dir=") and "_second_set.jsonl-" in found[1]
+    assert max(map(len, found)) <= len("train_dir=") + 40
+    alike = labels("a=x/y,x:y,z")
+    assert alike == labels("a=z,x:y,x/y")[::-1] and len(set(alike)) == 3 and alike[2] == "a=z"
+    assert all(re.fullmatch("a=x_y-[0-9a-f]{8}", label) for label in alike[:2])
+
+
+def test_a_value_has_one_label() -> None:
+    """What is given twice, in other words, is the same run."""
+    assert labels("a=0.1,0.10,0.2") == ["a=0.1", "a=0.1", "a=0.2"]
 
 
 def test_short_names() -> None:

@@ -119,7 +119,6 @@ CONFIGURATION: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "'nxdt-align[wandb]', or set exp_manager.create_wandb_logger=False",
             "exp_manager.create_mlflow_logger: needs the package mlflow",
             "exp_manager.wandb_logger_kwargs: must have a name or a project",
-            "exp_manager.mlflow_logger_kwargs: must have an experiment_name",
         ),
     ),
     "arguments of the W&B logger": (

@@ -3,6 +3,7 @@ reference's values and the tokens."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 from training_fixture import Project
 
 from nxdt_align.cli import main
+from nxdt_align.config.load import read_config, to_yaml
 from nxdt_align.errors import UserError
 from nxdt_align.run.sweep import Sweep, SweepRun
 
@@ -94,7 +96,41 @@ def test_what_is_refused_before_a_run(
     monkeypatch.delenv("REFERENCE")
     assert main(command(project, "--list", "kl_beta=1,2", "model.optim.lr=1e-3,1e-4")) == 0
     assert capsys.readouterr().out.splitlines()[:2] == ["kl_beta=1,lr=0.001", "kl_beta=1,lr=0.0001"]
+    assert main(command(project, "--list", "kl_beta=0.1,0.10,1,1.0")) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-2:] == ["kl_beta=0.1", "kl_beta=1"]
+    assert "kl_beta=1.0 is what kl_beta=1 is, and is run once" in said.out + said.err
     assert not (tmp_path / "experiments").exists()
+
+
+def test_runs_are_told_apart_in_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One configured name would be every run's. A stand-in for train.sh prints its arguments, as the run's
+    own command line reads them."""
+    import nxdt_align.cli_sweep as cli_sweep
+
+    (tmp_path / "train.sh").write_text('printf "%s\\n" "$@"\n')
+    monkeypatch.setattr(cli_sweep, "__file__", str(tmp_path / "cli_sweep.py"))
+    project = Project.create(tmp_path)
+    wandb = "exp_manager.wandb_logger_kwargs={{{}}}".format
+
+    def name_given(*given: str, create: bool = True) -> str | None:
+        made = read_config("run", given, project.root / "conf")[0]
+        manager = dataclasses.replace(made.exp_manager, create_wandb_logger=create)
+        run = SweepRun("b=1,c=2", given, to_yaml(dataclasses.replace(made, exp_manager=manager)))
+        launcher = cli_sweep._Launcher(tmp_path, tmp_path, {"PATH": os.environ["PATH"]})
+        assert launcher.start(run) == 0
+        passed = capfd.readouterr().out.splitlines()
+        own = read_config("run", passed, project.root / "conf")[0].exp_manager
+        assert own.explicit_log_dir == str(tmp_path / "b=1,c=2")
+        found: str | None = (own.wandb_logger_kwargs or {}).get("name")
+        return found
+
+    assert name_given(wandb('name: "it\'s, mine"')) == "b=1,c=2 it's, mine"
+    assert name_given(wandb("project: p")) is None, "it is called as its folder"
+    assert name_given() is None
+    assert name_given(wandb("name: n"), create=False) == "n"
 
 
 def test_a_signal_reaches_the_run_and_ends_the_sweep(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -69,10 +70,16 @@ class Wandb(Recorded, WandbLogger):
 
 class MLFlow(Recorded, MLFlowLogger):
     run_id = "7"
+    params: ClassVar[dict[str, str]] = {}
+    """What the run has on the server."""
 
     @property
     def experiment(self) -> Any:
         return self
+
+    def get_run(self, run_id: str) -> Any:
+        assert run_id == "7"
+        return SimpleNamespace(data=SimpleNamespace(params=self.params))
 
     def log_text(self, run_id: str, text: str, file: str) -> None:
         self.calls.append((file, text))
@@ -84,6 +91,19 @@ def test_every_logger_has_the_settings() -> None:
     write_settings([wandb, mlflow], {"a.b": 1, "c": None}, {"a.b": 1}, "a: {b: 1}\n")
     assert wandb.calls == [("log_hyperparams", {"a.b": 1, "c": None})]
     assert mlflow.calls == [*wandb.calls, ("config_0.md", "```yaml\na: {b: 1}\n```")]
+
+
+def test_settings_of_an_mlflow_run_that_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    """MLflow refuses another value of a setting; Lightning hands it 250 characters of each."""
+    mlflow = MLFlow()
+    mlflow.params = {"a.b": "1", "c": "None", "long": "x" * 250}  # type: ignore[misc]
+    write_settings([mlflow], {"a.b": 2, "c": None, "new": 3, "long": "x" * 300}, {}, "a: {b: 2}\n")
+    assert mlflow.calls[0] == ("log_hyperparams", {"new": 3})
+    (said,) = caplog.messages
+    assert said == (
+        "MLflow's run 7 keeps the values that it began with of settings that have changed: a.b (1); "
+        "its config_0.md has this run's"
+    )
 
 
 def test_tables() -> None:

@@ -141,11 +141,11 @@ class ExpManagerConfig:
     create_wandb_logger: bool = False
     """Log to Weights & Biases."""
     wandb_logger_kwargs: Mapping[str, Any] | None = None
-    """Arguments of the W&B logger: name, project, ..."""
+    """Arguments of the W&B logger: name or project, id, ..."""
     create_mlflow_logger: bool = False
     """Log to MLflow."""
     mlflow_logger_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the MLflow logger."""
+    """Arguments of the MLflow logger: experiment_name (null: exp_manager.name, or name), tracking_uri, ..."""
     create_dllogger_logger: bool = False
     """Log with NVIDIA's DLLogger."""
     dllogger_logger_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -195,11 +195,11 @@ def rewrite_override(text: str) -> str:
     if known is not None and known.is_section and not value.startswith("{") and value != "null":
         return text
     if known is not None and not known.is_section and accepts_text(known.hint):
-        value = _quoted(value)
+        value = quoted(value)
     return f"{plus}{name}={value}"
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """A text quoted for Hydra's grammar; a quoted text, a list, a mapping or null stays as it is."""
     if value[:1] in ("'", '"', "[", "{") or value.lower() in ("", "null"):
         return value

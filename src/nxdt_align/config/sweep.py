@@ -5,8 +5,10 @@ In Hydra's grammar, as its basic sweeper takes it.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,8 @@ from nxdt_align.errors import UserError
 
 _ALIGN = "model_alignment_strategy"
 _LONGEST_VALUE = 40
+_DIGEST = 8
+"""Characters of a value's digest in a label."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class Combination:
     """One run of a sweep."""
 
     label: str
-    """``kl_beta=0.1,lr=1e-06``: a folder's name, different for each combination."""
+    """``kl_beta=0.1,lr=1e-06``: a folder's name, different for each combination, in whatever order the values
+    were given. That of another one where all values are the same."""
     overrides: tuple[str, ...]
     """All of the run's, one value each, in the order in which they were given."""
 
@@ -50,12 +55,20 @@ def combinations(overrides: Sequence[str], full_key: Callable[[str], str]) -> li
     if repeated is not None:
         raise UserError(f"{repeated}: is given several values twice; give all of them once")
     names = dict(zip(swept, _short(swept), strict=True))
-    found: dict[str, Combination] = {}
-    for chosen in itertools.product(*choices):
-        parts = [f"{names[key]}={_in_a_name(value)}" for key, value, _ in chosen if key in names]
-        label = _free(",".join(parts), found)
-        found[label] = Combination(label, tuple(text for _, _, text in chosen))
-    return list(found.values())
+    # Of those alone with several values; their key may also be given one before.
+    labels = [
+        {each: f"{names[values[0][0]]}={label}" for each, label in _labels([v for _, v, _ in values]).items()}
+        if len(values) > 1
+        else {}
+        for values in choices
+    ]
+    return [
+        Combination(
+            ",".join(of[value] for of, (_, value, _) in zip(labels, chosen, strict=True) if of),
+            tuple(text for _, _, text in chosen),
+        )
+        for chosen in itertools.product(*choices)
+    ]
 
 
 def first_values(overrides: Sequence[str]) -> list[str]:
@@ -109,11 +122,16 @@ def _short(keys: Sequence[str]) -> Iterator[str]:
         yield next(end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
 
 
-def _in_a_name(value: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", value).strip("_")[:_LONGEST_VALUE] or "empty"
-
-
-def _free(label: str, taken: dict[str, Combination]) -> str:
-    """``label``, numbered where another combination has it."""
-    numbered = (f"{label}-{number}" for number in itertools.count(2))
-    return label if label not in taken else next(each for each in numbered if each not in taken)
+def _labels(values: Sequence[str]) -> dict[str, str]:
+    """What each of a key's values is called in a folder's name: itself, but for characters that such a name
+    should not have. The end of a long one, where a path's file is. What others would be called, too, and what
+    is cut off, is told by a digest, which does not depend on the order."""
+    plain = {value: re.sub(r"[^\w.+-]+", "_", value).strip("_") or "empty" for value in values}
+    shared = Counter(plain.values())
+    found = {}
+    for value, name in plain.items():
+        if shared[name] > 1 or len(name) > _LONGEST_VALUE:
+            digest = hashlib.sha256(value.encode()).hexdigest()[:_DIGEST]
+            name = f"{name[-(_LONGEST_VALUE - _DIGEST - 1) :].strip('_')}-{digest}"
+        found[value] = name
+    return found

@@ -13,8 +13,11 @@ from nxdt_align.config.start import IDENTITY_FILE, SETTINGS_FILE
 
 Settings = dict[str, Any]
 """Dotted key -> value; a list is one value."""
-_PLACES = ("exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.name", "exp_manager.version")
-"""Where a run writes: two runs always differ in it, and it changes nothing."""
+_PLACES = (
+    *("exp_manager.explicit_log_dir", "exp_manager.exp_dir", "exp_manager.name", "exp_manager.version"),
+    "exp_manager.wandb_logger_kwargs.name",
+)
+"""Where a run writes, and what it is called there: two runs always differ in it, and it changes nothing."""
 
 
 def read_settings(run: Path) -> Settings:

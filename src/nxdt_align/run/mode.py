@@ -188,7 +188,8 @@ class RunMode:
         self, trainer: Trainer, config: Config, run: RunFolder, identity: RunIdentity, step: int | None
     ) -> None:
         """Set up folder, loggers and checkpoint callback; ``step``: of the run's own checkpoint, if any."""
-        start_experiment(trainer, config.exp_manager, run.path, resumed_step=step)
+        name = config.exp_manager.name or config.name
+        start_experiment(trainer, config.exp_manager, name, run.path, resumed_step=step)
         if trainer.is_global_zero:
             text = to_yaml(config)
             write_identity(run.path, identity.digest, identity.parts)

@@ -49,15 +49,25 @@ def report_lost_ranks(world_size: int, timeout_minutes: float) -> Iterator[None]
         ) from error
 
 
+_LOGGERS = {
+    "wandb.errors": "exp_manager.create_wandb_logger",
+    "mlflow": "exp_manager.create_mlflow_logger",
+    "requests": "exp_manager: a logger's server",
+}
+"""Module of an error, or the package around it -> whose error it is. By name, as none need be installed.
+Usually a login, a server or a run is missing."""
+
+
 @contextmanager
 def as_user_error() -> Iterator[None]:
-    """Turn Lightning's and W&B's errors about settings into a UserError."""
+    """Turn Lightning's, W&B's and MLflow's errors about settings and servers into a UserError."""
     try:
         yield
     except MisconfigurationException as error:
         raise UserError(f"trainer, exp_manager: {' '.join(str(error).split())}") from error
     except Exception as error:
-        # Matched by module, as wandb need not be installed; usually the login is missing.
-        if not type(error).__module__.startswith("wandb.errors"):
+        module = f"{type(error).__module__}."
+        key = next((key for name, key in _LOGGERS.items() if module.startswith(f"{name}.")), None)
+        if key is None:
             raise
-        raise UserError(f"exp_manager.create_wandb_logger: {' '.join(str(error).split())}") from error
+        raise UserError(f"{key}: {' '.join(str(error).split())}") from error

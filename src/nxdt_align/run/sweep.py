@@ -10,8 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from nxdt_align.config.load import quoted
 from nxdt_align.config.start import METRICS_FILE, SETTINGS_FILE
 from nxdt_align.errors import UserError
+from nxdt_align.evaluation.settings import flat
 from nxdt_align.files import atomic_write
 from nxdt_align.messages import NOTICE
 from nxdt_align.run.report import report
@@ -19,6 +23,7 @@ from nxdt_align.run.report import report
 log = logging.getLogger(__name__)
 
 STATE_FILE, PAGE = "sweep.json", "report.html"
+_WANDB_NAME = "exp_manager.wandb_logger_kwargs.name"
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,16 @@ class SweepRun:
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.settings.encode()).hexdigest()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Overrides that have the label in the name that the run would share with the others in W&B. Where
+        none is given, it is called as its folder."""
+        settings = flat(yaml.safe_load(self.settings))
+        given = settings.get(_WANDB_NAME)
+        if not (settings.get("exp_manager.create_wandb_logger") and given):
+            return ()
+        return (f"{_WANDB_NAME}={quoted(f'{self.label} {given}')}",)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from omegaconf.errors import OmegaConfBaseException
 
 from nxdt_align.config.experiment import ExpManagerConfig
@@ -21,13 +21,17 @@ from nxdt_align.training.curves import Curves, keep_logging
 from nxdt_align.training.metrics_file import MetricsFile
 from nxdt_align.training.stopping import StopOnSignal
 
+MLFLOW_NAME = "mlflow.runName"
+"""MLflow's tag of a run's name."""
+
 
 def start_experiment(
-    trainer: Trainer, config: ExpManagerConfig, folder: Path, *, resumed_step: int | None
+    trainer: Trainer, config: ExpManagerConfig, name: str, folder: Path, *, resumed_step: int | None
 ) -> Path:
     """Set up the trainer's loggers and callbacks from ``config``, the YAML's ``exp_manager``.
 
     Args:
+        name: the experiment's, where its loggers' settings have none.
         folder: the run's. Not left to NeMo, which only finds checkpoints named '*last' or '*end' and so
             starts over with the ``save_last: False`` of NxDT's YAML.
         resumed_step: optimizer steps of the checkpoint that this run resumes from; None for a new run.
@@ -39,7 +43,7 @@ def start_experiment(
     from nemo.utils import logging as nemo_logging
     from nemo.utils.exceptions import NeMoBaseException
 
-    chosen = nemo_settings(config, nemo)
+    chosen = nemo_settings(config, nemo) | logger_settings(config, name)
     if config.explicit_log_dir is not None:
         chosen |= {"explicit_log_dir": str(folder), "exp_dir": None, "version": None}
     else:
@@ -66,6 +70,8 @@ def start_experiment(
         logging.getLogger("nemo_logger").removeFilter(_is_news)
     nemo_logging.setLevel(nemo_logging.INFO)
     trainer.loggers = [_that_may_stop(each, chosen["summary_writer_kwargs"]) for each in trainer.loggers]
+    for logger in trainer.loggers:
+        name_run(logger, config, folder)
     for name in ("nemo_logger", "lightning.pytorch"):
         keep_logging(logging.getLogger(name).handlers)
     _write_checkpoints(trainer)
@@ -85,6 +91,36 @@ def _that_may_stop(logger: Logger, settings: Mapping[str, Any] | None) -> Logger
     if not isinstance(logger, TensorBoardLogger):
         return logger
     return Curves(logger.save_dir, name=logger.name, version=logger.version, **(settings or {}))
+
+
+def logger_settings(config: ExpManagerConfig, name: str) -> dict[str, Any]:
+    """Arguments of W&B's and MLflow's loggers, with what NeMo would leave out: W&B's ``dir``, which it sets
+    beside, and, with an explicit_log_dir, MLflow's experiment."""
+    wandb, mlflow = config.wandb_logger_kwargs, config.mlflow_logger_kwargs
+    if wandb is not None and wandb.get("save_dir") is None and wandb.get("dir") is not None:
+        wandb = {**wandb, "save_dir": wandb["dir"]}
+    if config.create_mlflow_logger and not mlflow.get("experiment_name"):
+        mlflow = {**mlflow, "experiment_name": name}
+    return {"wandb_logger_kwargs": wandb, "mlflow_logger_kwargs": mlflow}
+
+
+def name_run(logger: Logger, config: ExpManagerConfig, folder: Path) -> None:
+    """Give a run of W&B or MLflow the name or id that the settings have, and else tell it by its folder.
+
+    NeMo hands both loggers the date, which they take before what is given, and nothing for an
+    explicit_log_dir, with which a sweep's runs would all be called alike, or at random.
+    """
+    if isinstance(logger, WandbLogger):
+        given = config.wandb_logger_kwargs or {}
+        if given.get("id") is not None:
+            logger._id = logger._wandb_init["id"] = str(given["id"])
+        if config.explicit_log_dir is not None and not given.get("name"):
+            logger._name = logger._wandb_init["name"] = folder.name
+    elif isinstance(logger, MLFlowLogger):
+        if MLFLOW_NAME in (config.mlflow_logger_kwargs.get("tags") or {}):
+            logger._run_name = None
+        else:
+            logger._run_name = logger._run_name or folder.name
 
 
 def nemo_settings(config: ExpManagerConfig, nemo: Any) -> dict[str, Any]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from nxdt_align.training.curves import Curves
+
+log = logging.getLogger(__name__)
+_MLFLOW_LENGTH = 250
+"""Characters of a setting that Lightning hands to MLflow."""
 
 
 def write_settings(
@@ -24,9 +29,26 @@ def write_settings(
         if isinstance(logger, Curves):
             logger.write_settings(given)
             logger.write_layout()
+        elif isinstance(logger, MLFlowLogger):
+            logger.log_hyperparams(_that_mlflow_lacks(logger, settings))
         else:
             logger.log_hyperparams(dict(settings))
     write_text(loggers, "config", f"```yaml\n{yaml}```", 0)
+
+
+def _that_mlflow_lacks(logger: MLFlowLogger, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run that ``run_id`` names, MLflow refuses another value for a setting that it has."""
+    there: Mapping[str, str] = logger.experiment.get_run(logger.run_id).data.params
+    of_both = {key: str(value)[:_MLFLOW_LENGTH] for key, value in settings.items() if key in there}
+    changed = [f"{key} ({there[key]})" for key, value in of_both.items() if value != there[key]]
+    if changed:
+        log.warning(
+            "MLflow's run %s keeps the values that it began with of settings that have changed: %s; "
+            "its config_0.md has this run's",
+            logger.run_id,
+            ", ".join(changed),
+        )
+    return {key: value for key, value in settings.items() if key not in there}
 
 
 def write_text(loggers: Sequence[Logger], name: str, markdown: str, step: int) -> None:
