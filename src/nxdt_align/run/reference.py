@@ -37,30 +37,31 @@ ORIGIN = "reference_origin"
 
 
 def find_origin(
-    config: Config, model: ModelShape, start: WeightSource, continued: Path | None
+    config: Config, model: ModelShape, start: WeightSource, recorded: Path | None
 ) -> ReferenceOrigin:
     """The reference's weights.
 
     Args:
         start: what the policy starts from.
-        continued: another run's checkpoint that this one resumes from, optimizer state included.
+        recorded: another run's checkpoint that this one goes on from, optimizer state included, or one of
+            this run's own after that.
 
-    ``reference_model`` if set; else the start weights of the run that ``continued`` belongs to; else
+    ``reference_model`` if set; else the reference of ``recorded``, which is the start of the first run; else
     ``start``. Raises UserError if those weights are missing or changed.
     """
     chosen = config.model_alignment_strategy.reference_model
     if chosen is not None:
         source = assemble.weights_at(Path(chosen), model, "model_alignment_strategy.reference_model")
         return ReferenceOrigin(source, is_start=False)
-    record = None if continued is None else _extra(continued).get(RUN_RECORD, {}).get(ORIGIN)
+    record = None if recorded is None else _extra(recorded).get(RUN_RECORD, {}).get(ORIGIN)
     if record is None:
         return ReferenceOrigin(start, is_start=True, is_loaded=True)
-    return ReferenceOrigin(_recorded(record, model, continued), is_start=True)
+    return ReferenceOrigin(_recorded(record, model, recorded), is_start=True)
 
 
-def _extra(continued: Path) -> dict[str, Any]:
-    written_by_nxd = nxd_checkpoint.is_checkpoint(continued)
-    return nxd_checkpoint.read_extra(continued) if written_by_nxd else read_extra(continued)
+def _extra(checkpoint: Path) -> dict[str, Any]:
+    written_by_nxd = nxd_checkpoint.is_checkpoint(checkpoint)
+    return nxd_checkpoint.read_extra(checkpoint) if written_by_nxd else read_extra(checkpoint)
 
 
 def origin_record(source: WeightSource, fingerprint: str) -> dict[str, Any]:

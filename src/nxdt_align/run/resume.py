@@ -100,12 +100,18 @@ def resume_point(
 def continued_checkpoint(config: Config, checkpoints: Checkpoints, engine: Engine) -> Path | None:
     """Another run's checkpoint that ``exp_manager.resume_from_checkpoint`` goes on from, optimizer state
     included; None where it gives the weights alone. Raises UserError, on every rank, if that is damaged."""
+    given = another_runs_checkpoint(config, checkpoints)
+    fault = None if given is None else fault_of(given, checkpoints, engine)
+    if fault is not None:
+        raise SharedError(f"exp_manager.resume_from_checkpoint: {fault}")
+    return given
+
+
+def another_runs_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
+    """``continued_checkpoint``, whatever its files hold now."""
     given = config.exp_manager.resume_from_checkpoint
     if given is None or config.model.weight_init_only or not checkpoints.is_checkpoint(Path(given)):
         return None
-    fault = fault_of(Path(given), checkpoints, engine)
-    if fault is not None:
-        raise SharedError(f"exp_manager.resume_from_checkpoint: {fault}")
     return Path(given)
 
 

@@ -49,6 +49,7 @@ from nxdt_align.run.resume import (
     RUN_RECORD,
     RunFolder,
     RunIdentity,
+    another_runs_checkpoint,
     continued_checkpoint,
     identify,
     newest_checkpoint,
@@ -176,7 +177,10 @@ class Run:
         self._note_what_is_read(run)
         self.mode.say_what_is_kept(self.env.signals, run.checkpoint, self._keeps_reference)
         stop = self._stop_on_signal()
-        origin = self._origin(continued)
+        # A run that goes on from another's checkpoint keeps that one's reference; where it is itself resumed,
+        # its own checkpoint says which.
+        goes_on = another_runs_checkpoint(self.config, checkpoints) is not None
+        origin = self._origin(resumed if goes_on else None)
         answers = self._samples(run, origin)
         reference, record = self._reference(origin, answers)
         export = self.mode.export_folder(self.config, run)
@@ -294,12 +298,11 @@ class Run:
 
     # Parts of the trainer
 
-    def _origin(self, continued: Path | None) -> ReferenceOrigin | None:
-        """Of the reference, where there is one. ``continued``: another run's checkpoint that this one resumes
-        from."""
+    def _origin(self, recorded: Path | None) -> ReferenceOrigin | None:
+        """Of the reference, where there is one. ``recorded``: a checkpoint that says which."""
         if not self.objective.needs_reference:
             return None
-        return find_origin(self.config, self.model_config, self.start, continued)
+        return find_origin(self.config, self.model_config, self.start, recorded)
 
     def _reference(
         self, origin: ReferenceOrigin | None, samples: Sequence[SampleDuringEval]
