@@ -109,9 +109,9 @@ def test_pipeline_cuts_are_taken_as_the_yaml_has_them(cuts: str, tmp_path: Path)
     assert (partition.pp, partition.cuts) == (2, (1,))
 
 
-def documented(repo: Path, page: str) -> list[list[str]]:
+def documented(page: Path) -> list[list[str]]:
     """The conversion commands in a page's bash blocks, in order, without their comments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", (repo / page).read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     joined = [block.replace("\\\n", " ") for block in blocks]
     lines = [shlex.split(line, comments=True) for block in joined for line in block.splitlines()]
     return [line[1:] for line in lines if line[:1] == ["nxdt-align"] and line[1] in VERBS]
@@ -120,11 +120,11 @@ def documented(repo: Path, page: str) -> list[list[str]]:
 VERBS = ("convert", "export", "inspect")
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 4), ("docs/conversion.md", 5)])
-def test_documented_commands_run_one_after_the_other(
-    page: str, count: int, repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_commands_of_readme_run_one_after_the_other(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As they are written, on a small model with as many heads as the one that they name."""
+    """As they are written, on a small model with as many heads as the one that they name. Those of
+    docs/conversion.md: tests/docs/test_pages.py."""
     monkeypatch.chdir(tmp_path)
     small = {"hidden_size": 64, "head_dim": 2, "intermediate_size": 64, "vocab_size": 96}
     config = replace(LLAMA3_8B, num_hidden_layers=4, **small)
@@ -132,8 +132,8 @@ def test_documented_commands_run_one_after_the_other(
     (tmp_path / "Meta-Llama-3-8B" / "tokenizer.json").write_text("{}")
     for checkpoint in ("CHECKPOINT", "nemo_experiments/hf_llama/DATE/checkpoints/NAME"):
         assert main(["convert", "Meta-Llama-3-8B", checkpoint, "--to", "native"]) == 0
-    commands = documented(repo, page)
-    assert len(commands) == count
+    commands = documented(repo / "README.md")
+    assert len(commands) == 4
     for command in commands:
         assert main(command) == 0, command
     made = [command[2] for command in commands if command[0] != "inspect"]
