@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,16 @@ import torch
 
 from nxdt_align.engines.base import Graph
 from nxdt_align.errors import UserError
+from nxdt_align.training import monitors
 from nxdt_align.training.monitors import RecompileGuard
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Its warnings."""
+    said: list[str] = []
+    monkeypatch.setattr(monitors.log, "warning", lambda text, *values: said.append(text % values))
+    return said
 
 
 def batch(*tokens: int) -> list[Any]:
@@ -50,7 +58,7 @@ class Device:
         self.guard.on_validation_batch_end(self.trainer, self.module, None, rows, index)
 
 
-def test_the_first_two_steps_of_each_shape_may_compile(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_two_steps_of_each_shape_may_compile(told: list[str]) -> None:
     device = Device(stop=True)
     for rows in (batch(128), batch(192), batch(128, 128)):
         for compiles in (3, 1, 0, 0):
@@ -59,17 +67,16 @@ def test_the_first_two_steps_of_each_shape_may_compile(caplog: pytest.LogCapture
     device.validate(batch(128), 1)
     device.validate(batch(128), 1)
     device.step(batch(128), 0)
-    assert device.guard.surprises == 0 and caplog.records == []
+    assert device.guard.surprises == 0 and told == []
 
 
-def test_a_surprise_names_the_step_and_its_shapes(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_surprise_names_the_step_and_its_shapes(told: list[str]) -> None:
     device = Device(stop=False)
-    with caplog.at_level(logging.WARNING):
-        for compiles in (1, 1, 2):
-            device.step(batch(128, 128), compiles)
-        for compiles in (1, 0, 1):
-            device.validate(batch(64), compiles, index=4)
-    first, second = (record.getMessage() for record in caplog.records)
+    for compiles in (1, 1, 2):
+        device.step(batch(128, 128), compiles)
+    for compiles in (1, 0, 1):
+        device.validate(batch(64), compiles, index=4)
+    first, second = told
     assert first.startswith(
         "step 3 compiled 2 graph(s), although 2 batches of its shapes preceded it: 2 micro-batch(es) of "
         "1 row(s) x 128 tokens, 64 response tokens and 6 responses per row."
@@ -87,16 +94,15 @@ def test_it_stops_where_the_yaml_says_so() -> None:
         device.step(batch(128), 1)
 
 
-def test_a_graph_that_was_not_compiled_ahead_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_graph_that_was_not_compiled_ahead_is_told_at_once(told: list[str]) -> None:
     """Also in the first steps of a shape, whose graphs are no surprise otherwise; each once."""
     device = Device(stop=False, ahead={"0", "1", "3"})
-    with caplog.at_level(logging.WARNING):
-        device.compiled = 1
-        device.guard.on_train_start(device.trainer, device.module)
-        for compiles in (1, 1, 0):
-            device.step(batch(128), compiles)
-        device.validate(batch(64), 2)
-    assert [record.getMessage() for record in caplog.records] == [
+    device.compiled = 1
+    device.guard.on_train_start(device.trainer, device.module)
+    for compiles in (1, 1, 0):
+        device.step(batch(128), compiles)
+    device.validate(batch(64), 2)
+    assert told == [
         f"{where} needed 1 graph(s) that COMPILE=1 has not compiled ahead (1 of training step: loss): a "
         "setting differs from what it was run with. COMPILE=1 with the same overrides compiles them"
         for where in ("step 2", "batch 0 of the validation after step 3")
