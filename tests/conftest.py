@@ -34,10 +34,10 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def heard_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier test's command has set up for its terminal keeps no message from ``caplog``."""
+    """What an earlier test's command or benchmark left of logging keeps no message from ``caplog``."""
     logger = logging.getLogger("nxdt_align")
+    logger.setLevel(logging.NOTSET)
     monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger, "disabled", False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
